@@ -1,0 +1,470 @@
+"""The fused operations GPT-2 is made of, each forward beside its backward.
+
+Every operation has the same three parts. `x_forward` takes arrays and returns the result, and what
+the backward needs of it. `x_backward` takes the gradient of the result and returns the gradients of
+the inputs; its comment says what was saved and what it computes again. Then comes the operation on
+tensors, which runs the forward and puts the backward on the tape.
+
+Forward and backward are written for any array library (`xp`), to be read. Those marked
+`@accelerated` have a faster equal in `kernels/`, chosen by the device.
+
+Shapes: B batch, T time (tokens), C channels, H heads, D head size, V vocabulary, N rows (any
+leading dimensions, flattened).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from micrograd_gpt import backend
+from micrograd_gpt.backend import Array, Key, array_module
+from micrograd_gpt.kernels import accelerated
+from micrograd_gpt.tensor import Tensor, record, recording
+
+IGNORE = -100  # a target that counts for nothing, as in PyTorch and Transformers
+LOGITS_AT_ONCE = 2**25  # how many logits linear_cross_entropy holds at a time: 128 MB in float32
+
+# --------------------------------------------------------------------------------------- linear
+
+
+@accelerated
+def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
+    """x (N, n_in) @ weight (n_in, n_out) + bias (n_out,) -> (N, n_out)."""
+    y = x @ weight
+    return y if bias is None else y + bias
+
+
+@accelerated
+def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
+    """Gradients of x, weight and bias. Saved: x and weight."""
+    dx = grad @ weight.T  # (N, n_in)
+    dweight = x.T @ grad  # (n_in, n_out)
+    dbias = grad.sum(axis=0)  # (n_out,)
+    return dx, dweight, dbias
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (…, n_in) times weight (n_in, n_out) plus bias (n_out,) -> (…, n_out).
+
+    Weights are (in, out), as GPT-2 stores them ("Conv1D" in Transformers), not PyTorch's (out, in).
+    Raises ValueError when the shapes do not fit.
+    """
+    n_in, n_out = weight.shape
+    if x.shape[-1] != n_in or (bias is not None and bias.shape != (n_out,)):
+        shapes = f"{x.shape} @ {weight.shape}" + (f" + {bias.shape}" if bias is not None else "")
+        raise ValueError(f"linear: shapes do not fit: {shapes}")
+    rows, w = x.data.reshape(-1, n_in), weight.data  # (N, n_in)
+    y = linear_forward(rows, w, None if bias is None else bias.data)
+    x_shape = x.shape
+
+    def backward(grad: Array) -> tuple[Array, ...]:
+        dx, dweight, dbias = linear_backward(grad.reshape(-1, n_out), rows, w)
+        return (dx.reshape(x_shape), dweight, dbias)[: 2 if bias is None else 3]
+
+    inputs = [x, weight] if bias is None else [x, weight, bias]
+    return record("linear", y.reshape(*x_shape[:-1], n_out), inputs, backward)
+
+
+# ------------------------------------------------------------------------------------ embedding
+
+
+def embedding(ids: Any, weight: Tensor) -> Tensor:
+    """Rows of weight (V, C) picked by integer ids (…) -> (…, C).
+
+    Raises ValueError for an id outside 0 … V-1 or ids that are not integers.
+    """
+    xp = array_module(weight.data)
+    ids = xp.asarray(ids.data if isinstance(ids, Tensor) else ids)
+    check_ids(ids, weight.shape[0])
+    w = weight.data
+
+    def backward(grad: Array) -> tuple[Array]:
+        dweight = xp.zeros(w.shape, w.dtype)
+        xp.add.at(dweight, ids, grad)  # a token that occurs twice gets both gradients
+        return (dweight,)
+
+    return record("embedding", w[ids], [weight], backward)
+
+
+def check_ids(ids: Array, vocab_size: int) -> None:
+    """Raise ValueError unless `ids` are integers in 0 … vocab_size-1 (on a GPU: integers)."""
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"token ids must be integers, not {ids.dtype}")
+    if isinstance(ids, np.ndarray) and ids.size:  # a GPU would have to stop and wait for the answer
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"token id {wrong} is outside the vocabulary of {vocab_size}")
+
+
+# ----------------------------------------------------------------------------------- layer norm
+
+
+@accelerated
+def layer_norm_forward(
+    x: Array, weight: Array, bias: Array, eps: float
+) -> tuple[Array, Array, Array]:
+    """Normalise each row of x (N, C) to mean 0 and variance 1, then scale and shift.
+
+    Returns y (N, C) and, for the backward, the rows' means and 1 / standard deviations (N, 1).
+    """
+    xp = array_module(x)
+    mean = x.mean(axis=-1, keepdims=True)  # (N, 1)
+    centred = x - mean
+    rstd = 1 / xp.sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)  # (N, 1)
+    return centred * rstd * weight + bias, mean, rstd
+
+
+@accelerated
+def layer_norm_backward(
+    grad: Array, x: Array, weight: Array, mean: Array, rstd: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients of x, weight, bias. Saved: x, mean, rstd; the normalised rows come again from them.
+
+    With n = (x - mean) * rstd and dn = grad * weight, the mean and the deviation move with x, which
+    takes the parts of dn along 1 and along n away: dx = rstd * (dn - mean(dn) - n * mean(dn * n)).
+    """
+    normed = (x - mean) * rstd  # (N, C)
+    dnormed = grad * weight
+    dx = rstd * (
+        dnormed
+        - dnormed.mean(axis=-1, keepdims=True)
+        - normed * (dnormed * normed).mean(axis=-1, keepdims=True)
+    )
+    return dx, (grad * normed).sum(axis=0), grad.sum(axis=0)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Layer normalisation over the last axis: x (…, C), weight and bias (C,) -> (…, C).
+
+    Ba, Kiros, Hinton 2016 (arXiv:1607.06450). Raises ValueError when the shapes do not fit.
+    """
+    channels = x.shape[-1]
+    if weight.shape != (channels,) or bias.shape != (channels,):
+        raise ValueError(f"layer_norm: {x.shape} with weight {weight.shape}, bias {bias.shape}")
+    rows, w = x.data.reshape(-1, channels), weight.data
+    y, mean, rstd = layer_norm_forward(rows, w, bias.data, eps)
+    shape = x.shape
+
+    def backward(grad: Array) -> tuple[Array, ...]:
+        grad_rows = grad.reshape(-1, channels)
+        dx, dweight, dbias = layer_norm_backward(grad_rows, rows, w, mean, rstd)
+        return dx.reshape(shape), dweight, dbias
+
+    return record("layer_norm", y.reshape(shape), [x, weight, bias], backward)
+
+
+# ----------------------------------------------------------------------------------------- gelu
+
+GELU_SCALE = math.sqrt(2 / math.pi)
+GELU_CUBIC = 0.044715
+
+
+@accelerated
+def gelu_forward(x: Array) -> Array:
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x³)))."""
+    xp = array_module(x)
+    return 0.5 * x * (1 + xp.tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x)))
+
+
+@accelerated
+def gelu_backward(grad: Array, x: Array) -> Array:
+    """Gradient of x. Saved: x; the tanh is computed again."""
+    xp = array_module(x)
+    t = xp.tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x))
+    dt = (1 - t * t) * GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x)
+    return grad * (0.5 * (1 + t) + 0.5 * x * dt)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in the tanh approximation GPT-2 was trained with ("gelu_new"), of any shape.
+
+    Hendrycks & Gimpel 2016 (arXiv:1606.08415), section 2.
+    """
+    rows = x.data
+    return record("gelu", gelu_forward(rows), [x], lambda grad: (gelu_backward(grad, rows),))
+
+
+# -------------------------------------------------------------------------------------- softmax
+
+
+def softmax(x: Tensor) -> Tensor:
+    """exp(x) / sum(exp(x)) over the last axis, of any shape."""
+    xp = array_module(x.data)
+    y = xp.exp(x.data - x.data.max(axis=-1, keepdims=True))
+    y /= y.sum(axis=-1, keepdims=True)
+
+    def backward(grad: Array) -> tuple[Array]:
+        return (y * (grad - (grad * y).sum(axis=-1, keepdims=True)),)
+
+    return record("softmax", y, [x], backward)
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    """log(softmax(x)) over the last axis, of any shape, without ever taking the log of a 0."""
+    xp = array_module(x.data)
+    shifted = x.data - x.data.max(axis=-1, keepdims=True)
+    y = shifted - xp.log(xp.exp(shifted).sum(axis=-1, keepdims=True))
+
+    def backward(grad: Array) -> tuple[Array]:
+        return (grad - xp.exp(y) * grad.sum(axis=-1, keepdims=True),)
+
+    return record("log_softmax", y, [x], backward)
+
+
+# ------------------------------------------------------------------------------------ attention
+
+
+def causal_mask(n_queries: int, n_keys: int, xp: Any = np) -> Array:
+    """(n_queries, n_keys) booleans, true where a query may look: itself and all before it.
+
+    The last query stands at the last key; with more keys than queries the first are a KV cache's.
+    """
+    return xp.tri(n_queries, n_keys, n_keys - n_queries, dtype=bool)
+
+
+def attention_dropout(key: Key, shape: tuple[int, ...], p: float, xp: Any = np) -> Array:
+    """Factors 0 or 1/(1-p) for attention weights (B, H, T, T), made again alike in the backward.
+
+    Each head's tile of `DROPOUT_ROWS` rows is a draw of its own, so that a kernel that never holds
+    all T × T weights can make just the rows it is at.
+    """
+    b, h, rows, columns = shape
+    factors = xp.empty((b * h, rows, columns), np.float32)
+    for head in range(b * h):
+        for start in range(0, rows, backend.DROPOUT_ROWS):
+            tile = factors[head, start : start + backend.DROPOUT_ROWS]
+            tile[:] = backend.dropout_factors((*key, head, start), tile.shape, p, xp)
+    return factors.reshape(shape)
+
+
+@accelerated
+def attention_forward(
+    q: Array, k: Array, v: Array, dropout: float = 0.0, key: Key = ()
+) -> tuple[Array, Array]:
+    """Causal attention of q (B, H, Tq, D) over k and v (B, H, Tk, D), Tk >= Tq.
+
+    Returns the mixed values (B, Tq, H, D), laid out so that the heads join into (B, Tq, C) without
+    a copy, and each row's log of the softmax's denominator (B, H, Tq) for the backward.
+    """
+    xp = array_module(q)
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, Tq, Tk)
+    scores = xp.where(causal_mask(q.shape[-2], k.shape[-2], xp), scores, -np.inf)
+    largest = scores.max(axis=-1, keepdims=True)  # (B, H, Tq, 1)
+    weights = xp.exp(scores - largest)
+    total = weights.sum(axis=-1, keepdims=True)
+    weights /= total
+    if dropout:
+        weights = weights * attention_dropout(key, weights.shape, dropout, xp)
+    out = xp.ascontiguousarray((weights @ v).swapaxes(1, 2))  # (B, Tq, H, D)
+    return out, (largest + xp.log(total))[..., 0]
+
+
+@accelerated
+def attention_backward(
+    grad: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    log_total: Array,
+    dropout: float = 0.0,
+    key: Key = (),
+) -> tuple[Array, Array, Array]:
+    """Gradients of q, k and v, each (B, H, T, D). Saved: q, k, v, the output and log_total.
+
+    The weights are computed again from the scores: exp(score - log_total). The softmax's backward
+    needs the sum of weight × dweight along each row, which equals output · grad (Dao et al. 2022,
+    arXiv:2205.14135, appendix B.2), dropout or not.
+    """
+    xp = array_module(q)
+    scale = 1 / math.sqrt(q.shape[-1])
+    dmixed = grad.swapaxes(1, 2)  # (B, H, T, D)
+    scores = q @ k.swapaxes(-1, -2) * scale  # (B, H, T, T)
+    weights = xp.exp(scores - log_total[..., None])
+    weights = xp.where(causal_mask(q.shape[-2], k.shape[-2], xp), weights, 0)
+    dweights = dmixed @ v.swapaxes(-1, -2)  # (B, H, T, T)
+    dropped = weights
+    if dropout:
+        factors = attention_dropout(key, weights.shape, dropout, xp)
+        dropped, dweights = weights * factors, dweights * factors
+    dv = dropped.swapaxes(-1, -2) @ dmixed
+    row_sums = (grad * out).sum(axis=-1).swapaxes(1, 2)[..., None]  # (B, H, T, 1)
+    dscores = weights * (dweights - row_sums) * scale
+    return dscores @ k, dscores.swapaxes(-1, -2) @ q, dv
+
+
+def split_heads(qkv: Array, n_head: int) -> tuple[Array, Array, Array]:
+    """(B, T, 3C) -> queries, keys and values, each (B, H, T, D): views, nothing is copied."""
+    b, t, width = qkv.shape
+    q, k, v = qkv.reshape(b, t, 3, n_head, width // 3 // n_head).transpose(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def causal_attention(qkv: Tensor, n_head: int, dropout: float = 0.0, key: Key = ()) -> Tensor:
+    """Multi-head causal self-attention: queries, keys and values (B, T, 3C) -> (B, T, C).
+
+    softmax(q k^T / sqrt(D)) v in each head, every token looking at itself and those before it
+    (Vaswani et al. 2017, arXiv:1706.03762). `dropout` is the probability of dropping an attention
+    weight, `key` the draw it uses. Raises ValueError when the heads do not divide C.
+    """
+    b, t, width = qkv.shape
+    if width % (3 * n_head):
+        raise ValueError(f"causal_attention: {n_head} heads do not divide 3C = {width}")
+    q, k, v = split_heads(qkv.data, n_head)
+    out, log_total = attention_forward(q, k, v, dropout, key)  # (B, T, H, D), (B, H, T)
+
+    def backward(grad: Array) -> tuple[Array]:
+        dmixed = grad.reshape(out.shape)
+        dqkv = attention_backward(dmixed, q, k, v, out, log_total, dropout, key)
+        joined = array_module(grad).stack(dqkv)  # (3, B, H, T, D)
+        return (joined.transpose(1, 3, 0, 2, 4).reshape(b, t, width),)
+
+    return record("causal_attention", out.reshape(b, t, width // 3), [qkv], backward)
+
+
+def cached_attention(
+    qkv: Tensor, n_head: int, keys: Array, values: Array, starts: np.ndarray
+) -> Tensor:
+    """Causal self-attention of T new tokens, qkv (B, T, 3C), that also see older ones.
+
+    `keys` and `values` (B, H, capacity, D) hold `starts[b]` older tokens' in row b; the new tokens'
+    are written behind them, in place. Returns (B, T, C). For decoding only: raises RuntimeError
+    when a gradient is wanted, ValueError when the cache is full or has another number of rows.
+    """
+    if recording(qkv):
+        raise RuntimeError("a KV cache is for decoding: use it within no_grad()")
+    b, t, width = qkv.shape
+    if len(starts) != b:
+        raise ValueError(f"a KV cache of {len(starts)} rows for a batch of {b}")
+    if starts.max() + t > keys.shape[2]:
+        raise ValueError(f"the KV cache holds {keys.shape[2]} positions, not {starts.max() + t}")
+    q, k, v = split_heads(qkv.data, n_head)
+    alike = (starts == starts[0]).all()  # rows of one length go together, others one by one
+    groups = [slice(0, b)] if alike else [slice(row, row + 1) for row in range(b)]
+    outs = []
+    for rows in groups:
+        start = int(starts[rows.start])
+        end = start + t
+        keys[rows, :, start:end], values[rows, :, start:end] = k[rows], v[rows]
+        outs.append(attention_forward(q[rows], keys[rows, :, :end], values[rows, :, :end])[0])
+    out = outs[0] if alike else array_module(outs[0]).concatenate(outs)  # (B, T, H, D)
+    return Tensor(out.reshape(b, t, width // 3))
+
+
+# -------------------------------------------------------------------------------------- dropout
+
+
+def dropout(x: Tensor, p: float, key: Key) -> Tensor:
+    """Set elements to 0 with probability p and divide the others by 1 - p; any shape.
+
+    Which ones is a function of `key` alone (Srivastava et al. 2014). The factors are saved.
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout probability must be in [0, 1), not {p}")
+    if p == 0:
+        return x
+    factors = backend.dropout_factors(key, x.shape, p, array_module(x.data)).astype(x.dtype)
+    return record("dropout", x.data * factors, [x], lambda grad: (grad * factors,))
+
+
+# -------------------------------------------------------------------------------- cross-entropy
+
+
+@accelerated
+def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Sum over the rows of logits (N, V) of -log softmax(logits)[target], and its gradient.
+
+    Rows whose target is IGNORE count for nothing. The gradient of a row is softmax(row), minus 1
+    at the target: computed here, where the exponentials are at hand.
+    """
+    xp = array_module(logits)
+    counted = targets != IGNORE
+    rows = xp.arange(len(targets))
+    label = xp.where(counted, targets, 0)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    dlogits = xp.exp(shifted)
+    total = dlogits.sum(axis=-1, keepdims=True)  # (N, 1)
+    losses = xp.where(counted, xp.log(total[:, 0]) - shifted[rows, label], 0)
+    dlogits /= total
+    dlogits[rows, label] -= 1
+    dlogits *= counted[:, None]
+    return losses.sum(), dlogits
+
+
+def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
+    """Mean over targets (…) of -log softmax(logits (…, V))[target], in nats; a scalar tensor.
+
+    Targets of -100 are ignored. Raises ValueError when the shapes differ, a target is outside the
+    vocabulary, or none counts.
+    """
+    vocab_size = logits.shape[-1]
+    labels = _flat_targets(targets, logits.shape[:-1], vocab_size, logits.data)
+    count = _count_targets(labels)
+    total, dlogits = cross_entropy_forward(logits.data.reshape(-1, vocab_size), labels)
+    shape = logits.shape
+    return record(
+        "cross_entropy",
+        total / count,
+        [logits],
+        lambda grad: ((dlogits * (grad / count)).reshape(shape),),
+    )
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
+    """cross_entropy(x @ weight.T, targets) for x (…, C), weight (V, C), without keeping the logits.
+
+    Works through a block of rows at a time: its logits, their losses, and at once the gradients
+    they lead to, so that at most `LOGITS_AT_ONCE` logits exist at any moment. Backward then only
+    scales what the forward found. Raises as `cross_entropy` does.
+    """
+    vocab_size, channels = weight.shape
+    rows, w = x.data.reshape(-1, channels), weight.data  # (N, C)
+    labels = _flat_targets(targets, x.shape[:-1], vocab_size, x.data)
+    count = _count_targets(labels)
+    want_gradients = recording(x, weight)
+    xp = array_module(rows)
+    dx: Any = xp.empty_like(rows) if want_gradients else None  # (N, C)
+    dweight: Any = None  # (V, C)
+    loss = 0.0
+    block = max(1, LOGITS_AT_ONCE // vocab_size)
+    for start in range(0, len(rows), block):
+        part = slice(start, start + block)
+        logits = rows[part] @ w.T  # (block, V)
+        total, dlogits = cross_entropy_forward(logits, labels[part])
+        loss = loss + total
+        if want_gradients:
+            dlogits *= 1 / count
+            xp.matmul(dlogits, w, out=dx[part])
+            dw = dlogits.T @ rows[part]  # (V, C)
+            dweight = dw if dweight is None else xp.add(dweight, dw, out=dweight)
+    shape = x.shape
+
+    def backward(grad: Array) -> tuple[Array, Array]:
+        return (dx * grad).reshape(shape), dweight * grad
+
+    return record("linear_cross_entropy", loss / count, [x, weight], backward)
+
+
+def _flat_targets(targets: Any, shape: tuple[int, ...], vocab_size: int, like: Array) -> Array:
+    """Targets (…) as one row (N,) beside `like`; ValueError unless they fit `shape` and V."""
+    xp = array_module(like)
+    labels = xp.asarray(targets.data if isinstance(targets, Tensor) else targets)
+    if labels.shape != shape:
+        raise ValueError(f"cross_entropy: targets {labels.shape} for rows of shape {shape}")
+    labels = labels.reshape(-1)
+    check_ids(labels[labels != IGNORE] if xp is np else labels, vocab_size)
+    return labels
+
+
+def _count_targets(labels: Array) -> Any:
+    """How many targets count; ValueError when none does (a GPU would have to wait to be asked)."""
+    count = (labels != IGNORE).sum()
+    if isinstance(labels, np.ndarray):
+        if not count:
+            raise ValueError(f"cross_entropy: every target is ignored ({IGNORE})")
+        return int(count)
+    return count
