@@ -168,6 +168,7 @@ class KVCache:
         moves = [(source, row) for row, source in enumerate(sources) if source != row]
         if moves:
             old, new = zip(*moves, strict=True)
+            since = min(since, int(self.lengths[list(new)].min()))
             part = slice(since, int(self.lengths[list(old)].max()))
             self.data[:, :, list(new), :, part] = self.data[:, :, list(old), :, part]
             self.lengths[list(new)] = self.lengths[list(old)]
