@@ -1,0 +1,412 @@
+"""The data: where text comes from, how it becomes tokens, and which batches a run sees."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from micrograd_gpt import data
+from micrograd_gpt.data import Windows, encode_documents, fetch, load_corpus, load_documents
+from micrograd_gpt.errors import UserError
+from micrograd_gpt.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, WordTokenizer
+
+# ----------------------------------------------------------------------------------------------
+# Documents
+
+
+def test_pydocs_are_the_topics_sorted_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pydoc_data.topics
+
+    documents = load_documents("pydocs")
+    assert sum(map(len, documents)) > 100_000
+    monkeypatch.setattr(pydoc_data.topics, "topics", {"b": "second", "c": "", "a": "first"})
+    assert load_documents("pydocs") == ["first", "second"]
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(UserError, match="without its manual"):
+        load_documents("pydocs")
+
+
+def test_a_text_file_is_taken_byte_for_byte(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes("\ufeffone\r\ntwo\rthree\n é".encode())
+    assert load_documents(path) == load_documents(str(path)) == ["\ufeffone\r\ntwo\rthree\n é"]
+
+
+def test_a_name_with_a_folder_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pydocs").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    assert load_documents("./pydocs") == ["mine"]
+    assert load_documents("pydocs") != ["mine"]
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.MD", "a/b/c.rst", "a.txt", "empty.txt", "no.py", "a/no.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("" if name == "empty.txt" else name)
+    (tmp_path / "folder.txt").mkdir()
+    assert load_documents(tmp_path) == ["a.txt", "a/b/c.rst", "a/z.MD", "b.txt"]
+
+
+def test_what_holds_no_text_is_named(tmp_path: Path) -> None:
+    def refused(source: Path | str, message: str) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            load_documents(source)
+        assert "\n" not in str(caught.value)
+
+    bad, empty = tmp_path / "bad.txt", tmp_path / "empty.txt"
+    bad.write_bytes(b"caf\xc3\xa9 \xff")
+    empty.write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    refused(bad, rf"{re.escape(str(bad))} is not UTF-8 text: byte 0xff at offset 6")
+    refused(tmp_path, "byte 0xff at offset 6")
+    refused(empty, f"the text of {re.escape(str(empty))} is empty")
+    refused(tmp_path / "folder", r"no \*\.txt, \*\.md, \*\.rst file is under .*folder")
+    refused("shakspeare", "there is no data 'shakspeare': give pydocs, shakespeare, or the path")
+
+
+# ----------------------------------------------------------------------------------------------
+# The download, from a server on this machine
+
+BODY = bytes(range(256)) * 1000
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves BODY. `answers` says how, one entry a request; `ranges` notes what was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/input.txt"
+        self.answers: list[str] = []
+        self.bodies_sent = 0
+        self.ranges: list[str | None] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.ranges.append(asked := self.headers["Range"])
+        answer = self.server.answers.pop(0)
+        if answer == "missing":
+            self.send_error(404)
+            return
+        if answer == "endless":
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                for _ in range(200):
+                    self.wfile.write(BODY)
+                    self.server.bodies_sent += 1
+            return
+        start = int(asked[6:-1]) if asked and answer != "no ranges" else 0
+        body = BODY[start:] if answer != "other" else BODY[:-1] + b"!"
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:100_000] if answer == "truncated" else body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])  # seconds between polls
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def fetch_body(server: Server, path: Path, *answers: str) -> None:
+    server.answers += answers
+    fetch(server.url, path, len(BODY), SHA256)
+
+
+def test_a_download_is_kept_and_not_repeated(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "input.txt"
+    fetch_body(server, path, "whole")
+    fetch_body(server, path)
+    assert path.read_bytes() == BODY and server.ranges == [None]
+    path.write_bytes(BODY[:-1])  # damaged in the cache: fetched again
+    fetch_body(server, path, "whole")
+    assert path.read_bytes() == BODY
+    assert [p.name for p in path.parent.iterdir()] == ["input.txt"]
+
+
+def test_a_truncated_download_is_resumed(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "input.txt"
+    with pytest.raises(UserError, match="stopped after 100,000 of 256,000 bytes: run this again"):
+        fetch_body(server, path, "truncated")
+    assert not path.exists() and (tmp_path / "input.txt.part").stat().st_size == 100_000
+    with pytest.raises(UserError, match="stopped after 200,000"):
+        fetch_body(server, path, "truncated")
+    fetch_body(server, path, "whole")
+    assert path.read_bytes() == BODY
+    assert server.ranges == [None, "bytes=100000-", "bytes=200000-"]
+
+
+@pytest.mark.parametrize(
+    ("part", "answer", "asked"),
+    [
+        (BODY[:7], "no ranges", ["bytes=7-"]),  # a server that only sends whole files
+        (BODY + b"more", "whole", [None]),  # a part of something else
+        (BODY, "", []),  # whole already, but not yet renamed
+    ],
+)
+def test_a_part_is_used_for_what_it_is(
+    part: bytes, answer: str, asked: list[str | None], server: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "input.txt.part").write_bytes(part)
+    fetch_body(server, tmp_path / "input.txt", *[answer] * len(asked))
+    assert (tmp_path / "input.txt").read_bytes() == BODY and server.ranges == asked
+
+
+def test_other_bytes_than_expected_are_thrown_away(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "input.txt"
+    with pytest.raises(UserError, match="did not send the expected file"):
+        fetch_body(server, path, "other")
+    (tmp_path / "input.txt.part").write_bytes(b"foreign")
+    with pytest.raises(UserError, match="did not send the expected file"):
+        fetch_body(server, path, "whole")
+    assert list(tmp_path.iterdir()) == []
+    fetch_body(server, path, "whole")
+    assert server.ranges == [None, "bytes=7-", None]
+
+
+def test_an_endless_download_is_cut_off(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did not send the expected file"):
+        fetch_body(server, tmp_path / "input.txt", "endless")
+    server.server_close()  # waits until the answer has ended
+    assert server.bodies_sent < 200
+
+
+def test_a_download_refused_or_unreachable_is_one_line(server: Server, tmp_path: Path) -> None:
+    def refused(call: Callable[[], None], message: str) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            call()
+        assert "--data PATH" in str(caught.value) and "\n" not in str(caught.value)
+        assert not (tmp_path / "input.txt").exists()
+
+    refused(lambda: fetch_body(server, tmp_path / "input.txt", "missing"), "HTTP 404 Not Found")
+    with socket.create_server(("127.0.0.1", 0)) as unused:  # its port answers nobody once closed
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
+    refused(lambda: fetch(url, tmp_path / "input.txt", 1, SHA256), "no network")
+    (tmp_path / "file").write_text("")
+    refused(lambda: fetch(url, tmp_path / "file" / "input.txt", 1, SHA256), "cannot fetch .* to ")
+
+
+def test_shakespeare_is_read_from_the_cache(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = BODY.replace(bytes(range(128, 256)), b"")
+    (tmp_path / "micrograd-gpt").mkdir()
+    (tmp_path / "micrograd-gpt" / "shakespeare.txt").write_bytes(body)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(data, "SHAKESPEARE_URL", server.url)
+    monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(body).hexdigest())
+    assert load_documents("shakespeare") == [body.decode()]
+    assert server.ranges == []
+
+
+# ----------------------------------------------------------------------------------------------
+# Tokens
+
+
+def test_documents_are_told_apart() -> None:
+    byte, word = ByteTokenizer(), WordTokenizer.from_text("a b")
+    assert encode_documents(["ab", "c"], byte).tolist() == [97, 98, 256, 99, 256]
+    assert encode_documents(["ab"], byte).tolist() == [97, 98]
+    a, b = word.encode("a")[0], word.encode("b")[0]
+    assert encode_documents(["a", "b"], word).tolist() == [a, 0, b, 0]
+    char = CharTokenizer.from_text("ab\n")
+    assert char.decode(encode_documents(["ab", "b"], char)) == "ab\n\nb"
+    assert encode_documents(["<|endoftext|>"], GPT2Tokenizer()).max() < 50256  # text, not a token
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
+def test_ids_take_two_bytes_where_they_fit(size: int, dtype: type) -> None:
+    characters = [chr(c) for c in range(0x10000, 0x10000 + size)]
+    ids = encode_documents([characters[-1]], CharTokenizer(characters))
+    assert ids.dtype == dtype and ids.tolist() == [size - 1]
+
+
+@pytest.mark.parametrize("name", ["char", "byte", "word", "gpt2"])
+def test_a_corpus_is_split_by_position(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The cat sat. " * 20)
+    (tmp_path / "b.txt").write_text("It ran off!" * 20)  # neither holds a line end: it is added
+    corpus = load_corpus(tmp_path, name, validation_fraction=0.25)
+    ids = np.concatenate([corpus.train, corpus.validation])
+    np.testing.assert_array_equal(ids, encode_documents(load_documents(tmp_path), corpus.tokenizer))
+    assert len(corpus.train) == int(0.75 * len(ids)) and corpus.name == str(tmp_path)
+    assert corpus.tokenizer.name == name
+    again = load_corpus(tmp_path, corpus.tokenizer)
+    assert again.tokenizer is corpus.tokenizer and len(again.train) == int(0.9 * len(ids))
+
+
+def test_a_corpus_that_cannot_be_split_or_encoded(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    for fraction in (0, 1, -0.1, 1.1):
+        with pytest.raises(UserError, match="validation_fraction must be between 0 and 1"):
+            load_corpus(tmp_path, "char", fraction)
+    with pytest.raises(UserError, match="'c' at position 2"):
+        load_corpus(tmp_path, CharTokenizer.from_text("ab"))
+    with pytest.raises(UserError, match="choose one of char"):
+        load_corpus(tmp_path, "bpe")
+
+
+# ----------------------------------------------------------------------------------------------
+# Windows
+
+
+def epoch_starts(windows: Windows, seed: int, epoch: int) -> np.ndarray:
+    """Where the windows of an epoch start, in the order they come in (tokens must be 0, 1, ...)."""
+    ids, _ = windows.batch(seed, epoch, len(windows))
+    return ids[:, 0]
+
+
+@given(
+    block_size=st.integers(1, 9),
+    stride=st.none() | st.integers(1, 12),
+    extra=st.integers(0, 400),
+    seed=st.integers(-(2**70), 2**70),
+    epoch=st.integers(0, 10**9),
+)
+def test_an_epoch_is_every_window_once(
+    block_size: int, stride: int | None, extra: int, seed: int, epoch: int
+) -> None:
+    tokens = np.arange(block_size + 1 + extra, dtype=np.uint16)
+    windows = Windows(tokens, block_size, stride)
+    stride = stride or block_size
+    starts = np.sort(epoch_starts(windows, seed, epoch))
+    offset = starts[0]
+    assert 0 <= offset < stride
+    np.testing.assert_array_equal(starts, offset + stride * np.arange(len(windows)))
+    assert starts[-1] + block_size + 1 <= len(tokens)
+    # No more windows would fit at every offset.
+    assert len(windows) == 1 or len(tokens) < (len(windows) + 2) * stride + block_size
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 1024, 65_537])
+def test_the_shuffle_is_one_to_one(size: int) -> None:
+    windows = Windows(np.arange(size + 1, dtype=np.uint32), block_size=1)
+    assert len(windows) == size
+    assert sorted(epoch_starts(windows, 3, 4)) == list(range(size))
+
+
+@pytest.mark.parametrize("constant", [0, 2**32, 2**64 - 1])
+@pytest.mark.parametrize("size", [5, 1000])
+def test_the_shuffle_is_one_to_one_whatever_the_hash(
+    size: int, constant: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_mix", lambda x: np.full_like(x, constant))
+    windows = Windows(np.arange(size + 1), block_size=1)
+    assert sorted(epoch_starts(windows, 0, 0)) == list(range(size))
+
+
+def test_the_shuffle_shuffles() -> None:
+    """Every window comes at every place about equally often, over seeds and over epochs."""
+    windows = Windows(np.arange(21), block_size=1)
+    by_seed = [epoch_starts(windows, seed, 0) for seed in range(4000)]
+    by_epoch = [epoch_starts(windows, 0, epoch) for epoch in range(4000)]
+    for orders in (by_seed, by_epoch):
+        counts = np.zeros((20, 20))
+        for order in orders:
+            counts[np.arange(20), order] += 1
+        # 200 each are expected. Chance alone: a standard deviation of 14, so 5 of them.
+        assert abs(counts - 200).max() < 70
+    assert len({tuple(order) for order in by_seed + by_epoch}) == 7999  # (0, 0) is in both
+
+
+@pytest.mark.parametrize(("size", "orders"), [(1, 1), (2, 2), (3, 6), (4, 24), (5, 120)])
+def test_every_order_of_a_few_windows_comes(size: int, orders: int) -> None:
+    windows = Windows(np.arange(size + 1), block_size=1)
+    assert len({tuple(epoch_starts(windows, 0, epoch)) for epoch in range(2000)}) == orders
+
+
+def test_neighbours_are_parted() -> None:
+    order = epoch_starts(Windows(np.arange(5001), block_size=1), 0, 0)
+    assert abs(np.corrcoef(np.arange(5000), order)[0, 1]) < 0.06  # 4 standard deviations
+    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.06
+
+
+def test_targets_are_the_inputs_shifted() -> None:
+    tokens = np.random.default_rng(0).integers(0, 65_536, 1000).astype(np.uint16)
+    windows = Windows(tokens, block_size=8, stride=3)
+    ids, targets = windows.batch(seed=1, step=2, batch_size=5)
+    assert ids.shape == targets.shape == (5, 8)
+    assert ids.dtype == targets.dtype == np.int64
+    assert ids.flags.c_contiguous and targets.flags.c_contiguous
+    np.testing.assert_array_equal(ids[:, 1:], targets[:, :-1])
+    text = tokens.astype("<u2").tobytes()
+    for row, target in zip(ids, targets, strict=True):
+        assert np.append(row, target[-1]).astype("<u2").tobytes() in text
+
+
+def test_batches_are_a_function_of_seed_and_step() -> None:
+    tokens = np.arange(700, dtype=np.uint16)
+    one, other = Windows(tokens, 8), Windows(tokens, 8)
+    batches = [one.batch(7, step, 12)[0] for step in range(30)]  # 3.6 epochs
+    for step in reversed(range(30)):  # asked for in another order, of another object
+        np.testing.assert_array_equal(other.batch(7, step, 12)[0], batches[step])
+    # The rows follow one another, whatever the batch size.
+    np.testing.assert_array_equal(np.concatenate(batches)[:350], one.batch(7, 0, 350)[0])
+    assert not np.array_equal(one.batch(8, 0, 12)[0], batches[0])
+
+
+def test_epochs_move_the_windows() -> None:
+    windows = Windows(np.arange(400), block_size=8)
+    offsets = {int(epoch_starts(windows, 0, epoch).min()) for epoch in range(200)}
+    assert offsets == set(range(8))
+
+
+def test_a_stream_of_one_window() -> None:
+    ids, targets = Windows(np.arange(5), block_size=4).batch(0, 3, 2)
+    assert ids.tolist() == [[0, 1, 2, 3]] * 2 and targets.tolist() == [[1, 2, 3, 4]] * 2
+    with pytest.raises(UserError, match="4 tokens are too few for --block-size 4, which takes 5"):
+        Windows(np.arange(4), block_size=4)
+    for block_size, stride in ((0, None), (4, 0)):
+        with pytest.raises(UserError, match="must be 1 or more"):
+            Windows(np.arange(9), block_size, stride)
+
+
+def test_a_memory_mapped_stream(tmp_path: Path) -> None:
+    tokens = np.arange(1000, dtype=np.uint16)
+    tokens.tofile(tmp_path / "tokens.bin")
+    mapped = np.memmap(tmp_path / "tokens.bin", np.uint16, mode="r")
+    ids, targets = Windows(mapped, 8).batch(0, 0, 4)
+    assert type(ids) is type(targets) is np.ndarray
+    np.testing.assert_array_equal(ids, Windows(tokens, 8).batch(0, 0, 4)[0])
+
+
+def test_evenly_spaced_windows_are_fixed() -> None:
+    windows = Windows(np.arange(801), block_size=8)  # 100 less 1, for the offset
+    assert len(windows) == 99
+
+    def starts(count: int, batch_size: int) -> list[list[int]]:
+        batches = list(windows.evenly_spaced(count, batch_size))
+        for ids, targets in batches:
+            assert ids.dtype == np.int64 and ids.shape[1] == 8
+            np.testing.assert_array_equal(ids + 1, targets)
+        return [ids[:, 0].tolist() for ids, _ in batches]
+
+    assert starts(2, 3) == [[0, 128, 264], [392, 528, 656]]  # windows 0, 16, 33, 49, 66, 82
+    assert starts(2, 3) == starts(2, 3)
+    everything = starts(100, 40)
+    assert [len(batch) for batch in everything] == [40, 40, 19]
+    assert [start for batch in everything for start in batch] == list(range(0, 99 * 8, 8))
+    assert starts(0, 3) == []
