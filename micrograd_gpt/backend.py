@@ -20,7 +20,7 @@ Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray; CuPy need not be instal
 Key: TypeAlias = tuple[int, ...]  # names one random draw: the same key gives the same numbers
 
 DEVICES = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
-DROPOUT_ROWS = 64  # rows of attention weights that share one random draw
+DROPOUT_ROWS = 128  # rows of attention weights that share one random draw
 
 
 def resolve_device(name: str) -> str:

@@ -25,9 +25,15 @@ from micrograd_gpt.kernels import accelerated
 from micrograd_gpt.tensor import Tensor, record, recording
 
 IGNORE = -100  # a target that counts for nothing, as in PyTorch and Transformers
-LOGITS_AT_ONCE = 2**25  # how many logits linear_cross_entropy holds at a time: 128 MB in float32
+LOGITS_AT_ONCE = 2**26  # how many logits linear_cross_entropy holds at a time: 256 MB in float32
 
 # --------------------------------------------------------------------------------------- linear
+
+
+@accelerated
+def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
+    """a (n, k) @ b (k, m) -> (n, m)."""
+    return array_module(a).matmul(a, b, out=out)
 
 
 @accelerated
@@ -71,6 +77,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 # ------------------------------------------------------------------------------------ embedding
 
 
+@accelerated
+def embedding_backward(grad: Array, ids: Array, vocab_size: int) -> Array:
+    """Gradient of weight (V, C): each row of grad (…, C) added where its id (…) says."""
+    xp = array_module(grad)
+    dweight = xp.zeros((vocab_size, grad.shape[-1]), grad.dtype)
+    xp.add.at(dweight, ids, grad)  # a token that occurs twice gets both gradients
+    return dweight
+
+
 def embedding(ids: Any, weight: Tensor) -> Tensor:
     """Rows of weight (V, C) picked by integer ids (…) -> (…, C).
 
@@ -79,14 +94,12 @@ def embedding(ids: Any, weight: Tensor) -> Tensor:
     xp = array_module(weight.data)
     ids = xp.asarray(ids.data if isinstance(ids, Tensor) else ids)
     check_ids(ids, weight.shape[0])
-    w = weight.data
+    vocab_size = weight.shape[0]
 
     def backward(grad: Array) -> tuple[Array]:
-        dweight = xp.zeros(w.shape, w.dtype)
-        xp.add.at(dweight, ids, grad)  # a token that occurs twice gets both gradients
-        return (dweight,)
+        return (embedding_backward(grad, ids, vocab_size),)
 
-    return record("embedding", w[ids], [weight], backward)
+    return record("embedding", weight.data[ids], [weight], backward)
 
 
 def check_ids(ids: Array, vocab_size: int) -> None:
@@ -229,14 +242,15 @@ def causal_mask(n_queries: int, n_keys: int, xp: Any = np) -> Array:
 def attention_dropout(key: Key, shape: tuple[int, ...], p: float, xp: Any = np) -> Array:
     """Factors 0 or 1/(1-p) for attention weights (B, H, T, T), made again alike in the backward.
 
-    Each head's tile of `DROPOUT_ROWS` rows is a draw of its own, so that a kernel that never holds
-    all T × T weights can make just the rows it is at.
+    Each head's tile of `DROPOUT_ROWS` rows, up to the diagonal, is a draw of its own: a kernel that
+    never holds all T × T weights makes just the rows it is at.
     """
     b, h, rows, columns = shape
-    factors = xp.empty((b * h, rows, columns), np.float32)
+    factors = xp.ones((b * h, rows, columns), np.float32)
     for head in range(b * h):
         for start in range(0, rows, backend.DROPOUT_ROWS):
-            tile = factors[head, start : start + backend.DROPOUT_ROWS]
+            end = start + backend.DROPOUT_ROWS
+            tile = factors[head, start:end, :end]
             tile[:] = backend.dropout_factors((*key, head, start), tile.shape, p, xp)
     return factors.reshape(shape)
 
@@ -271,10 +285,15 @@ def attention_backward(
     v: Array,
     out: Array,
     log_total: Array,
+    dq: Array,
+    dk: Array,
+    dv: Array,
     dropout: float = 0.0,
     key: Key = (),
-) -> tuple[Array, Array, Array]:
-    """Gradients of q, k and v, each (B, H, T, D). Saved: q, k, v, the output and log_total.
+) -> None:
+    """Gradients of q, k and v, written into dq, dk and dv, each (B, H, T, D).
+
+    Saved: q, k, v, the output and log_total.
 
     The weights are computed again from the scores: exp(score - log_total). The softmax's backward
     needs the sum of weight × dweight along each row, which equals output · grad (Dao et al. 2022,
@@ -291,10 +310,11 @@ def attention_backward(
     if dropout:
         factors = attention_dropout(key, weights.shape, dropout, xp)
         dropped, dweights = weights * factors, dweights * factors
-    dv = dropped.swapaxes(-1, -2) @ dmixed
+    dv[...] = dropped.swapaxes(-1, -2) @ dmixed
     row_sums = (grad * out).sum(axis=-1).swapaxes(1, 2)[..., None]  # (B, H, T, 1)
     dscores = weights * (dweights - row_sums) * scale
-    return dscores @ k, dscores.swapaxes(-1, -2) @ q, dv
+    dq[...] = dscores @ k
+    dk[...] = dscores.swapaxes(-1, -2) @ q
 
 
 def split_heads(qkv: Array, n_head: int) -> tuple[Array, Array, Array]:
@@ -319,9 +339,10 @@ def causal_attention(qkv: Tensor, n_head: int, dropout: float = 0.0, key: Key = 
 
     def backward(grad: Array) -> tuple[Array]:
         dmixed = grad.reshape(out.shape)
-        dqkv = attention_backward(dmixed, q, k, v, out, log_total, dropout, key)
-        joined = array_module(grad).stack(dqkv)  # (3, B, H, T, D)
-        return (joined.transpose(1, 3, 0, 2, 4).reshape(b, t, width),)
+        dqkv = array_module(grad).empty((b, t, width), grad.dtype)
+        parts = split_heads(dqkv, n_head)  # dq, dk, dv: views, each (B, H, T, D)
+        attention_backward(dmixed, q, k, v, out, log_total, *parts, dropout, key)
+        return (dqkv,)
 
     return record("causal_attention", out.reshape(b, t, width // 3), [qkv], backward)
 
@@ -375,11 +396,14 @@ def dropout(x: Tensor, p: float, key: Key) -> Tensor:
 
 
 @accelerated
-def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
+def cross_entropy_forward(
+    logits: Array, targets: Array, scale: float = 1.0, out: Array | None = None
+) -> tuple[Array, Array]:
     """Sum over the rows of logits (N, V) of -log softmax(logits)[target], and its gradient.
 
     Rows whose target is IGNORE count for nothing. The gradient of a row is softmax(row), minus 1
-    at the target: computed here, where the exponentials are at hand.
+    at the target: computed here, where the exponentials are at hand, and multiplied by `scale`.
+    It goes into `out`, which may be `logits` itself.
     """
     xp = array_module(logits)
     counted = targets != IGNORE
@@ -391,7 +415,7 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
     losses = xp.where(counted, xp.log(total[:, 0]) - shifted[rows, label], 0)
     dlogits /= total
     dlogits[rows, label] -= 1
-    dlogits *= counted[:, None]
+    dlogits = xp.multiply(dlogits, scale * counted[:, None], out=out, dtype=logits.dtype)
     return losses.sum(), dlogits
 
 
@@ -417,7 +441,7 @@ def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     """cross_entropy(x @ weight.T, targets) for x (…, C), weight (V, C), without keeping the logits.
 
-    Works through a block of rows at a time: its logits, their losses, and at once the gradients
+    Works through some rows at a time: its logits, their losses, and at once the gradients
     they lead to, so that at most `LOGITS_AT_ONCE` logits exist at any moment. Backward then only
     scales what the forward found. Raises as `cross_entropy` does.
     """
@@ -430,21 +454,23 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     dx: Any = xp.empty_like(rows) if want_gradients else None  # (N, C)
     dweight: Any = None  # (V, C)
     loss = 0.0
-    block = max(1, LOGITS_AT_ONCE // vocab_size)
-    for start in range(0, len(rows), block):
-        part = slice(start, start + block)
-        logits = rows[part] @ w.T  # (block, V)
-        total, dlogits = cross_entropy_forward(logits, labels[part])
+    parts = -(-len(rows) * vocab_size // LOGITS_AT_ONCE)
+    size = max(1, len(rows) // parts)
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        logits = matmul(rows[part], w.T)  # (size, V)
+        total, dlogits = cross_entropy_forward(logits, labels[part], 1 / count, out=logits)
         loss = loss + total
         if want_gradients:
-            dlogits *= 1 / count
-            xp.matmul(dlogits, w, out=dx[part])
-            dw = dlogits.T @ rows[part]  # (V, C)
+            matmul(dlogits, w, out=dx[part])
+            dw = matmul(dlogits.T, rows[part])  # (V, C)
             dweight = dw if dweight is None else xp.add(dweight, dw, out=dweight)
     shape = x.shape
 
     def backward(grad: Array) -> tuple[Array, Array]:
-        return (dx * grad).reshape(shape), dweight * grad
+        for array in (dx, dweight):
+            array *= grad
+        return dx.reshape(shape), dweight
 
     return record("linear_cross_entropy", loss / count, [x, weight], backward)
 

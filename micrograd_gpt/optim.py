@@ -11,36 +11,37 @@ from micrograd_gpt.tensor import Tensor
 
 
 @accelerated
-def sum_of_squares(array: Array) -> Array:
-    """The sum of the squares of all elements, a scalar array."""
-    return (array * array).sum()
+def sum_of_squares(arrays: list[Array]) -> Array:
+    """The sum of the squares of all elements of all arrays, a scalar."""
+    return sum((array * array).sum() for array in arrays)
 
 
 @accelerated
 def adamw_update(
-    p: Array,
-    grad: Array,
-    m: Array,
-    v: Array,
+    parameters: list[Array],
+    grads: list[Array],
+    ms: list[Array],
+    vs: list[Array],
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
-    decay: float,
+    decays: list[float],
     step: int,
 ) -> None:
-    """One step of AdamW on one parameter, in place: p, and the moments m and v of its gradient.
+    """One step of AdamW on all parameters, in place: each p, and the moments m and v of its grad.
 
     Algorithm 2 of Loshchilov & Hutter 2019 (arXiv:1711.05101), as PyTorch orders it; `step` counts
-    from 1 and `decay` is the weight decay, applied as p -= lr * decay * p.
+    from 1 and decay is the weight decay, applied as p -= lr * decay * p.
     """
-    xp = array_module(p)
-    p *= 1 - lr * decay
-    m += (1 - beta1) * (grad - m)
-    v += (1 - beta2) * (grad * grad - v)
-    m_hat_scale = lr / (1 - beta1**step)
-    v_hat_scale = 1 / math.sqrt(1 - beta2**step)
-    p -= m_hat_scale * m / (xp.sqrt(v) * v_hat_scale + eps)
+    for p, grad, m, v, decay in zip(parameters, grads, ms, vs, decays, strict=True):
+        m *= beta1
+        m += (1 - beta1) * grad
+        v *= beta2
+        v += (1 - beta2) * grad * grad
+        m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
+        p *= 1 - lr * decay
+        p -= lr * m_hat / (array_module(p).sqrt(v_hat) + eps)
 
 
 class AdamW:
@@ -74,11 +75,16 @@ class AdamW:
     def step(self) -> None:
         """Update every parameter that has a gradient."""
         self.steps += 1
-        for p, m, v in zip(self.parameters, self.m, self.v, strict=True):
-            if p.grad is None:
-                continue
-            decay = self.weight_decay if p.ndim >= 2 else 0.0
-            adamw_update(p.data, p.grad, m, v, self.lr, *self.betas, self.eps, decay, self.steps)
+        rows = [
+            (p.data, p.grad, m, v, self.weight_decay if p.ndim >= 2 else 0.0)
+            for p, m, v in zip(self.parameters, self.m, self.v, strict=True)
+            if p.grad is not None
+        ]
+        if rows:
+            parameters, grads, ms, vs, decays = (list(column) for column in zip(*rows, strict=True))
+            adamw_update(
+                parameters, grads, ms, vs, self.lr, *self.betas, self.eps, decays, self.steps
+            )
 
     def zero_grad(self) -> None:
         """Forget all gradients; the next backward starts them anew."""
@@ -93,7 +99,7 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
     finite is returned as it is, and nothing is scaled.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = math.sqrt(float(sum(sum_of_squares(grad) for grad in grads)))
+    norm = math.sqrt(float(sum_of_squares(grads))) if grads else 0.0
     if math.isfinite(norm) and norm > max_norm:
         for grad in grads:
             grad *= max_norm / norm

@@ -35,8 +35,8 @@ def definitions_only() -> Iterator[None]:
 def accelerated(definition: F) -> F:
     """Let the kernel of the same name stand in for `definition` where there is one.
 
-    The device is that of the first argument, an array. The definition itself stays reachable as
-    `function.__wrapped__`.
+    The device is that of the first argument, an array or a list of them. The definition itself
+    stays reachable as `function.__wrapped__`.
     """
     kernel = getattr(cpu, definition.__name__, None)
     if kernel is None:
@@ -44,7 +44,8 @@ def accelerated(definition: F) -> F:
 
     @functools.wraps(definition)
     def dispatch(array: Any, *args: Any, **kwargs: Any) -> Any:
-        if device_of(array) == "cpu" and _KERNELS.get():
+        first = array[0] if isinstance(array, list) else array
+        if device_of(first) == "cpu" and _KERNELS.get():
             return kernel(array, *args, **kwargs)
         return definition(array, *args, **kwargs)
 

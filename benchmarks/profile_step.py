@@ -1,0 +1,123 @@
+"""Where the time of a training step goes.
+
+    python benchmarks/profile_step.py                              # GPT-2 124M, 2 × 512 tokens
+    python benchmarks/profile_step.py --size tiny --batch 12 --context 64
+
+Times every kernel of the product's own training step from outside, forward and backward, and sets
+it against the work it does: floating-point operations for what multiplies matrices, bytes that have
+to be read and written at least once for the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from micrograd_gpt import functional as F
+from micrograd_gpt import optim
+from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config
+
+SHAPES = {**SIZES, "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 65}}
+
+
+def attention_flops(products: int, q: np.ndarray) -> float:
+    """Of `products` causal T × T × D matrix products in every head."""
+    b, h, t, d = q.shape
+    return products * 2 * b * h * t * t * d / 2
+
+
+# (module, function): work of a call, in floating-point operations (flops) or bytes
+WORK: dict[tuple[Any, str], tuple[str, Callable[..., float]]] = {
+    (F, "linear_forward"): ("flops", lambda x, w, b: 2 * len(x) * w.size),
+    (F, "linear_backward"): ("flops", lambda g, x, w: 4 * len(x) * w.size),
+    (F, "matmul"): ("flops", lambda a, b, out=None: 2 * a.size * b.shape[1]),
+    (F, "attention_forward"): ("flops", lambda q, *_: attention_flops(2, q)),
+    (F, "attention_backward"): ("flops", lambda g, q, *_: attention_flops(5, q)),
+    (F, "layer_norm_forward"): ("bytes", lambda x, *_: 2 * x.nbytes),
+    (F, "layer_norm_backward"): ("bytes", lambda g, x, *_: 3 * x.nbytes),
+    (F, "gelu_forward"): ("bytes", lambda x: 2 * x.nbytes),
+    (F, "gelu_backward"): ("bytes", lambda g, x: 3 * x.nbytes),
+    (F, "cross_entropy_forward"): ("bytes", lambda x, *_, **__: 2 * x.nbytes),
+    (F, "embedding_backward"): ("bytes", lambda g, ids, v: 4 * v * g.shape[-1]),
+    (optim, "sum_of_squares"): ("bytes", lambda a: sum(x.nbytes for x in a)),
+    (optim, "adamw_update"): ("bytes", lambda p, *_: 7 * sum(x.nbytes for x in p)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SHAPES, default="124M")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=5)
+    args = parser.parse_args()
+
+    seconds: dict[str, list[float]] = defaultdict(list)
+    work: dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
+    now = {"step": 0}
+
+    def timed(name: str, function: Callable[..., Any], amount: Callable[..., float]) -> Any:
+        def call(*inputs: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*inputs, **options)
+            seconds[name][now["step"]] += time.perf_counter() - start
+            work[name] += amount(*inputs, **options)
+            calls[name] += 1
+            return result
+
+        seconds[name] = [0.0] * (args.steps + 1)
+        return call
+
+    for (module, name), (_, amount) in WORK.items():
+        setattr(module, name, timed(name, getattr(module, name), amount))
+
+    model = GPT2(GPT2Config(**SHAPES[args.size]))
+    optimizer = optim.AdamW(model.parameters())
+    rng = np.random.default_rng(0)
+    shape = (args.batch, args.context)
+    phases: dict[str, list[float]] = defaultdict(list)
+    for step in range(args.steps + 1):  # the first one fetches the memory, and is not counted
+        now["step"] = step
+        ids, targets = rng.integers(0, model.config.vocab_size, (2, *shape))
+        times = [time.perf_counter()]
+        loss = model.loss(ids, targets)
+        times.append(time.perf_counter())
+        loss.backward()
+        times.append(time.perf_counter())
+        optim.clip_grad_norm(optimizer.parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter())
+        for phase, a, b in zip(("forward", "backward", "update"), times, times[1:], strict=False):
+            phases[phase].append(b - a)
+
+    def median(values: list[float]) -> float:
+        return float(np.median(values[1:]))
+
+    total = sum(median(times) for times in phases.values())
+    tokens = args.batch * args.context
+    print(
+        f"{args.size}, {args.batch} × {args.context} tokens: {total * 1e3:.1f} ms a step, "
+        f"{tokens / total:,.0f} tokens/s, median of {args.steps}\n"
+    )
+    print("| operation | calls | ms | % of step | rate |\n| --- | ---: | ---: | ---: | ---: |")
+    for (_, name), (unit, _) in sorted(WORK.items(), key=lambda w: -median(seconds[w[0][1]])):
+        spent = median(seconds[name])
+        rate = work[name] / (args.steps + 1) / max(spent, 1e-12) / 1e9
+        shown = f"{rate:.0f} GFLOP/s" if unit == "flops" else f"{rate:.0f} GB/s"
+        row = (name, calls[name] // (args.steps + 1), f"{spent * 1e3:.1f}", f"{spent / total:.1%}")
+        print("| " + " | ".join(map(str, (*row, shown))) + " |")
+    rest = total - sum(median(times) for times in seconds.values())
+    print(f"| everything else | | {rest * 1e3:.1f} | {rest / total:.1%} | |")
+    parts = ", ".join(f"{name} {median(times) * 1e3:.1f} ms" for name, times in phases.items())
+    print(f"\n{parts}")
+
+
+if __name__ == "__main__":
+    main()
