@@ -20,7 +20,9 @@ from micrograd_gpt.kernels.threads import cores, keep_freed_memory, parallel
 
 Array = np.ndarray
 
-BLOCK = 2**16  # elements that stay in a core's cache through several operations: 256 KB in float32
+# Elements worked on at a time: few enough to stay in the cache through several operations, and
+# enough that the threads, who hand the interpreter's lock around between them, seldom meet.
+BLOCK = 2**18  # 1 MB in float32
 SMALL = 2**15  # with fewer elements than this, waking another thread takes longer than it saves
 FEW_ROWS = 16  # with fewer rows a product is bound by memory, and BLAS's own threads do it best
 
@@ -28,12 +30,12 @@ keep_freed_memory()
 
 
 def _row_blocks(rows: int, width: int) -> list[slice]:
-    """Cut `rows` rows of `width` elements into blocks that fit the cache.
+    """Cut `rows` rows of `width` elements into blocks that fit the cache, as many for each core."""
+    return _cut(rows, _block_count(rows * width))
 
-    How they are cut depends on the shape alone, never on the number of cores: so do the sums.
-    """
-    count = 1 if rows * width <= SMALL else max(2, -(-rows * width // BLOCK))
-    return _cut(rows, count)
+
+def _block_count(size: int) -> int:
+    return 1 if size <= SMALL else cores() * -(-size // (BLOCK * cores()))
 
 
 def _cut(length: int, count: int) -> list[slice]:
@@ -226,7 +228,7 @@ def attention_forward(
     past = k.shape[2] - t  # keys that stand before the first query
     out, log_total = np.empty((b, t, h, d), q.dtype), np.empty((b, h, t), q.dtype)
     mixed = out.swapaxes(1, 2)  # (B, H, T, D)
-    groups = _head_groups(b, h, min(t, ROWS) * k.shape[2])
+    groups = _head_groups(b, h, _block_count(b * h * min(t, ROWS) * k.shape[2]))
 
     def group(i: int) -> None:
         heads = groups[i]
@@ -264,7 +266,7 @@ def attention_backward(
     b, h, t, d = q.shape
     dmixed, mixed = grad.swapaxes(1, 2), out.swapaxes(1, 2)  # (B, H, T, D)
     scale = 1 / math.sqrt(d)
-    groups = _head_groups(b, h, min(t, ROWS) * t)
+    groups = _head_groups(b, h, _block_count(b * h * min(t, ROWS) * t))
 
     def group(i: int) -> None:
         heads = groups[i]
@@ -312,12 +314,11 @@ def _query_blocks(t: int) -> list[slice]:
     return [slice(start, min(start + ROWS, t)) for start in range(0, t, ROWS)]
 
 
-def _head_groups(b: int, h: int, scores: int) -> list[tuple[slice, slice]]:
-    """Batches and heads to work on together: as many as keep `scores` each within two blocks."""
-    together = max(1, 2 * BLOCK // scores)
-    if together >= h:
-        return [(batches, slice(0, h)) for batches in _cut(b, -(-b * h // together))]
-    return [(slice(i, i + 1), heads) for i in range(b) for heads in _cut(h, -(-h // together))]
+def _head_groups(b: int, h: int, count: int) -> list[tuple[slice, slice]]:
+    """Cut B batches of H heads into `count` groups or a few more: whole batches or heads of one."""
+    if count <= b:
+        return [(batches, slice(0, h)) for batches in _cut(b, count)]
+    return [(slice(i, i + 1), heads) for i in range(b) for heads in _cut(h, -(-count // b))]
 
 
 def _dropout_tiles(
