@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -261,7 +261,7 @@ class GPT2(Module):
     """
 
     # Methods that stand on this model, defined above it and attached in micrograd_gpt/__init__.py
-    from_pretrained: Callable[..., GPT2]  # pretrained.py
+    from_pretrained: ClassVar[Any]  # pretrained.py
     save_pretrained: Callable[..., None]  # checkpoint.py
     generate: Callable[..., Any]  # sampling.py
 
@@ -294,6 +294,8 @@ class GPT2(Module):
         ids = array_module(weight).asarray(ids.data if isinstance(ids, Tensor) else ids)
         if ids.ndim != 2:
             raise ValueError(f"GPT2 takes token ids of shape (B, T), not {ids.shape}")
+        if cache and len(cache.lengths) != len(ids):
+            raise ValueError(f"a KV cache of {len(cache.lengths)} rows for a batch of {len(ids)}")
         end = (cache.lengths.max() if cache else 0) + ids.shape[1]
         if end > self.config.n_positions:
             raise ValueError(f"{end} tokens do not fit n_positions = {self.config.n_positions}")

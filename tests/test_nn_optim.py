@@ -1,0 +1,97 @@
+"""Modules, and the optimizer; test_gpt2.py holds ten of its steps to PyTorch's."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from micrograd_gpt import Tensor, nn, optim
+from micrograd_gpt.backend import RandomStream
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        init = nn.Init(seed=1)
+        self.first = nn.Linear(3, 4, init)
+        self.blocks = [nn.LayerNorm(4, init), nn.Dropout(0.5, RandomStream(2))]
+        self.table = nn.Embedding(5, 3, init)
+
+    def __call__(self, ids: np.ndarray) -> Tensor:
+        x = self.first(self.table(ids))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_parameters_are_named_after_where_they_are() -> None:
+    net = Net()
+    shapes = {name: p.shape for name, p in net.named_parameters()}
+    assert shapes == {
+        "first.weight": (3, 4),
+        "first.bias": (4,),
+        "blocks.0.weight": (4,),
+        "blocks.0.bias": (4,),
+        "table.weight": (5, 3),
+    }
+    assert [p.shape for p in net.parameters()] == list(shapes.values())
+
+
+def test_train_and_eval_reach_every_part() -> None:
+    net = Net()
+    ids = np.array([0, 1, 2])
+    assert net.training and (net(ids).data == 0).any()
+    assert net.eval() is net and not net.blocks[1].training
+    assert (net(ids).data != 0).all()
+    assert net.train().blocks[1].training
+
+
+def test_to_moves_parameters_in_place() -> None:
+    net = Net()
+    parameter = net.first.weight
+    parameter.grad = np.ones_like(parameter.data)
+    assert net.to("cpu") is net and net.first.weight is parameter and parameter.grad is not None
+
+
+def test_adamw_decays_matrices_only_and_skips_what_has_no_gradient() -> None:
+    matrix, vector, idle = (nn.Parameter(np.ones(s, np.float32)) for s in ((2, 2), (2,), (2, 2)))
+    optimizer = optim.AdamW([matrix, vector, idle], lr=0.5, weight_decay=0.1)
+    matrix.grad, vector.grad = np.zeros((2, 2), np.float32), np.zeros(2, np.float32)
+    optimizer.step()
+    np.testing.assert_allclose(matrix.data, 0.95)  # 1 - lr * decay; the gradient is 0
+    assert (vector.data == 1).all() and (idle.data == 1).all() and optimizer.steps == 1
+    optimizer.zero_grad()
+    assert matrix.grad is None and vector.grad is None
+    optimizer.step()
+    np.testing.assert_allclose(matrix.data, 0.95)
+
+
+def test_the_first_step_of_adam_has_the_size_of_the_learning_rate() -> None:
+    p = nn.Parameter(np.zeros((2, 2)))
+    p.grad = np.array([[1e-3, -1e3], [5.0, -7.0]])
+    optim.AdamW([p], lr=0.01, weight_decay=0).step()
+    np.testing.assert_allclose(p.data, -0.01 * np.sign(p.grad), rtol=1e-4)
+
+
+def test_clip_grad_norm() -> None:
+    a, b, c = (nn.Parameter(np.zeros(2)) for _ in range(3))
+    a.grad, b.grad = np.array([3.0, 0.0]), np.array([0.0, 4.0])
+    assert optim.clip_grad_norm([a, b, c], 10.0) == 5
+    np.testing.assert_array_equal(a.grad, [3, 0])
+    assert optim.clip_grad_norm([a, b, c], 1.0) == 5
+    np.testing.assert_allclose(np.hypot(a.grad, b.grad), [0.6, 0.8])
+    assert optim.clip_grad_norm([c], 1.0) == 0
+    a.grad = np.array([np.nan, 1.0])
+    assert math.isnan(optim.clip_grad_norm([a, b], 1.0))
+    assert b.grad[1] == pytest.approx(0.8)
+
+
+def test_cosine_schedule() -> None:
+    rates = [optim.cosine_schedule(step, 100, 10, 1.0, 0.1) for step in range(120)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11)
+    assert rates[10] == 1 and rates[55] == pytest.approx(0.55)
+    assert rates[100:] == [pytest.approx(0.1)] * 20
+    assert all(a > b for a, b in itertools.pairwise(rates[10:101]))
+    assert optim.cosine_schedule(0, 1, 0, 1.0, 0.1) == 1
