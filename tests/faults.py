@@ -1,0 +1,157 @@
+"""Things that fail on demand: a web server on 127.0.0.1 that answers like the Hugging Face Hub and
+like OpenAI's store, and a full disk."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import hashlib
+import os
+import re
+import socket
+import struct
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+LOGIN_PAGE = b"<!DOCTYPE html><html><body>Please log in to the hotel's network.</body></html>"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a GET meets with instead of the file."""
+
+    status: int | None = None  # an error, or 200 for a login page
+    drop_after: int | None = None  # bytes of the body that are sent before the connection ends …
+    reset: bool = False  # … with a reset, not an orderly close
+    ignore_range: bool = False  # the whole file to a request for its rest …
+    other_range: bool = False  # … or another part than asked for
+
+
+class Server:
+    """`files` maps paths to bodies; `faults[path]` is worked off first, one at each GET.
+
+    `head_faults[path]` does the same for HEAD. `requests` lists (method, path, Range header).
+    """
+
+    def __init__(self, url: str, files: dict[str, bytes]) -> None:
+        self.url, self.files = url, files
+        self.faults: defaultdict[str, list[Fault]] = defaultdict(list)
+        self.head_faults: defaultdict[str, list[Fault]] = defaultdict(list)
+        self.requests: list[tuple[str, str, str | None]] = []
+
+    def ranges(self, path: str) -> list[str | None]:
+        """The Range headers of the GETs of a path, in order."""
+        return [r for method, p, r in self.requests if method == "GET" and p == path]
+
+
+@contextmanager
+def serving(files: dict[str, bytes]) -> Iterator[Server]:
+    """Serve `files` until the block ends."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, body: bool) -> None:
+            wanted = self.headers.get("Range")
+            server.requests.append((self.command, self.path, wanted))
+            queue = (server.faults if body else server.head_faults)[self.path]
+            fault = queue.pop(0) if queue else Fault()
+            if fault.status == 200:
+                return self.send(200, {"Content-Type": "text/html"}, LOGIN_PAGE, body)
+            content = server.files.get(self.path)
+            if fault.status is not None or content is None:
+                return self.send(fault.status or 404, {}, b"", body)
+            headers = {
+                "Content-Type": "application/octet-stream",
+                # What huggingface_hub asks of a Hub:
+                "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+                "X-Repo-Commit": "0123456789abcdef" * 2 + "01234567",
+                "Accept-Ranges": "bytes",
+            }
+            status, start = 200, 0
+            match = re.fullmatch(r"bytes=(\d+)-", wanted or "")
+            if match and not fault.ignore_range:
+                status, start = 206, int(match[1]) + fault.other_range
+                if start >= len(content):
+                    headers["Content-Range"] = f"bytes */{len(content)}"
+                    return self.send(416, headers, b"", body)
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            self.send(status, headers, content[start:], body, fault)
+
+        def send(
+            self,
+            status: int,
+            headers: dict[str, str],
+            content: bytes,
+            body: bool,
+            fault: Fault = Fault(),
+        ) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if body:
+                self.wfile.write(content[: fault.drop_after])
+                if fault.reset:
+                    self.wfile.flush()
+                    no_linger = struct.pack("ii", 1, 0)
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
+                    os.close(self.connection.detach())  # before the server can close it politely
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(f"http://127.0.0.1:{http.server_port}", files)
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        http.shutdown()
+        thread.join()
+        http.server_close()
+
+
+class FullDiskFile:
+    """A file on a disk with room for `room` more bytes."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: Any) -> int:
+        self.room -= len(memoryview(data).cast("B"))
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data)
+
+    def __enter__(self) -> FullDiskFile:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, module: ModuleType, room: int) -> None:
+    """Give each file that `module` opens from now on `room` bytes."""
+
+    def open_full(*args: Any) -> FullDiskFile:
+        return FullDiskFile(builtins.open(*args), room)
+
+    monkeypatch.setattr(module, "open", open_full, raising=False)

@@ -1,0 +1,390 @@
+"""load_gpt2.py: what it writes, prints and exits with, and that a failure leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from faults import Fault, Server, fill_disk, serving
+
+from micrograd_gpt import checkpoint, files, pretrained
+from micrograd_gpt.checkpoint import save_pretrained
+from micrograd_gpt.errors import UserError
+from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config
+from micrograd_gpt.pretrained import OPENAI_FILES, Release
+from micrograd_gpt.tensor_files import TensorFile
+from micrograd_gpt.tokenizers import CharTokenizer, load_tokenizer
+
+SCRIPT = Path(__file__).parents[1] / "load_gpt2.py"
+DATA = Path(__file__).parent / "data" / "tf_checkpoint"
+# The smallest model that takes GPT-2's own tokens, so that the final check can run on it.
+TINY = GPT2Config(n_layer=1, n_head=1, n_embd=4, n_positions=32)
+TINY_SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 4}
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("load_gpt2", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder with TINY in it, random weights."""
+    save_pretrained(GPT2(TINY, seed=3), tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def run(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# What it writes
+
+
+def test_a_local_folder_is_converted(
+    script: ModuleType, source: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main(["--from", str(source), "--out", "new"]) == 0
+    assert sorted(p.name for p in (here / "new").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert tree(source)["model.safetensors"] == tree(here / "new")["model.safetensors"]
+    assert load_tokenizer(here / "new").name == "gpt2"
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split() == ["transformer.wte.weight", "(50257,", "4)", "float32", "201,028"]
+    assert out[-2].split() == ["16", "parameters", "201,408"]
+    assert out[-1] == "check: nothing to compare with, this is none of OpenAI's sizes"
+
+
+def test_openai_s_folder_is_converted(script: ModuleType, here: Path) -> None:
+    assert script.main(["--from", str(DATA / "saver"), "--out", "new"]) == 0
+    expected = safetensors.numpy.load_file(DATA / "expected.safetensors")
+    got = safetensors.numpy.load_file("new/model.safetensors")
+    assert len(got) == len(expected) == 28
+    for theirs, ours in {
+        "model/h1/attn/c_proj/w": "transformer.h.1.attn.c_proj.weight",  # square: not transposed
+        "model/wpe": "transformer.wpe.weight",
+        "model/ln_f/b": "transformer.ln_f.bias",
+    }.items():
+        np.testing.assert_array_equal(got[ours], expected[theirs].reshape(got[ours].shape))
+    # Its vocabulary of 61 is no tokenizer's we know.
+    assert sorted(p.name for p in Path("new").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtype_is_what_is_stored(script: ModuleType, source: Path, here: Path, dtype: str) -> None:
+    assert script.main(["--from", str(source), "--out", "new", "--dtype", dtype]) == 0
+    entries = TensorFile("new/model.safetensors").entries.values()
+    assert {e.dtype for e in entries} == {{"float16": "F16", "bfloat16": "BF16"}[dtype]}
+    assert json.loads(Path("new/config.json").read_text())["dtype"] == dtype
+    # What was stored loads, and is stored again as it is.
+    assert script.main(["--from", "new", "--out", "again", "--dtype", dtype]) == 0
+    assert tree(here / "new") == tree(here / "again")
+
+
+def test_the_model_s_own_tokenizer_goes_with_it(script: ModuleType, here: Path) -> None:
+    tokenizer = CharTokenizer("abc")
+    config = GPT2Config(1, 1, 4, tokenizer.vocab_size, 8)
+    save_pretrained(GPT2(config), here / "source", tokenizer)
+    assert script.main(["--from", "source", "--out", "new"]) == 0
+    assert load_tokenizer("new").encode("cab").tolist() == tokenizer.encode("cab").tolist()
+
+
+def test_out_is_named_after_what_it_holds(
+    script: ModuleType, source: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script.main(["--from", str(source)])
+    assert [p.name for p in (here / "models").iterdir()] == ["source"]
+    script.main(["--from", str(source / "model.safetensors")])
+    assert sorted(p.name for p in (here / "models").iterdir()) == ["model", "source"]
+    monkeypatch.setitem(SIZES, "355M", TINY_SHAPE)
+    script.main(["--from", str(source)])
+    assert (here / "models" / "gpt2-355M" / "config.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# The check
+
+
+@pytest.fixture
+def tiny_124m(script: ModuleType, source: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let TINY pass for 124M, and its own greedy ids for the published ones."""
+    monkeypatch.setitem(SIZES, "124M", TINY_SHAPE)
+    model = pretrained.from_pretrained(GPT2, source)
+    ids = script.greedy(model, script.PROMPT, 20)
+    monkeypatch.setitem(script.PUBLISHED_IDS, "124M", ids)
+    return ids
+
+
+def test_the_published_ids_are_the_published_ones(script: ModuleType) -> None:
+    published = "464 3290 373 1043 287 257 2214 1474 262 16246 286 2688 290 2688 27262 13 198 198"
+    assert " ".join(map(str, script.PUBLISHED_IDS["124M"])) == f"{published} 464 3290"
+
+
+def test_greedy_takes_the_likeliest(script: ModuleType, source: Path) -> None:
+    model = pretrained.from_pretrained(GPT2, source, dtype="float64")
+    ids = script.greedy(model, [464, 3290], 20)
+    assert len(ids) == 20 and ids[:2] == [464, 3290]
+    logits = model(np.array([ids])).data[0]
+    assert logits[1:-1].argmax(-1).tolist() == ids[2:]
+
+
+def test_the_right_ids_pass(
+    script: ModuleType,
+    source: Path,
+    here: Path,
+    tiny_124m: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for size in ([], ["--size", "124M"]):
+        assert script.main(["--from", str(source), "--out", "new", *size]) == 0
+        *_, ids, text, verdict = capsys.readouterr().out.splitlines()
+        assert ids == "greedy ids: " + " ".join(map(str, tiny_124m))
+        assert text.startswith("greedy text: 'The dog")
+        assert verdict.startswith("check: passed")
+
+
+def test_other_ids_fail_only_if_the_weights_are_said_to_be_openai_s(
+    script: ModuleType,
+    source: Path,
+    here: Path,
+    tiny_124m: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(script.PUBLISHED_IDS, "124M", [*tiny_124m[:-1], 0])
+    assert script.main(["--from", str(source), "--out", "new"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "check: nothing to compare with, these are other weights than OpenAI's 124M\n"
+    )
+    assert script.main(["--from", str(source), "--out", "new", "--size", "117M"]) == 1
+    assert "check: FAILED, published are 464 3290" in capsys.readouterr().out
+
+
+def test_a_size_without_published_ids_says_so(
+    script: ModuleType,
+    source: Path,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(SIZES, "774M", TINY_SHAPE)
+    assert script.main(["--from", str(source), "--size", "774M"]) == 0
+    assert "nothing to compare with, no ids are published for 774M" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------
+# Fetching
+
+
+@pytest.fixture
+def servers(
+    script: ModuleType, source: Path, tiny_124m: list[int], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Server, Server]]:
+    """The Hub and OpenAI's store. What the latter has is DATA, of another vocabulary."""
+    monkeypatch.setitem(pretrained.RELEASES, "124M", Release("openai-community/gpt2"))
+    monkeypatch.setitem(SIZES, "124M", {"n_layer": 2, "n_head": 4, "n_embd": 16})
+    store_files = {f"/124M/{name}": (DATA / "saver" / name).read_bytes() for name in OPENAI_FILES}
+    with serving({}) as hub, serving(store_files) as store:
+        yield hub, store
+
+
+def test_source_openai(
+    script: ModuleType,
+    here: Path,
+    servers: tuple[Server, Server],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, store = servers
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
+    store.faults[f"/124M/{OPENAI_FILES[-1]}"] = [Fault(drop_after=9_000), Fault(status=403)]
+    args = ["--source", "openai", "--openai-url", store.url, "--size", "117M"]
+    with pytest.raises(UserError, match="answered 403"):
+        script.main(args)
+    assert not (here / "models").exists()
+    with pytest.raises(UserError, match="no_such"):
+        script.main([*args, "--no_such"])
+    # DATA's vocabulary is too small for the prompt: it is written, and the check can't be run.
+    monkeypatch.setattr(script, "check", lambda *_, claimed: claimed)
+    assert script.main(args) == 0
+    assert (here / "models" / "gpt2-124M" / "model.safetensors").exists()
+    assert store.ranges(f"/124M/{OPENAI_FILES[-1]}")[1:] == ["bytes=9000-", "bytes=9000-"]
+    assert "fetching GPT-2 124M from OpenAI" in capsys.readouterr().err
+
+
+def test_with_no_network_one_line_names_the_ways_out(tmp_path: Path) -> None:
+    with serving({}) as server:
+        url = server.url
+    result = run(
+        *("--out", tmp_path / "new", "--openai-url", url),
+        HF_ENDPOINT=url,
+        HF_HOME=str(tmp_path / "hf"),
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    *said, error = result.stderr.splitlines()
+    assert error.startswith("error: cannot fetch openai-community/gpt2: ")
+    assert error.endswith("try --from with the file or folder, if you have it")
+    assert said[0] == "fetching GPT-2 124M from Hugging Face"
+    assert said[-1] == "fetching GPT-2 124M from OpenAI"
+    assert not (tmp_path / "new").exists()
+
+
+def test_hf_hub_offline_is_obeyed(tmp_path: Path) -> None:
+    with serving({}) as server:
+        result = run(
+            *("--source", "huggingface", "--out", tmp_path / "new"),
+            HF_ENDPOINT=server.url,
+            HF_HOME=str(tmp_path),
+            HF_HUB_OFFLINE="1",
+        )
+        assert server.requests == []
+    assert result.returncode == 2
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: ") and "offline" in error and "--source openai" in error
+
+
+# ---------------------------------------------------------------------------------------------
+# Mistakes and faults
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--size", "2B"], "unknown GPT-2 size '2B'"),
+        (["--from", "nowhere"], "nowhere does not exist"),
+        (["--from", "x", "--source", "openai"], "give one of them"),
+        (["--source", "torrent"], "invalid choice"),
+        (["--dtype", "int8"], "invalid choice"),
+    ],
+)
+def test_mistakes_are_named(script: ModuleType, here: Path, args: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        script.main(args)
+    assert list(here.iterdir()) == []
+
+
+def test_a_size_that_is_not_what_is_there(script: ModuleType, source: Path, here: Path) -> None:
+    with pytest.raises(UserError, match="source holds no published size, not 355M"):
+        script.main(["--from", str(source), "--size", "345M"])
+    assert list(here.iterdir()) == []
+
+
+def test_the_source_is_not_overwritten(script: ModuleType, source: Path) -> None:
+    before = tree(source)
+    for path in (source, source / "model.safetensors"):
+        with pytest.raises(UserError, match="choose another --out"):
+            script.main(["--from", str(path), "--out", str(source), "--dtype", "float16"])
+    assert tree(source) == before
+
+
+def test_a_damaged_file_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    os.truncate(source / "model.safetensors", 1000)
+    result = run("--from", source, "--out", tmp_path / "new")
+    assert (result.returncode, result.stdout) == (2, "")
+    (error,) = result.stderr.splitlines()
+    assert error.startswith(f"error: {source / 'model.safetensors'}: 1,000 bytes that are not a")
+    assert not (tmp_path / "new").exists()
+
+
+def test_status_and_output_streams(source: Path, tmp_path: Path) -> None:
+    result = run("--from", source, "--out", tmp_path / "new")
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) == 18
+    assert result.stderr.splitlines() == [
+        f"loading {source / 'model.safetensors'}",
+        f"wrote {tmp_path / 'new'}, weights stored as float32",
+    ]
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("room", [0, 100, 100_000])
+def test_a_full_disk_changes_nothing(
+    script: ModuleType,
+    source: Path,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
+    before: bool,
+) -> None:
+    if before:
+        save_pretrained(GPT2(GPT2Config(1, 1, 4, 9, 8)), here / "new")
+    old = tree(here)
+    fill_disk(monkeypatch, files, room)
+    with pytest.raises(UserError, match="No space left on device"):
+        script.main(["--from", str(source), "--out", "new"])
+    assert tree(here) == old
+    assert [p.name for p in here.iterdir()] == (["new"] if before else [])
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_disk_that_fills_up_at_the_last_files_changes_nothing(
+    script: ModuleType, source: Path, here: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    save_pretrained(GPT2(GPT2Config(1, 1, 4, 9, 8)), here / "new")
+    old = tree(here)
+    write = files.write_text
+
+    def full(path: Path, text: str) -> None:
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    for module in (checkpoint, sys.modules[CharTokenizer.__module__]):
+        monkeypatch.setattr(module, "write_text", full)
+    with pytest.raises(UserError, match="cannot write new: No space left on device"):
+        script.main(["--from", str(source), "--out", "new"])
+    assert tree(here) == old and len(list(here.iterdir())) == 1
+
+
+def test_a_forbidden_folder(
+    script: ModuleType, source: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"):
+        script.main(["--from", str(source), "--out", "file/new"])
+
+    def forbidden(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "open", forbidden, raising=False)
+    with pytest.raises(UserError, match="Permission denied"):
+        script.main(["--from", str(source), "--out", "new"])
+    assert [p.name for p in here.iterdir()] == ["file"]
