@@ -229,7 +229,7 @@ class Transformer(Module):
         c = config
         self.wte = Embedding(c.vocab_size, c.n_embd, init)
         if c.position_embedding == "learned":
-            self.wpe = Embedding(c.n_positions, c.n_embd, init)
+            self.wpe = Embedding(c.n_positions, c.n_embd, init, std=0.01)
         else:
             self.waves = sinusoidal_positions(c.n_positions, c.n_embd, init)
         self.drop = Dropout(c.embd_pdrop, random)

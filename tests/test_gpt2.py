@@ -99,6 +99,7 @@ def test_initialisation() -> None:
     for name, parameter in parameters.items():
         if parameter.ndim == 2:
             expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02  # 1/sqrt(2 * 8) = 1/4
+            expected = 0.01 if "wpe" in name else expected
             assert parameter.data.std() == pytest.approx(expected, rel=0.05), name
         else:
             assert (parameter.data == (1 if "ln_" in name and "weight" in name else 0)).all(), name

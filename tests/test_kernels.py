@@ -22,7 +22,8 @@ def blocking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """The blocks as shipped, blocks so small that every test has many, and no second thread."""
     if request.param == "many small blocks":
         monkeypatch.setattr(cpu, "BLOCK", 64)
-        monkeypatch.setattr(cpu, "SMALL", 1)
+        monkeypatch.setattr(cpu, "FEW_ELEMENTS", 1)
+        monkeypatch.setattr(cpu, "FEW_PRODUCTS", 1)
     elif request.param == "one core":
         monkeypatch.setattr(threads._pool(os.getpid()), "size", 1)
 

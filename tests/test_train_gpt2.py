@@ -143,7 +143,7 @@ def test_resume_refuses_what_would_change_the_run(text: Path, tmp_path: Path) ->
     run("--data", text, "--out", out, *SMALL, "--max-steps", 3)
     before = weights(out)
     for flags, message in (
-        (["--learning-rate", "0.5"], "has --learning-rate 0.001, not 0.5"),
+        (["--learning-rate", "0.5"], "has --learning-rate 0.003, not 0.5"),
         (["--batch-size", "3"], "has --batch-size 4, not 3"),
         ([], "is complete at step 3"),
     ):

@@ -13,7 +13,8 @@ import itertools
 import os
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from queue import SimpleQueue
 
@@ -28,12 +29,7 @@ def parallel(task: Task, count: int) -> None:
     Which thread runs which task is left to chance, so a task must write to places of its own, and
     then results do not depend on it. An exception in a task is raised here once all have ended.
     """
-    pool = _pool(os.getpid())
-    if count == 1 or pool.size == 1:
-        for i in range(count):
-            task(i)
-        return
-    pool.run(task, count)
+    _pool(os.getpid()).run(task, count)
 
 
 def cores() -> int:
@@ -49,44 +45,46 @@ class _Pool:
         # As many as BLAS would use, so that OMP_NUM_THREADS and the like count for us too.
         self.size = max([b.num_threads for b in self.blas], default=os.cpu_count() or 1)
         self.work: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self.done: SimpleQueue[BaseException | None] = SimpleQueue()
         self.lock = threading.Lock()
         for _ in range(self.size - 1):
             threading.Thread(target=self._wait, daemon=True, name="micrograd-gpt").start()
 
     def _wait(self) -> None:
         while True:
-            self.done.put(_outcome(self.work.get()))
+            self.work.get()()
 
     def run(self, task: Task, count: int) -> None:
         counter = itertools.count()
+        ended: SimpleQueue[BaseException | None] = SimpleQueue()
 
         def share() -> None:
-            while (i := next(counter)) < count:
-                task(i)
+            """Do tasks until none is left, and report how it ended."""
+            try:
+                while (i := next(counter)) < count:
+                    task(i)
+                ended.put(None)
+            except BaseException as failure:  # raised again below, in the caller's thread
+                ended.put(failure)
 
-        with self.lock:
-            before = [b.num_threads for b in self.blas]
-            for library in self.blas:
-                library.set_num_threads(1)
-            helpers = min(self.size, count) - 1
-            for _ in range(helpers):
+        shares = max(1, min(self.size, count))
+        with self.lock, self._one_blas_thread():
+            for _ in range(shares - 1):
                 self.work.put(share)
-            outcomes = [_outcome(share), *(self.done.get() for _ in range(helpers))]
+            share()
+            failures = [failure for _ in range(shares) if (failure := ended.get()) is not None]
+        if failures:
+            raise failures[0]
+
+    @contextmanager
+    def _one_blas_thread(self) -> Iterator[None]:
+        before = [library.num_threads for library in self.blas]
+        for library in self.blas:
+            library.set_num_threads(1)
+        try:
+            yield
+        finally:
             for library, threads in zip(self.blas, before, strict=True):
                 library.set_num_threads(threads)
-        for failure in outcomes:
-            if failure is not None:
-                raise failure
-
-
-def _outcome(share: Callable[[], None]) -> BaseException | None:
-    """Run a share of the work; the exception it raised, for the caller of `parallel`, or None."""
-    try:
-        share()
-    except BaseException as failure:  # handed over, and raised there
-        return failure
-    return None
 
 
 @cache

@@ -1,0 +1,110 @@
+"""What the benchmarks share: children that measure, the machine's limits, and the table.
+
+Every side runs in a process of its own, one after another in turns, so that each meets the machine
+in the same states; the figures are medians. Children start without the environment's settings for
+BLAS, which then chooses its kernels for the processor, as on a user's machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PINS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
+AVX2 = {"OPENBLAS_CORETYPE": "Haswell"}
+
+
+def installed(name: str) -> bool:
+    """Whether a package is there; says so on stderr if not."""
+    found = importlib.util.find_spec(name) is not None
+    if not found:
+        print(f"{name} is not installed: its side is left out", file=sys.stderr)
+    return found
+
+
+def child(task: dict[str, Any], pins: dict[str, str] | None = None) -> dict[str, Any]:
+    """Run this very script as a child on `task`, and return what it measured."""
+    env = {k: v for k, v in os.environ.items() if k not in PINS} | (pins or {})
+    script = sys.modules["__main__"].__file__
+    command = [sys.executable, str(script), "--child", json.dumps(task)]
+    result = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def in_turns(
+    sides: dict[str, dict[str, Any]], rounds: int, pins: dict[str, str] | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Run every side's task `rounds` times: first, second, …, first, second, …"""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name, task in sides.items():
+            print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+            results[name].append(child(task, pins))
+    return results
+
+
+def median(values: Any) -> float:
+    return float(np.median(list(values)))
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> list[float]:
+    """How long each of `repeats` calls takes, after one that is not counted."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def peak_megabytes() -> float:
+    """The most memory this process has had resident so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def machine_limits() -> dict[str, Any]:
+    """float32 rates of NumPy's matrix product and matrix-vector product; which BLAS kernels."""
+    from threadpoolctl import threadpool_info
+
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((2048, 2048), dtype=np.float32) for _ in range(2))
+    product = median(seconds(lambda: a @ b, 7))
+    matrix = rng.standard_normal((50257, 768), dtype=np.float32)
+    vector = rng.standard_normal((1, 768), dtype=np.float32)
+    matvec = median(seconds(lambda: vector @ matrix.T, 15))
+    blas = [i for i in threadpool_info() if i["user_api"] == "blas"]
+    return {
+        "gflops": 2 * 2048**3 / product / 1e9,
+        "bandwidth": matrix.nbytes / matvec / 1e9,
+        "blas": ", ".join(f"{i['internal_api']} {i.get('architecture', '')}".strip() for i in blas),
+        "threads": max((i["num_threads"] for i in blas), default=1),
+    }
+
+
+def processor() -> str:
+    """The processor's name, its cores, and the widest vectors it has."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    names = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
+    vectors = next((v for v in ("avx512f", "avx2") if v in text), platform.machine())
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {vectors}"
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A Markdown table: the first column to the left, the others to the right."""
+    print("| " + " | ".join(header) + " |")
+    print("| --- " + "| ---: " * (len(header) - 1) + "|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")

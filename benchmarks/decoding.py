@@ -1,0 +1,115 @@
+"""What decoding together and guessing ahead save: ratios of runs that alternate in one process.
+
+    python benchmarks/decoding.py                    # a small model, trained on the spot
+    python benchmarks/decoding.py --model 124M       # or any checkpoint folder
+
+A ratio is the median time of one kind of run over that of the other; the range of each is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from micrograd_gpt import cli, optim
+from micrograd_gpt.data import Windows, load_corpus, load_documents
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.pretrained import from_pretrained
+from micrograd_gpt.sampling import generate
+from micrograd_gpt.tokenizers import GPT2Tokenizer, Tokenizer, load_tokenizer
+
+
+def main() -> int:
+    parser = cli.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="a checkpoint folder or a size (a small one, trained here)")
+    parser.add_argument(
+        "--steps", type=cli.positive_int, default=1000, help="to train it for (1000)"
+    )
+    parser.add_argument("--runs", type=cli.positive_int, default=7, help="of each kind (7)")
+    parser.add_argument("--new-tokens", type=cli.positive_int, default=150, help="of a run (150)")
+    flags = parser.parse_args()
+    if flags.model is None:
+        model, tokenizer = train(flags.steps)
+    else:
+        model = from_pretrained(GPT2, flags.model)
+        folder = Path(flags.model)
+        tokenizer = load_tokenizer(folder) if folder.is_dir() else GPT2Tokenizer()
+
+    # Ordinary text, and a quotation: a passage, and the beginning of the same passage again
+    length = model.config.n_positions // 2
+    new = min(flags.new_tokens, length * 3 // 4)
+    ordinary = tokenizer.encode(load_documents("pydocs")[40])[:length]
+    quotation = np.concatenate([ordinary, ordinary[: length // 8]])
+
+    def run(prompt: np.ndarray, **settings: Any) -> Callable[[], object]:
+        return lambda: generate(model, prompt, new, end_of_text=None, **settings)
+
+    print(f"{model.n_parameters:,} parameters, prompts of {length} tokens, {new} new ones")
+    alone = [run(ordinary, temperature=0.8, seed=i) for i in range(8)]
+    batch = run(ordinary, temperature=0.8, num_samples=8)
+    compare(
+        "8 samples", ("one by one", lambda: [f() for f in alone]), ("a batch", batch), flags.runs
+    )
+    for text, prompt in (("ordinary text", ordinary), ("a quotation", quotation)):
+        for mode, temperature in (("greedy", 0.0), ("at temperature 0.8", 0.8)):
+            plain = run(prompt, temperature=temperature)
+            guess = run(prompt, temperature=temperature, speculate="prompt-lookup")
+            title = f"{text}, {mode}"
+            compare(title, ("plain", plain), ("prompt-lookup", guess), flags.runs)
+    return 0
+
+
+def train(steps: int) -> tuple[GPT2, Tokenizer]:
+    """A small character-level model of Python's manual.
+
+    Half of its windows say the same thing twice, from which it learns to quote what it has read, as
+    GPT-2 can.
+    """
+    corpus = load_corpus("pydocs", "char")
+    shape = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 256}
+    model = GPT2(GPT2Config(vocab_size=corpus.tokenizer.vocab_size, **shape))
+    optimizer = optim.AdamW(model.parameters(), betas=(0.9, 0.99))
+    windows = Windows(corpus.train, model.config.n_positions)
+    for step in tqdm(range(steps), desc="training", disable=None):
+        optimizer.lr = optim.cosine_schedule(step, steps, 50, 2e-3, 2e-4)
+        ids, _ = windows.batch(0, step, 8)
+        ids[:4, 128:] = ids[:4, :128]
+        model.loss(ids[:, :-1], ids[:, 1:]).backward()
+        optim.clip_grad_norm(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, corpus.tokenizer
+
+
+def compare(
+    title: str,
+    first: tuple[str, Callable[[], object]],
+    second: tuple[str, Callable[[], object]],
+    runs: int,
+) -> None:
+    """Time both in turn, after a run of each to warm up, and print the ratio of the medians."""
+    seconds: dict[str, list[float]] = {}
+    for _ in range(runs + 1):
+        for name, run in (first, second):
+            started = time.perf_counter()
+            run()
+            seconds.setdefault(name, []).append(time.perf_counter() - started)
+    medians = []
+    for name, (_, *times) in seconds.items():
+        medians.append(statistics.median(times))
+        name += f" {medians[-1]:.3f} s ({min(times):.3f}–{max(times):.3f})"
+        title += f"; {name}"
+    print(f"{title}: {medians[0] / medians[1]:.2f} times as fast", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

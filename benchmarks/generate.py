@@ -1,0 +1,135 @@
+"""Decoding speed beside Transformers', on this machine, in one run, with random weights.
+
+    python benchmarks/generate.py                   # 124M: one token after another; a long prompt
+    python benchmarks/generate.py --rounds 5
+
+"limit" is the measured rate at which NumPy's matrix-vector product reads a matrix, divided by the
+bytes of the weights, each of which has to be read for every token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from common import (
+    child,
+    in_turns,
+    installed,
+    machine_limits,
+    median,
+    peak_megabytes,
+    print_table,
+    processor,
+    seconds,
+)
+
+from micrograd_gpt import no_grad
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+
+PROMPT, NEW, LONG = 32, 64, 512  # tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(measure(json.loads(args.child)["side"])))
+        return
+    print(f"{processor()}; Python {sys.version.split()[0]}, NumPy {np.__version__}")
+    sides = ["ours", "ours, without cache"]
+    if installed("transformers") and installed("torch"):
+        sides += ["Transformers float32", "Transformers bfloat16"]
+    limits = child({"side": "limits"})
+    print(
+        f"{limits['blas']}, {limits['threads']} threads: matrix product {limits['gflops']:.0f} "
+        f"GFLOP/s, matrix-vector {limits['bandwidth']:.0f} GB/s\n"
+    )
+    results = in_turns({side: {"side": side} for side in sides}, args.rounds)
+    rate = {side: median(r["tokens_per_second"] for r in runs) for side, runs in results.items()}
+    first = {side: median(r["first_token"] for r in runs) for side, runs in results.items()}
+    limit = limits["bandwidth"] * 1e9 / (124_439_808 * 4)
+    rows = []
+    for side, runs in results.items():
+        peak = f"{median(r['peak_megabytes'] for r in runs):,.0f}"
+        ours = "" if side == "ours" else f"**{rate['ours'] / rate[side]:.2f} ×**"
+        ours_first = "" if side == "ours" else f"**{first[side] / first['ours']:.2f} ×**"
+        share = f"{rate[side] / limit:.0%}"
+        rows.append(
+            [side, f"{rate[side]:.1f}", share, ours, f"{first[side]:.3f} s", ours_first, peak]
+        )
+    decoding = f"tokens/s after {PROMPT}"
+    print_table(
+        [
+            "124M, batch 1",
+            decoding,
+            "% of limit",
+            "ours is",
+            f"{LONG} to first",
+            "ours is",
+            "peak MB",
+        ],
+        rows,
+    )
+
+
+def measure(side: str) -> dict[str, Any]:
+    """Tokens/s of NEW greedy tokens after a prompt, and seconds to the first after a long one."""
+    if side == "limits":
+        return machine_limits()
+    ids = np.random.default_rng(0).integers(0, 50257, LONG)
+    generate = our_generate(side) if side.startswith("ours") else their_generate(side)
+    generate(ids[:PROMPT], 4)
+    new = NEW // 8 if "without" in side else NEW
+    times = []
+    for count in (1, 1 + new):  # the difference leaves the prompt out
+        start = time.perf_counter()
+        generate(ids[:PROMPT], count)
+        times.append(time.perf_counter() - start)
+    first = median(seconds(lambda: generate(ids, 1), 3))
+    return {
+        "tokens_per_second": new / (times[1] - times[0]),
+        "first_token": first,
+        "peak_megabytes": peak_megabytes(),
+    }
+
+
+def our_generate(side: str) -> Any:
+    model = GPT2(GPT2Config()).eval()
+    with no_grad():
+        return lambda ids, count: model.generate(
+            ids, max_new_tokens=count, temperature=0, use_cache="without" not in side
+        )
+
+
+def their_generate(side: str) -> Any:
+    import torch
+    from transformers import GPT2Config as TheirConfig
+    from transformers import GPT2LMHeadModel
+
+    dtype = torch.bfloat16 if "bfloat16" in side else torch.float32
+    model = GPT2LMHeadModel(TheirConfig()).eval().to(dtype)
+
+    def generate(ids: np.ndarray, count: int) -> Any:
+        with torch.inference_mode():
+            prompt = torch.tensor(ids[None])
+            return model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                min_new_tokens=count,
+                max_new_tokens=count,
+                do_sample=False,
+                pad_token_id=50256,
+            )
+
+    return generate
+
+
+if __name__ == "__main__":
+    main()
