@@ -43,7 +43,7 @@ WORK: dict[tuple[Any, str], tuple[str, Callable[..., float]]] = {
     (F, "gelu_forward"): ("bytes", lambda x: 2 * x.nbytes),
     (F, "gelu_backward"): ("bytes", lambda g, x: 3 * x.nbytes),
     (F, "cross_entropy_forward"): ("bytes", lambda x, *_, **__: 2 * x.nbytes),
-    (F, "embedding_backward"): ("bytes", lambda g, ids, v: 4 * v * g.shape[-1]),
+    (F, "embedding_backward"): ("bytes", lambda g, *_: 3 * g.nbytes),
     (optim, "sum_of_squares"): ("bytes", lambda a: sum(x.nbytes for x in a)),
     (optim, "adamw_update"): ("bytes", lambda p, *_: 7 * sum(x.nbytes for x in p)),
 }

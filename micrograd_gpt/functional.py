@@ -22,7 +22,7 @@ import numpy as np
 from micrograd_gpt import backend
 from micrograd_gpt.backend import Array, Key, array_module
 from micrograd_gpt.kernels import accelerated
-from micrograd_gpt.tensor import Tensor, record, recording
+from micrograd_gpt.tensor import AddInto, Tensor, record, recording
 
 IGNORE = -100  # a target that counts for nothing, as in PyTorch and Transformers
 LOGITS_AT_ONCE = 2**26  # how many logits linear_cross_entropy holds at a time: 256 MB in float32
@@ -78,12 +78,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @accelerated
-def embedding_backward(grad: Array, ids: Array, vocab_size: int) -> Array:
-    """Gradient of weight (V, C): each row of grad (…, C) added where its id (…) says."""
-    xp = array_module(grad)
-    dweight = xp.zeros((vocab_size, grad.shape[-1]), grad.dtype)
-    xp.add.at(dweight, ids, grad)  # a token that occurs twice gets both gradients
-    return dweight
+def embedding_backward(grad: Array, ids: Array, dweight: Array) -> None:
+    """Add to the gradient of weight (V, C): each row of grad (…, C) where its id (…) says."""
+    array_module(grad).add.at(dweight, ids, grad)  # a token that occurs twice gets both
 
 
 def embedding(ids: Any, weight: Tensor) -> Tensor:
@@ -94,10 +91,9 @@ def embedding(ids: Any, weight: Tensor) -> Tensor:
     xp = array_module(weight.data)
     ids = xp.asarray(ids.data if isinstance(ids, Tensor) else ids)
     check_ids(ids, weight.shape[0])
-    vocab_size = weight.shape[0]
 
-    def backward(grad: Array) -> tuple[Array]:
-        return (embedding_backward(grad, ids, vocab_size),)
+    def backward(grad: Array) -> tuple[AddInto]:
+        return (lambda dweight: embedding_backward(grad, ids, dweight),)  # few rows of it
 
     return record("embedding", weight.data[ids], [weight], backward)
 
@@ -354,13 +350,11 @@ def cached_attention(
 
     `keys` and `values` (B, H, capacity, D) hold `starts[b]` older tokens' in row b; the new tokens'
     are written behind them, in place. Returns (B, T, C). For decoding only: raises RuntimeError
-    when a gradient is wanted, ValueError when the cache is full or has another number of rows.
+    when a gradient is wanted, ValueError when the cache is full.
     """
     if recording(qkv):
         raise RuntimeError("a KV cache is for decoding: use it within no_grad()")
     b, t, width = qkv.shape
-    if len(starts) != b:
-        raise ValueError(f"a KV cache of {len(starts)} rows for a batch of {b}")
     if starts.max() + t > keys.shape[2]:
         raise ValueError(f"the KV cache holds {keys.shape[2]} positions, not {starts.max() + t}")
     q, k, v = split_heads(qkv.data, n_head)

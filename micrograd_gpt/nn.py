@@ -11,7 +11,6 @@ from micrograd_gpt import functional as F
 from micrograd_gpt.backend import Array, RandomStream, library_for, to_device
 from micrograd_gpt.tensor import Tensor
 
-
 M = TypeVar("M", bound="Module")
 
 

@@ -25,7 +25,8 @@ import numpy as np
 from micrograd_gpt.backend import Array, array_module, device_of, library_for, to_device
 
 Number: TypeAlias = int | float
-Backward: TypeAlias = Callable[[Array], tuple[Array | None, ...]]
+AddInto: TypeAlias = Callable[[Array], None]  # adds a gradient into an array, in place
+Backward: TypeAlias = Callable[[Array], tuple[Array | AddInto | None, ...]]
 Axes: TypeAlias = int | tuple[int, ...] | None
 
 _RECORDING: ContextVar[bool] = ContextVar("recording", default=True)
@@ -84,6 +85,7 @@ def record(name: str, data: Array, inputs: Sequence[Tensor], backward: Backward)
     `backward(grad)` gets the gradient of the loss with respect to `data` and returns one gradient
     (or None) for each input, in order. Each must be an array made for that input alone or a view
     of `grad`; it may still have the broadcast shape: the walk sums it down to the input's shape.
+    A gradient that is zero almost everywhere may instead be a function that adds it into an array.
     """
     result = Tensor._wrap(data)
     if recording(*inputs):
@@ -111,40 +113,47 @@ def _tape_below(root: Node) -> list[Node]:
 
 
 def _walk_back(root: Node, grad: Array) -> None:
-    """Send `grad` from `root` down the tape to the leaves, freeing each node once it is done.
-
-    This is the one place that decides who owns a gradient: an array that a backward made is added
-    into where it is; a view of the incoming gradient may be someone else's too, and is copied.
-    """
+    """Send `grad` from `root` down the tape to the leaves, freeing each node once it is done."""
     tape = _tape_below(root)
-    pending = {root: (grad, False)}  # node -> (its gradient so far, may we add into it?)
+    pending: dict[Node, tuple[Array, bool]] = {root: (grad, False)}  # see _plus
     while tape:
         node = tape.pop()
         grad, _ = pending.pop(node, (None, False))
         if grad is not None:
             assert node.backward is not None
             for parent, part in zip(node.parents, node.backward(grad), strict=True):
-                if parent is None or part is None:
-                    continue
-                part = _fit(part, parent.shape, parent.dtype)
-                ours = not array_module(part).may_share_memory(part, grad)
                 if isinstance(parent, Tensor):
-                    parent._accumulate(part, ours)
-                elif parent not in pending:
-                    pending[parent] = (part, ours)
-                else:
-                    total, owned = pending[parent]
-                    pending[parent] = (_add(total, part, into_first=owned, into_second=ours), True)
+                    parent._accumulate(part, grad)
+                elif parent is not None and part is not None:
+                    pending[parent] = _plus(*pending.get(parent, (None, False)), part, grad, parent)
             tensor = node.result() if node.result else None
             if tensor is not None:
-                tensor._accumulate(grad, ours=False)
+                tensor._accumulate(grad, grad)
         node.release()
 
 
-def _add(first: Array, second: Array, into_first: bool, into_second: bool) -> Array:
-    """first + second, computed in place where one of the two arrays may be overwritten."""
-    out = first if into_first else second if into_second else None
-    return array_module(first).add(first, second, out=out)
+def _plus(
+    total: Array | None, owned: bool, part: Array | AddInto, grad: Array, target: Node | Tensor
+) -> tuple[Array, bool]:
+    """The gradient of `target` so far, plus the part that a backward made from `grad`.
+
+    This is the one place that decides who owns a gradient. With each comes whether it is `owned`,
+    so that it may be added into: an array that a backward made is; a view of the gradient it was
+    given may be someone else's too, and is not.
+    """
+    xp = array_module(grad)
+    if callable(part):
+        if total is None:
+            total = xp.zeros(target.shape, target.dtype)
+        elif not owned:
+            total = total.copy()
+        part(total)
+        return total, True
+    part = _fit(part, target.shape, target.dtype)
+    ours = not xp.may_share_memory(part, grad)
+    if total is None:
+        return part, ours
+    return xp.add(total, part, out=total if owned else part if ours else None), True
 
 
 def _fit(grad: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
@@ -287,7 +296,7 @@ class Tensor:
             if grad.shape != self.shape:
                 raise ValueError(f"backward(): cotangent of shape {grad.shape} for {self.shape}")
         if self._node is None:
-            self._accumulate(grad, ours=False)
+            self._accumulate(grad, grad)
         else:
             _walk_back(self._node, grad)
 
@@ -297,12 +306,11 @@ class Tensor:
             self._node.result = weakref.ref(self)
         return self
 
-    def _accumulate(self, grad: Array, ours: bool) -> None:
-        """Add into this tensor's `.grad`; keep the array itself only if it is `ours` to keep."""
-        if self.grad is None:
-            self.grad = grad if ours else grad.copy()
-        else:
-            self.grad += grad
+    def _accumulate(self, part: Array | AddInto | None, grad: Array) -> None:
+        """Add a part of the gradient, made from `grad`, to this tensor's `.grad`, which it owns."""
+        if part is not None:
+            total, owned = _plus(self.grad, True, part, grad, self)
+            self.grad = total if owned else total.copy()
 
     # Where it lives
 

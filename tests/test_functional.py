@@ -158,6 +158,15 @@ def test_embedding_adds_the_gradients_of_a_repeated_token(arithmetic: None) -> N
     weight = Tensor(numbers(5, 4), requires_grad=True)
     F.embedding(Tensor(ids), weight).sum().backward()
     np.testing.assert_array_equal(weight.grad[:, 0], [1, 3, 1, 1, 0])
+    both = weight * 1  # not a leaf, and used in two ways: the same gradient, whichever comes first
+    (F.embedding(ids, both) + 0).sum().backward()
+    np.testing.assert_array_equal(weight.grad[:, 0], [2, 6, 2, 2, 0])
+    (both := weight * 1).retain_grad()
+    (F.embedding(ids, both).sum() + both.sum()).backward()
+    np.testing.assert_array_equal(both.grad[:, 0], [2, 4, 2, 2, 1])
+    both = weight * 1
+    (both.sum() + F.embedding(ids, both).sum()).backward()
+    np.testing.assert_array_equal(weight.grad[:, 0], [6, 14, 6, 6, 2])
 
 
 @pytest.mark.parametrize("t", [1, 63, 64, 65, 130])

@@ -117,13 +117,11 @@ def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array,
     return dx, dweight, dbias
 
 
-def embedding_backward(grad: Array, ids: Array, vocab_size: int) -> Array:
+def embedding_backward(grad: Array, ids: Array, dweight: Array) -> None:
     rows, ids = grad.reshape(-1, grad.shape[-1]), ids.reshape(-1)
     order = np.argsort(ids, kind="stable")
     picked, first = np.unique(ids[order], return_index=True)
-    dweight = np.zeros((vocab_size, rows.shape[1]), grad.dtype)
-    dweight[picked] = np.add.reduceat(rows[order], first, axis=0)
-    return dweight
+    dweight[picked] += np.add.reduceat(rows[order], first, axis=0)
 
 
 # ----------------------------------------------------------------------------------- layer norm
