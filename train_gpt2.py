@@ -127,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # The loop
     out.mkdir(parents=True, exist_ok=True)
+    if not settings.resume:
+        (out / "metrics.jsonl").unlink(missing_ok=True)
     stop = StopSignals()
     started = last_time = time.perf_counter()
     last_step = optimizer.steps
@@ -377,7 +379,8 @@ def draw_loss_curve(out: Path) -> None:
     from matplotlib.figure import Figure
 
     with open(out / "metrics.jsonl", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+        by_step = {row["step"]: row for row in map(json.loads, file)}  # steps done again: the last
+    rows = list(by_step.values())
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     losses.plot([r["step"] for r in rows], [r["train_loss"] for r in rows], lw=0.8, label="train")

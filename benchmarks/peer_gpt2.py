@@ -61,9 +61,9 @@ class PeerGPT2(nn.Module):
         logits = self.ln_f(x) @ self.wte.weight.T
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def optimizer(self) -> torch.optim.AdamW:
+    def optimizer(self, fused: bool) -> torch.optim.AdamW:
         groups = [
             {"params": [p for p in self.parameters() if p.ndim >= 2], "weight_decay": 0.1},
             {"params": [p for p in self.parameters() if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
+        return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=fused)

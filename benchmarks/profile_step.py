@@ -20,6 +20,7 @@ import numpy as np
 
 from micrograd_gpt import functional as F
 from micrograd_gpt import optim
+from micrograd_gpt.data import Windows
 from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config
 
 SHAPES = {**SIZES, "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 65}}
@@ -46,6 +47,7 @@ WORK: dict[tuple[Any, str], tuple[str, Callable[..., float]]] = {
     (F, "embedding_backward"): ("bytes", lambda g, *_: 3 * g.nbytes),
     (optim, "sum_of_squares"): ("bytes", lambda a: sum(x.nbytes for x in a)),
     (optim, "adamw_update"): ("bytes", lambda p, *_: 7 * sum(x.nbytes for x in p)),
+    (Windows, "batch"): ("bytes", lambda w, seed, step, batch: 2 * 8 * batch * w.block_size),
 }
 
 
@@ -79,13 +81,13 @@ def main() -> None:
 
     model = GPT2(GPT2Config(**SHAPES[args.size]))
     optimizer = optim.AdamW(model.parameters())
-    rng = np.random.default_rng(0)
-    shape = (args.batch, args.context)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 10**6)
+    windows = Windows(tokens.astype(np.uint16), args.context)
     phases: dict[str, list[float]] = defaultdict(list)
     for step in range(args.steps + 1):  # the first one fetches the memory, and is not counted
         now["step"] = step
-        ids, targets = rng.integers(0, model.config.vocab_size, (2, *shape))
         times = [time.perf_counter()]
+        ids, targets = windows.batch(0, step, args.batch)
         loss = model.loss(ids, targets)
         times.append(time.perf_counter())
         loss.backward()
@@ -101,10 +103,10 @@ def main() -> None:
         return float(np.median(values[1:]))
 
     total = sum(median(times) for times in phases.values())
-    tokens = args.batch * args.context
+    per_step = args.batch * args.context
     print(
         f"{args.size}, {args.batch} × {args.context} tokens: {total * 1e3:.1f} ms a step, "
-        f"{tokens / total:,.0f} tokens/s, median of {args.steps}\n"
+        f"{per_step / total:,.0f} tokens/s, median of {args.steps}\n"
     )
     print("| operation | calls | ms | % of step | rate |\n| --- | ---: | ---: | ---: | ---: |")
     for (_, name), (unit, _) in sorted(WORK.items(), key=lambda w: -median(seconds[w[0][1]])):

@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", choices=["124M", "tiny", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="torch.compile too: minutes more")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-avx2", action="store_true", help="leave the AVX2 rows out")
     parser.add_argument("--growth", metavar="PNG", help="measure how cost grows instead, and plot")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -61,7 +61,8 @@ def main() -> None:
         return
     sides = ["ours"]
     if installed("torch"):
-        sides += ["PyTorch eager", *(["PyTorch compiled"] if args.compile else [])]
+        sides += ["PyTorch eager", "PyTorch eager, fused AdamW"]
+        sides += [] if args.no_compile else ["PyTorch compiled, fused AdamW"]
     for pins, title in (({}, "BLAS chooses its kernels"), (AVX2, "BLAS pinned to AVX2 kernels")):
         if pins and args.no_avx2:
             continue
@@ -149,7 +150,7 @@ def peer_step(config: dict[str, int], ids: np.ndarray, side: str) -> Any:
     from peer_gpt2 import PeerGPT2
 
     model = PeerGPT2(**config)
-    optimizer = model.optimizer()
+    optimizer = model.optimizer(fused="fused" in side)
     run = torch.compile(model) if "compiled" in side else model
     inputs, targets = torch.tensor(ids[:, :-1]), torch.tensor(ids[:, 1:])
 

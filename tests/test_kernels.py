@@ -12,6 +12,7 @@ import pytest
 
 from micrograd_gpt import functional as F
 from micrograd_gpt import kernels, optim
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.kernels import cpu, threads
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-13}  # a few hundred roundings
@@ -165,6 +166,28 @@ def test_results_do_not_depend_on_which_thread_did_what() -> None:
     for _ in range(5):
         for a, b in zip(first, F.linear_backward(grad, x, w), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_the_same_seed_gives_the_same_losses_bit_for_bit(blocking: None) -> None:
+    config = GPT2Config(
+        **{"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 67, "n_positions": 150},
+        **{"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1},
+    )
+    ids = np.random.default_rng(0).integers(0, 67, (2, 151))
+
+    def losses() -> list[float]:
+        model = GPT2(config, seed=1)
+        optimizer = optim.AdamW(model.parameters())
+        found = []
+        for _ in range(4):
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+            found += [loss.item(), optim.clip_grad_norm(optimizer.parameters, 1.0)]
+            optimizer.step()
+            optimizer.zero_grad()
+        return found
+
+    assert losses() == losses()
 
 
 # ------------------------------------------------------------------------------------- threads

@@ -88,6 +88,8 @@ def test_a_run_from_start_to_end(text: Path, tmp_path: Path) -> None:
     # A second run does not overwrite it unless told to.
     again = run("--data", text, "--out", out, *SMALL)
     assert again.returncode == 2 and "holds a run already" in again.stderr
+    anew = run(*flags, "--max-steps", 2, "--overwrite")
+    assert anew.returncode == 0 and [row["step"] for row in metrics(out)] == [1, 2]
 
 
 def test_resumed_equals_never_stopped(text: Path, tmp_path: Path) -> None:
