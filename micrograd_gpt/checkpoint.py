@@ -20,7 +20,7 @@ import numpy as np
 
 from micrograd_gpt.backend import to_device
 from micrograd_gpt.errors import UserError
-from micrograd_gpt.files import write_text
+from micrograd_gpt.files import read_json, write_text
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.optim import AdamW
 from micrograd_gpt.tensor_files import TensorFile, write_safetensors
@@ -71,8 +71,9 @@ def save_run(
 
 def load_config(folder: str | Path) -> GPT2Config:
     """The model's shape in `folder`; UserError when there is no config.json, or not a GPT-2's."""
-    path = Path(folder) / "config.json"
-    values = _read_json(path, f"{folder} holds no model: there is no config.json")
+    values = read_json(Path(folder) / "config.json")
+    if values is None:
+        raise UserError(f"{folder} holds no model: there is no config.json")
     try:
         return GPT2Config.from_dict(values)
     except UserError as error:
@@ -128,16 +129,7 @@ def _moments(model: GPT2, optimizer: AdamW) -> dict[str, Any]:
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / STATE, f"{folder} holds no run to resume: there is no {STATE}")
-
-
-def _read_json(path: Path, if_missing: str) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(if_missing) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"cannot read {path}: it is JSON, but no object")
-    return values
+    state = read_json(folder / STATE)
+    if state is None:
+        raise UserError(f"{folder} holds no run to resume: there is no {STATE}")
+    return state

@@ -8,15 +8,14 @@ Shapes: B batch, T time (`block_size` tokens).
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from micrograd_gpt.download import cache_folder, download
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.tokenizers import Tokenizer, make_tokenizer
 
@@ -49,9 +48,7 @@ def load_documents(source: str | Path) -> list[str]:
     if source == "pydocs":
         documents = _pydocs()
     elif source == "shakespeare":
-        path = _cache_folder() / "shakespeare.txt"
-        fetch(SHAKESPEARE_URL, path, SHAKESPEARE_SIZE, SHAKESPEARE_SHA256)
-        documents = [_read_text(path)]
+        documents = [_read_text(_shakespeare())]
     elif (path := Path(source)).is_dir():
         files = [p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file()]
         if not files:
@@ -81,6 +78,15 @@ def _pydocs() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
+def _shakespeare() -> Path:
+    path = cache_folder() / "shakespeare.txt"
+    try:
+        download(SHAKESPEARE_URL, path, SHAKESPEARE_SIZE, SHAKESPEARE_SHA256)
+    except UserError as error:
+        raise UserError(f"{error}; a local text file works with --data PATH") from error
+    return path
+
+
 def _read_text(path: Path) -> str:
     """The text of a UTF-8 file, line ends untouched, so that offsets into it are the file's."""
     try:
@@ -92,68 +98,6 @@ def _read_text(path: Path) -> str:
             f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset "
             f"{error.start}; convert it to UTF-8"
         ) from error
-
-
-def _cache_folder() -> Path:
-    # An empty XDG_CACHE_HOME counts as unset (XDG Base Directory Specification).
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "micrograd-gpt"
-
-
-def fetch(url: str, path: Path, size: int, sha256: str) -> None:
-    """Download `url` to `path`, unless `path` already holds those `size` bytes with that `sha256`.
-
-    The bytes go to `path` with ".part" appended, which is renamed once they are verified: what is
-    at `path` is whole. A download that stopped early is resumed where it stopped (HTTP Range).
-
-    Raises UserError where the network cannot be reached, the server refuses, the download stops
-    early, the bytes are not the expected ones or they cannot be written.
-    """
-    from http.client import HTTPException
-    from urllib.error import HTTPError, URLError
-    from urllib.request import Request, urlopen
-
-    def verified(file: Path) -> bool:
-        return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == sha256
-
-    if verified(path):
-        return
-    part = path.with_name(path.name + ".part")
-    instead = "a local text file works with --data PATH"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        have = part.stat().st_size if part.exists() else 0
-        if have > size:  # not a part of this file
-            have = 0
-        if have < size:
-            request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-            with urlopen(request, timeout=30) as response:
-                if response.status != 206:  # the server sends the whole file
-                    have = 0
-                with open(part, "ab" if have else "wb") as file:
-                    while have <= size and (chunk := response.read(1 << 16)):
-                        have += file.write(chunk)
-    except HTTPError as error:
-        error.close()
-        raise UserError(
-            f"cannot fetch {url}: HTTP {error.code} {error.reason}; {instead}"
-        ) from error
-    except (URLError, ConnectionError, TimeoutError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(f"cannot fetch {url}: no network ({reason}); {instead}") from error
-    except OSError as error:
-        raise UserError(f"cannot fetch {url} to {part}: {error}; {instead}") from error
-    if have < size:
-        raise UserError(
-            f"the download of {url} stopped after {have:,} of {size:,} bytes: run this again to "
-            f"fetch the rest, or {instead}"
-        )
-    if not verified(part):
-        part.unlink()
-        raise UserError(
-            f"{url} did not send the expected file (wrong size or sha256), which was thrown away: "
-            f"run this again, or {instead}"
-        )
-    os.replace(part, path)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
-"""Files that are whole or not there at all."""
+"""Files that are whole or not there at all, and files that say what is wrong with them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from micrograd_gpt.errors import UserError
 
 
 @contextmanager
@@ -15,23 +19,55 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
 
     The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed
     over `path` when the block ends; if the block raises, the temporary file is removed and what
-    `path` held before stays untouched. Raises OSError where the folder cannot be written.
+    `path` held before stays untouched. An OSError, in the block too, becomes a UserError.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; what was there before is unchanged"
+        ) from error
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` to `path` as UTF-8, whole or not at all."""
+    """Write `text` to `path` as UTF-8, whole or not at all; UserError where it can't be written."""
     with written_whole(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def read_json(path: str | Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None if there is no file; UserError for a damaged one."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: it cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return value
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal; UserError where it can't be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    return digest.hexdigest()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -64,12 +65,16 @@ class GPT2Config:
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise UserError(f"{name} must be a probability in [0, 1), not {value!r}")
+        value = self.layer_norm_epsilon
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value <= sys.float_info.max:
+            raise UserError(f"layer_norm_epsilon must be a finite number above 0, not {value!r}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         for name, choices in (
@@ -106,13 +111,14 @@ class GPT2Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GPT2Config:
         """The config in a config.json; UserError where it asks for what this GPT-2 does not do."""
+        n_embd = values.get("n_embd")
         required = {
             "model_type": ("gpt2", "micrograd-gpt"),
             "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
             "tie_word_embeddings": (True,),
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
-            "n_inner": (None, 4 * values.get("n_embd", 0)),
+            "n_inner": (None, 4 * n_embd if isinstance(n_embd, int) else None),
         }
         for key, allowed in required.items():
             if key in values and values[key] not in allowed:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from micrograd_gpt.errors import UserError
-from micrograd_gpt.files import write_text
+from micrograd_gpt.files import read_json, write_text
 
 if TYPE_CHECKING:
     import tiktoken
@@ -322,7 +322,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises UserError, naming the file, for a damaged file and for a tokenizer that is none of ours.
     """
     folder = Path(folder)
-    settings = _read_json(folder / FILE_NAME)
+    settings = read_json(folder / FILE_NAME)
     if settings is not None and "tokenizer" in settings:
         try:
             return from_dict(settings)
@@ -335,29 +335,16 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{folder / FILE_NAME} is not one of our tokenizers ({', '.join(NAMES)}), nor "
             "Hugging Face's for GPT-2: only models that use one of these can be loaded"
         )
-    vocabulary = _read_json(folder / "vocab.json")
+    vocabulary = read_json(folder / "vocab.json")
     if vocabulary is not None and vocabulary != _gpt2_vocabulary(gpt2):
         raise UserError(f"{folder / 'vocab.json'} is not GPT-2's vocabulary, the only one we read")
-    config = _read_json(folder / "config.json") or {}
+    config = read_json(folder / "config.json") or {}
     if config.get("vocab_size", gpt2.vocab_size) != gpt2.vocab_size:
         raise UserError(
             f"{folder} has no {FILE_NAME}, and its vocab_size, {config['vocab_size']}, is not that "
             f"of GPT-2's tokenizer, {gpt2.vocab_size}: add the {FILE_NAME} the model was saved with"
         )
     return gpt2
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, None if there is no file. Raises UserError for a damaged one."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: it cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return value
 
 
 def _is_gpt2(settings: dict[str, Any], gpt2: GPT2Tokenizer) -> bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from faults import FullDiskFile, fill_disk
 
 from micrograd_gpt import checkpoint, files, optim
 from micrograd_gpt.errors import UserError
@@ -97,12 +102,31 @@ def test_what_is_missing_or_of_another_model_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="has surplus, which the model has not"):
         checkpoint.load_run(tmp_path, model, optimizer)
-    (tmp_path / "trainer_state.json").write_text("{")
-    with pytest.raises(UserError, match=r"cannot read .*trainer_state\.json"):
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b'{"step": "\xff"}', b"\x80", b"[" * 100_000, b'{"a":' * 100_000],
+)
+def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
+    model, optimizer = trained(0)
+    for name in ("trainer_state.json", "config.json"):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"trainer_state\.json is damaged: it ") as caught:
         checkpoint.load_run(tmp_path, model, optimizer)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="it is JSON, but no object"):
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"config\.json is damaged: it "):
         checkpoint.load_config(tmp_path)
+
+
+def test_reading_json(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    assert files.read_json(path) is None
+    path.write_text('{"ü": [1, null]}', encoding="utf-8")
+    assert files.read_json(path) == files.read_json(str(path)) == {"ü": [1, None]}
+    assert files.read_json(path / "inside of a file") is None
+    with pytest.raises(UserError, match=f"cannot read {re.escape(str(tmp_path))}: Is a directory"):
+        files.read_json(tmp_path)
 
 
 # ------------------------------------------------------------------------- files are whole or not
@@ -119,3 +143,96 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     files.write_text(target, "new ü")
     assert target.read_text("utf-8") == "new ü"
     assert [f.name for f in target.parent.iterdir()] == ["file.txt"]
+
+
+UNCHANGED = "; what was there before is unchanged$"
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+@pytest.mark.parametrize("room", [0, 3])
+def test_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, before: bytes | None
+) -> None:
+    path = tmp_path / "file.txt"
+    if before is not None:
+        path.write_bytes(before)
+    fill_disk(monkeypatch, files, room)
+    message = f"^cannot write {re.escape(str(path))}: No space left on device{UNCHANGED}"
+    with pytest.raises(UserError, match=message) as caught:
+        files.write_text(path, "more than there is room for")
+    assert "\n" not in str(caught.value)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == (
+        {} if before is None else {path.name: before}
+    )
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_disk_that_fails_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    files.write_text(tmp_path / "file.txt", "old")
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(UserError, match=rf"file\.txt: Input/output error{UNCHANGED}"):
+        files.write_text(tmp_path / "file.txt", "new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file.txt": "old"}
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=f"cannot write .*folder: .*{UNCHANGED}"):
+        files.write_text(tmp_path / "folder", "a file where a folder is: renaming fails")
+    (tmp_path / "plain").write_text("old")
+    for path in (tmp_path / "plain" / "x", tmp_path / "plain" / "deep" / "x"):
+        with pytest.raises(UserError, match=f"cannot write {re.escape(str(path))}: .*{UNCHANGED}"):
+            files.write_text(path, "a folder where a file is: none can be made")
+
+    def forbidden(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files, "open", forbidden, raising=False)
+    with pytest.raises(UserError, match=f"cannot write .*plain: Permission denied{UNCHANGED}"):
+        files.write_text(tmp_path / "plain", "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "plain"]
+    assert (tmp_path / "plain").read_text() == "old"
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError, UserError])
+def test_what_is_no_oserror_stays_what_it_is(tmp_path: Path, failure: type[BaseException]) -> None:
+    files.write_text(tmp_path / "file.txt", "old")
+    with pytest.raises(failure, match="^mine$"), files.written_whole(tmp_path / "file.txt") as file:
+        file.write(b"half")
+        raise failure("mine")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file.txt": "old"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "optimizer.safetensors",
+        "trainer_state.json",
+    ],
+)
+def test_a_run_s_file_that_does_not_fit_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model, optimizer = trained()
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def open_full(path: Path, mode: str) -> Any:
+        file = open(path, mode)
+        return FullDiskFile(file, 10) if name in path.name else file
+
+    monkeypatch.setattr(files, "open", open_full, raising=False)
+    message = rf"cannot write .*{name}: No space left on device{UNCHANGED}"
+    with pytest.raises(UserError, match=message) as caught:
+        checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {"seed": 4})
+    assert "\n" not in str(caught.value)
+    after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert after.keys() == before.keys() and after[name] == before[name]

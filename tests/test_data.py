@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
-import socket
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import serving
 from hypothesis import given
 from hypothesis import strategies as st
 
 from micrograd_gpt import data
-from micrograd_gpt.data import Windows, encode_documents, fetch, load_corpus, load_documents
+from micrograd_gpt.data import Windows, encode_documents, load_corpus, load_documents
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, WordTokenizer
 
@@ -76,151 +72,22 @@ def test_what_holds_no_text_is_named(tmp_path: Path) -> None:
     refused("shakspeare", "there is no data 'shakspeare': give pydocs, shakespeare, or the path")
 
 
-# ----------------------------------------------------------------------------------------------
-# The download, from a server on this machine
-
-BODY = bytes(range(256)) * 1000
-SHA256 = hashlib.sha256(BODY).hexdigest()
-
-
-class Server(ThreadingHTTPServer):
-    """Serves BODY. `answers` says how, one entry a request; `ranges` notes what was asked for."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/input.txt"
-        self.answers: list[str] = []
-        self.bodies_sent = 0
-        self.ranges: list[str | None] = []
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.ranges.append(asked := self.headers["Range"])
-        answer = self.server.answers.pop(0)
-        if answer == "missing":
-            self.send_error(404)
-            return
-        if answer == "endless":
-            self.send_response(200)
-            self.end_headers()
-            with contextlib.suppress(ConnectionError):
-                for _ in range(200):
-                    self.wfile.write(BODY)
-                    self.server.bodies_sent += 1
-            return
-        start = int(asked[6:-1]) if asked and answer != "no ranges" else 0
-        body = BODY[start:] if answer != "other" else BODY[:-1] + b"!"
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[:100_000] if answer == "truncated" else body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, args=[0.01])  # seconds between polls
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-def fetch_body(server: Server, path: Path, *answers: str) -> None:
-    server.answers += answers
-    fetch(server.url, path, len(BODY), SHA256)
-
-
-def test_a_download_is_kept_and_not_repeated(server: Server, tmp_path: Path) -> None:
-    path = tmp_path / "cache" / "input.txt"
-    fetch_body(server, path, "whole")
-    fetch_body(server, path)
-    assert path.read_bytes() == BODY and server.ranges == [None]
-    path.write_bytes(BODY[:-1])  # damaged in the cache: fetched again
-    fetch_body(server, path, "whole")
-    assert path.read_bytes() == BODY
-    assert [p.name for p in path.parent.iterdir()] == ["input.txt"]
-
-
-def test_a_truncated_download_is_resumed(server: Server, tmp_path: Path) -> None:
-    path = tmp_path / "input.txt"
-    with pytest.raises(UserError, match="stopped after 100,000 of 256,000 bytes: run this again"):
-        fetch_body(server, path, "truncated")
-    assert not path.exists() and (tmp_path / "input.txt.part").stat().st_size == 100_000
-    with pytest.raises(UserError, match="stopped after 200,000"):
-        fetch_body(server, path, "truncated")
-    fetch_body(server, path, "whole")
-    assert path.read_bytes() == BODY
-    assert server.ranges == [None, "bytes=100000-", "bytes=200000-"]
-
-
-@pytest.mark.parametrize(
-    ("part", "answer", "asked"),
-    [
-        (BODY[:7], "no ranges", ["bytes=7-"]),  # a server that only sends whole files
-        (BODY + b"more", "whole", [None]),  # a part of something else
-        (BODY, "", []),  # whole already, but not yet renamed
-    ],
-)
-def test_a_part_is_used_for_what_it_is(
-    part: bytes, answer: str, asked: list[str | None], server: Server, tmp_path: Path
-) -> None:
-    (tmp_path / "input.txt.part").write_bytes(part)
-    fetch_body(server, tmp_path / "input.txt", *[answer] * len(asked))
-    assert (tmp_path / "input.txt").read_bytes() == BODY and server.ranges == asked
-
-
-def test_other_bytes_than_expected_are_thrown_away(server: Server, tmp_path: Path) -> None:
-    path = tmp_path / "input.txt"
-    with pytest.raises(UserError, match="did not send the expected file"):
-        fetch_body(server, path, "other")
-    (tmp_path / "input.txt.part").write_bytes(b"foreign")
-    with pytest.raises(UserError, match="did not send the expected file"):
-        fetch_body(server, path, "whole")
-    assert list(tmp_path.iterdir()) == []
-    fetch_body(server, path, "whole")
-    assert server.ranges == [None, "bytes=7-", None]
-
-
-def test_an_endless_download_is_cut_off(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="did not send the expected file"):
-        fetch_body(server, tmp_path / "input.txt", "endless")
-    server.server_close()  # waits until the answer has ended
-    assert server.bodies_sent < 200
-
-
-def test_a_download_refused_or_unreachable_is_one_line(server: Server, tmp_path: Path) -> None:
-    def refused(call: Callable[[], None], message: str) -> None:
-        with pytest.raises(UserError, match=message) as caught:
-            call()
-        assert "--data PATH" in str(caught.value) and "\n" not in str(caught.value)
-        assert not (tmp_path / "input.txt").exists()
-
-    refused(lambda: fetch_body(server, tmp_path / "input.txt", "missing"), "HTTP 404 Not Found")
-    with socket.create_server(("127.0.0.1", 0)) as unused:  # its port answers nobody once closed
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
-    refused(lambda: fetch(url, tmp_path / "input.txt", 1, SHA256), "no network")
-    (tmp_path / "file").write_text("")
-    refused(lambda: fetch(url, tmp_path / "file" / "input.txt", 1, SHA256), "cannot fetch .* to ")
-
-
-def test_shakespeare_is_read_from_the_cache(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    body = BODY.replace(bytes(range(128, 256)), b"")
-    (tmp_path / "micrograd-gpt").mkdir()
-    (tmp_path / "micrograd-gpt" / "shakespeare.txt").write_bytes(body)
+def test_shakespeare_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "To be,\r\nor not to bé.\n" * 100
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(data, "SHAKESPEARE_URL", server.url)
-    monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(body).hexdigest())
-    assert load_documents("shakespeare") == [body.decode()]
-    assert server.ranges == []
+    monkeypatch.setattr(data, "SHAKESPEARE_SIZE", len(text.encode()))
+    monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(text.encode()).hexdigest())
+    with serving({"/input.txt": text.encode()}) as server:
+        monkeypatch.setattr(data, "SHAKESPEARE_URL", f"{server.url}/input.txt")
+        assert load_documents("shakespeare") == load_documents("shakespeare") == [text]
+        assert server.ranges("/input.txt") == [None]
+    cached = tmp_path / "micrograd-gpt" / "shakespeare.txt"
+    assert cached.read_bytes() == text.encode()
+    assert load_documents("shakespeare") == [text]  # needs no network now
+    cached.write_text("not Shakespeare")
+    with pytest.raises(UserError, match="; a local text file works with --data PATH$") as caught:
+        load_documents("shakespeare")
+    assert "cannot fetch" in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------------

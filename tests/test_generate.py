@@ -319,10 +319,11 @@ def test_ctrl_c_with_json(
 ) -> None:
     interrupt_after(7, monkeypatch)
     flags = ["--model", char_model, "--prompt", "the ", "--num-samples", "2", "--json"]
+    flags += ["--max-new-tokens", "4"]
     assert generate.main(flags) == 130
     samples = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(s["stopped"], len(s["text"])) for s in samples] == [
-        ("interrupted", 4),
+        ("length", 4),
         ("interrupted", 3),
     ]
 
@@ -372,11 +373,11 @@ def converse(
 def test_a_conversation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], char_model: str
 ) -> None:
-    lines = ["the ", "/set temperature 0", "dog", "dog", "/unset temperature", "dog"]
-    status, out, _ = converse(monkeypatch, capsys, char_model, *lines)
-    assert status == 0 and out.startswith("the ")
-    _, greedy, again, random = out.split("dog")
-    assert greedy == again != random
+    lines = ["dog", "dog", "/set temperature 0", "dog", "dog", "/unset temperature", "/set seed 0"]
+    status, out, _ = converse(monkeypatch, capsys, char_model, *lines, "dog")
+    assert status == 0
+    _, first, second, greedy, again, third = out.split("dog")
+    assert greedy == again and first == third and len({first, second, greedy}) == 3
 
 
 def test_mistakes_do_not_end_a_conversation(

@@ -244,12 +244,28 @@ def test_wrong_ids_are_named() -> None:
         ({"activation_function": "relu"}, "activation_function is 'relu'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ({"n_inner": 17}, "n_inner is 17"),
+        *(
+            (
+                {"n_embd": value, **extra},
+                f"n_embd must be a whole number of at least 1, not {value}",
+            )
+            for value in (None, {}, True, 16.0)
+            for extra in ({}, {"n_inner": None})
+        ),
+        ({"n_embd": []}, r"n_embd must be a whole number of at least 1, not \[\]"),
+        ({"n_embd": None, "n_inner": 64}, "n_inner is 64"),
+        *(
+            ({"layer_norm_epsilon": value}, f"layer_norm_epsilon must be .* above 0, not {value!r}")
+            for value in (0, -1e-5, float("nan"), float("inf"), None, "1e-5", True, {})
+        ),
+        ({"layer_norm_epsilon": 10**400}, "layer_norm_epsilon must be a finite number"),
         ({"model_type": "llama"}, "model_type is 'llama'"),
     ],
 )
 def test_configs_no_model_can_have(change: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         GPT2Config.from_dict({**SMALL, **change})
+    assert "\n" not in str(caught.value)
 
 
 def test_config_round_trip() -> None:

@@ -34,6 +34,7 @@ FLOORS = [
     ["backend"],
     ["tf_checkpoint"],
     ["tensor_files"],
+    ["download"],
     ["files"],
     ["errors"],
 ]

@@ -5,7 +5,6 @@ The servers run on 127.0.0.1 and serve a tiny model under the name of the smalle
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import random
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from faults import Fault, Server, fill_disk, serving
+from faults import Fault, Server, serving
 
 from micrograd_gpt import no_grad, pretrained
 from micrograd_gpt.checkpoint import save_pretrained
@@ -30,7 +29,6 @@ from micrograd_gpt.pretrained import (
     OpenAI,
     Release,
     build,
-    download,
     fetch,
     from_pretrained,
     open_release,
@@ -312,7 +310,7 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hparams", "message"),
     [
-        ("{", "is not JSON"),
+        ("{", "cannot be read as JSON"),
         ("[]", "no JSON object"),
         ('{"n_vocab": 61, "n_ctx": 32, "n_embd": 16, "n_head": 4}', "lacks n_layer"),
         ('{"n_vocab": 61, "n_ctx": 32, "n_embd": 16, "n_head": 4, "n_layer": 3}', "n_layer 3"),
@@ -394,137 +392,6 @@ def test_fuzz_a_tensorflow_checkpoint(tmp_path: Path) -> None:
             for parameter, array in ARRAYS.items():
                 np.testing.assert_array_equal(got[parameter], array)
     assert 1000 < errors < 1500
-
-
-# ---------------------------------------------------------------------------------------------
-# One download
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with serving({"/file": random.Random(0).randbytes(300_000)}) as server:
-        yield server
-
-
-def test_a_download_is_whole_or_not_there(server: Server, tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "file"
-    download(f"{server.url}/file", path, 300_000)
-    download(f"{server.url}/file", path, 300_000)  # there already: asks for nothing
-    assert path.read_bytes() == server.files["/file"]
-    assert [p.name for p in path.parent.iterdir()] == ["file"]
-    assert server.ranges("/file") == [None]
-
-
-def test_a_dropped_connection_is_taken_up_where_it_broke(server: Server, tmp_path: Path) -> None:
-    server.faults["/file"] = [Fault(drop_after=100_000), Fault(drop_after=50_000)]
-    download(f"{server.url}/file", tmp_path / "file", 300_000)
-    assert (tmp_path / "file").read_bytes() == server.files["/file"]
-    assert server.ranges("/file") == [None, "bytes=100000-", "bytes=150000-"]
-
-
-def test_a_connection_that_is_reset_is_taken_up(server: Server, tmp_path: Path) -> None:
-    server.faults["/file"] = [Fault(drop_after=100_000, reset=True)]
-    try:
-        download(f"{server.url}/file", tmp_path / "file")
-    except UserError as error:  # the reset overtook all of the bytes
-        assert "connection broke after 0 bytes" in str(error)
-        download(f"{server.url}/file", tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == server.files["/file"]
-
-
-def test_a_download_that_stopped_goes_on_at_the_next_try(server: Server, tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    server.faults["/file"] = [Fault(drop_after=240_000), Fault(drop_after=0)]
-    with pytest.raises(UserError, match="connection broke after 240,000 bytes, which are kept"):
-        download(f"{server.url}/file", path)
-    assert [p.name for p in tmp_path.iterdir()] == ["file.part"]
-    download(f"{server.url}/file", path)
-    assert path.read_bytes() == server.files["/file"]
-    assert server.ranges("/file") == [None, "bytes=240000-", "bytes=240000-"]
-
-
-def test_a_server_that_knows_no_range_starts_again(server: Server, tmp_path: Path) -> None:
-    server.faults["/file"] = [Fault(drop_after=200_000), Fault(ignore_range=True)]
-    download(f"{server.url}/file", tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == server.files["/file"]
-    assert server.ranges("/file") == [None, "bytes=200000-"]
-
-
-def test_another_part_than_asked_for_is_refused(server: Server, tmp_path: Path) -> None:
-    server.faults["/file"] = [Fault(drop_after=200_000), Fault(other_range=True)]
-    with pytest.raises(UserError, match="asked from byte 200000, the server sent bytes 200001-"):
-        download(f"{server.url}/file", tmp_path / "file")
-
-
-def test_a_part_that_is_whole_or_foreign(server: Server, tmp_path: Path) -> None:
-    part = tmp_path / "file.part"
-    part.write_bytes(server.files["/file"])  # stopped between the last byte and the renaming
-    download(f"{server.url}/file", tmp_path / "file")
-    assert server.ranges("/file") == ["bytes=300000-"]
-    (tmp_path / "file").unlink()
-    part.write_bytes(bytes(400_000))  # of another file
-    download(f"{server.url}/file", tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == server.files["/file"]
-    assert not part.exists()
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (Fault(status=404), "the server answered 404"),
-        (Fault(status=403), "the server answered 403"),
-        (Fault(status=500), "the server answered 500"),
-        (Fault(status=200), "a web page instead of the file"),
-    ],
-)
-@pytest.mark.parametrize("have", [0, 1000])
-def test_refusals_leave_what_was_there(
-    server: Server, tmp_path: Path, fault: Fault, message: str, have: int
-) -> None:
-    begun = server.files["/file"][:have]
-    if have:
-        (tmp_path / "file.part").write_bytes(begun)
-    server.faults["/file"] = [fault]
-    with pytest.raises(UserError, match=message) as caught:
-        download(f"{server.url}/file", tmp_path / "file")
-    assert "\n" not in str(caught.value) and server.url in str(caught.value)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == (
-        {"file.part": begun} if have else {}
-    )
-
-
-def test_a_file_of_another_length_is_not_fetched(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has 300,000 bytes where the published file has 300,001"):
-        download(f"{server.url}/file", tmp_path / "file", 300_001)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_no_network(tmp_path: Path) -> None:
-    with serving({}) as server:
-        url = server.url  # nobody listens there once the block has ended
-    with pytest.raises(UserError, match=f"cannot fetch {url}/x: .*refused"):
-        download(f"{url}/x", tmp_path / "x")
-    with pytest.raises(UserError, match="cannot fetch nonsense: unknown url type"):
-        download("nonsense", tmp_path / "x")
-
-
-def test_a_full_disk_and_a_forbidden_folder(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fill_disk(monkeypatch, pretrained, 1000)
-    with pytest.raises(UserError, match=r"cannot write .*file\.part: No space left on device"):
-        download(f"{server.url}/file", tmp_path / "file")
-    assert not (tmp_path / "file").exists()
-
-    def forbidden(*_: Any) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(pretrained, "open", forbidden)
-    with pytest.raises(UserError, match="Permission denied"):
-        download(f"{server.url}/file", tmp_path / "file")
-    (tmp_path / "plain").write_text("a file where a folder should be")
-    with pytest.raises(UserError, match="cannot write"):
-        download(f"{server.url}/file", tmp_path / "plain" / "file")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -100,6 +100,19 @@ def test_the_cache_is_one_array_of_the_stated_size_written_in_place(model: GPT2)
     assert changed.tolist() == [[False] * 3 + [True] + [False] * 12] * 2
 
 
+def test_a_row_that_was_left_behind_can_be_taken_up_again(model: GPT2) -> None:
+    """Its cache still holds the window of long ago, of which nothing is to be taken over."""
+    text = [int(token) for token in np.random.default_rng(0).integers(0, VOCABULARY, 30)]
+    context = Context(model, 2, longest=99)
+    context.logits([text[:8], text[:8]])
+    for end in range(9, 31):
+        context.logits([text[:end]])
+    context.keep([0, 0], shared=25)
+    texts = [[*text, 1], [*text, 2]]
+    expected = Context(model, 2, 99, use_cache=False).logits(texts)
+    np.testing.assert_allclose(context.logits(texts), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_samples_of_one_prompt_read_it_once(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     hidden = GPT2.hidden
@@ -161,7 +174,8 @@ def test_top_k_keeps_ties_and_all_of_a_smaller_vocabulary(k: int, kept: list[int
 
 
 @pytest.mark.parametrize(
-    ("p", "kept"), [(0.01, [1]), (0.49, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.85, [0, 1, 3])]
+    ("p", "kept"),
+    [(1e-18, [1]), (0.01, [1]), (0.49, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.85, [0, 1, 3])],
 )
 def test_top_p_keeps_the_fewest_that_reach_p(p: float, kept: list[int]) -> None:
     filtered = filters.top_p(np.log([0.15, 0.5, 0.05, 0.3]), p)
@@ -182,6 +196,11 @@ def test_top_p_after_another_filter_counts_what_is_left() -> None:
 def test_min_p_is_relative_to_the_likeliest(p: float, kept: list[int]) -> None:
     filtered = filters.min_p(np.log([0.6, 0.3, 0.1]), p)
     assert np.flatnonzero(filtered > NEVER).tolist() == kept
+
+
+def test_temperature_is_the_root_of_the_probabilities() -> None:
+    ours = next_token_distribution(np.log([0.81, 0.09, 0.09, 0.01]), [], Settings(temperature=2.0))
+    np.testing.assert_allclose(ours, np.array([0.9, 0.3, 0.3, 0.1]) / 1.6)
 
 
 def test_temperature_comes_before_top_p_and_penalties_before_both() -> None:
@@ -288,6 +307,7 @@ def test_guesses_continue_the_latest_place_that_looks_alike() -> None:
     longer = [0, 9, 9, 9, *run]  # eight tokens that agree say more than four
     assert PromptLookup().guess([*longer, 5, 5, *run, 6, 6, *longer])[:2] == [5, 5]
     assert PromptLookup().guess([1, 2, 1, 2, 1, 2]) == [1, 2, 1, 2, 1, 2, 1]  # round and round
+    assert PromptLookup().guess([1, 2, 1, 2, 1, 2], most=2) == [1, 2]
     assert PromptLookup().guess([1, 2, 3, 4, 5]) == []
 
 
