@@ -54,7 +54,7 @@ TINY: dict[str, Any] = {
     "tokenizer": "char",  # a small model has no use for 50,257 tokens
     "block_size": 64,
     "batch_size": 12,
-    "max_steps": 5000,  # about two minutes on two cores
+    "max_steps": 4000,  # about two minutes on two cores
     "learning_rate": 3e-3,  # small models bear large steps
     "min_lr": 3e-4,
     "warmup_steps": 100,
@@ -238,7 +238,7 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
     add("--seed", type=cli.non_negative_int, help="of weights, data order and dropout (1337)")
     add("--device", help="cpu or gpu (cpu)")
     add("--dtype", choices=["float32", "float64"], help="number type (float32)")
-    add("--max-steps", type=cli.positive_int, help="(5000 for tiny, else 10000; 1000 fine-tuning)")
+    add("--max-steps", type=cli.positive_int, help="(4000 for tiny, else 10000; 1000 fine-tuning)")
     add("--batch-size", type=cli.positive_int, help="windows a micro-batch (12 for tiny, else 4)")
     add("--grad-accum-steps", type=cli.positive_int, help="micro-batches a step (1)")
     add = parser.add_argument_group("optimizer").add_argument

@@ -91,7 +91,9 @@ def _extend(
             for beam, row in zip(beams, log_probs, strict=True)
         ]
     )
-    best = np.argsort(-scores, axis=None, kind="stable")[:count]
+    count = min(count, scores.size)
+    best = np.argpartition(scores, -count, axis=None)[-count:]
+    best = best[np.argsort(-scores.ravel()[best], kind="stable")]
     parents, tokens = (indices.tolist() for indices in np.unravel_index(best, scores.shape))
     extended = [
         replace(

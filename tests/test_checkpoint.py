@@ -202,7 +202,10 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError, UserError])
 def test_what_is_no_oserror_stays_what_it_is(tmp_path: Path, failure: type[BaseException]) -> None:
     files.write_text(tmp_path / "file.txt", "old")
-    with pytest.raises(failure, match="^mine$"), files.written_whole(tmp_path / "file.txt") as file:
+    with (
+        pytest.raises(failure, match=r"^mine$"),
+        files.written_whole(tmp_path / "file.txt") as file,
+    ):
         file.write(b"half")
         raise failure("mine")
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file.txt": "old"}
@@ -226,8 +229,7 @@ def test_a_run_s_file_that_does_not_fit_is_one_line(
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
     def open_full(path: Path, mode: str) -> Any:
-        file = open(path, mode)
-        return FullDiskFile(file, 10) if name in path.name else file
+        return FullDiskFile(open(path, mode), room=10 if name in path.name else 1 << 30)
 
     monkeypatch.setattr(files, "open", open_full, raising=False)
     message = rf"cannot write .*{name}: No space left on device{UNCHANGED}"

@@ -85,7 +85,7 @@ def test_shakespeare_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert cached.read_bytes() == text.encode()
     assert load_documents("shakespeare") == [text]  # needs no network now
     cached.write_text("not Shakespeare")
-    with pytest.raises(UserError, match="; a local text file works with --data PATH$") as caught:
+    with pytest.raises(UserError, match=r"; a local text file works with --data PATH$") as caught:
         load_documents("shakespeare")
     assert "cannot fetch" in str(caught.value) and "\n" not in str(caught.value)
 

@@ -244,21 +244,6 @@ def test_wrong_ids_are_named() -> None:
         ({"activation_function": "relu"}, "activation_function is 'relu'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ({"n_inner": 17}, "n_inner is 17"),
-        *(
-            (
-                {"n_embd": value, **extra},
-                f"n_embd must be a whole number of at least 1, not {value}",
-            )
-            for value in (None, {}, True, 16.0)
-            for extra in ({}, {"n_inner": None})
-        ),
-        ({"n_embd": []}, r"n_embd must be a whole number of at least 1, not \[\]"),
-        ({"n_embd": None, "n_inner": 64}, "n_inner is 64"),
-        *(
-            ({"layer_norm_epsilon": value}, f"layer_norm_epsilon must be .* above 0, not {value!r}")
-            for value in (0, -1e-5, float("nan"), float("inf"), None, "1e-5", True, {})
-        ),
-        ({"layer_norm_epsilon": 10**400}, "layer_norm_epsilon must be a finite number"),
         ({"model_type": "llama"}, "model_type is 'llama'"),
     ],
 )
@@ -266,6 +251,34 @@ def test_configs_no_model_can_have(change: dict[str, object], message: str) -> N
     with pytest.raises(UserError, match=message) as caught:
         GPT2Config.from_dict({**SMALL, **change})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("n_inner", [{}, {"n_inner": None}, {"n_inner": 64}])
+@pytest.mark.parametrize("n_embd", [None, {}, [], [16], "16", True, 16.0])
+def test_a_width_that_is_no_whole_number(n_embd: object, n_inner: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=r"n_embd must be a whole number|n_inner is") as caught:
+        GPT2Config.from_dict({**SMALL, **n_inner, "n_embd": n_embd})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "vocab_size", "n_positions"])
+@pytest.mark.parametrize("value", [None, {}, [], "2", True, 2.0])
+def test_other_sizes_that_are_no_whole_numbers(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"{name} must be a whole number of at least 1, not "):
+        GPT2Config.from_dict({**SMALL, name: value})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, {}, [], "1e-5", True, 0, 0.0, -1e-5, float("nan"), float("inf"), 10**400],
+    ids=lambda value: repr(value)[:9],
+)
+def test_a_layer_norm_epsilon_that_is_no_positive_number(value: object) -> None:
+    message = "layer_norm_epsilon must be a finite number above 0, not "
+    with pytest.raises(UserError, match=message) as caught:
+        GPT2Config.from_dict({**SMALL, "layer_norm_epsilon": value})
+    assert "\n" not in str(caught.value)
+    assert GPT2Config.from_dict({**SMALL, "layer_norm_epsilon": 1}).layer_norm_epsilon == 1
 
 
 def test_config_round_trip() -> None:
