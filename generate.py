@@ -248,11 +248,17 @@ def load(name: str | None, device: str, dtype: str) -> tuple[GPT2, Tokenizer]:
     from micrograd_gpt.pretrained import from_pretrained
     from micrograd_gpt.tokenizers import GPT2Tokenizer, load_tokenizer
 
+    given = name
     if name is None:
         name = "out" if Path("out", "config.json").exists() else "124M"
         say(f"no --model given: using {name}")
     tokenizer = load_tokenizer(name) if Path(name).is_dir() else GPT2Tokenizer()
-    model = from_pretrained(GPT2, name, device, dtype)
+    try:
+        model = from_pretrained(GPT2, name, device, dtype)
+    except UserError as error:
+        if given is None and name == "124M":  # a newcomer without network
+            raise UserError(f"{error}; or train a model first: python train_gpt2.py") from error
+        raise
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{name}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
@@ -410,7 +416,8 @@ def command(line: str, choices: dict[str, Any]) -> dict[str, Any]:
     if name == "/help":
         say(HELP)
         values = DECODING | {key: value for key, value in choices.items() if value is not None}
-        say("  " + ", ".join(f"{key.replace('_', '-')} {value}" for key, value in values.items()))
+        used = {key.replace("_", "-"): value for key, value in values.items() if value}
+        say("settings: " + ", ".join(f"{key} {value}" for key, value in used.items()))
         return choices
     if name not in ("/set", "/unset") or not words:
         raise UserError(f"no such command: {line!r}; /help lists them")

@@ -76,7 +76,7 @@ def train(steps: int) -> tuple[GPT2, Tokenizer]:
     """A small character-level model of Python's manual and, in half of its windows, of records."""
     manual = "\n\n".join(load_documents("pydocs"))
     tokenizer = make_tokenizer("char", manual + RECORDS)
-    shape = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 256}
+    shape: dict[str, Any] = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 256}
     model = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size, **shape))
     optimizer = optim.AdamW(model.parameters(), betas=(0.9, 0.99))
     texts = [Windows(tokenizer.encode(text), 256) for text in (manual, RECORDS)]

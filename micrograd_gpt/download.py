@@ -138,5 +138,5 @@ def reason(error: BaseException) -> str:
     status = getattr(response, "status_code", None) or getattr(error, "code", None)
     if status is not None:
         return f"the server answered {status}"
-    text = " ".join(str(getattr(error, "reason", None) or error).split())
-    return textwrap.shorten(text or type(error).__name__, 200, placeholder=" …")
+    text = str(getattr(error, "reason", None) or error)
+    return textwrap.shorten(text, 200, placeholder=" …") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and files that say what is wrong with them."""
+"""Files: written whole or not at all, and read with an error that names the one at fault."""
 
 from __future__ import annotations
 

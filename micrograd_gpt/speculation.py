@@ -1,17 +1,18 @@
 """Speculation: guess the next tokens, then let the model check all of them in one pass.
 
-A pass over five tokens costs hardly more than a pass over one, for most of its time goes into
-reading the weights. So where the next tokens can be guessed, several are decided at the price of
-one. The result does not change: at each place the model's own token is chosen, greedily or drawn as
+One pass over several tokens costs much less than a pass over each, for most of its time goes into
+reading the weights. So where the next tokens can be guessed, several are decided at the price of a
+few. The result does not change: at each place the model's own token is chosen, greedily or drawn as
 ever, and the first one that differs from the guess ends the pass. (For guesses without
-probabilities this is the same rule as that of Leviathan et al. 2023, arXiv:2211.17192: a guess x
-is kept with the probability the model gives it.)
+probabilities this is the rule of Leviathan et al. 2023, arXiv:2211.17192: a guess is kept with the
+probability that the model gives it.)
 """
 
 from __future__ import annotations
 
 RUNS = (4, 8, 16)  # how many of the last tokens are looked up: the longer, the surer the guess
 FEWEST_GUESSES, MOST_GUESSES = 7, 31  # with the last token, passes over 8 to 32 tokens
+WORTH_IT = 3  # right guesses make up for what the longer pass costs
 PAUSE = 64  # tokens without a guess, after the longest runs misled too
 
 
@@ -21,7 +22,7 @@ class PromptLookup:
 
     Texts that quote or repeat themselves, such as code, are guessed well. Elsewhere guesses fail,
     and a failed one costs a pass or two: so each failure doubles the run that must agree before the
-    next guess, and each success halves it.
+    next guess, and each that was worth it halves it.
     """
 
     def __init__(self) -> None:
@@ -63,7 +64,7 @@ class PromptLookup:
             self._size = min(2 * self._size + 1, MOST_GUESSES)
         else:
             self._size = FEWEST_GUESSES
-        if 2 * right >= len(guess):
+        if right >= min(WORTH_IT, len(guess)):
             self._shortest_run = max(self._shortest_run // 2, RUNS[0])
         elif self._shortest_run < RUNS[-1]:
             self._shortest_run *= 2

@@ -21,6 +21,7 @@ from micrograd_gpt.tokenizers import CharTokenizer, load_tokenizer
 
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 5, "n_positions": 6}
 TOKENIZER = CharTokenizer.from_text("abcde")
+UNCHANGED = "; what was there before is unchanged$"
 
 
 def trained(steps: int = 2, seed: int = 0) -> tuple[GPT2, optim.AdamW]:
@@ -119,14 +120,15 @@ def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
         checkpoint.load_config(tmp_path)
 
 
-def test_reading_json(tmp_path: Path) -> None:
+def test_what_is_read_is_all_of_it_or_named(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     assert files.read_json(path) is None
     path.write_text('{"ü": [1, null]}', encoding="utf-8")
     assert files.read_json(path) == files.read_json(str(path)) == {"ü": [1, None]}
     assert files.read_json(path / "inside of a file") is None
-    with pytest.raises(UserError, match=f"cannot read {re.escape(str(tmp_path))}: Is a directory"):
-        files.read_json(tmp_path)
+    for read in (files.read_json, files.sha256):
+        with pytest.raises(UserError, match=f"cannot read {re.escape(str(tmp_path))}: "):
+            read(tmp_path)
 
 
 # ------------------------------------------------------------------------- files are whole or not
@@ -143,9 +145,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     files.write_text(target, "new ü")
     assert target.read_text("utf-8") == "new ü"
     assert [f.name for f in target.parent.iterdir()] == ["file.txt"]
-
-
-UNCHANGED = "; what was there before is unchanged$"
 
 
 @pytest.mark.parametrize("before", [None, b"old"])
@@ -201,11 +200,9 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError, UserError])
 def test_what_is_no_oserror_stays_what_it_is(tmp_path: Path, failure: type[BaseException]) -> None:
-    files.write_text(tmp_path / "file.txt", "old")
-    with (
-        pytest.raises(failure, match=r"^mine$"),
-        files.written_whole(tmp_path / "file.txt") as file,
-    ):
+    path = tmp_path / "file.txt"
+    files.write_text(path, "old")
+    with pytest.raises(failure, match=r"^mine$"), files.written_whole(path) as file:
         file.write(b"half")
         raise failure("mine")
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file.txt": "old"}

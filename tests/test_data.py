@@ -84,7 +84,7 @@ def test_shakespeare_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     cached = tmp_path / "micrograd-gpt" / "shakespeare.txt"
     assert cached.read_bytes() == text.encode()
     assert load_documents("shakespeare") == [text]  # needs no network now
-    cached.write_text("not Shakespeare")
+    cached.write_bytes(text.replace("be", "do", 1).encode())  # as long, but damaged
     with pytest.raises(UserError, match=r"; a local text file works with --data PATH$") as caught:
         load_documents("shakespeare")
     assert "cannot fetch" in str(caught.value) and "\n" not in str(caught.value)

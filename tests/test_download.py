@@ -8,9 +8,9 @@ import hashlib
 import os
 import random
 import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import pytest
@@ -51,10 +51,16 @@ def test_a_download_is_kept_and_not_repeated(
     assert capsys.readouterr().err == ""  # no progress bar where there is no terminal
 
 
-@pytest.mark.parametrize("damaged", [BODY[:-1], BODY[:-1] + b"?", b""])
-def test_what_is_damaged_is_fetched_again(server: Server, tmp_path: Path, damaged: bytes) -> None:
+@pytest.mark.parametrize(
+    ("damaged", "known"),
+    [(BODY[:-1], (SIZE,)), (b"", (SIZE,)), (BODY[:-1] + b"?", (SIZE, SHA256))],
+    ids=["cut short", "empty", "changed"],
+)
+def test_what_is_damaged_is_fetched_again(
+    server: Server, tmp_path: Path, damaged: bytes, known: tuple[Any, ...]
+) -> None:
     (tmp_path / "file").write_bytes(damaged)
-    download(f"{server.url}/file", tmp_path / "file", SIZE, SHA256)
+    download(f"{server.url}/file", tmp_path / "file", *known)
     assert (tmp_path / "file").read_bytes() == BODY
     assert names(tmp_path) == ["file"] and server.ranges("/file") == [None]
 
@@ -165,20 +171,25 @@ def test_a_part_is_used_for_what_it_is(
     assert names(tmp_path) == ["file"] and server.ranges("/file") == asked
 
 
-class Bodies(BaseHTTPRequestHandler):
-    """Answers with `server.count` times BODY, and does not say beforehand how long that is."""
+@contextlib.contextmanager
+def answering(handle: Callable[[StreamRequestHandler], None]) -> Iterator[str]:
+    """The URL of a server that reads a request and leaves the whole answer to `handle`."""
 
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/plain")
-        self.end_headers()
-        with contextlib.suppress(ConnectionError):
-            for _ in range(self.server.count):  # type: ignore[attr-defined]
-                self.wfile.write(BODY)
-                self.server.sent += 1  # type: ignore[attr-defined]
+    class Handler(StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                pass
+            with contextlib.suppress(ConnectionError):
+                handle(self)
 
-    def log_message(self, *_: object) -> None:
-        pass
+    with ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])  # seconds between polls
+        thread.start()
+        try:
+            yield "http://{}:{}/".format(*server.server_address)
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize(
@@ -187,30 +198,32 @@ class Bodies(BaseHTTPRequestHandler):
         (1, (), None),
         (1, (SIZE, SHA256), None),
         (200, (SIZE, SHA256), "thrown away"),  # endless, as it were
+        (2, (SIZE,), "thrown away"),
         (1, (SIZE + 1,), "connection broke after 300,000 bytes"),
     ],
 )
 def test_a_server_that_tells_no_length(
     tmp_path: Path, count: int, known: tuple[Any, ...], error: str | None
 ) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Bodies) as http:
-        http.count, http.sent = count, 0  # type: ignore[attr-defined]
-        thread = threading.Thread(target=http.serve_forever, args=[0.01])  # seconds between polls
-        thread.start()
-        try:
-            with pytest.raises(UserError, match=error) if error else contextlib.nullcontext():
-                download(f"http://127.0.0.1:{http.server_port}/", tmp_path / "file", *known)
-        finally:
-            http.shutdown()
-            thread.join()
-    # Its end waited until every answer had ended.
-    assert http.sent < 200  # type: ignore[attr-defined]
-    assert names(tmp_path) == {
-        None: ["file"],
-        "thrown away": [],
-    }.get(error, ["file.part"])
-    if not error:
-        assert (tmp_path / "file").read_bytes() == BODY
+    sent = 0
+
+    def bodies(connection: StreamRequestHandler) -> None:
+        nonlocal sent
+        connection.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n")
+        for _ in range(count):
+            connection.wfile.write(BODY)
+            sent += 1
+
+    path = tmp_path / "file"
+    with answering(bodies) as url:  # whose end waits until every answer has ended
+        if error:
+            with pytest.raises(UserError, match=error):
+                download(url, path, *known)
+            assert names(tmp_path) == ([] if error == "thrown away" else ["file.part"])
+        else:
+            download(url, path, *known)
+            assert path.read_bytes() == BODY and names(tmp_path) == ["file"]
+    assert sent < 200
 
 
 # ---------------------------------------------------------------------------------------------
@@ -255,19 +268,11 @@ def test_no_network(tmp_path: Path) -> None:
 
 
 def test_what_speaks_no_http_is_one_line(tmp_path: Path) -> None:
-    class Garbage(BaseHTTPRequestHandler):
-        def handle(self) -> None:
-            self.rfile.readline()
-            self.wfile.write(b"x" * 1000 + b" y\r\nz\r\n\r\n")
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Garbage) as http:
-        thread = threading.Thread(target=http.serve_forever, args=[0.01])
-        thread.start()
-        url = f"http://127.0.0.1:{http.server_port}/"
-        with pytest.raises(UserError, match=f"cannot fetch {url}: ") as caught:
-            download(url, tmp_path / "x")
-        http.shutdown()
-        thread.join()
+    with (
+        answering(lambda connection: connection.wfile.write(b"go away " * 100 + b"\r\n")) as url,
+        pytest.raises(UserError, match=f"cannot fetch {url}: go away .*…$") as caught,
+    ):
+        download(url, tmp_path / "x")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
@@ -332,7 +337,8 @@ def test_the_progress_bar_begins_where_the_download_does(
     bars: list[list[int]] = []
 
     class Bar(contextlib.AbstractContextManager["Bar"]):
-        def __init__(self, total: int, initial: int, **_: Any) -> None:
+        def __init__(self, total: int, initial: int, disable: None, **_: Any) -> None:
+            assert disable is None  # silent where stderr is no terminal
             bars.append([total, initial, 0])
 
         def __exit__(self, *_: object) -> None:

@@ -204,13 +204,20 @@ def test_the_default_model(
     finally:
         Path("out").rename(char_model)
     asked = []
+
+    def offline(cls: type[GPT2], name: str, device: str, dtype: str) -> GPT2:
+        asked.append(name)
+        raise UserError("no network")
+
     monkeypatch.setattr(
         "micrograd_gpt.pretrained.from_pretrained",
-        lambda cls, name, device, dtype: asked.append(name) or pytest.fail("stop here"),
+        offline,
     )
-    with pytest.raises(pytest.fail.Exception):
+    with pytest.raises(UserError, match=r"no network; or train a model first: python train_gpt2"):
         generate.main(["--prompt", "the "])
     assert asked == ["124M"] and "using 124M" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"no network$"):
+        generate.main(["--prompt", "the ", "--model", "124M"])
 
 
 # --------------------------------------------------------------------------------------- mistakes

@@ -319,6 +319,10 @@ def test_guesses_grow_when_right_and_get_rare_when_wrong() -> None:
         sizes.append(len(guess))
         text = text + guess
     assert sizes == [7, 15, 31, 31]
+    lookup, text = PromptLookup(), [1, 2, 3] * 3
+    for _ in range(4):  # that there was no room for more is not held against a guess
+        text = text + lookup.guess(text, most=1)
+    assert len(lookup.guess(text)) == 31
     fresh, run = itertools.count(100), [1, 2, 3, 4]
     lookup, text, attempts = PromptLookup(), [*run], []
     for i in range(40):  # what follows a run of four is new each time
