@@ -48,7 +48,7 @@ def library_for(device: str) -> ModuleType:
         import cupy
     except ImportError:
         raise UserError(
-            "--device gpu needs CuPy: pip install 'micrograd-gpt[cuda13]' (or [cuda12])"
+            "--device gpu needs CuPy: pip install -e '.[cuda13]' (or '.[cuda12]')"
         ) from None
     try:
         found = cupy.cuda.runtime.getDeviceCount()

@@ -27,6 +27,15 @@ from micrograd_gpt.tensor import AddInto, Tensor, record, recording
 IGNORE = -100  # a target that counts for nothing, as in PyTorch and Transformers
 LOGITS_AT_ONCE = 2**26  # how many logits linear_cross_entropy holds at a time: 256 MB in float32
 
+
+def _check_dtype(name: str, *tensors: Tensor | None) -> None:
+    """ValueError unless all these tensors are of one and the same floating-point type."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    if len(dtypes) > 1 or dtypes.pop().kind != "f":
+        names = ", ".join(str(t.dtype) for t in tensors if t is not None)
+        raise ValueError(f"{name} needs one float dtype, not {names}: convert with .astype()")
+
+
 # --------------------------------------------------------------------------------------- linear
 
 
@@ -62,6 +71,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.shape[-1] != n_in or (bias is not None and bias.shape != (n_out,)):
         shapes = f"{x.shape} @ {weight.shape}" + (f" + {bias.shape}" if bias is not None else "")
         raise ValueError(f"linear: shapes do not fit: {shapes}")
+    _check_dtype("linear", x, weight, bias)
     rows, w = x.data.reshape(-1, n_in), weight.data  # (N, n_in)
     y = linear_forward(rows, w, None if bias is None else bias.data)
     x_shape = x.shape
@@ -86,7 +96,7 @@ def embedding_backward(grad: Array, ids: Array, dweight: Array) -> None:
 def embedding(ids: Any, weight: Tensor) -> Tensor:
     """Rows of weight (V, C) picked by integer ids (…) -> (…, C).
 
-    Raises ValueError for an id outside 0 … V-1 or ids that are not integers.
+    Raises ValueError for ids that are not integers and, on the CPU, for one outside 0 … V-1.
     """
     xp = array_module(weight.data)
     ids = xp.asarray(ids.data if isinstance(ids, Tensor) else ids)
@@ -154,6 +164,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     channels = x.shape[-1]
     if weight.shape != (channels,) or bias.shape != (channels,):
         raise ValueError(f"layer_norm: {x.shape} with weight {weight.shape}, bias {bias.shape}")
+    _check_dtype("layer_norm", x, weight, bias)
     rows, w = x.data.reshape(-1, channels), weight.data
     y, mean, rstd = layer_norm_forward(rows, w, bias.data, eps)
     shape = x.shape
@@ -193,6 +204,7 @@ def gelu(x: Tensor) -> Tensor:
 
     Hendrycks & Gimpel 2016 (arXiv:1606.08415), section 2.
     """
+    _check_dtype("gelu", x)
     rows = x.data
     return record("gelu", gelu_forward(rows), [x], lambda grad: (gelu_backward(grad, rows),))
 
@@ -330,6 +342,7 @@ def causal_attention(qkv: Tensor, n_head: int, dropout: float = 0.0, key: Key = 
     b, t, width = qkv.shape
     if width % (3 * n_head):
         raise ValueError(f"causal_attention: {n_head} heads do not divide 3C = {width}")
+    _check_dtype("causal_attention", qkv)
     q, k, v = split_heads(qkv.data, n_head)
     out, log_total = attention_forward(q, k, v, dropout, key)  # (B, T, H, D), (B, H, T)
 
@@ -419,6 +432,7 @@ def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
     Targets of -100 are ignored. Raises ValueError when the shapes differ, a target is outside the
     vocabulary, or none counts.
     """
+    _check_dtype("cross_entropy", logits)
     vocab_size = logits.shape[-1]
     labels = _flat_targets(targets, logits.shape[:-1], vocab_size, logits.data)
     count = _count_targets(labels)
@@ -439,6 +453,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     they lead to, so that at most `LOGITS_AT_ONCE` logits exist at any moment. Backward then only
     scales what the forward found. Raises as `cross_entropy` does.
     """
+    _check_dtype("linear_cross_entropy", x, weight)
     vocab_size, channels = weight.shape
     rows, w = x.data.reshape(-1, channels), weight.data  # (N, C)
     labels = _flat_targets(targets, x.shape[:-1], vocab_size, x.data)

@@ -279,7 +279,7 @@ class GPT2(Module):
         device: str = "cpu",
         initialize: bool = True,
     ) -> None:
-        self.config = config
+        self.config = dataclasses.replace(config)  # its own: set_dropout() changes it
         self.random = RandomStream(seed)  # numbers the dropout draws; reseed it at each step
         self.transformer = Transformer(config, Init(seed, dtype, device, initialize), self.random)
 

@@ -36,12 +36,12 @@ class Init:
         self.rng = np.random.default_rng(seed)
         self.dtype, self.device, self.random = np.dtype(dtype), device, random
 
-    def normal(self, shape: tuple[int, ...], std: float) -> Parameter:
+    def normal(self, shape: tuple[int, ...], std: float, order: Any = "C") -> Parameter:
         if not self.random:
-            return Parameter(library_for(self.device).empty(shape, self.dtype))
+            return Parameter(library_for(self.device).empty(shape, self.dtype, order=order))
         numbers = self.rng.standard_normal(shape, dtype=np.float32)
         numbers *= np.float32(std)
-        return Parameter(numbers, dtype=self.dtype, device=self.device)
+        return Parameter(np.asarray(numbers, self.dtype, order=order), device=self.device)
 
     def full(self, shape: tuple[int, ...], value: float) -> Parameter:
         return Parameter(library_for(self.device).full(shape, value, self.dtype))
@@ -67,12 +67,22 @@ class Module:
                         yield f"{name}.{i}", part
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
-        """All parameters in the order they were made, with names like `h.0.attn.c_attn.weight`."""
+        """All parameters in the order they were made, with names like `h.0.attn.c_attn.weight`.
+
+        One that stands in several places comes once, under its first name.
+        """
+        seen: set[int] = set()
+        for name, value in self._named_tensors(prefix):
+            if isinstance(value, Parameter) and id(value) not in seen:
+                seen.add(id(value))
+                yield name, value
+
+    def _named_tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         for name, value in vars(self).items():
-            if isinstance(value, Parameter):
+            if isinstance(value, Tensor):
                 yield prefix + name, value
         for name, part in self.children():
-            yield from part.named_parameters(f"{prefix}{name}.")
+            yield from part._named_tensors(f"{prefix}{name}.")
 
     def parameters(self) -> list[Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
@@ -87,18 +97,22 @@ class Module:
         return self.train(False)
 
     def to(self: M, device: str) -> M:
-        """Move all parameters (and their gradients) to "cpu" or "gpu"."""
-        for p in self.parameters():
-            p.data = to_device(p.data, device)
-            p.grad = None if p.grad is None else to_device(p.grad, device)
+        """Move all tensors and their gradients to "cpu" or "gpu"; make the optimizer after this."""
+        for _, tensor in self._named_tensors():
+            tensor.data = to_device(tensor.data, device)
+            tensor.grad = None if tensor.grad is None else to_device(tensor.grad, device)
         return self
 
 
 class Linear(Module):
-    """x (…, n_in) -> x @ weight + bias (…, n_out); weight (n_in, n_out) as GPT-2 stores it."""
+    """x (…, n_in) -> x @ weight + bias (…, n_out); weight (n_in, n_out) as GPT-2 stores it.
+
+    In memory the weights of one output lie side by side (Fortran order): decoding multiplies one
+    row at a time, and each of its outputs is then a product of two rows of adjacent numbers.
+    """
 
     def __init__(self, n_in: int, n_out: int, init: Init, std: float = 0.02) -> None:
-        self.weight = init.normal((n_in, n_out), std)
+        self.weight = init.normal((n_in, n_out), std, order="F")
         self.bias = init.full((n_out,), 0)
 
     def __call__(self, x: Tensor) -> Tensor:

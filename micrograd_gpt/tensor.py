@@ -96,18 +96,21 @@ def record(name: str, data: Array, inputs: Sequence[Tensor], backward: Backward)
 
 
 def _tape_below(root: Node) -> list[Node]:
-    """All nodes that `root` was computed from, and root itself, each after its parents."""
-    seen, stack = {root}, [root]
+    """All nodes that `root` was computed from, and root itself, each after its parents.
+
+    Raises RuntimeError where a part of the tape was walked, and so freed, before.
+    """
+    seen, stack = {root: None}, [root]  # a dict keeps its order, so that sums are reproducible
     while stack:
         node = stack.pop()
         if node.backward is None:
             raise RuntimeError(
-                f"backward() a second time through {node.name!r} of shape {node.shape}: "
-                "the tape is freed as it is walked; compute the result again first"
+                f"the tape at {node.name!r} of shape {node.shape} was freed by a backward() "
+                "through it: compute the result again before a second one, or before drawing it"
             )
         for parent in node.parents:
             if isinstance(parent, Node) and parent not in seen:
-                seen.add(parent)
+                seen[parent] = None
                 stack.append(parent)
     return sorted(seen, key=lambda node: node.depth)
 
@@ -141,19 +144,24 @@ def _plus(
     so that it may be added into: an array that a backward made is; a view of the gradient it was
     given may be someone else's too, and is not.
     """
-    xp = array_module(grad)
     if callable(part):
         if total is None:
-            total = xp.zeros(target.shape, target.dtype)
+            total = array_module(grad).zeros(target.shape, target.dtype)
         elif not owned:
             total = total.copy()
         part(total)
         return total, True
     part = _fit(part, target.shape, target.dtype)
-    ours = not xp.may_share_memory(part, grad)
+    ours = part.size > 0 and not _may_share_memory(part, grad)
     if total is None:
         return part, ours
-    return xp.add(total, part, out=total if owned else part if ours else None), True
+    out = total if owned else part if ours else None
+    total = array_module(part).add(total, part, out=out)
+    return (np.asarray(total) if isinstance(total, np.generic) else total), True
+
+
+def _may_share_memory(a: Array, b: Array) -> bool:
+    return device_of(a) == device_of(b) and array_module(a).may_share_memory(a, b)
 
 
 def _fit(grad: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
@@ -215,7 +223,7 @@ class Tensor:
     def _wrap(cls, data: Array) -> Tensor:
         """A tensor around the result of an operation, skipping the constructor's conversions."""
         tensor = Tensor.__new__(Tensor)
-        tensor.data = data if hasattr(data, "base") else np.asarray(data)  # NumPy scalar -> 0-d
+        tensor.data = np.asarray(data) if isinstance(data, np.generic) else data
         tensor.requires_grad, tensor.grad, tensor._node = False, None, None
         return tensor
 
@@ -292,7 +300,8 @@ class Tensor:
                 )
             grad = xp.ones_like(self.data)
         else:
-            grad = xp.asarray(grad.data if isinstance(grad, Tensor) else grad, dtype=self.dtype)
+            # A copy, since it may be a leaf's own .grad, which is about to change.
+            grad = xp.array(grad.data if isinstance(grad, Tensor) else grad, dtype=self.dtype)
             if grad.shape != self.shape:
                 raise ValueError(f"backward(): cotangent of shape {grad.shape} for {self.shape}")
         if self._node is None:
@@ -321,8 +330,11 @@ class Tensor:
         return record("to", data, [self], lambda grad: (to_device(grad, here),))
 
     def astype(self, dtype: Any) -> Tensor:
-        """The tensor in another floating-point type; its gradient comes back in the old one."""
-        return record("astype", self.data.astype(dtype), [self], lambda grad: (grad,))
+        """The tensor in another type; from float to float, gradients come back in the old one."""
+        data = self.data.astype(dtype)
+        if data.dtype.kind != "f":
+            return Tensor._wrap(data)
+        return record("astype", data, [self], lambda grad: (grad,))
 
     # Arithmetic, element by element, with NumPy's broadcasting
 
@@ -346,6 +358,8 @@ class Tensor:
         return record("div", quotient, [a, b], lambda grad: (grad / y, -grad * quotient / y))
 
     def __pow__(self, exponent: Number) -> Tensor:
+        if isinstance(exponent, np.number):
+            exponent = exponent.item()
         if not isinstance(exponent, int | float):
             raise TypeError(
                 "only a number can be an exponent; for x ** y write (y * x.log()).exp()"
@@ -391,8 +405,12 @@ class Tensor:
         return record("tanh", y, [self], lambda grad: (grad * (1 - y * y),))
 
     def sigmoid(self) -> Tensor:
-        """1 / (1 + exp(-x)), by way of tanh so that no x overflows."""
-        return (self * 0.5).tanh() * 0.5 + 0.5
+        """1 / (1 + exp(-x)), so that no x overflows and small results keep their digits."""
+        x = self.data
+        xp = array_module(x)
+        small = xp.exp(-xp.abs(x))  # in (0, 1]
+        y = xp.where(x >= 0, xp.ones_like(small), small) / (1 + small)
+        return record("sigmoid", y, [self], lambda grad: (grad * y * (1 - y),))
 
     def relu(self) -> Tensor:
         x = self.data
@@ -400,6 +418,20 @@ class Tensor:
         return record("relu", y, [self], lambda grad: (grad * (x > 0),))
 
     # Comparisons give tensors of booleans, for `where`
+
+    def __bool__(self) -> bool:
+        """The truth of a single element; ValueError for more, which have no one truth."""
+        return bool(self.data)
+
+    def __eq__(self, other: object) -> Tensor:  # type: ignore[override]
+        a, b = _operands("eq", self, other)
+        return Tensor._wrap(a.data == b.data)
+
+    def __ne__(self, other: object) -> Tensor:  # type: ignore[override]
+        a, b = _operands("ne", self, other)
+        return Tensor._wrap(a.data != b.data)
+
+    __hash__ = object.__hash__  # as a key a tensor is itself, whatever it holds
 
     def __gt__(self, other: Operand) -> Tensor:
         a, b = _operands("gt", self, other)
@@ -460,7 +492,7 @@ class Tensor:
 
     def mean(self, axis: Axes = None, keepdims: bool = False) -> Tensor:
         total = self.sum(axis, keepdims)
-        return total * (total.size / self.size)
+        return total / (self.size / max(1, total.size))
 
     def max(self, axis: Axes = None, keepdims: bool = False) -> Tensor:
         """The largest element along `axis`; equal maxima share the gradient equally."""
@@ -484,7 +516,10 @@ class Tensor:
     def transpose(self, *axes: Any) -> Tensor:
         """Permute the axes; without arguments, reverse them."""
         order = axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes
-        order = tuple(axis % self.ndim for axis in order) or tuple(reversed(range(self.ndim)))
+        order = tuple(order) or tuple(reversed(range(self.ndim)))
+        if sorted(i + self.ndim if i < 0 else i for i in order) != list(range(self.ndim)):
+            raise ValueError(f"transpose: axes {order} do not permute those of shape {self.shape}")
+        order = tuple(i % self.ndim for i in order)
         inverse = tuple(order.index(i) for i in range(self.ndim))
         return record(
             "transpose", self.data.transpose(order), [self], lambda grad: (grad.transpose(inverse),)
@@ -580,7 +615,8 @@ def draw_graph(result: Tensor) -> str:
         title, shape = (node.name, "box") if isinstance(node, Node) else ("leaf", "ellipse")
         lines.append(f'  {name} [shape={shape}, label="{title}\\n{node.shape} {node.dtype}"];')
         if isinstance(node, Node):
-            lines += [f"  {names[parent]} -> {name};" for parent in node.parents if parent]
+            parents = (parent for parent in node.parents if parent is not None)
+            lines += [f"  {names[parent]} -> {name};" for parent in parents]
     return "\n".join([*lines, "}"])
 
 
@@ -599,9 +635,14 @@ def _as_tensor(value: Any, like: Tensor) -> Tensor:
     """`value` as a tensor; a Python number takes the dtype and device of `like`."""
     if isinstance(value, Tensor):
         return value
+    if isinstance(value, np.number):
+        value = value.item()
     if hasattr(value, "dtype"):
         return Tensor(value)
-    dtype = like.dtype if like.dtype.kind == "f" else np.dtype(np.float32)
+    if not isinstance(value, int | float):
+        raise TypeError(f"a tensor combines with tensors, arrays and numbers, not with {value!r}")
+    same_kind = like.dtype.kind == "f" or (like.dtype.kind in "iu" and isinstance(value, int))
+    dtype = like.dtype if same_kind else np.dtype(np.float32)
     return Tensor._wrap(library_for(like.device).asarray(value, dtype=dtype))
 
 
@@ -627,7 +668,7 @@ def _check_device(name: str, *tensors: Tensor) -> None:
 
 def _kept_shape(shape: tuple[int, ...], axis: Axes) -> tuple[int, ...]:
     """`shape` with the reduced axes kept as 1, whatever `keepdims` was."""
-    axes = range(len(shape)) if axis is None else (axis,) if isinstance(axis, int) else axis
+    axes = range(len(shape)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
     reduced = {i % len(shape) for i in axes} if shape else set()
     return tuple(1 if i in reduced else n for i, n in enumerate(shape))
 

@@ -89,15 +89,19 @@ class TensorFile:
         self.shapes = {name: entry.shape for name, entry in self.entries.items()}
 
     def read_into(self, name: str, out: np.ndarray) -> None:
-        """Fill `out` (C-contiguous, of the tensor's shape) with the tensor, in `out`'s dtype.
+        """Fill `out` (of the tensor's shape) with the tensor, in `out`'s dtype.
 
         Numbers of `out`'s own dtype go from the file into `out` with nothing in between; others are
         converted CHUNK by CHUNK. float64 or float32 beyond the range of a smaller float becomes
         infinity. Raises UserError where the file can't be read or holds no floats for a float.
         """
         entry = self.entries[name]
-        if out.shape != entry.shape or not out.flags.c_contiguous:
-            raise ValueError(f"{name}: need a contiguous array of shape {entry.shape}")
+        if out.shape != entry.shape:
+            raise ValueError(f"{name}: need an array of shape {entry.shape}, not {out.shape}")
+        if not out.flags.c_contiguous:  # laid out otherwise than the file: by way of a copy
+            self.read_into(name, copy := np.empty(out.shape, out.dtype))
+            out[...] = copy
+            return
         stored = STORED_DTYPES[entry.dtype]
         with open_unbuffered(entry.path) as file:
             file.seek(entry.offset)

@@ -79,14 +79,18 @@ class TFCheckpoint:
         self.shapes = {name: variable.shape for name, variable in self.variables.items()}
 
     def read_into(self, name: str, out: np.ndarray) -> None:
-        """Fill `out` (C-contiguous floats, of the variable's shape) with it, in `out`'s dtype.
+        """Fill `out` (floats, of the variable's shape) with it, in `out`'s dtype.
 
         Raises UserError where the checksum says that the file's bytes are not those written; `out`
         is then unusable.
         """
         variable = self.variables[name]
-        if out.shape != variable.shape or not out.flags.c_contiguous or out.dtype.kind != "f":
-            raise ValueError(f"{name}: need a contiguous array of floats, shape {variable.shape}")
+        if out.shape != variable.shape or out.dtype.kind != "f":
+            raise ValueError(f"{name}: need an array of floats of shape {variable.shape}")
+        if not out.flags.c_contiguous:  # laid out otherwise than the file: by way of a copy
+            self.read_into(name, copy := np.empty(out.shape, out.dtype))
+            out[...] = copy
+            return
         flat = out.reshape(-1)
         same = out.dtype == variable.dtype
         for start, chunk in self._checked_chunks(name, flat if same else None):

@@ -234,7 +234,7 @@ def test_cross_entropy_never_holds_more_logits_than_it_needs(
 
 
 def test_errors_name_the_mistake() -> None:
-    x, w = Tensor(numbers(2, 3)), Tensor(numbers(4, 5))
+    x, w, ints = Tensor(numbers(2, 3)), Tensor(numbers(4, 5)), Tensor(np.arange(3))
     with pytest.raises(ValueError, match=r"linear: shapes do not fit: \(2, 3\) @ \(4, 5\)"):
         F.linear(x, w)
     with pytest.raises(ValueError, match=r"layer_norm: \(2, 3\) with weight \(4,\)"):
@@ -251,5 +251,11 @@ def test_errors_name_the_mistake() -> None:
         F.cross_entropy(x, [0, 1, 2])
     with pytest.raises(ValueError, match="token id 3 is outside the vocabulary of 3"):
         F.cross_entropy(x, [0, 3])
+    for mixed in (
+        lambda: F.linear(x, Tensor(numbers(3, 2, dtype="float32"))),
+        lambda: F.gelu(ints),
+    ):
+        with pytest.raises(ValueError, match="needs one float dtype, not"):
+            mixed()
     with pytest.raises(ValueError, match="every target is ignored"):
         F.cross_entropy(x, [-100, -100])

@@ -168,7 +168,7 @@ def test_beams(char_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     scores = [sum(beam["log_probs"]) for beam in beams]
     assert scores == sorted(scores, reverse=True)
     (greedy,) = run_json(capsys, *flags, "--greedy")
-    assert scores[0] >= sum(greedy["log_probs"])
+    assert scores[0] >= sum(greedy["log_probs"]) - 1e-5  # a rounding apart, if they agree
     stop = beams[0]["text"][4:6]
     (stopped, *_) = run_json(capsys, *flags, "--num-beams", "4", "--stop", stop)
     assert stop not in stopped["text"]

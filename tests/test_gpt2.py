@@ -208,6 +208,9 @@ def test_dropout_acts_in_training_alone_and_follows_its_seed() -> None:
     assert quiet == loss() != first
     model.train().set_dropout(0)
     assert loss() == quiet
+    config = GPT2Config(**SMALL)
+    GPT2(config).set_dropout(0.5)
+    assert config.attn_pdrop == 0
 
 
 @pytest.mark.parametrize("which", DROPOUT)

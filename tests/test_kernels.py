@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -221,6 +224,47 @@ def test_blas_gets_its_threads_back() -> None:
     assert [library.num_threads for library in pool.blas] == before
     if pool.size > 1:
         assert set(seen) <= {1}
+
+
+def test_parallel_within_parallel_does_its_tasks_in_turn() -> None:
+    done: list[tuple[int, int]] = []
+    threads.parallel(lambda i: threads.parallel(lambda j: done.append((i, j)), 3), 4)
+    assert sorted(done) == [(i, j) for i in range(4) for j in range(3)]
+
+
+def test_first_use_from_several_threads_makes_one_pool() -> None:
+    """In a process of its own, since here the pool was made long ago."""
+    code = """if True:
+        import os, threading
+        from micrograd_gpt.kernels import threads
+        from threadpoolctl import ThreadpoolController
+        blas = ThreadpoolController().select(user_api="blas").lib_controllers
+        before = [library.num_threads for library in blas]
+        barrier, pools = threading.Barrier(8), []
+        def first_use():
+            barrier.wait()
+            threads.parallel(lambda i: None, 4)
+            pools.append(threads._pool(os.getpid()))
+        callers = [threading.Thread(target=first_use) for _ in range(8)]
+        [c.start() for c in callers], [c.join() for c in callers]
+        assert len(set(map(id, pools))) == 1
+        assert [library.num_threads for library in blas] == before
+    """
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_failed_task_leaves_nothing_for_the_garbage_collector() -> None:
+    array = np.ones(10)
+    alive = weakref.ref(array)
+
+    def fail(i: int, array: np.ndarray = array) -> None:
+        raise ValueError(i)
+
+    with pytest.raises(ValueError):
+        threads.parallel(fail, 1)
+    del array, fail
+    assert alive() is None
 
 
 def test_parallel_may_be_called_from_several_threads() -> None:

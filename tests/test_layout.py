@@ -47,16 +47,22 @@ def module_name(path: Path) -> str:
 
 
 def imported_modules(source: str) -> set[str]:
-    """The package's modules that a source imports, wherever in it the import stands."""
+    """The package's modules that a source imports, wherever in it the import stands.
+
+    `from micrograd_gpt import nn` is the module nn; `import micrograd_gpt` and `from micrograd_gpt
+    import Tensor` are the package itself, here "", which stands on top of everything.
+    """
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import: write the whole name"
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    inside = {name.removeprefix("micrograd_gpt.") for name in found if "micrograd_gpt" in name}
-    return inside & LEVEL.keys()
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {p for p in parts if p.removeprefix("micrograd_gpt.") in LEVEL}
+            found |= modules or {node.module or ""}
+    inside = {name for name in found if name.split(".")[0] == "micrograd_gpt"}
+    return {name.removeprefix("micrograd_gpt").removeprefix(".") for name in inside}
 
 
 def upward_imports(name: str, source: str) -> list[str]:
@@ -87,6 +93,11 @@ def test_imports_point_downwards(name: str) -> None:
 )
 def test_an_upward_import_is_found(line: str) -> None:
     assert upward_imports("nn", line) == ["gpt2"]
+
+
+@pytest.mark.parametrize("line", ["from micrograd_gpt import Tensor", "import micrograd_gpt"])
+def test_an_import_of_the_package_itself_is_found(line: str) -> None:
+    assert upward_imports("backend", line) == [""]
 
 
 def test_importing_the_package_is_light() -> None:

@@ -39,6 +39,12 @@ def test_parameters_are_named_after_where_they_are() -> None:
     assert [p.shape for p in net.parameters()] == list(shapes.values())
 
 
+def test_a_shared_parameter_counts_once() -> None:
+    net = Net()
+    net.again = net.first
+    assert len(net.parameters()) == 5 and "again.weight" not in dict(net.named_parameters())
+
+
 def test_train_and_eval_reach_every_part() -> None:
     net = Net()
     ids = np.array([0, 1, 2])

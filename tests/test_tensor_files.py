@@ -279,7 +279,7 @@ def test_integers_do_not_pass_for_floats(tmp_path: Path) -> None:
 def test_a_wrong_target_is_the_caller_s_mistake(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "x.safetensors", {"x": np.zeros((2, 3))})
     file = TensorFile(tmp_path / "x.safetensors")
-    for out in (np.empty((3, 2)), np.empty((3, 2)).T, np.empty(6)):
+    for out in (np.empty((3, 2)), np.empty(6)):
         with pytest.raises(ValueError, match=r"shape \(2, 3\)") as caught:
             file.read_into("x", out)
         assert not isinstance(caught.value, UserError)

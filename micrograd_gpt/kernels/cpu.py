@@ -100,7 +100,7 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
 
 
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
-    dx, dweight = np.empty(x.shape, grad.dtype), np.empty(weight.shape, grad.dtype)
+    dx, dweight = np.empty(x.shape, grad.dtype), np.empty_like(weight)
     dbias = np.empty(grad.shape[1], grad.dtype)
     count = cores() if len(x) * weight.size > FEW_PRODUCTS else 1
     row_parts, column_parts = _cut(len(x), count), _cut(grad.shape[1], count)
@@ -383,7 +383,7 @@ def cross_entropy_forward(
 def sum_of_squares(arrays: Sequence[Array]) -> float:
     chunks = [chunk for array in arrays for (chunk,) in _chunks([array])]
     sums = np.zeros(len(chunks))
-    groups = _cut(len(chunks), 2 if sum(a.size for a in arrays) > FEW_ELEMENTS else 1)
+    groups = _cut(len(chunks), cores() if sum(a.size for a in arrays) > FEW_ELEMENTS else 1)
 
     def group(i: int) -> None:
         for j in range(groups[i].start, groups[i].stop):
@@ -414,7 +414,7 @@ def adamw_update(
         for chunk in _chunks(arrays)
     ]
     together = sum(p.size for p in parameters) <= FEW_ELEMENTS
-    groups = _cut(len(jobs), 1 if together else max(2, len(jobs) // 8))
+    groups = _cut(len(jobs), 1 if together else max(cores(), len(jobs) // 8))
 
     def group(i: int) -> None:
         for (p, grad, m, v), decay in jobs[groups[i]]:
@@ -439,8 +439,10 @@ def adamw_update(
 def _chunks(arrays: Sequence[Array]) -> Iterator[tuple[Array, ...]]:
     """Equally shaped arrays, cut alongside each other into pieces that stay in the cache.
 
-    The pieces are views. Arrays that are not contiguous come whole.
+    The pieces are views. Arrays that are not all contiguous in the same order come whole.
     """
+    if all(a.flags.f_contiguous for a in arrays):
+        arrays = [a.T for a in arrays]
     if all(a.flags.c_contiguous for a in arrays):
         flat = [a.reshape(-1) for a in arrays]
         for start in range(0, flat[0].size, BLOCK):

@@ -22,14 +22,22 @@ from threadpoolctl import ThreadpoolController
 
 Task = Callable[[int], object]
 
+_WITHIN = threading.local()  # .a_task is true in a thread that is in one
+_MAKING_POOL = threading.Lock()
+
 
 def parallel(task: Task, count: int) -> None:
     """Call task(0) … task(count - 1), on all cores, and return when all are done.
 
     Which thread runs which task is left to chance, so a task must write to places of its own, and
     then results do not depend on it. An exception in a task is raised here once all have ended.
+    Called within a task, it does its own tasks one after another.
     """
-    _pool(os.getpid()).run(task, count)
+    if getattr(_WITHIN, "a_task", False):
+        for i in range(count):
+            task(i)
+    else:
+        _pool(os.getpid()).run(task, count)
 
 
 def cores() -> int:
@@ -59,12 +67,15 @@ class _Pool:
 
         def share() -> None:
             """Do tasks until none is left, and report how it ended."""
+            _WITHIN.a_task = True
             try:
                 while (i := next(counter)) < count:
                     task(i)
                 ended.put(None)
             except BaseException as failure:  # raised again below, in the caller's thread
                 ended.put(failure)
+            finally:
+                _WITHIN.a_task = False
 
         shares = max(1, min(self.size, count))
         with self.lock, self._one_blas_thread():
@@ -72,8 +83,11 @@ class _Pool:
                 self.work.put(share)
             share()
             failures = [failure for _ in range(shares) if (failure := ended.get()) is not None]
-        if failures:
-            raise failures[0]
+        try:
+            for failure in failures:
+                raise failure
+        finally:
+            failures.clear()  # a raised exception refers to this frame: leave no cycle
 
     @contextmanager
     def _one_blas_thread(self) -> Iterator[None]:
@@ -87,9 +101,14 @@ class _Pool:
                 library.set_num_threads(threads)
 
 
-@cache
 def _pool(process: int) -> _Pool:
     """The threads of this process; a forked child has none of its parent's and makes its own."""
+    with _MAKING_POOL:  # of two made at once, each would take the other's 1 for BLAS's own number
+        return _make_pool(process)
+
+
+@cache
+def _make_pool(process: int) -> _Pool:
     return _Pool()
 
 
@@ -104,7 +123,7 @@ def keep_freed_memory() -> None:
         return
     libc = ctypes.CDLL(None)
     trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # malloc.h: M_TRIM_THRESHOLD, …
-    libc.mallopt(trim_threshold, 2**31 - 1)  # never shrink the heap
+    libc.mallopt(trim_threshold, -1)  # never shrink the heap
     libc.mallopt(top_pad, 64 * 2**20)  # grow it in steps of 64 MB
     libc.mallopt(mmap_max, 0)  # large arrays come from the heap too, not from the system
     libc.mallopt(arena_max, 1)  # one heap for all threads

@@ -5,6 +5,7 @@ Random weights would make flat distributions, on which greedy and beam search ha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -60,12 +61,15 @@ def model(corpus: Corpus) -> GPT2:
 
 
 @pytest.fixture(scope="module")
-def theirs(model: GPT2) -> Any:
+def theirs(model: GPT2) -> Iterator[Any]:
     twin = GPT2LMHeadModel(TheirConfig(**model.config.to_dict()))
     weights = {name: torch.from_numpy(p.data) for name, p in model.named_parameters()}
     missing, unexpected = twin.load_state_dict(weights, strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected
-    return twin.eval()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a model this small would spend its time waking threads
+    yield twin.eval()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
