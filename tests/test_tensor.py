@@ -397,7 +397,7 @@ def test_numbers_of_other_kinds() -> None:
     x = Tensor(np.ones(2, np.float32), requires_grad=True)
     assert (x ** np.int64(2)).dtype == np.float32 and (np.float64(2) * x).dtype == np.float32
     whole = Tensor(np.array([16777217, 1]))
-    assert (whole + 16777217).data[0] == 33554434 and (whole * 0.5).dtype == np.float32
+    assert (whole + 16777217).data[0] == 33554434 and (whole * 0.5).dtype.kind == "f"
     assert Tensor(np.full(3, 100000001)).mean().item() == 100000001
     assert x.sum(np.int64(0)).item() == 2
     assert not x.astype("int64").requires_grad

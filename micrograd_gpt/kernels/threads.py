@@ -82,12 +82,12 @@ class _Pool:
             for _ in range(shares - 1):
                 self.work.put(share)
             share()
-            failures = [failure for _ in range(shares) if (failure := ended.get()) is not None]
-        try:
-            for failure in failures:
-                raise failure
-        finally:
-            failures.clear()  # a raised exception refers to this frame: leave no cycle
+            failures = list(filter(None, [ended.get() for _ in range(shares)]))
+        if failures:
+            try:
+                raise failures[0]
+            finally:
+                failures.clear()  # the exception refers to this frame: leave no cycle
 
     @contextmanager
     def _one_blas_thread(self) -> Iterator[None]:
