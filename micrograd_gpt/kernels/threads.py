@@ -53,7 +53,7 @@ class _Pool:
         # As many as BLAS would use, so that OMP_NUM_THREADS and the like count for us too.
         self.size = max([b.num_threads for b in self.blas], default=os.cpu_count() or 1)
         self.work: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         for _ in range(self.size - 1):
             threading.Thread(target=self._wait, daemon=True, name="micrograd-gpt").start()
 
@@ -62,6 +62,10 @@ class _Pool:
             self.work.get()()
 
     def run(self, task: Task, count: int) -> None:
+        if count == 1:  # nothing to share: decoding does this a hundred times a token
+            with self.lock, self._one_blas_thread():
+                task(0)
+            return
         counter = itertools.count()
         ended: SimpleQueue[BaseException | None] = SimpleQueue()
 
