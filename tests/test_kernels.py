@@ -226,14 +226,11 @@ def test_blas_gets_its_threads_back() -> None:
         assert set(seen) <= {1}
 
 
-def test_parallel_within_parallel_does_its_tasks_in_turn() -> None:
+@pytest.mark.parametrize(("outer", "inner"), [(4, 3), (1, 3), (4, 1), (1, 1)])
+def test_parallel_within_parallel_does_its_tasks_in_turn(outer: int, inner: int) -> None:
     done: list[tuple[int, int]] = []
-    for outer, inner in ((4, 3), (1, 3), (4, 1), (1, 1)):
-        done.clear()
-        threads.parallel(
-            lambda i, n=inner: threads.parallel(lambda j: done.append((i, j)), n), outer
-        )
-        assert sorted(done) == [(i, j) for i in range(outer) for j in range(inner)]
+    threads.parallel(lambda i: threads.parallel(lambda j: done.append((i, j)), inner), outer)
+    assert sorted(done) == [(i, j) for i in range(outer) for j in range(inner)]
 
 
 def test_first_use_from_several_threads_makes_one_pool() -> None:
