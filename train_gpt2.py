@@ -4,9 +4,9 @@
     python train_gpt2.py --data my.txt --out mine     # on your text
     python train_gpt2.py --init-from 124M --data my.txt --batch-size 1 --max-steps 100
 
-Read it from `main()` on: settings, data, model, optimizer, then the loop. (The flags and their
-defaults are in micrograd_gpt/train_settings.py.) Every random choice is a
-function of (seed, step), so a run that is stopped and resumed continues exactly.
+Read it from `main()` on: settings, data, model, optimizer, then the loop. The flags and their
+defaults are in micrograd_gpt/train_settings.py. Every random choice is a function of (seed, step),
+so a run that is stopped and resumed continues exactly.
 """
 
 from __future__ import annotations
@@ -178,15 +178,14 @@ def main(argv: list[str] | None = None) -> int:
         save()
     attempt(metrics.draw)
     if stop.requested:
-        say(f"stopped after step {optimizer.steps}; continue with --resume --out {out}")
+        resume = f"; continue with --resume --out {out}" if optimizer.steps else ""
+        say(f"stopped after step {optimizer.steps}{resume}")
         return 128 + stop.requested
     print(f"sample:\n{sample(model, corpus, optimizer.steps)}\n")
     if val_loss is not None:
         bits = "".join(f", {b:.3f} bits per byte" for b in bits_per_byte(val_loss, corpus).values())
-        print(
-            f"validation loss {val_loss:.4f} nats per token, "
-            f"perplexity {math.exp(val_loss):.2f}{bits}"
-        )
+        perplexity = math.exp(min(val_loss, 700))  # beyond, it is no float
+        print(f"validation loss {val_loss:.4f} nats per token, perplexity {perplexity:.2f}{bits}")
     print(f"saved in {out}/: the model and the run, metrics.jsonl, loss.png")
     print(f'try: python generate.py --model {out} --prompt "The "')
     return 0

@@ -232,7 +232,7 @@ class Transformer(Module):
     """Everything below the head; exists so that names begin with `transformer.`, as in files.
 
     With `recompute` a training step keeps only what goes into each block, and computes the block
-    again in the backward: the same gradients from less memory, in a third more time.
+    again in the backward: the same gradients from less memory, in a quarter more time.
     """
 
     recompute: bool = False

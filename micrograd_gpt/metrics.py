@@ -92,7 +92,7 @@ class Metrics:
         rates.plot(steps, [r["learning_rate"] for r in rows], color="grey")
         rates.set_ylabel("learning rate")
         rates.set_xlabel("step")
-        rates.xaxis.set_major_locator(MaxNLocator(integer=True))
+        rates.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         for axes in (losses, rates):
             axes.grid(which="both", alpha=0.3)
         with written_whole(self.folder / "loss.png") as image:

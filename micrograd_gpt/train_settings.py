@@ -32,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.1,  # GPT-3's, table 2.1 and appendix B, as the next three
     "beta1": 0.9,
     "grad_clip": 1.0,
-    "recompute": False,  # takes a third more time; only where memory is short
+    "recompute": False,  # takes a quarter more time: only where memory is short
     "log_interval": 10,
     "eval_batches": 40,  # enough windows that the measured loss moves little with their choice
     "keep": 0,
@@ -130,7 +130,7 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
     add(
         "--recompute",
         action=argparse.BooleanOptionalAction,
-        help="compute activations again in the backward: less memory, a third more time",
+        help="compute activations again in the backward: less memory, a quarter more time",
     )
     add = parser.add_argument_group("optimizer").add_argument
     add("--learning-rate", type=float, help="the highest (3e-3 for tiny, else 6e-4; 3e-5)")

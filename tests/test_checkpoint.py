@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -327,6 +328,22 @@ def test_stopped_at_any_operation_a_run_is_whole(
             break
         assert got == status
     assert steps == sorted(steps) and set(steps) == {1, 2} and len(steps) > 40
+
+
+def test_saving_and_loading_copy_no_arrays(tmp_path: Path) -> None:
+    model = GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=512, vocab_size=5, n_positions=6))
+    optimizer = optim.AdamW(model.parameters())
+    size = 3 * 4 * model.n_parameters
+    peaks = []
+    for action in (
+        lambda: checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, 1.0),
+        lambda: checkpoint.load_run(tmp_path, model, optimizer),
+    ):
+        tracemalloc.start()
+        action()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(peaks) < size / 10
 
 
 def test_token_streams_are_told_apart() -> None:

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -50,29 +52,40 @@ def test_killed_at_random_moments(tmp_path: Path, request: pytest.FixtureRequest
     command = [sys.executable, str(SCRIPT), *map(str, flags), "--out"]
     subprocess.run([*command, str(straight)], capture_output=True, check=True)
 
+    def saving() -> dict[str, int]:
+        """Where a set is being written, moved or removed, if one is; and which folder that is."""
+        places = (".saving", ".saved", ".removing", "best/.saving", "best/.saved")
+        found = {}
+        for place in places:
+            with suppress(FileNotFoundError):
+                found[place] = (killed / place).stat().st_ino
+        return found
+
+    def logged() -> int:
+        log = killed / "metrics.jsonl"
+        return log.stat().st_size if log.exists() else 0
+
     moments = []
     for life in range(kills + 1):
         is_run = killed.exists() and checkpoint.holds_run(killed)
         start = [sys.executable, str(SCRIPT), "--resume", "--out"] if is_run else command
-        log = killed / "metrics.jsonl"
-        size = log.stat().st_size if log.exists() else 0
+        before, left = logged(), saving()
         with subprocess.Popen(
             [*start, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as process:
             if life < kills:
-                # Until it trains; and then a random moment of a few steps and saves.
+                # A random moment of training, or, every other time, of a save.
                 while process.poll() is None and (
-                    not log.exists() or log.stat().st_size in (0, size)
+                    saving() == left if life % 2 else logged() <= before
                 ):
-                    time.sleep(0.001)
-                time.sleep(rng.uniform(0, 0.12))
+                    time.sleep(0.0005)
+                time.sleep(rng.uniform(0, 0.01 if life % 2 else 0.1))
                 process.kill()
             _, errors = process.communicate(timeout=120)
         expected = (-signal.SIGKILL, 0) if life < kills else (0,)
         assert process.returncode in expected or "is complete at step" in errors, errors
-        names = {p.name for p in killed.iterdir()} & {".saving", ".saved"}
-        moments.append(".saved" if ".saved" in names else ".saving" if names else "between saves")
-    print("killed while: " + ", ".join(moments[:-1]))
+        moments.append(" ".join(saving()) or "between saves")
+    print(f"killed: {dict(Counter(moments[:-1]))}")
     ours, theirs = state(killed), state(straight)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():

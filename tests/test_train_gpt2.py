@@ -301,6 +301,21 @@ def test_200_steps_equal_100_and_100(train_gpt2: ModuleType, text: Path, tmp_pat
     assert last[0]["val_bits_per_byte"] == pytest.approx(last[0]["val_loss"] / np.log(2))
 
 
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="this system does not tell a child's memory")
+def test_resuming_takes_no_more_memory_than_starting(text: Path, tmp_path: Path) -> None:
+    shape = ["--n-layer", 4, "--n-head", 4, "--n-embd", 512, "--block-size", 16]
+    start = ["--data", text, *SMALL, *shape, "--max-steps", 2, "--out", tmp_path / "out"]
+    peaks = []
+    for flags in (start, ["--resume", "--max-steps", 4, "--out", tmp_path / "out"]):
+        command = [sys.executable, str(SCRIPT), *map(str, flags)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        peaks.append(usage.ru_maxrss)
+    assert peaks[1] < 1.05 * peaks[0]  # a copy of the weights alone would be 15%
+
+
 def test_the_best_is_the_step_of_lowest_validation_loss(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["--data", text, "--out", out, *SMALL, "--eval-interval", 2, "--max-steps", 12]
