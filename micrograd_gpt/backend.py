@@ -71,18 +71,20 @@ class RandomStream:
     """Numbers the random draws of a computation: draw n after `reseed(*seed)` has key (*seed, n).
 
     Every draw is a function of its key alone, so a run that reseeds with (seed, step) at each step
-    continues exactly after a restart with no generator state to save.
+    continues exactly after a restart with no generator state to save. `position` is the key of the
+    latest draw: set back, the same draws come again.
     """
 
     def __init__(self, *seed: int) -> None:
         self.reseed(*seed)
 
     def reseed(self, *seed: int) -> None:
-        self._seed, self._drawn = seed, 0
+        self.position: Key = (*seed, 0)
 
     def next_key(self) -> Key:
-        self._drawn += 1
-        return (*self._seed, self._drawn)
+        *seed, drawn = self.position
+        self.position = (*seed, drawn + 1)
+        return self.position
 
 
 def uniform(key: Key, shape: Iterable[int], xp: ModuleType = np) -> Array:

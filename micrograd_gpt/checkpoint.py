@@ -6,13 +6,18 @@
     optimizer.safetensors   AdamW's moments            } only where
     trainer_state.json      the step and the settings  } a run can be resumed
 
-Every file is whole or not there. The files of a run carry the step they belong to, so that a set
-which an interruption left mixed is recognised and named.
+    best/                   the same five, of the lowest validation loss so far
+    step-000100/            the same five, of earlier steps, as many as were asked for
+
+The five change together (`file_sets`): whenever the process is stopped, they are one step's. They
+carry that step, so that a set which was mixed by hand is recognised and named.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +25,16 @@ import numpy as np
 
 from micrograd_gpt.backend import to_device
 from micrograd_gpt.errors import UserError
+from micrograd_gpt.file_sets import finish_set, link_set, remove_folder, written_as_set
 from micrograd_gpt.files import read_json, write_text
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.optim import AdamW
 from micrograd_gpt.tensor_files import TensorFile, write_safetensors
-from micrograd_gpt.tokenizers import Tokenizer
+from micrograd_gpt.tokenizers import FILE_NAME, Tokenizer
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
+SET = ("config.json", MODEL, FILE_NAME, OPTIMIZER, STATE)
+BEST = "best"
 
 
 def save_pretrained(
@@ -59,18 +67,93 @@ def save_run(
     tokenizer: Tokenizer,
     optimizer: AdamW,
     settings: dict[str, Any],
+    val_loss: float | None = None,
+    keep: int = 0,
 ) -> None:
-    """Write everything `load_run` needs to continue exactly after `optimizer.steps` steps."""
+    """Write everything `load_run` needs to continue exactly after `optimizer.steps` steps.
+
+    The set before this one stays until this one is whole; then the `keep` latest before it stay as
+    `step-000100/`. Where `val_loss`, the validation loss of these weights in nats per token, is the
+    lowest so far, `best/` holds this set too. Raises UserError when it cannot be written: the
+    folder then holds one whole set all the same.
+    """
     folder = Path(folder)
     step = {"step": str(optimizer.steps)}
-    save_pretrained(model, folder, tokenizer, metadata=step)
-    write_safetensors(folder / OPTIMIZER, _moments(model, optimizer), step)
-    state = {"step": optimizer.steps, "settings": settings}
-    write_text(folder / STATE, json.dumps(state, indent=2) + "\n")
+    state = {"step": optimizer.steps, "val_loss": val_loss, "settings": settings}
+    with written_as_set(folder) as new:
+        save_pretrained(model, new, tokenizer, metadata=step)
+        write_safetensors(new / OPTIMIZER, _moments(model, optimizer), step)
+        write_text(new / STATE, json.dumps(state, indent=2) + "\n")
+        if keep and (folder / STATE).exists():
+            before = _read_state(folder)["step"]
+            if before < optimizer.steps:
+                link_set(_files(folder), folder / f"step-{before:06d}")
+    for older in earlier_sets(folder)[: -keep or None]:
+        remove_folder(older)
+    keep_best(folder)
+
+
+def keep_best(folder: str | Path) -> None:
+    """Make the set in `folder` the one in `best/` too if its validation loss is lower."""
+    folder = Path(folder)
+    best, loss = folder / BEST, _read_state(folder).get("val_loss")
+    finish_set(best)
+    held = read_json(best / STATE)
+    if loss is not None and math.isfinite(loss) and (held is None or loss < held["val_loss"]):
+        link_set(_files(folder), best)
+
+
+def best_loss(folder: str | Path) -> float:
+    """The validation loss of the set in `best/`; infinity where there is none yet."""
+    finish_set(Path(folder) / BEST)
+    held = read_json(Path(folder) / BEST / STATE)
+    return math.inf if held is None else held["val_loss"]
+
+
+def earlier_sets(folder: str | Path) -> list[Path]:
+    """The folders `step-…/` of a run that hold a set, the earliest first."""
+    found = [path.parent for path in Path(folder).glob(f"step-*/{STATE}")]
+    return sorted((p for p in found if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+
+
+def holds_run(folder: str | Path) -> bool:
+    """Whether there is a run in `folder`."""
+    finish_set(folder)
+    return (Path(folder) / STATE).exists()
+
+
+def remove_run(folder: str | Path) -> None:
+    """Remove the run in `folder`: its set, its earlier ones and its best; UserError if it can't."""
+    folder = Path(folder)
+    try:
+        for name in reversed(SET):  # first of all trainer_state.json, which makes it a run
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot remove the run in {folder}: {error.strerror}") from error
+    for older in (folder / BEST, *earlier_sets(folder)):
+        remove_folder(older)
+
+
+def last_good(folder: str | Path, step: int) -> str:
+    """Name the latest checkpoint before `step`, for who wants to go back to it."""
+    folder = Path(folder)
+    places = (*earlier_sets(folder), folder / BEST, folder)
+    steps = {_read_state(f)["step"]: f for f in places if holds_run(f)}
+    good = max((s for s in steps if s < step), default=None)
+    return "there is none yet" if good is None else f"{steps[good]}, of step {good}"
+
+
+def fingerprint(tokens: Any) -> str:
+    """Tells two token streams (N,) apart: their length, and a checksum of 256 pieces of them."""
+    starts = np.linspace(0, max(0, len(tokens) - 4096), 256).astype(np.int64)
+    places = np.minimum(starts[:, None] + np.arange(4096), len(tokens) - 1)  # (256, 4096)
+    checksum = zlib.crc32(tokens[places].astype("<u4").tobytes())
+    return f"{len(tokens)} tokens, CRC-32 {checksum:08x}"
 
 
 def load_config(folder: str | Path) -> GPT2Config:
     """The model's shape in `folder`; UserError when there is no config.json, or not a GPT-2's."""
+    finish_set(folder)
     values = read_json(Path(folder) / "config.json")
     if values is None:
         raise UserError(f"{folder} holds no model: there is no config.json")
@@ -128,8 +211,15 @@ def _moments(model: GPT2, optimizer: AdamW) -> dict[str, Any]:
     return {f"{k}.{n}": a for k, moments in pairs for n, a in zip(names, moments, strict=True)}
 
 
+def _files(folder: Path) -> list[Path]:
+    return [folder / name for name in SET]
+
+
 def _read_state(folder: Path) -> dict[str, Any]:
+    finish_set(folder)
     state = read_json(folder / STATE)
     if state is None:
         raise UserError(f"{folder} holds no run to resume: there is no {STATE}")
+    if not {"step", "settings"} <= state.keys():
+        raise UserError(f"{folder / STATE} is damaged: it lacks the step or the settings")
     return state

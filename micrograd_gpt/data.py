@@ -1,7 +1,8 @@
 """Text to tokens to batches.
 
-`load_documents` finds the text, `load_corpus` turns it into two streams of token ids, one to train
-on and one to validate on, and `Windows` cuts a stream into the batches of a run.
+`load_corpus` turns a text into two streams of token ids, one to train on and one to validate on,
+and `Windows` cuts a stream into the batches of a run. A small text stays in memory; the ids of a
+large one are prepared once (prepare.py), kept on the disk and read by memory map (shards.py).
 
 Shapes: B batch, T time (`block_size` tokens).
 """
@@ -11,94 +12,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from micrograd_gpt.download import cache_folder, download
+from micrograd_gpt import download
+from micrograd_gpt.documents import find_files, load_documents
 from micrograd_gpt.errors import UserError
-from micrograd_gpt.tokenizers import Tokenizer, make_tokenizer
-
-TEXT_SUFFIXES = (".txt", ".md", ".rst")
-BETWEEN_DOCUMENTS = "\n\n"  # where the tokenizer has no end-of-text token
-
-SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+from micrograd_gpt.prepare import BETWEEN_DOCUMENTS, encode_texts, prepare
+from micrograd_gpt.shards import (
+    ShardFiles,
+    Shards,
+    blocks,
+    check_ids,
+    find_shards,
+    tokenizer_of,
 )
-SHAKESPEARE_SIZE = 1_115_394  # bytes
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+from micrograd_gpt.tokenizers import END_OF_TEXT, Tokenizer, make_tokenizer
 
-# ----------------------------------------------------------------------------------------------
-# Documents
-
-
-def load_documents(source: str | Path) -> list[str]:
-    """Return the documents of `source`, none of them empty.
-
-    - "pydocs": the Python language manual inside every interpreter (`pydoc_data.topics`), one
-      document per topic, in the order of their names. It differs from one Python to the next.
-    - "shakespeare": one document, fetched once into the user's cache folder and verified.
-    - a text file: one document. A folder: every .txt, .md and .rst file under it, sorted by path.
-
-    Files are UTF-8 and are taken byte for byte: line ends stay what they are. To read a file that
-    is called "pydocs", give its path ("./pydocs").
-
-    Raises UserError where there is no text, or no network to fetch it from.
-    """
-    if source == "pydocs":
-        documents = _pydocs()
-    elif source == "shakespeare":
-        documents = [_read_text(_shakespeare())]
-    elif (path := Path(source)).is_dir():
-        files = [p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file()]
-        if not files:
-            raise UserError(f"no {', '.join('*' + s for s in TEXT_SUFFIXES)} file is under {path}")
-        files.sort(key=lambda file: file.relative_to(path).as_posix())
-        documents = [_read_text(file) for file in files]
-    elif path.exists():
-        documents = [_read_text(path)]
-    else:
-        raise UserError(
-            f"there is no data {str(source)!r}: give pydocs, shakespeare, or the path of a text "
-            "file or of a folder of text files"
-        )
-    documents = [document for document in documents if document]
-    if not documents:
-        raise UserError(f"the text of {source} is empty: give one with something to learn from")
-    return documents
-
-
-def _pydocs() -> list[str]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:  # some distributions package it apart from the interpreter
-        raise UserError(
-            "this Python came without its manual (pydoc_data): give a text file with --data"
-        ) from error
-    return [topics[name] for name in sorted(topics)]
-
-
-def _shakespeare() -> Path:
-    path = cache_folder() / "shakespeare.txt"
-    try:
-        download(SHAKESPEARE_URL, path, SHAKESPEARE_SIZE, SHAKESPEARE_SHA256)
-    except UserError as error:
-        raise UserError(f"{error}; a local text file works with --data PATH") from error
-    return path
-
-
-def _read_text(path: Path) -> str:
-    """The text of a UTF-8 file, line ends untouched, so that offsets into it are the file's."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset "
-            f"{error.start}; convert it to UTF-8"
-        ) from error
-
+SMALL = 50_000_000  # bytes of text below which it is tokenized anew each time, in memory
 
 # ----------------------------------------------------------------------------------------------
 # Tokens
@@ -108,10 +41,26 @@ def _read_text(path: Path) -> str:
 class Corpus:
     """A text as two streams of token ids, each of shape (N,), and the tokenizer that made them."""
 
-    train: np.ndarray  # uint16, or uint32 for a vocabulary of more than 65,536
-    validation: np.ndarray
+    train: np.ndarray | Shards  # uint16, or uint32 for a vocabulary of more than 65,536
+    validation: np.ndarray | Shards
     tokenizer: Tokenizer
     name: str
+
+    @cached_property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of UTF-8 that a token of the validation text stands for, on average.
+
+        A loss of x nats per token is x / ln 2 / `bytes_per_token` bits per byte, which can be
+        compared between tokenizers. `<|endoftext|>` is a token of no bytes. None where there is no
+        token, and where some stand for text that the vocabulary does not know.
+        """
+        unknown = getattr(self.tokenizer, "UNKNOWN", "").encode()
+        special = {END_OF_TEXT.encode(): 0.0, unknown: math.nan}
+        lengths = np.array([special.get(token, len(token)) for token in self.tokenizer.tokens])
+        total = sum(float(lengths[ids].sum()) for ids in blocks(self.validation))
+        if math.isnan(total) or not len(self.validation):
+            return None
+        return total / len(self.validation)
 
 
 def encode_documents(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
@@ -120,31 +69,58 @@ def encode_documents(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
     Where there are several documents, `<|endoftext|>` follows each; a tokenizer without that token
     gets them with an empty line between. uint16 where the vocabulary allows, else uint32.
     """
+    ends = [""] if len(documents) > 1 and tokenizer.end_of_text is not None else []
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    end_of_text = tokenizer.end_of_text
-    if end_of_text is None or len(documents) == 1:
-        return tokenizer.encode(BETWEEN_DOCUMENTS.join(documents)).astype(dtype)
-    ids = (np.append(tokenizer.encode(document), end_of_text) for document in documents)
-    return np.concatenate([document.astype(dtype) for document in ids])
+    return encode_texts([*documents, *ends], tokenizer).astype(dtype)
 
 
 def load_corpus(
-    source: str | Path, tokenizer: str | Tokenizer, validation_fraction: float = 0.1
+    source: str | Path,
+    tokenizer: str | Tokenizer,
+    validation_fraction: float = 0.1,
+    encoding: str = "utf-8",
+    cache_folder: str | Path | None = None,
 ) -> Corpus:
-    """Return the text of `source` (see `load_documents`) as ids to train on and to validate on.
+    """Return the text of `source` as ids to train on and to validate on.
 
-    `tokenizer` is one, or the name of one, whose vocabulary is then made from this very text. The
-    last `validation_fraction` of the ids validate, those before it train. Raises UserError for
-    what `load_documents`, `make_tokenizer` and `Tokenizer.encode` cannot take.
+    `source` is a text (see `load_documents`) in `encoding`, or a folder of token shards (see
+    shards.py) or one shard. `tokenizer` is one, or the name of one, whose vocabulary is then made
+    from this very text. The last `validation_fraction` of the ids validate, those before it train,
+    except for shards that are themselves divided so.
+
+    A text of more than 50 MB is tokenized once, into shards in `cache_folder`/tokens; that folder
+    is by default the one for downloads. Raises UserError for what `load_documents`,
+    `make_tokenizer`, `Tokenizer.encode`, `prepare` and `find_shards` cannot take.
     """
     if not 0 < validation_fraction < 1:
         raise UserError(f"validation_fraction must be between 0 and 1, not {validation_fraction}")
-    documents = load_documents(source)
+    if source not in ("pydocs", "shakespeare"):
+        shards = find_shards(source)
+        if shards is not None:
+            made_with = tokenizer_of(shards, tokenizer)
+            check_ids(shards, made_with)
+            return _corpus_of(shards, made_with, validation_fraction, str(source))
+        files = find_files(source)
+        if sum(file.stat().st_size for file in files) > SMALL:
+            cache = Path(cache_folder or download.cache_folder()) / "tokens"
+            shards = prepare(source, files, tokenizer, encoding, cache)
+            made_with = tokenizer_of(shards, tokenizer)
+            return _corpus_of(shards, made_with, validation_fraction, str(source))
+    documents = load_documents(source, encoding)
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, BETWEEN_DOCUMENTS.join(documents))
     ids = encode_documents(documents, tokenizer)
     split = int(len(ids) * (1 - validation_fraction))
     return Corpus(ids[:split], ids[split:], tokenizer, str(source))
+
+
+def _corpus_of(
+    shards: ShardFiles, tokenizer: Tokenizer, validation_fraction: float, name: str
+) -> Corpus:
+    train, validation = shards.open()
+    if not shards.validation:
+        train, validation = train.split(int(len(train) * (1 - validation_fraction)))
+    return Corpus(train, validation, tokenizer, name)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -162,12 +138,14 @@ class Windows:
     offset in [0, stride), so that in time every token is seen with every length of context before
     it. (A stream too short for that gets the offsets that fit.)
 
-    `tokens` has shape (N,) and any integer dtype; a memory-mapped file is read where it is used.
+    `tokens` has shape (N,) and any integer dtype; memory-mapped files are read where they are used.
     Raises UserError where N is less than one window.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, stride: int | None = None) -> None:
-        self.tokens = np.asarray(tokens)
+    def __init__(
+        self, tokens: np.ndarray | Shards, block_size: int, stride: int | None = None
+    ) -> None:
+        self.tokens = tokens if isinstance(tokens, Shards) else np.asarray(tokens)
         self.block_size = block_size
         self.stride = block_size if stride is None else stride
         if block_size < 1 or self.stride < 1:

@@ -21,7 +21,7 @@ from micrograd_gpt import functional as F
 from micrograd_gpt.backend import Array, RandomStream, array_module, library_for
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.nn import Dropout, Embedding, Init, LayerNorm, Linear, Module
-from micrograd_gpt.tensor import Tensor
+from micrograd_gpt.tensor import Tensor, recompute
 
 SIZES = {  # OpenAI's four models
     "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768},
@@ -229,7 +229,13 @@ class Block(Module):
 
 
 class Transformer(Module):
-    """Everything below the head; exists so that names begin with `transformer.`, as in files."""
+    """Everything below the head; exists so that names begin with `transformer.`, as in files.
+
+    With `recompute` a training step keeps only what goes into each block, and computes the block
+    again in the backward: the same gradients from less memory, in a quarter more time.
+    """
+
+    recompute: bool = False
 
     def __init__(self, config: GPT2Config, init: Init, random: RandomStream) -> None:
         c = config
@@ -250,7 +256,10 @@ class Transformer(Module):
         places = self.wpe(positions) if hasattr(self, "wpe") else self.waves[positions]
         x = self.drop(self.wte(ids) + places)  # (B, T, C)
         for i, block in enumerate(self.h):
-            x = block(x, cache.layer(i) if cache else None)  # (B, T, C)
+            if self.recompute and self.training:
+                x = recompute(block, x, block.parameters(), self.drop.random)  # (B, T, C)
+            else:
+                x = block(x, cache.layer(i) if cache else None)  # (B, T, C)
         if cache:
             cache.lengths += ids.shape[1]
         return self.ln_f(x) if hasattr(self, "ln_f") else x

@@ -22,7 +22,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from micrograd_gpt.backend import Array, array_module, device_of, library_for, to_device
+from micrograd_gpt.backend import (
+    Array,
+    RandomStream,
+    array_module,
+    device_of,
+    library_for,
+    to_device,
+)
 
 Number: TypeAlias = int | float
 AddInto: TypeAlias = Callable[[Array], None]  # adds a gradient into an array, in place
@@ -35,7 +42,13 @@ _RECORDING: ContextVar[bool] = ContextVar("recording", default=True)
 @contextmanager
 def no_grad() -> Iterator[None]:
     """Within this block operations build no tape: results do not require gradients."""
-    token = _RECORDING.set(False)
+    with _recording(False):
+        yield
+
+
+@contextmanager
+def _recording(on: bool) -> Iterator[None]:
+    token = _RECORDING.set(on)
     try:
         yield
     finally:
@@ -595,6 +608,34 @@ def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     return record(
         "concatenate", joined, tensors, lambda grad: tuple(xp.split(grad, ends[:-1], axis=axis))
     )
+
+
+def recompute(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    random: RandomStream,
+) -> Tensor:
+    """function(x), with nothing kept but x: the backward computes it again, this time with a tape.
+
+    `parameters` are the leaves the function reads besides x, `random` the stream it draws from; it
+    must give the same result for the same x and draws. Gradients are those of function(x), bit for
+    bit. Memory for time: Chen et al. 2016 (arXiv:1604.06174).
+    """
+    data, before = x.data, random.position
+    with no_grad():
+        y = function(x)
+
+    def backward(grad: Array) -> tuple[Array | None, ...]:
+        again = Tensor(data, requires_grad=True)
+        after, random.position = random.position, before
+        with _recording(True):
+            result = function(again)
+        random.position = after
+        result.backward(grad)  # fills the parameters' gradients itself
+        return (again.grad, *(None for _ in parameters))
+
+    return record("recompute", y.data, [x, *parameters], backward)
 
 
 # ------------------------------------------------------------------------------ a graph to look at

@@ -140,12 +140,14 @@ class GPT2Tokenizer(Tokenizer):
         super().__init__([*merged, END_OF_TEXT.encode()], end_of_text=len(merged))
 
     def _encode(self, text: str) -> np.ndarray:
-        if re.search(rf"(?<!\s)\s{{{GPT2_LONGEST_WHITE_SPACE}}}", text):
+        too_long = rf"(?<!\s)\s{{{GPT2_LONGEST_WHITE_SPACE}}}"
+        if len(text) >= GPT2_LONGEST_WHITE_SPACE and re.search(too_long, text):
             raise UserError(
                 f"the text has a run of {GPT2_LONGEST_WHITE_SPACE:,} or more white-space "
                 "characters, more than the gpt2 tokenizer can take: shorten the run"
             )
-        return np.array(self._encoding.encode_ordinary(text), np.int32)
+        # No special token is allowed, and none is refused: all text is ordinary.
+        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
 
 
 @functools.cache
@@ -250,14 +252,18 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def from_text(cls, text: str, max_vocab_size: int = 10_000) -> WordTokenizer:
-        """Make the vocabulary of `text`'s most common pieces, `max_vocab_size` with the two special
+        """Make the vocabulary of `text`'s most common pieces: see `from_counts`."""
+        return cls.from_counts(Counter(cls.PIECE.findall(text)), max_vocab_size)
+
+    @classmethod
+    def from_counts(cls, counts: Counter[str], max_vocab_size: int = 10_000) -> WordTokenizer:
+        """Make the vocabulary of the most common pieces, `max_vocab_size` with the two special
         tokens, which are ids 0 and 1. Equally common pieces go in the order of code points.
 
         Raises UserError where `max_vocab_size` leaves no room for a word.
         """
         if max_vocab_size < 3:
             raise UserError(f"max_vocab_size must be 3 or more, not {max_vocab_size}")
-        counts = Counter(cls.PIECE.findall(text))
         pieces = sorted(counts, key=lambda piece: (-counts[piece], piece))
         return cls([END_OF_TEXT, cls.UNKNOWN, *pieces[: max_vocab_size - 2]])
 

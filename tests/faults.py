@@ -1,5 +1,5 @@
 """Things that fail on demand: a web server on 127.0.0.1 that answers like the Hugging Face Hub and
-like OpenAI's store, and a full disk."""
+like OpenAI's store, a full disk, and a process that is killed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ import os
 import re
 import socket
 import struct
+import sys
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from micrograd_gpt.errors import UserError
 
 LOGIN_PAGE = b"<!DOCTYPE html><html><body>Please log in to the hotel's network.</body></html>"
 
@@ -155,3 +159,41 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, module: ModuleType, room: int) ->
         return FullDiskFile(builtins.open(*args), room)
 
     monkeypatch.setattr(module, "open", open_full, raising=False)
+
+
+OPERATIONS = {"open", "os.rename", "os.link", "os.mkdir", "os.rmdir", "os.remove", "os.listdir"}
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+
+
+def kill() -> None:
+    os._exit(9)
+
+
+def fail() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def run_with_fault(action: Callable[[], None], fault: Callable[[], None], number: int) -> int:
+    """Run `action` in a child process whose file operation `number` meets with `fault`.
+
+    Every later operation fails too where the fault is an error. Returns the child's status: 0 done,
+    1 a UserError, 9 killed, 7 anything else.
+    """
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    operations = count()
+
+    def hook(event: str, _: object) -> None:
+        if event in OPERATIONS and next(operations) >= number:
+            fault()
+
+    status = 7
+    try:
+        sys.addaudithook(hook)
+        action()
+        status = 0
+    except UserError:
+        status = 1
+    finally:
+        os._exit(status)

@@ -6,12 +6,16 @@ import errno
 import json
 import os
 import re
+import shutil
+import tracemalloc
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from faults import FullDiskFile, fill_disk
+from faults import FullDiskFile, fail, fill_disk, kill, needs_fork, run_with_fault
 
 from micrograd_gpt import checkpoint, files, optim
 from micrograd_gpt.errors import UserError
@@ -235,3 +239,123 @@ def test_a_run_s_file_that_does_not_fit_is_one_line(
     assert "\n" not in str(caught.value)
     after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert after.keys() == before.keys() and after[name] == before[name]
+
+
+# ------------------------------------------------------------------------- sets that never mix
+
+
+def saved(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in checkpoint.SET]
+
+
+def test_earlier_sets_and_the_best_are_kept(tmp_path: Path) -> None:
+    model, optimizer = trained(0)
+    losses = {1: 3.0, 2: 2.0, 3: None, 4: 2.5, 5: float("nan")}
+    for step, loss in losses.items():
+        optimizer.steps = step
+        checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, loss, keep=2)
+    assert [p.name for p in checkpoint.earlier_sets(tmp_path)] == ["step-000003", "step-000004"]
+    steps = {
+        p: json.loads((tmp_path / p / "trainer_state.json").read_text())["step"]
+        for p in (".", "best", "step-000003", "step-000004")
+    }
+    assert steps == {".": 5, "best": 2, "step-000003": 3, "step-000004": 4}
+    assert checkpoint.best_loss(tmp_path) == 2.0
+    for folder in (tmp_path, tmp_path / "best", tmp_path / "step-000003"):
+        again, moments = trained(0, seed=9)
+        checkpoint.load_run(folder, again, moments)
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+    # The same step again is no earlier one; fewer may be kept; a lower loss later is the best.
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, 1.0, keep=1)
+    assert [p.name for p in checkpoint.earlier_sets(tmp_path)] == ["step-000004"]
+    assert checkpoint.best_loss(tmp_path) == 1.0
+    checkpoint.remove_run(tmp_path)
+    assert list(tmp_path.iterdir()) == [] and not checkpoint.holds_run(tmp_path)
+    assert checkpoint.best_loss(tmp_path) == float("inf")
+
+
+def test_the_last_good_checkpoint_is_older_than_the_failure(tmp_path: Path) -> None:
+    model, optimizer = trained(0)
+    assert checkpoint.last_good(tmp_path, 9) == "there is none yet"
+    for step in (3, 6, 9):
+        optimizer.steps = step
+        checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, 1.0, keep=1)
+    assert checkpoint.last_good(tmp_path, 10) == f"{tmp_path}, of step 9"
+    assert checkpoint.last_good(tmp_path, 9) == f"{tmp_path / 'step-000006'}, of step 6"
+    assert checkpoint.last_good(tmp_path, 5) == f"{tmp_path / 'best'}, of step 3"
+    assert checkpoint.last_good(tmp_path, 3) == "there is none yet"
+
+
+@needs_fork
+@pytest.mark.parametrize(("fault", "status"), [(kill, 9), (fail, 1)])
+def test_stopped_at_any_operation_a_run_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[], None], status: int
+) -> None:
+    """Every file operation of a save, one after another, is the last the process comes to."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # only time would be lost
+    model, optimizer = trained(1)
+    ids = np.arange(10).reshape(2, 5) % 5
+    start = tmp_path / "start"
+    checkpoint.save_run(start, model, TOKENIZER, optimizer, {}, 3.0, keep=1)
+    model.loss(ids, ids).backward()
+    optimizer.step()
+    steps = []
+    for number in count():
+        folder = tmp_path / str(number)
+        shutil.copytree(start, folder)
+        got = run_with_fault(
+            lambda folder=folder: checkpoint.save_run(
+                folder, model, TOKENIZER, optimizer, {}, 2.0, keep=1
+            ),
+            fault,
+            number,
+        )
+        again, moments = trained(0, seed=9)
+        checkpoint.load_run(folder, again, moments)
+        steps.append(moments.steps)
+        assert saved(folder)[1:3] != saved(start)[1:3] or moments.steps == 1
+        best = checkpoint.best_loss(folder)  # is there, and whole
+        assert best in ((3.0,) if moments.steps == 1 else (3.0, 2.0))
+        checkpoint.load_run(folder / "best", again, moments)
+        # The next save, of the process that goes on, puts everything in order.
+        checkpoint.save_run(folder, model, TOKENIZER, optimizer, {}, 2.0, keep=1)
+        checkpoint.load_run(folder / "best", again, moments)
+        assert moments.steps == 2 and checkpoint.best_loss(folder) == 2.0
+        assert not [p for p in folder.rglob("*") if p.name.startswith(".")]
+        shutil.rmtree(folder)
+        if got == 0:
+            break
+        assert got == status
+    assert steps == sorted(steps) and set(steps) == {1, 2} and len(steps) > 40
+
+
+def test_saving_and_loading_copy_no_arrays(tmp_path: Path) -> None:
+    model = GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=512, vocab_size=5, n_positions=6))
+    optimizer = optim.AdamW(model.parameters())
+    size = 3 * 4 * model.n_parameters
+    peaks = []
+    for action in (
+        lambda: checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, 1.0),
+        lambda: checkpoint.load_run(tmp_path, model, optimizer),
+    ):
+        tracemalloc.start()
+        action()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(peaks) < size / 10
+
+
+def test_token_streams_are_told_apart() -> None:
+    tokens = np.arange(5_000_000) % 50_000
+    same = checkpoint.fingerprint(tokens.astype(np.uint16))
+    assert same == checkpoint.fingerprint(tokens) and same.startswith("5000000 tokens, CRC-32 ")
+    shifted = np.concatenate([tokens[:3_000_000], tokens[3_000_001:], [7]])
+    assert checkpoint.fingerprint(shifted) != same
+    short = checkpoint.fingerprint(tokens[:10])
+    assert short != checkpoint.fingerprint(tokens[:11]) != checkpoint.fingerprint(tokens[1:12])
+
+
+def test_a_state_without_its_facts_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"trainer_state\.json is damaged: it lacks the step"):
+        checkpoint.load_settings(tmp_path)

@@ -1,94 +1,18 @@
-"""The data: where text comes from, how it becomes tokens, and which batches a run sees."""
+"""The data: how text becomes tokens, and which batches a run sees."""
 
 from __future__ import annotations
 
-import hashlib
-import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import serving
 from hypothesis import given
 from hypothesis import strategies as st
 
 from micrograd_gpt import data
-from micrograd_gpt.data import Windows, encode_documents, load_corpus, load_documents
+from micrograd_gpt.data import Corpus, Windows, encode_documents, load_corpus, load_documents
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, WordTokenizer
-
-# ----------------------------------------------------------------------------------------------
-# Documents
-
-
-def test_pydocs_are_the_topics_sorted_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pydoc_data.topics
-
-    documents = load_documents("pydocs")
-    assert sum(map(len, documents)) > 100_000
-    monkeypatch.setattr(pydoc_data.topics, "topics", {"b": "second", "c": "", "a": "first"})
-    assert load_documents("pydocs") == ["first", "second"]
-    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(UserError, match="without its manual"):
-        load_documents("pydocs")
-
-
-def test_a_text_file_is_taken_byte_for_byte(tmp_path: Path) -> None:
-    path = tmp_path / "text"
-    path.write_bytes("\ufeffone\r\ntwo\rthree\n é".encode())
-    assert load_documents(path) == load_documents(str(path)) == ["\ufeffone\r\ntwo\rthree\n é"]
-
-
-def test_a_name_with_a_folder_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pydocs").write_text("mine")
-    monkeypatch.chdir(tmp_path)
-    assert load_documents("./pydocs") == ["mine"]
-    assert load_documents("pydocs") != ["mine"]
-
-
-def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.MD", "a/b/c.rst", "a.txt", "empty.txt", "no.py", "a/no.bin"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("" if name == "empty.txt" else name)
-    (tmp_path / "folder.txt").mkdir()
-    assert load_documents(tmp_path) == ["a.txt", "a/b/c.rst", "a/z.MD", "b.txt"]
-
-
-def test_what_holds_no_text_is_named(tmp_path: Path) -> None:
-    def refused(source: Path | str, message: str) -> None:
-        with pytest.raises(UserError, match=message) as caught:
-            load_documents(source)
-        assert "\n" not in str(caught.value)
-
-    bad, empty = tmp_path / "bad.txt", tmp_path / "empty.txt"
-    bad.write_bytes(b"caf\xc3\xa9 \xff")
-    empty.write_bytes(b"")
-    (tmp_path / "folder").mkdir()
-    refused(bad, rf"{re.escape(str(bad))} is not UTF-8 text: byte 0xff at offset 6")
-    refused(tmp_path, "byte 0xff at offset 6")
-    refused(empty, f"the text of {re.escape(str(empty))} is empty")
-    refused(tmp_path / "folder", r"no \*\.txt, \*\.md, \*\.rst file is under .*folder")
-    refused("shakspeare", "there is no data 'shakspeare': give pydocs, shakespeare, or the path")
-
-
-def test_shakespeare_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "To be,\r\nor not to bé.\n" * 100
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(data, "SHAKESPEARE_SIZE", len(text.encode()))
-    monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(text.encode()).hexdigest())
-    with serving({"/input.txt": text.encode()}) as server:
-        monkeypatch.setattr(data, "SHAKESPEARE_URL", f"{server.url}/input.txt")
-        assert load_documents("shakespeare") == load_documents("shakespeare") == [text]
-        assert server.ranges("/input.txt") == [None]
-    cached = tmp_path / "micrograd-gpt" / "shakespeare.txt"
-    assert cached.read_bytes() == text.encode()
-    assert load_documents("shakespeare") == [text]  # needs no network now
-    cached.write_bytes(text.replace("be", "do", 1).encode())  # as long, but damaged
-    with pytest.raises(UserError, match=r"; a local text file works with --data PATH$") as caught:
-        load_documents("shakespeare")
-    assert "cannot fetch" in str(caught.value) and "\n" not in str(caught.value)
-
 
 # ----------------------------------------------------------------------------------------------
 # Tokens
@@ -134,6 +58,24 @@ def test_a_corpus_that_cannot_be_split_or_encoded(tmp_path: Path) -> None:
         load_corpus(tmp_path, CharTokenizer.from_text("ab"))
     with pytest.raises(UserError, match="choose one of char"):
         load_corpus(tmp_path, "bpe")
+
+
+def test_bytes_per_token_are_those_of_the_validation_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("é" * 60 + "to be or not to be " * 20)
+    gpt2 = load_corpus(tmp_path, "gpt2")
+    text = gpt2.tokenizer.decode_bytes(gpt2.validation)
+    assert gpt2.bytes_per_token == len(text) / len(gpt2.validation)
+    assert load_corpus(tmp_path, "byte").bytes_per_token == 1
+    assert load_corpus(tmp_path, "char", 0.999).bytes_per_token == pytest.approx(500 / 440, 0.01)
+    (tmp_path / "b.txt").write_text("b")
+    corpus = load_corpus(tmp_path, "byte", 0.9999)  # <|endoftext|>, twice, is no bytes
+    assert corpus.bytes_per_token == (len(corpus.validation) - 2) / len(corpus.validation)
+    assert load_corpus(tmp_path, WordTokenizer.from_text("to be")).bytes_per_token is None
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / "a.txt").write_text("unknown " * 9 + "to be")
+    known_at_the_end = load_corpus(tmp_path, WordTokenizer.from_text("to be"))
+    assert known_at_the_end.bytes_per_token == pytest.approx(5 / 3)
+    assert Corpus(np.arange(3), np.arange(0), ByteTokenizer(), "").bytes_per_token is None
 
 
 # ----------------------------------------------------------------------------------------------

@@ -15,13 +15,17 @@ PACKAGE = Path(micrograd_gpt.__file__).parent
 # From the top down; a file may import only from files below its own line. Files on one line are
 # parts of one floor, and may not import each other.
 FLOORS = [
-    ["cli"],
+    ["train_settings"],
+    ["cli", "metrics", "plan"],
     ["pretrained"],
     ["checkpoint"],
     ["sampling"],
     ["beam_search", "speculation"],
     ["context", "filters"],
     ["data"],
+    ["prepare"],
+    ["shards"],
+    ["documents"],
     ["tokenizers"],
     ["gpt2"],
     ["optim"],
@@ -35,6 +39,7 @@ FLOORS = [
     ["tf_checkpoint"],
     ["tensor_files"],
     ["download"],
+    ["file_sets"],
     ["files"],
     ["errors"],
 ]

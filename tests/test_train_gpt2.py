@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from faults import fill_disk
 
-from micrograd_gpt import optim
+from micrograd_gpt import checkpoint, files, optim, train_settings
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.tensor_files import TensorFile
@@ -83,7 +85,7 @@ def test_a_run_from_start_to_end(text: Path, tmp_path: Path) -> None:
     names = {f.name for f in out.iterdir()}
     assert names == {
         *("config.json", "model.safetensors", "tokenizer.json", "optimizer.safetensors"),
-        *("trainer_state.json", "metrics.jsonl", "loss.png"),
+        *("trainer_state.json", "metrics.jsonl", "loss.png", "best"),
     }
     # A second run does not overwrite it unless told to.
     again = run("--data", text, "--out", out, *SMALL)
@@ -214,6 +216,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(text: Path, tmp_path: Path) -> 
     assert result.returncode == 2
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: step ") and "smaller --learning-rate" in last
+    assert "of seed 1337" in last and "the last good checkpoint: there is none yet" in last
+
+
+def test_a_gradient_that_is_not_finite_names_the_last_good_checkpoint(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = iter([1.0, 1.0, 1.0, float("inf")])
+    monkeypatch.setattr(optim, "clip_grad_norm", lambda *_: next(norms))
+    out = tmp_path / "out"
+    flags = ["--data", text, "--out", out, *SMALL, "--save-interval", 1, "--keep", 3, "--seed", 5]
+    message = (
+        rf"^step 3: the loss is \d.*, the gradient norm inf, in batch 6-7 of seed 5; "
+        rf"the last good checkpoint: {out}/step-000002, of step 2; try "
+    )
+    with pytest.raises(UserError, match=message):
+        train_gpt2.main([*map(str, flags), "--grad-accum-steps", "2"])
+    assert json.loads((out / "trainer_state.json").read_text())["step"] == 3
 
 
 def test_gradient_accumulation_equals_the_large_batch() -> None:
@@ -236,7 +255,8 @@ def test_help_names_every_setting(train_gpt2: ModuleType, capsys: pytest.Capture
         train_gpt2.parse_flags(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    known = {*train_gpt2.DEFAULTS, *train_gpt2.TINY, *train_gpt2.LARGE, "n_layer", "n_embd"}
+    flags = {*train_settings.FREE, *train_settings.SHAPE, "rate", "devices"}
+    known = {*train_settings.DEFAULTS, *train_settings.TINY, *train_settings.LARGE, *flags}
     assert all("--" + name.replace("_", "-") in text for name in known)
 
 
@@ -248,3 +268,214 @@ def test_defaults_by_size(train_gpt2: ModuleType) -> None:
     assert large.tokenizer == "gpt2" and large.min_lr == 1e-5 and large.size == "355M"
     with pytest.raises(UserError, match="--tokenizer makes no sense with --init-from"):
         train_gpt2.resolve_settings({"init_from": "124M", "tokenizer": "char"})
+
+
+# -------------------------------------------------------------------- runs that are not lost
+
+
+def everything(folder: Path) -> dict[str, np.ndarray]:
+    """Weights and moments."""
+    moments = TensorFile(folder / "optimizer.safetensors")
+    return weights(folder) | {name: moments.read(name) for name in moments.shapes}
+
+
+def assert_same(a: Path, b: Path) -> None:
+    ours, theirs = everything(a), everything(b)
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+
+
+def test_200_steps_equal_100_and_100(train_gpt2: ModuleType, text: Path, tmp_path: Path) -> None:
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    flags = ["--data", text, *SMALL, "--dropout", 0.1, "--grad-accum-steps", 2, "--keep", 1]
+    flags += ["--max-steps", 200, "--save-interval", 100, "--out", straight]
+    assert train_gpt2.main([*map(str, flags)]) == 0
+    shutil.copytree(straight / "step-000100", resumed)  # as a run stopped there leaves it
+    assert train_gpt2.main(["--resume", "--out", str(resumed)]) == 0
+    assert_same(straight, resumed)
+    losses = [[(r["step"], r["train_loss"]) for r in metrics(f)] for f in (straight, resumed)]
+    assert losses[0][100:] == losses[1] and len(losses[0]) == 200
+    last = [metrics(f)[-1] for f in (straight, resumed)]
+    assert last[0]["val_loss"] == last[1]["val_loss"]
+    assert last[0]["val_bits_per_byte"] == pytest.approx(last[0]["val_loss"] / np.log(2))
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="this system does not tell a child's memory")
+def test_resuming_takes_no_more_memory_than_starting(text: Path, tmp_path: Path) -> None:
+    shape = ["--n-layer", 4, "--n-head", 4, "--n-embd", 512, "--block-size", 16]
+    start = ["--data", text, *SMALL, *shape, "--max-steps", 2, "--out", tmp_path / "out"]
+    peaks = []
+    for flags in (start, ["--resume", "--max-steps", 4, "--out", tmp_path / "out"]):
+        command = [sys.executable, str(SCRIPT), *map(str, flags)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        peaks.append(usage.ru_maxrss)
+    assert peaks[1] < 1.05 * peaks[0]  # a copy of the weights alone would be 15%
+
+
+def test_the_best_is_the_step_of_lowest_validation_loss(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--data", text, "--out", out, *SMALL, "--eval-interval", 2, "--max-steps", 12]
+    run(*flags, "--learning-rate", 0.01, "--min-lr", 3)  # it rises, and with it the loss
+    measured = {r["step"]: r["val_loss"] for r in metrics(out) if "val_loss" in r}
+    best = min(measured, key=measured.__getitem__)
+    state = json.loads((out / "best" / "trainer_state.json").read_text())
+    assert (state["step"], state["val_loss"]) == (best, measured[best]) and best < 12
+    assert json.loads((out / "trainer_state.json").read_text())["step"] == 12
+
+
+@pytest.mark.parametrize("choice", ["stop", "continue"])
+def test_a_full_disk_loses_no_checkpoint(
+    train_gpt2: ModuleType,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    choice: str,
+) -> None:
+    """Step 4 meets with a full disk; there is room again for step 6."""
+    out = tmp_path / "out"
+    save_run, saved = checkpoint.save_run, []
+
+    def save_on_a_full_disk(*args: object) -> None:
+        with monkeypatch.context() as patch:
+            if len(saved) == 1:
+                fill_disk(patch, files, 1000)
+            saved.append(None)
+            save_run(*args)
+
+    monkeypatch.setattr(checkpoint, "save_run", save_on_a_full_disk)
+    flags = ["--data", text, "--out", out, *SMALL, "--max-steps", 7, "--save-interval", 2]
+    flags = [*map(str, flags), "--on-save-error", choice]
+    problem = "No space left on device"
+    if choice == "continue":
+        assert train_gpt2.main(flags) == 0
+        stderr = capsys.readouterr().err
+        assert (
+            f"{problem}; what was there before is unchanged; the last checkpoint: {out}" in stderr
+        )
+        assert "of step 2; the run goes on" in stderr and len(saved) == 4
+    else:
+        with pytest.raises(UserError, match=f"{problem}.*; the last checkpoint: {out}, of step 2$"):
+            train_gpt2.main(flags)
+        monkeypatch.undo()
+        assert train_gpt2.main(["--resume", "--out", str(out)]) == 0
+        assert f"from step 2; writing to {out}" in capsys.readouterr().err
+    straight = tmp_path / "straight"
+    monkeypatch.undo()
+    assert train_gpt2.main([*flags, "--out", str(straight)]) == 0
+    assert_same(out, straight)
+    assert not list(out.glob(".*"))
+
+
+def test_a_write_that_the_system_refuses(text: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "out"
+    command = [sys.executable, SCRIPT, "--data", text, "--out", out, *SMALL, "--max-steps", "1"]
+    result = subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: cannot write ")
+    assert not (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_and_saves(
+    train_gpt2: ModuleType,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    number: int,
+    status: int,
+) -> None:
+    """One that comes in the middle of an evaluation ends that too, unfinished."""
+    out, evaluate = tmp_path / "out", train_gpt2.evaluate
+
+    def interrupted(*args: object) -> object:
+        signal.raise_signal(number)
+        return evaluate(*args)
+
+    monkeypatch.setattr(train_gpt2, "evaluate", interrupted)
+    flags = ["--data", text, "--out", out, *SMALL, "--eval-interval", 3]
+    assert train_gpt2.main([*map(str, flags)]) == status
+    assert f"continue with --resume --out {out}" in capsys.readouterr().err
+    assert json.loads((out / "trainer_state.json").read_text())["step"] == 3
+    assert "val_loss" not in metrics(out)[-1] and (out / "loss.png").exists()
+    with pytest.raises(KeyboardInterrupt):  # a second one stops at once
+        signal.raise_signal(number)
+
+
+def test_metrics_are_added_to_and_mended(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("--data", text, "--out", out, *SMALL, "--max-steps", 4)
+    before = (out / "metrics.jsonl").read_bytes()
+    (out / "metrics.jsonl").write_bytes(before + b'{"step": 5, "train_lo')
+    assert run("--resume", "--out", out, "--max-steps", 6).returncode == 0
+    assert (out / "metrics.jsonl").read_bytes().startswith(before)
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_data_is_not_resumed_on(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("--data", text, "--out", out, *SMALL, "--max-steps", 2)
+    text.write_text(text.read_text().replace("fox", "dog", 1))
+    flags = ["--resume", "--out", out, "--max-steps", 3]
+    result = run(*flags)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "is no longer what the run in" in result.stderr
+    assert run(*flags, "--allow-changes", "--learning-rate", 1e-4).returncode == 0
+    result = run(*flags, "--max-steps", 4, "--allow-changes", "--n-embd", 32)
+    assert result.returncode == 2 and "has --n-embd 16, not 32" in result.stderr
+
+
+def test_a_folder_with_a_model_is_not_written_over(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("--data", text, "--out", out, *SMALL, "--max-steps", 2)
+    (out / "trainer_state.json").unlink()
+    result = run("--data", text, "--out", out, *SMALL)
+    assert result.returncode == 2 and f"{out} holds a model" in result.stderr
+
+
+def test_a_place_that_cannot_be_written(text: Path) -> None:
+    result = run("--data", text, "--out", text / "out", *SMALL)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: cannot write {text}")
+
+
+def test_a_plan_writes_nothing(text: Path, tmp_path: Path) -> None:
+    os.chdir(tmp_path)
+    result = run("--data", text, *SMALL, "--plan", "--rate", 0.5, "--devices", 2)
+    assert result.returncode == 0, result.stderr
+    assert "peak memory" in result.stdout and "0.5 TFLOP/s given, 2 devices" in result.stdout
+    result = run("--size", "124M", "--plan", "--rate", "nan")
+    assert result.returncode == 2 and "--rate must be above 0, not nan" in result.stderr
+    assert [f.name for f in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_recomputed_runs_are_the_same_runs(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    flags = ["--data", text, *SMALL, "--dropout", 0.1, "--max-steps", 4]
+    for name in ("plain", "recompute"):
+        flags += ["--recompute"] * (name == "recompute")
+        assert train_gpt2.main([*map(str, flags), "--out", str(tmp_path / name)]) == 0
+    assert_same(tmp_path / "plain", tmp_path / "recompute")
+
+
+def test_event_files(text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    out = tmp_path / "out"
+    flags = ["--data", text, "--out", out, *SMALL, "--max-steps", 2]
+    result = run(*flags, "--tensorboard")
+    assert result.returncode == 0, result.stderr
+    (events,) = (out / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert all(name in content for name in (b"train_loss", b"val_loss", b"learning_rate"))

@@ -1,0 +1,142 @@
+"""What a run measures while it goes: `metrics.jsonl`, `loss.png`, and TensorBoard's event files.
+
+A row is one object on one line, `{"step": 10, "train_loss": 3.2, …}`. Rows are only ever added. A
+run that was stopped and resumed does some steps again: a row replaces those before it that have its
+step or a later one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from micrograd_gpt.errors import UserError
+from micrograd_gpt.files import written_whole
+
+LOG_AXIS_FROM = 4.0  # the largest loss over the smallest from which a log axis shows more
+
+
+class Metrics:
+    """The measurements of the run in `folder`.
+
+    Args:
+        folder: where the files are; made if need be.
+        step: the step the run starts or goes on from; at 0 the files start anew.
+        tensorboard: write event files under `folder` too (needs tensorboardX).
+
+    Raises UserError where a file can't be written; what was in it is still there then.
+    """
+
+    def __init__(self, folder: str | Path, step: int = 0, tensorboard: bool = False) -> None:
+        self.folder, self.path = Path(folder), Path(folder) / "metrics.jsonl"
+        self._events = _event_writer(self.folder, step) if tensorboard else None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if step == 0:
+                self.path.unlink(missing_ok=True)
+            else:
+                _mend_last_line(self.path)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; when this returns, killing the process does not lose it."""
+        line = (json.dumps(row) + "\n").encode("utf-8")
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(line) != len(line):
+                    os.ftruncate(file.fileno(), end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        if self._events:
+            for name in sorted(row.keys() - {"step"}):
+                self._events.add_scalar(name, row[name], row["step"])
+            self._events.flush()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows that count, in the order of their steps; UserError for a damaged file."""
+        try:
+            lines = self.path.read_text("utf-8").splitlines()
+            return current_rows(json.loads(line) for line in lines)
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"cannot read {self.path}: {error}") from error
+
+    def draw(self) -> None:
+        """Draw loss.png: training and validation loss over the steps, the learning rate below."""
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+        rows = self.rows()
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        steps, train = [r["step"] for r in rows], [r["train_loss"] for r in rows]
+        losses.plot(steps, train, lw=0.8, label="training")
+        measured = [r for r in rows if "val_loss" in r]
+        validation = [r["val_loss"] for r in measured]
+        losses.plot([r["step"] for r in measured], validation, "o-", ms=4, label="validation")
+        smallest = min(train + validation, default=0)
+        if smallest > 0 and max(train + validation) >= LOG_AXIS_FROM * smallest:
+            losses.set_yscale("log")
+            losses.yaxis.set_major_formatter(ScalarFormatter())
+            losses.yaxis.set_minor_formatter(ScalarFormatter())
+        losses.set_ylabel("loss (nats per token)")
+        losses.legend()
+        rates.plot(steps, [r["learning_rate"] for r in rows], color="grey")
+        rates.set_ylabel("learning rate")
+        rates.set_xlabel("step")
+        rates.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        for axes in (losses, rates):
+            axes.grid(which="both", alpha=0.3)
+        with written_whole(self.folder / "loss.png") as image:
+            figure.savefig(image, format="png", dpi=120)
+
+
+def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without those that a later row, of the same step or one before, replaces."""
+    current: list[dict[str, Any]] = []
+    for row in rows:
+        step = row["step"]
+        while current and current[-1]["step"] >= step:
+            current.pop()
+        current.append(row)
+    return current
+
+
+def _mend_last_line(path: Path) -> None:
+    """End the last line, or take it away where the process was stopped in the middle of it."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole == len(content):
+            return
+        try:
+            json.loads(content[whole:])
+            file.write(b"\n")
+        except ValueError:
+            file.truncate(whole)
+
+
+def _event_writer(folder: Path, step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "--tensorboard needs tensorboardX: pip install 'micrograd-gpt[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}; what was there before is unchanged"
+    )
