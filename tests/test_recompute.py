@@ -23,9 +23,9 @@ def test_recomputed_activations_give_the_same_gradients(norm_position: str) -> N
     )
     ids = np.random.default_rng(0).integers(0, 11, (2, 2, 3, 8))
     grads, positions = [], []
-    for recompute in (False, True):
+    for again in (False, True):
         model = GPT2(config)
-        model.transformer.recompute = recompute
+        model.transformer.recompute = again
         for step, batch in enumerate(ids):
             model.random.reseed(5, step)
             loss = model.loss(*batch)
@@ -33,8 +33,8 @@ def test_recomputed_activations_give_the_same_gradients(norm_position: str) -> N
             loss.backward()
             positions.append(model.random.position)
         grads.append([p.grad for p in model.parameters()] + [np.asarray(loss.item())])
-    for plain, again in zip(*grads, strict=True):
-        np.testing.assert_array_equal(plain, again)
+    for plain, recomputed in zip(*grads, strict=True):
+        np.testing.assert_array_equal(plain, recomputed)
     assert positions[:4] == positions[4:] and positions[0] == positions[1] != positions[2]
 
 
@@ -42,9 +42,9 @@ def test_recomputation_keeps_only_the_inputs_of_blocks() -> None:
     config = GPT2Config(n_layer=8, n_head=2, n_embd=64, vocab_size=11, n_positions=64)
     ids = np.random.default_rng(0).integers(0, 11, (2, 2, 64))
     peaks = []
-    for recompute in (False, True):
+    for again in (False, True):
         model = GPT2(config)
-        model.transformer.recompute = recompute
+        model.transformer.recompute = again
         model.loss(*ids).backward()
         for p in model.parameters():
             p.grad[:] = 0  # there already, so not counted
