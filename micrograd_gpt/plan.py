@@ -154,9 +154,9 @@ class Plan:
         lines = {
             "model": f"{self.n_parameters:,} parameters ({c.n_layer} layers, {c.n_head} heads, "
             f"{c.n_embd} wide, vocabulary {c.vocab_size:,})",
-            "step": f"{self.tokens_per_step:,} tokens ({self.batch_size} × {self.block_size}, "
-            f"{self.grad_accum_steps} times); {self.tokens_per_step * max_steps:,} in "
-            f"{max_steps:,} steps",
+            "step": f"{self.tokens_per_step:,} tokens: micro-batches × windows × context = "
+            f"{self.grad_accum_steps} × {self.batch_size} × {self.block_size}; "
+            f"{self.tokens_per_step * max_steps:,} in {max_steps:,} steps",
             "compute": f"{self.flops_per_token / 1e9:,.3g} GFLOP a token, "
             f"{step_flops / 1e12:,.3g} TFLOP a step",
             "weights": _megabytes(self.weights),

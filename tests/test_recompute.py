@@ -33,8 +33,8 @@ def test_recomputed_activations_give_the_same_gradients(norm_position: str) -> N
             loss.backward()
             positions.append(model.random.position)
         grads.append([p.grad for p in model.parameters()] + [np.asarray(loss.item())])
-    for plain, again in zip(*grads, strict=True):
-        np.testing.assert_array_equal(plain, again)
+    for plain, recomputed in zip(*grads, strict=True):
+        np.testing.assert_array_equal(plain, recomputed)
     assert positions[:4] == positions[4:] and positions[0] == positions[1] != positions[2]
 
 

@@ -303,7 +303,7 @@ def test_200_steps_equal_100_and_100(train_gpt2: ModuleType, text: Path, tmp_pat
 
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="this system does not tell a child's memory")
 def test_resuming_takes_no_more_memory_than_starting(text: Path, tmp_path: Path) -> None:
-    shape = ["--n-layer", 4, "--n-head", 4, "--n-embd", 512, "--block-size", 16]
+    shape = ["--n-layer", 2, "--n-head", 4, "--n-embd", 512, "--block-size", 16]
     start = ["--data", text, *SMALL, *shape, "--max-steps", 2, "--out", tmp_path / "out"]
     peaks = []
     for flags in (start, ["--resume", "--max-steps", 4, "--out", tmp_path / "out"]):
@@ -313,7 +313,7 @@ def test_resuming_takes_no_more_memory_than_starting(text: Path, tmp_path: Path)
         process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 0
         peaks.append(usage.ru_maxrss)
-    assert peaks[1] < 1.05 * peaks[0]  # a copy of the weights alone would be 15%
+    assert peaks[1] < 1.05 * peaks[0]  # a copy of the weights alone would be 14%
 
 
 def test_the_best_is_the_step_of_lowest_validation_loss(text: Path, tmp_path: Path) -> None:
@@ -398,6 +398,8 @@ def test_a_signal_ends_the_step_and_saves(
 ) -> None:
     """One that comes in the middle of an evaluation ends that too, unfinished."""
     out, evaluate = tmp_path / "out", train_gpt2.evaluate
+    loss, losses = GPT2.loss, []
+    monkeypatch.setattr(GPT2, "loss", lambda *args: losses.append(None) or loss(*args))
 
     def interrupted(*args: object) -> object:
         signal.raise_signal(number)
@@ -409,6 +411,7 @@ def test_a_signal_ends_the_step_and_saves(
     assert f"continue with --resume --out {out}" in capsys.readouterr().err
     assert json.loads((out / "trainer_state.json").read_text())["step"] == 3
     assert "val_loss" not in metrics(out)[-1] and (out / "loss.png").exists()
+    assert len(losses) == 3 + 1
     with pytest.raises(KeyboardInterrupt):  # a second one stops at once
         signal.raise_signal(number)
 
