@@ -37,6 +37,7 @@ from micrograd_gpt.train_settings import is_size, parse_flags, resolve_settings
 
 def main(argv: list[str] | None = None) -> int:
     # Settings: the defaults, then what a resumed run was started with, then the flags
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # samples may need it
     settings = resolve_settings(parse_flags(argv))
     device = resolve_device(settings.device)
     out = Path(settings.out)
