@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from micrograd_gpt import cli, no_grad
-from micrograd_gpt.checkpoint import save_pretrained
+from micrograd_gpt.checkpoint import MODEL, STATE, save_pretrained
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config, size_name
 from micrograd_gpt.pretrained import (
@@ -31,6 +31,7 @@ from micrograd_gpt.pretrained import (
     build,
     open_release,
     open_weights,
+    published_shape,
 )
 from micrograd_gpt.tokenizers import Tokenizer, load_tokenizer
 
@@ -43,7 +44,11 @@ PROMPT = [464, 3290]  # "The dog"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Load, write, print the parameters, check; returns the exit status, 1 if the check fails."""
+    """Load, check, write, print; returns the exit status, 1 if the check fails.
+
+    Everything is done before anything is printed, whoever reads it and however much of it; and
+    weights that fail are not written.
+    """
     args = parse_args(argv)
     size = size_name(args.size) if args.size else None
     if args.from_path is not None:
@@ -61,19 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             "openai": (openai,),
             None: (HuggingFace(), openai),
         }
-        weights = open_release(size, sources[args.source])
+        weights = open_release(size, sources[args.source], verify=True)
         out = args.out or Path("models") / f"gpt2-{size}"
-    if out.resolve() in (weights.path.resolve(), weights.path.parent.resolve()):
-        raise UserError(f"{out} is where the weights come from; choose another --out")
+    refuse_to_overwrite(out, weights.path)
 
     say(f"loading {weights.path}")
     model = build(weights)
     tokenizer = tokenizer_of(weights)
-    write_folder(model, out, tokenizer, None if args.dtype == "float32" else args.dtype)
-    say(f"wrote {out}, weights stored as {args.dtype}")
-    print_parameters(model)
     # What comes from a local folder is OpenAI's only if the user says so, by --size.
-    return 0 if check(model, tokenizer, found, claimed=size is not None) else 1
+    passed, findings = check(model, tokenizer, found, claimed=size is not None)
+    if passed:
+        write_folder(model, out, tokenizer, None if args.dtype == "float32" else args.dtype)
+        say(f"wrote {out}, weights stored as {args.dtype}")
+    else:
+        say(f"the check failed: {out} is not written")
+    print("\n".join([*parameter_table(model), *findings]))
+    return 0 if passed else 1
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -118,10 +126,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def published_size(config: GPT2Config) -> str | None:
     """Which of OpenAI's sizes a config is, or None."""
-    for name, shape in SIZES.items():
-        if config.vocab_size == 50257 and all(getattr(config, k) == shape[k] for k in shape):
+    for name in SIZES:
+        if all(getattr(config, key) == value for key, value in published_shape(name).items()):
             return name
     return None
+
+
+def refuse_to_overwrite(out: Path, source: Path) -> None:
+    """UserError where `out` holds the weights at `source`, also by a link, or a training run."""
+    try:
+        # What is written is a file: an OpenAI folder inside of `out` is none of it.
+        taken = [source] if source.is_dir() else [source.parent, source.resolve().parent]
+        if out.resolve() in [folder.resolve() for folder in taken]:
+            raise UserError(f"{out} is where the weights come from; choose another --out")
+        if (out / STATE).exists():
+            raise UserError(f"{out} holds a training run ({STATE}); choose another --out")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def tokenizer_of(weights: Weights) -> Tokenizer | None:
@@ -139,51 +160,65 @@ def tokenizer_of(weights: Weights) -> Tokenizer | None:
 
 def write_folder(model: GPT2, out: Path, tokenizer: Tokenizer | None, dtype: str | None) -> None:
     """save_pretrained, but no file of `out` changes before all of them are written."""
-    incoming = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    incoming = out / f".incoming.{os.getpid()}"
+    created = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         save_pretrained(model, incoming, tokenizer, dtype)
-        out.mkdir(parents=True, exist_ok=True)
-        for file in sorted(incoming.iterdir()):
+        # The weights first: a config.json left of another model is told by their shapes.
+        for file in sorted(incoming.iterdir(), key=lambda file: (file.name != MODEL, file.name)):
             os.replace(file, out / file.name)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
+        if tokenizer is None:
+            (out / "tokenizer.json").unlink(missing_ok=True)  # of what was here before
+        incoming.rmdir()
+    except BaseException as error:
         shutil.rmtree(incoming, ignore_errors=True)
+        for folder in created:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+        if isinstance(error, UserError):
+            raise UserError(str(error).replace(str(incoming), str(out))) from error
+        raise
 
 
-def print_parameters(model: GPT2) -> None:
+def parameter_table(model: GPT2) -> list[str]:
     """One line for each parameter: name, shape, dtype, count; then the total."""
     rows = [(name, str(p.shape), str(p.dtype), p.size) for name, p in model.named_parameters()]
     width, shape_width = (max(len(row[i]) for row in rows) for i in (0, 1))
-    for name, shape, dtype, count in rows:
-        print(f"{name:{width}}  {shape:{shape_width}}  {dtype}  {count:13,}")
+    lines = [
+        f"{name:{width}}  {shape:{shape_width}}  {dtype}  {count:13,}"
+        for name, shape, dtype, count in rows
+    ]
     total = sum(row[3] for row in rows)
-    print(f"{f'{len(rows)} parameters':{width + shape_width + 11}}  {total:13,}")
+    return [*lines, f"{f'{len(rows)} parameters':{width + shape_width + 11}}  {total:13,}"]
 
 
-def check(model: GPT2, tokenizer: Tokenizer | None, size: str | None, claimed: bool) -> bool:
-    """Continue "The dog" greedily and compare with the published ids; False if they differ.
+def check(
+    model: GPT2, tokenizer: Tokenizer | None, size: str | None, claimed: bool
+) -> tuple[bool, list[str]]:
+    """Continue "The dog" greedily and compare with the published ids.
 
-    Without published ids, or where nobody said that these are OpenAI's weights (`claimed`) and they
-    turn out not to be, there is nothing to compare with, and the check says so.
+    Returns False if they differ, and what was found, line by line. Without published ids, or where
+    nobody said that these are OpenAI's weights (`claimed`) and they turn out not to be, there is
+    nothing to compare with, and the check says so.
     """
     if size is None:
-        print("check: nothing to compare with, this is none of OpenAI's sizes")
-        return True
+        return True, ["check: nothing to compare with, this is none of OpenAI's sizes"]
     ids = greedy(model, PROMPT, n_tokens=20)
-    print("greedy ids:", *ids)
+    found = [f"greedy ids: {' '.join(map(str, ids))}"]
     if tokenizer is not None:
-        print("greedy text:", repr(tokenizer.decode(ids)))
+        found.append(f"greedy text: {tokenizer.decode(ids)!r}")
     if size not in PUBLISHED_IDS:
-        print(f"check: nothing to compare with, no ids are published for {size}")
+        verdict = f"nothing to compare with, no ids are published for {size}"
     elif ids == PUBLISHED_IDS[size]:
-        print(f"check: passed, these are the ids published for OpenAI's {size}")
+        verdict = f"passed, these are the ids published for OpenAI's {size}"
     elif claimed:
-        print(f"check: FAILED, published are {' '.join(map(str, PUBLISHED_IDS[size]))}")
-        return False
+        published = " ".join(map(str, PUBLISHED_IDS[size]))
+        return False, [*found, f"check: FAILED, published are {published}"]
     else:
-        print(f"check: nothing to compare with, these are other weights than OpenAI's {size}")
-    return True
+        verdict = f"nothing to compare with, these are other weights than OpenAI's {size}"
+    return True, [*found, f"check: {verdict}"]
 
 
 def greedy(model: GPT2, prompt: list[int], n_tokens: int) -> list[int]:

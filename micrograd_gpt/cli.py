@@ -37,8 +37,9 @@ def non_negative_int(text: str) -> int:
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a script and exit with its status.
 
-    A UserError becomes one line, "error: …", and status 2; Ctrl-C is 130. A reader that closes our
-    output early, as `| head` does, has had what it wanted: that ends the script quietly.
+    A UserError becomes one line, "error: …", and status 2, and so does output that can't be
+    written, on a full disk; Ctrl-C is 130. A reader that closes our output early, as `| head`
+    does, has had what it wanted: that ends the script quietly.
     """
     try:
         status = main()
@@ -49,6 +50,16 @@ def run(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        _discard_output()
         status = 0
+    except OSError as error:
+        if error.filename is not None:  # of a file; what fails in writing to one is a UserError
+            raise
+        _discard_output()
+        print(f"error: cannot write output: {error.strerror or error}", file=sys.stderr)
+        status = 2
     sys.exit(status)
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit

@@ -108,20 +108,24 @@ class HuggingFace:
             url = hf_hub_url(release.repository, "model.safetensors", endpoint=self.endpoint)
             get_hf_file_metadata(url)
             self._file(size, "config.json", local_files_only=False)
-            file = self._file(size, "model.safetensors", local_files_only=False)
+            folder = self._file(size, "model.safetensors", local_files_only=False).parent
         except Exception as error:  # its own, and those of the HTTP library its version uses
             raise UserError(f"cannot fetch {release.repository}: {reason(error)}") from error
         try:
-            if release.safetensors_sha256 not in (None, sha256(file)):
-                raise UserError("the file is not the published one (its sha256 differs)")
-            TensorFile(file)
+            _open_published(folder, size, verify=True)
         except UserError as error:
-            file.resolve().unlink()  # the cache's blob, which `file` is a link to
-            file.unlink(missing_ok=True)
+            self.remove(size)
             raise UserError(
                 f"what {release.repository} sent was thrown away: {error}; run this again"
             ) from error
-        return file.parent
+        return folder
+
+    def remove(self, size: str) -> None:
+        """Remove the weights from huggingface_hub's cache; UserError where that can't be done."""
+        if folder := self.cached(size):
+            for name in ("config.json", "model.safetensors"):
+                _remove((folder / name).resolve())  # the cache's blob, which the name links to
+                _remove(folder / name)
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ class OpenAI:
     def cached(self, size: str) -> Path | None:
         """The folder that holds the weights, if they were fetched before."""
         folder = self._folder(size)
-        return folder if folder.is_dir() else None
+        return folder if folder.exists() else None
 
     def download(self, size: str) -> Path:
         """Fetch the weights, going on where an earlier try stopped; UserError where it can't."""
@@ -155,14 +159,21 @@ class OpenAI:
             expected = RELEASES[size].openai_data_bytes if is_data else None
             download(f"{self.url}/{size}/{name}", incoming / name, expected)
         try:
-            TFCheckpoint(incoming).verify()
+            _open_published(incoming, size, verify=True)
         except UserError as error:
-            shutil.rmtree(incoming)
+            _remove(incoming)
             raise UserError(
                 f"what {self.url} sent was thrown away: {error}; run this again"
             ) from error
-        os.replace(incoming, folder)
+        try:
+            os.replace(incoming, folder)
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
         return folder
+
+    def remove(self, size: str) -> None:
+        """Remove the weights from the cache; UserError where that can't be done."""
+        _remove(self._folder(size))
 
 
 Source = HuggingFace | OpenAI
@@ -195,17 +206,53 @@ def fetch(size: str, sources: Sequence[Source] = (HuggingFace(), OpenAI())) -> P
     )
 
 
-def open_release(size: str, sources: Sequence[Source] = (HuggingFace(), OpenAI())) -> Weights:
-    """OpenAI's weights of this size, fetched if need be; UserError if what came is another size."""
+def open_release(
+    size: str, sources: Sequence[Source] = (HuggingFace(), OpenAI()), verify: bool = False
+) -> Weights:
+    """OpenAI's weights of this size, fetched if need be.
+
+    A cached copy that is damaged or another size is removed and fetched again, and stderr says so.
+    `verify` compares every checksum there is with what is cached, which takes a second for a
+    gigabyte; what is fetched is always verified. Raises UserError as `fetch` does.
+    """
     size = size_name(size)
-    weights = open_weights(fetch(size, sources))
-    for key, value in SIZES[size].items():
-        if getattr(weights.config, key) != value:
-            raise UserError(
-                f"{weights.path} is not GPT-2 {size}: its {key} is {getattr(weights.config, key)},"
-                f" not {value}; remove it and fetch it again"
-            )
+    for source in sources:
+        if folder := source.cached(size):
+            try:
+                return _open_published(folder, size, verify)
+            except UserError as error:
+                _say(f"{error}: this copy is removed")
+                source.remove(size)
+    return _open_published(fetch(size, sources), size)
+
+
+def _open_published(folder: Path, size: str, verify: bool = False) -> Weights:
+    # UserError where this is damaged, as far as that is looked at, or not this size.
+    weights = open_weights(folder)
+    for key, value in published_shape(size).items():
+        if (found := getattr(weights.config, key)) != value:
+            raise UserError(f"{folder} is not GPT-2 {size}: its {key} is {found}, not {value}")
+    if verify and isinstance(weights.tensors, TFCheckpoint):
+        weights.tensors.verify()
+    elif verify and RELEASES[size].safetensors_sha256 not in (None, sha256(weights.path)):
+        raise UserError(f"{weights.path} is not the published file (its sha256 differs)")
     return weights
+
+
+def published_shape(size: str) -> dict[str, Any]:
+    """What a config says of OpenAI's model of this size; GPT2Config's own values where it may."""
+    keys = ("vocab_size", "n_positions", "norm_position", "position_embedding")
+    return SIZES[size] | {k: getattr(GPT2Config, k) for k in keys if k not in SIZES[size]}
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} is damaged: remove it ({error.strerror or error})") from error
 
 
 # ----------------------------------------------------------------------------------------------
@@ -235,7 +282,13 @@ def open_weights(path: str | Path) -> Weights:
     (config.json with model.safetensors or its index), or OpenAI's folder (hparams.json with a
     TensorFlow checkpoint). Raises UserError for anything else, naming what is wrong.
     """
-    path = Path(path)
+    try:
+        return _open_weights(Path(path))
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _open_weights(path: Path) -> Weights:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if path.is_dir():
@@ -273,7 +326,7 @@ def _open_safetensors(path: Path) -> Weights:
             continue
         ours = f"transformer.{short}"
         if ours in names:
-            raise UserError(f"{path}: holds both {name} and {names[ours]}")
+            raise UserError(f"{path}: holds both {names[ours]!r} and {name!r}")
         names[ours] = name
     if "lm_head.weight" in tensors.shapes:
         # The head is the token embedding; some files keep the one name, some the other, some both.
@@ -297,16 +350,22 @@ def _open_openai(folder: Path, hparams: dict[str, Any]) -> Weights:
         for ours, name in names.items()
     }
     renamed = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}
-    config = GPT2Config.from_dict({renamed.get(key, key): hparams[key] for key in hparams})
+    try:
+        config = GPT2Config.from_dict({renamed.get(key, key): hparams[key] for key in hparams})
+    except UserError as error:
+        text = str(error).removeprefix("config.json").removeprefix(":").strip()
+        for theirs, ours in renamed.items():
+            text = text.replace(ours, theirs)
+        raise UserError(f"{folder / 'hparams.json'}: {text}") from None
     return Weights(folder, config, tensors, names, shapes)
 
 
 def _published_config(path: Path, shapes: dict[str, tuple[int, ...]]) -> GPT2Config:
     # The number of heads shows in no shape, but of OpenAI's sizes it is known.
     found = _implied_by(shapes)
-    for size in SIZES.values():
-        if all(found.get(key) == size[key] for key in ("n_layer", "n_embd")):
-            return GPT2Config(size["n_layer"], size["n_head"], size["n_embd"])
+    for config in (GPT2Config(**published_shape(size)) for size in SIZES):
+        if "n_embd" in found and all(getattr(config, key) == found[key] for key in found):
+            return config
     raise UserError(f"{path} has no config.json beside it, and is not one of OpenAI's four sizes")
 
 
@@ -341,10 +400,11 @@ def build(
     if len(weights.shapes.get("transformer.wte.weight", ())) != 2:
         raise UserError(f"{path} lacks transformer.wte.weight of shape (vocab_size, n_embd)")
     # Compared before a model is made, which a wrong config could make larger than the memory.
+    said_by = "hparams.json" if isinstance(weights.tensors, TFCheckpoint) else "config.json"
     for key, value in _implied_by(weights.shapes).items():
         if getattr(config, key) != value:
             raise UserError(
-                f"{path}: the config says {key} {getattr(config, key)}, the tensors {value}"
+                f"{path}: {said_by} says {key} {getattr(config, key)}, the tensors {value}"
             )
     try:
         model = cls(config, dtype=dtype, device=device, initialize=False)
@@ -357,12 +417,11 @@ def build(
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path} {problem} {min(names)}{more}")
+            raise UserError(f"{path} {problem} {min(names)!r}{more}")
     for name, parameter in parameters.items():
         if parameter.data.shape != weights.shapes[name]:
             raise UserError(
-                f"{path}: {name} has shape {weights.shapes[name]} where the config asks for"
-                f" {parameter.data.shape}"
+                f"{path}: {name} has shape {weights.shapes[name]}, not {parameter.data.shape}"
             )
     size = sum(parameter.data.nbytes for parameter in parameters.values())
     with tqdm(
@@ -395,7 +454,7 @@ def from_pretrained(
     name = str(name_or_folder)
     if name in SIZES or name in OLDER_NAMES:
         weights = open_release(name)
-    elif Path(name).exists():
+    elif os.path.exists(name):
         weights = open_weights(name)
     else:
         raise UserError(f"{name!r} is neither a file or folder, nor one of {', '.join(SIZES)}")

@@ -110,7 +110,7 @@ class TensorFile:
                 return
             if entry.dtype not in FLOAT_NAMES.values() or out.dtype.kind != "f":
                 raise UserError(
-                    f"{entry.path}: {name} holds {entry.dtype}, where {out.dtype} is needed"
+                    f"{entry.path}: {name!r} holds {entry.dtype}, where {out.dtype} is needed"
                 )
             flat = out.reshape(-1)
             for start, chunk in chunks(file, stored, entry.count):
@@ -248,7 +248,7 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     entries = {}
     for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if facts["dtype"] not in STORED_DTYPES:
-            raise UserError(f"{path}: {name} has dtype {facts['dtype']}, which is not supported")
+            raise UserError(f"{path}: {name!r} has dtype {facts['dtype']}, which is not supported")
         start, _ = facts["data_offsets"]
         entries[name] = Entry(path, facts["dtype"], tuple(facts["shape"]), 8 + length + start)
     return entries, metadata
@@ -265,14 +265,14 @@ def _read_shards(index: Path) -> dict[str, Entry]:
         raise UserError(f"{index}: not the index of a sharded safetensors set") from error
     entries: dict[str, Entry] = {}
     for shard in sorted(set(files.values())):
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or shard in ("", "..") or not shard.isprintable():
             raise UserError(f"{index}: the shard {shard!r} is not a file beside the index")
         found, _ = _read_header(index.with_name(shard))
         listed = {name for name, file in files.items() if file == shard}
         if listed != found.keys():
             name = min(listed ^ found.keys())
             where = "does not hold" if name in listed else "holds, against the index,"
-            raise UserError(f"{index}: the shard {shard} {where} {name}")
+            raise UserError(f"{index}: the shard {shard} {where} {name!r}")
         entries.update(found)
     return entries
 
@@ -288,8 +288,9 @@ def open_unbuffered(path: Path) -> FileIO:
     """Open for reading with no buffer between the file and the array; UserError if it can't be."""
     try:
         return open(path, "rb", buffering=0)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: no file can have that name
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {why}") from error
 
 
 def fill(file: FileIO, out: np.ndarray) -> None:

@@ -116,22 +116,30 @@ class TFCheckpoint:
                 yield start, chunk
         if mask(crc) != variable.masked_crc:
             raise UserError(
-                f"{variable.path} is damaged: the checksum of {name} is wrong; fetch it again"
+                f"{variable.path} is damaged: the checksum of {name!r} is wrong; remove"
+                f" {variable.path.parent} and fetch it again"
             )
 
     def gpt2_names(self) -> dict[str, str]:
         """GPT-2's parameter names, as GPT2.named_parameters() gives them -> the variables' names.
 
         model/h0/attn/c_attn/w is transformer.h.0.attn.c_attn.weight. A variable outside `model/` is
-        none of GPT-2's and keeps its name.
+        none of GPT-2's and gets a name that no parameter has. Raises UserError where two variables
+        have the same one.
         """
-        return {_gpt2_name(name): name for name in self.variables}
+        names: dict[str, str] = {}
+        for name in self.variables:
+            ours = _gpt2_name(name)
+            if ours in names:
+                raise UserError(f"{self.index}: holds both {names[ours]!r} and {name!r}")
+            names[ours] = name
+        return names
 
 
 def _gpt2_name(variable: str) -> str:
     scope, *parts = variable.split("/")
     if scope != "model" or not parts:
-        return variable
+        return f"{variable} (outside of model/)"
     parts = [re.sub(r"^h(\d+)$", r"h.\1", part) for part in parts]
     if parts[-1] not in ("g", "w", "b"):  # the embeddings, model/wte and model/wpe
         parts.append("w")
@@ -145,7 +153,7 @@ def _find_index(folder: Path) -> Path:
         with open_unbuffered(pointer) as file:
             text = file.readall().decode("utf-8", errors="replace")
         found = re.search(r'^model_checkpoint_path:\s*"(.+)"', text, re.MULTILINE)
-        if not found:
+        if not found or not found[1].isprintable():
             raise UserError(f"{pointer} names no checkpoint (model_checkpoint_path)")
         # The path may be of the machine it was written on; the files are beside it.
         return folder / (re.split(r"[/\\]", found[1])[-1] + ".index")
@@ -236,10 +244,11 @@ def _read_variables(index: Path, table: dict[bytes, bytes]) -> dict[str, Variabl
         name = key.decode("utf-8")
         entry = _message(value)  # 1 dtype, 2 shape, 3 shard, 4 offset, 5 size, 6 crc32c, 7 slices
         if 7 in entry:
-            raise UserError(f"{index}: {name} is a partitioned variable, which is not read here")
+            raise UserError(f"{index}: {name!r} is a partitioned variable, which is not read here")
         if _number(entry, 1) not in DTYPES:
             raise UserError(
-                f"{index}: {name} has TensorFlow's dtype {_number(entry, 1)}; only floats are read"
+                f"{index}: {name!r} has TensorFlow's dtype {_number(entry, 1)};"
+                " only floats are read"
             )
         shape = tuple(
             _number(_message(dimension), 1)
@@ -248,7 +257,7 @@ def _read_variables(index: Path, table: dict[bytes, bytes]) -> dict[str, Variabl
         )
         shard = _number(entry, 3)
         if shard >= shards:
-            raise ValueError(f"{name} lies in shard {shard} of {shards}")
+            raise ValueError(f"{name!r} lies in shard {shard} of {shards}")
         path = index.with_name(f"{index.stem}.data-{shard:05d}-of-{shards:05d}")
         if path not in sizes:
             if not path.is_file():
@@ -259,10 +268,10 @@ def _read_variables(index: Path, table: dict[bytes, bytes]) -> dict[str, Variabl
             path, dtype, shape, _number(entry, 4), _number(entry, 5), _number(entry, 6)
         )
         if variable.nbytes != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} of shape {shape} cannot have {variable.nbytes} bytes")
+            raise ValueError(f"{name!r} of shape {shape} cannot have {variable.nbytes} bytes")
         if variable.offset + variable.nbytes > sizes[path]:
             raise UserError(
-                f"{path} has {sizes[path]:,} bytes, but {name} ends at"
+                f"{path} has {sizes[path]:,} bytes, but {name!r} ends at"
                 f" {variable.offset + variable.nbytes:,}: one of the two files is damaged"
             )
         variables[name] = variable

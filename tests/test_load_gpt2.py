@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pytest
 import safetensors.numpy
 from faults import Fault, Server, fill_disk, serving
 
-from micrograd_gpt import checkpoint, files, pretrained
+from micrograd_gpt import checkpoint, cli, files, pretrained
 from micrograd_gpt.checkpoint import save_pretrained
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config
@@ -29,7 +30,8 @@ SCRIPT = Path(__file__).parents[1] / "load_gpt2.py"
 DATA = Path(__file__).parent / "data" / "tf_checkpoint"
 # The smallest model that takes GPT-2's own tokens, so that the final check can run on it.
 TINY = GPT2Config(n_layer=1, n_head=1, n_embd=4, n_positions=32)
-TINY_SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 4}
+TINY_SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 4, "n_positions": 32}
+DATA_SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 16, "vocab_size": 61, "n_positions": 32}
 
 
 @pytest.fixture
@@ -193,8 +195,46 @@ def test_other_ids_fail_only_if_the_weights_are_said_to_be_openai_s(
     assert capsys.readouterr().out.endswith(
         "check: nothing to compare with, these are other weights than OpenAI's 124M\n"
     )
-    assert script.main(["--from", str(source), "--out", "new", "--size", "117M"]) == 1
-    assert "check: FAILED, published are 464 3290" in capsys.readouterr().out
+    assert script.main(["--from", str(source), "--out", "other", "--size", "117M"]) == 1
+    captured = capsys.readouterr()
+    assert "check: FAILED, published are 464 3290" in captured.out
+    assert captured.err.endswith("the check failed: other is not written\n")
+    assert [p.name for p in here.iterdir()] == ["new"]
+
+
+def test_the_check_comes_before_what_is_printed(
+    script: ModuleType, source: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A reader that has gone away, as of `| head -1`, breaks the first thing printed.
+    def gone(*_: object) -> None:
+        raise BrokenPipeError
+
+    checked = []
+    check = script.check
+    monkeypatch.setattr(
+        script, "check", lambda *a, **k: checked.append(check(*a, **k)) or checked[0]
+    )
+    monkeypatch.setattr(script, "print", gone, raising=False)
+    monkeypatch.setattr(script, "say", lambda message: None)
+    with pytest.raises(BrokenPipeError):
+        script.main(["--from", str(source), "--out", "new"])
+    assert checked and (here / "new" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": 50258},
+        {"n_positions": 512},
+        {"n_head": 6},
+        {"norm_position": "post"},
+        {"position_embedding": "sinusoidal"},
+    ],
+)
+def test_a_published_size_is_all_of_its_shape(script: ModuleType, change: dict[str, Any]) -> None:
+    assert script.published_size(GPT2Config()) == "124M"
+    assert script.published_size(GPT2Config(48, 25, 1600)) == "1558M"
+    assert script.published_size(GPT2Config(**change)) is None
 
 
 def test_a_size_without_published_ids_says_so(
@@ -219,7 +259,7 @@ def servers(
 ) -> Iterator[tuple[Server, Server]]:
     """The Hub and OpenAI's store. What the latter has is DATA, of another vocabulary."""
     monkeypatch.setitem(pretrained.RELEASES, "124M", Release("openai-community/gpt2"))
-    monkeypatch.setitem(SIZES, "124M", {"n_layer": 2, "n_head": 4, "n_embd": 16})
+    monkeypatch.setitem(SIZES, "124M", DATA_SHAPE)
     store_files = {f"/124M/{name}": (DATA / "saver" / name).read_bytes() for name in OPENAI_FILES}
     with serving({}) as hub, serving(store_files) as store:
         yield hub, store
@@ -241,12 +281,27 @@ def test_source_openai(
     assert not (here / "models").exists()
     with pytest.raises(UserError, match="no_such"):
         script.main([*args, "--no_such"])
-    # DATA's vocabulary is too small for the prompt: it is written, and the check can't be run.
-    monkeypatch.setattr(script, "check", lambda *_, claimed: claimed)
+    # DATA's vocabulary is too small for the prompt: the check can't be run.
+    monkeypatch.setattr(script, "check", lambda *_, claimed: (claimed, []))
     assert script.main(args) == 0
     assert (here / "models" / "gpt2-124M" / "model.safetensors").exists()
     assert store.ranges(f"/124M/{OPENAI_FILES[-1]}")[1:] == ["bytes=9000-", "bytes=9000-"]
     assert "fetching GPT-2 124M from OpenAI" in capsys.readouterr().err
+
+
+def test_what_is_cached_is_verified(
+    script: ModuleType, here: Path, servers: tuple[Server, Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, store = servers
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
+    monkeypatch.setattr(script, "check", lambda *_, claimed: (claimed, []))
+    args = ["--source", "openai", "--openai-url", store.url]
+    assert script.main(args) == 0
+    good = tree(here)
+    (data,) = here.rglob(OPENAI_FILES[-1])
+    data.write_bytes(bytes(data.stat().st_size))
+    assert script.main(args) == 0
+    assert tree(here) == good
 
 
 def test_with_no_network_one_line_names_the_ways_out(tmp_path: Path) -> None:
@@ -315,6 +370,102 @@ def test_the_source_is_not_overwritten(script: ModuleType, source: Path) -> None
     assert tree(source) == before
 
 
+def test_a_linked_source_is_not_overwritten(script: ModuleType, source: Path, here: Path) -> None:
+    (here / "linked").symlink_to(source)
+    (here / "links").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (here / "links" / name).symlink_to(source / name)
+    before = tree(source)
+    for path in ("linked", "linked/model.safetensors", "links", "links/model.safetensors"):
+        for out in (str(source), "linked"):
+            with pytest.raises(UserError, match="choose another --out"):
+                script.main(["--from", path, "--out", out, "--dtype", "float16"])
+    assert tree(source) == before
+
+
+def test_openai_s_folder_may_lie_in_out_but_not_be_it(script: ModuleType, here: Path) -> None:
+    shutil.copytree(DATA / "saver", here / "models" / "tf")
+    (here / "link").symlink_to("models/tf")
+    before = tree(here / "models" / "tf")
+    for source, out in (("models/tf", "models/tf"), ("models/tf", "link"), ("link", "models/tf")):
+        with pytest.raises(UserError, match="choose another --out"):
+            script.main(["--from", source, "--out", out])
+    assert script.main(["--from", "models/tf", "--out", "models"]) == 0
+    assert tree(here / "models" / "tf") == before
+    assert TensorFile("models/model.safetensors").shapes
+
+
+def test_a_training_run_is_not_overwritten(script: ModuleType, source: Path, here: Path) -> None:
+    (here / "run").mkdir()
+    (here / "run" / "trainer_state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run holds a training run .*; choose another --out"):
+        script.main(["--from", str(source), "--out", "run"])
+    assert list(tree(here)) == ["run/trainer_state.json"]
+
+
+def test_an_older_tokenizer_does_not_stay(script: ModuleType, here: Path) -> None:
+    CharTokenizer("abc").save(here / "new")
+    (here / "new" / "notes.txt").write_text("mine")
+    assert script.main(["--from", str(DATA / "saver"), "--out", "new"]) == 0
+    assert sorted(tree(here / "new")) == ["config.json", "model.safetensors", "notes.txt"]
+
+
+@pytest.mark.parametrize("out", [".", "new", "a/b/c"])
+def test_everything_is_written_inside_of_out(
+    script: ModuleType, source: Path, here: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    replace, moved = os.replace, []
+
+    def recorded(old: Path, new: Path) -> None:
+        assert Path(out) in Path(old).parents  # so never across a mount point
+        moved.append(Path(new))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", recorded)
+    assert script.main(["--from", str(source), "--out", out]) == 0
+    written = ["model.safetensors", "config.json", "tokenizer.json"]
+    assert moved[3:] == [Path(out) / name for name in written]
+    assert sorted(tree(here / out)) == sorted(written)
+    assert len(list((here / out).iterdir())) == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("layers", [1, 30])  # less and more than is kept before it is written
+def test_output_on_a_full_device_is_one_line(tmp_path: Path, layers: int, unbuffered: str) -> None:
+    save_pretrained(GPT2(GPT2Config(layers, 1, 4, 9, 8)), tmp_path / "source")
+    args = [str(SCRIPT), "--from", str(tmp_path / "source"), "--out", str(tmp_path / "new")]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, *args],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            check=False,
+        )
+    assert result.returncode == 2
+    *_, error = result.stderr.splitlines()
+    assert error == "error: cannot write output: No space left on device"
+    assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+
+
+def test_other_faults_of_the_system_are_not_called_output() -> None:
+    def main() -> int:
+        raise PermissionError(13, "Permission denied", "some file")
+
+    with pytest.raises(PermissionError, match="some file"):
+        cli.run(main)
+
+
+def test_a_name_too_long_is_one_line(script: ModuleType, source: Path, here: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read x.*: File name too long"):
+        script.main(["--from", "x" * 300])
+    with pytest.raises(UserError, match=r"cannot write x.*: File name too long"):
+        script.main(["--from", str(source), "--out", "x" * 300])
+    assert list(here.iterdir()) == []
+
+
 def test_a_damaged_file_leaves_nothing(source: Path, tmp_path: Path) -> None:
     os.truncate(source / "model.safetensors", 1000)
     result = run("--from", source, "--out", tmp_path / "new")
@@ -348,7 +499,7 @@ def test_a_full_disk_changes_nothing(
         save_pretrained(GPT2(GPT2Config(1, 1, 4, 9, 8)), here / "new")
     old = tree(here)
     fill_disk(monkeypatch, files, room)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match=r"^cannot write new/model\.safetensors: No space left on"):
         script.main(["--from", str(source), "--out", "new"])
     assert tree(here) == old
     assert [p.name for p in here.iterdir()] == (["new"] if before else [])

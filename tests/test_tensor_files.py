@@ -166,10 +166,17 @@ def test_a_sharded_set_reads_as_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda m: m["weight_map"].update(e="2.safetensors"), "does not hold e"),
-        (lambda m: m["weight_map"].pop("c"), "holds, against the index, c"),
+        (lambda m: m["weight_map"].update(e="2.safetensors"), "does not hold 'e'"),
+        (lambda m: m["weight_map"].pop("c"), "holds, against the index, 'c'"),
         (lambda m: m["weight_map"].update(c="3.safetensors", d="3.safetensors"), "cannot read"),
-        (lambda m: m["weight_map"].update(a="../1.safetensors"), "not a file beside"),
+        *(
+            (
+                lambda m, shard=shard: m["weight_map"].update(a=shard, b=shard),
+                "not a file beside the index",
+            )
+            for shard in ("../1.safetensors", "", ".", "..", "/", "a\0", "a\nb", "\ud800")
+        ),
+        (lambda m: m["weight_map"].update({"e\nf": "2.safetensors"}), r"does not hold 'e\\nf'"),
         (lambda m: m.pop("weight_map"), "not the index"),
         (lambda m: m.update(weight_map=[1]), "not the index"),
     ],
@@ -179,8 +186,9 @@ def test_a_wrong_index_is_named(tmp_path: Path, change: Any, named: str) -> None
     content = json.loads(index.read_text())
     change(content)
     index.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=named) as caught:
         TensorFile(index)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
@@ -189,6 +197,12 @@ def test_an_index_that_is_no_json_is_named(tmp_path: Path, text: bytes) -> None:
     index.write_bytes(text)
     with pytest.raises(UserError, match=r"index\.json: not the index"):
         TensorFile(index)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 300])
+def test_a_name_no_file_can_have_is_one_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="cannot read"):
+        tensor_files.open_unbuffered(tmp_path / name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -270,7 +284,7 @@ def test_missing_file_folder_and_forbidden_file(
 def test_integers_do_not_pass_for_floats(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "x.safetensors", {"x": np.arange(3, dtype="i4")})
     file = TensorFile(tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=r"x holds I32, where float32 is needed"):
+    with pytest.raises(UserError, match=r"'x' holds I32, where float32 is needed"):
         file.read_into("x", np.empty(3, np.float32))
     with pytest.raises(UserError, match="where int64 is needed"):
         file.read_into("x", np.empty(3, np.int64))

@@ -130,6 +130,29 @@ def test_names_are_gpt2_s() -> None:
         assert names[ours] == theirs
 
 
+@pytest.mark.parametrize(
+    ("extra", "ours", "theirs"),
+    [
+        ("model/wte/w", "transformer.wte.weight", "model/wte"),
+        ("model/h.0/ln_1/g", "transformer.h.0.ln_1.weight", "model/h0/ln_1/g"),
+    ],
+)
+def test_two_variables_of_one_name_are_refused(extra: str, ours: str, theirs: str) -> None:
+    checkpoint = TFCheckpoint(DATA / "saver")
+    checkpoint.variables[extra] = checkpoint.variables[theirs]
+    with pytest.raises(UserError, match=f"holds both '{theirs}' and '{extra}'"):
+        checkpoint.gpt2_names()
+
+
+@pytest.mark.parametrize("name", ["transformer.wpe.weight", "model", "other/wte", ""])
+def test_a_variable_outside_of_model_is_no_parameter(name: str) -> None:
+    checkpoint = TFCheckpoint(DATA / "saver")
+    before = checkpoint.gpt2_names()
+    checkpoint.variables[name] = checkpoint.variables["model/wpe"]
+    (added,) = checkpoint.gpt2_names().items() - before.items()
+    assert added == (f"{name} (outside of model/)", name)
+
+
 # ---------------------------------------------------------------------------------------------
 # Damage to it
 
@@ -164,7 +187,7 @@ def test_the_data_cut_at_any_byte_is_found(folder: Path) -> None:
     for length in [*range(size - 1, size - 200, -1), *range(size - 200, -1, -997), 0]:
         with open(path, "r+b") as file:
             file.truncate(length)
-        with pytest.raises(UserError, match=r"model\.ckpt\.data.* has [\d,]+ bytes, but model/"):
+        with pytest.raises(UserError, match=r"model\.ckpt\.data.* has [\d,]+ bytes, but 'model/"):
             TFCheckpoint(folder)
 
 
@@ -192,9 +215,13 @@ def test_a_flipped_bit_in_a_tensor_is_found_and_the_tensor_named(folder: Path) -
         path.write_bytes(whole)
         whole[at] ^= 1 << at % 8
         (name,) = [n for n, v in variables.items() if v.offset <= at < v.offset + v.nbytes]
-        with pytest.raises(UserError, match=f"the checksum of {name} is wrong"):
+        with pytest.raises(
+            UserError, match=f"the checksum of {name!r} is wrong; remove {folder} and"
+        ):
             TFCheckpoint(folder).verify()
-        with pytest.raises(UserError, match=f"the checksum of {name} is wrong"):
+        with pytest.raises(
+            UserError, match=f"the checksum of {name!r} is wrong; remove {folder} and"
+        ):
             read(TFCheckpoint(folder), name, "float64")
 
 
@@ -225,9 +252,14 @@ def test_a_path_of_another_machine_means_the_file_here(folder: Path, text: str) 
 def test_which_checkpoint_is_never_guessed(folder: Path) -> None:
     shutil.copy(folder / "model.ckpt.index", folder / "model-2.index")
     assert TFCheckpoint(folder).index.name == "model.ckpt.index"
-    (folder / "checkpoint").write_bytes(b"\xff\x00")
-    with pytest.raises(UserError, match="names no checkpoint"):
-        TFCheckpoint(folder)
+    for content in (
+        b"\xff\x00",
+        b'model_checkpoint_path: "a\0b"',
+        b'model_checkpoint_path: "a\rb"',
+    ):
+        (folder / "checkpoint").write_bytes(content)
+        with pytest.raises(UserError, match="names no checkpoint"):
+            TFCheckpoint(folder)
     (folder / "checkpoint").unlink()
     with pytest.raises(UserError, match="holds 2 TensorFlow checkpoints"):
         TFCheckpoint(folder)
@@ -317,7 +349,7 @@ ONE = ARRAYS["model/h0/ln_1/b"]  # the first: entries[1]
 FORGERIES: dict[str, tuple[bytes, str]] = {
     "size against shape": (entry([5], ONE, 0), "cannot have 16 bytes"),
     "negative dimension": (entry([2**64 - 1], ONE, 0), "cannot have"),
-    "outside the data": (entry([4], ONE, 148), "has 160 bytes, but model/h0/ln_1/b ends at 164"),
+    "outside the data": (entry([4], ONE, 148), "has 160 bytes, but 'model/h0/ln_1/b' ends at 164"),
     "far outside": (entry([4], ONE, 2**63), "ends at"),
     "shard that is not there": (entry([4], ONE, 0, shard=1), "shard 1 of 1"),
     "integers": (entry([4], ONE, 0, dtype=3), "dtype 3; only floats"),
@@ -349,7 +381,7 @@ def test_an_index_that_points_at_other_bytes_is_found_by_the_checksum(tmp_path: 
         entries[1] = (entries[1][0], entry([4], ONE, 32))
 
     checkpoint = TFCheckpoint(forge(tmp_path, change))
-    with pytest.raises(UserError, match="the checksum of model/h0/ln_1/b is wrong"):
+    with pytest.raises(UserError, match="the checksum of 'model/h0/ln_1/b' is wrong"):
         checkpoint.verify()
 
 

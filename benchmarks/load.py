@@ -1,0 +1,72 @@
+"""How long loading a model takes, and how much memory: random weights of OpenAI's sizes.
+
+    python benchmarks/load.py                 # 124M
+    python benchmarks/load.py --size 1558M    # that too: 6.2 GB of disk and of memory
+
+Writing and loading run in processes of their own. The file is loaded twice, and the second time
+counts: the system then has the file in its cache, as far as its memory goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from typing import Any
+
+import common
+
+from micrograd_gpt import cli
+from micrograd_gpt.checkpoint import save_pretrained
+from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config
+from micrograd_gpt.pretrained import from_pretrained
+
+
+def main() -> int:
+    parser = cli.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, help="measure this size too, beside 124M")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.child is not None:
+        task = flags.child
+        print(json.dumps(write(task) if "write" in task else load(task)))
+        return 0
+    print(common.processor())
+    header = ["model", "MB", "seconds", "peak resident MB", "limit"]
+    sizes = dict.fromkeys(["124M", flags.size or "124M"])
+    common.print_table(header, [measure(size) for size in sizes])
+    return 0
+
+
+def measure(size: str) -> list[str]:
+    """A row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        common.child({"write": size, "folder": folder})
+        common.child({"folder": folder})
+        found = common.child({"folder": folder})
+    megabytes, peak = found["megabytes"], found["peak"]
+    limit = 1.15 * megabytes + 150
+    return [size, f"{megabytes:,.0f}", f"{found['seconds']:.2f}", f"{peak:,.0f}", f"{limit:,.0f}"]
+
+
+def write(task: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint folder with random weights of this size."""
+    shape: dict[str, Any] = dict(SIZES[task["write"]])
+    save_pretrained(GPT2(GPT2Config(**shape)), task["folder"])
+    return {}
+
+
+def load(task: dict[str, Any]) -> dict[str, Any]:
+    """Megabytes (of 1,048,576 bytes) of the model and at the peak, and seconds."""
+    start = time.perf_counter()
+    model = from_pretrained(GPT2, task["folder"])
+    seconds = time.perf_counter() - start
+    megabytes = sum(p.data.nbytes for p in model.parameters()) / 2**20
+    return {"megabytes": megabytes, "seconds": seconds, "peak": common.peak_megabytes()}
+
+
+if __name__ == "__main__":
+    cli.run(main)
