@@ -62,6 +62,8 @@ DECODING: dict[str, Any] = {
 
 def main(argv: list[str] | None = None) -> int:
     flags = make_parser().parse_args(argv)
+    if sys.stdout is None:
+        raise UserError("stdout is closed: send it to a file, a pipe or a terminal")
     choices = {name: value for name, value in vars(flags).items() if name in DECODING}
     resolve(choices)  # what is wrong with the flags is said before a large model is loaded
     prompt = read_prompt(flags.prompt)
@@ -187,7 +189,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--speculate",
         choices=["prompt-lookup"],
         help="guess the next tokens from what the text "
-        "has said before and check them in one pass: the same text, sooner if it repeats itself",
+        "has said before and check them in one pass: the same text, sooner if it repeats itself; "
+        "only while one sample is running",
     )
     add(
         "--no-kv-cache",
@@ -227,10 +230,12 @@ def resolve(choices: dict[str, Any], end_of_text: int | None = None) -> Settings
 
 def read_prompt(given: str | None) -> str | None:
     """The prompt of the flag or of stdin; None: ask on the terminal. UserError if not UTF-8."""
-    if given is None and sys.stdin.isatty():
-        return None
     if given is not None and given != "-":
         return given
+    if sys.stdin is None:
+        raise UserError("stdin is closed: give the text with --prompt")
+    if given is None and sys.stdin.isatty():
+        return None
     data = sys.stdin.buffer.read()
     try:
         text = data.decode("utf-8")
@@ -284,6 +289,7 @@ def continue_text(
 ) -> bool:
     """Write the continuations of one prompt to stdout; False if Ctrl-C cut them short."""
     from micrograd_gpt.beam_search import beam_search
+    from micrograd_gpt.filters import NO_TOKEN_LEFT
     from micrograd_gpt.sampling import decode, start_samples
 
     settings = resolve(choices, tokenizer.end_of_text)
@@ -306,6 +312,8 @@ def continue_text(
         output.update()
         for _ in decode(model, samples, settings):
             output.update()
+        if any(sample.stopped == "no token left" for sample in samples):
+            say(f"note: {NO_TOKEN_LEFT}")
         return True
     except KeyboardInterrupt:
         for sample in samples:
@@ -392,6 +400,8 @@ def converse(model: GPT2, tokenizer: Tokenizer, choices: dict[str, Any], as_json
         except EOFError:
             say("")
             return 0
+        except KeyboardInterrupt:  # the line typed so far is dropped
+            say("")
         except UserError as error:
             say(f"error: {error}")
 
@@ -416,18 +426,23 @@ def command(line: str, choices: dict[str, Any]) -> dict[str, Any]:
     if name == "/help":
         say(HELP)
         values = DECODING | {key: value for key, value in choices.items() if value is not None}
-        used = {key.replace("_", "-"): value for key, value in values.items() if value}
-        say("settings: " + ", ".join(f"{key} {value}" for key, value in used.items()))
+        used = {key: value for key, value in values.items() if value is not None}
+        used = {key: value for key, value in used.items() if value is not False and value != ()}
+        say("settings: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in used.items()))
         return choices
-    if name not in ("/set", "/unset") or not words:
+    if name not in ("/set", "/unset"):
         raise UserError(f"no such command: {line!r}; /help lists them")
+    if not words:
+        raise UserError(f"{name} needs a setting; /help lists them")
+    if extra := words[2 if name == "/set" else 1 :]:
+        raise UserError(f"{name} takes no {extra[0]!r}: put quotes around a value with spaces")
     key = words[0].lstrip("-").replace("-", "_")
     if key not in DECODING:
         raise UserError(f"no such setting: {words[0]!r}; /help lists them")
     value = None
     if name == "/set":
         flag = "--" + key.replace("_", "-")
-        value = getattr(make_parser().parse_args([flag, *words[1:]]), key)
+        value = getattr(make_parser().parse_args(["=".join([flag, *words[1:]])]), key)
     changed = choices | {key: value}
     resolve(changed)
     return changed

@@ -69,6 +69,10 @@ def main() -> int:
             guess = run(prompt, temperature=temperature, speculate="prompt-lookup")
             title = f"{text}, {mode}"
             compare(title, ("plain", plain), ("prompt-lookup", guess), flags.runs)
+    several: dict[str, Any] = {"temperature": 0.8, "num_samples": 8}
+    plain, guess = run(repeating, **several), run(repeating, **several, speculate="prompt-lookup")
+    title = "records, a batch of 8 samples (which does not speculate)"
+    compare(title, ("plain", plain), ("prompt-lookup", guess), flags.runs)
     return 0
 
 

@@ -39,7 +39,7 @@ def beam_search(
     step extends every beam by every token and keeps the `num_beams` best that have not ended;
     one that ends is set aside. The search is over when `num_beams` have ended and none in play can
     be better: judged by its length now (`early_stopping` False) or at the length that suits it best
-    ("never"), or without asking (True).
+    ("never"), or without asking (True). Raises UserError where fewer than `num_samples` are found.
     """
     started = time.perf_counter()
     width, penalty = settings.num_beams, settings.length_penalty
@@ -76,6 +76,10 @@ def beam_search(
                 break
     if not ended:
         raise UserError(NO_TOKEN_LEFT)
+    if len(ended) < settings.num_samples:
+        raise UserError(
+            f"only {len(ended)} of {settings.num_samples} beams could be found: lower num_samples"
+        )
     return ended[: settings.num_samples]
 
 

@@ -30,7 +30,8 @@ class Continuation:
     """A prompt and what follows it so far.
 
     `stopped` says why it ended, None while it goes on: "end-of-text", "length" (`max_new_tokens`
-    were added), or what the caller set, such as "stop" or "interrupted".
+    were added), "no token left" (each would repeat an n-gram), or what the caller set, such as
+    "stop" or "interrupted".
     """
 
     ids: list[int]  # the prompt's tokens and the new ones
@@ -68,12 +69,14 @@ class Context:
         rows: how many texts at most.
         longest: the most tokens a text will have, which is what the cache has room for, up to
             `n_positions`.
+
+    Raises UserError where there is no memory for the cache.
     """
 
     def __init__(self, model: GPT2, rows: int, longest: int, use_cache: bool = True) -> None:
         self.model, self.n_positions = model, model.config.n_positions
         capacity = min(longest, self.n_positions)
-        self.cache = KVCache(model, rows, capacity) if use_cache else None
+        self.cache = _allocate(model, rows, capacity) if use_cache else None
         self.starts = [0] * rows  # where the window of each row begins in its text
 
     def room(self, text: list[int]) -> int:
@@ -123,3 +126,14 @@ class Context:
             self.cache.copy_rows([*range(row), row - 1])
         elif unread:
             self.model.hidden(np.array([unread]), cache)
+
+
+def _allocate(model: GPT2, rows: int, capacity: int) -> KVCache:
+    try:
+        return KVCache(model, rows, capacity)
+    except (MemoryError, ValueError):  # ValueError: more than an array can have at all
+        c, itemsize = model.config, model.transformer.wte.weight.dtype.itemsize
+        size = 2 * c.n_layer * c.n_embd * capacity * rows * itemsize
+        raise UserError(
+            f"no memory for a KV cache of {size / 1e9:,.1f} GB: lower num_samples or num_beams"
+        ) from None

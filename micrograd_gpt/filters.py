@@ -21,6 +21,7 @@ from micrograd_gpt.errors import UserError
 
 NEVER = -np.inf
 GPT2_END_OF_TEXT = 50256
+SMALLEST, LARGEST = 1e-6, 1e6  # factors of the scores: further out these would overflow
 NO_TOKEN_LEFT = "every token would repeat an n-gram: raise no_repeat_ngram_size, or set it to 0"
 
 
@@ -44,17 +45,25 @@ class Settings:
     num_samples: int = 1  # continuations of each prompt ("num_return_sequences")
     seed: int = 0
     end_of_text: int | None = GPT2_END_OF_TEXT  # the token that ends a text; None: nothing does
-    speculate: str | None = None  # "prompt-lookup": see speculation.py
+    speculate: str | None = None  # "prompt-lookup", of one sample: see speculation.py
     use_cache: bool = True
 
     def __post_init__(self) -> None:
         for name, fits, what in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            (
+                "temperature",
+                self.temperature == 0 or SMALLEST <= self.temperature < math.inf,
+                f"0 (greedy), or {SMALLEST:g} or more",
+            ),
             ("top_k", self.top_k is None or self.top_k >= 0, "0 (all tokens) or more"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0, and 1 at most"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+            (
+                "repetition_penalty",
+                SMALLEST <= self.repetition_penalty <= LARGEST,
+                f"between {SMALLEST:g} and {LARGEST:g}",
+            ),
             ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or more"),
             ("num_beams", self.num_beams >= 1, "1 or more"),
             ("length_penalty", math.isfinite(self.length_penalty), "a finite number"),
@@ -70,7 +79,8 @@ class Settings:
             if not fits:
                 raise UserError(f"{name} must be {what}, not {getattr(self, name)}")
         beams = self.num_beams > 1
-        draws = self.temperature not in (0, 1) or self.top_k or self.top_p or self.min_p
+        cuts = self.top_k or self.top_p not in (None, 1) or self.min_p
+        draws = self.temperature not in (0, 1) or cuts
         for conflict, problem in (
             (beams and draws, "beam search takes no temperature, top_k, top_p or min_p"),
             (beams and self.num_samples > self.num_beams, "num_samples is above num_beams"),

@@ -37,14 +37,13 @@ def next_token_distribution(logits: np.ndarray, text: list[int], settings: Setti
 
 def choose(
     logits: np.ndarray, text: list[int], settings: Settings, rng: np.random.Generator
-) -> int:
-    """The token that follows `text`: the likeliest at temperature 0, else a random one.
-
-    Raises UserError where the penalties rule out every token.
+) -> int | None:
+    """The token that follows `text`: the likeliest at temperature 0, else a random one; None where
+    the penalties rule out every token.
     """
     scores = filters.penalise(logits.astype(np.float64), text, settings)
     if scores.max() == filters.NEVER:
-        raise UserError(filters.NO_TOKEN_LEFT)
+        return None
     if settings.temperature == 0:
         return int(scores.argmax())
     return filters.draw(filters.softmax(filters.warp(scores, settings)), rng.random())
@@ -65,7 +64,8 @@ def start_samples(prompts: Sequence[list[int]], settings: Settings) -> list[Samp
     """`num_samples` samples of each prompt, each with random numbers of its own.
 
     Sample i of a prompt draws from the stream (seed, i), whatever else is in the batch: alone or
-    among others it gets the same tokens.
+    among others it gets the same tokens. Copies of the same prompt in `prompts` count on, so that
+    each draws from a different stream.
     """
     samples, count = list[Sample](), Counter[tuple[int, ...]]()
     for prompt in prompts:
@@ -77,7 +77,8 @@ def start_samples(prompts: Sequence[list[int]], settings: Settings) -> list[Samp
 
 
 def decode(model: GPT2, samples: list[Sample], settings: Settings) -> Iterator[Sample]:
-    """Continue all samples as one batch; yields a sample each time a token was added to it.
+    """Continue all samples as one batch; yields a sample each time a token was added to it,
+    or none was left for it.
 
     A sample whose `stopped` is set, here or by the caller, leaves the batch.
     """
@@ -86,12 +87,16 @@ def decode(model: GPT2, samples: list[Sample], settings: Settings) -> Iterator[S
     longest = max(len(sample.ids) for sample in samples) + settings.max_new_tokens
     context = Context(model, len(running), longest, settings.use_cache)
     while running:
-        guesses = _guess(running, context, settings)  # B lists of as many tokens, often of none
+        guesses = _guess(running, context, settings)  # B lists, empty if B > 1
         texts = [sample.ids + guess for sample, guess in zip(running, guesses, strict=True)]
         logits = context.logits(texts, count=1 + len(guesses[0]))  # (B, 1 + guesses, V)
         for sample, guess, places in zip(running, guesses, logits, strict=True):
             for scores, guessed in zip(places, [*guess, None], strict=True):
                 token = choose(scores, sample.ids, settings, sample.rng)
+                if token is None:
+                    sample.stopped = "no token left"
+                    yield sample
+                    break
                 sample.ids.append(token)
                 sample.log_probs.append(float(filters.log_softmax(scores)[token]))
                 sample.seconds = time.perf_counter() - started
@@ -109,16 +114,12 @@ def decode(model: GPT2, samples: list[Sample], settings: Settings) -> Iterator[S
 
 
 def _guess(running: list[Sample], context: Context, settings: Settings) -> list[list[int]]:
-    """What each text may go on with: as many tokens for all, none without speculation."""
-    if settings.speculate is None:
+    """What each text may go on with; no tokens without speculation, or in a batch: see there."""
+    if settings.speculate is None or len(running) > 1:
         return [[] for _ in running]
-    most = min(
-        min(context.room(sample.ids), settings.max_new_tokens - len(sample.new_ids) - 1)
-        for sample in running
-    )
-    guesses = [sample.guesser.guess(sample.ids, most) for sample in running]
-    count = max(map(len, guesses))
-    return [guess + [0] * (count - len(guess)) for guess in guesses]  # 0: as good a guess as any
+    (sample,) = running
+    most = min(context.room(sample.ids), settings.max_new_tokens - len(sample.new_ids) - 1)
+    return [sample.guesser.guess(sample.ids, most)]
 
 
 # ---------------------------------------------------------------------------------- model.generate
@@ -147,7 +148,9 @@ def generate(
     Returns the prompts with what follows, int64: (T + n,) for one prompt; (B, T + n) for a batch,
     where rows that ended early are filled up with `end_of_text`; a list of arrays for a list. With
     `num_samples` there are that many rows, or arrays, for each prompt. Raises UserError for
-    settings that `Settings` refuses, empty prompts and ids outside the vocabulary.
+    settings that `Settings` refuses, empty prompts, ids outside the vocabulary, a cache that does
+    not fit into memory, fewer beams than `num_samples`, and rows that end early (no token was left)
+    with no `end_of_text` to fill them up.
     """
     settings = Settings(
         max_new_tokens=max_new_tokens,
@@ -175,7 +178,9 @@ def generate(
     if is_list:
         return [np.array(text) for text in texts]
     longest = max(map(len, texts))
-    end = settings.end_of_text or 0  # without one, no row is shorter
+    if settings.end_of_text is None and min(map(len, texts)) < longest:
+        raise UserError(filters.NO_TOKEN_LEFT)
+    end = settings.end_of_text or 0
     rows = np.array([text + [end] * (longest - len(text)) for text in texts])
     return rows[0] if array.ndim == 1 and settings.num_samples == 1 else rows
 

@@ -6,6 +6,9 @@ few. The result does not change: at each place the model's own token is chosen, 
 ever, and the first one that differs from the guess ends the pass. (For guesses without
 probabilities this is the rule of Leviathan et al. 2023, arXiv:2211.17192: a guess is kept with the
 probability that the model gives it.)
+
+Only while one sample is running: a batch already shares each reading of the weights, and a longer
+pass over all of its rows costs more than right guesses in some of them save.
 """
 
 from __future__ import annotations

@@ -174,6 +174,28 @@ def test_beams(char_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert stop not in stopped["text"]
 
 
+def test_a_stop_text_ends_a_beam_search_early(
+    char_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", char_model, "--prompt", "the ", "--num-beams", "2"]
+    flags += ["--max-new-tokens", "25"]
+    (whole,) = run_json(capsys, *flags)
+    (beam,) = run_json(capsys, *flags, "--stop", whole["text"][2:4], "--early-stopping")
+    assert beam["stopped"] == "stop" and whole["text"][2:4] not in beam["text"]
+    assert len(beam["token_ids"]) < 25
+
+
+def test_a_text_with_no_token_left_ends_with_a_note(
+    char_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", char_model, "--prompt", "the ", "--no-repeat-ngram-size", "1"]
+    samples = run_json(capsys, *flags, "--top-k", "0", "--num-samples", "2")
+    assert [s["stopped"] for s in samples] == ["no token left"] * 2
+    assert {len(s["token_ids"]) for s in samples} == {25}  # 29 characters but for t, h, e, space
+    generate.main(flags)
+    assert "every token would repeat" in capsys.readouterr().err
+
+
 def test_an_empty_prompt_starts_a_text(
     char_model: str, byte_model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,6 +259,8 @@ def test_the_default_model(
         (["--length-penalty", "2"], "length_penalty is for"),
         (["--greedy", "--temperature", "0.7"], "--greedy and --temperature contradict"),
         (["--max-new-tokens", "0"], "max_new_tokens must be 1"),
+        (["--temperature", "1e-320"], "temperature must be 0"),
+        (["--repetition-penalty", "1e-320"], "repetition_penalty must be"),
         (["--stop", ""], "--stop needs a text"),
         (["--dtype", "float8"], "invalid choice"),
         (["--model", "no/such/folder"], "no/such/folder"),
@@ -255,6 +279,18 @@ def test_a_piped_prompt_that_is_not_utf8(monkeypatch: pytest.MonkeyPatch, char_m
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the \xff")))
     with pytest.raises(UserError, match="byte 0xff at offset 4"):
         generate.main(["--model", char_model])
+
+
+def test_closed_streams(monkeypatch: pytest.MonkeyPatch, char_model: str) -> None:
+    """As the shell's `<&-` and `>&-` leave them."""
+    monkeypatch.setattr(sys, "stdin", None)
+    for flags in ([], ["--prompt", "-"]):
+        with pytest.raises(UserError, match="stdin is closed: give the text with --prompt"):
+            generate.main(["--model", char_model, *flags])
+    assert generate.main(["--model", char_model, "--prompt", "the "]) == 0
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(UserError, match="stdout is closed"):
+        generate.main(["--model", char_model, "--prompt", "the "])
 
 
 def test_a_tokenizer_of_another_model(char_model: str, tmp_path: Path) -> None:
@@ -391,12 +427,18 @@ def test_mistakes_do_not_end_a_conversation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], char_model: str
 ) -> None:
     lines = ["über", "/sing", "/set", "/set colour red", "/set top-p 7", '/set stop "', "/set stop"]
-    lines += ["/set seed 3 4", "/help", "/quit", "never read"]
+    lines += ["/set seed 3 4", "/unset seed 3", "/set greedy yes", "/set greedy --help"]
+    lines += ["/help", "/quit", "never read"]
     status, out, err = converse(monkeypatch, capsys, char_model, *lines)
     assert status == 0 and out == ""
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 8
+    assert len(errors) == 11
+    assert "error: /set needs a setting; /help lists them" in errors
+    assert "error: /set takes no '4': put quotes around a value with spaces" in errors
     assert "/set temperature 0.7" in err and "top-k 40" in err
+    settings = err.splitlines()[-1]
+    assert "seed 0" in settings and "no-repeat-ngram-size 0" in settings
+    assert not any(name in settings for name in ("greedy", "top-p", "stop ()", "no-kv-cache"))
 
 
 def test_settings_that_take_a_word_or_none(
@@ -414,6 +456,13 @@ def test_ctrl_c_stops_a_text_and_not_the_conversation(
     status, out, _ = converse(monkeypatch, capsys, char_model, "the ", "dog")
     assert status == 0
     assert len(out.partition("dog")[0].removesuffix("\n")) in (8, 9)
+
+
+def test_ctrl_c_at_the_prompt_does_not_leave(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], char_model: str
+) -> None:
+    status, out, _ = converse(monkeypatch, capsys, char_model, KeyboardInterrupt, "dog")
+    assert status == 0 and out.startswith("dog")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")

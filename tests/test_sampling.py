@@ -242,10 +242,39 @@ def test_damaged_weights_are_named() -> None:
         generate(model, np.array([1]), 1, num_beams=2)
 
 
-@pytest.mark.parametrize("more", [{}, {"temperature": 0}, {"num_beams": 2}])
-def test_when_no_token_is_left(model: GPT2, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize("how", [{}, {"temperature": 0}, {"speculate": "prompt-lookup"}])
+def test_a_sample_with_no_token_left_ends_alone(model: GPT2, how: dict[str, Any]) -> None:
+    settings = Settings(max_new_tokens=5, no_repeat_ngram_size=1, end_of_text=None, **how)
+    samples = start_samples([list(range(VOCABULARY - 2)), [1]], settings)
+    seen = [id(sample) for sample in decode(model, samples, settings)]
+    assert [(s.stopped, len(s.new_ids)) for s in samples] == [("no token left", 2), ("length", 5)]
+    assert len(samples[0].log_probs) == 2
+    assert seen.count(id(samples[0])) == 3  # the caller hears of the end too
+    assert sorted(samples[0].ids) == list(range(VOCABULARY))
+
+
+def test_rows_with_no_token_left_are_filled_up_or_refused(model: GPT2) -> None:
+    full = np.stack([np.arange(VOCABULARY), np.ones(VOCABULARY, int)])
+    rows = generate(model, full, 2, no_repeat_ngram_size=1, end_of_text=99)
+    assert rows[0, VOCABULARY:].tolist() == [99, 99] and 99 not in rows[1]
     with pytest.raises(UserError, match="every token would repeat"):
-        generate(model, np.arange(VOCABULARY), 1, no_repeat_ngram_size=1, **more)
+        generate(model, full, 2, no_repeat_ngram_size=1, end_of_text=None)
+    with pytest.raises(UserError, match="every token would repeat"):
+        generate(model, full[0], 1, no_repeat_ngram_size=1, num_beams=2)
+
+
+def test_a_cache_that_fits_no_memory_is_named_with_its_size(
+    model: GPT2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise MemoryError
+
+    with pytest.raises(UserError, match=r"KV cache of [\d,]+\.\d GB: lower num_samples") as caught:
+        Context(model, 10**18, 16)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr("micrograd_gpt.context.KVCache", full)
+    with pytest.raises(UserError, match=r"KV cache of 409\.6 GB"):
+        generate(model, np.array([1]), 15, num_beams=100_000_000)
 
 
 # ------------------------------------------------------- every way to decode gives the same tokens
@@ -280,6 +309,23 @@ def test_samples_differ_and_do_not_depend_on_how_many_there_are(model: GPT2) -> 
     assert (generate(model, prompt, 12, seed=8) != eight[0]).any()
 
 
+def test_the_streams_of_neighbouring_seeds_are_not_each_others(model: GPT2) -> None:
+    """(seed 0, sample 1) is not (seed 1, sample 0), as adding both up would make them."""
+    (_, second), (first, _) = (
+        start_samples([[1]], Settings(seed=seed, num_samples=2)) for seed in (0, 1)
+    )
+    assert second.rng.random() != first.rng.random()
+    zero, one = (generate(model, np.array([1]), 20, num_samples=2, seed=seed) for seed in (0, 1))
+    assert (zero[1] != one[0]).any()
+
+
+def test_the_smallest_factors_leave_a_distribution() -> None:
+    logits = np.array([3e38, -3e38, 0.0])
+    for how in (Settings(temperature=1e-6, repetition_penalty=factor) for factor in (1e-6, 1e6)):
+        distribution = next_token_distribution(logits, [0, 1], how)
+        assert np.isfinite(distribution).all() and distribution.sum() == 1
+
+
 def test_speculation_does_decide_several_tokens_at_once(
     model: GPT2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +344,23 @@ def test_speculation_does_decide_several_tokens_at_once(
     guessed = generate(model, np.array([1, 2]), 100, temperature=0, speculate="prompt-lookup")
     assert len(passes) < 50
     np.testing.assert_array_equal(guessed, plain)
+
+
+def test_only_a_lone_sample_speculates(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    logits = Context.logits
+    monkeypatch.setattr(
+        Context,
+        "logits",
+        lambda self, texts, count: passes.append((len(texts), count)) or logits(self, texts, count),
+    )
+    how = Settings(max_new_tokens=30, temperature=0, end_of_text=None, speculate="prompt-lookup")
+    samples = start_samples([[1, 2, 3, 4] * 3, [1, 2, 3, 4] * 3], how)
+    for _ in decode(make_model(n_positions=128), samples, how):
+        if len(samples[1].new_ids) == 10:
+            samples[1].stopped = "stop"
+    assert {count for rows, count in passes if rows == 2} == {1}
+    assert max(count for rows, count in passes if rows == 1) > 1
 
 
 def test_guesses_continue_the_latest_place_that_looks_alike() -> None:
@@ -407,6 +470,16 @@ def test_a_stop_ends_a_beam(model: GPT2) -> None:
     assert {(beam.stopped, len(beam.new_ids)) for beam in endless} == {("length", 10)}
 
 
+def test_fewer_beams_than_asked_for_is_said(model: GPT2) -> None:
+    with pytest.raises(UserError, match="only 11 of 12 beams could be found: lower num_samples"):
+        generate(model, np.array([1]), 1, num_beams=12, num_samples=12, end_of_text=None)
+
+
+def test_top_p_1_does_nothing_to_a_beam_search(model: GPT2) -> None:
+    plain, with_p = (generate(model, np.array([1]), 5, num_beams=3, top_p=p) for p in (None, 1.0))
+    np.testing.assert_array_equal(plain, with_p)
+
+
 # -------------------------------------------------------------------------- what generate returns
 
 
@@ -443,7 +516,10 @@ def test_rows_that_end_early_are_filled_up_with_end_of_text(model: GPT2) -> None
         ({"top_p": 1.1}, "top_p must be above 0"),
         ({"top_k": -1}, "top_k must be 0"),
         ({"min_p": 2.0}, "min_p must be between"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"temperature": 1e-320}, "temperature must be 0 .greedy., or 1e-06 or more"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be between 1e-06 and 1e.06"),
+        ({"repetition_penalty": 1e-320}, "repetition_penalty must be between"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be between"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be 1"),
         ({"num_beams": 0}, "num_beams must be 1"),
