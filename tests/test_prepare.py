@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from worker_tasks import deaf_from_the_start_and_later, encode_bytes, kill_yourself, total
 
 from micrograd_gpt import data, prepare, shards
 from micrograd_gpt.data import encode_documents, load_corpus, load_documents
@@ -121,42 +122,25 @@ def test_workers_give_results_in_order_and_draw_little_ahead() -> None:
             yield ["a" * i]
 
     with workers(2) as run:
-        for i, length in enumerate(run(_total, pieces())):
+        for i, length in enumerate(run(total, pieces())):
             assert length == i and len(drawn) <= i + 6
         with pytest.raises(UserError, match="lone surrogate"):
-            list(run(_encode_bytes, [["a"], ["\ud800"]]))
+            list(run(encode_bytes, [["a"], ["\ud800"]]))
     assert i == 39
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot hold a signal back")
 def test_workers_leave_ctrl_c_to_their_parent() -> None:
     with workers(1) as run:
-        (deaf,) = run(_deaf_from_the_start_and_later, [["a"]])
+        (deaf,) = run(deaf_from_the_start_and_later, [["a"]])
     assert deaf == (True, True)
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-
-
-def _deaf_from_the_start_and_later(piece: list[str]) -> tuple[bool, bool]:
-    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    return blocked, signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-
-
-def _total(piece: list[str]) -> int:
-    return sum(map(len, piece))
-
-
-def _encode_bytes(piece: list[str]) -> np.ndarray:
-    return encode_texts(piece, ByteTokenizer())
-
-
-def _kill_yourself(piece: list[str]) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_a_worker_that_is_killed_is_reported() -> None:
     with pytest.raises(UserError, match="a process that tokenizes was killed"), workers(1) as run:
-        list(run(_kill_yourself, [["a"]]))
+        list(run(kill_yourself, [["a"]]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")

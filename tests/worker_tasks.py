@@ -1,0 +1,28 @@
+"""What tests/test_prepare.py has its worker processes do; a process of its own imports it by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+
+from micrograd_gpt.prepare import encode_texts
+from micrograd_gpt.tokenizers import ByteTokenizer
+
+
+def deaf_from_the_start_and_later(piece: list[str]) -> tuple[bool, bool]:
+    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    return blocked, signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def total(piece: list[str]) -> int:
+    return sum(map(len, piece))
+
+
+def encode_bytes(piece: list[str]) -> np.ndarray:
+    return encode_texts(piece, ByteTokenizer())
+
+
+def kill_yourself(piece: list[str]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
