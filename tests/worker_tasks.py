@@ -1,4 +1,4 @@
-"""What tests/test_prepare.py has its worker processes do; a process of its own imports it by name."""
+"""What tests/test_prepare.py has its worker processes do, in a module that they can import."""
 
 from __future__ import annotations
 
