@@ -12,6 +12,7 @@ so a run that is stopped and resumed continues exactly.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import signal
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         except UserError as error:
             if settings.on_save_error == "stop":
                 raise
-            bar.write(f"warning: {error}; the run goes on", file=sys.stderr)
+            say(f"warning: {error}; the run goes on", bar)
 
     while optimizer.steps < settings.max_steps and not stop.requested:
         step = optimizer.steps
@@ -158,15 +159,15 @@ def main(argv: list[str] | None = None) -> int:
                 val_loss = evaluate(model, validation, settings, stop)
             if val_loss is not None:
                 row |= {"val_loss": val_loss} | bits_per_byte(val_loss, corpus)
-                bar.write(
+                say(
                     f"step {done:5d}   train loss {train_loss:.3f}   "
                     f"validation loss {val_loss:.3f}   {tokens_per_second:,.0f} tokens/s",
-                    file=sys.stderr,
+                    bar,
                 )
             attempt(metrics.append, row)
             last_step, last_time = done, time.perf_counter()
         if done % settings.sample_interval == 0 and not last:
-            bar.write(f"--- sample\n{sample(model, corpus, done)}\n---", file=sys.stderr)
+            say(f"--- sample\n{sample(model, corpus, done)}\n---", bar)
         best = val_loss is not None and val_loss < checkpoint.best_loss(out)
         if (done % settings.save_interval == 0 or best) and not last:
             attempt(save)
@@ -179,7 +180,8 @@ def main(argv: list[str] | None = None) -> int:
         save()
     attempt(metrics.draw)
     if stop.requested:
-        resume = f"; continue with --resume --out {out}" if optimizer.steps else ""
+        unfinished = 0 < optimizer.steps < settings.max_steps
+        resume = f"; continue with --resume --out {out}" if unfinished else ""
         say(f"stopped after step {optimizer.steps}{resume}")
         return 128 + stop.requested
     print(f"sample:\n{sample(model, corpus, optimizer.steps)}\n")
@@ -314,9 +316,17 @@ class StopSignals:
         say("stopping after this step; once more to stop at once")
 
 
-def say(message: str) -> None:
-    """Tell the user something that is not a result: on stderr."""
-    print(message, file=sys.stderr, flush=True)
+def say(message: str, bar: tqdm | None = None) -> None:
+    """Tell the user something that is not a result: on stderr, above the progress bar.
+
+    A run must not end, unsaved, because nobody reads any more (Ctrl-C ends `| tee` too), nor
+    because a signal came in the middle of a write.
+    """
+    with contextlib.suppress(OSError, RuntimeError):
+        if bar is not None:
+            bar.write(message, file=sys.stderr)
+        else:
+            print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

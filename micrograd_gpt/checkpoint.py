@@ -125,6 +125,8 @@ def holds_run(folder: str | Path) -> bool:
 def remove_run(folder: str | Path) -> None:
     """Remove the run in `folder`: its set, its earlier ones and its best; UserError if it can't."""
     folder = Path(folder)
+    for place in (folder, folder / BEST, *folder.glob("step-*")):
+        finish_set(place)  # else one that a kill left undone would come back later
     try:
         for name in reversed(SET):  # first of all trainer_state.json, which makes it a run
             (folder / name).unlink(missing_ok=True)
