@@ -1,9 +1,10 @@
 """The same arithmetic made fast for one device.
 
 `functional.py` defines every fused operation in plain array code and marks the parts worth
-speeding up with `@accelerated`. A function of the same name in `kernels/cpu.py` then stands in for
-the definition on that device, takes the same arguments, and is tested equal to it. Nothing is
-defined here alone: `definitions_only()` runs everything without this folder.
+speeding up with `@accelerated`. Functions of the same name then stand in for the definition on the
+CPU, take the same arguments, and are tested equal to it: those in C (`kernels/compiled.py`) where
+the machine has a compiler, else those in NumPy (`kernels/cpu.py`). Nothing is defined here alone:
+`definitions_only()` runs everything without this folder, `numpy_only()` without C.
 """
 
 from __future__ import annotations
@@ -15,17 +16,30 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from micrograd_gpt.backend import device_of
-from micrograd_gpt.kernels import cpu
+from micrograd_gpt.kernels import compiled, cpu
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_KERNELS: ContextVar[bool] = ContextVar("kernels", default=True)
+_KERNELS: ContextVar[str] = ContextVar("kernels", default="compiled")
 
 
 @contextmanager
 def definitions_only() -> Iterator[None]:
     """Within this block every operation runs its readable definition."""
-    token = _KERNELS.set(False)
+    with _use("definitions"):
+        yield
+
+
+@contextmanager
+def numpy_only() -> Iterator[None]:
+    """Within this block the CPU runs the NumPy kernels, as where there is no C compiler."""
+    with _use("numpy"):
+        yield
+
+
+@contextmanager
+def _use(kernels: str) -> Iterator[None]:
+    token = _KERNELS.set(kernels)
     try:
         yield
     finally:
@@ -38,15 +52,16 @@ def accelerated(definition: F) -> F:
     The device is that of the first argument, an array or a list of them. The definition itself
     stays reachable as `function.__wrapped__`.
     """
-    kernel = getattr(cpu, definition.__name__, None)
-    if kernel is None:
+    in_numpy = getattr(cpu, definition.__name__, None)
+    if in_numpy is None:
         return definition
+    in_c = getattr(compiled, definition.__name__, in_numpy)
+    kernels = {"compiled": in_c, "numpy": in_numpy, "definitions": definition}
 
     @functools.wraps(definition)
     def dispatch(array: Any, *args: Any, **kwargs: Any) -> Any:
         first = array[0] if isinstance(array, list) else array
-        if device_of(first) == "cpu" and _KERNELS.get():
-            return kernel(array, *args, **kwargs)
-        return definition(array, *args, **kwargs)
+        function = kernels[_KERNELS.get()] if device_of(first) == "cpu" else definition
+        return function(array, *args, **kwargs)
 
     return dispatch  # type: ignore[return-value]

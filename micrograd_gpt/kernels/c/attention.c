@@ -1,0 +1,232 @@
+/* Causal attention, a head at a time and in it a strip of queries at a time: of the T × T weights
+   only STRIP × T exist at any moment (for each thread).
+
+   A strip's products run over the keys that its queries may see: nothing above the diagonal is
+   computed, but for the tiles that the diagonal cuts. */
+
+#include "matmul.h"
+
+#define STRIP (12 * ROWS) /* queries at a time */
+#define FEW_QUERIES 4     /* at most as many, as in decoding, go one by one */
+
+/* (B, H, T, D) arrays whose last axis has no gaps: how far apart batches, heads and tokens lie. */
+typedef struct {
+  Int batch, head, token;
+} Strides;
+
+typedef struct {
+  Int batches, heads, queries, keys, d; /* the last query stands at the last key */
+  const float *q, *k, *v;
+  Strides q_strides, k_strides, v_strides;
+  float *out;       /* (B, T, H, D) without gaps */
+  float *log_total; /* (B, H, T): the log of each softmax's denominator */
+} Attention;
+
+/* What scratch() is for. */
+enum { KEYS, KEYS_ACROSS, VALUES, QUERIES, QUERY_ROWS, GRAD, GRAD_ROWS, SCORES, DSCORES, TILES };
+
+static const float *head_of(const float *x, Strides s, Int batch, Int head) {
+  return x + batch * s.batch + head * s.head;
+}
+
+/* All n rows of x (n, d) packed for multiply_tile as the right factor: panels of `columns`. */
+INLINE float *panels(int purpose, const float *x, Int stride, Int n, Int d, Int columns) {
+  float *packed = scratch(purpose, n * round_up(d, columns));
+  for (Int c = 0; c < d; c += columns)
+    pack_columns(x + c, stride, 1, n, min(columns, d - c), columns, packed + c * n);
+  return packed;
+}
+
+/* x (n, d) transposed and packed: panels of COLUMNS of its rows. */
+INLINE float *panels_across(int purpose, const float *x, Int stride, Int n, Int d) {
+  float *packed = scratch(purpose, round_up(n, COLUMNS) * d);
+  for (Int j = 0; j < n; j += COLUMNS)
+    pack_columns(x + j * stride, 1, stride, d, min(COLUMNS, n - j), COLUMNS, packed + j * d);
+  return packed;
+}
+
+/* Rows of x (rows, d) times `factor`, side by side, with rows of zeros up to a multiple of ROWS. */
+INLINE float *rows_of(int purpose, const float *x, Int stride, Int rows, Int d, float factor) {
+  float *copy = scratch(purpose, STRIP * d);
+  for (Int i = 0; i < rows; i++)
+    for (Int c = 0; c < d; c++) copy[i * d + c] = factor * x[i * stride + c];
+  memset(copy + rows * d, 0, (round_up(rows, ROWS) - rows) * d * sizeof(float));
+  return copy;
+}
+
+/* result[i, j] = x[i] · y[j] for ROWS rows of x and the first n of y, which is packed across. */
+INLINE void dot_products(const float *x, const float *y, Int n, Int d, float *result, Int width) {
+  for (Int j = 0; j < n; j += COLUMNS)
+    multiply_tile(VECTORS, d, x, d, 1, y + j * d, result + j, width, 0);
+}
+
+/* ------------------------------------------------------------------------------------- forward */
+
+/* Scores x[0] … x[n-1] become exp(score - the largest), zeros follow up to x[end-1]. */
+INLINE void softmax_row(float *x, Int n, Int end, float *total, float *log_total) {
+  float largest = largest_of(x, n), sum = 0;
+  SIMD_SUM(sum)
+  for (Int j = 0; j < n; j++) sum += x[j] = exp_of(x[j] - largest);
+  memset(x + n, 0, (end - n) * sizeof(float));
+  *total = sum;
+  *log_total = largest + logf(sum);
+}
+
+INLINE void forward_head(int vectors, const Attention *a, Int batch, Int head) {
+  Int d = a->d, columns = vectors * LANES, past = a->keys - a->queries;
+  Int wide = round_up(d, columns), width = round_up(a->keys, COLUMNS);
+  const float *q = head_of(a->q, a->q_strides, batch, head);
+  const float *keys = panels_across(KEYS_ACROSS, head_of(a->k, a->k_strides, batch, head),
+                                    a->k_strides.token, a->keys, d);
+  const float *values = panels(VALUES, head_of(a->v, a->v_strides, batch, head),
+                               a->v_strides.token, a->keys, d, columns);
+  float *log_total = a->log_total + (batch * a->heads + head) * a->queries;
+  float *scores = scratch(SCORES, ROWS * width), *mixed = scratch(TILES, ROWS * wide);
+  float scale = 1 / sqrtf(d), total[ROWS];
+  for (Int i0 = 0; i0 < a->queries; i0 += ROWS) {
+    Int rows = min(ROWS, a->queries - i0), seen = past + i0 + rows;
+    const float *x = rows_of(QUERY_ROWS, q + i0 * a->q_strides.token, a->q_strides.token, rows, d, scale);
+    dot_products(x, keys, seen, d, scores, width);
+    for (Int i = 0; i < rows; i++)
+      softmax_row(scores + i * width, past + i0 + i + 1, seen, &total[i], &log_total[i0 + i]);
+    for (Int c = 0; c < d; c += columns)
+      multiply_tile(vectors, seen, scores, width, 1, values + c * a->keys, mixed + c, wide, 0);
+    for (Int i = 0; i < rows; i++) {
+      float *out = a->out + ((batch * a->queries + i0 + i) * a->heads + head) * d;
+      for (Int c = 0; c < d; c++) out[c] = mixed[i * wide + c] / total[i];
+    }
+  }
+}
+
+/* The same for a few queries: packing the keys would take longer than using them. */
+static void forward_few(const Attention *a, Int batch, Int head) {
+  Int d = a->d;
+  const float *k = head_of(a->k, a->k_strides, batch, head);
+  const float *v = head_of(a->v, a->v_strides, batch, head);
+  float *scores = scratch(SCORES, a->keys), scale = 1 / sqrtf(d), total;
+  for (Int i = 0; i < a->queries; i++) {
+    const float *q = head_of(a->q, a->q_strides, batch, head) + i * a->q_strides.token;
+    float *out = a->out + ((batch * a->queries + i) * a->heads + head) * d;
+    Int seen = a->keys - a->queries + i + 1;
+    for (Int j = 0; j < seen; j++) scores[j] = scale * dot(q, k + j * a->k_strides.token, d);
+    softmax_row(scores, seen, seen, &total, &a->log_total[(batch * a->heads + head) * a->queries + i]);
+    memset(out, 0, d * sizeof(float));
+    for (Int j = 0; j < seen; j++)
+      add_scaled(out, scores[j] / total, v + j * a->v_strides.token, d);
+  }
+}
+
+static void forward_task(const void *arguments, Int part) {
+  const Attention *a = arguments;
+  Int batch = part / a->heads, head = part % a->heads;
+  if (a->queries <= FEW_QUERIES) forward_few(a, batch, head);
+  else if (a->d <= COLUMNS / 2) forward_head(VECTORS / 2, a, batch, head);
+  else forward_head(VECTORS, a, batch, head);
+}
+
+void attention_forward(const Attention *a) { run_parts(forward_task, a, a->batches * a->heads); }
+
+/* ------------------------------------------------------------------------------------ backward */
+
+typedef struct {
+  Attention forward;
+  const float *grad; /* (B, T, H, D), as out */
+  float *dq, *dk, *dv;
+  Strides dq_strides, dk_strides, dv_strides;
+} AttentionBackward;
+
+/* From a strip's scores and dweights, row by row: weights and dscores, zero where not seen. */
+INLINE void backward_rows(Int rows, Int first, Int end, Int d, const float *grad, const float *out,
+                          Int stride, const float *log_total, float *weights, float *dscores,
+                          Int width) {
+  for (Int i = 0; i < round_up(rows, ROWS); i++) {
+    Int n = i < rows ? first + i + 1 : 0; /* keys that query i sees */
+    float *w = weights + i * width, *dw = dscores + i * width;
+    float along = n ? dot(grad + i * d, out + i * stride, d) : 0, log_sum = n ? log_total[i] : 0;
+    for (Int j = 0; j < n; j++) {
+      w[j] = exp_of(w[j] - log_sum);
+      dw[j] = w[j] * (dw[j] - along);
+    }
+    memset(w + n, 0, (end - n) * sizeof(float));
+    memset(dw + n, 0, (end - n) * sizeof(float));
+  }
+}
+
+/* sums (end, d) += w.T @ x for the weights w (rows, end) of queries first … and their rows x, which
+   are packed. Of the keys behind the first query, each only meets the queries that see it. */
+INLINE void add_to_keys(int vectors, const float *w, Int width, Int rows, Int first, Int end, Int d,
+                        const float *x, float *sums, Int wide) {
+  Int columns = vectors * LANES;
+  for (Int j = 0; j < end; j += ROWS) {
+    Int from = j > first ? j - first : 0;
+    for (Int c = 0; c < d; c += columns)
+      multiply_tile(vectors, rows - from, w + from * width + j, 1, width,
+                    x + c * rows + from * columns, sums + j * wide + c, wide, 1);
+  }
+}
+
+INLINE void store(float *to, Int stride, const float *from, Int wide, Int rows, Int d, float factor) {
+  for (Int i = 0; i < rows; i++)
+    for (Int c = 0; c < d; c++) to[i * stride + c] = factor * from[i * wide + c];
+}
+
+INLINE void backward_head(int vectors, const AttentionBackward *b, Int batch, Int head) {
+  const Attention *a = &b->forward;
+  Int t = a->queries, d = a->d, columns = vectors * LANES, together = a->heads * d;
+  Int wide = round_up(d, columns), width = round_up(t, COLUMNS) + ROWS;
+  const float *q = head_of(a->q, a->q_strides, batch, head);
+  const float *k = head_of(a->k, a->k_strides, batch, head);
+  const float *v = head_of(a->v, a->v_strides, batch, head);
+  const float *out = a->out + batch * t * together + head * d;
+  const float *grad = b->grad + batch * t * together + head * d;
+  const float *log_total = a->log_total + (batch * a->heads + head) * t;
+  const float *keys_across = panels_across(KEYS_ACROSS, k, a->k_strides.token, t, d);
+  const float *values_across = panels_across(VALUES, v, a->v_strides.token, t, d);
+  const float *keys = panels(KEYS, k, a->k_strides.token, t, d, columns);
+  float *weights = scratch(SCORES, STRIP * width), *dscores = scratch(DSCORES, STRIP * width);
+  float *sums = scratch(TILES, (2 * round_up(t, ROWS) + ROWS) * wide);
+  float *dk = sums, *dv = dk + round_up(t, ROWS) * wide, *tile = dv + round_up(t, ROWS) * wide;
+  memset(sums, 0, 2 * round_up(t, ROWS) * wide * sizeof(float));
+  float scale = 1 / sqrtf(d);
+  for (Int i0 = 0; i0 < t; i0 += STRIP) {
+    Int rows = min(STRIP, t - i0), end = i0 + rows;
+    const float *q_strip = q + i0 * a->q_strides.token, *grad_strip = grad + i0 * together;
+    const float *x = rows_of(QUERY_ROWS, q_strip, a->q_strides.token, rows, d, scale);
+    const float *g = rows_of(GRAD_ROWS, grad_strip, together, rows, d, 1);
+    for (Int i = 0; i < rows; i += ROWS) {
+      Int seen = min(i0 + i + ROWS, end);
+      dot_products(x + i * d, keys_across, seen, d, weights + i * width, width);
+      dot_products(g + i * d, values_across, seen, d, dscores + i * width, width);
+    }
+    backward_rows(rows, i0, round_up(end, ROWS), d, g, out + i0 * together, together, log_total + i0,
+                  weights, dscores, width);
+    for (Int i = 0; i < rows; i += ROWS) {
+      Int here = min(ROWS, rows - i);
+      for (Int c = 0; c < d; c += columns)
+        multiply_tile(vectors, i0 + i + here, dscores + i * width, width, 1, keys + c * t, tile + c,
+                      wide, 0);
+      store(b->dq + batch * b->dq_strides.batch + head * b->dq_strides.head +
+                (i0 + i) * b->dq_strides.token,
+            b->dq_strides.token, tile, wide, here, d, scale);
+    }
+    add_to_keys(vectors, weights, width, rows, i0, end, d,
+                panels(GRAD, grad_strip, together, rows, d, columns), dv, wide);
+    add_to_keys(vectors, dscores, width, rows, i0, end, d,
+                panels(QUERIES, x, d, rows, d, columns), dk, wide);
+  }
+  store(b->dk + batch * b->dk_strides.batch + head * b->dk_strides.head, b->dk_strides.token, dk,
+        wide, t, d, 1);
+  store(b->dv + batch * b->dv_strides.batch + head * b->dv_strides.head, b->dv_strides.token, dv,
+        wide, t, d, 1);
+}
+
+static void backward_task(const void *arguments, Int part) {
+  const AttentionBackward *b = arguments;
+  Int batch = part / b->forward.heads, head = part % b->forward.heads;
+  if (b->forward.d <= COLUMNS / 2) backward_head(VECTORS / 2, b, batch, head);
+  else backward_head(VECTORS, b, batch, head);
+}
+
+void attention_backward(const AttentionBackward *b) {
+  run_parts(backward_task, b, b->forward.batches * b->forward.heads);
+}

@@ -1,0 +1,169 @@
+/* LayerNorm, GELU, cross-entropy and the embedding's gradient: each forward beside its backward.
+
+   functional.py derives the formulas. Rows (and elements) are shared among the threads. */
+
+#include "threads.h"
+
+#define FEW_ELEMENTS 16384 /* with fewer, another thread is not worth waking */
+
+static Int parts_for(Int elements) { return elements < FEW_ELEMENTS ? 1 : thread_count(); }
+
+/* ----------------------------------------------------------------------------------- layer norm */
+
+typedef struct {
+  Int n, width;
+  const float *x, *weight, *bias;
+  float eps;
+  float *y, *mean, *rstd;
+} LayerNorm;
+
+static void layer_norm_task(const void *arguments, Int part) {
+  const LayerNorm *l = arguments;
+  Int row, end = cut(l->n, parts_for(l->n * l->width), 1, part, &row);
+  for (; row < end; row++) {
+    const float *x = l->x + row * l->width;
+    float *y = l->y + row * l->width;
+    float mean = sum_of(x, l->width) / l->width;
+    for (Int i = 0; i < l->width; i++) y[i] = x[i] - mean;
+    float rstd = 1 / sqrtf(dot(y, y, l->width) / l->width + l->eps);
+    for (Int i = 0; i < l->width; i++) y[i] = y[i] * rstd * l->weight[i] + l->bias[i];
+    l->mean[row] = mean;
+    l->rstd[row] = rstd;
+  }
+}
+
+void layer_norm_forward(const LayerNorm *l) {
+  run_parts(layer_norm_task, l, parts_for(l->n * l->width));
+}
+
+typedef struct {
+  Int n, width, parts;
+  const float *grad, *x, *weight, *mean, *rstd;
+  float *dx, *dweights, *dbiases; /* the last two (parts, width): sums over each part's rows */
+} LayerNormBackward;
+
+static void layer_norm_backward_task(const void *arguments, Int part) {
+  const LayerNormBackward *l = arguments;
+  Int row, width = l->width, end = cut(l->n, l->parts, 1, part, &row);
+  float *dweight = l->dweights + part * width, *dbias = l->dbiases + part * width;
+  memset(dweight, 0, width * sizeof(float));
+  memset(dbias, 0, width * sizeof(float));
+  for (; row < end; row++) {
+    const float *grad = l->grad + row * width, *x = l->x + row * width;
+    float *dx = l->dx + row * width;
+    float mean = l->mean[row], rstd = l->rstd[row], along_1 = 0, along_n = 0;
+#pragma omp simd reduction(+ : along_1, along_n)
+    for (Int i = 0; i < width; i++) {
+      float normed = (x[i] - mean) * rstd, dnormed = grad[i] * l->weight[i];
+      dbias[i] += grad[i];
+      dweight[i] += grad[i] * normed;
+      along_1 += dnormed;
+      along_n += dnormed * normed;
+    }
+    along_1 /= width;
+    along_n /= width;
+    for (Int i = 0; i < width; i++) {
+      float normed = (x[i] - mean) * rstd, dnormed = grad[i] * l->weight[i];
+      dx[i] = (dnormed - along_1 - normed * along_n) * rstd;
+    }
+  }
+}
+
+void layer_norm_backward(const LayerNormBackward *l) {
+  run_parts(layer_norm_backward_task, l, l->parts);
+}
+
+/* ----------------------------------------------------------------------------------------- gelu */
+
+#define GELU_SCALE 0.7978845608f /* sqrt(2 / pi) */
+#define GELU_CUBIC 0.044715f
+
+typedef struct {
+  Int size;
+  const float *grad, *x;
+  float *result;
+} Gelu;
+
+/* 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)), u being GELU's inner polynomial. */
+INLINE float gelu_gate(float x) {
+  return 1 / (1 + exp_of(-2 * GELU_SCALE * (x + GELU_CUBIC * x * x * x)));
+}
+
+static void gelu_task(const void *arguments, Int part) {
+  const Gelu *g = arguments;
+  Int first, end = cut(g->size, parts_for(g->size), LANES, part, &first);
+#pragma omp simd
+  for (Int i = first; i < end; i++) g->result[i] = g->x[i] * gelu_gate(g->x[i]);
+}
+
+void gelu_forward(const Gelu *g) { run_parts(gelu_task, g, parts_for(g->size)); }
+
+static void gelu_backward_task(const void *arguments, Int part) {
+  const Gelu *g = arguments;
+  Int first, end = cut(g->size, parts_for(g->size), LANES, part, &first);
+#pragma omp simd
+  for (Int i = first; i < end; i++) {
+    float x = g->x[i], gate = gelu_gate(x);
+    float inner = 2 * GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x);
+    g->result[i] = g->grad[i] * (gate + x * gate * (1 - gate) * inner);
+  }
+}
+
+void gelu_backward(const Gelu *g) { run_parts(gelu_backward_task, g, parts_for(g->size)); }
+
+/* -------------------------------------------------------------------------------- cross-entropy */
+
+typedef struct {
+  Int n, vocab_size;
+  const float *logits;
+  const int64_t *targets; /* below 0: the row counts for nothing */
+  float scale;
+  float *losses, *dlogits; /* dlogits may be logits */
+} CrossEntropy;
+
+static void cross_entropy_task(const void *arguments, Int part) {
+  const CrossEntropy *c = arguments;
+  Int row, end = cut(c->n, parts_for(c->n * c->vocab_size), 1, part, &row);
+  for (; row < end; row++) {
+    const float *logits = c->logits + row * c->vocab_size;
+    float *dlogits = c->dlogits + row * c->vocab_size;
+    Int target = c->targets[row];
+    c->losses[row] = 0;
+    if (target < 0) {
+      memset(dlogits, 0, c->vocab_size * sizeof(float));
+      continue;
+    }
+    float largest = largest_of(logits, c->vocab_size), at_target = logits[target] - largest, total = 0;
+    SIMD_SUM(total)
+    for (Int i = 0; i < c->vocab_size; i++) total += dlogits[i] = exp_of(logits[i] - largest);
+    float factor = c->scale / total;
+    for (Int i = 0; i < c->vocab_size; i++) dlogits[i] *= factor;
+    dlogits[target] -= c->scale;
+    c->losses[row] = logf(total) - at_target;
+  }
+}
+
+void cross_entropy_forward(const CrossEntropy *c) {
+  run_parts(cross_entropy_task, c, parts_for(c->n * c->vocab_size));
+}
+
+/* ------------------------------------------------------------------------------------ embedding */
+
+typedef struct {
+  Int n, width;
+  const float *grad;
+  const int64_t *ids;
+  float *dweight;
+} Embedding;
+
+/* Each thread adds a slice of every row: two rows of one id never meet, and sums keep their order. */
+static void embedding_task(const void *arguments, Int part) {
+  const Embedding *e = arguments;
+  Int first, end = cut(e->width, parts_for(e->n * e->width), LANES, part, &first);
+  for (Int row = 0; row < e->n; row++)
+    add_scaled(e->dweight + e->ids[row] * e->width + first, 1, e->grad + row * e->width + first, end - first);
+}
+
+void embedding_backward(const Embedding *e) {
+  run_parts(embedding_task, e, parts_for(e->n * e->width));
+}

@@ -1,0 +1,221 @@
+/* Matrix products, cut so that each piece of them works on numbers that are near.
+
+   After Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication": a part of b,
+   DEPTH × WIDTH, is laid out in the order it will be read and stays in the second-level cache while
+   all of a passes by, ROWS rows at a time; those stay in the first-level cache; a tile of c stays
+   in registers for DEPTH steps. */
+
+#include "matmul.h"
+
+#define DEPTH 384
+#define WIDTH (COLUMNS * 10)
+#define STRIPS 16 /* of ROWS rows each, packed together: a's memory is read in whole cache lines */
+
+enum { PACKED_A, PACKED_B }; /* what scratch() is for */
+
+/* packed[q][p] = b[p * b_row + q], the block's sides exchanged: one read, one write a vector. */
+INLINE void transpose_block(const float *b, Int stride, Int columns, float *packed) {
+  float block[LANES][LANES];
+  for (int i = 0; i < LANES; i++) memcpy(block[i], b + i * stride, sizeof block[i]);
+  for (int p = 0; p < LANES; p++)
+    for (int i = 0; i < LANES; i++) packed[p * columns + i] = block[i][p];
+}
+
+void pack_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int columns,
+                  float *packed) {
+  Int p = 0;
+  if (width == columns && b_column == 1) {
+    for (; p < k; p++) memcpy(packed + p * columns, b + p * b_row, sizeof(float) * columns);
+  } else if (width == columns && b_row == 1) {
+    for (; p + LANES <= k; p += LANES)
+      for (Int q = 0; q < columns; q += LANES)
+        transpose_block(b + p + q * b_column, b_column, columns, packed + p * columns + q);
+  }
+  for (; p < k; p++)
+    for (Int q = 0; q < columns; q++)
+      packed[p * columns + q] = q < width ? b[p * b_row + q * b_column] : 0;
+}
+
+/* Strips of ROWS rows of a (n, k), each laid out column after column, zeros for missing rows. */
+static void pack_rows(const float *a, Int a_row, Int a_column, Int n, Int k, float *packed) {
+  Int strips = (n + ROWS - 1) / ROWS;
+  for (Int p = 0; p < k; p++)
+    for (Int s = 0; s < strips; s++)
+      for (Int i = 0; i < ROWS; i++)
+        packed[(s * k + p) * ROWS + i] =
+            s * ROWS + i < n ? a[(s * ROWS + i) * a_row + p * a_column] : 0;
+}
+
+static void tile_of_rows(Int k, const float *a, Int a_row, const float *b, float *c, Int c_row,
+                         int add) {
+  multiply_tile(VECTORS, k, a, a_row, 1, b, c, c_row, add);
+}
+
+static void tile_of_packed_rows(Int k, const float *a, const float *b, float *c, Int c_row,
+                                int add) {
+  multiply_tile(VECTORS, k, a, 1, ROWS, b, c, c_row, add);
+}
+
+/* c (n, m) = or += a (n, k) @ b, for an a whose rows go as they are or packed, and a packed b. */
+static void multiply_strip(Int n, Int m, Int k, const float *a, Int a_row, int a_is_packed,
+                           const float *b, const float *bias, float *c, Int c_row, int add) {
+  float apart[ROWS * COLUMNS];
+  for (Int j = 0; j < m; j += COLUMNS) {
+    int whole = n == ROWS && m - j >= COLUMNS;
+    float *tile = whole ? c + j : apart;
+    Int tile_row = whole ? c_row : COLUMNS;
+    if (a_is_packed) tile_of_packed_rows(k, a, b + j * k, tile, tile_row, add && whole);
+    else tile_of_rows(k, a, a_row, b + j * k, tile, tile_row, add && whole);
+    Int width = min(COLUMNS, m - j);
+    for (Int i = 0; i < n && !whole; i++)
+      for (Int q = 0; q < width; q++)
+        c[i * c_row + j + q] = tile[i * COLUMNS + q] + (add ? c[i * c_row + j + q] : 0);
+    for (Int i = 0; i < n && bias; i++)
+      for (Int q = 0; q < width; q++) c[i * c_row + j + q] += bias[j + q];
+  }
+}
+
+void multiply_part(const Product *p, Int first_row, Int end_row, Int first_column, Int end_column) {
+  float *packed_a = scratch(PACKED_A, STRIPS * ROWS * DEPTH);
+  float *packed_b = scratch(PACKED_B, WIDTH * DEPTH);
+  for (Int j0 = first_column; j0 < end_column; j0 += WIDTH) {
+    Int width = min(WIDTH, end_column - j0);
+    for (Int p0 = 0; p0 < p->k; p0 += DEPTH) {
+      Int depth = min(DEPTH, p->k - p0);
+      for (Int j = 0; j < width; j += COLUMNS)
+        pack_columns(p->b + p0 * p->b_row + (j0 + j) * p->b_column, p->b_row, p->b_column, depth,
+                     min(COLUMNS, width - j), COLUMNS, packed_b + j * depth);
+      const float *bias = p->bias && p0 + depth == p->k ? p->bias + j0 : NULL;
+      for (Int i0 = first_row; i0 < end_row; i0 += STRIPS * ROWS) {
+        Int height = min(STRIPS * ROWS, end_row - i0);
+        const float *a = p->a + i0 * p->a_row + p0 * p->a_column;
+        int pack = p->a_column != 1 || height % ROWS;
+        if (pack) pack_rows(a, p->a_row, p->a_column, height, depth, packed_a);
+        for (Int i = 0; i < height; i += ROWS)
+          multiply_strip(min(ROWS, height - i), width, depth,
+                         pack ? packed_a + i * depth : a + i * p->a_row, p->a_row, pack, packed_b,
+                         bias, p->c + (i0 + i) * p->c_row + j0, p->c_row, p0 > 0);
+      }
+    }
+  }
+  if (p->k == 0)
+    for (Int i = first_row; i < end_row; i++)
+      for (Int j = first_column; j < end_column; j++)
+        p->c[i * p->c_row + j] = p->bias ? p->bias[j] : 0;
+}
+
+/* Part i of `parts` of a product: a slice of its longer side. */
+static void multiply_slice(const Product *p, Int i, Int parts) {
+  Int first, end;
+  if (p->n >= p->m) {
+    end = cut(p->n, parts, ROWS, i, &first);
+    multiply_part(p, first, end, 0, p->m);
+  } else {
+    end = cut(p->m, parts, COLUMNS, i, &first);
+    multiply_part(p, 0, p->n, first, end);
+  }
+}
+
+#define FEW_PRODUCTS 300000 /* with fewer multiplications another thread is not worth waking */
+
+static Int parts_for(const Product *p) {
+  return p->n * p->k * p->m < FEW_PRODUCTS ? 1 : thread_count();
+}
+
+static void multiply_task(const void *product, Int i) {
+  multiply_slice(product, i, parts_for(product));
+}
+
+void matmul(const Product *p) { run_parts(multiply_task, p, parts_for(p)); }
+
+/* ------------------------------------------------------------------------- a linear layer back */
+
+typedef struct {
+  Product dx, dweight;
+  const float *grad; /* (n, m), its rows without gaps */
+  float *dbias;      /* (m), or NULL */
+  Int n, m;
+} LinearBackward;
+
+static void linear_backward_task(const void *arguments, Int i) {
+  const LinearBackward *l = arguments;
+  Int dx_parts = parts_for(&l->dx), dweight_parts = parts_for(&l->dweight);
+  if (i < dx_parts) {
+    multiply_slice(&l->dx, i, dx_parts);
+    return;
+  }
+  i -= dx_parts;
+  multiply_slice(&l->dweight, i, dweight_parts);
+  if (!l->dbias) return;
+  Int first, end = cut(l->m, dweight_parts, COLUMNS, i, &first);
+  memset(l->dbias + first, 0, (end - first) * sizeof(float));
+  for (Int row = 0; row < l->n; row++)
+    add_scaled(l->dbias + first, 1, l->grad + row * l->m + first, end - first);
+}
+
+/* dx = grad @ weight.T, dweight = x.T @ grad, dbias = the sums of grad's columns. */
+void linear_backward(const LinearBackward *l) {
+  run_parts(linear_backward_task, l, parts_for(&l->dx) + parts_for(&l->dweight));
+}
+
+/* ------------------------------------------------------------- few rows, as in decoding a token */
+
+typedef struct {
+  Int n, k, m;
+  const float *x, *weight, *bias; /* x (n, k), weight (m, k), bias (m) or NULL; rows without gaps */
+  float *y;                       /* (n, m) */
+} FewRows;
+
+#define TOGETHER 4 /* rows of weight, and at most as many of x, that are read side by side */
+
+/* y[r][j] for `rows` of x and TOGETHER columns j: dot products. Weights come from memory once. */
+INLINE void dots(int rows, Int k, const float *x, const float *weight, float *y, Int m) {
+  vec sums[TOGETHER][TOGETHER] = {0};
+  Int p = 0;
+  for (; p + LANES <= k; p += LANES)
+    for (int j = 0; j < TOGETHER; j++) {
+      vec w = *(const vec *)(weight + j * k + p);
+      __builtin_prefetch(weight + j * k + p + 512);
+      for (int r = 0; r < rows; r++) sums[r][j] += w * *(const vec *)(x + r * k + p);
+    }
+  for (int r = 0; r < rows; r++)
+    for (int j = 0; j < TOGETHER; j++) {
+      float sum = 0;
+      for (int lane = 0; lane < LANES; lane++) sum += sums[r][j][lane];
+      for (Int q = p; q < k; q++) sum += weight[j * k + q] * x[r * k + q];
+      y[r * m + j] = sum;
+    }
+}
+
+static void few_rows_columns(const FewRows *f, Int first, Int end) {
+  Int j = first;
+  for (; j + TOGETHER <= end; j += TOGETHER)
+    for (Int r = 0; r < f->n; r += TOGETHER) {
+      const float *x = f->x + r * f->k, *weight = f->weight + j * f->k;
+      float *y = f->y + r * f->m + j;
+      switch (min(TOGETHER, f->n - r)) {
+        case 1: dots(1, f->k, x, weight, y, f->m); break;
+        case 2: dots(2, f->k, x, weight, y, f->m); break;
+        case 3: dots(3, f->k, x, weight, y, f->m); break;
+        default: dots(4, f->k, x, weight, y, f->m);
+      }
+    }
+  for (; j < end; j++)
+    for (Int r = 0; r < f->n; r++) f->y[r * f->m + j] = dot(f->x + r * f->k, f->weight + j * f->k, f->k);
+  for (Int r = 0; r < f->n && f->bias; r++) add_scaled(f->y + r * f->m + first, 1, f->bias + first, end - first);
+}
+
+#define FEW_WEIGHTS 20000 /* with fewer, another thread is not worth waking */
+
+static Int few_rows_parts(const FewRows *f) {
+  return f->k * f->m < FEW_WEIGHTS ? 1 : 4 * thread_count();
+}
+
+static void few_rows_task(const void *arguments, Int i) {
+  const FewRows *f = arguments;
+  Int first, end = cut(f->m, few_rows_parts(f), LANES, i, &first);
+  few_rows_columns(f, first, end);
+}
+
+/* y = x @ weight.T + bias for a few rows of x: bound by reading the weights. */
+void few_rows(const FewRows *f) { run_parts(few_rows_task, f, few_rows_parts(f)); }

@@ -1,0 +1,60 @@
+/* Matrix products; see matmul.c. */
+
+#pragma once
+#include "threads.h"
+
+/* Registers hold a tile of ROWS × COLUMNS sums, COLUMNS being a few vectors. */
+#define ROWS 6
+#if LANES == 8
+#define VECTORS 2 /* AVX has 16 registers, the others 32 */
+#else
+#define VECTORS 4
+#endif
+#define COLUMNS (VECTORS * LANES)
+
+/* c = a @ b + bias for a (n, k), b (k, m), c (n, m) and bias (m) or NULL. Element (i, j) of a lies
+   at a[i * a_row + j * a_column]; c's columns lie side by side. */
+typedef struct {
+  Int n, k, m;
+  const float *a;
+  Int a_row, a_column;
+  const float *b;
+  Int b_row, b_column;
+  const float *bias;
+  float *c;
+  Int c_row;
+} Product;
+
+/* Rows first_row … end_row - 1 and columns first_column … end_column - 1 of c, on this thread. */
+void multiply_part(const Product *p, Int first_row, Int end_row, Int first_column, Int end_column);
+
+/* Columns of b (k, width <= columns) laid one row after another, `columns` wide, zeros behind. */
+void pack_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int columns,
+                  float *packed);
+
+/* c (ROWS, columns) = or += a (ROWS, k) @ b (k, columns) for a packed b whose columns fill `vectors`
+   registers. All loops but the one over k are of constant length when `vectors` is a constant, so
+   that the compiler keeps `sums` in registers. */
+INLINE void multiply_tile(int vectors, Int k, const float *a, Int a_row, Int a_column,
+                          const float *b, float *c, Int c_row, int add) {
+  vec sums[ROWS][VECTORS];
+  for (int i = 0; i < ROWS; i++)
+    for (int j = 0; j < vectors; j++) {
+      __builtin_prefetch(c + i * c_row + j * LANES, 1);
+      sums[i][j] = (vec){0};
+    }
+  for (Int p = 0; p < k; p++) {
+    vec row[VECTORS];
+    for (int j = 0; j < vectors; j++) row[j] = *(const vec *)(b + (p * vectors + j) * LANES);
+    for (int i = 0; i < ROWS; i++) {
+      float factor = a[i * a_row + p * a_column];
+      for (int j = 0; j < vectors; j++) sums[i][j] += factor * row[j];
+    }
+  }
+  for (int i = 0; i < ROWS; i++)
+    for (int j = 0; j < vectors; j++) {
+      vec *place = (vec *)(c + i * c_row + j * LANES);
+      if (add) sums[i][j] += *place;
+      *place = sums[i][j];
+    }
+}

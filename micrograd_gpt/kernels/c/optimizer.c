@@ -1,0 +1,67 @@
+/* The optimizer: every number of every parameter in one pass over memory. */
+
+#include "threads.h"
+
+#define CHUNK 65536 /* elements a thread takes at a time */
+
+/* Which array chunk i of all arrays' chunks is in, and the first of its elements there. */
+static Int find_chunk(Int i, const Int *sizes, Int *first) {
+  Int array = 0;
+  for (Int chunks; i >= (chunks = (sizes[array] + CHUNK - 1) / CHUNK); array++) i -= chunks;
+  *first = i * CHUNK;
+  return array;
+}
+
+static Int count_chunks(Int arrays, const Int *sizes) {
+  Int chunks = 0;
+  for (Int i = 0; i < arrays; i++) chunks += (sizes[i] + CHUNK - 1) / CHUNK;
+  return chunks;
+}
+
+/* ------------------------------------------------------------------------------- gradient norm */
+
+typedef struct {
+  Int count; /* arrays */
+  const Int *sizes;
+  const float *const *arrays;
+  double *sums; /* one for each chunk */
+} Squares;
+
+static void squares_task(const void *arguments, Int i) {
+  const Squares *s = arguments;
+  Int first, array = find_chunk(i, s->sizes, &first);
+  const float *x = s->arrays[array] + first;
+  s->sums[i] = dot(x, x, min(CHUNK, s->sizes[array] - first));
+}
+
+void sum_of_squares(const Squares *s) {
+  run_parts(squares_task, s, count_chunks(s->count, s->sizes));
+}
+
+/* --------------------------------------------------------------------------------------- AdamW */
+
+typedef struct {
+  Int count;        /* arrays */
+  const Int *sizes; /* elements of each */
+  float *const *p;
+  const float *const *grad;
+  float *const *m, *const *v;
+  const float *kept; /* 1 - learning rate × weight decay, for each array */
+  float beta1, beta2, rate, eps;
+} AdamW;
+
+static void adamw_task(const void *arguments, Int i) {
+  const AdamW *a = arguments;
+  Int first, array = find_chunk(i, a->sizes, &first), size = min(CHUNK, a->sizes[array] - first);
+  float *restrict p = a->p[array] + first, *restrict m = a->m[array] + first,
+                  *restrict v = a->v[array] + first;
+  const float *restrict grad = a->grad[array] + first;
+  float kept = a->kept[array], beta1 = a->beta1, beta2 = a->beta2, rate = a->rate, eps = a->eps;
+  for (Int j = 0; j < size; j++) {
+    m[j] = beta1 * m[j] + (1 - beta1) * grad[j];
+    v[j] = beta2 * v[j] + (1 - beta2) * grad[j] * grad[j];
+    p[j] = kept * p[j] - rate * m[j] / (sqrtf(v[j]) + eps);
+  }
+}
+
+void adamw_update(const AdamW *a) { run_parts(adamw_task, a, count_chunks(a->count, a->sizes)); }

@@ -1,0 +1,137 @@
+/* A handful of threads that wait for work.
+
+   Between two tasks of a training step lie microseconds, and waking a sleeping thread takes longer
+   than that. So a thread without work looks for more for a moment before it goes to sleep. */
+
+#include "threads.h"
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <time.h>
+
+#define MOST_THREADS 256
+#define PATIENCE 100e-6 /* seconds a thread without work stays awake */
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;    /* guards what follows */
+static pthread_cond_t opened = PTHREAD_COND_INITIALIZER;
+static Int threads = 1;       /* that may work, the caller's included */
+static Int started = 0;       /* that were started */
+static Int helping = 0;       /* that are in the task now */
+static Int asleep = 0;
+static Task task;             /* NULL while none is open */
+static const void *arguments;
+static Int parts;
+static atomic_llong next_part;
+static atomic_llong tasks_opened; /* looked at without the lock, by threads that stay awake */
+
+static pthread_mutex_t one_task = PTHREAD_MUTEX_INITIALIZER; /* held from opening to closing */
+static _Thread_local int within = 0;                         /* this thread is in a part */
+
+static double seconds(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+static void do_parts(Task task, const void *arguments, Int parts) {
+  within = 1;
+  for (Int i; (i = atomic_fetch_add(&next_part, 1)) < parts;) task(arguments, i);
+  within = 0;
+}
+
+static void *help(void *number) {
+  Int seen = (intptr_t)number; /* tasks opened before this thread began */
+  for (;;) {
+    for (double start = seconds(); atomic_load(&tasks_opened) == seen;)
+      if (seconds() - start > PATIENCE) break;
+    pthread_mutex_lock(&lock);
+    asleep++;
+    while (atomic_load(&tasks_opened) == seen) pthread_cond_wait(&opened, &lock);
+    asleep--;
+    seen = atomic_load(&tasks_opened);
+    if (task && helping < threads - 1) { /* it may be closed again already */
+      Task mine = task;
+      const void *its_arguments = arguments;
+      Int its_parts = parts;
+      helping++;
+      pthread_mutex_unlock(&lock);
+      do_parts(mine, its_arguments, its_parts);
+      pthread_mutex_lock(&lock);
+      helping--;
+    }
+    pthread_mutex_unlock(&lock);
+  }
+  return NULL;
+}
+
+static void one_after_another(Task task, const void *arguments, Int parts) {
+  for (Int i = 0; i < parts; i++) task(arguments, i);
+}
+
+void run_parts(Task new_task, const void *new_arguments, Int new_parts) {
+  /* Within a part, and beside another caller's task, the parts are done right here. */
+  if (new_parts <= 1 || threads <= 1 || within || pthread_mutex_trylock(&one_task)) {
+    one_after_another(new_task, new_arguments, new_parts);
+    return;
+  }
+  pthread_mutex_lock(&lock);
+  task = new_task, arguments = new_arguments, parts = new_parts;
+  atomic_store(&next_part, 0);
+  atomic_fetch_add(&tasks_opened, 1);
+  if (asleep) pthread_cond_broadcast(&opened);
+  pthread_mutex_unlock(&lock);
+  do_parts(new_task, new_arguments, new_parts);
+  pthread_mutex_lock(&lock);
+  task = NULL; /* closed: nobody joins any more */
+  while (helping) {
+    pthread_mutex_unlock(&lock);
+    sched_yield();
+    pthread_mutex_lock(&lock);
+  }
+  pthread_mutex_unlock(&lock);
+  pthread_mutex_unlock(&one_task);
+}
+
+Int thread_count(void) { return threads; }
+
+/* A forked child has none of its parent's threads. */
+static void forget_threads(void) {
+  pthread_mutex_t unlocked = PTHREAD_MUTEX_INITIALIZER;
+  pthread_cond_t unsignalled = PTHREAD_COND_INITIALIZER;
+  lock = one_task = unlocked, opened = unsignalled;
+  threads = 1, started = helping = asleep = 0, task = NULL;
+}
+
+/* Use `count` threads from now on, the caller's included. Returns how many there are. */
+Int use_threads(Int count) {
+  static int prepared = 0;
+  pthread_mutex_lock(&one_task);
+  pthread_mutex_lock(&lock);
+  if (!prepared) prepared = !pthread_atfork(NULL, NULL, forget_threads);
+  for (; started < min(count, MOST_THREADS) - 1; started++) {
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, help, (void *)(intptr_t)atomic_load(&tasks_opened))) break;
+    pthread_detach(thread);
+  }
+  threads = min(count, started + 1);
+  pthread_mutex_unlock(&lock);
+  pthread_mutex_unlock(&one_task);
+  return threads;
+}
+
+Int cut(Int n, Int parts, Int step, Int i, Int *first) {
+  Int size = round_up((n + parts - 1) / parts, step);
+  *first = min(i * size, n);
+  return min(*first + size, n);
+}
+
+float *scratch(int purpose, Int count) {
+  static _Thread_local float *memory[SCRATCHES];
+  static _Thread_local Int room[SCRATCHES];
+  if (count > room[purpose]) {
+    free(memory[purpose]);
+    room[purpose] = round_up(count, 16);
+    if (posix_memalign((void **)&memory[purpose], 64, room[purpose] * sizeof(float))) abort();
+  }
+  return memory[purpose];
+}

@@ -1,0 +1,22 @@
+/* Threads that share the parts of a task; see threads.c. */
+
+#pragma once
+#include "vectors.h"
+
+typedef void (*Task)(const void *arguments, Int part);
+
+/* Call task(arguments, 0) … task(arguments, parts - 1), on all threads, and return when all ended.
+   Which thread does which part is left to chance: parts write to places of their own. */
+void run_parts(Task task, const void *arguments, Int parts);
+
+/* How many threads there are, the caller's included. */
+Int thread_count(void);
+
+/* Part i of 0 … n cut in `parts`, all but the last a multiple of `step` long: from *first up to,
+   not including, the result. */
+Int cut(Int n, Int parts, Int step, Int i, Int *first);
+
+/* This thread's own memory for one purpose (0 … SCRATCHES - 1): room for `count` floats, aligned to
+   64 bytes, with what is left of the last use in it. */
+float *scratch(int purpose, Int count);
+#define SCRATCHES 10

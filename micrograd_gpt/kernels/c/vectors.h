@@ -1,0 +1,77 @@
+/* Vectors of floats as wide as the processor's registers, and a few loops over floats.
+
+   `vec` is GCC's and Clang's vector extension: v + w, v * w work lane by lane, on any processor. */
+
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16 /* floats in a register */
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+#define SIMD_SUM(s) _Pragma(STRING(omp simd reduction(+ : s)))
+#define SIMD_MAX(s) _Pragma(STRING(omp simd reduction(max : s)))
+#define STRING(x) #x
+
+typedef int64_t Int;
+
+INLINE Int min(Int a, Int b) { return a < b ? a : b; }
+INLINE Int round_up(Int x, Int step) { return (x + step - 1) / step * step; }
+
+/* exp(x), to about 1e-7 of itself; x is held to -87 … 88, where the result is a normal number.
+   x = n ln 2 + r gives 2^n e^r, and a Taylor series does for |r| <= ln 2 / 2. Branch-free, so the
+   compiler computes a register of them at once. NaN gives NaN. */
+INLINE float exp_of(float x) {
+  x = x < -87 ? -87 : x;
+  x = x > 88 ? 88 : x;
+  float n = rintf(x * 1.44269504f);
+  float r = x - n * 0.693359375f; /* ln 2 in two parts: n times the first is exact */
+  r += n * 2.12194440e-4f;
+  float e = 1.f / 5040;
+  e = e * r + 1.f / 720;
+  e = e * r + 1.f / 120;
+  e = e * r + 1.f / 24;
+  e = e * r + 1.f / 6;
+  e = e * r + 0.5f;
+  e = e * r + 1;
+  e = e * r + 1;
+  union { int32_t bits; float number; } power = {.bits = ((int32_t)n + 127) << 23}; /* 2^n */
+  return e * power.number;
+}
+
+INLINE float sum_of(const float *x, Int n) {
+  float sum = 0;
+  SIMD_SUM(sum)
+  for (Int i = 0; i < n; i++) sum += x[i];
+  return sum;
+}
+
+INLINE float dot(const float *x, const float *y, Int n) {
+  float sum = 0;
+  SIMD_SUM(sum)
+  for (Int i = 0; i < n; i++) sum += x[i] * y[i];
+  return sum;
+}
+
+/* The largest of x[0] … x[n-1]; a NaN among them may be passed over. */
+INLINE float largest_of(const float *x, Int n) {
+  float largest = x[0];
+  SIMD_MAX(largest)
+  for (Int i = 1; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+/* y += factor * x */
+INLINE void add_scaled(float *y, float factor, const float *x, Int n) {
+  for (Int i = 0; i < n; i++) y[i] += factor * x[i];
+}
