@@ -8,17 +8,35 @@
 #include "matmul.h"
 
 #define DEPTH 384
-#define WIDTH (COLUMNS * 10)
+#define WIDTH (COLUMNS * 6)
 #define STRIPS 16 /* of ROWS rows each, packed together: a's memory is read in whole cache lines */
 
 enum { PACKED_A, PACKED_B }; /* what scratch() is for */
 
-/* packed[q][p] = b[p * b_row + q], the block's sides exchanged: one read, one write a vector. */
+/* packed[p][q] = b[q][p] for a square of LANES × LANES numbers. */
 INLINE void transpose_block(const float *b, Int stride, Int columns, float *packed) {
-  float block[LANES][LANES];
-  for (int i = 0; i < LANES; i++) memcpy(block[i], b + i * stride, sizeof block[i]);
+  vec rows[LANES];
+  for (int i = 0; i < LANES; i++) rows[i] = *(const vec *)(b + i * stride);
+#ifdef __clang__ /* has no shuffle by a vector of places, and finds its own */
   for (int p = 0; p < LANES; p++)
-    for (int i = 0; i < LANES; i++) packed[p * columns + i] = block[i][p];
+    for (int i = 0; i < LANES; i++) packed[p * columns + i] = rows[i][p];
+#else
+  /* In each round the rows i and i + step exchange every second run of `step` numbers. */
+  for (int step = LANES / 2; step; step /= 2) {
+    places upper, lower; /* below LANES in the one row, above in the other */
+    for (int i = 0; i < LANES; i++) {
+      upper[i] = i & step ? LANES + i - step : i;
+      lower[i] = i & step ? LANES + i : i + step;
+    }
+    for (int i = 0; i < LANES; i++)
+      if (!(i & step)) {
+        vec row = rows[i], other = rows[i + step];
+        rows[i] = __builtin_shuffle(row, other, upper);
+        rows[i + step] = __builtin_shuffle(row, other, lower);
+      }
+  }
+  for (int i = 0; i < LANES; i++) *(vec *)(packed + i * columns) = rows[i];
+#endif
 }
 
 void pack_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int columns,
@@ -38,12 +56,18 @@ void pack_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int
 
 /* Strips of ROWS rows of a (n, k), each laid out column after column, zeros for missing rows. */
 static void pack_rows(const float *a, Int a_row, Int a_column, Int n, Int k, float *packed) {
-  Int strips = (n + ROWS - 1) / ROWS;
+  Int whole = n / ROWS * ROWS;
   for (Int p = 0; p < k; p++)
-    for (Int s = 0; s < strips; s++)
-      for (Int i = 0; i < ROWS; i++)
-        packed[(s * k + p) * ROWS + i] =
-            s * ROWS + i < n ? a[(s * ROWS + i) * a_row + p * a_column] : 0;
+    for (Int i = 0; i < whole; i += ROWS) {
+      float *strip = packed + i * k + p * ROWS;
+      /* Two numbers more make it one register; the next step writes over them. */
+      if (a_row == 1 && p + 1 < k) memcpy(strip, a + i + p * a_column, (ROWS + 2) * sizeof(float));
+      else
+        for (Int q = 0; q < ROWS; q++) strip[q] = a[(i + q) * a_row + p * a_column];
+    }
+  for (Int p = 0; p < k && whole < n; p++)
+    for (Int q = 0; q < ROWS; q++)
+      packed[whole * k + p * ROWS + q] = whole + q < n ? a[(whole + q) * a_row + p * a_column] : 0;
 }
 
 static void tile_of_rows(Int k, const float *a, Int a_row, const float *b, float *c, Int c_row,
@@ -63,6 +87,7 @@ static void multiply_strip(Int n, Int m, Int k, const float *a, Int a_row, int a
   for (Int j = 0; j < m; j += COLUMNS) {
     int whole = n == ROWS && m - j >= COLUMNS;
     float *tile = whole ? c + j : apart;
+
     Int tile_row = whole ? c_row : COLUMNS;
     if (a_is_packed) tile_of_packed_rows(k, a, b + j * k, tile, tile_row, add && whole);
     else tile_of_rows(k, a, a_row, b + j * k, tile, tile_row, add && whole);
@@ -91,6 +116,7 @@ void multiply_part(const Product *p, Int first_row, Int end_row, Int first_colum
         const float *a = p->a + i0 * p->a_row + p0 * p->a_column;
         int pack = p->a_column != 1 || height % ROWS;
         if (pack) pack_rows(a, p->a_row, p->a_column, height, depth, packed_a);
+
         for (Int i = 0; i < height; i += ROWS)
           multiply_strip(min(ROWS, height - i), width, depth,
                          pack ? packed_a + i * depth : a + i * p->a_row, p->a_row, pack, packed_b,
