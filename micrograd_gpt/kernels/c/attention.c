@@ -62,12 +62,15 @@ INLINE void dot_products(const float *x, const float *y, Int n, Int d, float *re
 
 /* ------------------------------------------------------------------------------------- forward */
 
-/* Scores x[0] … x[n-1] become exp(score - the largest), zeros follow up to x[end-1]. */
+/* Scores x[0] … x[n-1] become exp(score - the largest), zeros follow up to a multiple of LANES and
+   to x[end-1]. All of it in whole registers: a row has room for them, and exp(-87) is nothing. */
 INLINE void softmax_row(float *x, Int n, Int end, float *total, float *log_total) {
-  float largest = largest_of(x, n), sum = 0;
+  Int whole = round_up(n, LANES);
+  for (Int j = n; j < whole; j++) x[j] = -INFINITY;
+  float largest = largest_of(x, whole), sum = 0;
   SIMD_SUM(sum)
-  for (Int j = 0; j < n; j++) sum += x[j] = exp_of(x[j] - largest);
-  memset(x + n, 0, (end - n) * sizeof(float));
+  for (Int j = 0; j < whole; j++) sum += x[j] = exp_of(x[j] - largest);
+  for (Int j = n; j < whole || j < end; j++) x[j] = 0;
   *total = sum;
   *log_total = largest + logf(sum);
 }
@@ -103,7 +106,7 @@ static void forward_few(const Attention *a, Int batch, Int head) {
   Int d = a->d;
   const float *k = head_of(a->k, a->k_strides, batch, head);
   const float *v = head_of(a->v, a->v_strides, batch, head);
-  float *scores = scratch(SCORES, a->keys), scale = 1 / sqrtf(d), total;
+  float *scores = scratch(SCORES, round_up(a->keys, LANES)), scale = 1 / sqrtf(d), total;
   for (Int i = 0; i < a->queries; i++) {
     const float *q = head_of(a->q, a->q_strides, batch, head) + i * a->q_strides.token;
     float *out = a->out + ((batch * a->queries + i) * a->heads + head) * d;
@@ -143,12 +146,11 @@ INLINE void backward_rows(Int rows, Int first, Int end, Int d, const float *grad
     Int n = i < rows ? first + i + 1 : 0; /* keys that query i sees */
     float *w = weights + i * width, *dw = dscores + i * width;
     float along = n ? dot(grad + i * d, out + i * stride, d) : 0, log_sum = n ? log_total[i] : 0;
-    for (Int j = 0; j < n; j++) {
+    for (Int j = 0; j < round_up(n, LANES); j++) { /* whole registers: there is room for them */
       w[j] = exp_of(w[j] - log_sum);
       dw[j] = w[j] * (dw[j] - along);
     }
-    memset(w + n, 0, (end - n) * sizeof(float));
-    memset(dw + n, 0, (end - n) * sizeof(float));
+    for (Int j = n; j < end; j++) w[j] = dw[j] = 0;
   }
 }
 

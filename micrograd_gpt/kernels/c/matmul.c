@@ -163,17 +163,22 @@ typedef struct {
   Int n, m;
 } LinearBackward;
 
-static void linear_backward_task(const void *arguments, Int i) {
-  const LinearBackward *l = arguments;
+static Int backward_parts(const LinearBackward *l) {
   Int dx_parts = parts_for(&l->dx), dweight_parts = parts_for(&l->dweight);
-  if (i < dx_parts) {
-    multiply_slice(&l->dx, i, dx_parts);
+  return dx_parts > dweight_parts ? dx_parts : dweight_parts;
+}
+
+/* Parts 2i and 2i + 1 are slice i of dx and of dweight: a thread's own rows stay its own. */
+static void linear_backward_task(const void *arguments, Int part) {
+  const LinearBackward *l = arguments;
+  Int parts = backward_parts(l), i = part / 2;
+  if (part % 2 == 0) {
+    multiply_slice(&l->dx, i, parts);
     return;
   }
-  i -= dx_parts;
-  multiply_slice(&l->dweight, i, dweight_parts);
+  multiply_slice(&l->dweight, i, parts);
   if (!l->dbias) return;
-  Int first, end = cut(l->m, dweight_parts, COLUMNS, i, &first);
+  Int first, end = cut(l->m, parts, COLUMNS, i, &first);
   memset(l->dbias + first, 0, (end - first) * sizeof(float));
   for (Int row = 0; row < l->n; row++)
     add_scaled(l->dbias + first, 1, l->grad + row * l->m + first, end - first);
@@ -181,7 +186,7 @@ static void linear_backward_task(const void *arguments, Int i) {
 
 /* dx = grad @ weight.T, dweight = x.T @ grad, dbias = the sums of grad's columns. */
 void linear_backward(const LinearBackward *l) {
-  run_parts(linear_backward_task, l, parts_for(&l->dx) + parts_for(&l->dweight));
+  run_parts(linear_backward_task, l, 2 * backward_parts(l));
 }
 
 /* ------------------------------------------------------------- few rows, as in decoding a token */

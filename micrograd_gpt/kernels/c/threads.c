@@ -10,7 +10,7 @@
 #include <time.h>
 
 #define MOST_THREADS 256
-#define PATIENCE 100e-6 /* seconds a thread without work stays awake */
+#define PATIENCE 200e-6 /* seconds a thread without work stays awake */
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;    /* guards what follows */
 static pthread_cond_t opened = PTHREAD_COND_INITIALIZER;
@@ -21,7 +21,7 @@ static Int asleep = 0;
 static Task task;             /* NULL while none is open */
 static const void *arguments;
 static Int parts;
-static atomic_llong next_part;
+static atomic_llong taken[MOST_THREADS]; /* of each thread's own parts, by whomever */
 static atomic_llong tasks_opened; /* looked at without the lock, by threads that stay awake */
 
 static pthread_mutex_t one_task = PTHREAD_MUTEX_INITIALIZER; /* held from opening to closing */
@@ -33,14 +33,19 @@ static double seconds(void) {
   return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-static void do_parts(Task task, const void *arguments, Int parts) {
+/* Do this thread's own parts, then what is left of the others'. From task to task a thread's own
+   are the same rows, and so still in its core's cache. */
+static void do_parts(Task task, const void *arguments, Int parts, Int sharers, Int me) {
   within = 1;
-  for (Int i; (i = atomic_fetch_add(&next_part, 1)) < parts;) task(arguments, i);
+  for (Int turn = 0; turn < sharers; turn++) {
+    Int owner = (me + turn) % sharers, first, end = cut(parts, sharers, 1, owner, &first);
+    for (Int i; (i = first + atomic_fetch_add(&taken[owner], 1)) < end;) task(arguments, i);
+  }
   within = 0;
 }
 
 static void *help(void *number) {
-  Int seen = (intptr_t)number; /* tasks opened before this thread began */
+  Int me = (intptr_t)number, seen = 0;
   for (;;) {
     for (double start = seconds(); atomic_load(&tasks_opened) == seen;)
       if (seconds() - start > PATIENCE) break;
@@ -49,13 +54,13 @@ static void *help(void *number) {
     while (atomic_load(&tasks_opened) == seen) pthread_cond_wait(&opened, &lock);
     asleep--;
     seen = atomic_load(&tasks_opened);
-    if (task && helping < threads - 1) { /* it may be closed again already */
+    if (task && me < threads) { /* it may be closed again already */
       Task mine = task;
       const void *its_arguments = arguments;
-      Int its_parts = parts;
+      Int its_parts = parts, sharers = threads;
       helping++;
       pthread_mutex_unlock(&lock);
-      do_parts(mine, its_arguments, its_parts);
+      do_parts(mine, its_arguments, its_parts, sharers, me);
       pthread_mutex_lock(&lock);
       helping--;
     }
@@ -76,11 +81,11 @@ void run_parts(Task new_task, const void *new_arguments, Int new_parts) {
   }
   pthread_mutex_lock(&lock);
   task = new_task, arguments = new_arguments, parts = new_parts;
-  atomic_store(&next_part, 0);
+  for (Int i = 0; i < threads; i++) atomic_store(&taken[i], 0);
   atomic_fetch_add(&tasks_opened, 1);
   if (asleep) pthread_cond_broadcast(&opened);
   pthread_mutex_unlock(&lock);
-  do_parts(new_task, new_arguments, new_parts);
+  do_parts(new_task, new_arguments, new_parts, threads, 0);
   pthread_mutex_lock(&lock);
   task = NULL; /* closed: nobody joins any more */
   while (helping) {
@@ -110,7 +115,7 @@ Int use_threads(Int count) {
   if (!prepared) prepared = !pthread_atfork(NULL, NULL, forget_threads);
   for (; started < min(count, MOST_THREADS) - 1; started++) {
     pthread_t thread;
-    if (pthread_create(&thread, NULL, help, (void *)(intptr_t)atomic_load(&tasks_opened))) break;
+    if (pthread_create(&thread, NULL, help, (void *)(intptr_t)(started + 1))) break;
     pthread_detach(thread);
   }
   threads = min(count, started + 1);
