@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,32 @@ import pytest
 from micrograd_gpt import functional as F
 from micrograd_gpt import kernels, optim
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.kernels import cpu, threads
+from micrograd_gpt.kernels import compiled, compiler, cpu, threads
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-13}  # a few hundred roundings
 
 
-@pytest.fixture(params=["as shipped", "many small blocks", "one core"])
-def blocking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks as shipped, blocks so small that every test has many, and no second thread."""
-    if request.param == "many small blocks":
+@pytest.fixture(
+    params=["C", "C, one thread", "NumPy", "NumPy, many small blocks", "NumPy, one core"]
+)
+def blocking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every kind of kernel, with and without a second thread, and cut in very small blocks."""
+    if request.param.startswith("C"):
+        library = compiler.library()
+        if library is None:
+            pytest.skip(f"no compiled kernels: {compiler.report()}")
+        library.use_threads(1 if "one thread" in request.param else 3)
+        yield
+        library.use_threads(threads.cores())
+        return
+    if "blocks" in request.param:
         monkeypatch.setattr(cpu, "BLOCK", 64)
         monkeypatch.setattr(cpu, "FEW_ELEMENTS", 1)
         monkeypatch.setattr(cpu, "FEW_PRODUCTS", 1)
-    elif request.param == "one core":
+    elif "one core" in request.param:
         monkeypatch.setattr(threads._pool(os.getpid()), "size", 1)
+    with kernels.numpy_only():
+        yield
 
 
 def numbers(*shape: int, dtype: str, seed: int = 0) -> np.ndarray:
@@ -289,14 +301,18 @@ def test_a_forked_child_makes_its_own_threads() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_definitions_only_leaves_the_kernels_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise AssertionError("a kernel ran")
-
-    monkeypatch.setattr(threads, "parallel", broken)
-    monkeypatch.setattr(cpu, "parallel", broken)
+def test_each_way_of_computing_runs_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    run_in_c = compiled._call
+    monkeypatch.setattr(compiled, "_call", lambda *a: (ran.append("C"), run_in_c(*a)))
+    monkeypatch.setattr(cpu, "parallel", lambda *a: (ran.append("NumPy"), threads.parallel(*a)))
     x = numbers(3, 4, dtype="float32")
-    with pytest.raises(AssertionError, match="a kernel ran"):
-        F.gelu_forward(x)
     with kernels.definitions_only():
         F.gelu_forward(x)
+    assert ran == []
+    with kernels.numpy_only():
+        F.gelu_forward(x)
+    assert ran == ["NumPy"]
+    F.gelu_forward(x)
+    F.gelu_forward(x.astype("float64"))
+    assert ran == ["NumPy", "C" if compiler.library() else "NumPy", "NumPy"]

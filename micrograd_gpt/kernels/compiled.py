@@ -110,7 +110,7 @@ class _FewRows(ctypes.Structure):
 
 
 def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _Product:
-    """c = a @ b + bias for the C code; a c whose columns are the contiguous ones goes transposed."""
+    """c = a @ b + bias for the C code; a c whose columns have no gaps goes as its transpose."""
     if c.strides[1] != 4:
         if c.strides[0] != 4 or bias is not None:
             raise _NotForC

@@ -98,9 +98,7 @@ def _compile(compiler: list[str], sources: list[str], result: Path) -> None:
 
 
 def _output(command: list[str]) -> str:
-    return subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _processor() -> str:

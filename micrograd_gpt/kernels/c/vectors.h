@@ -21,7 +21,6 @@ typedef int32_t places __attribute__((vector_size(4 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
 #define SIMD_SUM(s) _Pragma(STRING(omp simd reduction(+ : s)))
-#define SIMD_MAX(s) _Pragma(STRING(omp simd reduction(max : s)))
 #define STRING(x) #x
 
 typedef int64_t Int;
@@ -66,10 +65,15 @@ INLINE float dot(const float *x, const float *y, Int n) {
 
 /* The largest of x[0] … x[n-1]; a NaN among them may be passed over. */
 INLINE float largest_of(const float *x, Int n) {
-  float largest = x[0];
-  SIMD_MAX(largest)
-  for (Int i = 1; i < n; i++) largest = x[i] > largest ? x[i] : largest;
-  return largest;
+  float largest[LANES], result = x[0];
+  Int whole = n / LANES * LANES;
+  for (int lane = 0; lane < LANES; lane++) largest[lane] = x[0];
+  for (Int i = 0; i < whole; i += LANES)
+    for (int lane = 0; lane < LANES; lane++)
+      largest[lane] = x[i + lane] > largest[lane] ? x[i + lane] : largest[lane];
+  for (Int i = whole; i < n; i++) result = x[i] > result ? x[i] : result;
+  for (int lane = 0; lane < LANES; lane++) result = largest[lane] > result ? largest[lane] : result;
+  return result;
 }
 
 /* y += factor * x */

@@ -1,0 +1,223 @@
+"""The C kernels: how they are compiled and kept, and what only they can get wrong."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from micrograd_gpt import functional as F
+from micrograd_gpt import kernels, optim
+from micrograd_gpt.kernels import compiled, compiler, cpu
+
+needs_compiler = pytest.mark.skipif(
+    compiler.library() is None, reason=f"no compiled kernels: {compiler.report()}"
+)
+
+# A training step's operations in C against their definitions, for a process of its own.
+COMPARE = """if True:
+    import numpy as np
+    from micrograd_gpt import kernels, optim
+    from micrograd_gpt.gpt2 import GPT2, GPT2Config
+    from micrograd_gpt.kernels import compiler
+    print(compiler.report())
+    def run():
+        model = GPT2(GPT2Config(n_layer=2, n_head=3, n_embd=51, vocab_size=77, n_positions=90))
+        ids = np.random.default_rng(0).integers(0, 77, (2, 91))
+        optimizer = optim.AdamW(model.parameters())
+        losses = []
+        for _ in range(3):
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+            losses += [loss.item(), optim.clip_grad_norm(optimizer.parameters, 1.0)]
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+    ours = run()
+    with kernels.definitions_only():
+        np.testing.assert_allclose(ours, run(), rtol=2e-5)
+"""
+
+
+def run_apart(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, with these settings besides the environment's."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng((seed, *shape)).standard_normal(shape).astype("float32")
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are for x86-64")
+@pytest.mark.parametrize("option", ["-mno-avx512f", "-mno-avx"])
+def test_every_width_of_vectors_gives_the_same(option: str, tmp_path: Path) -> None:
+    (command,) = compiler._compiler() or [""]
+    result = run_apart(COMPARE, CC=f"{command} {option}", XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("C, compiled by")
+
+
+def test_without_a_compiler_numpy_does_it(tmp_path: Path) -> None:
+    result = run_apart(COMPARE, PATH=str(tmp_path), CC="", XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("NumPy (there is no C compiler")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the failing compiler is a shell script")
+def test_a_compiler_that_fails_is_reported_and_numpy_does_it(tmp_path: Path) -> None:
+    broken = tmp_path / "broken-cc"
+    broken.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo broken 1 && exit\n'
+        "echo 'fatal error: out of luck' >&2; exit 1\n"
+    )
+    broken.chmod(0o755)
+    result = run_apart(COMPARE, CC=str(broken), XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    expected = "NumPy (the C kernels cannot be compiled: fatal error: out of luck)"
+    assert result.stdout.strip() == expected
+
+
+def test_the_environment_may_ask_for_numpy(tmp_path: Path) -> None:
+    result = run_apart(COMPARE, MICROGRAD_GPT_KERNELS="numpy", XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("NumPy (as MICROGRAD_GPT_KERNELS asks)")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_compiler
+def test_they_are_compiled_once_and_whole(tmp_path: Path) -> None:
+    code = "from micrograd_gpt.kernels import compiler; print(compiler.library()._name)"
+    at_once = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    names = {process.communicate(timeout=300)[0] for process in at_once}
+    (kept,) = (tmp_path / "micrograd-gpt" / "kernels").iterdir()  # and no temporary file
+    assert names == {f"{kept}\n"}
+    before = kept.stat().st_mtime_ns
+    assert run_apart(code, XDG_CACHE_HOME=str(tmp_path)).stdout == f"{kept}\n"
+    assert kept.stat().st_mtime_ns == before
+
+
+@needs_compiler
+def test_nowhere_to_keep_them_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "a file").write_text("")
+    result = run_apart(COMPARE, XDG_CACHE_HOME=str(tmp_path / "a file"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("C, compiled by")
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    x, w = numbers(100, 90), numbers(90, 80)
+    expected = F.matmul(x, w)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(F.matmul(x, w), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_compiler
+def test_callers_in_several_threads_get_their_own_results() -> None:
+    inputs = [(numbers(150, 140, seed=i), numbers(140, 130, seed=i)) for i in range(4)]
+    expected = [F.matmul(x, w) for x, w in inputs]
+    wrong: list[int] = []
+
+    def call(i: int) -> None:
+        for _ in range(50):
+            if not np.array_equal(F.matmul(*inputs[i]), expected[i]):
+                wrong.append(i)
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(timeout=60)
+    assert wrong == []
+
+
+@needs_compiler
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 96, 385])
+@pytest.mark.parametrize("k", [1, 31, 384, 385, 800])
+def test_products_of_every_layout(n: int, k: int) -> None:
+    """Rows and columns side by side, every second number, a result laid out across."""
+    m = 67
+    for a in (numbers(n, k), numbers(k, n).T, numbers(n, 2 * k)[:, ::2]):
+        for b in (numbers(k, m), numbers(m, k).T, numbers(2 * k, m)[::2]):
+            exact = a.astype("float64") @ b.astype("float64")
+            for order in "CF":
+                out = np.full((n, m), np.nan, "float32", order=order)  # type: ignore[call-overload]
+                F.matmul(a, b, out=out)
+                for result in (out, F.matmul(a, b)):
+                    np.testing.assert_allclose(result, exact, rtol=0, atol=3e-6 * k**0.5 * 4)
+
+
+@needs_compiler
+def test_many_chunks_of_many_arrays() -> None:
+    """The optimizer's chunks: arrays larger than one, smaller than one, and exactly one."""
+    sizes = [1, compiled.CHUNK, 3 * compiled.CHUNK + 5, 7]
+    grads = [numbers(size) for size in sizes]
+    exact = sum(float((g.astype("float64") ** 2).sum()) for g in grads)
+    assert optim.sum_of_squares(grads) == pytest.approx(exact, rel=1e-6)
+    results = []
+    for update in (optim.adamw_update, optim.adamw_update.__wrapped__):  # type: ignore[attr-defined]
+        p, m, v = ([numbers(size, seed=i) for size in sizes] for i in (1, 2, 3))
+        v = [abs(x) for x in v]
+        update(p, grads, m, v, 1e-2, 0.9, 0.95, 1e-8, [0.1, 0.0, 0.1, 0.2], 3)
+        results.append([*p, *m, *v])
+    for ours, oracle in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, oracle, rtol=2e-3, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_number_that_is_none_is_not_lost(bad: float) -> None:
+    """A run stops at a loss that is not finite, so kernels must not make it finite."""
+    x = numbers(40, 50)
+    x[7, 33] = bad
+    targets = np.zeros(40, int)
+    weight, bias = numbers(50), numbers(50)
+    assert not np.isfinite(F.cross_entropy_forward(x, targets)[0])
+    assert not np.isfinite(F.layer_norm_forward(x, weight, bias, 1e-5)[0][7]).any()
+    assert not np.isfinite(F.matmul(x, numbers(50, 60))[7]).any()
+    assert not np.isfinite(F.matmul(x[7:8], numbers(60, 50).T)).any()
+    assert not np.isfinite(optim.sum_of_squares([x]))
+    assert not np.isfinite(F.gelu_forward(x)[7, 33])
+    qkv = numbers(1, 40, 3 * 16)
+    qkv[0, 7, 3] = bad
+    assert not np.isfinite(F.attention_forward(*F.split_heads(qkv, 1))[0][0, 7]).all()
+
+
+@needs_compiler
+def test_exp_is_exact_to_a_few_roundings() -> None:
+    """Through gelu, which is x / (1 + exp(-2u)): the exponent's rounding grows with it."""
+    x = np.linspace(-6, 12, 100_001).astype("float32")
+    u = F.GELU_SCALE * (x + F.GELU_CUBIC * x.astype("float64") ** 3)
+    np.testing.assert_allclose(F.gelu_forward(x), x / (1 + np.exp(-2 * u)), rtol=5e-6)
+
+
+@needs_compiler
+def test_every_kernel_in_c_has_a_namesake_in_numpy() -> None:
+    with kernels.numpy_only():
+        assert F.gelu_forward(numbers(3)).dtype == np.float32
+    names = {name for name in vars(compiled) if hasattr(getattr(compiled, name), "__wrapped__")}
+    assert len(names) >= 10 and all(hasattr(cpu, name) for name in names)
