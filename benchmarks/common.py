@@ -21,8 +21,16 @@ from typing import Any
 
 import numpy as np
 
-PINS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
-AVX2 = {"OPENBLAS_CORETYPE": "Haswell"}
+# As on a processor without AVX-512: NumPy's BLAS, the compiler of our kernels, and PyTorch's parts.
+AVX2 = {
+    "OPENBLAS_CORETYPE": "Haswell",
+    "CC": "cc -mno-avx512f",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+}
+PINS = (*AVX2, "OPENBLAS_L2_SIZE", "MKL_CBWR", "MICROGRAD_GPT_KERNELS")
+IN_NUMPY = {"MICROGRAD_GPT_KERNELS": "numpy"}  # ours, as where there is no C compiler
 
 
 def installed(name: str) -> bool:
@@ -34,8 +42,12 @@ def installed(name: str) -> bool:
 
 
 def child(task: dict[str, Any], pins: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run this very script as a child on `task`, and return what it measured."""
-    env = {k: v for k, v in os.environ.items() if k not in PINS} | (pins or {})
+    """Run this very script as a child on `task`, and return what it measured.
+
+    Its environment has no settings for BLAS but `pins` and the task's own, under "env".
+    """
+    env = {k: v for k, v in os.environ.items() if k not in PINS}
+    env |= (pins or {}) | task.get("env", {})
     script = sys.modules["__main__"].__file__
     command = [sys.executable, str(script), "--child", json.dumps(task)]
     result = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
@@ -81,6 +93,8 @@ def machine_limits() -> dict[str, Any]:
     """float32 rates of NumPy's matrix product and matrix-vector product; which BLAS kernels."""
     from threadpoolctl import threadpool_info
 
+    from micrograd_gpt.kernels import compiler
+
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((2048, 2048), dtype=np.float32) for _ in range(2))
     product = median(seconds(lambda: a @ b, 7))
@@ -93,6 +107,7 @@ def machine_limits() -> dict[str, Any]:
         "bandwidth": matrix.nbytes / matvec / 1e9,
         "blas": ", ".join(f"{i['internal_api']} {i.get('architecture', '')}".strip() for i in blas),
         "threads": max((i["num_threads"] for i in blas), default=1),
+        "kernels": compiler.report(),
     }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from common import (
+    IN_NUMPY,
     child,
     in_turns,
     installed,
@@ -42,15 +43,17 @@ def main() -> None:
         print(json.dumps(measure(json.loads(args.child)["side"])))
         return
     print(f"{processor()}; Python {sys.version.split()[0]}, NumPy {np.__version__}")
-    sides = ["ours", "ours, without cache"]
+    sides = ["ours", "ours, in NumPy alone", "ours, without cache"]
     if installed("transformers") and installed("torch"):
         sides += ["Transformers float32", "Transformers bfloat16"]
     limits = child({"side": "limits"})
     print(
-        f"{limits['blas']}, {limits['threads']} threads: matrix product {limits['gflops']:.0f} "
-        f"GFLOP/s, matrix-vector {limits['bandwidth']:.0f} GB/s\n"
+        f"NumPy's BLAS: {limits['blas']}, {limits['threads']} threads; our kernels: "
+        f"{limits['kernels']}: matrix product {limits['gflops']:.0f} GFLOP/s, matrix-vector "
+        f"{limits['bandwidth']:.0f} GB/s\n"
     )
-    results = in_turns({side: {"side": side} for side in sides}, args.rounds)
+    tasks = {side: {"side": side, "env": IN_NUMPY if "NumPy" in side else {}} for side in sides}
+    results = in_turns(tasks, args.rounds)
     rate = {side: median(r["tokens_per_second"] for r in runs) for side, runs in results.items()}
     first = {side: median(r["first_token"] for r in runs) for side, runs in results.items()}
     limit = limits["bandwidth"] * 1e9 / (124_439_808 * 4)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from common import (
     AVX2,
+    IN_NUMPY,
     child,
     in_turns,
     installed,
@@ -59,24 +60,28 @@ def main() -> None:
     if args.growth:
         plot_growth(args.growth)
         return
-    sides = ["ours"]
+    sides = ["ours", "ours, in NumPy alone"]
     if installed("torch"):
         sides += ["PyTorch eager", "PyTorch eager, fused AdamW"]
         sides += [] if args.no_compile else ["PyTorch compiled, fused AdamW"]
-    for pins, title in (({}, "BLAS chooses its kernels"), (AVX2, "BLAS pinned to AVX2 kernels")):
+    for pins, title in (({}, "all the processor has"), (AVX2, "held to AVX2, both sides")):
         if pins and args.no_avx2:
             continue
         limits = child({"side": "limits"}, pins)
         print(
-            f"\n**{title}** ({limits['blas']}, {limits['threads']} threads): matrix product "
-            f"{limits['gflops']:.0f} GFLOP/s, matrix-vector {limits['bandwidth']:.0f} GB/s\n"
+            f"\n**{title}** (NumPy's BLAS: {limits['blas']}, {limits['threads']} threads; our "
+            f"kernels: {limits['kernels']}): matrix product {limits['gflops']:.0f} GFLOP/s, "
+            f"matrix-vector {limits['bandwidth']:.0f} GB/s\n"
         )
         rows = []
         for name, (size, batch, context, steps) in WORK.items():
             if args.work not in ("all", size):
                 continue
             shape = {"size": size, "batch": batch, "context": context, "steps": steps}
-            tasks = {side: {"side": side, **shape} for side in sides}
+            tasks = {
+                side: {"side": side, **shape, "env": IN_NUMPY if "NumPy" in side else {}}
+                for side in sides
+            }
             rows += table_rows(name, in_turns(tasks, args.rounds, pins), limits, shape)
         print_table(["work", "side", "tokens/s", "% of limit", "peak MB", "ours is"], rows)
 
@@ -122,7 +127,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     ids = np.random.default_rng(0).integers(
         0, config["vocab_size"], (task["batch"], task["context"] + 1)
     )
-    step = our_step(config, ids) if task["side"] == "ours" else peer_step(config, ids, task["side"])
+    ours = task["side"].startswith("ours")
+    step = our_step(config, ids) if ours else peer_step(config, ids, task["side"])
     times = seconds(step, task["steps"])
     tokens = task["batch"] * task["context"]
     return {"tokens_per_second": tokens / median(times), "peak_megabytes": peak_megabytes()}

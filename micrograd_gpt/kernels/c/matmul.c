@@ -39,17 +39,26 @@ INLINE void transpose_block(const float *b, Int stride, Int columns, float *pack
 #endif
 }
 
+/* Reading b is what takes long, so what is read next is fetched ahead: the next rows (or columns). */
 void pack_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int columns,
                   float *packed) {
-  Int p = 0;
+  Int done = 0;
   if (width == columns && b_column == 1) {
-    for (; p < k; p++) memcpy(packed + p * columns, b + p * b_row, sizeof(float) * columns);
+    for (; done < k; done++) {
+      const float *row = b + done * b_row;
+      for (Int q = 0; q < columns; q += 16) __builtin_prefetch(row + columns + q);
+      memcpy(packed + done * columns, row, sizeof(float) * columns);
+    }
   } else if (width == columns && b_row == 1) {
-    for (; p + LANES <= k; p += LANES)
-      for (Int q = 0; q < columns; q += LANES)
-        transpose_block(b + p + q * b_column, b_column, columns, packed + p * columns + q);
+    done = k / LANES * LANES;
+    for (Int q = 0; q < columns; q += LANES)
+      for (Int p = 0; p < done; p += LANES) {
+        const float *block = b + p + q * b_column;
+        for (int i = 0; i < LANES; i++) __builtin_prefetch(block + (i + LANES) * b_column);
+        transpose_block(block, b_column, columns, packed + p * columns + q);
+      }
   }
-  for (; p < k; p++)
+  for (Int p = done; p < k; p++)
     for (Int q = 0; q < columns; q++)
       packed[p * columns + q] = q < width ? b[p * b_row + q * b_column] : 0;
 }
@@ -130,10 +139,20 @@ void multiply_part(const Product *p, Int first_row, Int end_row, Int first_colum
         p->c[i * p->c_row + j] = p->bias ? p->bias[j] : 0;
 }
 
-/* Part i of `parts` of a product: a slice of its longer side. */
+#define MUCH_TO_PACK 262144 /* numbers: more than this takes longer than moving rows among cores */
+
+/* Whether to cut c's rows for the threads, or its columns: the way in which each packs less. But
+   while b is small, rows: then what a thread works on is in its core's cache from the last task. */
+static int cut_rows(const Product *p, Int parts) {
+  Int b = p->k * p->m, a = p->a_column == 1 ? 0 : p->k * p->n;
+  if (b < MUCH_TO_PACK || p->m < parts * COLUMNS) return p->n >= p->m;
+  return b + a / parts < b / parts + a;
+}
+
+/* Part i of `parts` of a product. */
 static void multiply_slice(const Product *p, Int i, Int parts) {
   Int first, end;
-  if (p->n >= p->m) {
+  if (cut_rows(p, parts)) {
     end = cut(p->n, parts, ROWS, i, &first);
     multiply_part(p, first, end, 0, p->m);
   } else {
