@@ -92,6 +92,11 @@ class Context:
         with no_grad(), evaluating(self.model):
             if self.cache is None:
                 logits = np.stack([self._read(text, count) for text in texts])
+            elif len(texts) == 1 and count == 1:  # all that is unread in one go
+                self._line_up(texts[0], 0, len(texts[0]) - 1)
+                cache = self.cache.rows(0, 1)
+                unread = np.array([texts[0][self.starts[0] + cache.length :]])  # (1, T)
+                logits = self.model(unread, cache, last_only=True).numpy()
             else:
                 for row in range(len(texts)):
                     self._prepare(texts, row, len(texts[row]) - count)
@@ -114,14 +119,19 @@ class Context:
         window = text[window_start(len(text), self.n_positions) :]
         return self.model(np.array([window]), last_only=count == 1).numpy()[0, -count:]
 
+    def _line_up(self, text: list[int], row: int, end: int) -> None:
+        """Let the row's cache hold nothing but tokens of its text's window, before token `end`."""
+        assert self.cache is not None
+        cache, start = self.cache.rows(row, row + 1), window_start(len(text), self.n_positions)
+        cache.length = min(cache.length, end - start) if start == self.starts[row] else 0
+        self.starts[row] = start
+
     def _prepare(self, texts: list[list[int]], row: int, end: int) -> None:
         """Make the row's cache hold its text from the start of the window up to token `end`."""
         assert self.cache is not None
         text, cache = texts[row], self.cache.rows(row, row + 1)
-        start = window_start(len(text), self.n_positions)
-        cache.length = min(cache.length, end - start) if start == self.starts[row] else 0
-        self.starts[row] = start
-        unread = text[start + cache.length : end]
+        self._line_up(text, row, end)
+        unread = text[self.starts[row] + cache.length : end]
         if unread and row and text == texts[row - 1]:  # several samples of one prompt
             self.cache.copy_rows([*range(row), row - 1])
         elif unread:
