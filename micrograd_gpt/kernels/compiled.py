@@ -73,7 +73,7 @@ def _check(*arrays: Array | None) -> None:
 def _contiguous(*arrays: Array) -> list[Array]:
     """The arrays without gaps: themselves where they are so already."""
     _check(*arrays)
-    return [np.ascontiguousarray(array) for array in arrays]
+    return [a if a.flags.c_contiguous else np.ascontiguousarray(a) for a in arrays]
 
 
 def _strides(array: Array) -> list[int]:
@@ -201,14 +201,12 @@ def layer_norm_forward(
     x: Array, weight: Array, bias: Array, eps: float
 ) -> tuple[Array, Array, Array]:
     x, weight, bias = _contiguous(x, weight, bias)
-    y, mean, rstd = (np.empty(shape, np.float32) for shape in (x.shape, (len(x), 1), (len(x), 1)))
-    inputs, results = (x, weight, bias), (y, mean, rstd)
-    _call(
-        "layer_norm_forward",
-        _LayerNorm(
-            *x.shape, *(a.ctypes.data for a in inputs), eps, *(a.ctypes.data for a in results)
-        ),
-    )
+    n, width = x.shape
+    y, rows = np.empty((n, width), np.float32), np.empty((2, n, 1), np.float32)
+    mean, rstd = rows
+    inputs = x.ctypes.data, weight.ctypes.data, bias.ctypes.data
+    results = y.ctypes.data, mean.ctypes.data, rstd.ctypes.data
+    _call("layer_norm_forward", _LayerNorm(n, width, *inputs, eps, *results))
     return y, mean, rstd
 
 
