@@ -30,6 +30,7 @@ from micrograd_gpt.backend import (
     library_for,
     to_device,
 )
+from micrograd_gpt.kernels import accelerated
 
 Number: TypeAlias = int | float
 AddInto: TypeAlias = Callable[[Array], None]  # adds a gradient into an array, in place
@@ -169,12 +170,22 @@ def _plus(
     if total is None:
         return part, ours
     out = total if owned else part if ours else None
-    total = array_module(part).add(total, part, out=out)
+    total = add(total, part, out=out)
     return (np.asarray(total) if isinstance(total, np.generic) else total), True
 
 
+@accelerated
+def add(a: Array, b: Array, out: Array | None = None) -> Array:
+    """a + b with NumPy's broadcasting, into `out` if given; residuals and gradients meet here."""
+    return array_module(a).add(a, b, out=out)
+
+
 def _may_share_memory(a: Array, b: Array) -> bool:
-    return device_of(a) == device_of(b) and array_module(a).may_share_memory(a, b)
+    if device_of(a) != device_of(b):
+        return False
+    if a is not b and a.base is None and b.base is not a:  # a has memory of its own
+        return False
+    return array_module(a).may_share_memory(a, b)
 
 
 def _fit(grad: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
@@ -353,7 +364,7 @@ class Tensor:
 
     def __add__(self, other: Operand) -> Tensor:
         a, b = _operands("add", self, other)
-        return record("add", a.data + b.data, [a, b], lambda grad: (grad, grad))
+        return record("add", add(a.data, b.data), [a, b], lambda grad: (grad, grad))
 
     def __sub__(self, other: Operand) -> Tensor:
         a, b = _operands("sub", self, other)

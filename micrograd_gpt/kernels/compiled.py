@@ -22,6 +22,7 @@ from micrograd_gpt.kernels.threads import cores
 Array = np.ndarray
 F = TypeVar("F", bound=Callable[..., Any])
 
+MANY_ELEMENTS = 2**14  # with fewer, NumPy has added them before C is called
 FEW_ROWS = 16  # a product of at most so many rows is bound by reading the matrix
 
 
@@ -81,6 +82,27 @@ def _strides(array: Array) -> list[int]:
     return [stride // 4 for stride in array.strides]
 
 
+class _Add(ctypes.Structure):
+    _fields_ = [*_ints("size"), *_pointers("a", "b", "out")]
+
+
+@_or_numpy
+def add(a: Array, b: Array, out: Array | None = None) -> Array:
+    _check(a, b, out)
+    if a.shape != b.shape or a.size < MANY_ELEMENTS:
+        raise _NotForC
+    if out is None:
+        out = np.empty_like(a)
+    in_c, in_fortran = (
+        all(getattr(array.flags, order) for array in (a, b, out))
+        for order in ("c_contiguous", "f_contiguous")
+    )
+    if not in_c and not in_fortran:
+        raise _NotForC
+    _call("add", _Add(a.size, a.ctypes.data, b.ctypes.data, out.ctypes.data))
+    return out
+
+
 # ------------------------------------------------------------------------------ matrix products
 
 
@@ -116,9 +138,11 @@ def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _Produc
             raise _NotForC
         a, b, c = b.T, a.T, c.T
     (n, k), m = a.shape, b.shape[1]
-    place = None if bias is None else bias.ctypes.data
-    a_at, b_at, c_at = a.ctypes.data, b.ctypes.data, c.ctypes.data
-    return _Product(n, k, m, a_at, *_strides(a), b_at, *_strides(b), place, c_at, _strides(c)[0])
+    (a_row, a_column), (b_row, b_column), c_row = a.strides, b.strides, c.strides[0]
+    return _Product(
+        *(n, k, m, a.ctypes.data, a_row // 4, a_column // 4, b.ctypes.data, b_row // 4),
+        *(b_column // 4, None if bias is None else bias.ctypes.data, c.ctypes.data, c_row // 4),
+    )
 
 
 @_or_numpy

@@ -55,6 +55,10 @@ def _column_sums(x: Array) -> Array:
     return np.ones(x.shape[0], x.dtype) @ x
 
 
+def add(a: Array, b: Array, out: Array | None = None) -> Array:
+    return np.add(a, b, out=out)
+
+
 # ------------------------------------------------------------------------------ matrix products
 
 

@@ -1,4 +1,4 @@
-/* LayerNorm, GELU, cross-entropy and the embedding's gradient: each forward beside its backward.
+/* Addition, LayerNorm, GELU, cross-entropy and the embedding's gradient: each forward beside its backward.
 
    functional.py derives the formulas. Rows (and elements) are shared among the threads. */
 
@@ -7,6 +7,23 @@
 #define FEW_ELEMENTS 16384 /* with fewer, another thread is not worth waking */
 
 static Int parts_for(Int elements) { return elements < FEW_ELEMENTS ? 1 : thread_count(); }
+
+/* ------------------------------------------------------------------------------------- addition */
+
+typedef struct {
+  Int size;
+  const float *a, *b;
+  float *out; /* may be a or b */
+} Add;
+
+static void add_task(const void *arguments, Int part) {
+  const Add *s = arguments;
+  Int first, end = cut(s->size, parts_for(s->size), LANES, part, &first);
+#pragma omp simd
+  for (Int i = first; i < end; i++) s->out[i] = s->a[i] + s->b[i];
+}
+
+void add(const Add *a) { run_parts(add_task, a, parts_for(a->size)); }
 
 /* ----------------------------------------------------------------------------------- layer norm */
 
