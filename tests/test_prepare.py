@@ -320,7 +320,8 @@ def test_an_interrupted_preparation_goes_on(
     ids = np.concatenate([corpus.train[:], corpus.validation[:]])
     np.testing.assert_array_equal(ids, encode_documents(load_documents(source), corpus.tokenizer))
     assert [(folder / n).stat().st_mtime_ns for n in names] == before
-    pieces = len(list(cut([[t] for t in load_documents(source)], name == "gpt2")))
+    documents = [[text] for text in load_documents(source)]
+    pieces = len(list(cut(documents, name == "gpt2", anywhere=name == "char")))
     assert first == 10 and spy.since() == pieces - 8 and learned == [name]
     assert recent.exists() and not abandoned.exists() and not (folder / BEGUN).exists()
 

@@ -396,7 +396,7 @@ def test_a_signal_ends_the_step_and_saves(
     number: int,
     status: int,
 ) -> None:
-    """One that comes in the middle of an evaluation ends that too, unfinished."""
+    """One that comes in an evaluation lets that end, too: the step has its validation loss."""
     out, evaluate = tmp_path / "out", train_gpt2.evaluate
     loss, losses = GPT2.loss, []
     monkeypatch.setattr(GPT2, "loss", lambda *args: losses.append(None) or loss(*args))
@@ -410,8 +410,8 @@ def test_a_signal_ends_the_step_and_saves(
     assert train_gpt2.main([*map(str, flags)]) == status
     assert f"continue with --resume --out {out}" in capsys.readouterr().err
     assert json.loads((out / "trainer_state.json").read_text())["step"] == 3
-    assert "val_loss" not in metrics(out)[-1] and (out / "loss.png").exists()
-    assert len(losses) == 3 + 1
+    assert metrics(out)[-1]["val_loss"] == checkpoint.best_loss(out) < 10
+    assert (out / "loss.png").exists() and len(losses) == 3 + 2
     with pytest.raises(KeyboardInterrupt):  # a second one stops at once
         signal.raise_signal(number)
 
@@ -433,7 +433,7 @@ def test_other_data_is_not_resumed_on(text: Path, tmp_path: Path) -> None:
     flags = ["--resume", "--out", out, "--max-steps", 3]
     result = run(*flags)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "is no longer what the run in" in result.stderr
+    assert "is no longer the data of the run in" in result.stderr
     assert run(*flags, "--allow-changes", "--learning-rate", 1e-4).returncode == 0
     result = run(*flags, "--max-steps", 4, "--allow-changes", "--n-embd", 32)
     assert result.returncode == 2 and "has --n-embd 16, not 32" in result.stderr
