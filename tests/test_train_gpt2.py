@@ -416,6 +416,44 @@ def test_a_signal_ends_the_step_and_saves(
         signal.raise_signal(number)
 
 
+def test_a_second_signal_ends_an_evaluation_at_once(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, loss, losses = tmp_path / "out", GPT2.loss, []
+
+    def interrupting(*args: object) -> object:
+        losses.append(None)
+        if len(losses) > 4:  # of four steps; then the validation's batches
+            signal.raise_signal(signal.SIGINT)
+        return loss(*args)
+
+    monkeypatch.setattr(GPT2, "loss", interrupting)
+    flags = ["--data", text, "--out", out, *SMALL, "--eval-interval", 4, "--save-interval", 2]
+    with pytest.raises(KeyboardInterrupt):
+        train_gpt2.main([*map(str, flags)])
+    assert (
+        len(losses) == 4 + 2 and json.loads((out / "trainer_state.json").read_text())["step"] == 2
+    )
+
+
+def test_a_signal_in_the_last_evaluation_leaves_a_complete_run(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, straight, evaluate = tmp_path / "out", tmp_path / "straight", train_gpt2.evaluate
+
+    def interrupted(*args: object) -> object:
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args)
+
+    flags = ["--data", text, *SMALL, "--max-steps", 3]
+    assert train_gpt2.main([*map(str, flags), "--out", str(straight)]) == 0
+    monkeypatch.setattr(train_gpt2, "evaluate", interrupted)
+    assert train_gpt2.main([*map(str, flags), "--out", str(out)]) == 143
+    assert metrics(out)[-1]["val_loss"] == metrics(straight)[-1]["val_loss"]
+    assert_same(out, straight)
+    assert_same(out / "best", straight / "best")
+
+
 def test_metrics_are_added_to_and_mended(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("--data", text, "--out", out, *SMALL, "--max-steps", 4)
