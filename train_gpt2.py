@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     metrics = Metrics(out, optimizer.steps, settings.tensorboard)
     if settings.overwrite and not settings.resume:
         checkpoint.remove_run(out)
+    best_loss = checkpoint.best_loss(out)
     if damaged := metrics.damaged_lines():
         say(
             f"warning: {metrics.path}: {len(damaged)} lines are damaged and passed over, the first "
@@ -89,7 +90,6 @@ def main(argv: list[str] | None = None) -> int:
     started = last_time = time.perf_counter()
     last_step = saved_step = optimizer.steps
     val_loss: float | None = None
-    best_loss = checkpoint.best_loss(out)
     bar = tqdm(
         total=settings.max_steps, initial=optimizer.steps, unit="step", disable=None, smoothing=0.05
     )

@@ -100,7 +100,7 @@ def keep_best(folder: str | Path) -> None:
     """Make the set in `folder` the one in `best/` too if its validation loss is lower."""
     folder = Path(folder)
     loss = _read_state(folder).get("val_loss")
-    if loss is not None and math.isfinite(loss) and loss < best_loss(folder):
+    if isinstance(loss, int | float) and math.isfinite(loss) and loss < best_loss(folder):
         link_set(_files(folder), folder / BEST)
 
 

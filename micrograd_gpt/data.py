@@ -20,6 +20,7 @@ import numpy as np
 from micrograd_gpt import download
 from micrograd_gpt.documents import find_files, load_documents
 from micrograd_gpt.errors import UserError
+from micrograd_gpt.files import reading
 from micrograd_gpt.prepare import BETWEEN_DOCUMENTS, encode_texts, prepare
 from micrograd_gpt.shards import (
     ShardFiles,
@@ -97,13 +98,15 @@ def load_corpus(
         raise UserError(f"validation_fraction must be between 0 and 1, not {validation_fraction}")
     if source not in ("pydocs", "shakespeare"):
         cache = Path(cache_folder or download.cache_folder())
-        shards = find_shards(source)
+        with reading(source):
+            shards = find_shards(source)
+            files = [] if shards else find_files(source)
+            size = sum(file.stat().st_size for file in files)
         if shards is not None:
             made_with = tokenizer_of(shards, tokenizer)
             check_ids(shards, made_with, cache / "checked")
             return _corpus_of(shards, made_with, validation_fraction, str(source))
-        files = find_files(source)
-        if sum(file.stat().st_size for file in files) > SMALL:
+        if size > SMALL:
             shards = prepare(source, files, tokenizer, encoding, cache / "tokens")
             made_with = tokenizer_of(shards, tokenizer)
             return _corpus_of(shards, made_with, validation_fraction, str(source))

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from micrograd_gpt.download import cache_folder, download
 from micrograd_gpt.errors import UserError
-from micrograd_gpt.files import reading
 
 SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".parquet")  # of the files read in a folder
 BLOCK = 1 << 18  # bytes read at a time
@@ -69,9 +68,7 @@ def find_files(source: str | Path) -> list[Path]:
     if source == "shakespeare":
         return [_shakespeare()]
     path = Path(source)
-    with reading(path):
-        is_folder, is_there = path.is_dir(), path.exists()
-    if is_folder:
+    if path.is_dir():
         files = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
         if not files:
             raise UserError(
@@ -79,7 +76,7 @@ def find_files(source: str | Path) -> list[Path]:
                 "shards (train.bin, or *_train_*.bin) are in it"
             )
         return sorted(files, key=lambda file: file.relative_to(path).as_posix())
-    if not is_there:
+    if not path.exists():
         raise UserError(
             f"there is no data {str(source)!r}: give pydocs, shakespeare, or the path of a text "
             "file, of a folder of text files, or of a folder of token shards"

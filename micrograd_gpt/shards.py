@@ -152,16 +152,15 @@ def find_shards(source: str | Path) -> ShardFiles | None:
     Raises UserError for shards of ours that have no manifest, or one that does not fit them.
     """
     path = Path(source)
-    with reading(path):
-        if path.suffix == ".bin" and path.is_file():
-            return ShardFiles([path], [], headerless=True)
+    if path.suffix == ".bin" and path.is_file():
+        return ShardFiles([path], [], headerless=True)
     if any(path.glob("tokens_[0-9]*.bin")):
         return _our_shards(path)
     train = sorted(path.glob("*_train_*.bin"))
     if train:
         return ShardFiles(train, sorted(path.glob("*_val_*.bin")))
-    if (path / "train.bin").is_file():
-        validation = [p for p in [path / "val.bin"] if p.is_file()]
+    if os.path.lexists(path / "train.bin"):
+        validation = [p for p in [path / "val.bin"] if os.path.lexists(p)]
         return ShardFiles([path / "train.bin"], validation, headerless=True)
     return None
 

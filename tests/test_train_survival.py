@@ -335,6 +335,7 @@ def test_a_damaged_best_is_one_line(text: Path, tmp_path: Path) -> None:
     path = out / "best" / "trainer_state.json"
     state = json.loads(path.read_text())
     for loss in ({}, {"val_loss": None}, {"val_loss": "low"}):
+        path.unlink()  # it is a second name of out/trainer_state.json
         path.write_text(json.dumps({name: state[name] for name in ("step", "settings")} | loss))
         result = run("--resume", "--out", out, "--max-steps", 2)
         assert result.returncode == 2 and result.stderr.count("\n") == 1
@@ -343,11 +344,11 @@ def test_a_damaged_best_is_one_line(text: Path, tmp_path: Path) -> None:
 
 def test_damaged_metrics_do_not_stop_a_run(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run("--data", text, "--out", out, *SMALL, "--max-steps", 3)
+    run("--data", text, "--out", out, *SMALL, "--max-steps", 3, "--eval-interval", 1)
     path = out / "metrics.jsonl"
     damaged = path.read_bytes().replace(b"train_loss", b"train_los", 1) + b"\xff{]\n"
     path.write_bytes(damaged)
-    result = run("--resume", "--out", out, "--max-steps", 5, "--eval-interval", 1)
+    result = run("--resume", "--out", out, "--max-steps", 5)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("warning") == 1
     assert f"{path}: 2 lines are damaged and passed over, the first is line 1" in result.stderr
