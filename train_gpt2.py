@@ -70,9 +70,15 @@ def main(argv: list[str] | None = None) -> int:
                 f"the run in {out} is complete at step {optimizer.steps}; "
                 "give a larger --max-steps to continue it"
             )
+    metrics = Metrics(out, optimizer.steps, settings.tensorboard)
     if settings.overwrite and not settings.resume:
         checkpoint.remove_run(out)
-    metrics = Metrics(out, optimizer.steps, settings.tensorboard)
+    best_loss = checkpoint.best_loss(out)
+    if damaged := metrics.damaged_lines():
+        say(
+            f"warning: {metrics.path}: {len(damaged)} lines are damaged and passed over, the first "
+            f"is line {damaged[0]}"
+        )
     tokens_per_step = settings.batch_size * settings.grad_accum_steps * settings.block_size
     say(
         f"training {model.n_parameters:,} parameters on {len(corpus.train):,} tokens of "
@@ -89,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     def save() -> None:
-        nonlocal saved_step
+        nonlocal saved_step, best_loss
         run = (model, corpus.tokenizer, optimizer, vars(settings), val_loss, settings.keep)
         try:
             checkpoint.save_run(out, *run)
@@ -97,13 +103,24 @@ def main(argv: list[str] | None = None) -> int:
             kept = checkpoint.last_good(out, optimizer.steps + 1)
             raise UserError(f"{error}; the last checkpoint: {kept}") from error
         saved_step = optimizer.steps
+        best_loss = min(best_loss, math.inf if val_loss is None else val_loss)
 
-    def attempt(write: Callable[..., None], *args: Any) -> None:
-        """Write to the disk; where that fails, stop the run or go on, by --on-save-error."""
+    def record(row: dict[str, Any]) -> None:
+        """Add a row to metrics.jsonl; where that fails and stops the run, it is saved first."""
+        try:
+            metrics.append(row)
+        except UserError as error:
+            if settings.on_save_error == "continue":
+                raise
+            save()
+            raise UserError(f"{error}; the run is saved after step {row['step']}") from error
+
+    def attempt(write: Callable[..., None], *args: Any, needed: bool = True) -> None:
+        """Write to the disk; where what is `needed` fails, stop or go on, by --on-save-error."""
         try:
             write(*args)
         except UserError as error:
-            if settings.on_save_error == "stop":
+            if needed and settings.on_save_error == "stop":
                 raise
             say(f"warning: {error}; the run goes on", bar)
 
@@ -156,29 +173,28 @@ def main(argv: list[str] | None = None) -> int:
             }
             bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s")
             if eval_now:
-                val_loss = evaluate(model, validation, settings, stop)
-            if val_loss is not None:
+                val_loss = evaluate(model, validation, settings)
                 row |= {"val_loss": val_loss} | bits_per_byte(val_loss, corpus)
                 say(
                     f"step {done:5d}   train loss {train_loss:.3f}   "
                     f"validation loss {val_loss:.3f}   {tokens_per_second:,.0f} tokens/s",
                     bar,
                 )
-            attempt(metrics.append, row)
+            attempt(record, row)
             last_step, last_time = done, time.perf_counter()
-        if done % settings.sample_interval == 0 and not last:
+        if done % settings.sample_interval == 0 and not last and not stop.requested:
             say(f"--- sample\n{sample(model, corpus, done)}\n---", bar)
-        best = val_loss is not None and val_loss < checkpoint.best_loss(out)
+        best = val_loss is not None and val_loss < best_loss
         if (done % settings.save_interval == 0 or best) and not last:
             attempt(save)
         if val_loss is not None:
-            attempt(metrics.draw)
+            attempt(metrics.draw, needed=False)
     bar.close()
 
     # The end
     if saved_step < optimizer.steps:
         save()
-    attempt(metrics.draw)
+    attempt(metrics.draw, needed=False)
     if stop.requested:
         unfinished = 0 < optimizer.steps < settings.max_steps
         resume = f"; continue with --resume --out {out}" if unfinished else ""
@@ -238,13 +254,17 @@ def make_model(settings: argparse.Namespace, vocab_size: int, device: str) -> GP
 
 def check_same_data(settings: argparse.Namespace, corpus: Corpus) -> None:
     """UserError where a run would be resumed on other data; a new run notes which it has."""
-    found, before = checkpoint.fingerprint(corpus.train), settings.training_tokens
+    streams = (corpus.train, corpus.validation)
+    fingerprint = " and ".join(map(checkpoint.fingerprint, streams))
+    before, found = settings.data_fingerprint, fingerprint
+    if before is None:  # an older run: it noted pieces of what it trained on
+        before, found = settings.training_tokens, checkpoint.fingerprint(corpus.train, 0)
     if settings.resume and before not in (None, found) and not settings.allow_changes:
         raise UserError(
-            f"{settings.data} is no longer what the run in {settings.out} was trained on "
+            f"{settings.data} is no longer the data of the run in {settings.out} "
             f"({before}; now {found}): give the same data, or add --allow-changes"
         )
-    settings.training_tokens = found
+    settings.data_fingerprint, settings.training_tokens = fingerprint, None
 
 
 def plan_of(settings: argparse.Namespace) -> str:
@@ -266,23 +286,16 @@ def plan_of(settings: argparse.Namespace) -> str:
     ).report(settings.max_steps, settings.rate, settings.devices)
 
 
-def evaluate(
-    model: GPT2, validation: Windows, settings: argparse.Namespace, stop: StopSignals
-) -> float | None:
-    """Mean loss in nats per token over fixed windows of the validation text, the same each time.
-
-    None where a signal came meanwhile: the run is to stop, and soon.
-    """
+def evaluate(model: GPT2, validation: Windows, settings: argparse.Namespace) -> float:
+    """Mean loss in nats per token over fixed windows of the validation text, the same each time."""
     model.eval()
     total = count = 0.0
     with no_grad():
         for ids, targets in validation.evenly_spaced(settings.eval_batches, settings.batch_size):
             total += model.loss(ids, targets).item() * targets.size
             count += targets.size
-            if stop.requested:
-                break
     model.train()
-    return None if stop.requested else total / count
+    return total / count
 
 
 def bits_per_byte(loss: float, corpus: Corpus) -> dict[str, float]:
@@ -302,7 +315,8 @@ def sample(model: GPT2, corpus: Corpus, seed: int, length: int = 300) -> str:
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask the loop to stop after this step; a second Ctrl-C stops at once."""
+    """Ctrl-C and SIGTERM ask the loop to stop after this step, its evaluation included; a second
+    one stops at once."""
 
     def __init__(self) -> None:
         self.requested = 0  # the signal's number, once one has come

@@ -18,6 +18,8 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,11 @@ import numpy as np
 
 from micrograd_gpt.backend import to_device
 from micrograd_gpt.errors import UserError
-from micrograd_gpt.file_sets import finish_set, link_set, remove_folder, written_as_set
-from micrograd_gpt.files import read_json, write_text
+from micrograd_gpt.file_sets import SAVED, finish_set, link_set, remove_folder, written_as_set
+from micrograd_gpt.files import read_json, reading, write_text
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.optim import AdamW
+from micrograd_gpt.shards import Shards, blocks
 from micrograd_gpt.tensor_files import TensorFile, write_safetensors
 from micrograd_gpt.tokenizers import FILE_NAME, Tokenizer
 
@@ -96,30 +99,32 @@ def save_run(
 def keep_best(folder: str | Path) -> None:
     """Make the set in `folder` the one in `best/` too if its validation loss is lower."""
     folder = Path(folder)
-    best, loss = folder / BEST, _read_state(folder).get("val_loss")
-    finish_set(best)
-    held = read_json(best / STATE)
-    if loss is not None and math.isfinite(loss) and (held is None or loss < held["val_loss"]):
-        link_set(_files(folder), best)
+    loss = _read_state(folder).get("val_loss")
+    if isinstance(loss, int | float) and math.isfinite(loss) and loss < best_loss(folder):
+        link_set(_files(folder), folder / BEST)
 
 
 def best_loss(folder: str | Path) -> float:
     """The validation loss of the set in `best/`; infinity where there is none yet."""
-    finish_set(Path(folder) / BEST)
-    held = read_json(Path(folder) / BEST / STATE)
-    return math.inf if held is None else held["val_loss"]
+    best = Path(folder) / BEST
+    if not holds_run(best):
+        return math.inf
+    loss = _read_state(best).get("val_loss")
+    if not isinstance(loss, int | float):
+        raise UserError(f"{best / STATE} is damaged: it lacks the val_loss; remove {best}")
+    return loss
 
 
 def earlier_sets(folder: str | Path) -> list[Path]:
     """The folders `step-…/` of a run that hold a set, the earliest first."""
-    found = [path.parent for path in Path(folder).glob(f"step-*/{STATE}")]
-    return sorted((p for p in found if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+    return [place for place in _earlier_places(Path(folder)) if holds_run(place)]
 
 
 def holds_run(folder: str | Path) -> bool:
     """Whether there is a run in `folder`."""
     finish_set(folder)
-    return (Path(folder) / STATE).exists()
+    with reading(folder):
+        return (Path(folder) / STATE).exists()
 
 
 def remove_run(folder: str | Path) -> None:
@@ -137,19 +142,39 @@ def remove_run(folder: str | Path) -> None:
 
 
 def last_good(folder: str | Path, step: int) -> str:
-    """Name the latest checkpoint before `step`, for who wants to go back to it."""
+    """Name the latest checkpoint before `step`, for who wants to go back to it.
+
+    Never raises: it is asked for where something else went wrong already. A set that is damaged is
+    passed over; one that can't be moved out of its .saved/ now will be by the next to read it.
+    """
     folder = Path(folder)
-    places = (*earlier_sets(folder), folder / BEST, folder)
-    steps = {_read_state(f)["step"]: f for f in places if holds_run(f)}
+    steps = {}
+    for place in (*_earlier_places(folder), folder / BEST, folder):
+        with suppress(UserError):
+            finish_set(place)
+        with suppress(UserError):
+            state = read_json(place / SAVED / STATE) or read_json(place / STATE)
+            if state is not None:
+                steps[_checked(state, place)["step"]] = place
     good = max((s for s in steps if s < step), default=None)
     return "there is none yet" if good is None else f"{steps[good]}, of step {good}"
 
 
-def fingerprint(tokens: Any) -> str:
-    """Tells two token streams (N,) apart: their length, and a checksum of 256 pieces of them."""
-    starts = np.linspace(0, max(0, len(tokens) - 4096), 256).astype(np.int64)
-    places = np.minimum(starts[:, None] + np.arange(4096), len(tokens) - 1)  # (256, 4096)
-    checksum = zlib.crc32(tokens[places].astype("<u4").tobytes())
+def fingerprint(tokens: np.ndarray | Shards, whole_up_to: int = 50_000_000) -> str:
+    """Tells two token streams (N,) apart: their length, and a checksum.
+
+    It is that of all tokens where they are at most `whole_up_to`, else of 256 pieces of 4,096,
+    evenly spaced: a change between those is not seen, unless it moves what follows.
+    """
+    if len(tokens) <= whole_up_to:
+        parts: Iterable[np.ndarray] = blocks(tokens)
+    else:
+        starts = np.linspace(0, max(0, len(tokens) - 4096), 256).astype(np.int64)
+        places = np.minimum(starts[:, None] + np.arange(4096), len(tokens) - 1)  # (256, 4096)
+        parts = [tokens[places]]
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part.astype("<u4").tobytes(), checksum)
     return f"{len(tokens)} tokens, CRC-32 {checksum:08x}"
 
 
@@ -217,11 +242,21 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in SET]
 
 
+def _earlier_places(folder: Path) -> list[Path]:
+    """The folders `step-…/`, the earliest first, with a set in them or without."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
 def _read_state(folder: Path) -> dict[str, Any]:
     finish_set(folder)
     state = read_json(folder / STATE)
     if state is None:
         raise UserError(f"{folder} holds no run to resume: there is no {STATE}")
-    if not {"step", "settings"} <= state.keys():
+    return _checked(state, folder)
+
+
+def _checked(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if type(state.get("step")) is not int or not isinstance(state.get("settings"), dict):
         raise UserError(f"{folder / STATE} is damaged: it lacks the step or the settings")
     return state

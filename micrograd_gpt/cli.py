@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from contextlib import suppress
+from typing import NoReturn, TextIO
 
 from micrograd_gpt.errors import UserError
 
@@ -39,27 +40,50 @@ def run(main: Callable[[], int]) -> NoReturn:
 
     A UserError becomes one line, "error: …", and status 2, and so does output that can't be
     written, on a full disk; Ctrl-C is 130. A reader that closes our output early, as `| head`
-    does, has had what it wanted: that ends the script quietly.
+    does, has had what it wanted: that ends the script quietly. No other status of `main` depends
+    on whether its output can be written.
     """
+    _open_closed_streams()
     try:
         status = main()
-        sys.stdout.flush()
+        failed = _flush(sys.stdout)
+        if failed and not status:
+            raise failed
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
         status = 2
+        _tell(f"error: {error}")
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        _discard_output()
         status = 0
     except OSError as error:
         if error.filename is not None:  # of a file; what fails in writing to one is a UserError
             raise
-        _discard_output()
-        print(f"error: cannot write output: {error.strerror or error}", file=sys.stderr)
         status = 2
+        _tell(f"error: cannot write output: {error.strerror or error}")
+    for stream in (sys.stdout, sys.stderr):
+        _flush(stream)
     sys.exit(status)
 
 
-def _discard_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+def _open_closed_streams() -> None:
+    """Python has no sys.stdout where the shell closed it (`>&-`), and what prints would fail."""
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _tell(message: str) -> None:
+    with suppress(OSError):  # nobody reads it, and the status says it too
+        print(message, file=sys.stderr)
+
+
+def _flush(stream: TextIO) -> OSError | None:
+    """Write what a stream holds back. Where that fails, discard it: or Python would try again at
+    exit, and end with a status of its own.
+    """
+    try:
+        stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None

@@ -20,6 +20,7 @@ import numpy as np
 from micrograd_gpt import download
 from micrograd_gpt.documents import find_files, load_documents
 from micrograd_gpt.errors import UserError
+from micrograd_gpt.files import reading
 from micrograd_gpt.prepare import BETWEEN_DOCUMENTS, encode_texts, prepare
 from micrograd_gpt.shards import (
     ShardFiles,
@@ -88,22 +89,25 @@ def load_corpus(
     from this very text. The last `validation_fraction` of the ids validate, those before it train,
     except for shards that are themselves divided so.
 
-    A text of more than 50 MB is tokenized once, into shards in `cache_folder`/tokens; that folder
-    is by default the one for downloads. Raises UserError for what `load_documents`,
+    A text of more than 50 MB is tokenized once, into shards in `cache_folder`/tokens, and the ids
+    of given shards are checked once, which `cache_folder`/checked remembers; that folder is by
+    default the one for downloads. Raises UserError for what `load_documents`,
     `make_tokenizer`, `Tokenizer.encode`, `prepare` and `find_shards` cannot take.
     """
     if not 0 < validation_fraction < 1:
         raise UserError(f"validation_fraction must be between 0 and 1, not {validation_fraction}")
     if source not in ("pydocs", "shakespeare"):
-        shards = find_shards(source)
+        cache = Path(cache_folder or download.cache_folder())
+        with reading(source):
+            shards = find_shards(source)
+            files = [] if shards else find_files(source)
+            size = sum(file.stat().st_size for file in files)
         if shards is not None:
             made_with = tokenizer_of(shards, tokenizer)
-            check_ids(shards, made_with)
+            check_ids(shards, made_with, cache / "checked")
             return _corpus_of(shards, made_with, validation_fraction, str(source))
-        files = find_files(source)
-        if sum(file.stat().st_size for file in files) > SMALL:
-            cache = Path(cache_folder or download.cache_folder()) / "tokens"
-            shards = prepare(source, files, tokenizer, encoding, cache)
+        if size > SMALL:
+            shards = prepare(source, files, tokenizer, encoding, cache / "tokens")
             made_with = tokenizer_of(shards, tokenizer)
             return _corpus_of(shards, made_with, validation_fraction, str(source))
     documents = load_documents(source, encoding)

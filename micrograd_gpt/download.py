@@ -17,7 +17,10 @@ TIMEOUT = 30  # seconds without a byte after which a connection counts as broken
 def cache_folder() -> Path:
     """Where downloads are kept: `micrograd-gpt` in $XDG_CACHE_HOME, or else in ~/.cache."""
     # An empty XDG_CACHE_HOME counts as unset (XDG Base Directory Specification).
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "micrograd-gpt"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "micrograd-gpt"
+    except RuntimeError as error:  # a user without a home, as in a container
+        raise UserError(f"{error}: set XDG_CACHE_HOME to a folder for downloads") from error
 
 
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None) -> None:

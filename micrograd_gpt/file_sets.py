@@ -53,9 +53,9 @@ def finish_set(folder: str | Path) -> None:
     """
     folder = Path(folder)
     saved = folder / SAVED
-    if not saved.is_dir():
-        return
     with _named(folder), suppress(FileNotFoundError):  # then another process has moved it
+        if not saved.is_dir():
+            return
         for file in sorted(saved.iterdir()):
             with suppress(FileNotFoundError):
                 os.replace(file, folder / file.name)

@@ -46,14 +46,24 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
-def read_json(path: str | Path) -> dict[str, Any] | None:
-    """The object in a JSON file, None if there is no file; UserError for a damaged one."""
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """An OSError in the block, in which `path` is read or looked for, becomes a UserError."""
     try:
-        value = json.loads(Path(path).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        yield
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None if there is no file; UserError for a damaged one."""
+    with reading(path):
+        try:
+            content = Path(path).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    try:
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: it cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
@@ -64,10 +74,7 @@ def read_json(path: str | Path) -> dict[str, Any] | None:
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal; UserError where it can't be read."""
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    with reading(path), open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from micrograd_gpt.errors import UserError
-from micrograd_gpt.files import written_whole
+from micrograd_gpt.files import reading, written_whole
 
 LOG_AXIS_FROM = 4.0  # the largest loss over the smallest from which a log axis shows more
 
@@ -33,9 +33,11 @@ class Metrics:
 
     def __init__(self, folder: str | Path, step: int = 0, tensorboard: bool = False) -> None:
         self.folder, self.path = Path(folder), Path(folder) / "metrics.jsonl"
-        self._events = _event_writer(self.folder, step) if tensorboard else None
+        self._events = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if tensorboard:
+                self._events = _event_writer(self.folder, step)
             if step == 0:
                 self.path.unlink(missing_ok=True)
             else:
@@ -52,22 +54,27 @@ class Metrics:
                 if file.write(line) != len(line):
                     os.ftruncate(file.fileno(), end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._events:
+                for name in sorted(row.keys() - {"step"}):
+                    self._events.add_scalar(name, row[name], row["step"])
+                self._events.flush()
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        if self._events:
-            for name in sorted(row.keys() - {"step"}):
-                self._events.add_scalar(name, row[name], row["step"])
-            self._events.flush()
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows that count, in the order of their steps; UserError for a damaged file."""
-        try:
-            lines = self.path.read_text("utf-8").splitlines()
-            return current_rows(json.loads(line) for line in lines)
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"cannot read {self.path}: {error}") from error
+        """The rows that count, in the order of their steps, without what is no row.
+
+        Raises UserError where the file can't be read.
+        """
+        return current_rows(row for line in self._lines() if (row := _row(line)))
+
+    def damaged_lines(self) -> list[int]:
+        """The numbers, from 1 on, of the lines that are no rows: they stay, and are passed over."""
+        return [i for i, line in enumerate(self._lines(), 1) if _row(line) is None]
+
+    def _lines(self) -> list[bytes]:
+        with reading(self.path):
+            return self.path.read_bytes().splitlines() if self.path.exists() else []
 
     def draw(self) -> None:
         """Draw loss.png: training and validation loss over the steps, the learning rate below."""
@@ -108,6 +115,19 @@ def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             current.pop()
         current.append(row)
     return current
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row on a line; None where a step, a loss or the learning rate is missing or no number."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict):
+        return None
+    needed = [row.get(name) for name in ("step", "train_loss", "learning_rate")]
+    numbers = [*needed, row.get("val_loss", 0.0)]
+    return row if all(isinstance(number, int | float) for number in numbers) else None
 
 
 def _mend_last_line(path: Path) -> None:

@@ -57,8 +57,11 @@ Mapping = Callable[[Callable[[Piece], Any], Iterable[Piece]], Iterator[Any]]
 # Text may be cut before white space that follows something else: no token of ours has white space
 # after anything else, so none spans that place; and no tokenizer looks across it, because GPT-2's
 # pattern looks ahead in runs of white space only. Python takes the characters U+001C to U+001F for
-# white space too, GPT-2's pattern does not.
-SAFE_PLACE = re.compile(r"(?<=\S)[^\S\x1c-\x1f]")
+# white space too, GPT-2's pattern does not. Text may be cut between a letter or digit and one of
+# the marks below, too (Chinese has no spaces): no token has such a mark after a letter or digit.
+SAFE_PLACE = re.compile(r"(?<=\S)[^\S\x1c-\x1f]|(?<=[^\W_])[,.;:!?、。，．；：！？]")
+LONGEST = 1 << 20  # characters of a piece in which there is no such place
+ANYWHERE = ("char", "byte")  # tokenizers of single characters: text may be cut at each of them
 
 
 def encode_texts(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
@@ -74,30 +77,42 @@ def encode_texts(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
 
 
 def cut(
-    documents: Iterable[Iterable[str]], end_last: bool, size: int | None = None
+    documents: Iterable[Iterable[str]],
+    end_last: bool,
+    size: int | None = None,
+    anywhere: bool = False,
 ) -> Iterator[Piece]:
     """Yield documents, each given in blocks, as pieces of at least `size` (PIECE) characters.
 
     A piece ends at the first safe place there is, so that `encode_texts` of all pieces, one after
-    another, gives the ids of the whole; text without white space stays in one. Empty documents are
-    left out. With `end_last`, the last of several documents is ended too.
+    another, gives the ids of the whole. With `anywhere`, which is for tokenizers of single
+    characters, every place is safe. Empty documents are left out. With `end_last`, the last of
+    several documents is ended too.
+
+    Where a piece would grow past LONGEST characters (a million letters without white space or a
+    mark), it ends there all the same, to bound the memory. Only then may the ids be others than
+    those of the whole: for gpt2 and word, those of the run of letters and digits, of marks, or of
+    white space that is cut, and of the runs that touch it.
     """
     size = PIECE if size is None else size
+    longest = max(size, LONGEST)
     texts: Piece = []
     count = filled = 0  # documents so far; characters in `texts`
     for blocks in documents:
         begun = False
-        for block in filter(None, blocks):
+        for part in _parts(blocks, size):
             if not begun:
                 texts.append("")
                 count, begun = count + 1, True
-            texts[-1] += block
-            filled += len(block)
-            while filled >= size and (
-                place := SAFE_PLACE.search(texts[-1], len(texts[-1]) - (filled - size))
-            ):
-                yield [*texts[:-1], texts[-1][: place.start()]]
-                texts = [texts[-1][place.start() :]]
+            texts[-1] += part
+            filled += len(part)
+            while filled >= size:
+                before = filled - len(texts[-1])
+                place = _place(texts[-1], size - before, longest - before, anywhere)
+                if place is None:
+                    break
+                yield [*texts[:-1], texts[-1][:place]]
+                texts = [texts[-1][place:]]
                 filled = len(texts[0])
         if filled >= size:
             yield texts
@@ -106,6 +121,26 @@ def cut(
         texts.append("")
     if any(texts) or len(texts) > 1:
         yield texts
+
+
+def _parts(blocks: Iterable[str], size: int) -> Iterator[str]:
+    """The blocks, none of them empty, the long ones in parts of `size` characters."""
+    for block in blocks:
+        for start in range(0, len(block), size):
+            yield block[start : start + size]
+
+
+def _place(text: str, least: int, most: int, anywhere: bool) -> int | None:
+    """Where to cut `text`: at `least` or the first safe place after it, at the latest at `most`.
+
+    None where that depends on what follows the text.
+    """
+    if anywhere:
+        return least if len(text) > least else None
+    safe = SAFE_PLACE.search(text, least, most + 1)
+    if safe:
+        return safe.start()
+    return most if len(text) > most else None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -314,7 +349,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _continue_or_begin(folder: Path, sources: list[dict[str, Any]]) -> dict[str, Any]:
     """What an interrupted preparation of the same text left, or what a new one begins with."""
-    begun = {"sources": sources, "pieces": [PIECE, PIECES_IN_SHARD]}
+    begun = {"sources": sources, "pieces": [PIECE, LONGEST, PIECES_IN_SHARD]}
     left = read_json(folder / BEGUN)
     same = left is not None and begun.items() <= left.items()
     try:
@@ -329,14 +364,16 @@ def _continue_or_begin(folder: Path, sources: list[dict[str, Any]]) -> dict[str,
     return left if same and left is not None else begun
 
 
-def _pieces(files: list[Path], encoding: str, end_last: bool, title: str) -> Iterator[Piece]:
-    """The text of the files in pieces, with a progress bar."""
+def _pieces(
+    files: list[Path], encoding: str, end_last: bool, anywhere: bool, title: str
+) -> Iterator[Piece]:
+    """The text of the files in pieces (see `cut`), with a progress bar."""
     from tqdm import tqdm
 
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=1, disable=None) as bar:
         documents = (d for file in files for d in read_documents(file, encoding, bar.update))
-        yield from cut(documents, end_last)
+        yield from cut(documents, end_last, anywhere=anywhere)
 
 
 def _learn(name: str, files: list[Path], encoding: str, run: Mapping) -> Tokenizer:
@@ -347,7 +384,7 @@ def _learn(name: str, files: list[Path], encoding: str, run: Mapping) -> Tokeniz
     """
     if name not in LEARNED:
         return make_tokenizer(name, "")
-    pieces = _pieces(files, encoding, False, f"collecting {name}s")
+    pieces = _pieces(files, encoding, False, name in ANYWHERE, f"collecting {name}s")
     if name == "char":
         characters: set[str] = set().union(*run(_characters, pieces))
         return CharTokenizer.from_text("".join(characters))
@@ -365,7 +402,8 @@ def _write_shards(
     """Write the shards that are not there yet; the name and number of tokens of each."""
     end_last = from_dict(tokenizer).end_of_text is not None
     encode = functools.partial(_encode, json.dumps(tokenizer))
-    pieces = _pieces(files, encoding, end_last, "tokenizing")
+    anywhere = tokenizer["tokenizer"] in ANYWHERE
+    pieces = _pieces(files, encoding, end_last, anywhere, "tokenizing")
     shards: list[dict[str, Any]] = []
     for number in itertools.count():
         rest = itertools.islice(pieces, PIECES_IN_SHARD)

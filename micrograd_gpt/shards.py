@@ -11,8 +11,11 @@ Ours and llm.c's begin with 256 int32: the magic number, the version, how many i
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from micrograd_gpt.errors import UserError
-from micrograd_gpt.files import read_json, written_whole
+from micrograd_gpt.files import read_json, reading, written_whole
 from micrograd_gpt.tokenizers import FIXED, Tokenizer, from_dict
 
 MAGIC, VERSION = 20240520, 1  # as llm.c's dev/data/data_common.py writes them
@@ -90,14 +93,12 @@ def open_shard(path: Path, headerless: bool = False) -> np.ndarray:
     With `headerless`, a file that does not begin with the magic number is ids from its first byte
     on. Raises UserError, naming the file, where it is damaged or something else.
     """
-    try:
+    with reading(path):
         with open(path, "rb") as file:
             size, start = _check_shard(path, file, headerless)
         if start == size:
             return np.empty(0, TOKEN)  # there is no empty memory map
         return np.asarray(np.memmap(path, TOKEN, mode="r", offset=start))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _check_shard(path: Path, file: BinaryIO, headerless: bool) -> tuple[int, int]:
@@ -158,8 +159,8 @@ def find_shards(source: str | Path) -> ShardFiles | None:
     train = sorted(path.glob("*_train_*.bin"))
     if train:
         return ShardFiles(train, sorted(path.glob("*_val_*.bin")))
-    if (path / "train.bin").is_file():
-        validation = [p for p in [path / "val.bin"] if p.is_file()]
+    if os.path.lexists(path / "train.bin"):
+        validation = [p for p in [path / "val.bin"] if os.path.lexists(p)]
         return ShardFiles([path / "train.bin"], validation, headerless=True)
     return None
 
@@ -215,18 +216,42 @@ def tokenizer_of(files: ShardFiles, asked: str | Tokenizer) -> Tokenizer:
     return made_with
 
 
-def check_ids(files: ShardFiles, tokenizer: Tokenizer) -> None:
-    """Raise UserError, naming the file, where a shard has an id that the tokenizer does not."""
+def check_ids(files: ShardFiles, tokenizer: Tokenizer, cache: Path) -> None:
+    """Raise UserError, naming the file, where a shard has an id that the tokenizer does not.
+
+    All ids are read once: an empty file in `cache`, named after the paths, sizes and time stamps,
+    says that shards were found good. A cache that can't be written only costs time.
+    """
+    paths = [*files.train, *files.validation]
+    good = cache / _identity(paths, tokenizer.vocab_size)
+    if not os.path.exists(good):
+        _read_ids(paths, tokenizer, files.headerless)
+        with suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            good.touch()
+
+
+def _identity(paths: list[Path], vocab_size: int) -> str:
+    """Another string for shards that were changed since, or are for another vocabulary."""
+    described: list[Any] = [vocab_size]
+    for path in paths:
+        with reading(path):
+            status = path.stat()
+        described.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+
+
+def _read_ids(paths: list[Path], tokenizer: Tokenizer, headerless: bool) -> None:
     from tqdm import tqdm
 
-    paths = [*files.train, *files.validation]
     total = sum(path.stat().st_size for path in paths)
     with tqdm(
         total=total, desc="checking", unit="B", unit_scale=True, delay=1, disable=None
     ) as bar:
         for path in paths:
-            with open(path, "rb") as file:  # a memory map would count as memory of this process
-                _, start = _check_shard(path, file, files.headerless)
+            # A memory map would count as memory of this process.
+            with reading(path), open(path, "rb") as file:
+                _, start = _check_shard(path, file, headerless)
                 file.seek(start)
                 while len(ids := np.fromfile(file, TOKEN, BLOCK)):
                     if ids.max() >= tokenizer.vocab_size:

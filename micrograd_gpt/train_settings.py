@@ -71,13 +71,17 @@ FINE_TUNING: dict[str, Any] = {
     "warmup_steps": 50,
     "max_steps": 1000,
 }
-NO_DATA = {"training_tokens": None}  # a fingerprint of them, once they are there
+NO_DATA: dict[str, Any] = {
+    "data_fingerprint": None,  # of both streams of tokens, once they are there
+    "training_tokens": None,  # what runs noted before there was that one
+}
 # What holds for one start of the script, and is not taken over by --resume.
 ONCE: dict[str, Any] = {
     **dict.fromkeys(("resume", "overwrite", "allow_changes", "plan"), False),
     "rate": None,  # measured
     "devices": 1,
 }
+MAY_BE_0 = {"seed", "warmup_steps", "keep"}  # other whole numbers are at least 1
 # These may change when a run is resumed: they do not change what it computes.
 FREE = {
     *("max_steps", "out", "resume", "allow_changes", "plan", "rate", "devices", "recompute"),
@@ -161,6 +165,7 @@ def resolve_settings(flags: dict[str, Any]) -> argparse.Namespace:
     out = Path(flags.get("out", DEFAULTS["out"]))
     if flags.get("resume"):
         settings = {**NO_DATA, **DEFAULTS, **checkpoint.load_settings(out), **ONCE}
+        check_kinds(settings, out)
         refuse_changes(settings, flags)
         settings |= flags | {"out": str(out)}
         check_ranges(settings)
@@ -191,6 +196,18 @@ def resolve_settings(flags: dict[str, Any]) -> argparse.Namespace:
         settings["min_lr"] = settings["learning_rate"] / 10
     check_ranges(settings)
     return argparse.Namespace(**settings)
+
+
+def check_kinds(settings: dict[str, Any], out: Path) -> None:
+    """UserError where the settings of the run in `out` lack one, or hold something else there."""
+    for name, example in {**DEFAULTS, **TINY}.items():
+        value, kind = settings.get(name), type(example)
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if kind is int and isinstance(value, int):
+            fits = value >= (0 if name in MAY_BE_0 else 1)
+        if not fits:
+            what = f"have {value!r} as {name}" if name in settings else f"lack {name}"
+            raise UserError(f"{out / checkpoint.STATE} is damaged: its settings {what}")
 
 
 def refuse_changes(settings: dict[str, Any], flags: dict[str, Any]) -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
 import pytest
+from training import SCRIPT
 
 from micrograd_gpt.backend import library_for
 from micrograd_gpt.errors import UserError
@@ -23,3 +30,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(reason)
+
+
+@pytest.fixture(scope="session")
+def train_gpt2() -> ModuleType:
+    """The training script as a module."""
+    spec = importlib.util.spec_from_file_location("train_gpt2", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A text of some 2,000 characters to train on."""
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def restore_signals() -> Iterator[None]:
+    """Training answers signals its own way."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -155,8 +155,8 @@ class FullDiskFile:
 def fill_disk(monkeypatch: pytest.MonkeyPatch, module: ModuleType, room: int) -> None:
     """Give each file that `module` opens from now on `room` bytes."""
 
-    def open_full(*args: Any) -> FullDiskFile:
-        return FullDiskFile(builtins.open(*args), room)
+    def open_full(*args: Any, **kwargs: Any) -> FullDiskFile:
+        return FullDiskFile(builtins.open(*args, **kwargs), room)
 
     monkeypatch.setattr(module, "open", open_full, raising=False)
 

@@ -19,7 +19,9 @@ from faults import FullDiskFile, fail, fill_disk, kill, needs_fork, run_with_fau
 
 from micrograd_gpt import checkpoint, files, optim
 from micrograd_gpt.errors import UserError
+from micrograd_gpt.file_sets import SAVED
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.shards import Shards
 from micrograd_gpt.tensor_files import TensorFile, write_safetensors
 from micrograd_gpt.tokenizers import CharTokenizer, load_tokenizer
 
@@ -286,6 +288,52 @@ def test_the_last_good_checkpoint_is_older_than_the_failure(tmp_path: Path) -> N
     assert checkpoint.last_good(tmp_path, 3) == "there is none yet"
 
 
+def unmoved(folder: Path, files: tuple[str, ...] = checkpoint.SET) -> None:
+    """Leave the set as a process does that is killed before it moved `files` to their places."""
+    (folder / SAVED).mkdir()
+    for name in files:
+        (folder / name).rename(folder / SAVED / name)
+
+
+@pytest.mark.parametrize("files", [checkpoint.SET, checkpoint.SET[-1:]], ids=["all", "the last"])
+def test_earlier_sets_that_a_kill_left_unmoved_count(tmp_path: Path, files: tuple[str]) -> None:
+    model, optimizer = trained(0)
+    for step in (3, 6, 9):
+        optimizer.steps = step
+        checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, keep=2)
+    unmoved(tmp_path / "step-000006", files)
+    assert checkpoint.last_good(tmp_path, 9) == f"{tmp_path / 'step-000006'}, of step 6"
+    unmoved(tmp_path / "step-000006", files)
+    places = [tmp_path / "step-000003", tmp_path / "step-000006"]
+    assert checkpoint.earlier_sets(tmp_path) == places
+    unmoved(tmp_path / "step-000003", files)
+    unmoved(tmp_path, files)
+    optimizer.steps = 12
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, keep=2)
+    kept = [p.name for p in tmp_path.iterdir() if p.is_dir()]
+    assert sorted(kept) == ["step-000006", "step-000009"]
+
+
+def test_the_last_good_checkpoint_is_named_whatever_else_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained(0)
+    for step in (3, 6, 9, 12):
+        optimizer.steps = step
+        checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, 1.0, keep=3)
+    (tmp_path / "step-000009" / "trainer_state.json").write_text("{")
+    unmoved(tmp_path / "step-000006")
+    unmoved(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert checkpoint.last_good(tmp_path, 13) == f"{tmp_path}, of step 12"
+    assert checkpoint.last_good(tmp_path, 12) == f"{tmp_path / 'step-000006'}, of step 6"
+    assert checkpoint.last_good(tmp_path / "nowhere", 12) == "there is none yet"
+
+
 @needs_fork
 @pytest.mark.parametrize(("fault", "status"), [(kill, 9), (fail, 1)])
 def test_stopped_at_any_operation_a_run_is_whole(
@@ -353,6 +401,17 @@ def test_token_streams_are_told_apart() -> None:
     assert checkpoint.fingerprint(shifted) != same
     short = checkpoint.fingerprint(tokens[:10])
     assert short != checkpoint.fingerprint(tokens[:11]) != checkpoint.fingerprint(tokens[1:12])
+
+
+def test_every_token_of_a_stream_is_told_apart_but_of_a_very_long_one() -> None:
+    tokens = (np.arange(5_000_000) % 50_000).astype(np.uint16)
+    shards = Shards([tokens[:10], tokens[10:10], tokens[10:]])
+    assert checkpoint.fingerprint(shards) == checkpoint.fingerprint(tokens)
+    assert checkpoint.fingerprint(shards, 0) == checkpoint.fingerprint(tokens, 0)
+    before, before_of_pieces = checkpoint.fingerprint(tokens), checkpoint.fingerprint(tokens, 10)
+    tokens[10_000] = 7  # in no piece of those 256, which are 19,600 apart
+    assert checkpoint.fingerprint(tokens) != before
+    assert checkpoint.fingerprint(tokens, 10) == before_of_pieces
 
 
 def test_a_state_without_its_facts_is_damaged(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,15 @@ def test_rows_are_added_and_a_later_one_replaces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tail", "kept"), [(b'{"step": 2, "tr', 1), (b'{"step": 2}', 2), (b"\xc3", 1), (b"", 1)]
+    ("tail", "kept"),
+    [(b'{"step": 2, "tr', 1), (json.dumps(row(2)).encode(), 2), (b"\xc3", 1), (b"", 1)],
 )
 def test_a_torn_last_line_is_mended(tmp_path: Path, tail: bytes, kept: int) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + tail)
+    whole = json.dumps(row(1)).encode() + b"\n"
+    path.write_bytes(whole + tail)
     log = Metrics(tmp_path, step=1)
-    assert path.read_bytes() == b'{"step": 1}\n' + (tail + b"\n" if kept == 2 else b"")
+    assert path.read_bytes() == whole + (tail + b"\n" if kept == 2 else b"")
     assert len(log.rows()) == kept
 
 
@@ -82,9 +85,10 @@ def test_files_that_cannot_be_written_or_read_are_named(
     with pytest.raises(UserError, match=r"^cannot write .*plain/out/metrics\.jsonl: .*irectory"):
         Metrics(tmp_path / "plain" / "out")
     log = Metrics(tmp_path)
-    log.path.write_text("[]\n")
-    with pytest.raises(UserError, match=r"^cannot read .*metrics\.jsonl: "):
+    log.path.mkdir()
+    with pytest.raises(UserError, match=r"^cannot read .*metrics\.jsonl: Is a directory$"):
         log.rows()
+    log.path.rmdir()
 
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -121,3 +125,41 @@ def test_tensorboard_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
     with pytest.raises(UserError, match=r"--tensorboard needs tensorboardX: pip install"):
         Metrics(tmp_path, tensorboard=True)
+
+
+@pytest.mark.parametrize("tensorboard_is", ["a file", "beside a file"])
+def test_event_files_that_cannot_be_written(tmp_path: Path, tensorboard_is: str) -> None:
+    pytest.importorskip("tensorboardX")
+    out = tmp_path / "out"
+    if tensorboard_is == "a file":
+        out.mkdir()
+        (out / "tensorboard").write_text("mine")
+        (out / "metrics.jsonl").write_text("an earlier run's")
+    else:
+        out.write_text("mine")
+    with pytest.raises(UserError, match=r"^cannot write .*metrics\.jsonl: ") as caught:
+        Metrics(out, tensorboard=True)
+    assert "\n" not in str(caught.value)
+    if out.is_dir():
+        assert (out / "metrics.jsonl").read_text() == "an earlier run's"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(b"\xff\xfe", b"[]", b"", b'{"step": 2', b'{"step": 2, "learning_rate": 0.1}', b"7"),
+        b'{"step": "2", "train_loss": 1, "learning_rate": 0.1}',
+        b'{"step": 2, "train_loss": 1, "learning_rate": 0.1, "val_loss": null}',
+        b"[" * 100_000,
+    ],
+    ids=lambda damage: repr(damage[:40]),
+)
+def test_a_damaged_line_is_passed_over_and_stays(tmp_path: Path, damage: bytes) -> None:
+    lines = [json.dumps(row(1)).encode(), damage, json.dumps(row(3)).encode()]
+    before = b"\n".join(lines) + b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(before)
+    log = Metrics(tmp_path, step=3)
+    assert log.damaged_lines() == [2] and log.rows() == [row(1), row(3)]
+    log.append(row(4))
+    log.draw()
+    assert log.path.read_bytes().startswith(before) and len(log.rows()) == 3

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +85,84 @@ def test_pieces_tokenize_as_the_whole(texts: list[str], size: int, data: st.Data
         ids = [encode_texts(piece, tokenizer) for piece in pieces]
         expected = encode_documents(documents, tokenizer)
         np.testing.assert_array_equal(np.concatenate([*ids, np.empty(0, int)]), expected)
+
+
+RUNS = st.lists(
+    st.text("abcdrstz", min_size=1, max_size=40)
+    | st.text("0123456789", min_size=1, max_size=40)
+    | st.text("-+=*/'", min_size=1, max_size=40)
+    | st.sampled_from([" ", "\n", ", ", ".", "'s"]),
+    max_size=20,
+).map("".join)
+
+
+@given(text=RUNS, size=st.integers(1, 12), block=st.integers(1, 50))
+def test_a_run_that_is_too_long_is_cut_and_nothing_else_changes(
+    text: str, size: int, block: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "LONGEST", 16)
+        blocks = [text[i : i + block] for i in range(0, len(text), block)]
+        pieces = [piece for (piece,) in cut([blocks], True, size)]
+        assert pieces == [piece for (piece,) in cut([[text]], True, size)]
+    assert "".join(pieces) == text and max(map(len, pieces), default=0) <= 16
+    places = [0, *itertools.accumulate(map(len, pieces))]
+    runs = [run.span() for run in re.finditer(r"[a-z]+|[0-9]+|[^a-z0-9\s]+|\s+", text)]
+    may_differ: set[int] = set()
+    for place in places[1:-1]:
+        if not prepare.SAFE_PLACE.match(text, place):
+            touched = [i for i, (start, end) in enumerate(runs) if start <= place <= end]
+            for start, end in runs[max(0, touched[0] - 1) : touched[-1] + 2]:
+                may_differ |= set(range(start, end + 1))
+    gpt2 = GPT2Tokenizer()
+    for tokens in (
+        lambda part: [gpt2.decode([i]) for i in gpt2.encode(part)],
+        WordTokenizer.PIECE.findall,
+    ):
+        whole = set(itertools.accumulate(map(len, tokens(text))))
+        cut_up = {
+            place + end
+            for place, piece in zip(places, pieces, strict=False)
+            for end in itertools.accumulate(map(len, tokens(piece)))
+        }
+        assert cut_up - may_differ == whole - may_differ
+
+
+@given(text=st.text(max_size=60), size=st.integers(1, 12), block=st.integers(1, 50))
+def test_characters_and_bytes_are_cut_anywhere(text: str, size: int, block: int) -> None:
+    blocks = [text[i : i + block] for i in range(0, len(text), block)]
+    pieces = list(cut([blocks], True, size, anywhere=True))
+    assert all(len(piece) == size for (piece,) in pieces[:-1])
+    for tokenizer in (ByteTokenizer(), CharTokenizer.from_text(text)):
+        ids = [encode_texts(piece, tokenizer) for piece in pieces]
+        found = np.concatenate([*ids, np.empty(0, int)])
+        np.testing.assert_array_equal(found, tokenizer.encode(text))
+
+
+def test_only_letters_and_digits_come_before_a_mark_at_which_text_is_cut() -> None:
+    """GPT-2's pattern goes by Unicode's categories, and Python's \\w is to mean the same here."""
+    for code in range(0x110000):
+        cut_after = prepare.SAFE_PLACE.match(chr(code) + ".", 1)
+        assert not cut_after or unicodedata.category(chr(code))[0] in "LN", hex(code)
+
+
+def test_text_without_white_space_takes_bounded_memory() -> None:
+    """64 MB in blocks, as a file is read, and in one, as from a .jsonl file."""
+    block = "abcdefghijklmnop" * (1 << 14)
+    for anywhere, longest in ((False, prepare.LONGEST), (True, prepare.PIECE)):
+        tracemalloc.start()
+        pieces = cut([(block for _ in range(256))], True, anywhere=anywhere)
+        lengths = [len(text) for (text,) in pieces]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert sum(lengths) == 256 * len(block) and max(lengths) == longest
+        assert peak < 6 * longest
+    whole = block * 64
+    assert "".join(text for (text,) in cut([[whole]], True)) == whole
+    chinese = "天地玄黄宇宙洪荒。" * 100_000
+    pieces = [text for (text,) in cut([[chinese]], True)]
+    assert max(map(len, pieces)) < prepare.PIECE + 10 and "".join(pieces) == chinese
+    assert all(piece[0] == "。" for piece in pieces[1:])
 
 
 @pytest.mark.parametrize("space", WHITE_SPACE, ids=ascii)
@@ -227,7 +308,9 @@ def test_a_large_text_gives_the_ids_of_a_small_one(
     assert sorted(p.name for p in folder.iterdir()) == sorted(
         [MANIFEST, *(shard["file"] for shard in manifest["shards"])]
     )
-    moved = load_corpus(folder, name, 0.25)  # is a folder of shards like any other
+    moved = load_corpus(
+        folder, name, 0.25, cache_folder=tmp_path / "cache"
+    )  # is a folder of shards like any other
     np.testing.assert_array_equal(moved.train[:], expected.train)
 
 
@@ -320,7 +403,8 @@ def test_an_interrupted_preparation_goes_on(
     ids = np.concatenate([corpus.train[:], corpus.validation[:]])
     np.testing.assert_array_equal(ids, encode_documents(load_documents(source), corpus.tokenizer))
     assert [(folder / n).stat().st_mtime_ns for n in names] == before
-    pieces = len(list(cut([[t] for t in load_documents(source)], name == "gpt2")))
+    documents = [[text] for text in load_documents(source)]
+    pieces = len(list(cut(documents, name == "gpt2", anywhere=name == "char")))
     assert first == 10 and spy.since() == pieces - 8 and learned == [name]
     assert recent.exists() and not abandoned.exists() and not (folder / BEGUN).exists()
 

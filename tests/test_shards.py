@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import mmap
+import os
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from micrograd_gpt import shards
 from micrograd_gpt.data import Windows, load_corpus
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.shards import FORMAT, MANIFEST, Shards, open_shard, write_shard
@@ -22,17 +26,22 @@ from micrograd_gpt.tokenizers import ByteTokenizer, CharTokenizer
 IDS = np.random.default_rng(0).integers(0, 50257, 1000).astype("<u2")
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 def llm_c(ids: np.ndarray, magic: int = 20240520, version: int = 1) -> bytes:
     """A shard as llm.c's dev/data/data_common.py writes it."""
     return struct.pack("<256i", magic, version, len(ids), *[0] * 253) + ids.tobytes()
 
 
 def ours(folder: Path, parts: list[np.ndarray], tokenizer: dict[str, object]) -> None:
-    shards = []
+    counts = []
     for i, ids in enumerate(parts):
         write_shard(folder / f"tokens_{i:06d}.bin", [ids[:3], ids[3:]])
-        shards.append({"file": f"tokens_{i:06d}.bin", "tokens": len(ids)})
-    manifest = {"format": FORMAT, "tokenizer": tokenizer, "shards": shards}
+        counts.append({"file": f"tokens_{i:06d}.bin", "tokens": len(ids)})
+    manifest = {"format": FORMAT, "tokenizer": tokenizer, "shards": counts}
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -211,3 +220,66 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     refused(tmp_path, "manifest.json is damaged")
     (tmp_path / MANIFEST).unlink()
     refused(tmp_path, "has shards but no manifest.json: preparing them was interrupted")
+
+
+@pytest.mark.parametrize("name", ["a_train_1.bin", "a_val_1.bin", "val.bin", "tokens_000001.bin"])
+@pytest.mark.parametrize("damage", ["a folder", "a dangling link", "refused"])
+def test_a_shard_that_cannot_be_opened_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str
+) -> None:
+    (tmp_path / "train.bin" if name == "val.bin" else tmp_path / "a_train_0.bin").write_bytes(
+        llm_c(IDS)
+    )
+    path = tmp_path / name
+    if name.startswith("tokens"):
+        ours(tmp_path, [IDS, IDS], {"tokenizer": "gpt2"})
+        path.unlink()
+    if damage == "a folder":
+        path.mkdir()
+    elif damage == "a dangling link":
+        path.symlink_to(tmp_path / "nowhere")
+    else:
+        path.write_bytes(llm_c(IDS))
+
+        def refuse(file: Path, *args: Any) -> Any:
+            if file == path:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return open(file, *args)
+
+        monkeypatch.setattr(shards, "open", refuse, raising=False)
+    refused(tmp_path, f"cannot read {path}: ")
+
+
+def test_a_name_that_cannot_be_a_path_is_one_line() -> None:
+    refused(Path("a" * 5000), "cannot read a")
+    refused(Path("a" * 5000 + ".bin"), "cannot read a")
+
+
+def test_ids_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    read_ids = shards._read_ids
+
+    def spy(paths: list[Path], *rest: Any) -> None:
+        read.extend(paths)
+        read_ids(paths, *rest)
+
+    monkeypatch.setattr(shards, "_read_ids", spy)
+    folder, cache = tmp_path / "shards", tmp_path / "cache"
+    folder.mkdir()
+    (folder / "train.bin").write_bytes(IDS.tobytes())
+    before = sorted(folder.iterdir())
+    for _ in range(2):
+        load_corpus(folder, "gpt2", cache_folder=cache)
+    assert read == [folder / "train.bin"] and sorted(folder.iterdir()) == before
+    with pytest.raises(UserError, match="tokenizer has 257 ids only"):  # another vocabulary
+        load_corpus(folder, "byte", cache_folder=cache)
+    for _ in range(2):  # another content; and what was found bad is not remembered
+        (folder / "train.bin").write_bytes(np.append(IDS, 65_000).astype("<u2").tobytes())
+        with pytest.raises(UserError, match="holds the token id 65000"):
+            load_corpus(folder, "gpt2", cache_folder=cache)
+    (folder / "train.bin").write_bytes(IDS[:500].tobytes())
+    (tmp_path / "a file").write_text("no folder")
+    read.clear()
+    for _ in range(2):
+        assert len(load_corpus(folder, "gpt2", cache_folder=tmp_path / "a file").train) == 450
+    assert len(read) == 2
