@@ -94,7 +94,12 @@ def make_parser() -> argparse.ArgumentParser:
         "(default: the folder out if it holds a checkpoint, else 124M)",
     )
     add("--device", choices=["cpu", "gpu", "cuda"], default="cpu", help="(default: cpu)")
-    add("--dtype", choices=["float32", "float64"], default="float32", help="(default: float32)")
+    add(
+        "--dtype",
+        choices=["float32", "float64", "bfloat16", "float16"],
+        default="float32",
+        help="of the weights; half precision is faster on a GPU only (default: float32)",
+    )
     add(
         "--json",
         action="store_true",
@@ -250,6 +255,7 @@ def read_prompt(given: str | None) -> str | None:
 def load(name: str | None, device: str, dtype: str) -> tuple[GPT2, Tokenizer]:
     """The model and its tokenizer; UserError where there are none, or they do not fit."""
     from micrograd_gpt.gpt2 import GPT2
+    from micrograd_gpt.precision import emulation_note
     from micrograd_gpt.pretrained import from_pretrained
     from micrograd_gpt.tokenizers import GPT2Tokenizer, load_tokenizer
 
@@ -257,6 +263,8 @@ def load(name: str | None, device: str, dtype: str) -> tuple[GPT2, Tokenizer]:
     if name is None:
         name = "out" if Path("out", "config.json").exists() else "124M"
         say(f"no --model given: using {name}")
+    if note := emulation_note(dtype, device):
+        say(note)
     tokenizer = load_tokenizer(name) if Path(name).is_dir() else GPT2Tokenizer()
     try:
         model = from_pretrained(GPT2, name, device, dtype)

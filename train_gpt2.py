@@ -32,6 +32,7 @@ from micrograd_gpt.data import Corpus, Windows, load_corpus
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config, size_name
 from micrograd_gpt.metrics import Metrics
+from micrograd_gpt.precision import emulation_note, wide
 from micrograd_gpt.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from micrograd_gpt.train_settings import is_size, parse_flags, resolve_settings
 
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # Model and optimizer
     model = make_model(settings, corpus.tokenizer.vocab_size, device)
+    if note := emulation_note(settings.dtype, device):
+        say(note)
     optimizer = optim.AdamW(
         model.parameters(),
         lr=settings.learning_rate,
@@ -225,12 +228,16 @@ def config_of(settings: argparse.Namespace, vocab_size: int) -> GPT2Config:
 
 
 def make_model(settings: argparse.Namespace, vocab_size: int, device: str) -> GPT2:
-    """The model to train: new, or with given weights, or still to be filled by a resumed run."""
+    """The model to train: new, or with given weights, or still to be filled by a resumed run.
+
+    Its parameters are never held in half precision: small updates would round to nothing.
+    """
+    types = {"dtype": wide(settings.dtype), "compute": settings.dtype}
     if settings.resume or settings.init_from == "scratch":
         config, new = config_of(settings, vocab_size), not settings.resume
-        model = GPT2(config, settings.seed, settings.dtype, device, initialize=new)
+        model = GPT2(config, settings.seed, device=device, initialize=new, **types)
     else:
-        model = GPT2.from_pretrained(settings.init_from, device=device, dtype=settings.dtype)
+        model = GPT2.from_pretrained(settings.init_from, device, **types)
         model.set_dropout(settings.dropout)
     model.transformer.recompute = settings.recompute
     return model

@@ -50,10 +50,10 @@ def save_pretrained(
     stores the weights in that type, rounded to nearest. Raises UserError when it cannot be written.
     """
     folder = Path(folder)
-    arrays = {name: to_device(p.data, "cpu") for name, p in model.named_parameters()}
+    arrays = {name: p.numpy() for name, p in model.named_parameters()}
     write_safetensors(folder / MODEL, arrays, {"format": "pt", **(metadata or {})}, dtype)
     config = model.config.to_dict()
-    stored = dtype or str(model.transformer.wte.weight.dtype)
+    stored = dtype or str(arrays["transformer.wte.weight"].dtype)
     end_of_text = tokenizer.end_of_text if tokenizer else None
     config |= {"dtype": stored, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -82,7 +82,8 @@ def save_run(
     state = {"step": optimizer.steps, "val_loss": val_loss, "settings": settings}
     with written_as_set(folder) as new:
         save_pretrained(model, new, tokenizer, metadata=step)
-        write_safetensors(new / OPTIMIZER, _moments(model, optimizer), step)
+        moments = {name: to_device(m, "cpu") for name, m in _moments(model, optimizer).items()}
+        write_safetensors(new / OPTIMIZER, moments, step)
         write_text(new / STATE, json.dumps(state, indent=2) + "\n")
         if keep and (folder / STATE).exists():
             before = _read_state(folder)["step"]

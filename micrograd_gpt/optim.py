@@ -56,6 +56,7 @@ class AdamW:
             LayerNorm's, as GPT-2 and GPT-3 were trained.
 
     The moments `m` and `v` are lists of arrays in the order of `parameters`, zero at the start.
+    Raises ValueError for parameters held in half precision, where most updates round to nothing.
     """
 
     def __init__(
@@ -67,6 +68,11 @@ class AdamW:
         weight_decay: float = 0.1,
     ) -> None:
         self.parameters = list(parameters)
+        if half := next((p.half for p in self.parameters if p.half), None):
+            raise ValueError(
+                f"parameters held in {half} cannot be trained: hold them in float32 and compute in "
+                f'{half}, as GPT2(config, dtype="float32", compute="{half}") does'
+            )
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.steps = 0
         self.m = [array_module(p.data).zeros_like(p.data) for p in self.parameters]
