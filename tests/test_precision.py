@@ -144,19 +144,19 @@ def test_gradients_of_parameters_are_not_rounded(half: str) -> None:
     assert not is_kept(weight.grad, half) and not is_kept(bias.grad, half)
 
 
-@pytest.mark.parametrize("half", HALF)
-def test_the_loss_of_many_tokens_does_not_underflow(half: str) -> None:
-    """A token's share of the mean is 2e-5 here, and its gradients in float16 would be near 0."""
-    x = Tensor(numbers(1, 50_000, 2), dtype=half, requires_grad=True)
-    weight = Tensor(numbers(3, 2), requires_grad=True)
-    targets = np.random.default_rng(0).integers(0, 3, (1, 50_000))
+def test_the_loss_of_many_tokens_does_not_underflow() -> None:
+    """The mean's gradient in a logit is about 2.5e-7 here, where float16 has steps of 6e-8."""
+    x = Tensor(numbers(1, 20_000, 2), dtype="float16", requires_grad=True)
+    weight = Tensor(numbers(200, 2), requires_grad=True)
+    targets = np.random.default_rng(0).integers(0, 200, (1, 20_000))
     loss = F.linear_cross_entropy(x, weight, targets)
     assert loss.half is None
-    (loss * 1024).backward()
-    rounded = weight.grad / 1024
+    loss.backward()
+    rounded = weight.grad
     weight.grad = None
     F.linear_cross_entropy(Tensor(x.data), weight, targets).backward()
-    np.testing.assert_allclose(rounded, weight.grad, rtol=0, atol=2 * UNIT[half])
+    error = np.linalg.norm(rounded - weight.grad) / np.linalg.norm(weight.grad)
+    assert error < 4 * UNIT["float16"]  # the logits' and the gradients' own rounding
 
 
 # ---------------------------------------------------------------------------------------- the model
