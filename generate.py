@@ -61,13 +61,17 @@ DECODING: dict[str, Any] = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    from micrograd_gpt.backend import gpu_memory_errors, set_tf32
+
     flags = make_parser().parse_args(argv)
     if sys.stdout is None:
         raise UserError("stdout is closed: send it to a file, a pipe or a terminal")
     choices = {name: value for name, value in vars(flags).items() if name in DECODING}
     resolve(choices)  # what is wrong with the flags is said before a large model is loaded
     prompt = read_prompt(flags.prompt)
-    model, tokenizer = load(flags.model, flags.device, flags.dtype)
+    set_tf32(flags.tf32, flags.device)
+    with gpu_memory_errors("the weights do not fit; try --dtype bfloat16, or --device cpu"):
+        model, tokenizer = load(flags.model, flags.device, flags.dtype)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     if prompt is None:
         return converse(model, tokenizer, choices, flags.json)
@@ -100,6 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="float32",
         help="of the weights; half precision is faster on a GPU only (default: float32)",
     )
+    add("--tf32", action="store_true", help="with --device gpu: round products to 11 bits")
     add(
         "--json",
         action="store_true",
@@ -296,6 +301,7 @@ def continue_text(
     model: GPT2, tokenizer: Tokenizer, prompt: str, choices: dict[str, Any], as_json: bool
 ) -> bool:
     """Write the continuations of one prompt to stdout; False if Ctrl-C cut them short."""
+    from micrograd_gpt.backend import gpu_memory_errors
     from micrograd_gpt.beam_search import beam_search
     from micrograd_gpt.filters import NO_TOKEN_LEFT
     from micrograd_gpt.sampling import decode, start_samples
@@ -312,14 +318,20 @@ def continue_text(
 
     samples = start_samples([ids], settings)
     output = Output(samples, prompt, tokenizer, stop_texts, as_json)
+    rows = max(settings.num_samples, settings.num_beams)
+    advice = (
+        f"{rows} × {min(len(ids) + settings.max_new_tokens, n_positions)} tokens are decoded at "
+        "once; lower --num-samples, --num-beams or --max-new-tokens"
+    )
     try:
-        if settings.num_beams > 1:
-            beams = beam_search(model, ids, settings, hits_stop)
-            Output(beams, prompt, tokenizer, stop_texts, as_json).update()
-            return True
-        output.update()
-        for _ in decode(model, samples, settings):
+        with gpu_memory_errors(advice):
+            if settings.num_beams > 1:
+                beams = beam_search(model, ids, settings, hits_stop)
+                Output(beams, prompt, tokenizer, stop_texts, as_json).update()
+                return True
             output.update()
+            for _ in decode(model, samples, settings):
+                output.update()
         if any(sample.stopped == "no token left" for sample in samples):
             say(f"note: {NO_TOKEN_LEFT}")
         return True

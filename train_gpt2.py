@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from micrograd_gpt import checkpoint, cli, no_grad, optim, plan
-from micrograd_gpt.backend import resolve_device
+from micrograd_gpt.backend import gpu_memory_errors, resolve_device, set_tf32
 from micrograd_gpt.checkpoint import load_config
 from micrograd_gpt.data import Corpus, Windows, load_corpus
 from micrograd_gpt.errors import UserError
@@ -43,15 +43,26 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # samples may need it
     settings = resolve_settings(parse_flags(argv))
     device = resolve_device(settings.device)
-    out = Path(settings.out)
     if settings.plan:
         print(plan_of(settings))
         return 0
+    set_tf32(settings.tf32, device)
+    advice = (
+        f"a micro-batch has {settings.batch_size} × {settings.block_size} tokens; lower "
+        "--batch-size (and raise --grad-accum-steps, which keeps the step), or add --recompute"
+    )
+    with gpu_memory_errors(advice):
+        return train(settings, device)
+
+
+def train(settings: argparse.Namespace, device: str) -> int:
+    """Train as the settings say; returns the script's exit status."""
+    out = Path(settings.out)
 
     # Data: two streams of tokens, cut into windows of block_size
     tokenizer = load_tokenizer(out) if settings.resume else tokenizer_of(settings)
     corpus = load_corpus(settings.data, tokenizer, encoding=settings.encoding)
-    train, validation = (
+    training, validation = (
         Windows(tokens, settings.block_size) for tokens in (corpus.train, corpus.validation)
     )
     check_same_data(settings, corpus)
@@ -139,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         losses = []
         loss_scale = scaler.scale if scaler else 1.0
         for batch in batches_of(step, settings):
-            ids, targets = train.batch(settings.seed, batch, settings.batch_size)
+            ids, targets = training.batch(settings.seed, batch, settings.batch_size)
             model.random.reseed(settings.seed, batch)
             loss = model.loss(ids, targets) * (1 / settings.grad_accum_steps)
             (loss * loss_scale if scaler else loss).backward()
@@ -325,6 +336,7 @@ def plan_of(settings: argparse.Namespace) -> str:
         settings.grad_accum_steps,
         settings.recompute,
         settings.dtype,
+        device=resolve_device(settings.device),
     ).report(settings.max_steps, settings.rate, settings.devices)
 
 

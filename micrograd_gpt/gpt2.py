@@ -21,7 +21,7 @@ from micrograd_gpt import functional as F
 from micrograd_gpt.backend import Array, RandomStream, array_module, library_for
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.nn import Dropout, Embedding, Init, LayerNorm, Linear, Module
-from micrograd_gpt.precision import array_dtype, wide
+from micrograd_gpt.precision import array_dtype, half_name, wide
 from micrograd_gpt.tensor import Tensor, recompute
 
 SIZES = {  # OpenAI's four models
@@ -284,7 +284,8 @@ class GPT2(Module):
             arXiv:1710.03740). On the CPU half precision is emulated, see precision.py.
         initialize: False leaves the matrices unwritten, for a loader to fill.
 
-    Raises UserError where the device or what a type needs there is missing.
+    Raises ValueError for a `compute` that is neither `dtype` nor of half precision, UserError where
+    the device or what a type needs there is missing.
     """
 
     # Methods that stand on this model, defined above it and attached in micrograd_gpt/__init__.py
@@ -304,6 +305,8 @@ class GPT2(Module):
         self.config = dataclasses.replace(config)  # its own: set_dropout() changes it
         self.random = RandomStream(seed)  # numbers the dropout draws; reseed it at each step
         self.compute = compute or dtype
+        if self.compute != dtype and not half_name(self.compute):
+            raise ValueError(f"parameters of {dtype} cannot compute in {compute}: use one type")
         init = Init(seed, dtype, device, initialize, self.compute)
         self.half = init.half
         self.transformer = Transformer(config, init, self.random)

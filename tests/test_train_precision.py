@@ -130,8 +130,9 @@ def test_the_scale_does_not_show_in_the_losses(train: Run, monkeypatch: pytest.M
     losses = []
     for name, scale in (("high", 2.0**30), ("low", 2.0**12)):
         monkeypatch.setattr(optim.LossScaler.__init__, "__defaults__", (scale, 2000, 0, 0))
-        losses.append([row["train_loss"] for row in rows(train(name, "--dtype", "float16"))])
-    np.testing.assert_allclose(*losses, rtol=1e-5)  # but for gradients that rounded to zero
+        run = rows(train(name, "--dtype", "float16"))
+        losses.append([[row["train_loss"], row["grad_norm"]] for row in run])
+    np.testing.assert_allclose(*losses, rtol=1e-4)  # but for gradients that rounded to zero
 
 
 def test_a_loss_scale_that_collapses_stops_the_run(
