@@ -33,11 +33,14 @@ IGNORE = -100  # a target that counts for nothing, as in PyTorch and Transformer
 LOGITS_AT_ONCE = 2**26  # how many logits linear_cross_entropy holds at a time: 256 MB in float32
 
 
-def _check_dtype(name: str, *tensors: Tensor | None) -> None:
+def _check_dtype(name: str, first: Tensor, *others: Tensor | None) -> None:
     """ValueError unless all these tensors are of one and the same floating-point type."""
-    given = [t for t in tensors if t is not None]
-    if len({(t.dtype, t.half) for t in given}) > 1 or not is_float(given[0].dtype):
-        names = ", ".join(t.half or str(t.dtype) for t in given)
+    dtype, half = first.data.dtype, first.half
+    alike = is_float(dtype)
+    for t in others:
+        alike = alike and (t is None or (t.data.dtype == dtype and t.half == half))
+    if not alike:
+        names = ", ".join(t.half or str(t.dtype) for t in (first, *others) if t is not None)
         raise ValueError(f"{name} needs one float dtype, not {names}: convert with .astype()")
 
 
@@ -79,8 +82,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.shape[-1] != n_in or (bias is not None and bias.shape != (n_out,)):
         shapes = f"{x.shape} @ {weight.shape}" + (f" + {bias.shape}" if bias is not None else "")
         raise ValueError(f"linear: shapes do not fit: {shapes}")
-    rows, w = x.data.reshape(-1, n_in), _data_like(x, weight)  # (N, n_in)
-    y = linear_forward(rows, w, None if bias is None else _data_like(x, bias))
+    w, b = _in_precision_of(x, "linear", weight, bias)
+    rows = x.data.reshape(-1, n_in)  # (N, n_in)
+    y = linear_forward(rows, w, b)
     x_shape = x.shape
 
     def backward(grad: Array) -> tuple[Array, ...]:
@@ -91,12 +95,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return record("linear", y.reshape(*x_shape[:-1], n_out), inputs, backward, x.half)
 
 
-def _data_like(x: Tensor, parameter: Tensor) -> Array:
-    """A parameter's data in x's half precision; as they are where x is of their own type."""
-    if x.half and parameter.half != x.half:
-        return kept(parameter.data, x.half)
-    _check_dtype("linear", x, parameter)
-    return parameter.data
+def _in_precision_of(x: Tensor, name: str, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """The arrays of weight and bias, rounded where x is of half precision and they are wider."""
+    if x.half is None:
+        _check_dtype(name, x, weight, bias)
+        return weight.data, None if bias is None else bias.data
+    w, b = weight.data, None if bias is None else bias.data
+    w = w if weight.half == x.half else kept(w, x.half)
+    b = b if bias is None or bias.half == x.half else kept(b, x.half)
+    return w, b
 
 
 # ------------------------------------------------------------------------------------ embedding
@@ -104,7 +111,10 @@ def _data_like(x: Tensor, parameter: Tensor) -> Array:
 
 @accelerated
 def embedding_backward(grad: Array, ids: Array, dweight: Array) -> None:
-    """Add to the gradient of weight (V, C): each row of grad (…, C) where its id (…) says."""
+    """Add to the gradient of weight (V, C): each row of grad (…, C) where its id (…) says.
+
+    CuPy adds the rows of one id in no fixed order, so that last digits may differ from run to run.
+    """
     array_module(grad).add.at(dweight, ids, grad)  # a token that occurs twice gets both
 
 
@@ -115,6 +125,7 @@ def embedding(ids: Any, weight: Tensor) -> Tensor:
     """
     xp = array_module(weight.data)
     ids = ids.data if isinstance(ids, Tensor) else ids
+    ids = ids if hasattr(ids, "dtype") else np.asarray(ids)
     check_ids(ids, weight.shape[0])
     ids = xp.asarray(ids)
 
@@ -124,9 +135,8 @@ def embedding(ids: Any, weight: Tensor) -> Tensor:
     return record("embedding", widened(weight.data[ids]), [weight], backward, None)
 
 
-def check_ids(ids: Any, vocab_size: int) -> None:
+def check_ids(ids: Array, vocab_size: int) -> None:
     """Raise ValueError unless `ids` are integers in 0 … vocab_size-1 (on a GPU: integers)."""
-    ids = ids if hasattr(ids, "dtype") else np.asarray(ids)
     if ids.dtype.kind not in "iu":
         raise ValueError(f"token ids must be integers, not {ids.dtype}")
     if isinstance(ids, np.ndarray) and ids.size:  # a GPU would have to stop and wait for the answer
@@ -480,7 +490,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     scales what the forward found. Raises as `cross_entropy` does.
     """
     vocab_size, channels = weight.shape
-    half, rows, w = x.half, x.data.reshape(-1, channels), _data_like(x, weight)  # (N, C)
+    w, _ = _in_precision_of(x, "linear_cross_entropy", weight)
+    half, rows = x.half, x.data.reshape(-1, channels)  # (N, C)
     labels, count = _flat_targets(targets, x.shape[:-1], vocab_size, x.data)
     want_gradients = recording(x, weight)
     xp = array_module(rows)

@@ -8,8 +8,8 @@ nearest, ties to even, when it is kept: so do a GPU's matrix units, which add up
 
 On a GPU a half-precision array is what its name says, 2 bytes a number. The CPU has no fast
 arithmetic on such arrays, and emulates them: by float32 arrays whose values are rounded wherever
-the GPU would keep the result. The numbers are those of half precision, the speed and memory are
-not.
+the GPU would keep the result. That shows what half precision does to a model, and gains neither
+speed nor memory.
 """
 
 from __future__ import annotations
@@ -65,12 +65,13 @@ def emulation_note(dtype: str, device: str) -> str | None:
     """What a user should know who asks for this type on this device; None if nothing."""
     if half_name(dtype) is None or resolve_device(device) == "gpu":
         return None
-    return f"note: on the CPU {dtype} is emulated in float32: the same numbers, but not faster"
+    return f"note: on the CPU {dtype} is emulated, by rounding float32 numbers: it is not faster"
 
 
 def widened(array: Array) -> Array:
     """Half precision as float32, to compute with; any other array as it is."""
-    return array.astype(np.float32) if half_name(array.dtype) else array
+    is_half = array.dtype.itemsize == 2 and is_float(array.dtype)
+    return array.astype(np.float32) if is_half else array
 
 
 def kept(array: Array, half: str) -> Array:

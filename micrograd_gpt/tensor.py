@@ -111,7 +111,7 @@ def record(
     The result is rounded to `half`, a half-precision type, or to none; left out, to that of the
     inputs where they all have the same. Its gradient will be rounded likewise.
     """
-    if half == AS_INPUTS:
+    if half is AS_INPUTS:
         half = inputs[0].half
         if half and any(x.half != half for x in inputs):
             half = None
@@ -246,7 +246,7 @@ class Tensor:
     ) -> None:
         if isinstance(data, Tensor):
             data = data.data
-        self.half = half_name(dtype) if dtype is not None else None
+        self.half = None if dtype is None else half_name(dtype)
         if not hasattr(data, "dtype"):
             data = np.asarray(data, dtype=wide(dtype or np.float32))
         elif dtype is not None and not self.half:
@@ -254,6 +254,8 @@ class Tensor:
         if isinstance(data, np.generic):
             data = np.asarray(data)
         data = to_device(data, device) if device else data
+        if dtype is None and device_of(data) == "gpu":
+            self.half = half_name(data.dtype)
         self.data: Array = kept(data, self.half) if self.half else data
         if requires_grad and not is_float(self.data.dtype):
             raise ValueError(
@@ -300,14 +302,16 @@ class Tensor:
     def __repr__(self) -> str:
         made_by = f", made by {self._node.name}" if self._node else ""
         leaf = ", requires_grad=True" if self.requires_grad and not self._node else ""
-        return f"Tensor({self.data!r}{leaf}{made_by})"
+        half = f", {self.half}" if self.half else ""
+        return f"Tensor({self.data!r}{half}{leaf}{made_by})"
 
     def numpy(self) -> np.ndarray:
         """The data as a NumPy array: itself on the CPU, a copy from the GPU.
 
         Half precision comes as the same numbers in float32.
         """
-        return widened(to_device(self.data, "cpu"))
+        array = to_device(self.data, "cpu")
+        return widened(array) if self.half else array
 
     def item(self) -> float:
         """The one number of a tensor of size 1; raises ValueError for any other size."""
@@ -690,8 +694,9 @@ def draw_graph(result: Tensor) -> str:
     lines = ["digraph tape {", "  rankdir=LR;"]
     for node in nodes:
         names[node] = name = f"n{len(names)}"
+        kept_in = node.half or node.dtype
         title, shape = (node.name, "box") if isinstance(node, Node) else ("leaf", "ellipse")
-        lines.append(f'  {name} [shape={shape}, label="{title}\\n{node.shape} {node.dtype}"];')
+        lines.append(f'  {name} [shape={shape}, label="{title}\\n{node.shape} {kept_in}"];')
         if isinstance(node, Node):
             parents = (parent for parent in node.parents if parent is not None)
             lines += [f"  {names[parent]} -> {name};" for parent in parents]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from micrograd_gpt import Tensor, no_grad, optim
+from micrograd_gpt import Tensor, draw_graph, no_grad, optim
 from micrograd_gpt import functional as F
 from micrograd_gpt.data import Windows, load_corpus
 from micrograd_gpt.gpt2 import GPT2, GPT2Config, KVCache
@@ -71,6 +71,16 @@ def test_widened_is_the_array_itself_unless_it_is_half_precision() -> None:
     assert widened(x.astype("f2")).dtype == np.float32
     product = product_in_float32(np.full((1, 3), 0.1, "f2"), np.full((3, 1), 0.1, "f2"))
     assert product.dtype == np.float32 and not is_kept(product, "float16")
+
+
+def test_numpy_s_own_float16_arrays_stay_what_they_are() -> None:
+    x = Tensor(np.ones(3, np.float16))
+    assert x.half is None and x.dtype == np.float16 and x.numpy() is x.data
+
+
+def test_a_tensor_and_its_graph_tell_the_precision() -> None:
+    x = Tensor([1.0], requires_grad=True, dtype="bfloat16")
+    assert "bfloat16" in repr(x) and draw_graph(x * 2).count("bfloat16") == 2
 
 
 # --------------------------------------------------------------------------- what is rounded, where
@@ -185,6 +195,11 @@ def test_a_model_trains_in_half_precision_beside_float32_parameters(
     with definitions_only():
         plain = gradients(GPT2(config, compute=half), ids)
     assert np.linalg.norm(plain - rounded) / np.linalg.norm(exact) < 2 * UNIT[half]
+
+
+def test_other_types_do_not_mix() -> None:
+    with pytest.raises(ValueError, match="parameters of float32 cannot compute in float64"):
+        GPT2(GPT2Config(**SMALL), compute="float64")
 
 
 @pytest.mark.parametrize("half", HALF)

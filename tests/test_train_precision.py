@@ -75,7 +75,7 @@ def test_bfloat16_trains_beside_float32_files(
     exact, out = train("exact"), train("out", "--dtype", "bfloat16")
     notes = [line for line in capsys.readouterr().err.splitlines() if "note:" in line]
     assert notes == [
-        "note: on the CPU bfloat16 is emulated in float32: the same numbers, but not faster"
+        "note: on the CPU bfloat16 is emulated, by rounding float32 numbers: it is not faster"
     ]
     assert all(a.dtype == np.float32 for a in arrays(out).values())
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
