@@ -61,13 +61,17 @@ DECODING: dict[str, Any] = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    from micrograd_gpt.backend import gpu_memory_errors, set_tf32
+
     flags = make_parser().parse_args(argv)
     if sys.stdout is None:
         raise UserError("stdout is closed: send it to a file, a pipe or a terminal")
     choices = {name: value for name, value in vars(flags).items() if name in DECODING}
     resolve(choices)  # what is wrong with the flags is said before a large model is loaded
     prompt = read_prompt(flags.prompt)
-    model, tokenizer = load(flags.model, flags.device, flags.dtype)
+    set_tf32(flags.tf32, flags.device)
+    with gpu_memory_errors("the weights do not fit; try --dtype bfloat16, or --device cpu"):
+        model, tokenizer = load(flags.model, flags.device, flags.dtype)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     if prompt is None:
         return converse(model, tokenizer, choices, flags.json)
@@ -94,7 +98,13 @@ def make_parser() -> argparse.ArgumentParser:
         "(default: the folder out if it holds a checkpoint, else 124M)",
     )
     add("--device", choices=["cpu", "gpu", "cuda"], default="cpu", help="(default: cpu)")
-    add("--dtype", choices=["float32", "float64"], default="float32", help="(default: float32)")
+    add(
+        "--dtype",
+        choices=["float32", "float64", "bfloat16", "float16"],
+        default="float32",
+        help="of the weights; half precision is faster on a GPU only (default: float32)",
+    )
+    add("--tf32", action="store_true", help="with --device gpu: round products to 11 bits")
     add(
         "--json",
         action="store_true",
@@ -250,6 +260,7 @@ def read_prompt(given: str | None) -> str | None:
 def load(name: str | None, device: str, dtype: str) -> tuple[GPT2, Tokenizer]:
     """The model and its tokenizer; UserError where there are none, or they do not fit."""
     from micrograd_gpt.gpt2 import GPT2
+    from micrograd_gpt.precision import emulation_note
     from micrograd_gpt.pretrained import from_pretrained
     from micrograd_gpt.tokenizers import GPT2Tokenizer, load_tokenizer
 
@@ -257,6 +268,8 @@ def load(name: str | None, device: str, dtype: str) -> tuple[GPT2, Tokenizer]:
     if name is None:
         name = "out" if Path("out", "config.json").exists() else "124M"
         say(f"no --model given: using {name}")
+    if note := emulation_note(dtype, device):
+        say(note)
     tokenizer = load_tokenizer(name) if Path(name).is_dir() else GPT2Tokenizer()
     try:
         model = from_pretrained(GPT2, name, device, dtype)
@@ -288,6 +301,7 @@ def continue_text(
     model: GPT2, tokenizer: Tokenizer, prompt: str, choices: dict[str, Any], as_json: bool
 ) -> bool:
     """Write the continuations of one prompt to stdout; False if Ctrl-C cut them short."""
+    from micrograd_gpt.backend import gpu_memory_errors
     from micrograd_gpt.beam_search import beam_search
     from micrograd_gpt.filters import NO_TOKEN_LEFT
     from micrograd_gpt.sampling import decode, start_samples
@@ -304,14 +318,20 @@ def continue_text(
 
     samples = start_samples([ids], settings)
     output = Output(samples, prompt, tokenizer, stop_texts, as_json)
+    rows = max(settings.num_samples, settings.num_beams)
+    advice = (
+        f"{rows} × {min(len(ids) + settings.max_new_tokens, n_positions)} tokens are decoded at "
+        "once; lower --num-samples, --num-beams or --max-new-tokens"
+    )
     try:
-        if settings.num_beams > 1:
-            beams = beam_search(model, ids, settings, hits_stop)
-            Output(beams, prompt, tokenizer, stop_texts, as_json).update()
-            return True
-        output.update()
-        for _ in decode(model, samples, settings):
+        with gpu_memory_errors(advice):
+            if settings.num_beams > 1:
+                beams = beam_search(model, ids, settings, hits_stop)
+                Output(beams, prompt, tokenizer, stop_texts, as_json).update()
+                return True
             output.update()
+            for _ in decode(model, samples, settings):
+                output.update()
         if any(sample.stopped == "no token left" for sample in samples):
             say(f"note: {NO_TOKEN_LEFT}")
         return True

@@ -18,6 +18,7 @@ import math
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -26,12 +27,13 @@ from typing import Any
 from tqdm import tqdm
 
 from micrograd_gpt import checkpoint, cli, no_grad, optim, plan
-from micrograd_gpt.backend import resolve_device
+from micrograd_gpt.backend import gpu_memory_errors, resolve_device, set_tf32
 from micrograd_gpt.checkpoint import load_config
 from micrograd_gpt.data import Corpus, Windows, load_corpus
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config, size_name
-from micrograd_gpt.metrics import Metrics
+from micrograd_gpt.metrics import Metrics, Unread, read_numbers
+from micrograd_gpt.precision import emulation_note, wide
 from micrograd_gpt.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from micrograd_gpt.train_settings import is_size, parse_flags, resolve_settings
 
@@ -41,29 +43,45 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # samples may need it
     settings = resolve_settings(parse_flags(argv))
     device = resolve_device(settings.device)
-    out = Path(settings.out)
     if settings.plan:
         print(plan_of(settings))
         return 0
+    set_tf32(settings.tf32, device)
+    advice = (
+        f"a micro-batch has {settings.batch_size} × {settings.block_size} tokens; lower "
+        "--batch-size (and raise --grad-accum-steps, which keeps the step), or add --recompute"
+    )
+    with gpu_memory_errors(advice):
+        return train(settings, device)
+
+
+def train(settings: argparse.Namespace, device: str) -> int:
+    """Train as the settings say; returns the script's exit status."""
+    out = Path(settings.out)
 
     # Data: two streams of tokens, cut into windows of block_size
     tokenizer = load_tokenizer(out) if settings.resume else tokenizer_of(settings)
     corpus = load_corpus(settings.data, tokenizer, encoding=settings.encoding)
-    train, validation = (
+    training, validation = (
         Windows(tokens, settings.block_size) for tokens in (corpus.train, corpus.validation)
     )
     check_same_data(settings, corpus)
 
     # Model and optimizer
     model = make_model(settings, corpus.tokenizer.vocab_size, device)
+    if note := emulation_note(settings.dtype, device):
+        say(note)
     optimizer = optim.AdamW(
         model.parameters(),
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
     )
+    scaler = optim.LossScaler() if settings.dtype == "float16" else None
+    if scaler:  # which sees to it that an overflow does no harm
+        warnings.filterwarnings("ignore", "(invalid value|overflow) encountered", RuntimeWarning)
     if settings.resume:
-        checkpoint.load_run(out, model, optimizer)
+        checkpoint.load_run(out, model, optimizer, scaler)
         checkpoint.keep_best(out)
         if optimizer.steps >= settings.max_steps:
             raise UserError(
@@ -94,9 +112,20 @@ def main(argv: list[str] | None = None) -> int:
         total=settings.max_steps, initial=optimizer.steps, unit="step", disable=None, smoothing=0.05
     )
 
+    unread = Unread()
+    train_loss = grad_norm = math.nan
+
+    def look() -> None:
+        """Learn the latest loss and gradient norm; UserError if those of a step are not finite."""
+        nonlocal train_loss, grad_norm
+        for step, train_loss, grad_norm in unread.read():
+            if not math.isfinite(train_loss) or not math.isfinite(grad_norm):
+                raise UserError(what_went_wrong(settings, step, train_loss, grad_norm))
+
     def save() -> None:
         nonlocal saved_step, best_loss
-        run = (model, corpus.tokenizer, optimizer, vars(settings), val_loss, settings.keep)
+        look()  # nothing is saved that is not known to be good
+        run = (model, corpus.tokenizer, optimizer, vars(settings), val_loss, settings.keep, scaler)
         try:
             checkpoint.save_run(out, *run)
         except UserError as error:
@@ -135,32 +164,42 @@ def main(argv: list[str] | None = None) -> int:
         )
 
         # Gradients of the mean loss over all micro-batches, each dropping out its own way
-        train_loss = 0.0
-        batches = range(step * settings.grad_accum_steps, (step + 1) * settings.grad_accum_steps)
-        for batch in batches:
-            ids, targets = train.batch(settings.seed, batch, settings.batch_size)
+        losses = []
+        loss_scale = scaler.scale if scaler else 1.0
+        for batch in batches_of(step, settings):
+            ids, targets = training.batch(settings.seed, batch, settings.batch_size)
             model.random.reseed(settings.seed, batch)
             loss = model.loss(ids, targets) * (1 / settings.grad_accum_steps)
-            loss.backward()
-            train_loss += loss.item()
-        grad_norm = optim.clip_grad_norm(optimizer.parameters, settings.grad_clip)
-        if not math.isfinite(train_loss) or not math.isfinite(grad_norm):
-            raise UserError(
-                f"step {step}: the loss is {train_loss}, the gradient norm {grad_norm}, in batch "
-                f"{'-'.join(map(str, sorted({batches[0], batches[-1]})))} of seed {settings.seed}; "
-                f"the last good checkpoint: {checkpoint.last_good(out, step)}; "
-                "try a smaller --learning-rate"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
+            (loss * loss_scale if scaler else loss).backward()
+            losses.append(loss.data)
+        norm = optim.clip_grad_norm(optimizer.parameters, settings.grad_clip, loss_scale)
 
-        # What happened: progress bar, evaluation, metrics, sample, checkpoint
-        done = optimizer.steps
+        # Where float16 overflowed the step is tried again, with the gradients scaled less
+        if scaler:
+            *losses, norm = read_numbers([*losses, norm])
+            may_step = update_scaler(scaler, norm, settings, step)
+            if scaler.scale != loss_scale:
+                say(f"step {step}: the loss scale is now {scaler.scale:.0f}", bar)
+            if not may_step:
+                optimizer.zero_grad()
+                continue
+        unread.add(step, losses, norm)
+
+        # What happens now: progress bar, evaluation, metrics, sample, checkpoint
+        done = step + 1
         last = done == settings.max_steps
         eval_now = done % settings.eval_interval == 0 or last
+        log_now = done % settings.log_interval == 0 or eval_now
+        sample_now = done % settings.sample_interval == 0 and not last
+        save_now = done % settings.save_interval == 0 and not last
         val_loss = None
+        # To look at a loss is to wait for it, which a GPU is spared for most steps
+        if device == "cpu" or log_now or sample_now or save_now or stop.requested:
+            look()
+        optimizer.step()
+        optimizer.zero_grad()
         bar.update()
-        if done % settings.log_interval == 0 or eval_now:
+        if log_now:
             now = time.perf_counter()
             tokens_per_second = (done - last_step) * tokens_per_step / (now - last_time)
             row = {
@@ -171,6 +210,8 @@ def main(argv: list[str] | None = None) -> int:
                 "tokens_per_second": round(tokens_per_second, 1),
                 "elapsed_seconds": round(now - started, 2),
             }
+            if scaler:
+                row |= {"loss_scale": scaler.scale, "skipped_steps": scaler.skipped_steps}
             bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s")
             if eval_now:
                 val_loss = evaluate(model, validation, settings)
@@ -182,10 +223,10 @@ def main(argv: list[str] | None = None) -> int:
                 )
             attempt(record, row)
             last_step, last_time = done, time.perf_counter()
-        if done % settings.sample_interval == 0 and not last and not stop.requested:
+        if sample_now and not stop.requested:
             say(f"--- sample\n{sample(model, corpus, done)}\n---", bar)
         best = val_loss is not None and val_loss < best_loss
-        if (done % settings.save_interval == 0 or best) and not last:
+        if save_now or (best and not last):
             attempt(save)
         if val_loss is not None:
             attempt(metrics.draw, needed=False)
@@ -241,12 +282,16 @@ def config_of(settings: argparse.Namespace, vocab_size: int) -> GPT2Config:
 
 
 def make_model(settings: argparse.Namespace, vocab_size: int, device: str) -> GPT2:
-    """The model to train: new, or with given weights, or still to be filled by a resumed run."""
+    """The model to train: new, or with given weights, or still to be filled by a resumed run.
+
+    Its parameters are never held in half precision: small updates would round to nothing.
+    """
+    types = {"dtype": wide(settings.dtype), "compute": settings.dtype}
     if settings.resume or settings.init_from == "scratch":
         config, new = config_of(settings, vocab_size), not settings.resume
-        model = GPT2(config, settings.seed, settings.dtype, device, initialize=new)
+        model = GPT2(config, settings.seed, device=device, initialize=new, **types)
     else:
-        model = GPT2.from_pretrained(settings.init_from, device=device, dtype=settings.dtype)
+        model = GPT2.from_pretrained(settings.init_from, device, **types)
         model.set_dropout(settings.dropout)
     model.transformer.recompute = settings.recompute
     return model
@@ -267,6 +312,34 @@ def check_same_data(settings: argparse.Namespace, corpus: Corpus) -> None:
     settings.data_fingerprint, settings.training_tokens = fingerprint, None
 
 
+def batches_of(step: int, settings: argparse.Namespace) -> range:
+    """The numbers of the micro-batches that make up a step."""
+    count = settings.grad_accum_steps
+    return range(step * count, (step + 1) * count)
+
+
+def what_went_wrong(settings: argparse.Namespace, step: int, loss: float, norm: float) -> str:
+    """Of a step whose loss or gradient is no finite number: where it is, and what to do."""
+    batches = batches_of(step, settings)
+    return (
+        f"step {step}: the loss is {loss}, the gradient norm {norm}, in batch "
+        f"{'-'.join(map(str, sorted({batches[0], batches[-1]})))} of seed {settings.seed}; "
+        f"the last good checkpoint: {checkpoint.last_good(settings.out, step)}; "
+        "try a smaller --learning-rate"
+    )
+
+
+def update_scaler(
+    scaler: optim.LossScaler, grad_norm: float, settings: argparse.Namespace, step: int
+) -> bool:
+    """`scaler.update`, with the step in its error."""
+    try:
+        return scaler.update(grad_norm)
+    except UserError as error:
+        good = checkpoint.last_good(settings.out, step)
+        raise UserError(f"step {step}: {error}; the last good checkpoint: {good}") from None
+
+
 def plan_of(settings: argparse.Namespace) -> str:
     """What --plan prints. Data is read only where the vocabulary depends on it."""
     tokenizer = load_tokenizer(settings.out) if settings.resume else tokenizer_of(settings)
@@ -283,6 +356,7 @@ def plan_of(settings: argparse.Namespace) -> str:
         settings.grad_accum_steps,
         settings.recompute,
         settings.dtype,
+        device=resolve_device(settings.device),
     ).report(settings.max_steps, settings.rate, settings.devices)
 
 

@@ -7,8 +7,11 @@ for, and never before.
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -20,6 +23,7 @@ Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray; CuPy need not be instal
 Key: TypeAlias = tuple[int, ...]  # names one random draw: the same key gives the same numbers
 
 DEVICES = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
+INSTALL_CUPY = "pip install -e '.[cuda13]' (or '.[cuda12]')"
 DROPOUT_ROWS = 128  # rows of attention weights that share one random draw
 
 
@@ -44,19 +48,66 @@ def library_for(device: str) -> ModuleType:
     """The array library of a device; raises UserError when there is no GPU to compute on."""
     if resolve_device(device) == "cpu":
         return np
+    return _usable_cupy()
+
+
+@functools.cache
+def _usable_cupy() -> ModuleType:
+    # CuPy, if it is there and has a GPU; else UserError. A failure is not remembered.
     try:
         import cupy
-    except ImportError:
-        raise UserError(
-            "--device gpu needs CuPy: pip install -e '.[cuda13]' (or '.[cuda12]')"
-        ) from None
+    except ModuleNotFoundError as problem:
+        if problem.name != "cupy":
+            raise UserError(f"CuPy cannot be imported ({problem}): {INSTALL_CUPY}") from None
+        raise UserError(f"--device gpu needs CuPy: {INSTALL_CUPY}") from None
+    except ImportError as problem:  # a library of CUDA's that is missing, say
+        reason = " ".join(str(problem).split())
+        raise UserError(f"CuPy cannot be imported ({reason}): {INSTALL_CUPY}") from None
+    runtime = cupy.cuda.runtime
     try:
-        found = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as problem:
+        found = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as problem:
+        driver = runtime.driverGetVersion()  # 12040 is CUDA 12.4, 0 is no driver
+        if driver == 0:
+            raise UserError("there is no NVIDIA driver here; use --device cpu") from None
+        if driver < runtime.runtimeGetVersion():
+            raise UserError(
+                f"the NVIDIA driver is too old for this CuPy: it knows CUDA {_cuda(driver)}, CuPy "
+                f"was built for {_cuda(runtime.runtimeGetVersion())}; update the driver, or "
+                "pip install -e '.[cuda12]'"
+            ) from None
         raise UserError(f"CuPy finds no usable NVIDIA GPU ({problem}); use --device cpu") from None
     if not found:
         raise UserError("CuPy finds no NVIDIA GPU; use --device cpu")
     return cupy
+
+
+def _cuda(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+@contextmanager
+def gpu_memory_errors(advice: str) -> Iterator[None]:
+    """Within this block, a GPU that runs out of memory is a UserError that ends in `advice`."""
+    try:
+        yield
+    except MemoryError as error:
+        if type(error).__module__ != "cupy.cuda.memory":
+            raise
+        raise UserError(f"the GPU is out of memory ({error}): {advice}") from error
+
+
+def set_tf32(on: bool, device: str) -> None:
+    """Let float32 matrix products on the GPU round what they multiply to TF32, or forbid it.
+
+    TF32 has float32's exponent and float16's precision of 11 bits, and runs on tensor cores. CuPy
+    reads CUPY_TF32 at its first float32 product, so this must come before. Raises UserError for the
+    CPU, which has no such thing.
+    """
+    if resolve_device(device) == "gpu":
+        os.environ["CUPY_TF32"] = "1" if on else "0"
+    elif on:
+        raise UserError("--tf32 is for --device gpu: leave it out, or train on a GPU")
 
 
 def to_device(array: Array, device: str) -> Array:

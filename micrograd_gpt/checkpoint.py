@@ -15,6 +15,7 @@ carry that step, so that a set which was mixed by hand is recognised and named.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import zlib
@@ -30,7 +31,7 @@ from micrograd_gpt.errors import UserError
 from micrograd_gpt.file_sets import SAVED, finish_set, link_set, remove_folder, written_as_set
 from micrograd_gpt.files import read_json, reading, write_text
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.optim import AdamW
+from micrograd_gpt.optim import AdamW, LossScaler
 from micrograd_gpt.shards import Shards, blocks
 from micrograd_gpt.tensor_files import TensorFile, write_safetensors
 from micrograd_gpt.tokenizers import FILE_NAME, Tokenizer
@@ -53,10 +54,10 @@ def save_pretrained(
     stores the weights in that type, rounded to nearest. Raises UserError when it cannot be written.
     """
     folder = Path(folder)
-    arrays = {name: to_device(p.data, "cpu") for name, p in model.named_parameters()}
+    arrays = {name: p.numpy() for name, p in model.named_parameters()}
     write_safetensors(folder / MODEL, arrays, {"format": "pt", **(metadata or {})}, dtype)
     config = model.config.to_dict()
-    stored = dtype or str(model.transformer.wte.weight.dtype)
+    stored = dtype or str(arrays["transformer.wte.weight"].dtype)
     end_of_text = tokenizer.end_of_text if tokenizer else None
     config |= {"dtype": stored, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -72,6 +73,7 @@ def save_run(
     settings: dict[str, Any],
     val_loss: float | None = None,
     keep: int = 0,
+    scaler: LossScaler | None = None,
 ) -> None:
     """Write everything `load_run` needs to continue exactly after `optimizer.steps` steps.
 
@@ -83,9 +85,12 @@ def save_run(
     folder = Path(folder)
     step = {"step": str(optimizer.steps)}
     state = {"step": optimizer.steps, "val_loss": val_loss, "settings": settings}
+    if scaler:
+        state["loss_scaler"] = dataclasses.asdict(scaler)
     with written_as_set(folder) as new:
         save_pretrained(model, new, tokenizer, metadata=step)
-        write_safetensors(new / OPTIMIZER, _moments(model, optimizer), step)
+        moments = {name: to_device(m, "cpu") for name, m in _moments(model, optimizer).items()}
+        write_safetensors(new / OPTIMIZER, moments, step)
         write_text(new / STATE, json.dumps(state, indent=2) + "\n")
         if keep and (folder / STATE).exists():
             before = _read_state(folder)["step"]
@@ -195,13 +200,18 @@ def load_settings(folder: str | Path) -> dict[str, Any]:
     return _read_state(Path(folder))["settings"]
 
 
-def load_run(folder: str | Path, model: GPT2, optimizer: AdamW) -> None:
-    """Fill `model` and `optimizer` with what `save_run` wrote.
+def load_run(
+    folder: str | Path, model: GPT2, optimizer: AdamW, scaler: LossScaler | None = None
+) -> None:
+    """Fill `model`, `optimizer` and `scaler` with what `save_run` wrote.
 
     Raises UserError naming the file that is missing, damaged, of another model or another step.
     """
     folder = Path(folder)
-    step = _read_state(folder)["step"]
+    state = _read_state(folder)
+    step = state["step"]
+    if scaler:
+        _fill_scaler(scaler, state.get("loss_scaler"), folder)
     weights = {name: p.data for name, p in model.named_parameters()}
     for name, arrays in ((MODEL, weights), (OPTIMIZER, _moments(model, optimizer))):
         file = TensorFile(folder / name)
@@ -212,6 +222,19 @@ def load_run(folder: str | Path, model: GPT2, optimizer: AdamW) -> None:
             )
         fill(arrays, file)
     optimizer.steps = step
+
+
+def _fill_scaler(scaler: LossScaler, values: Any, folder: Path) -> None:
+    try:
+        dataclasses.replace(scaler, **values)  # TypeError unless the names are a scaler's
+        if not all(math.isfinite(value) and value >= 0 for value in values.values()):
+            raise ValueError(values)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{folder / STATE} is damaged: its loss_scaler is {values!r}; start again from the "
+            "weights with --init-from"
+        ) from None
+    vars(scaler).update(values)
 
 
 def fill(arrays: dict[str, Any], file: TensorFile) -> None:

@@ -8,6 +8,10 @@ tensors, which runs the forward and puts the backward on the tape.
 Forward and backward are written for any array library (`xp`), to be read. Those marked
 `@accelerated` have a faster equal in `kernels/`, chosen by the device.
 
+In half precision (see precision.py) the results of linear, gelu, attention and dropout are kept in
+the type of what they are given, and so are the gradients that pass through them. In between
+everything is computed in float32: sums, statistics, softmax, the loss, the gradients of parameters.
+
 Shapes: B batch, T time (tokens), C channels, H heads, D head size, V vocabulary, N rows (any
 leading dimensions, flattened).
 """
@@ -22,17 +26,21 @@ import numpy as np
 from micrograd_gpt import backend
 from micrograd_gpt.backend import Array, Key, array_module
 from micrograd_gpt.kernels import accelerated
+from micrograd_gpt.precision import is_float, kept, product_in_float32, wide, widened
 from micrograd_gpt.tensor import AddInto, Tensor, record, recording
 
 IGNORE = -100  # a target that counts for nothing, as in PyTorch and Transformers
 LOGITS_AT_ONCE = 2**26  # how many logits linear_cross_entropy holds at a time: 256 MB in float32
 
 
-def _check_dtype(name: str, *tensors: Tensor | None) -> None:
+def _check_dtype(name: str, first: Tensor, *others: Tensor | None) -> None:
     """ValueError unless all these tensors are of one and the same floating-point type."""
-    dtypes = {t.dtype for t in tensors if t is not None}
-    if len(dtypes) > 1 or dtypes.pop().kind != "f":
-        names = ", ".join(str(t.dtype) for t in tensors if t is not None)
+    dtype, half = first.data.dtype, first.half
+    alike = is_float(dtype)
+    for t in others:
+        alike = alike and (t is None or (t.data.dtype == dtype and t.half == half))
+    if not alike:
+        names = ", ".join(t.half or str(t.dtype) for t in (first, *others) if t is not None)
         raise ValueError(f"{name} needs one float dtype, not {names}: convert with .astype()")
 
 
@@ -41,7 +49,9 @@ def _check_dtype(name: str, *tensors: Tensor | None) -> None:
 
 @accelerated
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
-    """a (n, k) @ b (k, m) -> (n, m)."""
+    """a (n, k) @ b (k, m) -> (n, m), in `out` where given; rounded only where that is narrower."""
+    if out is not None and out.dtype.itemsize > a.dtype.itemsize:
+        return product_in_float32(a, b, out)
     return array_module(a).matmul(a, b, out=out)
 
 
@@ -54,10 +64,10 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
 
 @accelerated
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
-    """Gradients of x, weight and bias. Saved: x and weight."""
+    """Gradients of x, weight and bias, the last two not rounded. Saved: x and weight."""
     dx = grad @ weight.T  # (N, n_in)
-    dweight = x.T @ grad  # (n_in, n_out)
-    dbias = grad.sum(axis=0)  # (n_out,)
+    dweight = product_in_float32(x.T, grad)  # (n_in, n_out)
+    dbias = widened(grad).sum(axis=0)  # (n_out,)
     return dx, dweight, dbias
 
 
@@ -65,15 +75,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (…, n_in) times weight (n_in, n_out) plus bias (n_out,) -> (…, n_out).
 
     Weights are (in, out), as GPT-2 stores them ("Conv1D" in Transformers), not PyTorch's (out, in).
-    Raises ValueError when the shapes do not fit.
+    For an x of half precision weight and bias are rounded to its type, if they are wider, and their
+    gradients are not. Raises ValueError when the shapes do not fit.
     """
     n_in, n_out = weight.shape
     if x.shape[-1] != n_in or (bias is not None and bias.shape != (n_out,)):
         shapes = f"{x.shape} @ {weight.shape}" + (f" + {bias.shape}" if bias is not None else "")
         raise ValueError(f"linear: shapes do not fit: {shapes}")
-    _check_dtype("linear", x, weight, bias)
-    rows, w = x.data.reshape(-1, n_in), weight.data  # (N, n_in)
-    y = linear_forward(rows, w, None if bias is None else bias.data)
+    w, b = _in_precision_of(x, "linear", weight, bias)
+    rows = x.data.reshape(-1, n_in)  # (N, n_in)
+    y = linear_forward(rows, w, b)
     x_shape = x.shape
 
     def backward(grad: Array) -> tuple[Array, ...]:
@@ -81,7 +92,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return (dx.reshape(x_shape), dweight, dbias)[: 2 if bias is None else 3]
 
     inputs = [x, weight] if bias is None else [x, weight, bias]
-    return record("linear", y.reshape(*x_shape[:-1], n_out), inputs, backward)
+    return record("linear", y.reshape(*x_shape[:-1], n_out), inputs, backward, x.half)
+
+
+def _in_precision_of(x: Tensor, name: str, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """The arrays of weight and bias, rounded where x is of half precision and they are wider."""
+    if x.half is None:
+        _check_dtype(name, x, weight, bias)
+        return weight.data, None if bias is None else bias.data
+    w, b = weight.data, None if bias is None else bias.data
+    w = w if weight.half == x.half else kept(w, x.half)
+    b = b if bias is None or bias.half == x.half else kept(b, x.half)
+    return w, b
 
 
 # ------------------------------------------------------------------------------------ embedding
@@ -89,23 +111,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @accelerated
 def embedding_backward(grad: Array, ids: Array, dweight: Array) -> None:
-    """Add to the gradient of weight (V, C): each row of grad (…, C) where its id (…) says."""
+    """Add to the gradient of weight (V, C): each row of grad (…, C) where its id (…) says.
+
+    CuPy adds the rows of one id in no fixed order, so that last digits may differ from run to run.
+    """
     array_module(grad).add.at(dweight, ids, grad)  # a token that occurs twice gets both
 
 
 def embedding(ids: Any, weight: Tensor) -> Tensor:
-    """Rows of weight (V, C) picked by integer ids (…) -> (…, C).
+    """Rows of weight (V, C) picked by integer ids (…) -> (…, C), never in half precision.
 
-    Raises ValueError for ids that are not integers and, on the CPU, for one outside 0 … V-1.
+    Raises ValueError for ids that are not integers and, of ids on the CPU, for one outside 0 … V-1.
     """
     xp = array_module(weight.data)
-    ids = xp.asarray(ids.data if isinstance(ids, Tensor) else ids)
+    ids = ids.data if isinstance(ids, Tensor) else ids
+    ids = ids if hasattr(ids, "dtype") else np.asarray(ids)
     check_ids(ids, weight.shape[0])
+    ids = xp.asarray(ids)
 
     def backward(grad: Array) -> tuple[AddInto]:
         return (lambda dweight: embedding_backward(grad, ids, dweight),)  # few rows of it
 
-    return record("embedding", weight.data[ids], [weight], backward)
+    return record("embedding", widened(weight.data[ids]), [weight], backward, None)
 
 
 def check_ids(ids: Array, vocab_size: int) -> None:
@@ -186,14 +213,14 @@ GELU_CUBIC = 0.044715
 @accelerated
 def gelu_forward(x: Array) -> Array:
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x³)))."""
-    xp = array_module(x)
+    xp, x = array_module(x), widened(x)
     return 0.5 * x * (1 + xp.tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x)))
 
 
 @accelerated
 def gelu_backward(grad: Array, x: Array) -> Array:
     """Gradient of x. Saved: x; the tanh is computed again."""
-    xp = array_module(x)
+    xp, x = array_module(x), widened(x)
     t = xp.tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x))
     dt = (1 - t * t) * GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x)
     return grad * (0.5 * (1 + t) + 0.5 * x * dt)
@@ -214,8 +241,8 @@ def gelu(x: Tensor) -> Tensor:
 
 def softmax(x: Tensor) -> Tensor:
     """exp(x) / sum(exp(x)) over the last axis, of any shape."""
-    xp = array_module(x.data)
-    y = xp.exp(x.data - x.data.max(axis=-1, keepdims=True))
+    xp, rows = array_module(x.data), widened(x.data)
+    y = xp.exp(rows - rows.max(axis=-1, keepdims=True))
     y /= y.sum(axis=-1, keepdims=True)
 
     def backward(grad: Array) -> tuple[Array]:
@@ -226,8 +253,8 @@ def softmax(x: Tensor) -> Tensor:
 
 def log_softmax(x: Tensor) -> Tensor:
     """log(softmax(x)) over the last axis, of any shape, without ever taking the log of a 0."""
-    xp = array_module(x.data)
-    shifted = x.data - x.data.max(axis=-1, keepdims=True)
+    xp, rows = array_module(x.data), widened(x.data)
+    shifted = rows - rows.max(axis=-1, keepdims=True)
     y = shifted - xp.log(xp.exp(shifted).sum(axis=-1, keepdims=True))
 
     def backward(grad: Array) -> tuple[Array]:
@@ -273,6 +300,7 @@ def attention_forward(
     a copy, and each row's log of the softmax's denominator (B, H, Tq) for the backward.
     """
     xp = array_module(q)
+    q, k, v = widened(q), widened(k), widened(v)
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, Tq, Tk)
     scores = xp.where(causal_mask(q.shape[-2], k.shape[-2], xp), scores, -np.inf)
     largest = scores.max(axis=-1, keepdims=True)  # (B, H, Tq, 1)
@@ -308,6 +336,7 @@ def attention_backward(
     arXiv:2205.14135, appendix B.2), dropout or not.
     """
     xp = array_module(q)
+    grad, q, k, v, out = (widened(array) for array in (grad, q, k, v, out))
     scale = 1 / math.sqrt(q.shape[-1])
     dmixed = grad.swapaxes(1, 2)  # (B, H, T, D)
     scores = q @ k.swapaxes(-1, -2) * scale  # (B, H, T, T)
@@ -345,6 +374,7 @@ def causal_attention(qkv: Tensor, n_head: int, dropout: float = 0.0, key: Key = 
     _check_dtype("causal_attention", qkv)
     q, k, v = split_heads(qkv.data, n_head)
     out, log_total = attention_forward(q, k, v, dropout, key)  # (B, T, H, D), (B, H, T)
+    out = kept(out, qkv.half) if qkv.half else out
 
     def backward(grad: Array) -> tuple[Array]:
         dmixed = grad.reshape(out.shape)
@@ -380,7 +410,7 @@ def cached_attention(
         keys[rows, :, start:end], values[rows, :, start:end] = k[rows], v[rows]
         outs.append(attention_forward(q[rows], keys[rows, :, :end], values[rows, :, :end])[0])
     out = outs[0] if alike else array_module(outs[0]).concatenate(outs)  # (B, T, H, D)
-    return Tensor(out.reshape(b, t, width // 3))
+    return record("cached_attention", out.reshape(b, t, width // 3), [qkv], lambda grad: (None,))
 
 
 # -------------------------------------------------------------------------------------- dropout
@@ -395,7 +425,8 @@ def dropout(x: Tensor, p: float, key: Key) -> Tensor:
         raise ValueError(f"dropout probability must be in [0, 1), not {p}")
     if p == 0:
         return x
-    factors = backend.dropout_factors(key, x.shape, p, array_module(x.data)).astype(x.dtype)
+    factors = backend.dropout_factors(key, x.shape, p, array_module(x.data))
+    factors = factors.astype(wide(x.dtype), copy=False)
     return record("dropout", x.data * factors, [x], lambda grad: (grad * factors,))
 
 
@@ -412,7 +443,8 @@ def cross_entropy_forward(
     at the target: computed here, where the exponentials are at hand, and multiplied by `scale`.
     It goes into `out`, which may be `logits` itself.
     """
-    xp = array_module(logits)
+    xp, kept_in = array_module(logits), logits.dtype
+    logits = widened(logits)
     counted = targets != IGNORE
     rows = xp.arange(len(targets))
     label = xp.where(counted, targets, 0)
@@ -422,8 +454,11 @@ def cross_entropy_forward(
     losses = xp.where(counted, xp.log(total[:, 0]) - shifted[rows, label], 0)
     dlogits /= total
     dlogits[rows, label] -= 1
-    dlogits = xp.multiply(dlogits, scale * counted[:, None], out=out, dtype=logits.dtype)
-    return losses.sum(), dlogits
+    dlogits *= (scale * counted[:, None]).astype(dlogits.dtype)
+    if out is None:
+        return losses.sum(), dlogits.astype(kept_in, copy=False)
+    out[...] = dlogits
+    return losses.sum(), out
 
 
 def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
@@ -434,15 +469,16 @@ def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
     """
     _check_dtype("cross_entropy", logits)
     vocab_size = logits.shape[-1]
-    labels = _flat_targets(targets, logits.shape[:-1], vocab_size, logits.data)
-    count = _count_targets(labels)
+    labels, count = _flat_targets(targets, logits.shape[:-1], vocab_size, logits.data)
     total, dlogits = cross_entropy_forward(logits.data.reshape(-1, vocab_size), labels)
+    dlogits = kept(dlogits, logits.half) if logits.half else dlogits
     shape = logits.shape
     return record(
         "cross_entropy",
         total / count,
         [logits],
         lambda grad: ((dlogits * (grad / count)).reshape(shape),),
+        half=None,
     )
 
 
@@ -453,53 +489,60 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     they lead to, so that at most `LOGITS_AT_ONCE` logits exist at any moment. Backward then only
     scales what the forward found. Raises as `cross_entropy` does.
     """
-    _check_dtype("linear_cross_entropy", x, weight)
     vocab_size, channels = weight.shape
-    rows, w = x.data.reshape(-1, channels), weight.data  # (N, C)
-    labels = _flat_targets(targets, x.shape[:-1], vocab_size, x.data)
-    count = _count_targets(labels)
+    w, _ = _in_precision_of(x, "linear_cross_entropy", weight)
+    half, rows = x.half, x.data.reshape(-1, channels)  # (N, C)
+    labels, count = _flat_targets(targets, x.shape[:-1], vocab_size, x.data)
     want_gradients = recording(x, weight)
     xp = array_module(rows)
     dx: Any = xp.empty_like(rows) if want_gradients else None  # (N, C)
     dweight: Any = None  # (V, C)
     loss = 0.0
+    # A share of the mean may be too small for half precision: there it is taken in the backward
+    scale = 1 if half else 1 / count
     parts = -(-len(rows) * vocab_size // LOGITS_AT_ONCE)
     size = max(1, len(rows) // parts)
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         logits = matmul(rows[part], w.T)  # (size, V)
-        total, dlogits = cross_entropy_forward(logits, labels[part], 1 / count, out=logits)
+        logits = kept(logits, half) if half else logits
+        total, dlogits = cross_entropy_forward(logits, labels[part], scale, out=logits)
         loss = loss + total
         if want_gradients:
+            dlogits = kept(dlogits, half) if half else dlogits
             matmul(dlogits, w, out=dx[part])
-            dw = matmul(dlogits.T, rows[part])  # (V, C)
+            dw = xp.empty((vocab_size, channels), wide(rows.dtype))
+            matmul(dlogits.T, rows[part], out=dw)
             dweight = dw if dweight is None else xp.add(dweight, dw, out=dweight)
     shape = x.shape
 
     def backward(grad: Array) -> tuple[Array, Array]:
+        factor = grad / count if half else grad
         for array in (dx, dweight):
-            array *= grad
+            array *= factor
         return dx.reshape(shape), dweight
 
-    return record("linear_cross_entropy", loss / count, [x, weight], backward)
+    return record("linear_cross_entropy", loss / count, [x, weight], backward, half=None)
 
 
-def _flat_targets(targets: Any, shape: tuple[int, ...], vocab_size: int, like: Array) -> Array:
-    """Targets (…) as one row (N,) beside `like`; ValueError unless they fit `shape` and V."""
-    xp = array_module(like)
-    labels = xp.asarray(targets.data if isinstance(targets, Tensor) else targets)
+def _flat_targets(
+    targets: Any, shape: tuple[int, ...], vocab_size: int, like: Array
+) -> tuple[Array, Any]:
+    """Targets (…) as one row (N,) beside `like`, and how many of them count.
+
+    Raises ValueError unless they fit `shape` and, of targets on the CPU, V, and some count: a GPU
+    would have to stop and wait to be asked.
+    """
+    labels = targets.data if isinstance(targets, Tensor) else targets
+    labels = labels if hasattr(labels, "dtype") else np.asarray(labels)
     if labels.shape != shape:
         raise ValueError(f"cross_entropy: targets {labels.shape} for rows of shape {shape}")
     labels = labels.reshape(-1)
-    check_ids(labels[labels != IGNORE] if xp is np else labels, vocab_size)
-    return labels
-
-
-def _count_targets(labels: Array) -> Any:
-    """How many targets count; ValueError when none does (a GPU would have to wait to be asked)."""
-    count = (labels != IGNORE).sum()
-    if isinstance(labels, np.ndarray):
-        if not count:
-            raise ValueError(f"cross_entropy: every target is ignored ({IGNORE})")
-        return int(count)
-    return count
+    counted = labels != IGNORE
+    if not isinstance(labels, np.ndarray):
+        check_ids(labels, vocab_size)
+        return labels, counted.sum()
+    check_ids(labels[counted], vocab_size)
+    if not counted.any():
+        raise ValueError(f"cross_entropy: every target is ignored ({IGNORE})")
+    return array_module(like).asarray(labels), int(counted.sum())

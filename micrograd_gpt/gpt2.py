@@ -21,6 +21,7 @@ from micrograd_gpt import functional as F
 from micrograd_gpt.backend import Array, RandomStream, array_module, library_for
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.nn import Dropout, Embedding, Init, LayerNorm, Linear, Module
+from micrograd_gpt.precision import array_dtype, half_name, wide
 from micrograd_gpt.tensor import Tensor, recompute
 
 SIZES = {  # OpenAI's four models
@@ -136,15 +137,16 @@ class KVCache:
     """The keys and values of every token so far, so that decoding computes only the new token's.
 
     One array (n_layer, 2, B, H, capacity, D), allocated once and written in place: it takes
-    2 × n_layer × n_embd × capacity × B × 4 bytes in float32. Row b holds `lengths[b]` tokens;
-    setting that back forgets the latest. `length` stands for all rows' lengths where they agree.
+    2 × n_layer × n_embd × capacity × B × 4 bytes in float32, half of that where a GPU computes in
+    half precision. Row b holds `lengths[b]` tokens; setting that back forgets the latest. `length`
+    stands for all rows' lengths where they agree.
     """
 
     def __init__(self, model: GPT2, batch_size: int = 1, capacity: int | None = None) -> None:
-        c, like = model.config, model.transformer.wte.weight
+        c, device = model.config, model.transformer.wte.weight.device
         capacity = c.n_positions if capacity is None else capacity
         shape = (c.n_layer, 2, batch_size, c.n_head, capacity, c.n_embd // c.n_head)
-        self.data = library_for(like.device).empty(shape, like.dtype)
+        self.data = library_for(device).empty(shape, array_dtype(model.compute, device))
         self.lengths = np.zeros(batch_size, int)
 
     @property
@@ -176,7 +178,8 @@ class KVCache:
             old, new = zip(*moves, strict=True)
             since = min(since, int(self.lengths[list(new)].min()))
             part = slice(since, int(self.lengths[list(old)].max()))
-            self.data[:, :, list(new), :, part] = self.data[:, :, list(old), :, part]
+            to, source = (array_module(self.data).asarray(rows) for rows in (new, old))
+            self.data[:, :, to, :, part] = self.data[:, :, source, :, part]
             self.lengths[list(new)] = self.lengths[list(old)]
 
 
@@ -250,9 +253,10 @@ class Transformer(Module):
             self.ln_f = LayerNorm(c.n_embd, init, c.layer_norm_epsilon)
 
     def __call__(self, ids: Array, cache: KVCache | None = None) -> Tensor:
-        positions = np.arange(ids.shape[1])  # (T,)
+        xp = array_module(self.wte.weight.data)
+        positions = xp.arange(ids.shape[1])  # (T,)
         if cache:
-            positions = cache.lengths[:, None] + positions  # (B, T)
+            positions = xp.asarray(cache.lengths)[:, None] + positions  # (B, T)
         places = self.wpe(positions) if hasattr(self, "wpe") else self.waves[positions]
         x = self.drop(self.wte(ids) + places)  # (B, T, C)
         for i, block in enumerate(self.h):
@@ -271,8 +275,17 @@ class GPT2(Module):
     Args:
         config: its shape.
         seed: of the random initialisation, and of dropout until `random.reseed()` is called.
-        dtype, device: where the parameters live ("float32" or "float64"; "cpu" or "gpu").
+        dtype, device: what the parameters are held in, and where ("float32", "float64", "bfloat16",
+            "float16"; "cpu" or "gpu").
+        compute: the type of the matrix work, by default `dtype`. To train in half precision, hold
+            the parameters in float32 and compute in "bfloat16" or "float16": the branches of each
+            block and the logits are then kept in that type, the residual stream, LayerNorm, the
+            loss and the gradients of the parameters in float32 (Micikevicius et al. 2018,
+            arXiv:1710.03740). On the CPU half precision is emulated, see precision.py.
         initialize: False leaves the matrices unwritten, for a loader to fill.
+
+    Raises ValueError for a `compute` that is neither `dtype` nor of half precision, UserError where
+    the device or what a type needs there is missing.
     """
 
     # Methods that stand on this model, defined above it and attached in micrograd_gpt/__init__.py
@@ -287,10 +300,16 @@ class GPT2(Module):
         dtype: str = "float32",
         device: str = "cpu",
         initialize: bool = True,
+        compute: str | None = None,
     ) -> None:
         self.config = dataclasses.replace(config)  # its own: set_dropout() changes it
         self.random = RandomStream(seed)  # numbers the dropout draws; reseed it at each step
-        self.transformer = Transformer(config, Init(seed, dtype, device, initialize), self.random)
+        self.compute = compute or dtype
+        if self.compute != dtype and not half_name(self.compute):
+            raise ValueError(f"parameters of {dtype} cannot compute in {compute}: use one type")
+        init = Init(seed, dtype, device, initialize, self.compute)
+        self.half = init.half
+        self.transformer = Transformer(config, init, self.random)
 
     @property
     def n_parameters(self) -> int:
@@ -304,9 +323,9 @@ class GPT2(Module):
             block.attn.attn_pdrop = block.attn.resid_dropout.p = block.mlp.resid_dropout.p = p
 
     def hidden(self, ids: Any, cache: KVCache | None = None) -> Tensor:
-        """Token ids (B, T) -> what the head reads, (B, T, C)."""
-        weight = self.transformer.wte.weight.data
-        ids = array_module(weight).asarray(ids.data if isinstance(ids, Tensor) else ids)
+        """Token ids (B, T) -> what the head reads, (B, T, C), in the type it computes in."""
+        ids = ids.data if isinstance(ids, Tensor) else ids
+        ids = ids if hasattr(ids, "dtype") else np.asarray(ids)
         if ids.ndim != 2:
             raise ValueError(f"GPT2 takes token ids of shape (B, T), not {ids.shape}")
         if cache and len(cache.lengths) != len(ids):
@@ -314,7 +333,8 @@ class GPT2(Module):
         end = (cache.lengths.max() if cache else 0) + ids.shape[1]
         if end > self.config.n_positions:
             raise ValueError(f"{end} tokens do not fit n_positions = {self.config.n_positions}")
-        return self.transformer(ids, cache)
+        x = self.transformer(ids, cache)
+        return x.astype(self.half) if self.half else x
 
     def __call__(self, ids: Any, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
         """Logits of the next token at every position: ids (B, T) -> (B, T, V).
@@ -343,4 +363,4 @@ def sinusoidal_positions(n_positions: int, n_embd: int, init: Init) -> Tensor:
     channel = np.arange(n_embd)
     angle = position / 10000 ** (channel // 2 * 2 / n_embd)  # (n_positions, C)
     waves = np.where(channel % 2 == 0, np.sin(angle), np.cos(angle))
-    return Tensor(waves, dtype=init.dtype, device=init.device)
+    return Tensor(waves, dtype=wide(init.dtype), device=init.device)

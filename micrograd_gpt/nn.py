@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from micrograd_gpt import functional as F
-from micrograd_gpt.backend import Array, RandomStream, library_for, to_device
+from micrograd_gpt.backend import Array, RandomStream, library_for
+from micrograd_gpt.precision import array_dtype, half_name, moved, wide
 from micrograd_gpt.tensor import Tensor
 
 M = TypeVar("M", bound="Module")
@@ -28,23 +29,38 @@ class Init:
 
     With `random=False` matrices are left unwritten, for a loader to fill: no time is spent on them
     and no memory is touched. Numbers are drawn on the CPU, so a seed means the same model anywhere.
+
+    `compute` is the type that linear layers compute in; left out, that of the parameters. `half` is
+    its name where it is one of half precision, else None.
     """
 
     def __init__(
-        self, seed: int = 0, dtype: Any = "float32", device: str = "cpu", random: bool = True
+        self,
+        seed: int = 0,
+        dtype: str = "float32",
+        device: str = "cpu",
+        random: bool = True,
+        compute: str | None = None,
     ) -> None:
         self.rng = np.random.default_rng(seed)
-        self.dtype, self.device, self.random = np.dtype(dtype), device, random
+        self.dtype, self.device, self.random = dtype, device, random
+        self.half = half_name(compute or dtype)
 
     def normal(self, shape: tuple[int, ...], std: float, order: Any = "C") -> Parameter:
         if not self.random:
-            return Parameter(library_for(self.device).empty(shape, self.dtype, order=order))
+            dtype = array_dtype(self.dtype, self.device)
+            unwritten = Parameter(library_for(self.device).empty(shape, dtype, order=order))
+            unwritten.half = half_name(self.dtype)
+            return unwritten
         numbers = self.rng.standard_normal(shape, dtype=np.float32)
         numbers *= np.float32(std)
-        return Parameter(np.asarray(numbers, self.dtype, order=order), device=self.device)
+        numbers = np.asarray(numbers, wide(self.dtype), order=order)
+        return Parameter(numbers, self.dtype, self.device)
 
-    def full(self, shape: tuple[int, ...], value: float) -> Parameter:
-        return Parameter(library_for(self.device).full(shape, value, self.dtype))
+    def full(self, shape: tuple[int, ...], value: float, dtype: str | None = None) -> Parameter:
+        dtype = dtype or self.dtype
+        numbers = library_for(self.device).full(shape, value, array_dtype(dtype, self.device))
+        return Parameter(numbers, dtype)
 
 
 class Module:
@@ -99,8 +115,9 @@ class Module:
     def to(self: M, device: str) -> M:
         """Move all tensors and their gradients to "cpu" or "gpu"; make the optimizer after this."""
         for _, tensor in self._named_tensors():
-            tensor.data = to_device(tensor.data, device)
-            tensor.grad = None if tensor.grad is None else to_device(tensor.grad, device)
+            tensor.data = moved(tensor.data, device, tensor.half)
+            if tensor.grad is not None:
+                tensor.grad = moved(tensor.grad, device, tensor.half)
         return self
 
 
@@ -109,13 +126,18 @@ class Linear(Module):
 
     In memory the weights of one output lie side by side (Fortran order): decoding multiplies one
     row at a time, and each of its outputs is then a product of two rows of adjacent numbers.
+
+    With `half`, a half-precision type, the product and all that follows from it are kept in that
+    type, whatever x and the weight are held in.
     """
 
     def __init__(self, n_in: int, n_out: int, init: Init, std: float = 0.02) -> None:
+        self.half = init.half
         self.weight = init.normal((n_in, n_out), std, order="F")
         self.bias = init.full((n_out,), 0)
 
     def __call__(self, x: Tensor) -> Tensor:
+        x = x.astype(self.half) if self.half else x
         return F.linear(x, self.weight, self.bias)
 
 
@@ -130,11 +152,14 @@ class Embedding(Module):
 
 
 class LayerNorm(Module):
-    """Normalise the last axis (…, width) to mean 0, variance 1, then scale and shift it."""
+    """Normalise the last axis (…, width) to mean 0, variance 1, then scale and shift it.
+
+    Never in half precision.
+    """
 
     def __init__(self, width: int, init: Init, eps: float = 1e-5) -> None:
-        self.weight = init.full((width,), 1)
-        self.bias = init.full((width,), 0)
+        self.weight = init.full((width,), 1, wide(init.dtype))
+        self.bias = init.full((width,), 0, wide(init.dtype))
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
-"""AdamW, gradient clipping, and the learning-rate schedule GPT models are trained with."""
+"""AdamW, gradient clipping, loss scaling, and the learning-rate schedule of GPT models."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from micrograd_gpt.backend import Array, array_module
+from micrograd_gpt.backend import Array, array_module, device_of
+from micrograd_gpt.errors import UserError
 from micrograd_gpt.kernels import accelerated
 from micrograd_gpt.tensor import Tensor
 
@@ -56,6 +59,7 @@ class AdamW:
             LayerNorm's, as GPT-2 and GPT-3 were trained.
 
     The moments `m` and `v` are lists of arrays in the order of `parameters`, zero at the start.
+    Raises ValueError for parameters held in half precision, where most updates round to nothing.
     """
 
     def __init__(
@@ -67,6 +71,11 @@ class AdamW:
         weight_decay: float = 0.1,
     ) -> None:
         self.parameters = list(parameters)
+        if half := next((p.half for p in self.parameters if p.half), None):
+            raise ValueError(
+                f"parameters held in {half} cannot be trained: hold them in float32 and compute in "
+                f'{half}, as GPT2(config, dtype="float32", compute="{half}") does'
+            )
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.steps = 0
         self.m = [array_module(p.data).zeros_like(p.data) for p in self.parameters]
@@ -92,18 +101,72 @@ class AdamW:
             p.grad = None
 
 
-def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
+def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float, loss_scale: float = 1.0) -> Any:
     """Scale all gradients in place so that their joint Euclidean norm is at most `max_norm`.
 
-    Returns the norm before scaling (Pascanu et al. 2013, arXiv:1211.5063). A norm that is not
-    finite is returned as it is, and nothing is scaled.
+    Gradients of a loss that was multiplied by `loss_scale` are divided by it first. Returns the
+    norm before clipping (Pascanu et al. 2013, arXiv:1211.5063): a float, or on a GPU a scalar array
+    that is not read yet, since reading it would wait for the GPU. A norm that is not finite is
+    returned as it is, and nothing is scaled.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = math.sqrt(float(sum_of_squares(grads))) if grads else 0.0
-    if math.isfinite(norm) and norm > max_norm:
-        for grad in grads:
-            grad *= max_norm / norm
+    if not grads:
+        return 0.0
+    if device_of(grads[0]) == "gpu":
+        return _clip_on_gpu(grads, max_norm, loss_scale)
+    norm = math.sqrt(float(sum_of_squares(grads))) / loss_scale
+    if math.isfinite(norm):
+        factor = (max_norm / norm if norm > max_norm else 1.0) / loss_scale
+        for grad in grads if factor != 1 else ():
+            grad *= factor
     return norm
+
+
+def _clip_on_gpu(grads: list[Array], max_norm: float, loss_scale: float) -> Array:
+    # The same, without asking the GPU for the norm: it takes the decisions itself.
+    xp = array_module(grads[0])
+    norm = xp.sqrt(sum_of_squares(grads)) / loss_scale
+    clipped = xp.where(norm > max_norm, max_norm / norm, 1.0) / loss_scale
+    factor = xp.where(xp.isfinite(norm), clipped, 1.0).astype(grads[0].dtype)
+    for grad in grads:
+        grad *= factor
+    return norm
+
+
+@dataclasses.dataclass
+class LossScaler:
+    """The factor that keeps the gradients of a float16 model within float16's range.
+
+    The loss is multiplied by `scale` before its backward, so that gradients that would round to
+    zero do not, and the parameters' gradients are divided by it (`clip_grad_norm` does). Where they
+    are not finite the scale was too large: the step must not be taken, and half the scale is tried.
+    After `growth_interval` steps in a row that were taken it is doubled. Micikevicius et al. 2018
+    (arXiv:1710.03740), section 3.2; the defaults are those of PyTorch's GradScaler.
+    """
+
+    scale: float = 65536.0
+    growth_interval: int = 2000
+    good_steps: int = 0  # taken since the scale last changed
+    skipped_steps: int = 0  # tries that came to nothing, in all
+
+    def update(self, grad_norm: float) -> bool:
+        """Whether the step with this gradient norm may be taken; adapts the scale either way.
+
+        Raises UserError where the scale would fall below 1: then it is not the scale's fault.
+        """
+        if math.isfinite(grad_norm):
+            self.good_steps += 1
+            if self.good_steps == self.growth_interval:
+                self.scale, self.good_steps = self.scale * 2, 0
+            return True
+        if self.scale / 2 < 1:
+            raise UserError(
+                f"the gradients overflow float16 even at a loss scale of {self.scale:g}: try "
+                "--dtype bfloat16, or a smaller --learning-rate"
+            )
+        self.scale, self.good_steps = self.scale / 2, 0
+        self.skipped_steps += 1
+        return False
 
 
 def cosine_schedule(

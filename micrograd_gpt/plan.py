@@ -14,6 +14,7 @@ import numpy as np
 from micrograd_gpt import optim
 from micrograd_gpt.functional import LOGITS_AT_ONCE
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.precision import half_name, wide
 
 PYTHON = 75_000_000  # bytes: the interpreter, NumPy and the other libraries of a run
 TIMED_TOKENS = 2048  # a micro-batch of about this many is timed, and stands for larger ones
@@ -21,7 +22,7 @@ TIMED_TOKENS = 2048  # a micro-batch of about this many is timed, and stands for
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run's sizes. Memory is in bytes, on each device, as training on a CPU uses it."""
+    """A run's sizes. Memory is in bytes, on each device; on a CPU half precision saves none."""
 
     config: GPT2Config
     batch_size: int
@@ -29,6 +30,7 @@ class Plan:
     grad_accum_steps: int = 1
     recompute: bool = False
     dtype: str = "float32"
+    device: str = "cpu"
 
     @property
     def n_parameters(self) -> int:
@@ -57,7 +59,7 @@ class Plan:
 
     @property
     def weights(self) -> int:
-        return self.n_parameters * np.dtype(self.dtype).itemsize
+        return self.n_parameters * self._wide
 
     @property
     def gradients(self) -> int:
@@ -70,20 +72,23 @@ class Plan:
     @property
     def activations(self) -> int:
         """What the forward saves for the backward."""
-        c, size = self.config, np.dtype(self.dtype).itemsize
-        blocks = c.n_layer * (self._row if self.recompute else self._block)
-        ends = 2 * self._row + (self._row if c.embd_pdrop else 0)  # before and after the last norm
-        return size * (blocks + ends)
+        c = self.config
+        blocks = c.n_layer * (self._row * self._wide if self.recompute else self._block)
+        before_last_norm = self._row * self._wide * (2 if c.embd_pdrop else 1)
+        return blocks + before_last_norm + self._row * self._kept
 
     @property
     def working(self) -> int:
         """What lives for a moment only: the logits, or one block on its way back."""
-        c, size = self.config, np.dtype(self.dtype).itemsize
+        c = self.config
         rows = self.batch_size * self.block_size
         parts = -(-rows * c.vocab_size // LOGITS_AT_ONCE)
         logits = max(1, rows // parts) * c.vocab_size
-        logits += c.vocab_size * c.n_embd if parts > 1 else 0  # the head's gradient, part by part
-        return size * max(logits, self._on_its_way if self.recompute else 0)
+        head = c.vocab_size * c.n_embd
+        head_gradient = head * self._wide if parts > 1 else 0  # part by part
+        rounded_head = head * self._kept if self._is_half else 0
+        loss = logits * self._kept + head_gradient + rounded_head
+        return max(loss, self._on_its_way if self.recompute else 0)
 
     @property
     def peak(self) -> int:
@@ -92,12 +97,27 @@ class Plan:
         At its beginning all activations are there, of the gradients only the head's, and all of the
         micro-batch's before. At its end it is the other way round.
         """
-        c, size = self.config, np.dtype(self.dtype).itemsize
-        head = c.vocab_size * c.n_embd * size
+        c = self.config
+        head = c.vocab_size * c.n_embd * self._wide
         before = self.gradients if self.grad_accum_steps > 1 else 0
         beginning = before + head + self.activations + self.working
-        end = self.gradients + self._on_its_way * size
-        return PYTHON + self.weights + self.moments + max(beginning, end)
+        end = self.gradients + self._on_its_way
+        host = PYTHON if self.device == "cpu" else 0
+        return host + self.weights + self.moments + max(beginning, end)
+
+    @property
+    def _is_half(self) -> bool:
+        return half_name(self.dtype) is not None
+
+    @property
+    def _wide(self) -> int:
+        """Bytes of a number that is never in half precision."""
+        return np.dtype(wide(self.dtype)).itemsize
+
+    @property
+    def _kept(self) -> int:
+        """Bytes of a number in the type of the matrix work."""
+        return 2 if self._is_half and self.device == "gpu" else self._wide
 
     @property
     def _row(self) -> int:
@@ -105,16 +125,22 @@ class Plan:
 
     @property
     def _block(self) -> int:
-        """Elements a block saves: its input, two norms' results, q k v, attention's result, the
-        middle, the MLP's hidden layer before and after GELU; and dropout's factors."""
+        """Bytes a block saves: of the residual stream its input and its middle; in the type of the
+        matrix work two norms' results, q k v, attention's result, the MLP's hidden layer before and
+        after GELU, and half-precision weights; and dropout's factors."""
         c = self.config
-        saved = 1 + 2 + 3 + 1 + 1 + 4 + 4 + (2 if c.resid_pdrop else 0)
-        return saved * self._row + self.batch_size * self.block_size * (c.n_head + 4)
+        stream = 2 + (2 if c.resid_pdrop else 0)
+        branches = 2 + 3 + 1 + 4 + 4
+        sums = self.batch_size * self.block_size * (c.n_head + 4)  # of attention and LayerNorm
+        weights = 12 * c.n_embd**2 if self._is_half else 0
+        return (stream * self._row + sums) * self._wide + (
+            branches * self._row + weights
+        ) * self._kept
 
     @property
     def _on_its_way(self) -> int:
-        """Elements a block holds while its backward runs: what it saved, and gradients."""
-        return self._block + 10 * self._row
+        """Bytes a block holds while its backward runs: what it saved, and gradients."""
+        return self._block + 10 * self._row * self._kept
 
     def seconds_per_step(self, rate: float | None = None, devices: int = 1) -> float:
         """Time of a step at `rate` TFLOP/s a device; None: as measured here, with smaller models.
@@ -129,7 +155,8 @@ class Plan:
         return (one + (self.config.n_layer - 1) * max(0.0, two - one)) * micro_batches / devices
 
     def _timed_step(self, n_layer: int, rows: int) -> float:
-        model = GPT2(dataclasses.replace(self.config, n_layer=n_layer), dtype=self.dtype)
+        config = dataclasses.replace(self.config, n_layer=n_layer)
+        model = GPT2(config, dtype=wide(self.dtype), compute=self.dtype)
         model.transformer.recompute = self.recompute
         optimizer = optim.AdamW(model.parameters())
         ids = np.zeros((rows, self.block_size), int)

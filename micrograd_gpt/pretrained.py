@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from micrograd_gpt.backend import to_device
 from micrograd_gpt.checkpoint import load_config
 from micrograd_gpt.download import cache_folder, download, reason
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.files import read_json, sha256
 from micrograd_gpt.gpt2 import GPT2, OLDER_NAMES, SIZES, GPT2Config, size_name
+from micrograd_gpt.precision import moved, wide
 from micrograd_gpt.tensor_files import TensorFile
 from micrograd_gpt.tf_checkpoint import TFCheckpoint
 
@@ -385,7 +385,11 @@ def _implied_by(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def build(
-    weights: Weights, device: str = "cpu", dtype: str = "float32", cls: type[GPT2] = GPT2
+    weights: Weights,
+    device: str = "cpu",
+    dtype: str = "float32",
+    cls: type[GPT2] = GPT2,
+    compute: str | None = None,
 ) -> GPT2:
     """A GPT2 (or a subclass of it) with these weights, in evaluation mode.
 
@@ -407,7 +411,7 @@ def build(
                 f"{path}: {said_by} says {key} {getattr(config, key)}, the tensors {value}"
             )
     try:
-        model = cls(config, dtype=dtype, device=device, initialize=False)
+        model = cls(config, dtype=dtype, device=device, initialize=False, compute=compute)
     except MemoryError as error:
         raise UserError(f"{path}: not enough memory for this model ({reason(error)})") from error
     parameters = dict(model.named_parameters())
@@ -430,26 +434,32 @@ def build(
         for name, parameter in parameters.items():
             theirs = weights.names[name]
             on_cpu = isinstance(parameter.data, np.ndarray)
-            array = parameter.data if on_cpu else np.empty(parameter.data.shape, dtype)
+            array = parameter.data if on_cpu else np.empty(parameter.data.shape, wide(dtype))
             weights.tensors.read_into(theirs, array.reshape(weights.tensors.shapes[theirs]))
             if not np.isfinite([array.min(), array.max()]).all():  # NaN is both, if there is one
                 _say(f"warning: {path}: {name} holds NaN or infinity")
-            if not on_cpu:
-                parameter.data[...] = to_device(array, device)
+            if not on_cpu or parameter.half:
+                parameter.data[...] = moved(array, device, parameter.half)
             progress.update(array.nbytes)
     model.eval()
     return model
 
 
 def from_pretrained(
-    cls: type[GPT2], name_or_folder: str | Path, device: str = "cpu", dtype: str = "float32"
+    cls: type[GPT2],
+    name_or_folder: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    compute: str | None = None,
 ) -> GPT2:
     """A GPT2 with OpenAI's weights of that size ("124M", …), or with those of a file or folder.
 
     A size is taken from a cache, or downloaded from Hugging Face or else from OpenAI; a file or
     folder is anything `open_weights` reads, without the network. `dtype` is what the parameters
-    are held in ("float32" or "float64"), whatever the file stores. The model is in evaluation mode.
-    Raises UserError where the weights can't be found, fetched or read.
+    are held in ("float32", "float64", "bfloat16" or "float16"), whatever the file stores, and
+    `compute` the type of the matrix work, by default the same: to train in half precision, hold
+    them in float32 (see GPT2). The model is in evaluation mode. Raises UserError where the weights
+    can't be found, fetched or read.
     """
     name = str(name_or_folder)
     if name in SIZES or name in OLDER_NAMES:
@@ -458,7 +468,7 @@ def from_pretrained(
         weights = open_weights(name)
     else:
         raise UserError(f"{name!r} is neither a file or folder, nor one of {', '.join(SIZES)}")
-    return build(weights, device, dtype, cls)
+    return build(weights, device, dtype, cls, compute)
 
 
 # ----------------------------------------------------------------------------------------------

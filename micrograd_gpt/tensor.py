@@ -27,15 +27,17 @@ from micrograd_gpt.backend import (
     RandomStream,
     array_module,
     device_of,
-    library_for,
     to_device,
 )
 from micrograd_gpt.kernels import accelerated
+from micrograd_gpt.precision import half_name, is_float, kept, wide, widened
 
 Number: TypeAlias = int | float
 AddInto: TypeAlias = Callable[[Array], None]  # adds a gradient into an array, in place
 Backward: TypeAlias = Callable[[Array], tuple[Array | AddInto | None, ...]]
 Axes: TypeAlias = int | tuple[int, ...] | None
+
+AS_INPUTS = "as inputs"  # the precision of a result that was not given one
 
 _RECORDING: ContextVar[bool] = ContextVar("recording", default=True)
 
@@ -66,17 +68,17 @@ class Node:
     has no reference cycles and an intermediate array lives only as long as a backward needs it.
     """
 
-    __slots__ = ("backward", "depth", "dtype", "name", "parents", "result", "shape")
+    __slots__ = ("backward", "depth", "dtype", "half", "name", "parents", "result", "shape")
 
     def __init__(
         self,
         name: str,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
+        result: Tensor,
         parents: tuple[Node | Tensor | None, ...],
         backward: Backward,
     ) -> None:
-        self.name, self.shape, self.dtype = name, shape, dtype
+        self.name, self.shape, self.dtype = name, result.shape, result.dtype
+        self.half = result.half
         self.parents = parents
         self.backward: Backward | None = backward
         self.result: Callable[[], Tensor | None] | None = None  # set by Tensor.retain_grad()
@@ -93,20 +95,40 @@ def recording(*inputs: Tensor) -> bool:
     return _RECORDING.get() and any(x.requires_grad for x in inputs)
 
 
-def record(name: str, data: Array, inputs: Sequence[Tensor], backward: Backward) -> Tensor:
+def record(
+    name: str,
+    data: Array,
+    inputs: Sequence[Tensor],
+    backward: Backward,
+    half: str | None = AS_INPUTS,
+) -> Tensor:
     """Wrap the result of an operation, and put the operation on the tape if it is wanted there.
 
     `backward(grad)` gets the gradient of the loss with respect to `data` and returns one gradient
     (or None) for each input, in order. Each must be an array made for that input alone or a view
     of `grad`; it may still have the broadcast shape: the walk sums it down to the input's shape.
     A gradient that is zero almost everywhere may instead be a function that adds it into an array.
+
+    The result is rounded to `half`, a half-precision type, or to none; left out, to that of the
+    inputs where they all have the same. Its gradient will be rounded likewise.
     """
-    result = Tensor._wrap(data)
+    if half is AS_INPUTS:
+        half = inputs[0].half
+        if half and any(x.half != half for x in inputs):
+            half = None
+    if half and not _is_view_of(data, inputs[0], half):
+        data = kept(data, half)
+    result = Tensor._wrap(data, half)
     if recording(*inputs):
         parents = tuple((x._node or x) if x.requires_grad else None for x in inputs)
         result.requires_grad = True
-        result._node = Node(name, result.data.shape, result.data.dtype, parents, backward)
+        result._node = Node(name, result, parents, backward)
     return result
+
+
+def _is_view_of(data: Array, x: Tensor, half: str) -> bool:
+    """True where `data` are x's own numbers in another shape, which are kept in `half` already."""
+    return x.half == half and _may_share_memory(data, x.data)
 
 
 def _tape_below(root: Node) -> list[Node]:
@@ -167,10 +189,15 @@ def _plus(
         return total, True
     part = _fit(part, target.shape, target.dtype)
     ours = part.size > 0 and not _may_share_memory(part, grad)
+    if target.half:
+        rounded = kept(part, target.half)
+        part, ours = rounded, ours or rounded is not part
     if total is None:
         return part, ours
     out = total if owned else part if ours else None
     total = add(total, part, out=out)
+    if target.half:
+        total = kept(total, target.half)
     return (np.asarray(total) if isinstance(total, np.generic) else total), True
 
 
@@ -209,14 +236,16 @@ class Tensor:
         data: a number, nested lists, or an array. Arrays keep their dtype and are not copied;
             numbers and lists become float32.
         requires_grad: make it a leaf whose `.grad` `backward()` fills. Floating-point types only.
-        dtype: convert to this type ("float32", "float64", …).
+        dtype: convert to this type ("float32", "float64", "bfloat16", "float16", …).
         device: "cpu" or "gpu"; left out, an array stays where it is.
 
     Attributes: `data` the array, `grad` the accumulated gradient (an array of the same shape and
-    dtype, or None), `requires_grad`.
+    dtype, or None), `requires_grad`, and `half`: the half-precision type the numbers are kept in,
+    "bfloat16" or "float16", None for any other type. On the CPU such data are float32 arrays of
+    rounded numbers (see precision.py).
     """
 
-    __slots__ = ("__weakref__", "_node", "data", "grad", "requires_grad")
+    __slots__ = ("__weakref__", "_node", "data", "grad", "half", "requires_grad")
     __array_ufunc__ = None  # np.float32(2) * tensor: NumPy leaves it to Tensor.__rmul__
 
     def __init__(
@@ -228,14 +257,18 @@ class Tensor:
     ) -> None:
         if isinstance(data, Tensor):
             data = data.data
+        self.half = None if dtype is None else half_name(dtype)
         if not hasattr(data, "dtype"):
-            data = np.asarray(data, dtype=dtype or np.float32)
-        elif dtype is not None:
+            data = np.asarray(data, dtype=wide(dtype or np.float32))
+        elif dtype is not None and not self.half:
             data = data.astype(dtype, copy=False)
         if isinstance(data, np.generic):
             data = np.asarray(data)
-        self.data: Array = to_device(data, device) if device else data
-        if requires_grad and self.data.dtype.kind != "f":
+        data = to_device(data, device) if device else data
+        if dtype is None and device_of(data) == "gpu":
+            self.half = half_name(data.dtype)
+        self.data: Array = kept(data, self.half) if self.half else data
+        if requires_grad and not is_float(self.data.dtype):
             raise ValueError(
                 f"a tensor of {self.data.dtype} cannot require a gradient; use a float dtype"
             )
@@ -244,11 +277,11 @@ class Tensor:
         self._node: Node | None = None
 
     @classmethod
-    def _wrap(cls, data: Array) -> Tensor:
+    def _wrap(cls, data: Array, half: str | None = None) -> Tensor:
         """A tensor around the result of an operation, skipping the constructor's conversions."""
         tensor = Tensor.__new__(Tensor)
         tensor.data = np.asarray(data) if isinstance(data, np.generic) else data
-        tensor.requires_grad, tensor.grad, tensor._node = False, None, None
+        tensor.requires_grad, tensor.grad, tensor._node, tensor.half = False, None, None, half
         return tensor
 
     # What it is
@@ -280,11 +313,16 @@ class Tensor:
     def __repr__(self) -> str:
         made_by = f", made by {self._node.name}" if self._node else ""
         leaf = ", requires_grad=True" if self.requires_grad and not self._node else ""
-        return f"Tensor({self.data!r}{leaf}{made_by})"
+        half = f", {self.half}" if self.half else ""
+        return f"Tensor({self.data!r}{half}{leaf}{made_by})"
 
     def numpy(self) -> np.ndarray:
-        """The data as a NumPy array: itself on the CPU, a copy from the GPU."""
-        return to_device(self.data, "cpu")
+        """The data as a NumPy array: itself on the CPU, a copy from the GPU.
+
+        Half precision comes as the same numbers in float32.
+        """
+        array = to_device(self.data, "cpu")
+        return widened(array) if self.half else array
 
     def item(self) -> float:
         """The one number of a tensor of size 1; raises ValueError for any other size."""
@@ -296,7 +334,7 @@ class Tensor:
 
     def detach(self) -> Tensor:
         """The same data, off the tape."""
-        return Tensor._wrap(self.data)
+        return Tensor._wrap(self.data, self.half)
 
     # Gradients
 
@@ -355,10 +393,13 @@ class Tensor:
 
     def astype(self, dtype: Any) -> Tensor:
         """The tensor in another type; from float to float, gradients come back in the old one."""
-        data = self.data.astype(dtype)
-        if data.dtype.kind != "f":
+        half = half_name(dtype)
+        if half and half == self.half:
+            return self
+        data = widened(self.data) if half else self.data.astype(dtype)
+        if not is_float(data.dtype):
             return Tensor._wrap(data)
-        return record("astype", data, [self], lambda grad: (grad,))
+        return record("astype", data, [self], lambda grad: (grad,), half)
 
     # Arithmetic, element by element, with NumPy's broadcasting
 
@@ -560,8 +601,8 @@ class Tensor:
 
     def __getitem__(self, index: Any) -> Tensor:
         """NumPy's indexing; an element picked several times gets the sum of its gradients."""
-        index = _plain_index(index)
         x = self.data
+        index = _plain_index(index, array_module(x))
 
         def backward(grad: Array) -> tuple[Array]:
             xp = array_module(grad)
@@ -646,7 +687,7 @@ def recompute(
         result.backward(grad)  # fills the parameters' gradients itself
         return (again.grad, *(None for _ in parameters))
 
-    return record("recompute", y.data, [x, *parameters], backward)
+    return record("recompute", y.data, [x, *parameters], backward, y.half)
 
 
 # ------------------------------------------------------------------------------ a graph to look at
@@ -664,8 +705,9 @@ def draw_graph(result: Tensor) -> str:
     lines = ["digraph tape {", "  rankdir=LR;"]
     for node in nodes:
         names[node] = name = f"n{len(names)}"
+        kept_in = node.half or node.dtype
         title, shape = (node.name, "box") if isinstance(node, Node) else ("leaf", "ellipse")
-        lines.append(f'  {name} [shape={shape}, label="{title}\\n{node.shape} {node.dtype}"];')
+        lines.append(f'  {name} [shape={shape}, label="{title}\\n{node.shape} {kept_in}"];')
         if isinstance(node, Node):
             parents = (parent for parent in node.parents if parent is not None)
             lines += [f"  {names[parent]} -> {name};" for parent in parents]
@@ -693,9 +735,10 @@ def _as_tensor(value: Any, like: Tensor) -> Tensor:
         return Tensor(value)
     if not isinstance(value, int | float):
         raise TypeError(f"a tensor combines with tensors, arrays and numbers, not with {value!r}")
-    same_kind = like.dtype.kind == "f" or (like.dtype.kind in "iu" and isinstance(value, int))
+    same_kind = is_float(like.dtype) or (like.dtype.kind in "iu" and isinstance(value, int))
     dtype = like.dtype if same_kind else np.dtype(np.float32)
-    return Tensor._wrap(library_for(like.device).asarray(value, dtype=dtype))
+    number = array_module(like.data).full((), value, dtype)  # made there: nothing is copied over
+    return Tensor._wrap(kept(number, like.half) if like.half else number, like.half)
 
 
 def _operands(name: str, a: Operand, b: Operand, broadcast: bool = True) -> tuple[Tensor, Tensor]:
@@ -725,11 +768,14 @@ def _kept_shape(shape: tuple[int, ...], axis: Axes) -> tuple[int, ...]:
     return tuple(1 if i in reduced else n for i, n in enumerate(shape))
 
 
-def _plain_index(index: Any) -> Any:
-    """An index with the arrays in place of tensors."""
+def _plain_index(index: Any, xp: Any) -> Any:
+    """An index with arrays of `xp` in place of tensors; CuPy takes neither NumPy's nor lists."""
     if isinstance(index, tuple):
-        return tuple(_plain_index(part) for part in index)
-    return index.data if isinstance(index, Tensor) else index
+        return tuple(_plain_index(part, xp) for part in index)
+    index = index.data if isinstance(index, Tensor) else index
+    if xp is not np and isinstance(index, list | np.ndarray):
+        return xp.asarray(np.asarray(index, None if len(index) else int))
+    return index
 
 
 def _is_basic(index: Any) -> bool:

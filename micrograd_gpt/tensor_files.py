@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from micrograd_gpt import bfloat16
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.files import written_whole
 
@@ -115,7 +116,7 @@ class TensorFile:
             flat = out.reshape(-1)
             for start, chunk in chunks(file, stored, entry.count):
                 if entry.dtype == "BF16":
-                    chunk = _from_bfloat16(chunk)
+                    chunk = bfloat16.from_bits(chunk)
                 with np.errstate(over="ignore"):
                     flat[start : start + chunk.size] = chunk
 
@@ -198,8 +199,8 @@ def write_safetensors(
 def _encode(chunk: np.ndarray, dtype: str, name: str) -> memoryview:
     with np.errstate(over="ignore"):
         if dtype == "BF16":
-            encoded = _to_bfloat16(chunk.astype("<f4", copy=False))
-            rounded = _from_bfloat16(encoded)
+            encoded = bfloat16.to_bits(chunk.astype(np.float32, copy=False))
+            rounded = bfloat16.from_bits(encoded)
         else:
             encoded = rounded = chunk.astype(STORED_DTYPES[dtype], copy=False)
     if encoded is not chunk and np.isinf(rounded).sum() != np.isinf(chunk).sum():
@@ -207,21 +208,6 @@ def _encode(chunk: np.ndarray, dtype: str, name: str) -> memoryview:
             f"{name} holds numbers too large for {dtype}; store it as float32 or bfloat16"
         )
     return encoded.data.cast("B")
-
-
-def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    # A bfloat16 is the upper half of a float32.
-    return (bits.astype("<u4") << 16).view("<f4")
-
-
-def _to_bfloat16(numbers: np.ndarray) -> np.ndarray:
-    # Adding just under half of the dropped part's range, and one more where the kept part is odd,
-    # carries into the kept part exactly when rounding to nearest, ties to even, goes up. A NaN
-    # could carry into infinity; it keeps its upper half, with the bit set that makes it quiet.
-    bits = numbers.view("<u4")
-    upper = bits >> 16
-    rounded = (bits + 0x7FFF + (upper & 1)) >> 16
-    return np.where(np.isnan(numbers), upper | 0x40, rounded).astype("<u2")
 
 
 def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

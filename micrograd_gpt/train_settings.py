@@ -14,6 +14,7 @@ from micrograd_gpt import checkpoint, cli
 from micrograd_gpt.checkpoint import load_config
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.gpt2 import OLDER_NAMES, SIZES, GPT2Config, size_name
+from micrograd_gpt.precision import PRECISIONS
 
 SHAPES: dict[str, dict[str, int]] = {"tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128}, **SIZES}
 
@@ -27,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 1337,
     "device": "cpu",
     "dtype": "float32",
+    "tf32": False,  # rounds to 11 bits, which a float32 run need not expect
     "dropout": 0.0,  # nothing to regularise while each token is seen a few times only
     "grad_accum_steps": 1,
     "weight_decay": 0.1,  # GPT-3's, table 2.1 and appendix B, as the next three
@@ -127,7 +129,16 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
     )
     add("--seed", type=cli.non_negative_int, help="of weights, data order and dropout (1337)")
     add("--device", help="cpu or gpu (cpu)")
-    add("--dtype", choices=["float32", "float64"], help="number type (float32)")
+    add(
+        "--dtype",
+        choices=PRECISIONS,
+        help="number type; of bfloat16 and float16 only the matrix work is done in it (float32)",
+    )
+    add(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        help="with --device gpu: float32 products on tensor cores, rounded to 11 bits (off)",
+    )
     add("--max-steps", type=cli.positive_int, help="(4000 for tiny, else 10000; 1000 fine-tuning)")
     add("--batch-size", type=cli.positive_int, help="windows a micro-batch (12 for tiny, else 4)")
     add("--grad-accum-steps", type=cli.positive_int, help="micro-batches a step (1)")

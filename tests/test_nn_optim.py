@@ -10,6 +10,7 @@ import pytest
 
 from micrograd_gpt import Tensor, nn, optim
 from micrograd_gpt.backend import RandomStream
+from micrograd_gpt.errors import UserError
 
 
 class Net(nn.Module):
@@ -101,3 +102,28 @@ def test_cosine_schedule() -> None:
     assert rates[100:] == [pytest.approx(0.1)] * 20
     assert all(a > b for a, b in itertools.pairwise(rates[10:101]))
     assert optim.cosine_schedule(0, 1, 0, 1.0, 0.1) == 1
+
+
+def test_clip_grad_norm_undoes_the_loss_scale_first() -> None:
+    a, b = (nn.Parameter(np.zeros(2)) for _ in range(2))
+    a.grad, b.grad = np.array([3.0, 0.0]) * 1024, np.array([0.0, 4.0]) * 1024
+    assert optim.clip_grad_norm([a, b], 10.0, loss_scale=1024) == 5
+    np.testing.assert_array_equal([a.grad, b.grad], [[3, 0], [0, 4]])
+    a.grad, b.grad = a.grad * 1024, b.grad * 1024
+    assert optim.clip_grad_norm([a, b], 1.0, loss_scale=1024) == 5
+    np.testing.assert_allclose([a.grad, b.grad], [[0.6, 0], [0, 0.8]])
+
+
+def test_loss_scale_halves_at_an_overflow_and_doubles_after_enough_good_steps() -> None:
+    scaler = optim.LossScaler(growth_interval=3)
+    norms = [1.0, math.inf, math.nan, 1.0, 1.0, 1.0, 1.0, 1.0, math.inf, 2.0]
+    taken = [scaler.update(norm) for norm in norms]
+    assert taken == [math.isfinite(norm) for norm in norms]
+    assert scaler == optim.LossScaler(16384.0, 3, good_steps=1, skipped_steps=3)
+
+
+def test_a_loss_scale_that_collapses_says_so() -> None:
+    scaler = optim.LossScaler(scale=2.0)
+    assert not scaler.update(math.nan) and scaler.scale == 1
+    with pytest.raises(UserError, match=r"overflow float16 even at a loss scale of 1: try --dtype"):
+        scaler.update(math.nan)

@@ -43,6 +43,20 @@ def test_a_step_s_work() -> None:
     assert again.activations < plan.activations / 4 and again.peak < plan.peak
 
 
+def test_half_precision_halves_the_branches_on_a_gpu_and_nothing_on_a_cpu() -> None:
+    config = GPT2Config(**SIZES["124M"])
+    exact, cpu, gpu = (
+        Plan(config, 16, 1024, dtype=dtype, device=device)
+        for dtype, device in (("float32", "cpu"), ("bfloat16", "cpu"), ("bfloat16", "gpu"))
+    )
+    assert exact.weights == cpu.weights == gpu.weights and exact.moments == gpu.moments
+    matrices = 12 * 12 * 768**2
+    assert cpu.activations == exact.activations + 4 * matrices  # and their rounded copies
+    row = 16 * 1024 * 768
+    branches = 12 * 14 * row + row  # of 16 rows a block and 2 at the end
+    assert gpu.activations == exact.activations - 2 * branches + 2 * matrices
+
+
 def test_time_is_measured_where_no_rate_is_given() -> None:
     text = Plan(GPT2Config(**SMALL), 2, 8).report(max_steps=100)
     assert "measured here on one and two blocks" in text and " in all" in text
@@ -50,7 +64,15 @@ def test_time_is_measured_where_no_rate_is_given() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("flags", [[], ["--recompute", "--batch-size", "16", "--dropout", "0.1"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--recompute", "--batch-size", "16", "--dropout", "0.1"],
+        ["--dtype", "bfloat16"],
+        ["--dtype", "bfloat16", "--recompute", "--batch-size", "16"],
+    ],
+)
 def test_memory_within_15_percent_of_a_real_run(tmp_path: Path, flags: list[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 2000)

@@ -1,0 +1,304 @@
+"""A stand-in for CuPy on a machine without a GPU, as far as the GPU path uses it.
+
+Its arrays hold NumPy's, but are none: like CuPy's they refuse to become NumPy arrays by themselves
+and do not combine with them, and their elements are read by `.get()`, `.item()`, `float()` and the
+like alone, each of which is counted in `synchronizations`: there a GPU would have to be waited for.
+Only functions are here that CuPy has, with the arguments it takes (test_real_cupy.py compares the
+two where CuPy is installed), and what CuPy 14 cannot do is refused: indexing by lists and NumPy
+arrays, and products of batches of bfloat16.
+
+    with fake_cupy.installed() as cupy: ...        # `import cupy` gives this module
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+# What is taken over from NumPy, with the arguments of CuPy 14 (test_real_cupy.py compares them).
+UFUNCS = {
+    **dict.fromkeys(("abs", "exp", "isfinite", "log", "sqrt", "tanh"), "x out casting dtype"),
+    **dict.fromkeys(("add", "maximum", "multiply"), "x1 x2 out casting dtype"),
+}
+FUNCTIONS = {
+    "arange": "start stop step dtype",
+    "argsort": "a axis kind",
+    "array": "obj dtype copy order subok ndmin",
+    "asarray": "a dtype order",
+    "ascontiguousarray": "a dtype",
+    "broadcast_to": "array shape",
+    "concatenate": "tup axis out",
+    "empty": "shape dtype order",
+    "empty_like": "prototype dtype order",
+    "full": "shape fill_value dtype order",
+    "may_share_memory": "a b max_work",
+    "ones": "shape dtype order",
+    "ones_like": "a dtype order",
+    "split": "ary indices_or_sections axis",
+    "stack": "tup axis out",
+    "tri": "N M k dtype",
+    "where": "condition x y",
+    "zeros": "shape dtype order",
+    "zeros_like": "a dtype order",
+}
+METHODS = {
+    "all": "axis out keepdims",
+    "any": "axis out keepdims",
+    "astype": "dtype order casting subok copy",
+    "copy": "order",
+    "fill": "value",
+    "max": "axis out keepdims",
+    "mean": "axis dtype out keepdims",
+    "min": "axis out keepdims",
+    "ravel": "order",
+    "sum": "axis dtype out keepdims",
+    "swapaxes": "axis1 axis2",
+}
+ANY_NUMBER = ("reshape", "transpose")  # methods that take a shape or axes one by one
+READS = ("__bool__", "__float__", "__int__", "item", "tolist")  # each waits
+ATTRIBUTES = ("dtype", "flags", "itemsize", "nbytes", "ndim", "shape", "size", "strides")
+OPERATORS = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "neg", "abs", "invert"),
+)
+
+
+class SyncCount:
+    """How often numbers were read from the device, and how many times arrays came or went."""
+
+    def __init__(self) -> None:
+        self.reads = self.uploads = 0
+
+
+counts = SyncCount()
+
+
+def unwrap(value: Any, operation: str) -> Any:
+    """A device array's numbers; Python's own numbers pass, NumPy's arrays are refused."""
+    if isinstance(value, ndarray):
+        return value._numbers
+    if isinstance(value, np.ndarray):
+        raise TypeError(f"{operation}: Unsupported type {type(value)}")
+    if isinstance(value, list | tuple):
+        return type(value)(unwrap(part, operation) for part in value)
+    return value
+
+
+def wrap(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return ndarray(np.asarray(value))
+    if isinstance(value, list | tuple):
+        return type(value)(wrap(part) for part in value)
+    return value
+
+
+def index_of(index: Any) -> Any:
+    """An index as CuPy takes it: integers, slices, None, Ellipsis, and arrays on the device."""
+    parts = index if isinstance(index, tuple) else (index,)
+    for part in parts:
+        if isinstance(part, list | np.ndarray):
+            raise IndexError(f"CuPy cannot be indexed by {type(part)}")
+    return unwrap(index, "index")
+
+
+class ndarray:
+    """An array on the fake device. Reductions give 0-dimensional arrays, never scalars."""
+
+    __array_priority__ = 100
+
+    def __init__(self, numbers: np.ndarray) -> None:
+        self._numbers = numbers
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed: use .get()")
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        numbers = [unwrap(x, f"numpy.{ufunc.__name__}") for x in inputs]
+        return wrap(getattr(ufunc, method)(*numbers, **kwargs))
+
+    def get(self) -> np.ndarray:
+        counts.reads += 1
+        return self._numbers.copy("K")
+
+    def set(self, numbers: np.ndarray) -> None:
+        assert isinstance(numbers, np.ndarray)
+        if (numbers.shape, numbers.dtype) != (self.shape, self.dtype):
+            raise ValueError(
+                f"set(): {numbers.shape} {numbers.dtype} for {self.shape} {self.dtype}"
+            )
+        if not (self.flags.c_contiguous or self.flags.f_contiguous):
+            raise RuntimeError("Cannot set to non-contiguous array")
+        counts.uploads += 1
+        self._numbers[...] = numbers
+
+    def __getitem__(self, index: Any) -> ndarray:
+        return wrap(self._numbers[index_of(index)])
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._numbers[index_of(index)] = unwrap(value, "setitem")
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[ndarray]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"fake_cupy.{self._numbers!r}"
+
+    @property
+    def T(self) -> ndarray:
+        return wrap(self._numbers.T)
+
+    def __matmul__(self, other: Any) -> ndarray:
+        return matmul(self, other)
+
+    __hash__ = None
+
+
+def check_arguments(name: str, accepted: str, args: tuple, kwargs: dict[str, Any]) -> None:
+    """TypeError for arguments that CuPy's function of this name would not take."""
+    names = accepted.split()
+    if len(args) > len(names) or kwargs.keys() - set(names):
+        raise TypeError(f"CuPy's {name} takes {names}, not {len(args)} and {sorted(kwargs)}")
+
+
+def _method(name: str, accepted: str | None = None) -> Any:
+    def method(self: ndarray, *args: Any, **kwargs: Any) -> Any:
+        if accepted is not None:
+            check_arguments(name, accepted, args, kwargs)
+        kwargs = {key: unwrap(value, name) for key, value in kwargs.items()}
+        return wrap(getattr(self._numbers, name)(*unwrap(args, name), **kwargs))
+
+    return method
+
+
+def _read(name: str) -> Any:
+    def method(self: ndarray) -> Any:
+        counts.reads += 1
+        return getattr(self._numbers, name)()
+
+    return method
+
+
+def _in_place(name: str) -> Any:
+    def method(self: ndarray, other: Any) -> ndarray:
+        getattr(np, name)(
+            self._numbers, unwrap(other, name), out=self._numbers, casting="same_kind"
+        )
+        return self
+
+    return method
+
+
+for _name in METHODS:
+    setattr(ndarray, _name, _method(_name, METHODS[_name]))
+for _name in ANY_NUMBER:
+    setattr(ndarray, _name, _method(_name))
+for _name in READS:
+    setattr(ndarray, _name, _read(_name))
+for _name in ATTRIBUTES:
+    setattr(ndarray, _name, property(lambda self, name=_name: getattr(self._numbers, name)))
+for _name in OPERATORS:
+    setattr(ndarray, f"__{_name}__", _method(f"__{_name}__"))
+    if hasattr(np.ndarray, f"__r{_name}__"):
+        setattr(ndarray, f"__r{_name}__", _method(f"__r{_name}__"))
+for _name, _function in (("add", "add"), ("sub", "subtract"), ("mul", "multiply")):
+    setattr(ndarray, f"__i{_name}__", _in_place(_function))
+ndarray.__itruediv__ = _in_place("divide")
+
+
+def _function(name: str, accepted: str) -> Any:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        check_arguments(name, accepted, args, kwargs)
+        uploads = name in ("array", "asarray") and isinstance(args[0], np.ndarray | list)
+        counts.uploads += uploads
+        args = args if uploads else unwrap(args, f"cupy.{name}")
+        kwargs = {key: unwrap(value, f"cupy.{name}") for key, value in kwargs.items()}
+        if name == "asarray" and not uploads and kwargs.get("dtype") is None:
+            return wrap(np.asarray(*args))
+        result = getattr(np, name)(*args, **kwargs)
+        out = kwargs.get("out")
+        return wrap(result) if out is None or result is not out else wrap(out)
+
+    function.__name__ = name
+    return function
+
+
+for _name, _accepted in {**UFUNCS, **FUNCTIONS}.items():
+    globals()[_name] = _function(_name, _accepted)
+
+
+def matmul(a: Any, b: Any, out: Any = None) -> ndarray:
+    """CuPy's: half precision is summed in float32, and rounded; batches of bfloat16 it refuses."""
+    x, y = unwrap(a, "cupy.matmul"), unwrap(b, "cupy.matmul")
+    dtype = np.result_type(x, y)
+    if dtype.name == "bfloat16" and max(x.ndim, y.ndim) > 2:
+        raise TypeError("CuPy 14.2 cannot multiply batches of bfloat16")
+    half = dtype.name in ("float16", "bfloat16")
+    if half:
+        x, y = x.astype(np.float32), y.astype(np.float32)
+    product = (x @ y).astype(dtype)
+    if out is None:
+        return ndarray(np.asarray(product))
+    out._numbers[...] = product
+    return out
+
+
+def scatter_add(target: ndarray, index: Any, values: Any) -> None:
+    np.add.at(target._numbers, index_of(index), unwrap(values, "cupy.add.at"))
+
+
+globals()["add"].at = scatter_add
+
+
+class Generator:
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def random(self, size: Any = None, dtype: Any = np.float64, out: Any = None) -> ndarray:
+        return ndarray(self._rng.random(size, dtype=dtype))
+
+
+class CUDARuntimeError(RuntimeError):
+    pass
+
+
+class OutOfMemoryError(MemoryError):
+    pass
+
+
+OutOfMemoryError.__module__ = "cupy.cuda.memory"
+random = SimpleNamespace(default_rng=Generator)
+cuda = SimpleNamespace(
+    memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+    runtime=SimpleNamespace(
+        CUDARuntimeError=CUDARuntimeError,
+        getDeviceCount=lambda: 1,
+        driverGetVersion=lambda: 13000,
+        runtimeGetVersion=lambda: 13000,
+    ),
+)
+
+
+@contextmanager
+def installed() -> Iterator[ModuleType]:
+    """Within this block `import cupy` gives this module, and the counts begin at 0."""
+    from micrograd_gpt import backend
+
+    this, before = sys.modules[__name__], sys.modules.get("cupy")
+    sys.modules["cupy"] = this
+    backend._usable_cupy.cache_clear()
+    counts.__init__()
+    try:
+        yield this
+    finally:
+        backend._usable_cupy.cache_clear()
+        del sys.modules["cupy"]
+        if before is not None:
+            sys.modules["cupy"] = before

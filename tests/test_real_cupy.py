@@ -1,0 +1,55 @@
+"""The arguments that fake_cupy.py lets pass, against CuPy's own; runs without a GPU."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import fake_cupy
+import numpy as np
+import pytest
+
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed: pip install -e '.[cuda13]'")
+
+
+def parameters(function: Any) -> list[str]:
+    """The names of a function's arguments: from its signature, or the first line of its text."""
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        line = (function.__doc__ or "").strip().splitlines()[0]
+        names = re.search(r"\((.*)\)", line)
+        assert names, f"{function} says nothing of its arguments: {line!r}"
+        given = re.sub(r"\\?\*,|/,|self,?", "", names[1])
+        return [part.split("=")[0].split()[-1] for part in given.split(",") if part.strip()]
+
+
+@pytest.mark.parametrize("name", sorted({**fake_cupy.UFUNCS, **fake_cupy.FUNCTIONS}))
+def test_a_function_takes_these_arguments(name: str) -> None:
+    ours = {**fake_cupy.UFUNCS, **fake_cupy.FUNCTIONS}[name].split()
+    theirs = parameters(getattr(cupy, name))
+    assert theirs[: len(ours)] == ours
+
+
+@pytest.mark.parametrize("name", sorted(fake_cupy.METHODS))
+def test_a_method_takes_these_arguments(name: str) -> None:
+    ours, theirs = fake_cupy.METHODS[name].split(), parameters(getattr(cupy.ndarray, name))
+    assert theirs[: len(ours)] == ours
+
+
+def test_what_else_the_gpu_path_uses_is_there() -> None:
+    operators = [f"__{name}__" for name in (*fake_cupy.OPERATORS, "matmul", "imul", "iadd")]
+    methods = (*fake_cupy.READS, *fake_cupy.ANY_NUMBER, *fake_cupy.ATTRIBUTES, "get", "set", "T")
+    missing = [name for name in (*operators, *methods) if not hasattr(cupy.ndarray, name)]
+    assert not missing
+    assert "out" in parameters(cupy.matmul) and callable(cupy.add.at)
+    assert parameters(cupy.random.Generator.random)[-3:] == ["size", "dtype", "out"]
+    assert callable(cupy.random.default_rng)
+    assert not isinstance(cupy.ndarray, np.ndarray) and issubclass(
+        cupy.cuda.memory.OutOfMemoryError, MemoryError
+    )
+    assert cupy.cuda.memory.OutOfMemoryError.__module__ == "cupy.cuda.memory"
+    runtime = cupy.cuda.runtime
+    assert issubclass(runtime.CUDARuntimeError, Exception)
+    assert runtime.runtimeGetVersion() > 12000 and isinstance(runtime.driverGetVersion(), int)
