@@ -1,9 +1,9 @@
 """The same arithmetic made fast for one device.
 
 `functional.py` defines every fused operation in plain array code and marks the parts worth
-speeding up with `@accelerated`. A function of the same name in `kernels/cpu.py` then stands in for
-the definition on that device, takes the same arguments, and is tested equal to it. Nothing is
-defined here alone: `definitions_only()` runs everything without this folder.
+speeding up with `@accelerated`. A function of the same name in `kernels/cpu.py` or `kernels/gpu.py`
+then stands in for the definition on that device, takes the same arguments, and is tested equal to
+it. Nothing is defined here alone: `definitions_only()` runs everything without this folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from micrograd_gpt.backend import device_of
-from micrograd_gpt.kernels import cpu
+from micrograd_gpt.kernels import cpu, gpu
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,8 +45,18 @@ def accelerated(definition: F) -> F:
     @functools.wraps(definition)
     def dispatch(array: Any, *args: Any, **kwargs: Any) -> Any:
         first = array[0] if isinstance(array, list) else array
-        if device_of(first) == "cpu" and _KERNELS.get():
+        if not _KERNELS.get():
+            return definition(array, *args, **kwargs)
+        if device_of(first) == "cpu":
             return kernel(array, *args, **kwargs)
-        return definition(array, *args, **kwargs)
+        return _on_gpu(definition, array, *args, **kwargs)
 
     return dispatch  # type: ignore[return-value]
+
+
+def _on_gpu(definition: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The GPU's kernel; the definition where there is none for these arguments."""
+    try:
+        return getattr(gpu, definition.__name__, definition)(*args, **kwargs)
+    except gpu.Unsupported:  # raised before anything is written
+        return definition(*args, **kwargs)
