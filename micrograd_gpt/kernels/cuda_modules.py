@@ -134,7 +134,7 @@ def launch(
 
 
 def _value(kernel: str, parameter: Parameter, argument: Any, dtype: str) -> Any:
-    """An argument as the kernel takes it: an address, a number of the declared size, a structure."""
+    """An argument as the kernel takes it: an address, a number of the declared size, a struct."""
     if parameter.is_pointer:
         if argument is None:
             return np.uint64(0)

@@ -109,8 +109,8 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
     n, (k, m) = len(x), weight.shape
     if n <= FEW_ROWS:
         y = array_module(x).empty((n, m), x.dtype)
-        grid = (_strips(m, dtype, 4),)
-        launch("matvec", "matvec_columns", dtype, grid, (256,), x, weight, bias, y, n, k, m)
+        strips, arguments = (_strips(m, dtype, 4),), (x, weight, bias, y, n, k, m)
+        launch("matvec", "matvec_columns", dtype, strips, (256,), *arguments)
         return y
     y = _product(x, weight)
     if bias is not None:
