@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 from common import median
-from micrograd_gpt.precision import kept
 
 from micrograd_gpt import functional as F
-from micrograd_gpt import optim
+from micrograd_gpt import optim, precision
 from micrograd_gpt.backend import library_for
 
 
@@ -55,7 +54,7 @@ def numbers(device: str, dtype: str, *shape: int) -> Any:
     """Random numbers on the device, in `dtype` (on a CPU in float32, rounded)."""
     array = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     array = library_for(device).asarray(array)
-    return kept(array, dtype) if dtype != "float32" else array
+    return precision.kept(array, dtype) if dtype != "float32" else array
 
 
 def product(n: int, k: int, m: int, dtype: str, device: str) -> Callable[[], Any]:
