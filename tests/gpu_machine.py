@@ -11,7 +11,7 @@ import pytest
 from cuda_emulator import Emulator
 from guarded_arrays import GuardedArrays
 
-from micrograd_gpt.kernels import cublas, cuda_modules, gpu
+from micrograd_gpt.kernels import cublas, cuda_modules, gpu, gpu_arguments
 
 
 class Machine:
@@ -21,7 +21,8 @@ class Machine:
         self.arrays = GuardedArrays(library)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gpu, "array_module", lambda array: self.arrays)
+        for module in (gpu, gpu_arguments):
+            monkeypatch.setattr(module, "array_module", lambda array: self.arrays)
 
     def put(self, *arrays: np.ndarray) -> list[Any]:
         raise NotImplementedError

@@ -163,16 +163,20 @@ def test_products_of_few_rows(n: int, k: int, m: int, dtype: str, on: Machine) -
     assert_close(y, F.linear_forward.__wrapped__(*doubles(x, weight, bias)), TOLERANCE[dtype])
     y = on.repeated(lambda: gpu.linear_forward(*on.put(x, weight), None))
     assert_close(y, np.matmul(*doubles(x, weight)), TOLERANCE[dtype])
+    columns = np.asfortranarray(weight)
+    y = on.repeated(lambda: gpu.linear_forward(*on.put(x, columns, bias)))
+    assert_close(y, F.linear_forward.__wrapped__(*doubles(x, weight, bias)), TOLERANCE[dtype])
     logits = on.repeated(lambda: gpu.matmul(*on.put(x, table.T)))
     assert logits.dtype == dtype
     assert_close(logits, np.matmul(*doubles(x, table.T)), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize(("n", "k", "m"), [(9, 3, 5), (200, 33, 70)])
-def test_linear(n: int, k: int, m: int, dtype: str, on: Machine) -> None:
+def test_linear(n: int, k: int, m: int, order: str, dtype: str, on: Machine) -> None:
     x, weight, bias = (numbers(*s, dtype=dtype) for s in ((n, k), (k, m), (m,)))
-    grad = numbers(n, m, dtype=dtype, seed=1)
+    grad, weight = numbers(n, m, dtype=dtype, seed=1), np.asarray(weight, order=order)
     y = on.repeated(lambda: gpu.linear_forward(*on.put(x, weight, bias)))
     assert y.dtype == dtype
     # the product is rounded, and the sum with the bias again
@@ -181,6 +185,7 @@ def test_linear(n: int, k: int, m: int, dtype: str, on: Machine) -> None:
     oracle = F.linear_backward.__wrapped__(*doubles(grad, x, weight))
     for a, other, kept in zip(ours, oracle, (dtype, "float32", "float32"), strict=True):
         assert a.dtype == kept
+        assert other is not oracle[1] or a.flags[f"{order}_CONTIGUOUS"]
         assert_close(a, other, TOLERANCE[kept])
     (out,) = on.put(np.full((k, m), np.nan, np.float32))
     assert gpu.matmul(*on.put(x.T, grad), out=out) is out
@@ -335,12 +340,15 @@ def test_optimizer(count: int, dtype: str, on: Machine) -> None:
     assert float(gpu.clip_scale(*on.put(np.full((), np.inf, np.float32)), 1.0)) == 1
 
     def start(kind: str) -> list[list[np.ndarray]]:
-        p, m, v = ([numbers(*s, seed=i).astype(kind) for s in shapes] for i in (2, 3, 4))
+        p, m, v = (
+            [np.asarray(numbers(*s, seed=i), kind, order="CF"[n % 2]) for n, s in enumerate(shapes)]
+            for i in (2, 3, 4)
+        )
         return [p, m, [np.asarray(abs(x)) for x in v]]
 
     def updated() -> tuple[Any, ...]:
         p, m, v = (on.put(*arrays) for arrays in start("float32"))
-        copies = on.put(*(np.full(s, np.nan, dtype) for s in shapes))
+        copies = on.put(*(np.full_like(x, np.nan, dtype) for x in start("float32")[0]))
         for step in (3, 4):
             settings = (1e-2, 0.9, 0.95, 1e-8, decays, step)
             gpu.adamw_update(p, on.put(*grads), m, v, *settings, scale, copies)

@@ -34,6 +34,7 @@ FLOORS = [
     ["tensor"],
     ["kernels"],
     ["kernels.cpu", "kernels.gpu"],
+    ["kernels.gpu_arguments"],
     ["kernels.cublas", "kernels.cuda_modules"],
     ["kernels.threads"],
     ["backend"],

@@ -22,50 +22,20 @@ import numpy as np
 from micrograd_gpt.backend import Array, Key, array_module
 from micrograd_gpt.kernels import cublas, cuda_modules
 from micrograd_gpt.kernels.cuda_modules import ACTIVATIONS, TENSOR_TABLE, TENSORS_AT_ONCE, launch
+from micrograd_gpt.kernels.gpu_arguments import (
+    THREADS,
+    WARPS,
+    Unsupported,
+    activation,
+    blocks,
+    float32,
+    rows_in_memory,
+    strips,
+)
 
-THREADS = 256  # of a block, unless a kernel asks for others
-WARPS = THREADS // 32
-MAX_BLOCKS = 1024  # of a kernel that walks over its elements: several for each multiprocessor
-ROWS_AT_ONCE = 128  # that one block adds up, column by column
 FEW_ROWS = 8  # a product of at most so many rows is bound by reading the matrix
 HEAD_SIZES = range(16, 129, 16)
-
-
-class Unsupported(Exception):
-    """No kernel does this: the definition has to."""
-
-
-def _activation(*arrays: Array) -> str:
-    """The one type of all these arrays, contiguous each; Unsupported if there is none."""
-    dtype = str(arrays[0].dtype)
-    alike = all(str(array.dtype) == dtype and array.flags.c_contiguous for array in arrays)
-    if dtype not in ACTIVATIONS or not alike or not arrays[0].size or not cuda_modules.usable():
-        raise Unsupported
-    return dtype
-
-
-def _float32(*arrays: Array) -> None:
-    if _activation(*arrays) != "float32":
-        raise Unsupported
-
-
-def _pack(dtype: str) -> int:
-    """How many neighbouring elements a thread takes at once."""
-    return 16 // _itemsize(dtype)
-
-
-def _itemsize(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
-
-
-def _blocks(n: int, dtype: str) -> tuple[int]:
-    """Blocks of THREADS threads for n elements that threads take in packs and turns."""
-    return (min(MAX_BLOCKS, -(-n // (THREADS * _pack(dtype)))),)
-
-
-def _strips(width: int, dtype: str, threads: int = 32) -> int:
-    """Blocks side by side for rows of `width`, `threads` packs wide each."""
-    return -(-width // (threads * _pack(dtype)))
+ROWS_AT_ONCE = 128  # that one block adds up, column by column
 
 
 def _seed(key: Key) -> int:
@@ -77,7 +47,7 @@ def _seed(key: Key) -> int:
 
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     if len(a) <= FEW_ROWS and b.flags.f_contiguous and out is None:
-        return _matvec_rows(a, b.T)
+        return _product_of_few_rows(a, b, None)
     return _product(a, b, out)
 
 
@@ -96,35 +66,42 @@ def _product(a: Array, b: Array, out: Array | None = None) -> Array:
     return cublas.product(a, b, out)
 
 
-def _matvec_rows(x: Array, weight: Array) -> Array:
-    dtype = _activation(x, weight)
-    n, (m, k) = len(x), weight.shape
+def _product_of_few_rows(x: Array, weight: Array, bias: Array | None) -> Array:
+    """x @ weight + bias, weight (K, M) stored either way around."""
+    n, (k, m) = len(x), weight.shape
+    stored = weight if weight.flags.c_contiguous else weight.T
+    dtype = activation(x, stored, *([] if bias is None else [bias]))
     y = array_module(x).empty((n, m), x.dtype)
-    launch("matvec", "matvec_rows", dtype, (-(-m // WARPS),), (THREADS,), x, weight, y, n, k, m)
+    if stored is weight:
+        kernel, grid = "matvec_columns", (strips(m, dtype, 4),)
+    else:
+        kernel, grid = "matvec_rows", (-(-m // WARPS),)
+    launch("matvec", kernel, dtype, grid, (THREADS,), x, stored, bias, y, n, k, m)
     return y
 
 
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
-    dtype = _activation(x, weight, *([] if bias is None else [bias]))
-    n, (k, m) = len(x), weight.shape
+    n, m = len(x), weight.shape[1]
     if n <= FEW_ROWS:
-        y = array_module(x).empty((n, m), x.dtype)
-        strips, arguments = (_strips(m, dtype, 4),), (x, weight, bias, y, n, k, m)
-        launch("matvec", "matvec_columns", dtype, strips, (256,), *arguments)
-        return y
+        return _product_of_few_rows(x, weight, bias)
+    dtype = activation(x, *([] if bias is None else [bias]))
     y = _product(x, weight)
     if bias is not None:
-        grid = (_strips(m, dtype, 128), min(n, MAX_BLOCKS))
+        grid = (strips(m, dtype, 128), min(n, MAX_BLOCKS))
         launch("sums", "add_bias", dtype, grid, (128,), y, bias, n, m)
     return y
 
 
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
-    dtype = _activation(grad, x)
+    """As the definition; the weight's gradient lies in memory as the weight does."""
+    dtype, xp = activation(grad, x), array_module(x)
     if str(weight.dtype) != dtype:
         raise Unsupported
-    dweight = array_module(x).empty((x.shape[1], grad.shape[1]), np.float32)
-    return _product(grad, weight.T), _product(x.T, grad, dweight), _column_sums(grad, dtype)
+    if weight.flags.c_contiguous:
+        dweight = _product(x.T, grad, xp.empty(weight.shape, np.float32))
+    else:
+        dweight = _product(grad.T, x, xp.empty(weight.shape[::-1], np.float32)).T
+    return _product(grad, weight.T), dweight, _column_sums(grad, dtype)
 
 
 def _column_sums(x: Array, dtype: str) -> Array:
@@ -132,7 +109,7 @@ def _column_sums(x: Array, dtype: str) -> Array:
     (n, m), xp = x.shape, array_module(x)
     parts = -(-n // ROWS_AT_ONCE)
     partials = xp.empty((parts, m), np.float32)
-    grid = (_strips(m, dtype), parts)
+    grid = (strips(m, dtype), parts)
     launch("sums", "column_sums", dtype, grid, (32, 8), x, partials, n, m)
     return _sum_partials(partials)
 
@@ -157,21 +134,21 @@ def _total(numbers: Array) -> Array:
 
 def embedding_forward(weight: Array, ids: Array, dtype: Any = np.float32) -> Array:
     """Rows of weight (V, C), float32, by ids (…) -> (…, C) of the given type."""
-    _float32(weight)
+    float32(weight)
     width, ids = weight.shape[1], array_module(weight).ascontiguousarray(ids, dtype=np.int64)
     y = array_module(weight).empty((*ids.shape, width), dtype)
     kind = str(y.dtype)
-    grid = (ids.size, _strips(width, kind, 128))
+    grid = (ids.size, strips(width, kind, 128))
     launch("embedding", "embedding_forward", kind, grid, (128,), weight, ids, y, width)
     return y
 
 
 def embedding_backward(grad: Array, ids: Array, dweight: Array) -> None:
-    dtype, width = _activation(grad), grad.shape[-1]
-    _float32(dweight)
+    dtype, width = activation(grad), grad.shape[-1]
+    float32(dweight)
     ids = array_module(grad).ascontiguousarray(ids.reshape(-1), dtype=np.int64)
     order = array_module(grad).argsort(ids, kind="stable").astype(np.int64, copy=False)
-    rows, grid = ids.size, (ids.size, _strips(width, dtype))
+    rows, grid = ids.size, (ids.size, strips(width, dtype))
     launch(
         *("embedding", "embedding_backward", dtype, grid, (32, 8)),
         *(grad, ids, order, dweight, rows, width),
@@ -185,7 +162,7 @@ def layer_norm_forward(
     x: Array, weight: Array, bias: Array, eps: float, dtype: Any = np.float32
 ) -> tuple[Array, Array, Array]:
     """As the definition; with `dtype` y is of that type, so that it need not be converted after."""
-    _float32(x, weight, bias)
+    float32(x, weight, bias)
     (n, width), xp = x.shape, array_module(x)
     y, mean, rstd = xp.empty(x.shape, dtype), *(xp.empty((n, 1), np.float32) for _ in range(2))
     launch(
@@ -198,8 +175,8 @@ def layer_norm_forward(
 def layer_norm_backward(
     grad: Array, x: Array, weight: Array, mean: Array, rstd: Array
 ) -> tuple[Array, Array, Array]:
-    _float32(x, weight, mean, rstd)
-    dtype, (n, width), xp = _activation(grad), x.shape, array_module(x)
+    float32(x, weight, mean, rstd)
+    dtype, (n, width), xp = activation(grad), x.shape, array_module(x)
     dx, parts = xp.empty_like(x), -(-n // ROWS_AT_ONCE)
     partials = xp.empty((parts, 2 * width), np.float32)
     launch(
@@ -207,7 +184,7 @@ def layer_norm_backward(
         *(grad, x, weight, mean, rstd, dx, n, width),
     )
     launch(
-        *("layer_norm", "layer_norm_backward_weight", dtype, (_strips(width, dtype), parts)),
+        *("layer_norm", "layer_norm_backward_weight", dtype, (strips(width, dtype), parts)),
         *((32, 8), grad, x, mean, rstd, partials, n, width),
     )
     sums = _sum_partials(partials)
@@ -218,15 +195,15 @@ def layer_norm_backward(
 
 
 def gelu_forward(x: Array) -> Array:
-    dtype, y = _activation(x), array_module(x).empty_like(x)
-    launch("gelu", "gelu_forward", dtype, _blocks(x.size, dtype), (THREADS,), x, y, x.size)
+    dtype, y = activation(x), array_module(x).empty_like(x)
+    launch("gelu", "gelu_forward", dtype, blocks(x.size, dtype), (THREADS,), x, y, x.size)
     return y
 
 
 def gelu_backward(grad: Array, x: Array) -> Array:
-    dtype, dx = _activation(grad, x), array_module(x).empty_like(x)
-    blocks = _blocks(x.size, dtype)
-    launch("gelu", "gelu_backward", dtype, blocks, (THREADS,), grad, x, dx, x.size)
+    dtype, dx = activation(grad, x), array_module(x).empty_like(x)
+    grid = blocks(x.size, dtype)
+    launch("gelu", "gelu_backward", dtype, grid, (THREADS,), grad, x, dx, x.size)
     return dx
 
 
@@ -273,8 +250,8 @@ def attention_backward(
     key: Key = (),
 ) -> None:
     dtype, (b, h, t, d), xp = _heads(q, k, v), q.shape, array_module(q)
-    _float32(log_total)
-    if _activation(grad, out) != dtype or k.shape != q.shape:
+    float32(log_total)
+    if activation(grad, out) != dtype or k.shape != q.shape:
         raise Unsupported
     q, k, v = _aligned(q, k, v)
     in_place = _are_aligned(dq, dk, dv)
@@ -340,18 +317,18 @@ def dropped_out(x: Array, p: float, key: Key) -> Array:
 
     Which ones is a function of `key` and the place alone: the backward is the same of the gradient.
     """
-    dtype, y = _activation(x), array_module(x).empty_like(x)
-    blocks = _blocks(x.size, dtype)
-    launch("dropout", "dropout", dtype, blocks, (THREADS,), x, y, x.size, _seed(key), p)
+    dtype, y = activation(x), array_module(x).empty_like(x)
+    grid = blocks(x.size, dtype)
+    launch("dropout", "dropout", dtype, grid, (THREADS,), x, y, x.size, _seed(key), p)
     return y
 
 
 def residual_add(residual: Array, branch: Array, p: float = 0.0, key: Key = ()) -> Array:
     """residual + dropped_out(branch, p, key) in one pass, float32."""
-    _float32(residual)
-    dtype, y = _activation(branch), array_module(residual).empty_like(residual)
+    float32(residual)
+    dtype, y = activation(branch), array_module(residual).empty_like(residual)
     launch(
-        *("dropout", "residual_add", dtype, _blocks(y.size, dtype), (THREADS,)),
+        *("dropout", "residual_add", dtype, blocks(y.size, dtype), (THREADS,)),
         *(residual, branch, y, y.size, _seed(key), p),
     )
     return y
@@ -364,9 +341,9 @@ def cross_entropy_forward(
     logits: Array, targets: Array, scale: Any = 1.0, out: Array | None = None
 ) -> tuple[Array, Array]:
     """As the definition; `scale` is a number, or a scalar on the device."""
-    dtype, (n, vocab_size), xp = _activation(logits), logits.shape, array_module(logits)
+    dtype, (n, vocab_size), xp = activation(logits), logits.shape, array_module(logits)
     dlogits = xp.empty_like(logits) if out is None else out
-    if _activation(dlogits) != dtype:
+    if activation(dlogits) != dtype:
         raise Unsupported
     scale = xp.full((), scale, np.float32)
     losses = xp.empty(n, np.float32)
@@ -381,9 +358,9 @@ def cross_entropy_forward(
 
 
 def sum_of_squares(arrays: Sequence[Array]) -> Array:
-    arrays = [array_module(a).ascontiguousarray(a) for a in arrays]
-    _float32(*arrays)
-    (across,) = _blocks(max(a.size for a in arrays), "float32")
+    arrays = [rows_in_memory(array) for array in arrays]
+    float32(*arrays)
+    (across,) = blocks(max(a.size for a in arrays), "float32")
     partials = array_module(arrays[0]).empty((len(arrays), across), np.float32)
     for start in range(0, len(arrays), TENSORS_AT_ONCE):
         some = arrays[start : start + TENSORS_AT_ONCE]
@@ -421,16 +398,21 @@ def adamw_update(
     """As the definition. Gradients are multiplied by `gradient_scale`, a scalar on the device; the
     new weights are also written into `copies`, arrays of the parameters' shapes and another type.
     """
+    columns = [not p.flags.c_contiguous for p in parameters]  # what is stored so is transposed
+    parameters, grads, ms, vs, copies = (
+        [array.T if column else array for array, column in zip(arrays, columns, strict=False)]
+        for arrays in (parameters, grads, ms, vs, copies)
+    )
     grads = [array_module(grad).ascontiguousarray(grad) for grad in grads]
-    _float32(*parameters, *grads, *ms, *vs)
-    dtype = _activation(*copies) if copies else "float32"
+    float32(*parameters, *grads, *ms, *vs)
+    dtype = activation(*copies) if copies else "float32"
     corrections = 1 - beta1**step, 1 - beta2**step
     for start in range(0, len(parameters), TENSORS_AT_ONCE):
         some = slice(start, start + TENSORS_AT_ONCE)
         table = _table(
             parameters[some], grads[some], ms[some], vs[some], copies[some], decays[some]
         )
-        (across,) = _blocks(max(p.size for p in parameters[some]), dtype)
+        (across,) = blocks(max(p.size for p in parameters[some]), dtype)
         launch(
             *("optimizer", "adamw_update", dtype, (across, len(parameters[some])), (THREADS,)),
             *(table, gradient_scale, lr, beta1, beta2, eps, *corrections),

@@ -5,10 +5,12 @@
 
 constexpr int MAX_BATCH = 8;
 
-// y (B, M) = x · weightᵀ, weight (M, K): one warp a row of the weight, its lanes along the row.
-// This is the head, whose weight is the token table.
+// y (B, M) = x · weightᵀ + bias, weight (M, K), bias may be null: one warp a row of the weight, its
+// lanes along the row. So are a column-major linear layer and the head, whose weight is the token
+// table.
 extern "C" __global__ void matvec_rows(
-    const Activation* x, const Activation* weight, Activation* y, int batch, int inputs, int outputs
+    const Activation* x, const Activation* weight, const Activation* bias, Activation* y, int batch,
+    int inputs, int outputs
 ) {
     int output = (blockIdx.x * blockDim.x + threadIdx.x) / WARP, lane = threadIdx.x % WARP;
     if (output >= outputs) return;
@@ -24,7 +26,7 @@ extern "C" __global__ void matvec_rows(
     }
     for (int b = 0; b < MAX_BATCH; b++) {
         if (b >= batch) break;
-        float sum = over_lanes<Sum>(sums[b]);
+        float sum = over_lanes<Sum>(sums[b]) + (bias ? to_float(bias[output]) : 0.0f);
         if (lane == 0) y[(long long)b * outputs + output] = rounded<Activation>(sum);
     }
 }
