@@ -23,6 +23,7 @@ from micrograd_gpt.backend import Array, Key, array_module
 from micrograd_gpt.kernels import cublas, cuda_modules
 from micrograd_gpt.kernels.cuda_modules import ACTIVATIONS, TENSOR_TABLE, TENSORS_AT_ONCE, launch
 from micrograd_gpt.kernels.gpu_arguments import (
+    MAX_BLOCKS,
     THREADS,
     WARPS,
     Unsupported,
