@@ -86,7 +86,7 @@ def test_training(dtype: str, emulator: cuda_emulator.Emulator) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_decoding(dtype: str, emulator: cuda_emulator.Emulator) -> None:
-    """Greedy tokens of a model trained for a moment: at random, two logits may be all but equal."""
+    """Greedy, by a model trained for a moment: at random, two logits may be all but equal."""
     model = GPT2(CONFIG, seed=1)
     train(model, steps=30)
     prompt = batch()[0][:1, :5]
@@ -96,4 +96,4 @@ def test_decoding(dtype: str, emulator: cuda_emulator.Emulator) -> None:
         mine.data[...] = fake_cupy.asarray(trained.data).astype(mine.dtype)
     np.testing.assert_array_equal(ours.generate(prompt, max_new_tokens=6, temperature=0), reference)
     names = {kernel for _, kernel, _ in emulator.launched}
-    assert names >= {"matvec_rows", "matvec_columns", "attention_decode", "attention_forward"}
+    assert names >= {"matvec_rows", "attention_decode", "attention_forward"}
