@@ -41,16 +41,21 @@ def installed(name: str) -> bool:
     return found
 
 
-def child(task: dict[str, Any], pins: dict[str, str] | None = None) -> dict[str, Any]:
+def child(
+    task: dict[str, Any], pins: dict[str, str] | None = None, timeout: float | None = None
+) -> dict[str, Any]:
     """Run this very script as a child on `task`, and return what it measured.
 
-    Its environment has no settings for BLAS but `pins` and the task's own, under "env".
+    Its environment has no settings for BLAS but `pins` and the task's own, under "env". Raises
+    subprocess.CalledProcessError where it fails, TimeoutExpired after `timeout` seconds.
     """
     env = {k: v for k, v in os.environ.items() if k not in PINS}
     env |= (pins or {}) | task.get("env", {})
     script = sys.modules["__main__"].__file__
     command = [sys.executable, str(script), "--child", json.dumps(task)]
-    result = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    result = subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=timeout
+    )
     return json.loads(result.stdout.splitlines()[-1])
 
 

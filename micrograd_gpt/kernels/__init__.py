@@ -1,10 +1,11 @@
 """The same arithmetic made fast for one device.
 
 `functional.py` defines every fused operation in plain array code and marks the parts worth
-speeding up with `@accelerated`. Functions of the same name then stand in for the definition on the
-CPU, take the same arguments, and are tested equal to it: those in C (`kernels/compiled.py`) where
-the machine has a compiler, else those in NumPy (`kernels/cpu.py`). Nothing is defined here alone:
-`definitions_only()` runs everything without this folder, `numpy_only()` without C.
+speeding up with `@accelerated`. Functions of the same name then stand in for the definition, take
+the same arguments, and are tested equal to it: on the CPU those in C (`kernels/compiled.py`) where
+the machine has a compiler, else those in NumPy (`kernels/cpu.py`); on a GPU those in CUDA
+(`kernels/gpu.py`). Nothing is defined here alone: `definitions_only()` runs everything without this
+folder, `numpy_only()` without C.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from micrograd_gpt.backend import device_of
-from micrograd_gpt.kernels import compiled, cpu
+from micrograd_gpt.kernels import compiled, cpu, gpu
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -52,16 +53,22 @@ def accelerated(definition: F) -> F:
     The device is that of the first argument, an array or a list of them. The definition itself
     stays reachable as `function.__wrapped__`.
     """
-    in_numpy = getattr(cpu, definition.__name__, None)
-    if in_numpy is None:
+    name = definition.__name__
+    in_numpy, in_cuda = getattr(cpu, name, definition), getattr(gpu, name, definition)
+    if in_numpy is definition and in_cuda is definition:
         return definition
-    in_c = getattr(compiled, definition.__name__, in_numpy)
-    kernels = {"compiled": in_c, "numpy": in_numpy, "definitions": definition}
+    in_c = getattr(compiled, name, in_numpy)
+    on_cpu = {"compiled": in_c, "numpy": in_numpy, "definitions": definition}
+    on_gpu = {"compiled": in_cuda, "numpy": in_cuda, "definitions": definition}
 
     @functools.wraps(definition)
     def dispatch(array: Any, *args: Any, **kwargs: Any) -> Any:
         first = array[0] if isinstance(array, list) else array
-        function = kernels[_KERNELS.get()] if device_of(first) == "cpu" else definition
-        return function(array, *args, **kwargs)
+        if device_of(first) == "cpu":
+            return on_cpu[_KERNELS.get()](array, *args, **kwargs)
+        try:
+            return on_gpu[_KERNELS.get()](array, *args, **kwargs)
+        except gpu.Unsupported:  # raised before anything is written
+            return definition(array, *args, **kwargs)
 
     return dispatch  # type: ignore[return-value]

@@ -1,0 +1,200 @@
+"""What benchmarks/gpu.py measures, one function a kind of part, each in a process of its own.
+
+A `task` is the part's settings: "device" is "gpu", or "cpu" in a rehearsal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import gpu_profile
+import numpy as np
+from common import median, peak_megabytes
+from train import flops_per_token
+
+from micrograd_gpt import no_grad, optim
+from micrograd_gpt.backend import library_for, set_tf32
+from micrograd_gpt.data import Windows, load_documents
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+
+BLOCKS = 3  # of steps, each timed as a whole: the device is waited for at its end alone
+SIDE = 8192  # of the square matrices that measure the matrix rate, on a GPU
+
+
+def limits(task: dict[str, Any]) -> dict[str, float]:
+    """What the machine does at best: a large copy, bytes read and written, and large products."""
+    timer = gpu_profile.Timer(task["device"])
+    xp, n = timer.xp, SIDE if task["device"] == "gpu" else 256
+    found = {}
+    source = xp.ones(2**28 if task["device"] == "gpu" else 2**20, np.float32)
+    target = xp.empty_like(source)
+    copied = timer.seconds(lambda: xp.copyto(target, source))
+    found["copy GB/s"] = 2 * source.nbytes / copied / 1e9
+    for name, dtype, tf32 in (("bfloat16", "bfloat16", False), ("TF32", "float32", True)):
+        set_tf32(tf32 and task["device"] == "gpu", task["device"])
+        product = gpu_profile.product(n, n, n, dtype, task["device"])
+        found[f"{name} GFLOP/s"] = 2 * n**3 / timer.seconds(product) / 1e9
+    return {name: round(value) for name, value in found.items()}
+
+
+def training(task: dict[str, Any]) -> dict[str, Any]:
+    """Tokens per second and the memory a training step takes, at the model's longest context."""
+    config, context = task["model"], task["model"]["n_positions"]
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, config["vocab_size"], (task["batch"], context + 1))
+    step, wait = (our_step if task["side"] == "ours" else peer_step)(task, ids)
+    for _ in range(3):
+        step()
+    wait()
+    times = []
+    for _ in range(BLOCKS):
+        started = time.perf_counter()
+        for _ in range(task["steps"]):
+            step()
+        wait()
+        times.append((time.perf_counter() - started) / task["steps"])
+    tokens_per_second = task["batch"] * context / median(times)
+    return {
+        "tokens_per_second": tokens_per_second,
+        "teraflops": tokens_per_second * _flops_per_token(config) / 1e12,
+        "seconds": times,
+        "peak_megabytes": _megabytes_held(task["device"], torch=task["side"] != "ours"),
+    }
+
+
+def _flops_per_token(config: dict[str, int]) -> float:
+    if config["n_embd"] == 768:
+        return flops_per_token("124M", config["n_positions"])
+    return float("nan")  # of a rehearsal's model nobody asks
+
+
+def our_step(task: dict[str, Any], ids: np.ndarray) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    device = task["device"]
+    set_tf32(device == "gpu" and task["dtype"] == "float32", device)
+    model = GPT2(GPT2Config(**task["model"]), device=device, compute=task["dtype"])
+    optimizer = optim.AdamW(model.parameters(), lr=6e-4)
+
+    def step() -> None:
+        model.loss(ids[:, :-1], ids[:, 1:]).backward()
+        optim.clip_grad_norm(optimizer.parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, gpu_profile.Timer(device).wait
+
+
+def peer_step(task: dict[str, Any], ids: np.ndarray) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    import torch
+    from peer_gpt2 import PeerGPT2
+
+    torch.set_float32_matmul_precision("high")  # TF32, for what is float32
+    device = "cuda" if task["device"] == "gpu" else "cpu"
+    model = PeerGPT2(**task["model"]).to(device)
+    optimizer = model.optimizer(fused=True)
+    run = torch.compile(model) if "compiled" in task["side"] else model
+    inputs, targets = (
+        torch.tensor(part, device=device) for part in (ids[:, :-1].copy(), ids[:, 1:].copy())
+    )
+    half = task["dtype"] == "bfloat16"
+
+    def step() -> None:
+        cast = torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext()
+        with cast:
+            loss = run(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def _megabytes_held(device: str, torch: bool) -> float:
+    """Device memory in use: both sides keep what they once needed, so that this is the most."""
+    if device == "cpu":
+        return peak_megabytes()
+    if torch:
+        from torch.cuda import mem_get_info
+
+        free, total = mem_get_info()
+    else:
+        free, total = library_for("gpu").cuda.runtime.memGetInfo()
+    return (total - free) / 2**20
+
+
+def decoding(task: dict[str, Any]) -> dict[str, Any]:
+    """Greedy tokens per second over the whole batch, with random weights; the prompt left out."""
+    vocabulary = task["model"]["vocab_size"]
+    ids = np.random.default_rng(0).integers(0, vocabulary, (task["batch"], task["prompt"]))
+    generate = (our_generate if task["side"] == "ours" else their_generate)(task)
+    times = {}
+    for count in (1, 1 + task["new"]):
+        runs = []
+        for _ in range(4):
+            started = time.perf_counter()
+            generate(ids, count)
+            runs.append(time.perf_counter() - started)
+        times[count] = median(runs[1:])
+    seconds = times[1 + task["new"]] - times[1]
+    return {"tokens_per_second": task["batch"] * task["new"] / seconds, "seconds": seconds}
+
+
+def our_generate(task: dict[str, Any]) -> Callable[[np.ndarray, int], Any]:
+    model = GPT2(GPT2Config(**task["model"]), dtype="bfloat16", device=task["device"]).eval()
+
+    def generate(ids: np.ndarray, count: int) -> Any:
+        with no_grad():
+            return model.generate(ids, max_new_tokens=count, temperature=0)
+
+    return generate
+
+
+def their_generate(task: dict[str, Any]) -> Callable[[np.ndarray, int], Any]:
+    import torch
+    from transformers import GPT2Config as TheirConfig
+    from transformers import GPT2LMHeadModel
+
+    device = "cuda" if task["device"] == "gpu" else "cpu"
+    model = GPT2LMHeadModel(TheirConfig(**task["model"])).eval().to(device, torch.bfloat16)
+
+    def generate(ids: np.ndarray, count: int) -> Any:
+        with torch.inference_mode():
+            prompt = torch.tensor(ids, device=device)
+            result = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                min_new_tokens=count,
+                max_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            return result.cpu()
+
+    return generate
+
+
+def losses(task: dict[str, Any]) -> dict[str, Any]:
+    """The loss of a small model after some steps on Python's manual, byte by byte."""
+    device, config = task["device"], task["learner"]
+    set_tf32(False, device)
+    text = "\n".join(load_documents("pydocs")).encode()
+    windows = Windows(np.frombuffer(text, np.uint8).astype(np.uint16), config["n_positions"])
+    model = GPT2(GPT2Config(**config), seed=0, device=device, compute=task["dtype"])
+    optimizer = optim.AdamW(model.parameters(), lr=1e-3)
+    found = []
+    for step in range(task["loss_steps"]):
+        loss = model.loss(*windows.batch(0, step, 4))
+        loss.backward()
+        optim.clip_grad_norm(optimizer.parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.data)
+    curve = [float(value) for value in found]
+    return {"loss": float(np.mean(curve[-10:])), "curve": curve}
+
+
+def profile(task: dict[str, Any]) -> dict[str, Any]:
+    return {"kernels": gpu_profile.kernels(task)}

@@ -1,0 +1,189 @@
+"""Each kernel of a training step and of decoding alone: its time, bytes and operations.
+
+Bytes are those that must pass through the device's memory, each input read once and each output
+written once; operations are the multiplications and additions of matrix products.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from common import median
+
+from micrograd_gpt import functional as F
+from micrograd_gpt import optim, precision
+from micrograd_gpt.backend import library_for
+
+
+class Timer:
+    """Times what a device does: by events on a GPU, by the clock on a CPU."""
+
+    REPEATS = 20
+
+    def __init__(self, device: str) -> None:
+        self.device, self.xp = device, library_for(device)
+
+    def wait(self) -> None:
+        if self.device == "gpu":
+            self.xp.cuda.Device().synchronize()
+
+    def seconds(self, function: Callable[[], Any]) -> float:
+        """The median of several calls, after three that are not counted."""
+        for _ in range(3):
+            function()
+        self.wait()
+        return median(self._once(function) for _ in range(self.REPEATS))
+
+    def _once(self, function: Callable[[], Any]) -> float:
+        if self.device == "cpu":
+            started = time.perf_counter()
+            function()
+            return time.perf_counter() - started
+        start, end = self.xp.cuda.Event(), self.xp.cuda.Event()
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return self.xp.cuda.get_elapsed_time(start, end) / 1e3
+
+
+def numbers(device: str, dtype: str, *shape: int) -> Any:
+    """Random numbers on the device, in `dtype` (on a CPU in float32, rounded)."""
+    array = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    array = library_for(device).asarray(array)
+    return precision.kept(array, dtype) if dtype != "float32" else array
+
+
+def product(n: int, k: int, m: int, dtype: str, device: str) -> Callable[[], Any]:
+    a, b = numbers(device, dtype, n, k), numbers(device, dtype, k, m)
+    return lambda: F.matmul(a, b)
+
+
+class Profile:
+    """`rows` has one for each kernel: "kernel", "seconds", "gigabytes", "gigaflops", "limit"."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        c = task["model"]
+        self.timer, self.half, self.rows = Timer(task["device"]), "bfloat16", list[dict[str, Any]]()
+        self.batch, self.time, self.width = task["batch"], c["n_positions"], c["n_embd"]
+        self.heads, self.vocabulary = c["n_head"], c["vocab_size"]
+        self.tokens = self.batch * self.time
+
+    def numbers(self, dtype: str, *shape: int) -> Any:
+        return numbers(self.timer.device, dtype, *shape)
+
+    def measure(
+        self, name: str, function: Callable[[], Any], moved: list[Any], gigaflops: float = 0
+    ) -> Any:
+        """Time `function`, which reads and writes the arrays `moved`, and return its result."""
+        seconds = self.timer.seconds(function)
+        gigabytes = sum(array.nbytes for array in moved) / 1e9
+        row = {"kernel": name, "seconds": seconds, "gigabytes": gigabytes, "gigaflops": gigaflops}
+        self.rows.append({**row, "limit": "bfloat16 GFLOP/s"})
+        return function()
+
+    def layer_norm(self) -> None:
+        x, gain = (
+            self.numbers("float32", self.tokens, self.width),
+            self.numbers("float32", self.width),
+        )
+        _, mean, rstd = self.measure(
+            "layer_norm_forward", lambda: F.layer_norm_forward(x, gain, gain, 1e-5), [x, x]
+        )
+        self.measure(
+            "layer_norm_backward",
+            lambda: F.layer_norm_backward(x, x, gain, mean, rstd),
+            [x, x, x],
+        )
+
+    def linear(self, n_out: int) -> None:
+        x = self.numbers(self.half, self.tokens, self.width)
+        weight, bias = self.numbers(self.half, self.width, n_out), self.numbers(self.half, n_out)
+        work = 2e-9 * self.tokens * self.width * n_out
+        y = self.measure(
+            f"linear_forward {self.width} → {n_out}",
+            lambda: F.linear_forward(x, weight, bias),
+            [x, weight, *[x] * (n_out // self.width)],
+            work,
+        )
+        self.measure(
+            f"linear_backward {self.width} → {n_out}",
+            lambda: F.linear_backward(y, x, weight),
+            [y, x, weight, x, weight, weight],
+            2 * work,
+        )
+
+    def gelu(self) -> None:
+        x = self.numbers(self.half, self.tokens, 4 * self.width)
+        self.measure("gelu_forward", lambda: F.gelu_forward(x), [x, x])
+        self.measure("gelu_backward", lambda: F.gelu_backward(x, x), [x, x, x])
+
+    def attention(self) -> None:
+        qkv = self.numbers(self.half, self.batch, self.time, 3 * self.width)
+        dqkv, parts = self.timer.xp.empty_like(qkv), F.split_heads(qkv, self.heads)
+        work = 2 * 2e-9 * self.tokens * (self.time / 2) * self.width  # over the causal half
+        out, log_total = self.measure(
+            "attention_forward", lambda: F.attention_forward(*parts), [qkv, qkv[..., ::3]], work
+        )
+        grad, grads = self.numbers(self.half, *out.shape), F.split_heads(dqkv, self.heads)
+        self.measure(
+            "attention_backward",
+            lambda: F.attention_backward(grad, *parts, out, log_total, *grads),
+            [qkv, dqkv, grad, out],
+            2.5 * work,
+        )
+
+    def ends(self) -> None:
+        """The loss and the embedding."""
+        some = min(self.tokens, max(1, F.LOGITS_AT_ONCE // self.vocabulary))
+        logits = self.numbers(self.half, some, self.vocabulary)
+        targets = self.timer.xp.arange(some) % self.vocabulary
+        self.measure(
+            "cross_entropy_forward",
+            lambda: F.cross_entropy_forward(logits, targets, 1e-3, out=logits),
+            [logits, logits],
+        )
+        ids = np.random.default_rng(0).integers(0, self.vocabulary, self.tokens)
+        ids, grad = self.timer.xp.asarray(ids), self.numbers("float32", self.tokens, self.width)
+        table = self.numbers("float32", self.vocabulary, self.width)
+        self.measure(
+            "embedding_backward", lambda: F.embedding_backward(grad, ids, table), [grad] * 3
+        )
+
+    def optimizer(self) -> None:
+        shapes = [(self.vocabulary, self.width), *[(self.width, 4 * self.width)] * 36]
+        p, m = ([self.numbers("float32", *shape) for shape in shapes] for _ in range(2))
+        v = [self.timer.xp.ones_like(array) for array in p]
+        self.measure("sum_of_squares", lambda: optim.sum_of_squares(p), p)
+        settings = (0.0, 0.9, 0.95, 1e-8, [0.1] * len(p), 1)
+        self.measure("adamw_update", lambda: optim.adamw_update(p, m, m, v, *settings), p * 7)
+
+    def one_token(self) -> None:
+        row = self.numbers(self.half, 1, self.width)
+        head = self.numbers(self.half, self.vocabulary, self.width)
+        weight = self.numbers(self.half, self.width, 4 * self.width)
+        bias = self.numbers(self.half, 4 * self.width)
+        self.measure("matmul, one row, the head", lambda: F.matmul(row, head.T), [head])
+        name = f"linear_forward, one row, {self.width} → {4 * self.width}"
+        self.measure(name, lambda: F.linear_forward(row, weight, bias), [weight])
+        size = self.width // self.heads
+        cache = self.numbers(self.half, 2, 1, self.heads, self.time, size)
+        query = self.numbers(self.half, 1, self.heads, 1, size)
+        name = "attention_forward, one query"
+        self.measure(name, lambda: F.attention_forward(query, *cache), [cache])
+
+
+def kernels(task: dict[str, Any]) -> list[dict[str, Any]]:
+    profile = Profile(task)
+    profile.layer_norm()
+    profile.linear(3 * profile.width)
+    profile.linear(4 * profile.width)
+    profile.gelu()
+    profile.attention()
+    profile.ends()
+    profile.optimizer()
+    profile.one_token()
+    return profile.rows

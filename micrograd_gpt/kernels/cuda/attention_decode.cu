@@ -1,0 +1,62 @@
+// Attention of one new token over all keys and values so far: bound by reading them, each once.
+//
+// One block takes one head. Eight neighbouring lanes take a key together, 16 bytes each at a time;
+// the block's 16 such groups take turns at the keys, each with a maximum, a sum and mixed values of
+// its own, which are joined at the end. Shapes as in attention.cu, with one query.
+
+#include "common.cuh"
+
+constexpr int LANES = 8, GROUPS = 16;  // 128 threads
+constexpr int PACKS = (HEAD_SIZE / PACK + LANES - 1) / LANES;  // of a key, in one lane
+
+// Block: LANES * GROUPS. Grid: B * H.
+extern "C" __global__ void attention_decode(
+    const Activation* q, const Activation* k, const Activation* v, Activation* out,
+    float* log_total, int heads, int keys, long long q_batch, long long q_head, long long k_batch,
+    long long k_head, long long k_row, float scale
+) {
+    __shared__ float maxima[GROUPS], totals[GROUPS], mixtures[GROUPS][HEAD_SIZE];
+    int batch = blockIdx.x / heads, head = blockIdx.x % heads;
+    int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+    q += batch * q_batch + head * q_head;
+    k += batch * k_batch + head * k_head;
+    v += batch * k_batch + head * k_head;
+
+    float query[PACKS][PACK], mixed[PACKS][PACK] = {}, values[PACK];
+    for (int i = 0; i < PACKS; i++) load_pack(q, (i * LANES + lane) * PACK, HEAD_SIZE, query[i]);
+    float largest = -infinity(), total = 0.0f;
+    for (int start = 0; start < keys; start += GROUPS) {
+        int key = min(start + group, keys - 1);  // a group without a key must still take part
+        float score = 0.0f;
+        for (int i = 0; i < PACKS; i++) {
+            load_pack(k + key * k_row, (i * LANES + lane) * PACK, HEAD_SIZE, values);
+            for (int j = 0; j < PACK; j++) score += query[i][j] * values[j];
+        }
+        score = over_lanes<Sum>(score, LANES) * scale;
+        if (start + group >= keys) continue;
+        float so_far = largest;
+        largest = fmaxf(largest, score);
+        float correction = expf(so_far - largest), weight = expf(score - largest);
+        total = total * correction + weight;
+        for (int i = 0; i < PACKS; i++) {
+            load_pack(v + key * k_row, (i * LANES + lane) * PACK, HEAD_SIZE, values);
+            for (int j = 0; j < PACK; j++) mixed[i][j] = mixed[i][j] * correction + weight * values[j];
+        }
+    }
+
+    if (lane == 0) maxima[group] = largest, totals[group] = total;
+    for (int i = 0; i < PACKS; i++) {
+        store_pack(mixtures[group], (i * LANES + lane) * PACK, HEAD_SIZE, mixed[i]);
+    }
+    __syncthreads();
+    largest = -infinity();
+    total = 0.0f;
+    for (int g = 0; g < GROUPS; g++) largest = fmaxf(largest, maxima[g]);
+    for (int g = 0; g < GROUPS; g++) total += totals[g] * expf(maxima[g] - largest);
+    for (int channel = threadIdx.x; channel < HEAD_SIZE; channel += LANES * GROUPS) {
+        float sum = 0.0f;
+        for (int g = 0; g < GROUPS; g++) sum += mixtures[g][channel] * expf(maxima[g] - largest);
+        out[(long long)blockIdx.x * HEAD_SIZE + channel] = rounded<Activation>(sum / total);
+    }
+    if (threadIdx.x == 0) log_total[blockIdx.x] = largest + logf(total);
+}

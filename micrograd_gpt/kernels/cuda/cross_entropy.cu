@@ -1,0 +1,57 @@
+// Softmax cross-entropy of logits (N, V), and its gradient in the same launch.
+//
+// One block takes one row and reads it twice: once for the maximum and the sum of exponentials,
+// each thread keeping its own and correcting its sum when its maximum grows; once to write the
+// gradient, (softmax - 1 at the target) * scale, where the row's logits may stand. A row of an odd
+// V begins anywhere, so the packs are counted from the last aligned address at or before it.
+
+#include "common.cuh"
+
+// What target counts for nothing.
+constexpr long long IGNORE = -100;
+
+// Block: any number of whole warps, grid: N. dlogits may be logits.
+extern "C" __global__ void cross_entropy_forward(
+    const Activation* logits, const long long* targets, Activation* dlogits, float* losses,
+    int vocab_size, const float* scale
+) {
+    long long start = (long long)blockIdx.x * vocab_size, target = targets[blockIdx.x];
+    const Activation* row = logits + start;
+    Activation* out = dlogits + start;
+    int first = -int(reinterpret_cast<unsigned long long>(row) % 16 / sizeof(Activation));
+    first += threadIdx.x * PACK;
+    int stride = blockDim.x * PACK;
+    float values[PACK];
+
+    if (target == IGNORE) {
+        for (float& value : values) value = 0.0f;
+        for (int i = first; i < vocab_size; i += stride) store_pack(out, i, vocab_size, values);
+        if (threadIdx.x == 0) losses[blockIdx.x] = 0.0f;
+        return;
+    }
+
+    float largest = -infinity(), total = 0.0f;
+    for (int i = first; i < vocab_size; i += stride) {
+        load_pack(row, i, vocab_size, values, -infinity());
+        float before = largest;
+        for (float value : values) largest = fmaxf(largest, value);
+        if (largest == -infinity()) continue;
+        total *= expf(before - largest);
+        for (float value : values) total += expf(value - largest);
+    }
+    float of_row = over_block<Max>(largest);
+    total = over_block<Sum>(largest == -infinity() ? 0.0f : total * expf(largest - of_row));
+
+    // Read before any thread overwrites it: over_block above has kept all of them together.
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) - (to_float(row[target]) - of_row);
+    __syncthreads();
+
+    float scaled = *scale, factor = scaled / total;
+    for (int i = first; i < vocab_size; i += stride) {
+        load_pack(row, i, vocab_size, values);
+        for (int j = 0; j < PACK; j++) {
+            values[j] = expf(values[j] - of_row) * factor - (i + j == target ? scaled : 0.0f);
+        }
+        store_pack(out, i, vocab_size, values);
+    }
+}

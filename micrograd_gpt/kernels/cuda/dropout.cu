@@ -1,0 +1,43 @@
+// Dropout, alone and with the addition to the residual stream that follows it.
+//
+// Element i draws number i of the key, so the backward makes the mask again: it is `dropout` of
+// the gradient with the same key. A thread takes PACK neighbours; block: 1-D of any size.
+
+#include "common.cuh"
+#include "random.cuh"
+
+__device__ inline void drop(float (&values)[PACK], long long first, unsigned long long key, float p) {
+    for (int start = 0; start < PACK; start += 4) {
+        unsigned long long counter = (unsigned long long)(first + start) / 4;
+        FourNumbers random = philox({unsigned(counter), unsigned(counter >> 32), 0, 0}, key);
+        for (int j = 0; j < 4; j++) values[start + j] *= dropout_factor(random.words[j], p);
+    }
+}
+
+extern "C" __global__ void dropout(
+    const Activation* x, Activation* y, long long n, unsigned long long key, float p
+) {
+    long long stride = (long long)gridDim.x * blockDim.x * PACK;
+    for (long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * PACK; i < n; i += stride) {
+        float values[PACK];
+        load_pack(x, i, n, values);
+        drop(values, i, key, p);
+        store_pack(y, i, n, values);
+    }
+}
+
+// sum = residual + dropout(branch), float32; p may be 0.
+extern "C" __global__ void residual_add(
+    const float* residual, const Activation* branch, float* sum, long long n,
+    unsigned long long key, float p
+) {
+    long long stride = (long long)gridDim.x * blockDim.x * PACK;
+    for (long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * PACK; i < n; i += stride) {
+        float values[PACK], stream[PACK];
+        load_pack(branch, i, n, values);
+        load_pack(residual, i, n, stream);
+        if (p > 0.0f) drop(values, i, key, p);
+        for (int j = 0; j < PACK; j++) values[j] += stream[j];
+        store_pack(sum, i, n, values);
+    }
+}

@@ -1,0 +1,44 @@
+// Rows of a table (V, C) by their ids, and the sum of gradients back into the table.
+
+#include "common.cuh"
+
+// y (N, C) = weight[ids]. Block: 1-D; grid: (N, columns / (threads * PACK)).
+extern "C" __global__ void embedding_forward(
+    const float* weight, const long long* ids, Activation* y, int width
+) {
+    int column = (blockIdx.y * blockDim.x + threadIdx.x) * PACK;
+    if (column >= width) return;
+    float values[PACK];
+    load_pack(weight + ids[blockIdx.x] * width, column, width, values);
+    store_pack(y + (long long)blockIdx.x * width, column, width, values);
+}
+
+// dweight[id] += the rows of grad (N, C) whose id it is. `order` sorts the ids, so that equal ones
+// are neighbours: the block at the first of them adds them all, in that order, without atomics;
+// the others return. Block: 32 × 8; a column of threads owns PACK columns, its eight threads take
+// turns at the rows. Grid: (N, columns / (32 * PACK)).
+extern "C" __global__ void embedding_backward(
+    const Activation* grad, const long long* ids, const long long* order, float* dweight,
+    int rows, int width
+) {
+    __shared__ float of_thread[8][WARP][PACK];
+    int begin = blockIdx.x;
+    long long id = ids[order[begin]];
+    if (begin > 0 && ids[order[begin - 1]] == id) return;
+    int column = (blockIdx.y * WARP + threadIdx.x) * PACK;
+
+    float sum[PACK] = {}, values[PACK];
+    for (int i = begin + threadIdx.y; i < rows && ids[order[i]] == id; i += 8) {
+        load_pack(grad + order[i] * width, column, width, values);
+        for (int j = 0; j < PACK; j++) sum[j] += values[j];
+    }
+    for (int j = 0; j < PACK; j++) of_thread[threadIdx.y][threadIdx.x][j] = sum[j];
+    __syncthreads();
+    if (threadIdx.y != 0) return;
+
+    load_pack(dweight + id * width, column, width, sum);
+    for (int j = 0; j < PACK; j++) {
+        for (int y = 0; y < 8; y++) sum[j] += of_thread[y][threadIdx.x][j];
+    }
+    store_pack(dweight + id * width, column, width, sum);
+}

@@ -1,0 +1,67 @@
+// Products of a few rows x (B, K), B <= 8, with a matrix, for decoding: bound by reading the matrix,
+// which is read once for all B rows.
+
+#include "common.cuh"
+
+constexpr int MAX_BATCH = 8;
+
+// y (B, M) = x · weightᵀ + bias, weight (M, K), bias may be null: one warp a row of the weight, its
+// lanes along the row. So are a column-major linear layer and the head, whose weight is the token
+// table.
+extern "C" __global__ void matvec_rows(
+    const Activation* x, const Activation* weight, const Activation* bias, Activation* y, int batch,
+    int inputs, int outputs
+) {
+    int output = (blockIdx.x * blockDim.x + threadIdx.x) / WARP, lane = threadIdx.x % WARP;
+    if (output >= outputs) return;
+    const Activation* row = weight + (long long)output * inputs;
+    float sums[MAX_BATCH] = {}, weights[PACK], values[PACK];
+    for (int i = lane * PACK; i < inputs; i += WARP * PACK) {
+        load_pack(row, i, inputs, weights);
+        for (int b = 0; b < MAX_BATCH; b++) {
+            if (b >= batch) break;
+            load_pack(x + (long long)b * inputs, i, inputs, values);
+            for (int j = 0; j < PACK; j++) sums[b] += weights[j] * values[j];
+        }
+    }
+    for (int b = 0; b < MAX_BATCH; b++) {
+        if (b >= batch) break;
+        float sum = over_lanes<Sum>(sums[b]) + (bias ? to_float(bias[output]) : 0.0f);
+        if (lane == 0) y[(long long)b * outputs + output] = rounded<Activation>(sum);
+    }
+}
+
+// y (B, M) = x · weight + bias, weight (K, M), bias may be null: a block owns 4 * PACK columns.
+// Of its 256 threads four stand side by side, 16 bytes each, and 64 take turns at the K rows; then
+// the 64 sums of each column are joined.
+constexpr int SIDE_BY_SIDE = 4, TURNS = 64;
+
+extern "C" __global__ void matvec_columns(
+    const Activation* x, const Activation* weight, const Activation* bias, Activation* y, int batch,
+    int inputs, int outputs
+) {
+    __shared__ float of_turn[TURNS][SIDE_BY_SIDE * PACK + 1];
+    int side = threadIdx.x % SIDE_BY_SIDE, turn = threadIdx.x / SIDE_BY_SIDE;
+    int first = blockIdx.x * SIDE_BY_SIDE * PACK, column = first + side * PACK;
+    float sums[MAX_BATCH][PACK] = {}, weights[PACK];
+    for (int i = turn; i < inputs; i += TURNS) {
+        load_pack(weight + (long long)i * outputs, column, outputs, weights);
+        for (int b = 0; b < MAX_BATCH; b++) {
+            if (b >= batch) break;
+            float value = to_float(x[(long long)b * inputs + i]);
+            for (int j = 0; j < PACK; j++) sums[b][j] += value * weights[j];
+        }
+    }
+    for (int b = 0; b < MAX_BATCH; b++) {
+        if (b >= batch) break;
+        for (int j = 0; j < PACK; j++) of_turn[turn][side * PACK + j] = sums[b][j];
+        __syncthreads();
+        int mine = first + threadIdx.x;
+        if (threadIdx.x < SIDE_BY_SIDE * PACK && mine < outputs) {
+            float sum = bias ? to_float(bias[mine]) : 0.0f;
+            for (int t = 0; t < TURNS; t++) sum += of_turn[t][threadIdx.x];
+            y[(long long)b * outputs + mine] = rounded<Activation>(sum);
+        }
+        __syncthreads();
+    }
+}

@@ -1,0 +1,76 @@
+// AdamW over many tensors in one launch, the squared norm of many gradients, and clipping.
+//
+// The table of tensors goes with the launch, by value. gridDim.y counts the tensors, gridDim.x the
+// blocks that share each of them, PACK neighbouring elements a thread and turn.
+
+#include "common.cuh"
+
+constexpr int TENSORS_AT_ONCE = 48;
+
+enum { PARAMETER, GRADIENT, FIRST_MOMENT, SECOND_MOMENT, COPY, ROLES };
+
+struct TensorTable {
+    long long sizes[TENSORS_AT_ONCE];
+    unsigned long long arrays[ROLES][TENSORS_AT_ONCE];  // addresses; a COPY may be 0
+    float decays[TENSORS_AT_ONCE];
+};
+
+// Algorithm 2 of Loshchilov & Hutter 2019, as PyTorch orders it. `gradient_scale` (one number on
+// the device, or null) multiplies every gradient: that is how clipping costs no pass of its own.
+// A copy of the new weight, rounded to the activation type, is written where the table has one.
+extern "C" __global__ void adamw_update(
+    TensorTable tensors, const float* gradient_scale, float lr, float beta1, float beta2, float eps,
+    float correction1, float correction2
+) {
+    int tensor = blockIdx.y;
+    long long n = tensors.sizes[tensor];
+    float* parameter = reinterpret_cast<float*>(tensors.arrays[PARAMETER][tensor]);
+    const float* gradient = reinterpret_cast<const float*>(tensors.arrays[GRADIENT][tensor]);
+    float* first = reinterpret_cast<float*>(tensors.arrays[FIRST_MOMENT][tensor]);
+    float* second = reinterpret_cast<float*>(tensors.arrays[SECOND_MOMENT][tensor]);
+    Activation* copy = reinterpret_cast<Activation*>(tensors.arrays[COPY][tensor]);
+    float kept = 1.0f - lr * tensors.decays[tensor];
+    float scale = gradient_scale ? *gradient_scale : 1.0f;
+
+    long long stride = (long long)gridDim.x * blockDim.x * PACK;
+    for (long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * PACK; i < n; i += stride) {
+        float p[PACK], g[PACK], m[PACK], v[PACK];
+        load_pack(parameter, i, n, p);
+        load_pack(gradient, i, n, g);
+        load_pack(first, i, n, m);
+        load_pack(second, i, n, v);
+        for (int j = 0; j < PACK; j++) {
+            float grad = g[j] * scale;
+            m[j] = beta1 * m[j] + (1.0f - beta1) * grad;
+            v[j] = beta2 * v[j] + (1.0f - beta2) * grad * grad;
+            float step = lr * (m[j] / correction1) / (sqrtf(v[j] / correction2) + eps);
+            p[j] = p[j] * kept - step;
+        }
+        store_pack(parameter, i, n, p);
+        store_pack(first, i, n, m);
+        store_pack(second, i, n, v);
+        if (copy) store_pack(copy, i, n, p);
+    }
+}
+
+// First stage: partials (tensors, gridDim.x), each block's sum of squares of its part of a tensor;
+// `total` in sums.cu is the second stage. The tensors stand in the table as gradients.
+extern "C" __global__ void sum_of_squares(TensorTable tensors, float* partials) {
+    long long n = tensors.sizes[blockIdx.y];
+    const float* gradient = reinterpret_cast<const float*>(tensors.arrays[GRADIENT][blockIdx.y]);
+    float mine = 0.0f;
+    long long stride = (long long)gridDim.x * blockDim.x * PACK;
+    for (long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * PACK; i < n; i += stride) {
+        float g[PACK];
+        load_pack(gradient, i, n, g);
+        for (float value : g) mine += value * value;
+    }
+    mine = over_block<Sum>(mine);
+    if (threadIdx.x == 0) partials[blockIdx.y * gridDim.x + blockIdx.x] = mine;
+}
+
+// The factor that brings a norm down to max_norm, or 1; a norm that is not finite is left alone.
+extern "C" __global__ void clip_scale(const float* sum_of_squares, float* scale, float max_norm) {
+    float norm = sqrtf(*sum_of_squares);
+    *scale = norm > max_norm && norm < infinity() ? max_norm / norm : 1.0f;
+}

@@ -1,0 +1,73 @@
+// Products of small matrices in shared memory with plain multiply-adds, float32.
+//
+// A block works on ROWS rows (-DROWS), 16 threads to a pair of rows; a thread holds, of a product of them
+// with a tile, two rows and every 16th column. tiles_mma.cuh offers the same on tensor cores.
+
+#pragma once
+
+constexpr int TILE = ROWS;  // rows of a tile: four tiles must fit 48 KB
+constexpr int LANES_PER_ROW = 16, THREADS = ROWS / 2 * LANES_PER_ROW;
+constexpr int COLUMNS = TILE / LANES_PER_ROW;  // of scores (ROWS, TILE) in one thread, for each row
+constexpr int CHANNELS = HEAD_SIZE / LANES_PER_ROW;  // of sums (ROWS, HEAD_SIZE) likewise
+
+__device__ inline int row_of(int r) { return threadIdx.x / LANES_PER_ROW * 2 + r; }
+__device__ inline int column_of(int c) { return threadIdx.x % LANES_PER_ROW + c * LANES_PER_ROW; }
+__device__ inline int channel_of(int c) { return column_of(c); }
+
+struct Tile {
+    float at[TILE][HEAD_SIZE + 1];  // one more, so that a column lies in different banks
+};
+using RowsInShared = Tile;
+using Rows = const Tile*;
+
+// Rows 0 … count-1 from `first` on, `stride` elements apart; zeros behind them.
+__device__ inline void load_tile(Tile& tile, const float* first, long long stride, int count) {
+    constexpr int PACKS = HEAD_SIZE / PACK;
+    for (int i = threadIdx.x; i < TILE * PACKS; i += THREADS) {
+        int row = i / PACKS, channel = i % PACKS * PACK;
+        float values[PACK] = {};
+        if (row < count) load_pack(first + row * stride, channel, HEAD_SIZE, values);
+        for (int j = 0; j < PACK; j++) tile.at[row][channel + j] = values[j];
+    }
+}
+
+__device__ inline Rows load_rows(
+    RowsInShared& shared, const float* first, long long stride, int count
+) {
+    load_tile(shared, first, stride, count);
+    return &shared;  // the caller's next __syncthreads() makes it complete
+}
+
+// scores (ROWS, TILE) = rows · tileᵀ
+__device__ inline void multiply(Rows rows, const Tile& tile, float (&scores)[2][COLUMNS]) {
+    for (int r = 0; r < 2; r++) {
+        for (float& score : scores[r]) score = 0.0f;
+    }
+    for (int channel = 0; channel < HEAD_SIZE; channel++) {
+        float a[2] = {rows->at[row_of(0)][channel], rows->at[row_of(1)][channel]};
+        for (int c = 0; c < COLUMNS; c++) {
+            float b = tile.at[column_of(c)][channel];
+            for (int r = 0; r < 2; r++) scores[r][c] += a[r] * b;
+        }
+    }
+}
+
+// sums (ROWS, HEAD_SIZE) += weights (ROWS, TILE) · tile. The threads of a row, which are of one
+// warp, show each other their weights.
+__device__ inline void accumulate(
+    float (&sums)[2][CHANNELS], const float (&weights)[2][COLUMNS], const Tile& tile
+) {
+    __shared__ float of_row[ROWS][TILE];
+    for (int r = 0; r < 2; r++) {
+        for (int c = 0; c < COLUMNS; c++) of_row[row_of(r)][column_of(c)] = weights[r][c];
+    }
+    __syncwarp();
+    for (int j = 0; j < TILE; j++) {
+        float a[2] = {of_row[row_of(0)][j], of_row[row_of(1)][j]};
+        for (int c = 0; c < CHANNELS; c++) {
+            float b = tile.at[j][channel_of(c)];
+            for (int r = 0; r < 2; r++) sums[r][c] += a[r] * b;
+        }
+    }
+    __syncwarp();  // of_row may be written again
+}

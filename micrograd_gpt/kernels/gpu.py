@@ -1,0 +1,437 @@
+"""Kernels for NVIDIA GPUs: the definitions of `functional.py` and `optim.py` in CUDA (cuda/*.cu).
+
+Compiled and emulated; not yet run on a GPU.
+
+Every function here that has a definition takes the same arguments, as CuPy arrays. Arrays are
+float32 or, what linear, gelu and attention work on, float16 or bfloat16. What a kernel does not do
+(another type, a GPU older than Ampere) raises Unsupported before anything is written, and the
+definition does it. Nothing here waits for the device, and no result depends on the order in which
+threads finish.
+
+Dropout draws Philox numbers from the key, so its masks are others than on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from micrograd_gpt.backend import Array, Key, array_module
+from micrograd_gpt.kernels import cublas, cuda_modules
+from micrograd_gpt.kernels.cuda_modules import ACTIVATIONS, TENSOR_TABLE, TENSORS_AT_ONCE, launch
+from micrograd_gpt.kernels.gpu_arguments import (
+    MAX_BLOCKS,
+    THREADS,
+    WARPS,
+    Unsupported,
+    activation,
+    blocks,
+    float32,
+    rows_in_memory,
+    strips,
+)
+
+FEW_ROWS = 8  # a product of at most so many rows is bound by reading the matrix
+HEAD_SIZES = range(16, 129, 16)
+ROWS_AT_ONCE = 128  # that one block adds up, column by column
+
+
+def _seed(key: Key) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+# ------------------------------------------------------------------------------ matrix products
+
+
+def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
+    if len(a) <= FEW_ROWS and b.flags.f_contiguous and out is None:
+        return _product_of_few_rows(a, b, None)
+    return _product(a, b, out)
+
+
+def _product(a: Array, b: Array, out: Array | None = None) -> Array:
+    """a @ b, in `out` or in the type of a; float32 by CuPy, which knows whether TF32 was asked."""
+    xp, dtype = array_module(a), str(a.dtype)
+    if dtype not in ("float16", "bfloat16") or str(b.dtype) != dtype:
+        if out is not None and out.dtype != a.dtype:
+            raise Unsupported
+        return xp.matmul(a, b, out=out)
+    a, b = (x if x.flags.c_contiguous or x.flags.f_contiguous else x.copy() for x in (a, b))
+    if out is None:
+        out = xp.empty((len(a), b.shape[1]), a.dtype)
+    if not a.size or not b.size or not out.flags.c_contiguous:
+        raise Unsupported
+    return cublas.product(a, b, out)
+
+
+def _product_of_few_rows(x: Array, weight: Array, bias: Array | None) -> Array:
+    """x @ weight + bias, weight (K, M) stored either way around."""
+    n, (k, m) = len(x), weight.shape
+    stored = weight if weight.flags.c_contiguous else weight.T
+    dtype = activation(x, stored, *([] if bias is None else [bias]))
+    y = array_module(x).empty((n, m), x.dtype)
+    if stored is weight:
+        kernel, grid = "matvec_columns", (strips(m, dtype, 4),)
+    else:
+        kernel, grid = "matvec_rows", (-(-m // WARPS),)
+    launch("matvec", kernel, dtype, grid, (THREADS,), x, stored, bias, y, n, k, m)
+    return y
+
+
+def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
+    n, m = len(x), weight.shape[1]
+    if n <= FEW_ROWS:
+        return _product_of_few_rows(x, weight, bias)
+    dtype = activation(x, *([] if bias is None else [bias]))
+    y = _product(x, weight)
+    if bias is not None:
+        grid = (strips(m, dtype, 128), min(n, MAX_BLOCKS))
+        launch("sums", "add_bias", dtype, grid, (128,), y, bias, n, m)
+    return y
+
+
+def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
+    """As the definition; the weight's gradient lies in memory as the weight does."""
+    dtype, xp = activation(grad, x), array_module(x)
+    if str(weight.dtype) != dtype:
+        raise Unsupported
+    if weight.flags.c_contiguous:
+        dweight = _product(x.T, grad, xp.empty(weight.shape, np.float32))
+    else:
+        dweight = _product(grad.T, x, xp.empty(weight.shape[::-1], np.float32)).T
+    return _product(grad, weight.T), dweight, _column_sums(grad, dtype)
+
+
+def _column_sums(x: Array, dtype: str) -> Array:
+    """Sums of x (n, m) along its first axis, float32: (m,)."""
+    (n, m), xp = x.shape, array_module(x)
+    parts = -(-n // ROWS_AT_ONCE)
+    partials = xp.empty((parts, m), np.float32)
+    grid = (strips(m, dtype), parts)
+    launch("sums", "column_sums", dtype, grid, (32, 8), x, partials, n, m)
+    return _sum_partials(partials)
+
+
+def _sum_partials(partials: Array) -> Array:
+    parts, width = partials.shape
+    sums = array_module(partials).empty(width, np.float32)
+    grid = (-(-width // THREADS),)
+    launch("sums", "sum_partials", "float32", grid, (THREADS,), partials, sums, parts, width)
+    return sums
+
+
+def _total(numbers: Array) -> Array:
+    """The sum of float32 numbers, a scalar that stays on the device."""
+    total = array_module(numbers).empty((), np.float32)
+    launch("sums", "total", "float32", (1,), (1024,), numbers, total, numbers.size)
+    return total
+
+
+# ------------------------------------------------------------------------------------ embedding
+
+
+def embedding_forward(weight: Array, ids: Array, dtype: Any = np.float32) -> Array:
+    """Rows of weight (V, C), float32, by ids (…) -> (…, C) of the given type."""
+    float32(weight)
+    width, ids = weight.shape[1], array_module(weight).ascontiguousarray(ids, dtype=np.int64)
+    y = array_module(weight).empty((*ids.shape, width), dtype)
+    kind = str(y.dtype)
+    grid = (ids.size, strips(width, kind, 128))
+    launch("embedding", "embedding_forward", kind, grid, (128,), weight, ids, y, width)
+    return y
+
+
+def embedding_backward(grad: Array, ids: Array, dweight: Array) -> None:
+    dtype, width = activation(grad), grad.shape[-1]
+    float32(dweight)
+    ids = array_module(grad).ascontiguousarray(ids.reshape(-1), dtype=np.int64)
+    order = array_module(grad).argsort(ids, kind="stable").astype(np.int64, copy=False)
+    rows, grid = ids.size, (ids.size, strips(width, dtype))
+    launch(
+        *("embedding", "embedding_backward", dtype, grid, (32, 8)),
+        *(grad, ids, order, dweight, rows, width),
+    )
+
+
+# ----------------------------------------------------------------------------------- layer norm
+
+
+def layer_norm_forward(
+    x: Array, weight: Array, bias: Array, eps: float, dtype: Any = np.float32
+) -> tuple[Array, Array, Array]:
+    """As the definition; with `dtype` y is of that type, so that it need not be converted after."""
+    float32(x, weight, bias)
+    (n, width), xp = x.shape, array_module(x)
+    y, mean, rstd = xp.empty(x.shape, dtype), *(xp.empty((n, 1), np.float32) for _ in range(2))
+    launch(
+        *("layer_norm", "layer_norm_forward", str(y.dtype), (-(-n // WARPS),), (THREADS,)),
+        *(x, weight, bias, y, mean, rstd, n, width, eps),
+    )
+    return y, mean, rstd
+
+
+def layer_norm_backward(
+    grad: Array, x: Array, weight: Array, mean: Array, rstd: Array
+) -> tuple[Array, Array, Array]:
+    float32(x, weight, mean, rstd)
+    dtype, (n, width), xp = activation(grad), x.shape, array_module(x)
+    dx, parts = xp.empty_like(x), -(-n // ROWS_AT_ONCE)
+    partials = xp.empty((parts, 2 * width), np.float32)
+    launch(
+        *("layer_norm", "layer_norm_backward", dtype, (-(-n // WARPS),), (THREADS,)),
+        *(grad, x, weight, mean, rstd, dx, n, width),
+    )
+    launch(
+        *("layer_norm", "layer_norm_backward_weight", dtype, (strips(width, dtype), parts)),
+        *((32, 8), grad, x, mean, rstd, partials, n, width),
+    )
+    sums = _sum_partials(partials)
+    return dx, sums[:width], sums[width:]
+
+
+# ----------------------------------------------------------------------------------------- gelu
+
+
+def gelu_forward(x: Array) -> Array:
+    dtype, y = activation(x), array_module(x).empty_like(x)
+    launch("gelu", "gelu_forward", dtype, blocks(x.size, dtype), (THREADS,), x, y, x.size)
+    return y
+
+
+def gelu_backward(grad: Array, x: Array) -> Array:
+    dtype, dx = activation(grad, x), array_module(x).empty_like(x)
+    grid = blocks(x.size, dtype)
+    launch("gelu", "gelu_backward", dtype, grid, (THREADS,), grad, x, dx, x.size)
+    return dx
+
+
+# ------------------------------------------------------------------------------------ attention
+
+
+def attention_forward(
+    q: Array, k: Array, v: Array, dropout: float = 0.0, key: Key = ()
+) -> tuple[Array, Array]:
+    dtype, (b, h, t, d), xp = _heads(q, k, v), q.shape, array_module(q)
+    q, (k, v), keys = *_aligned(q), _aligned(k, v), k.shape[2]
+    out, log_total = xp.empty((b, t, h, d), q.dtype), xp.empty((b, h, t), np.float32)
+    q_batch, q_head, q_row = _strides(q)
+    scale = 1 / math.sqrt(d)
+    if t == 1 and not dropout:
+        launch(
+            *("attention_decode", "attention_decode", dtype, (b * h,), (128,), q, k, v, out),
+            *(log_total, h, keys, q_batch, q_head, *_strides(k), scale),
+            head_size=d,
+        )
+        return out, log_total
+    rows, threads = cuda_modules.attention_block(dtype, d)
+    launch(
+        *("attention", "attention_forward", dtype, (-(-t // rows), b * h), (threads,)),
+        *(q, k, v, out, log_total, h, t, keys, q_batch, q_head, q_row, *_strides(k)),
+        *(scale, _seed(key), dropout),
+        head_size=d,
+        dropout=bool(dropout),
+    )
+    return out, log_total
+
+
+def attention_backward(
+    grad: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    log_total: Array,
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    dropout: float = 0.0,
+    key: Key = (),
+) -> None:
+    dtype, (b, h, t, d), xp = _heads(q, k, v), q.shape, array_module(q)
+    float32(log_total)
+    if activation(grad, out) != dtype or k.shape != q.shape:
+        raise Unsupported
+    q, k, v = _aligned(q, k, v)
+    in_place = _are_aligned(dq, dk, dv)
+    results = (dq, dk, dv) if in_place else xp.empty((3, *q.shape), q.dtype)
+    delta = xp.empty((b, h, t), np.float32)
+    grid, block = (-(-(b * t * h) // WARPS),), (THREADS,)
+    launch(
+        *("attention", "attention_delta", dtype, grid, block, out, grad, delta, h, t, b * t * h),
+        head_size=d,
+    )
+    rows, threads = cuda_modules.attention_block(dtype, d)
+    for kernel, written in (("queries", results[:1]), ("keys", results[1:])):
+        launch(
+            *("attention", f"attention_backward_{kernel}", dtype, (-(-t // rows), b * h)),
+            *((threads,), grad, q, k, v, log_total, delta, *written, h, t, *_strides(q)),
+            *(*_strides(written[0]), 1 / math.sqrt(d), _seed(key), dropout),
+            head_size=d,
+            dropout=bool(dropout),
+        )
+    if not in_place:
+        dq[...], dk[...], dv[...] = results
+
+
+def _heads(q: Array, k: Array, v: Array) -> str:
+    """The type of queries, keys and values; Unsupported where no kernel takes them."""
+    dtypes, (b, h, _, d) = {str(x.dtype) for x in (q, k, v)}, q.shape
+    dtype = dtypes.pop()
+    if dtypes or dtype not in ACTIVATIONS or not q.size or not cuda_modules.usable():
+        raise Unsupported
+    if d not in HEAD_SIZES or b * h > 65535:
+        raise Unsupported
+    return dtype
+
+
+def _strides(x: Array) -> list[int]:
+    """Elements between neighbouring batches, heads and rows of x (B, H, T, D)."""
+    return [stride // x.itemsize for stride in x.strides[:3]]
+
+
+def _are_aligned(*arrays: Array) -> bool:
+    """Whether these (B, H, T, D) share strides, with rows that start at multiples of 16 bytes."""
+    first = arrays[0]
+    starts = [cuda_modules.address(x) for x in arrays]
+    return (
+        all(x.strides == first.strides for x in arrays)
+        and first.strides[3] == first.itemsize
+        and not any(number % 16 for number in (*starts, *first.strides[:3]))
+    )
+
+
+def _aligned(*arrays: Array) -> list[Array]:
+    """The arrays as the attention kernels read them: themselves, or copies without gaps."""
+    if _are_aligned(*arrays):
+        return list(arrays)
+    return [array_module(x).array(x, order="C") for x in arrays]
+
+
+# -------------------------------------------------------------------------------------- dropout
+
+
+def dropped_out(x: Array, p: float, key: Key) -> Array:
+    """x with elements set to 0 with probability p, the others divided by 1 - p.
+
+    Which ones is a function of `key` and the place alone: the backward is the same of the gradient.
+    """
+    dtype, y = activation(x), array_module(x).empty_like(x)
+    grid = blocks(x.size, dtype)
+    launch("dropout", "dropout", dtype, grid, (THREADS,), x, y, x.size, _seed(key), p)
+    return y
+
+
+def residual_add(residual: Array, branch: Array, p: float = 0.0, key: Key = ()) -> Array:
+    """residual + dropped_out(branch, p, key) in one pass, float32."""
+    float32(residual)
+    dtype, y = activation(branch), array_module(residual).empty_like(residual)
+    launch(
+        *("dropout", "residual_add", dtype, blocks(y.size, dtype), (THREADS,)),
+        *(residual, branch, y, y.size, _seed(key), p),
+    )
+    return y
+
+
+# -------------------------------------------------------------------------------- cross-entropy
+
+
+def cross_entropy_forward(
+    logits: Array, targets: Array, scale: Any = 1.0, out: Array | None = None
+) -> tuple[Array, Array]:
+    """As the definition; `scale` is a number, or a scalar on the device."""
+    dtype, (n, vocab_size), xp = activation(logits), logits.shape, array_module(logits)
+    dlogits = xp.empty_like(logits) if out is None else out
+    if activation(dlogits) != dtype:
+        raise Unsupported
+    scale = xp.full((), scale, np.float32)
+    losses = xp.empty(n, np.float32)
+    launch(
+        *("cross_entropy", "cross_entropy_forward", dtype, (n,), (THREADS,), logits),
+        *(xp.ascontiguousarray(targets, dtype=np.int64), dlogits, losses, vocab_size, scale),
+    )
+    return _total(losses), dlogits
+
+
+# ------------------------------------------------------------------------------------ optimizer
+
+
+def sum_of_squares(arrays: Sequence[Array]) -> Array:
+    arrays = [rows_in_memory(array) for array in arrays]
+    float32(*arrays)
+    (across,) = blocks(max(a.size for a in arrays), "float32")
+    partials = array_module(arrays[0]).empty((len(arrays), across), np.float32)
+    for start in range(0, len(arrays), TENSORS_AT_ONCE):
+        some = arrays[start : start + TENSORS_AT_ONCE]
+        table, part = _table(gradients=some), partials[start : start + len(some)]
+        grid = (across, len(some))
+        launch("optimizer", "sum_of_squares", "float32", grid, (THREADS,), table, part)
+    return _total(partials)
+
+
+def clip_scale(sum_of_squares: Array, max_norm: float) -> Array:
+    """The factor, a scalar on the device, by which clipping to `max_norm` multiplies gradients.
+
+    1 for a norm that is small enough or not finite, as `optim.clip_grad_norm` has it.
+    """
+    scale = array_module(sum_of_squares).empty((), np.float32)
+    arguments = (sum_of_squares, scale, max_norm)
+    launch("optimizer", "clip_scale", "float32", (1,), (1,), *arguments)
+    return scale
+
+
+def adamw_update(
+    parameters: Sequence[Array],
+    grads: Sequence[Array],
+    ms: Sequence[Array],
+    vs: Sequence[Array],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decays: Sequence[float],
+    step: int,
+    gradient_scale: Array | None = None,
+    copies: Sequence[Array] = (),
+) -> None:
+    """As the definition. Gradients are multiplied by `gradient_scale`, a scalar on the device; the
+    new weights are also written into `copies`, arrays of the parameters' shapes and another type.
+    """
+    columns = [not p.flags.c_contiguous for p in parameters]  # what is stored so is transposed
+    parameters, grads, ms, vs, copies = (
+        [array.T if column else array for array, column in zip(arrays, columns, strict=False)]
+        for arrays in (parameters, grads, ms, vs, copies)
+    )
+    grads = [array_module(grad).ascontiguousarray(grad) for grad in grads]
+    float32(*parameters, *grads, *ms, *vs)
+    dtype = activation(*copies) if copies else "float32"
+    corrections = 1 - beta1**step, 1 - beta2**step
+    for start in range(0, len(parameters), TENSORS_AT_ONCE):
+        some = slice(start, start + TENSORS_AT_ONCE)
+        table = _table(
+            parameters[some], grads[some], ms[some], vs[some], copies[some], decays[some]
+        )
+        (across,) = blocks(max(p.size for p in parameters[some]), dtype)
+        launch(
+            *("optimizer", "adamw_update", dtype, (across, len(parameters[some])), (THREADS,)),
+            *(table, gradient_scale, lr, beta1, beta2, eps, *corrections),
+        )
+
+
+def _table(
+    parameters: Sequence[Array] = (),
+    gradients: Sequence[Array] = (),
+    ms: Sequence[Array] = (),
+    vs: Sequence[Array] = (),
+    copies: Sequence[Array] = (),
+    decays: Sequence[float] = (),
+) -> np.ndarray:
+    """The TensorTable of optimizer.cu, which travels with the launch."""
+    table = np.zeros((), TENSOR_TABLE)
+    table["sizes"][: len(gradients)] = [gradient.size for gradient in gradients]
+    for role, arrays in enumerate((parameters, gradients, ms, vs, copies)):
+        table["arrays"][role, : len(arrays)] = [cuda_modules.address(array) for array in arrays]
+    table["decays"][: len(decays)] = decays
+    return table

@@ -1,0 +1,75 @@
+"""The CUDA kernels on the CPU: compiled by g++ with tests/cuda_on_cpu/ in CUDA's place.
+
+`Emulator.run` stands in for `cuda_modules.run`: then the functions of kernels/gpu.py work on NumPy
+arrays, host code and device code alike. See cuda_on_cpu.h for what is and is not the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from micrograd_gpt.kernels import cuda_modules
+
+HEADERS = Path(__file__).parent / "cuda_on_cpu"
+COMPILER = shutil.which("g++")
+MISSING = "there is no g++ to run the CUDA kernels on the CPU with"
+
+
+class Emulator:
+    """Compiles each source and option set once, into `folder`.
+
+    `order` is how the threads of a block take turns: 0 upwards, 1 downwards, else shuffled by it.
+    `launched` lists (file, kernel, options) of every launch.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.order = folder, 0
+        self.libraries: dict[tuple[str, tuple[str, ...]], ctypes.CDLL] = {}
+        self.launched: list[tuple[str, str, tuple[str, ...]]] = []
+
+    def run(
+        self,
+        file: str,
+        kernel: str,
+        options: tuple[str, ...],
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        values: list[Any],
+    ) -> None:
+        self.launched.append((file, kernel, options))
+        launch = getattr(self.library(file, options), f"launch_{kernel}")
+        launch.restype = ctypes.c_char_p
+        held = [np.asarray(value) for value in values]  # each where it stays until the end
+        pointers = (ctypes.c_void_p * len(held))(*(value.ctypes.data for value in held))
+        sizes = [(ctypes.c_uint * 3)(*(*size, 1, 1)[:3]) for size in (grid, block)]
+        problem = launch(*sizes, pointers, ctypes.c_uint(self.order))
+        assert problem is None, f"{kernel}: {problem.decode()}"
+
+    def library(self, file: str, options: tuple[str, ...]) -> ctypes.CDLL:
+        if (file, options) not in self.libraries:
+            path = self.folder / f"{file}-{len(self.libraries)}.cpp"
+            path.write_text(self._program(file))
+            defines = [option for option in options if option.startswith("-D")]
+            command = [str(COMPILER), "-std=c++20", "-O1", "-fno-strict-aliasing", "-shared"]
+            command += ["-fPIC", "-w", *defines, f"-I{HEADERS}", str(path), "-o", f"{path}.so"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[:3000]
+            self.libraries[file, options] = ctypes.CDLL(f"{path}.so")
+        return self.libraries[file, options]
+
+    @staticmethod
+    def _program(file: str) -> str:
+        return "\n".join(
+            [
+                '#include "cuda_on_cpu.h"',
+                cuda_modules.source(file),
+                '#include "written_in_ptx.h"',
+                *(f"LAUNCHABLE({kernel})" for kernel in cuda_modules.declarations(file)),
+            ]
+        )

@@ -1,0 +1,58 @@
+// What the sources write in PTX, for a CPU. Included behind the source.
+
+#pragma once
+
+float to_float(Half x) { return float(std::bit_cast<_Float16>(x.bits)); }
+Half to_half(float x) { return {std::bit_cast<unsigned short>(_Float16(x))}; }
+BFloat16 to_bfloat16(float x) {
+    unsigned bits = __float_as_uint(x);
+    if (x != x) return {(unsigned short)(bits >> 16 | 0x40)};  // stays a NaN
+    return {(unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+#if defined(HEAD_SIZE) && !defined(ACTIVATION_IS_FLOAT)
+
+inline float element(unsigned word, int i) {
+    Activation x;
+    x.bits = (unsigned short)(word >> 16 * i);
+    return to_float(x);
+}
+
+// D += A · B, from the fragments as the PTX ISA lays them out (see tiles_mma.cuh): here all lanes
+// give theirs, and each computes the four elements that it holds.
+void mma(float& d0, float& d1, float& d2, float& d3, const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    struct Operands {
+        unsigned a[4], b[2];
+    } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    auto lanes = cuda_on_cpu::exchange(mine);
+    int g = cuda_on_cpu::lane() / 4, t = cuda_on_cpu::lane() % 4;
+    auto a_at = [&](int row, int column) {
+        Operands holder = lanes(row % 8 * 4 + column % 8 / 2);
+        return element(holder.a[row / 8 + column / 8 * 2], column % 2);
+    };
+    auto b_at = [&](int row, int column) {
+        Operands holder = lanes(column * 4 + row % 8 / 2);
+        return element(holder.b[row / 8], row % 2);
+    };
+    float* d[4] = {&d0, &d1, &d2, &d3};
+    for (int i = 0; i < 4; i++) {
+        float sum = *d[i];
+        for (int k = 0; k < 16; k++) sum += a_at(g + i / 2 * 8, k) * b_at(k, 2 * t + i % 2);
+        *d[i] = sum;
+    }
+}
+
+inline void load_8x8(unsigned (&words)[4], const Activation* row, bool transposed) {
+    if (reinterpret_cast<size_t>(row) % 16) cuda_on_cpu::error = "ldmatrix: a row is not aligned";
+    auto rows = cuda_on_cpu::exchange(row);
+    int g = cuda_on_cpu::lane() / 4, t = cuda_on_cpu::lane() % 4;
+    for (int i = 0; i < 4; i++) {
+        auto at = [&](int r, int c) { return unsigned(rows(8 * i + r)[c].bits); };
+        words[i] = transposed ? at(2 * t, g) | at(2 * t + 1, g) << 16
+                              : at(g, 2 * t) | at(g, 2 * t + 1) << 16;
+    }
+}
+void load_matrices(unsigned (&words)[4], const Activation* row) { load_8x8(words, row, false); }
+void load_matrices_transposed(unsigned (&words)[4], const Activation* row) { load_8x8(words, row, true); }
+
+#endif

@@ -1,0 +1,103 @@
+"""Where the tests of kernels/gpu.py run: emulated on the CPU, or on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_emulator import Emulator
+from guarded_arrays import GuardedArrays
+
+from micrograd_gpt.kernels import cublas, cuda_modules, gpu, gpu_arguments
+
+
+class Machine:
+    """`put` takes NumPy arrays to it, `get` brings one back, `repeated` computes there."""
+
+    def __init__(self, library: Any) -> None:
+        self.arrays = GuardedArrays(library)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in (gpu, gpu_arguments):
+            monkeypatch.setattr(module, "array_module", lambda array: self.arrays)
+
+    def put(self, *arrays: np.ndarray) -> list[Any]:
+        raise NotImplementedError
+
+    def get(self, array: Any) -> np.ndarray:
+        raise NotImplementedError
+
+    def prepare(self, repetition: int) -> None:
+        """Called before each run of `repeated`."""
+
+    def repeated(self, function: Callable[[], Any]) -> Any:
+        """function()'s arrays, as NumPy's, after three runs that have to agree bit for bit."""
+        runs = []
+        for repetition in range(3):
+            self.prepare(repetition)
+            result = function()
+            results = result if isinstance(result, tuple) else (result,)
+            runs.append([self.get(array) for array in results])
+        self.prepare(0)
+        for others in runs[1:]:
+            for a, b in zip(runs[0], others, strict=True):
+                assert a.tobytes() == b.tobytes(), "the order of the threads changes the result"
+        return runs[0] if len(runs[0]) > 1 else runs[0][0]
+
+
+class EmulatedGPU(Machine):
+    """Kernels under g++, whose threads take turns in another order each time."""
+
+    ORDERS = (0, 1, 7)  # upwards, downwards, shuffled
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(np)
+        self.emulator = Emulator(folder)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().install(monkeypatch)
+        monkeypatch.setattr(cuda_modules, "run", self.emulator.run)
+        monkeypatch.setattr(cuda_modules, "usable", lambda: True)
+        monkeypatch.setattr(cublas, "product", _product)
+
+    def put(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        return list(arrays)
+
+    def get(self, array: np.ndarray) -> np.ndarray:
+        return np.asarray(array)
+
+    def prepare(self, repetition: int) -> None:
+        self.emulator.order = self.ORDERS[repetition]
+
+
+def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """What cuBLAS does for cublas.product: float32 sums, rounded once."""
+    out[...] = a.astype(np.float32) @ b.astype(np.float32)
+    return out
+
+
+class RealGPU(Machine):
+    def __init__(self) -> None:
+        import cupy
+
+        super().__init__(cupy)
+
+    def put(self, *arrays: np.ndarray) -> list[Any]:
+        """Views stay views: what an array is a part of goes along, as far as it is one."""
+        return [self._moved(array) for array in arrays]
+
+    def _moved(self, array: np.ndarray) -> Any:
+        base = array.base if isinstance(array.base, np.ndarray) else None
+        if base is None:
+            return self.arrays.library.asarray(array)
+        start = array.ctypes.data - base.ctypes.data
+        memory = self.arrays.library.asarray(base.reshape(-1).view(np.uint8))
+        return self.arrays.library.ndarray(
+            array.shape, array.dtype, memory.data + start, array.strides
+        )
+
+    def get(self, array: Any) -> np.ndarray:
+        return array.get()

@@ -1,0 +1,51 @@
+"""NVIDIA's run-time compiler, called through ctypes: it needs no GPU and no driver.
+
+It comes as a Python package, `nvidia-cuda-nvrtc`, which is a dependency of the `test` extra where
+NVIDIA builds it (Linux and Windows).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+MISSING = "nvidia-cuda-nvrtc is not installed: pip install -e '.[test]'"
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """libnvrtc out of the installed package, or None."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for pattern in ("*/lib/libnvrtc.so.*", "*/bin/**/nvrtc64_*_0.dll"):
+            for path in sorted(Path(folder).glob(pattern)):
+                return ctypes.CDLL(str(path))
+    return None
+
+
+def compile_to_ptx(source: str, name: str, options: list[str]) -> tuple[str, str]:
+    """A source's PTX and the compiler's log; AssertionError with it where it does not compile."""
+    nvrtc = library()
+    assert nvrtc is not None, MISSING
+    program = ctypes.c_void_p()
+    arguments = (source.encode(), name.encode(), 0, None, None)
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), *arguments) == 0
+    try:
+        encoded = [option.encode() for option in options]
+        array = (ctypes.c_char_p * len(encoded))(*encoded)
+        status = nvrtc.nvrtcCompileProgram(program, len(encoded), array)
+        log = _text(nvrtc, program, "ProgramLog")
+        assert status == 0, log
+        return _text(nvrtc, program, "PTX"), log
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _text(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:
+    size = ctypes.c_size_t()
+    assert getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)) == 0
+    text = ctypes.create_string_buffer(size.value)
+    assert getattr(nvrtc, f"nvrtcGet{what}")(program, text) == 0
+    return text.value.decode()
