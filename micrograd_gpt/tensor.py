@@ -210,8 +210,8 @@ def add(a: Array, b: Array, out: Array | None = None) -> Array:
 def _may_share_memory(a: Array, b: Array) -> bool:
     if device_of(a) != device_of(b):
         return False
-    if a is not b and a.base is None and b.base is not a:  # a has memory of its own
-        return False
+    if isinstance(a, np.ndarray) and a is not b and a.base is None and b.base is not a:
+        return False  # a has memory of its own: most often so, and quickly seen
     return array_module(a).may_share_memory(a, b)
 
 

@@ -283,6 +283,8 @@ cuda = SimpleNamespace(
         driverGetVersion=lambda: 13000,
         runtimeGetVersion=lambda: 13000,
     ),
+    # A card too old for our kernels: the definitions do all the work.
+    Device=lambda: SimpleNamespace(compute_capability="70"),
 )
 
 
@@ -290,15 +292,18 @@ cuda = SimpleNamespace(
 def installed() -> Iterator[ModuleType]:
     """Within this block `import cupy` gives this module, and the counts begin at 0."""
     from micrograd_gpt import backend
+    from micrograd_gpt.kernels import cuda_modules
 
     this, before = sys.modules[__name__], sys.modules.get("cupy")
     sys.modules["cupy"] = this
     backend._usable_cupy.cache_clear()
+    cuda_modules.usable.cache_clear()
     counts.__init__()
     try:
         yield this
     finally:
         backend._usable_cupy.cache_clear()
+        cuda_modules.usable.cache_clear()
         del sys.modules["cupy"]
         if before is not None:
             sys.modules["cupy"] = before
