@@ -10,6 +10,7 @@ import numpy as np
 
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.gpt2 import GPT2, KVCache
+from micrograd_gpt.precision import array_dtype
 from micrograd_gpt.tensor import no_grad
 
 
@@ -142,7 +143,8 @@ def _allocate(model: GPT2, rows: int, capacity: int) -> KVCache:
     try:
         return KVCache(model, rows, capacity)
     except (MemoryError, ValueError):  # ValueError: more than an array can have at all
-        c, itemsize = model.config, model.transformer.wte.weight.dtype.itemsize
+        c = model.config
+        itemsize = array_dtype(model.compute, model.transformer.wte.weight.device).itemsize
         size = 2 * c.n_layer * c.n_embd * capacity * rows * itemsize
         raise UserError(
             f"no memory for a KV cache of {size / 1e9:,.1f} GB: lower num_samples or num_beams"

@@ -26,7 +26,14 @@ import numpy as np
 from micrograd_gpt import backend
 from micrograd_gpt.backend import Array, Key, array_module
 from micrograd_gpt.kernels import accelerated
-from micrograd_gpt.precision import is_float, kept, product_in_float32, wide, widened
+from micrograd_gpt.precision import (
+    array_dtype,
+    is_float,
+    kept,
+    product_in_float32,
+    wide,
+    widened,
+)
 from micrograd_gpt.tensor import AddInto, Tensor, record, recording
 
 IGNORE = -100  # a target that counts for nothing, as in PyTorch and Transformers
@@ -110,6 +117,12 @@ def _in_precision_of(x: Tensor, name: str, weight: Tensor, bias: Tensor | None =
 
 
 @accelerated
+def embedding_forward(weight: Array, ids: Array) -> Array:
+    """Rows of weight (V, C) by ids (…) -> (…, C), never in half precision."""
+    return widened(weight[ids])
+
+
+@accelerated
 def embedding_backward(grad: Array, ids: Array, dweight: Array) -> None:
     """Add to the gradient of weight (V, C): each row of grad (…, C) where its id (…) says.
 
@@ -132,7 +145,7 @@ def embedding(ids: Any, weight: Tensor) -> Tensor:
     def backward(grad: Array) -> tuple[AddInto]:
         return (lambda dweight: embedding_backward(grad, ids, dweight),)  # few rows of it
 
-    return record("embedding", widened(weight.data[ids]), [weight], backward, None)
+    return record("embedding", embedding_forward(weight.data, ids), [weight], backward, None)
 
 
 def check_ids(ids: Array, vocab_size: int) -> None:
@@ -151,17 +164,19 @@ def check_ids(ids: Array, vocab_size: int) -> None:
 
 @accelerated
 def layer_norm_forward(
-    x: Array, weight: Array, bias: Array, eps: float
+    x: Array, weight: Array, bias: Array, eps: float, dtype: Any = None
 ) -> tuple[Array, Array, Array]:
     """Normalise each row of x (N, C) to mean 0 and variance 1, then scale and shift.
 
-    Returns y (N, C) and, for the backward, the rows' means and 1 / standard deviations (N, 1).
+    Returns y (N, C), of the given dtype or x's, and for the backward the rows' means and
+    1 / standard deviations (N, 1).
     """
     xp = array_module(x)
     mean = x.mean(axis=-1, keepdims=True)  # (N, 1)
     centred = x - mean
     rstd = 1 / xp.sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)  # (N, 1)
-    return centred * rstd * weight + bias, mean, rstd
+    y = centred * rstd * weight + bias
+    return y if dtype is None else y.astype(dtype, copy=False), mean, rstd
 
 
 @accelerated
@@ -173,6 +188,7 @@ def layer_norm_backward(
     With n = (x - mean) * rstd and dn = grad * weight, the mean and the deviation move with x, which
     takes the parts of dn along 1 and along n away: dx = rstd * (dn - mean(dn) - n * mean(dn * n)).
     """
+    grad = widened(grad)
     normed = (x - mean) * rstd  # (N, C)
     dnormed = grad * weight
     dx = rstd * (
@@ -183,17 +199,22 @@ def layer_norm_backward(
     return dx, (grad * normed).sum(axis=0), grad.sum(axis=0)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, half: str | None = None
+) -> Tensor:
     """Layer normalisation over the last axis: x (…, C), weight and bias (C,) -> (…, C).
 
-    Ba, Kiros, Hinton 2016 (arXiv:1607.06450). Raises ValueError when the shapes do not fit.
+    The result is kept in `half`, a half-precision type; left out, in x's type. Ba, Kiros, Hinton
+    2016 (arXiv:1607.06450). Raises ValueError when the shapes do not fit.
     """
     channels = x.shape[-1]
     if weight.shape != (channels,) or bias.shape != (channels,):
         raise ValueError(f"layer_norm: {x.shape} with weight {weight.shape}, bias {bias.shape}")
     _check_dtype("layer_norm", x, weight, bias)
     rows, w = x.data.reshape(-1, channels), weight.data
-    y, mean, rstd = layer_norm_forward(rows, w, bias.data, eps)
+    on_gpu = half is not None and x.device == "gpu"  # whose kernel rounds on the way
+    dtype = (array_dtype(half, "gpu"),) if on_gpu else ()
+    y, mean, rstd = layer_norm_forward(rows, w, bias.data, eps, *dtype)
     shape = x.shape
 
     def backward(grad: Array) -> tuple[Array, ...]:
@@ -201,7 +222,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         dx, dweight, dbias = layer_norm_backward(grad_rows, rows, w, mean, rstd)
         return dx.reshape(shape), dweight, dbias
 
-    return record("layer_norm", y.reshape(shape), [x, weight, bias], backward)
+    return record("layer_norm", y.reshape(shape), [x, weight, bias], backward, half)
 
 
 # ----------------------------------------------------------------------------------------- gelu

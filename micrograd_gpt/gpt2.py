@@ -218,9 +218,11 @@ class MLP(Module):
 class Block(Module):
     def __init__(self, config: GPT2Config, init: Init, random: RandomStream) -> None:
         self.norm_position = config.norm_position
-        self.ln_1 = LayerNorm(config.n_embd, init, config.layer_norm_epsilon)
+        # "pre" begins a branch, in the type of the matrix work; "post" is of the residual stream
+        half = init.half if config.norm_position == "pre" else None
+        self.ln_1 = LayerNorm(config.n_embd, init, config.layer_norm_epsilon, half)
         self.attn = CausalSelfAttention(config, init, random)
-        self.ln_2 = LayerNorm(config.n_embd, init, config.layer_norm_epsilon)
+        self.ln_2 = LayerNorm(config.n_embd, init, config.layer_norm_epsilon, half)
         self.mlp = MLP(config, init, random)
 
     def __call__(self, x: Tensor, past: tuple[Array, Array, np.ndarray] | None = None) -> Tensor:
@@ -250,7 +252,7 @@ class Transformer(Module):
         self.drop = Dropout(c.embd_pdrop, random)
         self.h = [Block(c, init, random) for _ in range(c.n_layer)]
         if c.norm_position == "pre":
-            self.ln_f = LayerNorm(c.n_embd, init, c.layer_norm_epsilon)
+            self.ln_f = LayerNorm(c.n_embd, init, c.layer_norm_epsilon, init.half)
 
     def __call__(self, ids: Array, cache: KVCache | None = None) -> Tensor:
         xp = array_module(self.wte.weight.data)

@@ -190,7 +190,11 @@ def _event_writer(folder: Path, step: int) -> Any:
         raise UserError(
             "--tensorboard needs tensorboardX: pip install 'micrograd-gpt[tensorboard]'"
         ) from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    path = folder / "tensorboard"
+    try:
+        return SummaryWriter(str(path), purge_step=step + 1)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

@@ -154,16 +154,17 @@ class Embedding(Module):
 class LayerNorm(Module):
     """Normalise the last axis (…, width) to mean 0, variance 1, then scale and shift it.
 
-    Never in half precision.
+    Never computed in half precision; the result is kept in `half` where that is one.
     """
 
-    def __init__(self, width: int, init: Init, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, init: Init, eps: float = 1e-5, half: str | None = None) -> None:
+        self.half = half
         self.weight = init.full((width,), 1, wide(init.dtype))
         self.bias = init.full((width,), 0, wide(init.dtype))
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.weight, self.bias, self.eps, self.half)
 
 
 class Dropout(Module):

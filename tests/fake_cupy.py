@@ -89,12 +89,19 @@ def unwrap(value: Any, operation: str) -> Any:
     return value
 
 
-def wrap(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic):
-        return ndarray(np.asarray(value))
+def wrap(value: Any, *sources: Any) -> Any:
+    """NumPy's result as a device array: one of the sources themselves, a view of one, or a new."""
     if isinstance(value, list | tuple):
-        return type(value)(wrap(part) for part in value)
-    return value
+        return type(value)(wrap(part, *sources) for part in value)
+    if not isinstance(value, np.ndarray | np.generic):
+        return value
+    array = ndarray(np.asarray(value))
+    for source in (source for source in sources if isinstance(source, ndarray)):
+        if value is source._numbers:
+            return source
+        if np.may_share_memory(array._numbers, source._numbers):
+            array.base = source if source.base is None else source.base
+    return array
 
 
 def index_of(index: Any) -> Any:
@@ -113,6 +120,7 @@ class ndarray:
 
     def __init__(self, numbers: np.ndarray) -> None:
         self._numbers = numbers
+        self.base: ndarray | None = None  # the array that this one is a view of
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed: use .get()")
@@ -137,7 +145,7 @@ class ndarray:
         self._numbers[...] = numbers
 
     def __getitem__(self, index: Any) -> ndarray:
-        return wrap(self._numbers[index_of(index)])
+        return wrap(self._numbers[index_of(index)], self)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self._numbers[index_of(index)] = unwrap(value, "setitem")
@@ -153,7 +161,7 @@ class ndarray:
 
     @property
     def T(self) -> ndarray:
-        return wrap(self._numbers.T)
+        return wrap(self._numbers.T, self)
 
     def __matmul__(self, other: Any) -> ndarray:
         return matmul(self, other)
@@ -173,7 +181,7 @@ def _method(name: str, accepted: str | None = None) -> Any:
         if accepted is not None:
             check_arguments(name, accepted, args, kwargs)
         kwargs = {key: unwrap(value, name) for key, value in kwargs.items()}
-        return wrap(getattr(self._numbers, name)(*unwrap(args, name), **kwargs))
+        return wrap(getattr(self._numbers, name)(*unwrap(args, name), **kwargs), self)
 
     return method
 
@@ -218,13 +226,10 @@ def _function(name: str, accepted: str) -> Any:
         check_arguments(name, accepted, args, kwargs)
         uploads = name in ("array", "asarray") and isinstance(args[0], np.ndarray | list)
         counts.uploads += uploads
+        sources = [*args, *kwargs.values()]
         args = args if uploads else unwrap(args, f"cupy.{name}")
         kwargs = {key: unwrap(value, f"cupy.{name}") for key, value in kwargs.items()}
-        if name == "asarray" and not uploads and kwargs.get("dtype") is None:
-            return wrap(np.asarray(*args))
-        result = getattr(np, name)(*args, **kwargs)
-        out = kwargs.get("out")
-        return wrap(result) if out is None or result is not out else wrap(out)
+        return wrap(getattr(np, name)(*args, **kwargs), *sources)
 
     function.__name__ = name
     return function

@@ -23,6 +23,7 @@ import pytest
 
 from micrograd_gpt import Tensor, backend, nn, optim
 from micrograd_gpt import functional as F
+from micrograd_gpt.context import Context
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.gpt2 import GPT2, GPT2Config, KVCache
 from micrograd_gpt.kernels import definitions_only
@@ -423,6 +424,16 @@ def test_decoding_out_of_memory_names_the_batch(
     monkeypatch.setattr("micrograd_gpt.pretrained.moved", out_of_memory)
     with pytest.raises(UserError, match=r"the weights do not fit; try --dtype bfloat16"):
         generate.main(flags)
+
+
+def test_a_cache_that_does_not_fit_is_measured_in_its_own_type(
+    cupy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = GPT2(GPT2Config(**SMALL), device="gpu", compute="float16")
+    monkeypatch.setattr(cupy, "empty", out_of_memory)
+    numbers = 2 * 2 * 32 * 16 * 500_000  # n_layer, keys and values, n_embd, positions, texts
+    with pytest.raises(UserError, match=f"KV cache of {2 * numbers / 1e9:.1f} GB: lower num_samp"):
+        Context(model, rows=500_000, longest=16)
 
 
 def test_tf32_is_for_the_gpu_and_only_when_asked_for(

@@ -209,7 +209,9 @@ def test_the_residual_stream_stays_in_float32(half: str) -> None:
     x = model.transformer.wte(np.arange(8)[None])
     assert x.half is None
     branch = block.mlp(block.ln_2(x))
-    assert branch.half == half and block.ln_2(x).half is None and block(x).half is None
+    assert branch.half == block.ln_2(x).half == half and block(x).half is None
+    post = GPT2(GPT2Config(**SMALL, norm_position="post"), compute=half).transformer.h[0]
+    assert post.ln_2(x).half is None and post(x).half is None and post.mlp(x).half == half
     assert model(np.arange(8)[None]).half == half  # the logits
 
 

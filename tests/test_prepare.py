@@ -409,8 +409,9 @@ def test_an_interrupted_preparation_goes_on(
     assert recent.exists() and not abandoned.exists() and not (folder / BEGUN).exists()
 
 
+@pytest.mark.parametrize(("changed", "value"), [("PIECE", 30), ("LONGEST", 60)])
 def test_an_interrupted_preparation_of_another_text_is_forgotten(
-    tmp_path: Path, small_sizes: None, monkeypatch: pytest.MonkeyPatch
+    changed: str, value: int, tmp_path: Path, small_sizes: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy, cache, source = Spy(monkeypatch), tmp_path / "cache", tmp_path / "a.txt"
     source.write_text("one two three\n" * 100)
@@ -427,8 +428,10 @@ def test_an_interrupted_preparation_of_another_text_is_forgotten(
     with pytest.raises(KeyboardInterrupt):
         load_corpus(source, "byte", cache_folder=cache)
     spy.stop_before = -1
-    monkeypatch.setattr(prepare, "PIECE", 30)
+    monkeypatch.setattr(prepare, changed, value)
+    spy.since()
     corpus = load_corpus(source, "byte", cache_folder=cache)
+    assert spy.since() == len(list(cut([["One Two Three\n" * 100]], True, anywhere=True)))
     assert corpus.tokenizer.decode(np.concatenate([corpus.train[:], corpus.validation[:]])) == (
         "One Two Three\n" * 100
     )

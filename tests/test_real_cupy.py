@@ -40,7 +40,15 @@ def test_a_method_takes_these_arguments(name: str) -> None:
 
 def test_what_else_the_gpu_path_uses_is_there() -> None:
     operators = [f"__{name}__" for name in (*fake_cupy.OPERATORS, "matmul", "imul", "iadd")]
-    methods = (*fake_cupy.READS, *fake_cupy.ANY_NUMBER, *fake_cupy.ATTRIBUTES, "get", "set", "T")
+    methods = (
+        *fake_cupy.READS,
+        *fake_cupy.ANY_NUMBER,
+        *fake_cupy.ATTRIBUTES,
+        "get",
+        "set",
+        "T",
+        "base",
+    )
     missing = [name for name in (*operators, *methods) if not hasattr(cupy.ndarray, name)]
     assert not missing
     assert "out" in parameters(cupy.matmul) and callable(cupy.add.at)

@@ -81,7 +81,7 @@ def test_killed_at_random_moments(tmp_path: Path, request: pytest.FixtureRequest
                     time.sleep(0.0005)
                 time.sleep(rng.uniform(0, 0.01 if life % 2 else 0.1))
                 process.kill()
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=900)
         expected = (-signal.SIGKILL, 0) if life < kills else (0,)
         assert process.returncode in expected or "is complete at step" in errors, errors
         moments.append(" ".join(saving()) or "between saves")
