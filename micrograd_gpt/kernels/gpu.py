@@ -49,6 +49,8 @@ def _seed(key: Key) -> int:
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     if len(a) <= FEW_ROWS and b.flags.f_contiguous and out is None:
         return _product_of_few_rows(a, b, None)
+    if not cuda_modules.usable():
+        raise Unsupported
     return _product(a, b, out)
 
 
