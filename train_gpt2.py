@@ -32,6 +32,7 @@ from micrograd_gpt.checkpoint import load_config
 from micrograd_gpt.data import Corpus, Windows, load_corpus
 from micrograd_gpt.errors import UserError
 from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config, size_name
+from micrograd_gpt.kernels import compiler
 from micrograd_gpt.metrics import Metrics, Unread, read_numbers
 from micrograd_gpt.precision import emulation_note, wide
 from micrograd_gpt.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
@@ -102,6 +103,8 @@ def train(settings: argparse.Namespace, device: str) -> int:
         f"training {model.n_parameters:,} parameters on {len(corpus.train):,} tokens of "
         f"{corpus.name} ({tokens_per_step:,} a step) from step {optimizer.steps}; writing to {out}/"
     )
+    if device == "cpu":
+        say(f"CPU kernels: {compiler.report()}")
 
     # The loop
     stop = StopSignals()
