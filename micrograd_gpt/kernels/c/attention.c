@@ -81,14 +81,15 @@ INLINE void forward_head(int vectors, const Attention *a, Int batch, Int head) {
   const float *q = head_of(a->q, a->q_strides, batch, head);
   const float *keys = panels_across(KEYS_ACROSS, head_of(a->k, a->k_strides, batch, head),
                                     a->k_strides.token, a->keys, d);
-  const float *values = panels(VALUES, head_of(a->v, a->v_strides, batch, head),
-                               a->v_strides.token, a->keys, d, columns);
+  const float *values = panels(VALUES, head_of(a->v, a->v_strides, batch, head), a->v_strides.token,
+                               a->keys, d, columns);
   float *log_total = a->log_total + (batch * a->heads + head) * a->queries;
   float *scores = scratch(SCORES, ROWS * width), *mixed = scratch(TILES, ROWS * wide);
   float scale = 1 / sqrtf(d), total[ROWS];
   for (Int i0 = 0; i0 < a->queries; i0 += ROWS) {
     Int rows = min(ROWS, a->queries - i0), seen = past + i0 + rows;
-    const float *x = rows_of(QUERY_ROWS, q + i0 * a->q_strides.token, a->q_strides.token, rows, d, scale);
+    const float *x =
+        rows_of(QUERY_ROWS, q + i0 * a->q_strides.token, a->q_strides.token, rows, d, scale);
     dot_products(x, keys, seen, d, scores, width);
     for (Int i = 0; i < rows; i++)
       softmax_row(scores + i * width, past + i0 + i + 1, seen, &total[i], &log_total[i0 + i]);
@@ -112,7 +113,8 @@ static void forward_few(const Attention *a, Int batch, Int head) {
     float *out = a->out + ((batch * a->queries + i) * a->heads + head) * d;
     Int seen = a->keys - a->queries + i + 1;
     for (Int j = 0; j < seen; j++) scores[j] = scale * dot(q, k + j * a->k_strides.token, d);
-    softmax_row(scores, seen, seen, &total, &a->log_total[(batch * a->heads + head) * a->queries + i]);
+    softmax_row(scores, seen, seen, &total,
+                &a->log_total[(batch * a->heads + head) * a->queries + i]);
     memset(out, 0, d * sizeof(float));
     for (Int j = 0; j < seen; j++)
       add_scaled(out, scores[j] / total, v + j * a->v_strides.token, d);
@@ -122,9 +124,12 @@ static void forward_few(const Attention *a, Int batch, Int head) {
 static void forward_task(const void *arguments, Int part) {
   const Attention *a = arguments;
   Int batch = part / a->heads, head = part % a->heads;
-  if (a->queries <= FEW_QUERIES) forward_few(a, batch, head);
-  else if (a->d <= COLUMNS / 2) forward_head(VECTORS / 2, a, batch, head);
-  else forward_head(VECTORS, a, batch, head);
+  if (a->queries <= FEW_QUERIES)
+    forward_few(a, batch, head);
+  else if (a->d <= COLUMNS / 2)
+    forward_head(VECTORS / 2, a, batch, head);
+  else
+    forward_head(VECTORS, a, batch, head);
 }
 
 void attention_forward(const Attention *a) { run_parts(forward_task, a, a->batches * a->heads); }
@@ -167,7 +172,8 @@ INLINE void add_to_keys(int vectors, const float *w, Int width, Int rows, Int fi
   }
 }
 
-INLINE void store(float *to, Int stride, const float *from, Int wide, Int rows, Int d, float factor) {
+INLINE void store(float *to, Int stride, const float *from, Int wide, Int rows, Int d,
+                  float factor) {
   for (Int i = 0; i < rows; i++)
     for (Int c = 0; c < d; c++) to[i * stride + c] = factor * from[i * wide + c];
 }
@@ -200,8 +206,8 @@ INLINE void backward_head(int vectors, const AttentionBackward *b, Int batch, In
       dot_products(x + i * d, keys_across, seen, d, weights + i * width, width);
       dot_products(g + i * d, values_across, seen, d, dscores + i * width, width);
     }
-    backward_rows(rows, i0, round_up(end, ROWS), d, g, out + i0 * together, together, log_total + i0,
-                  weights, dscores, width);
+    backward_rows(rows, i0, round_up(end, ROWS), d, g, out + i0 * together, together,
+                  log_total + i0, weights, dscores, width);
     for (Int i = 0; i < rows; i += ROWS) {
       Int here = min(ROWS, rows - i);
       for (Int c = 0; c < d; c += columns)
@@ -213,8 +219,8 @@ INLINE void backward_head(int vectors, const AttentionBackward *b, Int batch, In
     }
     add_to_keys(vectors, weights, width, rows, i0, end, d,
                 panels(GRAD, grad_strip, together, rows, d, columns), dv, wide);
-    add_to_keys(vectors, dscores, width, rows, i0, end, d,
-                panels(QUERIES, x, d, rows, d, columns), dk, wide);
+    add_to_keys(vectors, dscores, width, rows, i0, end, d, panels(QUERIES, x, d, rows, d, columns),
+                dk, wide);
   }
   store(b->dk + batch * b->dk_strides.batch + head * b->dk_strides.head, b->dk_strides.token, dk,
         wide, t, d, 1);
@@ -225,8 +231,10 @@ INLINE void backward_head(int vectors, const AttentionBackward *b, Int batch, In
 static void backward_task(const void *arguments, Int part) {
   const AttentionBackward *b = arguments;
   Int batch = part / b->forward.heads, head = part % b->forward.heads;
-  if (b->forward.d <= COLUMNS / 2) backward_head(VECTORS / 2, b, batch, head);
-  else backward_head(VECTORS, b, batch, head);
+  if (b->forward.d <= COLUMNS / 2)
+    backward_head(VECTORS / 2, b, batch, head);
+  else
+    backward_head(VECTORS, b, batch, head);
 }
 
 void attention_backward(const AttentionBackward *b) {

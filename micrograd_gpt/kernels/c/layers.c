@@ -1,4 +1,5 @@
-/* Addition, LayerNorm, GELU, cross-entropy and the embedding's gradient: each forward beside its backward.
+/* Addition, LayerNorm, GELU, cross-entropy and the embedding's gradient: each forward beside its
+   backward.
 
    functional.py derives the formulas. Rows (and elements) are shared among the threads. */
 
@@ -150,7 +151,8 @@ static void cross_entropy_task(const void *arguments, Int part) {
       memset(dlogits, 0, c->vocab_size * sizeof(float));
       continue;
     }
-    float largest = largest_of(logits, c->vocab_size), at_target = logits[target] - largest, total = 0;
+    float largest = largest_of(logits, c->vocab_size), at_target = logits[target] - largest,
+          total = 0;
     SIMD_SUM(total)
     for (Int i = 0; i < c->vocab_size; i++) total += dlogits[i] = exp_of(logits[i] - largest);
     float factor = c->scale / total;
@@ -173,12 +175,13 @@ typedef struct {
   float *dweight;
 } Embedding;
 
-/* Each thread adds a slice of every row: two rows of one id never meet, and sums keep their order. */
+/* Each thread adds a slice of every row: two rows of one id never meet, and a sum's order stays. */
 static void embedding_task(const void *arguments, Int part) {
   const Embedding *e = arguments;
   Int first, end = cut(e->width, parts_for(e->n * e->width), LANES, part, &first);
   for (Int row = 0; row < e->n; row++)
-    add_scaled(e->dweight + e->ids[row] * e->width + first, 1, e->grad + row * e->width + first, end - first);
+    add_scaled(e->dweight + e->ids[row] * e->width + first, 1, e->grad + row * e->width + first,
+               end - first);
 }
 
 void embedding_backward(const Embedding *e) {

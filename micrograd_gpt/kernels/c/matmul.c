@@ -39,7 +39,7 @@ INLINE void transpose_block(const float *b, Int stride, Int columns, float *pack
 #endif
 }
 
-/* Reading b is what takes long, so what is read next is fetched ahead: the next rows (or columns). */
+/* Reading b is what takes long: the rows (or columns) that come next are fetched ahead. */
 void pack_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int columns,
                   float *packed) {
   Int done = 0;
@@ -70,7 +70,8 @@ static void pack_rows(const float *a, Int a_row, Int a_column, Int n, Int k, flo
     for (Int i = 0; i < whole; i += ROWS) {
       float *strip = packed + i * k + p * ROWS;
       /* Two numbers more make it one register; the next step writes over them. */
-      if (a_row == 1 && p + 1 < k) memcpy(strip, a + i + p * a_column, (ROWS + 2) * sizeof(float));
+      if (a_row == 1 && p + 1 < k)
+        memcpy(strip, a + i + p * a_column, (ROWS + 2) * sizeof(float));
       else
         for (Int q = 0; q < ROWS; q++) strip[q] = a[(i + q) * a_row + p * a_column];
     }
@@ -98,8 +99,10 @@ static void multiply_strip(Int n, Int m, Int k, const float *a, Int a_row, int a
     float *tile = whole ? c + j : apart;
 
     Int tile_row = whole ? c_row : COLUMNS;
-    if (a_is_packed) tile_of_packed_rows(k, a, b + j * k, tile, tile_row, add && whole);
-    else tile_of_rows(k, a, a_row, b + j * k, tile, tile_row, add && whole);
+    if (a_is_packed)
+      tile_of_packed_rows(k, a, b + j * k, tile, tile_row, add && whole);
+    else
+      tile_of_rows(k, a, a_row, b + j * k, tile, tile_row, add && whole);
     Int width = min(COLUMNS, m - j);
     for (Int i = 0; i < n && !whole; i++)
       for (Int q = 0; q < width; q++)
@@ -251,8 +254,10 @@ static void few_rows_columns(const FewRows *f, Int first, Int end) {
       }
     }
   for (; j < end; j++)
-    for (Int r = 0; r < f->n; r++) f->y[r * f->m + j] = dot(f->x + r * f->k, f->weight + j * f->k, f->k);
-  for (Int r = 0; r < f->n && f->bias; r++) add_scaled(f->y + r * f->m + first, 1, f->bias + first, end - first);
+    for (Int r = 0; r < f->n; r++)
+      f->y[r * f->m + j] = dot(f->x + r * f->k, f->weight + j * f->k, f->k);
+  for (Int r = 0; r < f->n && f->bias; r++)
+    add_scaled(f->y + r * f->m + first, 1, f->bias + first, end - first);
 }
 
 #define FEW_WEIGHTS 20000 /* with fewer, another thread is not worth waking */

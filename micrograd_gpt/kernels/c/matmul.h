@@ -32,9 +32,9 @@ void multiply_part(const Product *p, Int first_row, Int end_row, Int first_colum
 void pack_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int columns,
                   float *packed);
 
-/* c (ROWS, columns) = or += a (ROWS, k) @ b (k, columns) for a packed b whose columns fill `vectors`
-   registers. All loops but the one over k are of constant length when `vectors` is a constant, so
-   that the compiler keeps `sums` in registers. */
+/* c (ROWS, columns) = or += a (ROWS, k) @ b (k, columns), b being packed and its columns filling
+   `vectors` registers. All loops but the one over k are of constant length when `vectors` is a
+   constant: then the compiler keeps `sums` in registers. */
 INLINE void multiply_tile(int vectors, Int k, const float *a, Int a_row, Int a_column,
                           const float *b, float *c, Int c_row, int add) {
   vec sums[ROWS][VECTORS];

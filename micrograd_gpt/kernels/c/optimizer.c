@@ -53,8 +53,9 @@ typedef struct {
 static void adamw_task(const void *arguments, Int i) {
   const AdamW *a = arguments;
   Int first, array = find_chunk(i, a->sizes, &first), size = min(CHUNK, a->sizes[array] - first);
-  float *restrict p = a->p[array] + first, *restrict m = a->m[array] + first,
-                  *restrict v = a->v[array] + first;
+  float *restrict p = a->p[array] + first;
+  float *restrict m = a->m[array] + first;
+  float *restrict v = a->v[array] + first;
   const float *restrict grad = a->grad[array] + first;
   float kept = a->kept[array], beta1 = a->beta1, beta2 = a->beta2, rate = a->rate, eps = a->eps;
   for (Int j = 0; j < size; j++) {

@@ -4,6 +4,7 @@
    than that. So a thread without work looks for more for a moment before it goes to sleep. */
 
 #include "threads.h"
+
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -12,13 +13,13 @@
 #define MOST_THREADS 256
 #define PATIENCE 200e-6 /* seconds a thread without work stays awake */
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;    /* guards what follows */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards what follows */
 static pthread_cond_t opened = PTHREAD_COND_INITIALIZER;
-static Int threads = 1;       /* that may work, the caller's included */
-static Int started = 0;       /* that were started */
-static Int helping = 0;       /* that are in the task now */
+static Int threads = 1; /* that may work, the caller's included */
+static Int started = 0; /* that were started */
+static Int helping = 0; /* that are in the task now */
 static Int asleep = 0;
-static Task task;             /* NULL while none is open */
+static Task task; /* NULL while none is open */
 static const void *arguments;
 static Int parts;
 static atomic_llong taken[MOST_THREADS]; /* of each thread's own parts, by whomever */

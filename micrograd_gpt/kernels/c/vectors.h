@@ -45,7 +45,10 @@ INLINE float exp_of(float x) {
   e = e * r + 0.5f;
   e = e * r + 1;
   e = e * r + 1;
-  union { int32_t bits; float number; } power = {.bits = ((int32_t)n + 127) << 23}; /* 2^n */
+  union {
+    int32_t bits;
+    float number;
+  } power = {.bits = ((int32_t)n + 127) << 23}; /* 2^n */
   return e * power.number;
 }
 
