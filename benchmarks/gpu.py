@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gpu_measures
 from common import child, print_table
 
 from micrograd_gpt import cli
@@ -85,6 +84,8 @@ def main() -> int:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
+        import gpu_measures  # only here: --help is to answer at once
+
         task = json.loads(flags.child)
         print(json.dumps(getattr(gpu_measures, task["measure"])(task)))
         return 0
