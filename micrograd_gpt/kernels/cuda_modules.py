@@ -167,7 +167,12 @@ def run(
     values: list[Any],
 ) -> None:
     """Launch on the GPU through CuPy: `values` are NumPy scalars and structures, by value."""
-    _module(file, options).get_function(kernel)(grid, block, tuple(values))
+    _function(file, kernel, options)(grid, block, tuple(values))
+
+
+@cache
+def _function(file: str, kernel: str, options: tuple[str, ...]) -> Any:
+    return _module(file, options).get_function(kernel)
 
 
 @cache
