@@ -1,7 +1,6 @@
 """NVIDIA's run-time compiler, called through ctypes: it needs no GPU and no driver.
 
-It comes as a Python package, `nvidia-cuda-nvrtc`, which is a dependency of the `test` extra where
-NVIDIA builds it (Linux and Windows).
+It comes as a Python package, `nvidia-cuda-nvrtc`, which the `test` extra installs on Linux.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
-MISSING = "nvidia-cuda-nvrtc is not installed: pip install -e '.[test]'"
+MISSING = "nvidia-cuda-nvrtc is not installed: on Linux pip install -e '.[test]' does"
 
 
 @cache
@@ -19,9 +18,8 @@ def library() -> ctypes.CDLL | None:
     """libnvrtc out of the installed package, or None."""
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations or [] if spec else []:
-        for pattern in ("*/lib/libnvrtc.so.*", "*/bin/**/nvrtc64_*_0.dll"):
-            for path in sorted(Path(folder).glob(pattern)):
-                return ctypes.CDLL(str(path))
+        for path in sorted(Path(folder).glob("*/lib/libnvrtc.so.*")):
+            return ctypes.CDLL(str(path))
     return None
 
 

@@ -69,6 +69,7 @@ def source(file: str) -> str:
     return text
 
 
+@cache
 def options(dtype: str, head_size: int = 0, dropout: bool = False) -> tuple[str, ...]:
     """What the compiler is told, but for the device: CuPy adds that, and -ftz=true.
 
@@ -123,34 +124,41 @@ def launch(
     None (a null pointer) where the kernel takes a pointer, else a number or a structured array.
     Raises TypeError where the arguments are not what the kernel declares.
     """
-    parameters = declarations(file)[kernel]
+    parameters, types = declarations(file)[kernel], _argument_types(file, kernel, dtype)
     if len(arguments) != len(parameters):
         raise TypeError(f"{kernel} takes {len(parameters)} arguments, not {len(arguments)}")
-    values = [
-        _value(kernel, parameter, argument, dtype)
-        for parameter, argument in zip(parameters, arguments, strict=True)
-    ]
+    values = []
+    for parameter, expected, argument in zip(parameters, types, arguments, strict=True):
+        given = getattr(argument, "dtype", None)
+        if parameter.is_pointer and (argument is None or given == expected):
+            values.append(np.uint64(0 if argument is None else address(argument)))
+        elif parameter.type in STRUCTURES and given == expected:
+            values.append(argument)
+        elif (
+            parameter.type in SCALARS
+            and not parameter.is_pointer
+            and _is_number(argument, expected)
+        ):
+            values.append(expected.type(argument))
+        else:
+            raise TypeError(
+                f"{kernel}: {parameter.name} must be {expected}, not {given or argument!r}"
+            )
     run(file, kernel, options(dtype, head_size, dropout), grid, block, values)
 
 
-def _value(kernel: str, parameter: Parameter, argument: Any, dtype: str) -> Any:
-    """An argument as the kernel takes it: an address, a number of the declared size, a struct."""
-    if parameter.is_pointer:
-        if argument is None:
-            return np.uint64(0)
-        element = {"Activation": dtype, "float": "float32", "long long": "int64"}[parameter.type]
-        if str(getattr(argument, "dtype", None)) != element:
-            given = getattr(argument, "dtype", type(argument).__name__)
-            raise TypeError(f"{kernel}: {parameter.name} must be {element}, not {given}")
-        return np.uint64(address(argument))
-    if parameter.type in STRUCTURES:
-        if getattr(argument, "dtype", None) != STRUCTURES[parameter.type]:
-            raise TypeError(f"{kernel}: {parameter.name} must be a {parameter.type}")
-        return argument
-    whole = parameter.type != "float"
-    if not isinstance(argument, int | np.integer if whole else int | float | np.floating):
-        raise TypeError(f"{kernel}: {parameter.name} must be {parameter.type}, not {argument!r}")
-    return SCALARS[parameter.type](argument)
+@cache
+def _argument_types(file: str, kernel: str, dtype: str) -> tuple[np.dtype, ...]:
+    """NumPy's type of each argument: of what a pointer points to, of a number, of a structure."""
+    types: dict[str, Any] = {"Activation": dtype, **SCALARS, **STRUCTURES}
+    return tuple(np.dtype(types[parameter.type]) for parameter in declarations(file)[kernel])
+
+
+def _is_number(argument: Any, expected: np.dtype) -> bool:
+    """Whether an argument can be passed as a number of this type: no fraction as an integer."""
+    if expected.kind == "f":
+        return isinstance(argument, int | float | np.integer | np.floating)
+    return isinstance(argument, int | np.integer)
 
 
 def address(array: Array) -> int:
@@ -167,7 +175,12 @@ def run(
     values: list[Any],
 ) -> None:
     """Launch on the GPU through CuPy: `values` are NumPy scalars and structures, by value."""
-    _module(file, options).get_function(kernel)(grid, block, tuple(values))
+    _function(file, kernel, options)(grid, block, tuple(values))
+
+
+@cache
+def _function(file: str, kernel: str, options: tuple[str, ...]) -> Any:
+    return _module(file, options).get_function(kernel)
 
 
 @cache

@@ -30,6 +30,7 @@ from micrograd_gpt.kernels.gpu_arguments import (
     activation,
     blocks,
     float32,
+    name_of,
     rows_in_memory,
     strips,
 )
@@ -40,6 +41,7 @@ ROWS_AT_ONCE = 128  # that one block adds up, column by column
 
 
 def _seed(key: Key) -> int:
+    """64 bits of Philox's key for a draw."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
@@ -57,7 +59,8 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
 def _product(a: Array, b: Array, out: Array | None = None) -> Array:
     """a @ b, in `out` or in the type of a; float32 by CuPy, which knows whether TF32 was asked."""
     xp, dtype = array_module(a), str(a.dtype)
-    if dtype not in ("float16", "bfloat16") or str(b.dtype) != dtype:
+    two_bytes = dtype == str(b.dtype) and dtype in ("float16", "bfloat16")
+    if not two_bytes or not cuda_modules.usable():
         if out is not None and out.dtype != a.dtype:
             raise Unsupported
         return xp.matmul(a, b, out=out)
@@ -232,7 +235,7 @@ def attention_forward(
     launch(
         *("attention", "attention_forward", dtype, (-(-t // rows), b * h), (threads,)),
         *(q, k, v, out, log_total, h, t, keys, q_batch, q_head, q_row, *_strides(k)),
-        *(scale, _seed(key), dropout),
+        *(scale, _seed(key) if dropout else 0, dropout),
         head_size=d,
         dropout=bool(dropout),
     )
@@ -266,11 +269,12 @@ def attention_backward(
         head_size=d,
     )
     rows, threads = cuda_modules.attention_block(dtype, d)
+    seed = _seed(key) if dropout else 0
     for kernel, written in (("queries", results[:1]), ("keys", results[1:])):
         launch(
             *("attention", f"attention_backward_{kernel}", dtype, (-(-t // rows), b * h)),
             *((threads,), grad, q, k, v, log_total, delta, *written, h, t, *_strides(q)),
-            *(*_strides(written[0]), 1 / math.sqrt(d), _seed(key), dropout),
+            *(*_strides(written[0]), 1 / math.sqrt(d), seed, dropout),
             head_size=d,
             dropout=bool(dropout),
         )
@@ -280,11 +284,9 @@ def attention_backward(
 
 def _heads(q: Array, k: Array, v: Array) -> str:
     """The type of queries, keys and values; Unsupported where no kernel takes them."""
-    dtypes, (b, h, _, d) = {str(x.dtype) for x in (q, k, v)}, q.shape
-    dtype = dtypes.pop()
-    if dtypes or dtype not in ACTIVATIONS or not q.size or not cuda_modules.usable():
-        raise Unsupported
-    if d not in HEAD_SIZES or b * h > 65535:
+    dtype, (b, h, _, d) = name_of(q.dtype), q.shape
+    alike = q.dtype == k.dtype == v.dtype and dtype in ACTIVATIONS and cuda_modules.usable()
+    if not alike or not q.size or d not in HEAD_SIZES or b * h > 65535:
         raise Unsupported
     return dtype
 

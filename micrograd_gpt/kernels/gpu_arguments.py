@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import numpy as np
+
 from micrograd_gpt.backend import Array, array_module
 from micrograd_gpt.kernels import cuda_modules
 from micrograd_gpt.kernels.cuda_modules import ACTIVATIONS
@@ -15,10 +19,16 @@ class Unsupported(Exception):
     """No kernel does this: the definition has to."""
 
 
+@cache
+def name_of(dtype: np.dtype) -> str:
+    return str(dtype)
+
+
 def activation(*arrays: Array) -> str:
     """The one type of all these arrays, contiguous each; Unsupported if there is none."""
-    dtype = str(arrays[0].dtype)
-    alike = all(str(array.dtype) == dtype and array.flags.c_contiguous for array in arrays)
+    first = arrays[0].dtype
+    alike = all(array.dtype == first and array.flags.c_contiguous for array in arrays)
+    dtype = name_of(first)
     if dtype not in ACTIVATIONS or not alike or not arrays[0].size or not cuda_modules.usable():
         raise Unsupported
     return dtype

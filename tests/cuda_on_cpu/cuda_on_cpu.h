@@ -1,9 +1,10 @@
 // Enough of CUDA for g++ to compile the kernels' sources as C++ and to run them, for tests.
 //
 // Each CUDA thread of a block is a fiber with its own stack. It runs until it waits: at a barrier
-// of its block or, in a shuffle or a matrix instruction, for the other lanes of its warp. The
-// fibers of a block take turns in an order the test chooses, so that a barrier forgotten in the
-// source shows as a wrong result in one order or another. Blocks run one after another.
+// of its block or, in a shuffle or a matrix instruction, for the other lanes of its warp. A warp
+// runs as far ahead as it can before the next one has its turn, in an order the test chooses, so
+// that a barrier forgotten in the source shows as a wrong result in one order or another. Blocks
+// run one after another.
 //
 // Waiting for what cannot come (a lane that has returned, or waits elsewhere) is an error here,
 // as it is undefined on a GPU.
@@ -96,6 +97,26 @@ inline bool release(size_t first, size_t end, State place, bool the_done_count) 
     return true;
 }
 
+// 0 … count-1 in the order the test chose: upwards, downwards, else shuffled by it.
+inline std::vector<size_t> turns(size_t count, unsigned order) {
+    std::vector<size_t> numbers(count);
+    for (size_t i = 0; i < count; i++) numbers[i] = order == 1 ? count - 1 - i : i;
+    if (order > 1) std::shuffle(numbers.begin(), numbers.end(), std::mt19937(order));
+    return numbers;
+}
+
+// Run the lanes of a warp until all have returned or wait for the block.
+inline void run_warp(size_t first, size_t threads, const std::vector<size_t>& lanes) {
+    bool whole = first + WARP_SIZE <= threads;  // half a warp cannot exchange anything
+    do {
+        for (size_t lane : lanes) {
+            if (first + lane >= threads || fibers[first + lane]->state != State::ready) continue;
+            current = fibers[first + lane].get();
+            swapcontext(&scheduler, &current->context);
+        }
+    } while (whole && release(first, first + WARP_SIZE, State::at_warp_barrier, false));
+}
+
 template <class Body> void run_block(Body body, size_t threads, unsigned order) {
     static Body* the_body;
     the_body = &body;
@@ -118,29 +139,13 @@ template <class Body> void run_block(Body body, size_t threads, unsigned order) 
             current->state = State::done;
         }, 0);
     }
-    std::vector<size_t> turns(threads);
-    for (size_t i = 0; i < threads; i++) turns[i] = order == 1 ? threads - 1 - i : i;
-    if (order > 1) std::shuffle(turns.begin(), turns.end(), std::mt19937(order));
-    for (;;) {
-        bool all_done = true, moved = false;
-        for (size_t i : turns) {
-            if (fibers[i]->state != State::ready) continue;
-            current = fibers[i].get();
-            swapcontext(&scheduler, &current->context);
-            moved = true;
-        }
-        for (size_t first = 0; first < threads; first += WARP_SIZE) {
-            size_t end = first + WARP_SIZE;
-            if (end > threads) continue;  // half a warp cannot exchange anything
-            moved |= release(first, end, State::at_warp_barrier, false);
-        }
-        moved |= release(0, threads, State::at_block_barrier, true);
-        for (size_t i = 0; i < threads; i++) all_done &= fibers[i]->state == State::done;
-        if (all_done) return;
-        if (!moved) {
-            error = "threads wait for others that have returned or wait elsewhere";
-            return;
-        }
+    auto warps = turns(exchanges.size(), order), lanes = turns(WARP_SIZE, order);
+    do {
+        for (size_t warp : warps) run_warp(warp * WARP_SIZE, threads, lanes);
+    } while (release(0, threads, State::at_block_barrier, true));
+    for (size_t i = 0; i < threads; i++) {
+        if (fibers[i]->state == State::done) continue;
+        error = "threads wait for others that have returned or wait elsewhere";
     }
 }
 
