@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -54,21 +54,21 @@ def accelerated(definition: F) -> F:
     stays reachable as `function.__wrapped__`.
     """
     name = definition.__name__
-    in_numpy, in_cuda = getattr(cpu, name, definition), getattr(gpu, name, definition)
-    if in_numpy is definition and in_cuda is definition:
-        return definition
+    in_numpy = getattr(cpu, name, definition)
     in_c = getattr(compiled, name, in_numpy)
     on_cpu = {"compiled": in_c, "numpy": in_numpy, "definitions": definition}
-    on_gpu = {"compiled": in_cuda, "numpy": in_cuda, "definitions": definition}
+    if in_c is definition and not hasattr(gpu, name):
+        return definition
 
     @functools.wraps(definition)
     def dispatch(array: Any, *args: Any, **kwargs: Any) -> Any:
         first = array[0] if isinstance(array, list) else array
         if device_of(first) == "cpu":
             return on_cpu[_KERNELS.get()](array, *args, **kwargs)
-        try:
-            return on_gpu[_KERNELS.get()](array, *args, **kwargs)
-        except gpu.Unsupported:  # raised before anything is written
-            return definition(array, *args, **kwargs)
+        in_cuda = getattr(gpu, name, None)
+        if in_cuda is not None and _KERNELS.get() != "definitions":
+            with suppress(gpu.Unsupported):  # raised before anything is written
+                return in_cuda(array, *args, **kwargs)
+        return definition(array, *args, **kwargs)
 
     return dispatch  # type: ignore[return-value]
