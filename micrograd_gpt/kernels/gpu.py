@@ -56,8 +56,8 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
 
 def _product(a: Array, b: Array, out: Array | None = None) -> Array:
     """a @ b, in `out` or in the type of a; float32 by CuPy, which knows whether TF32 was asked."""
-    xp, dtype = array_module(a), str(a.dtype)
-    two_bytes = dtype == str(b.dtype) and dtype in ("float16", "bfloat16")
+    xp, dtype = array_module(a), name_of(a.dtype)
+    two_bytes = a.dtype == b.dtype and dtype in ("float16", "bfloat16")
     if not two_bytes or not cuda_modules.usable():
         if out is not None and out.dtype != a.dtype:
             raise Unsupported
