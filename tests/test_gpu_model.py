@@ -78,7 +78,7 @@ def test_training(dtype: str, emulator: cuda_emulator.Emulator) -> None:
         *("attention_forward", "attention_backward_queries", "attention_backward_keys"),
         *("attention_delta", "column_sums"),
     }
-    assert {name for name, kept_in in launched if kept_in == "-DACTIVATION=Float"} >= {
+    assert {name for name, _ in launched} >= {
         *("layer_norm_forward", "layer_norm_backward", "layer_norm_backward_weight"),
         *("embedding_backward", "sum_of_squares", "adamw_update", "total", "sum_partials"),
     }

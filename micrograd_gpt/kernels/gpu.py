@@ -163,9 +163,10 @@ def embedding_backward(grad: Array, ids: Array, dweight: Array) -> None:
 
 
 def layer_norm_forward(
-    x: Array, weight: Array, bias: Array, eps: float, dtype: Any = np.float32
+    x: Array, weight: Array, bias: Array, eps: float, dtype: Any = None
 ) -> tuple[Array, Array, Array]:
     """As the definition; with `dtype` y is of that type, so that it need not be converted after."""
+    dtype = np.float32 if dtype is None else dtype
     float32(x, weight, bias)
     (n, width), xp = x.shape, array_module(x)
     y, mean, rstd = xp.empty(x.shape, dtype), *(xp.empty((n, 1), np.float32) for _ in range(2))
