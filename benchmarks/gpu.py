@@ -29,7 +29,7 @@ from micrograd_gpt.files import written_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ["tests/test_gpu_compiles.py", "tests/test_gpu_launches.py", "tests/test_gpu_kernels.py"]
-TESTS += ["tests/test_gpu.py"]
+TESTS += ["tests/test_gpu_model.py", "tests/test_gpu.py", "tests/test_cuda_emulator.py"]
 
 # The model and the amounts of work; a rehearsal is about whether everything runs
 FULL = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,21 @@ import numpy as np
 from micrograd_gpt.kernels import cuda_modules
 
 HEADERS = Path(__file__).parent / "cuda_on_cpu"
-COMPILER = shutil.which("g++")
-MISSING = "there is no g++ to run the CUDA kernels on the CPU with"
+NEEDED = "#include <bit>\n#include <ucontext.h>\n_Float16 x = std::bit_cast<_Float16>((short)0);\n"
+MISSING = "there is no g++ with C++20 and _Float16 to run the CUDA kernels on the CPU with"
+
+
+def _compiler() -> str | None:
+    """A g++ that can compile the emulator: GCC 12 or newer, on Linux."""
+    found = shutil.which("g++")
+    command = [str(found), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    if sys.platform != "linux" or found is None:
+        return None
+    tried = subprocess.run(command, input=NEEDED.encode(), capture_output=True)
+    return found if tried.returncode == 0 else None
+
+
+COMPILER = _compiler()
 
 
 class Emulator:

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from micrograd_gpt import kernels, optim
-from micrograd_gpt.backend import set_tf32
+from micrograd_gpt import backend, kernels, optim
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +23,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
 
 @pytest.fixture(autouse=True)
 def no_tf32() -> None:
-    set_tf32(False, "gpu")
+    backend.set_tf32(False, "gpu")
 
 
 def batch() -> tuple[np.ndarray, np.ndarray]:

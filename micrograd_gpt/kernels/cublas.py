@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from micrograd_gpt.backend import Array
+from micrograd_gpt.kernels.cuda_modules import address
 
 CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType_t in library_types.h
 ONE, ZERO = (np.array(value, np.float32) for value in (1, 0))
@@ -30,8 +31,8 @@ def product(a: Array, b: Array, out: Array) -> Array:
     cublas.gemmEx(
         cupy.cuda.device.get_cublas_handle(),
         *(_transposed(b), _transposed(a), m, n, k, ONE.ctypes.data),
-        *(b.data.ptr, kind, _leading(b), a.data.ptr, kind, _leading(a), ZERO.ctypes.data),
-        *(out.data.ptr, CUDA_TYPES[str(out.dtype)], m),
+        *(address(b), kind, _leading(b), address(a), kind, _leading(a), ZERO.ctypes.data),
+        *(address(out), CUDA_TYPES[str(out.dtype)], m),
         *(cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP),
     )
     return out

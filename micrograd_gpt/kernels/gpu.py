@@ -58,8 +58,8 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
 
 def _product(a: Array, b: Array, out: Array | None = None) -> Array:
     """a @ b, in `out` or in the type of a; float32 by CuPy, which knows whether TF32 was asked."""
-    xp, dtype = array_module(a), str(a.dtype)
-    two_bytes = dtype == str(b.dtype) and dtype in ("float16", "bfloat16")
+    xp, dtype = array_module(a), name_of(a.dtype)
+    two_bytes = a.dtype == b.dtype and dtype in ("float16", "bfloat16")
     if not two_bytes or not cuda_modules.usable():
         if out is not None and out.dtype != a.dtype:
             raise Unsupported
@@ -165,9 +165,10 @@ def embedding_backward(grad: Array, ids: Array, dweight: Array) -> None:
 
 
 def layer_norm_forward(
-    x: Array, weight: Array, bias: Array, eps: float, dtype: Any = np.float32
+    x: Array, weight: Array, bias: Array, eps: float, dtype: Any = None
 ) -> tuple[Array, Array, Array]:
     """As the definition; with `dtype` y is of that type, so that it need not be converted after."""
+    dtype = np.float32 if dtype is None else dtype
     float32(x, weight, bias)
     (n, width), xp = x.shape, array_module(x)
     y, mean, rstd = xp.empty(x.shape, dtype), *(xp.empty((n, 1), np.float32) for _ in range(2))
