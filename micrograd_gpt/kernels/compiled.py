@@ -79,6 +79,8 @@ def _contiguous(*arrays: Array) -> list[Array]:
 
 def _strides(array: Array) -> list[int]:
     """How many elements apart neighbours along each axis lie."""
+    if any(stride % 4 for stride in array.strides):
+        raise _NotForC
     return [stride // 4 for stride in array.strides]
 
 
@@ -93,6 +95,8 @@ def add(a: Array, b: Array, out: Array | None = None) -> Array:
         raise _NotForC
     if out is None:
         out = np.empty_like(a)
+    elif (out is not a and out is not b) or not out.flags.writeable:
+        raise _NotForC
     in_c, in_fortran = (
         all(getattr(array.flags, order) for array in (a, b, out))
         for order in ("c_contiguous", "f_contiguous")
@@ -133,12 +137,16 @@ class _FewRows(ctypes.Structure):
 
 def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _Product:
     """c = a @ b + bias for the C code; a c whose columns have no gaps goes as its transpose."""
+    if a.shape[1] != b.shape[0] or c.shape != (a.shape[0], b.shape[1]):
+        raise _NotForC  # NumPy says what is wrong
     if c.strides[1] != 4:
         if c.strides[0] != 4 or bias is not None:
             raise _NotForC
         a, b, c = b.T, a.T, c.T
     (n, k), m = a.shape, b.shape[1]
     (a_row, a_column), (b_row, b_column), c_row = a.strides, b.strides, c.strides[0]
+    if (a_row | a_column | b_row | b_column | c_row) % 4:
+        raise _NotForC
     return _Product(
         *(n, k, m, a.ctypes.data, a_row // 4, a_column // 4, b.ctypes.data, b_row // 4),
         *(b_column // 4, None if bias is None else bias.ctypes.data, c.ctypes.data, c_row // 4),
@@ -150,6 +158,8 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     _check(a, b, out)
     if out is None:
         return _multiply(a, b, None)
+    if not out.flags.writeable or np.may_share_memory(out, a) or np.may_share_memory(out, b):
+        raise _NotForC
     _call("matmul", _product(a, b, out))
     return out
 
@@ -163,7 +173,7 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
 def _multiply(a: Array, b: Array, bias: Array | None) -> Array:
     (n, k), m = a.shape, b.shape[1]
     y = np.empty((n, m), np.float32)
-    if n <= FEW_ROWS and b.flags.f_contiguous:
+    if n <= FEW_ROWS and b.flags.f_contiguous and k == b.shape[0]:
         a = np.ascontiguousarray(a)
         place = None if bias is None else bias.ctypes.data
         _call("few_rows", _FewRows(n, k, m, a.ctypes.data, b.ctypes.data, place, y.ctypes.data))
@@ -390,7 +400,7 @@ class _AdamW(ctypes.Structure):
     _fields_ = [
         *_ints("count"),
         *_pointers("sizes", "p", "grad", "m", "v", "kept"),
-        *_floats("beta1", "beta2", "rate", "eps"),
+        *_floats("beta1", "rest1", "beta2", "rest2", "rate", "eps"),
     ]
 
 
@@ -442,4 +452,5 @@ def adamw_update(
     kept = np.array([1 - lr * decay for decay in decays], np.float32)
     tables = [sizes, *map(_places, columns), kept]
     at = (table.ctypes.data for table in tables)
-    _call("adamw_update", _AdamW(len(sizes), *at, beta1, beta2, rate, eps * correction))
+    betas = beta1, 1 - beta1, beta2, 1 - beta2
+    _call("adamw_update", _AdamW(len(sizes), *at, *betas, rate, eps * correction))

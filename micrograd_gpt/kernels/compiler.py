@@ -13,8 +13,9 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sysconfig
 import tempfile
+import threading
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -24,21 +25,31 @@ from micrograd_gpt.files import written_whole
 from micrograd_gpt.kernels.threads import cores
 
 SOURCES = Path(__file__).parent / "c"
+LIBRARY_SUFFIX = ".dll" if os.name == "nt" else ".so"
 # -fopenmp-simd: sums in vectors where the source allows it, without OpenMP's own threads.
 # The last two let sqrt and rounding be single instructions.
 OPTIONS = "-O3 -std=gnu11 -shared -fPIC -pthread -fopenmp-simd -fno-math-errno -fno-trapping-math"
 # For this very processor; the first set that the compiler takes.
 TARGETS = ("-march=native -mprefer-vector-width=512", "-march=native", "-mcpu=native", "")
 
+PATIENCE = 120  # seconds for one call of the compiler; it takes a few
+
+_LOADING = threading.Lock()
+
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, their threads at work, or None where they cannot be had."""
-    return _load(os.getpid())[0]
+    return _loaded()[0]
 
 
 def report() -> str:
     """Which kernels run on the CPU, and if not the compiled ones, why."""
-    return _load(os.getpid())[1]
+    return _loaded()[1]
+
+
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    with _LOADING:  # of two that compile at once, each would write over the other's file
+        return _load(os.getpid())
 
 
 @cache
@@ -46,16 +57,17 @@ def _load(process: int) -> tuple[ctypes.CDLL | None, str]:
     """The library and the report, for this process: a forked child has to start threads anew."""
     if os.environ.get("MICROGRAD_GPT_KERNELS") == "numpy":
         return None, "NumPy (as MICROGRAD_GPT_KERNELS asks)"
-    compiler = _compiler()
-    if compiler is None:
-        return None, "NumPy (there is no C compiler: with one they are faster)"
     try:
-        version = _output([*compiler, "--version"]).splitlines()[0]
-        loaded = _kept(compiler, version)
-    except (OSError, subprocess.SubprocessError, UserError) as problem:
+        compiler = _compiler()
+        if compiler is None:
+            return None, "NumPy (there is no C compiler: with one they are faster)"
+        version = next(iter(_output([*compiler, "--version"]).splitlines()), "an unnamed compiler")
+        found = _kept(compiler, version)
+        found.use_threads(ctypes.c_int64(cores()))
+    # ValueError: $CC has an open quote. AttributeError: the library does not show its functions.
+    except (OSError, subprocess.SubprocessError, UserError, ValueError, AttributeError) as problem:
         return None, f"NumPy (the C kernels cannot be compiled: {_reason(problem)})"
-    loaded.use_threads(ctypes.c_int64(cores()))
-    return loaded, f"C, compiled by {version}"
+    return found, f"C, compiled by {version}"
 
 
 def _compiler() -> list[str] | None:
@@ -70,14 +82,30 @@ def _compiler() -> list[str] | None:
 def _kept(compiler: list[str], version: str) -> ctypes.CDLL:
     """The library for these sources, this compiler and this processor, compiled if it is new."""
     sources = sorted(SOURCES.glob("*.[ch]"))
-    key = [*compiler, version, OPTIONS, *TARGETS, _processor(), *(s.read_text() for s in sources)]
-    name = hashlib.sha256("\0".join(key).encode()).hexdigest()[:16]
-    path = cache_folder() / "kernels" / f"{name}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"
-    if path.is_file():
-        return ctypes.CDLL(str(path))
+    texts = [source.read_text("utf-8") for source in sources]
+    for target in TARGETS:
+        key = [*compiler, version, OPTIONS, target, _processor(), *texts]
+        name = hashlib.sha256("\0".join(key).encode()).hexdigest()[:16]
+        path = cache_folder() / "kernels" / (name + LIBRARY_SUFFIX)
+        if path.is_file():
+            with suppress(OSError):  # damaged: made anew
+                return ctypes.CDLL(str(path))
+        try:
+            return _compile(
+                [*compiler, *OPTIONS.split(), *target.split()],
+                [str(source) for source in sources if source.suffix == ".c"],
+                path,
+            )
+        except subprocess.CalledProcessError:  # the compiler does not know this target
+            if target == TARGETS[-1]:
+                raise
+    raise AssertionError("TARGETS is empty")
+
+
+def _compile(command: list[str], sources: list[str], path: Path) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / path.name
-        _compile(compiler, [str(s) for s in sources if s.suffix == ".c"], compiled)
+        _output([*command, *sources, "-o", str(compiled), "-lm"])
         try:
             with written_whole(path) as file:
                 file.write(compiled.read_bytes())
@@ -86,27 +114,23 @@ def _kept(compiler: list[str], version: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def _compile(compiler: list[str], sources: list[str], result: Path) -> None:
-    for target in TARGETS:
-        options = [*OPTIONS.split(), *target.split()]
-        try:
-            _output([*compiler, *options, *sources, "-o", str(result), "-lm"])
-            return
-        except subprocess.CalledProcessError:
-            if target == TARGETS[-1]:
-                raise
-
-
 def _output(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=PATIENCE,
+    ).stdout
 
 
 def _processor() -> str:
     """What the compiler may have fitted the code to: the processor's name and its abilities."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:  # the machine's name stands for what cannot be known
+        return f"{platform.machine()} {platform.processor()} {platform.node()}"
     telling = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(telling)}))
 

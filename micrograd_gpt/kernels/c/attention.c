@@ -121,7 +121,8 @@ static void forward_few(const Attention *a, Int batch, Int head) {
   }
 }
 
-static void forward_task(const void *arguments, Int part) {
+static void forward_task(const void *arguments, Int part, Int parts) {
+  (void)parts;
   const Attention *a = arguments;
   Int batch = part / a->heads, head = part % a->heads;
   if (a->queries <= FEW_QUERIES)
@@ -228,7 +229,8 @@ INLINE void backward_head(int vectors, const AttentionBackward *b, Int batch, In
         wide, t, d, 1);
 }
 
-static void backward_task(const void *arguments, Int part) {
+static void backward_task(const void *arguments, Int part, Int parts) {
+  (void)parts;
   const AttentionBackward *b = arguments;
   Int batch = part / b->forward.heads, head = part % b->forward.heads;
   if (b->forward.d <= COLUMNS / 2)

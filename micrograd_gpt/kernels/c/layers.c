@@ -17,9 +17,9 @@ typedef struct {
   float *out; /* may be a or b */
 } Add;
 
-static void add_task(const void *arguments, Int part) {
+static void add_task(const void *arguments, Int part, Int parts) {
   const Add *s = arguments;
-  Int first, end = cut(s->size, parts_for(s->size), LANES, part, &first);
+  Int first, end = cut(s->size, parts, LANES, part, &first);
 #pragma omp simd
   for (Int i = first; i < end; i++) s->out[i] = s->a[i] + s->b[i];
 }
@@ -35,9 +35,9 @@ typedef struct {
   float *y, *mean, *rstd;
 } LayerNorm;
 
-static void layer_norm_task(const void *arguments, Int part) {
+static void layer_norm_task(const void *arguments, Int part, Int parts) {
   const LayerNorm *l = arguments;
-  Int row, end = cut(l->n, parts_for(l->n * l->width), 1, part, &row);
+  Int row, end = cut(l->n, parts, 1, part, &row);
   for (; row < end; row++) {
     const float *x = l->x + row * l->width;
     float *y = l->y + row * l->width;
@@ -60,9 +60,9 @@ typedef struct {
   float *dx, *dweights, *dbiases; /* the last two (parts, width): sums over each part's rows */
 } LayerNormBackward;
 
-static void layer_norm_backward_task(const void *arguments, Int part) {
+static void layer_norm_backward_task(const void *arguments, Int part, Int parts) {
   const LayerNormBackward *l = arguments;
-  Int row, width = l->width, end = cut(l->n, l->parts, 1, part, &row);
+  Int row, width = l->width, end = cut(l->n, parts, 1, part, &row);
   float *dweight = l->dweights + part * width, *dbias = l->dbiases + part * width;
   memset(dweight, 0, width * sizeof(float));
   memset(dbias, 0, width * sizeof(float));
@@ -107,18 +107,18 @@ INLINE float gelu_gate(float x) {
   return 1 / (1 + exp_of(-2 * GELU_SCALE * (x + GELU_CUBIC * x * x * x)));
 }
 
-static void gelu_task(const void *arguments, Int part) {
+static void gelu_task(const void *arguments, Int part, Int parts) {
   const Gelu *g = arguments;
-  Int first, end = cut(g->size, parts_for(g->size), LANES, part, &first);
+  Int first, end = cut(g->size, parts, LANES, part, &first);
 #pragma omp simd
   for (Int i = first; i < end; i++) g->result[i] = g->x[i] * gelu_gate(g->x[i]);
 }
 
 void gelu_forward(const Gelu *g) { run_parts(gelu_task, g, parts_for(g->size)); }
 
-static void gelu_backward_task(const void *arguments, Int part) {
+static void gelu_backward_task(const void *arguments, Int part, Int parts) {
   const Gelu *g = arguments;
-  Int first, end = cut(g->size, parts_for(g->size), LANES, part, &first);
+  Int first, end = cut(g->size, parts, LANES, part, &first);
 #pragma omp simd
   for (Int i = first; i < end; i++) {
     float x = g->x[i], gate = gelu_gate(x);
@@ -139,9 +139,9 @@ typedef struct {
   float *losses, *dlogits; /* dlogits may be logits */
 } CrossEntropy;
 
-static void cross_entropy_task(const void *arguments, Int part) {
+static void cross_entropy_task(const void *arguments, Int part, Int parts) {
   const CrossEntropy *c = arguments;
-  Int row, end = cut(c->n, parts_for(c->n * c->vocab_size), 1, part, &row);
+  Int row, end = cut(c->n, parts, 1, part, &row);
   for (; row < end; row++) {
     const float *logits = c->logits + row * c->vocab_size;
     float *dlogits = c->dlogits + row * c->vocab_size;
@@ -176,9 +176,9 @@ typedef struct {
 } Embedding;
 
 /* Each thread adds a slice of every row: two rows of one id never meet, and a sum's order stays. */
-static void embedding_task(const void *arguments, Int part) {
+static void embedding_task(const void *arguments, Int part, Int parts) {
   const Embedding *e = arguments;
-  Int first, end = cut(e->width, parts_for(e->n * e->width), LANES, part, &first);
+  Int first, end = cut(e->width, parts, LANES, part, &first);
   for (Int row = 0; row < e->n; row++)
     add_scaled(e->dweight + e->ids[row] * e->width + first, 1, e->grad + row * e->width + first,
                end - first);

@@ -70,7 +70,7 @@ static void pack_rows(const float *a, Int a_row, Int a_column, Int n, Int k, flo
     for (Int i = 0; i < whole; i += ROWS) {
       float *strip = packed + i * k + p * ROWS;
       /* Two numbers more make it one register; the next step writes over them. */
-      if (a_row == 1 && p + 1 < k)
+      if (a_row == 1 && a_column >= ROWS + 2 && p + 1 < k)
         memcpy(strip, a + i + p * a_column, (ROWS + 2) * sizeof(float));
       else
         for (Int q = 0; q < ROWS; q++) strip[q] = a[(i + q) * a_row + p * a_column];
@@ -136,10 +136,6 @@ void multiply_part(const Product *p, Int first_row, Int end_row, Int first_colum
       }
     }
   }
-  if (p->k == 0)
-    for (Int i = first_row; i < end_row; i++)
-      for (Int j = first_column; j < end_column; j++)
-        p->c[i * p->c_row + j] = p->bias ? p->bias[j] : 0;
 }
 
 #define MUCH_TO_PACK 262144 /* numbers: more than this takes longer than moving rows among cores */
@@ -170,8 +166,8 @@ static Int parts_for(const Product *p) {
   return p->n * p->k * p->m < FEW_PRODUCTS ? 1 : thread_count();
 }
 
-static void multiply_task(const void *product, Int i) {
-  multiply_slice(product, i, parts_for(product));
+static void multiply_task(const void *product, Int part, Int parts) {
+  multiply_slice(product, part, parts);
 }
 
 void matmul(const Product *p) { run_parts(multiply_task, p, parts_for(p)); }
@@ -181,26 +177,20 @@ void matmul(const Product *p) { run_parts(multiply_task, p, parts_for(p)); }
 typedef struct {
   Product dx, dweight;
   const float *grad; /* (n, m), its rows without gaps */
-  float *dbias;      /* (m), or NULL */
+  float *dbias;      /* (m) */
   Int n, m;
 } LinearBackward;
 
-static Int backward_parts(const LinearBackward *l) {
-  Int dx_parts = parts_for(&l->dx), dweight_parts = parts_for(&l->dweight);
-  return dx_parts > dweight_parts ? dx_parts : dweight_parts;
-}
-
 /* Parts 2i and 2i + 1 are slice i of dx and of dweight: a thread's own rows stay its own. */
-static void linear_backward_task(const void *arguments, Int part) {
+static void linear_backward_task(const void *arguments, Int part, Int parts) {
   const LinearBackward *l = arguments;
-  Int parts = backward_parts(l), i = part / 2;
+  Int i = part / 2, slices = parts / 2;
   if (part % 2 == 0) {
-    multiply_slice(&l->dx, i, parts);
+    multiply_slice(&l->dx, i, slices);
     return;
   }
-  multiply_slice(&l->dweight, i, parts);
-  if (!l->dbias) return;
-  Int first, end = cut(l->m, parts, COLUMNS, i, &first);
+  multiply_slice(&l->dweight, i, slices);
+  Int first, end = cut(l->m, slices, COLUMNS, i, &first);
   memset(l->dbias + first, 0, (end - first) * sizeof(float));
   for (Int row = 0; row < l->n; row++)
     add_scaled(l->dbias + first, 1, l->grad + row * l->m + first, end - first);
@@ -208,7 +198,8 @@ static void linear_backward_task(const void *arguments, Int part) {
 
 /* dx = grad @ weight.T, dweight = x.T @ grad, dbias = the sums of grad's columns. */
 void linear_backward(const LinearBackward *l) {
-  run_parts(linear_backward_task, l, 2 * backward_parts(l));
+  Int dx_parts = parts_for(&l->dx), dweight_parts = parts_for(&l->dweight);
+  run_parts(linear_backward_task, l, 2 * (dx_parts > dweight_parts ? dx_parts : dweight_parts));
 }
 
 /* ------------------------------------------------------------- few rows, as in decoding a token */
@@ -266,9 +257,9 @@ static Int few_rows_parts(const FewRows *f) {
   return f->k * f->m < FEW_WEIGHTS ? 1 : 4 * thread_count();
 }
 
-static void few_rows_task(const void *arguments, Int i) {
+static void few_rows_task(const void *arguments, Int part, Int parts) {
   const FewRows *f = arguments;
-  Int first, end = cut(f->m, few_rows_parts(f), LANES, i, &first);
+  Int first, end = cut(f->m, parts, LANES, part, &first);
   few_rows_columns(f, first, end);
 }
 

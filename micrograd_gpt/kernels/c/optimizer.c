@@ -27,7 +27,8 @@ typedef struct {
   double *sums; /* one for each chunk */
 } Squares;
 
-static void squares_task(const void *arguments, Int i) {
+static void squares_task(const void *arguments, Int i, Int chunks) {
+  (void)chunks;
   const Squares *s = arguments;
   Int first, array = find_chunk(i, s->sizes, &first);
   const float *x = s->arrays[array] + first;
@@ -46,22 +47,25 @@ typedef struct {
   float *const *p;
   const float *const *grad;
   float *const *m, *const *v;
-  const float *kept; /* 1 - learning rate × weight decay, for each array */
-  float beta1, beta2, rate, eps;
+  const float *kept;                /* 1 - learning rate × weight decay, for each array */
+  float beta1, rest1, beta2, rest2; /* rest: 1 - beta, which float32 alone cannot tell well */
+  float rate, eps;
 } AdamW;
 
-static void adamw_task(const void *arguments, Int i) {
+static void adamw_task(const void *arguments, Int i, Int chunks) {
+  (void)chunks;
   const AdamW *a = arguments;
   Int first, array = find_chunk(i, a->sizes, &first), size = min(CHUNK, a->sizes[array] - first);
   float *restrict p = a->p[array] + first;
   float *restrict m = a->m[array] + first;
   float *restrict v = a->v[array] + first;
   const float *restrict grad = a->grad[array] + first;
-  float kept = a->kept[array], beta1 = a->beta1, beta2 = a->beta2, rate = a->rate, eps = a->eps;
+  AdamW h = *a;
+  float kept = a->kept[array];
   for (Int j = 0; j < size; j++) {
-    m[j] = beta1 * m[j] + (1 - beta1) * grad[j];
-    v[j] = beta2 * v[j] + (1 - beta2) * grad[j] * grad[j];
-    p[j] = kept * p[j] - rate * m[j] / (sqrtf(v[j]) + eps);
+    m[j] = h.beta1 * m[j] + h.rest1 * grad[j];
+    v[j] = h.beta2 * v[j] + h.rest2 * grad[j] * grad[j];
+    p[j] = kept * p[j] - h.rate * m[j] / (sqrtf(v[j]) + h.eps);
   }
 }
 

@@ -40,7 +40,7 @@ static void do_parts(Task task, const void *arguments, Int parts, Int sharers, I
   within = 1;
   for (Int turn = 0; turn < sharers; turn++) {
     Int owner = (me + turn) % sharers, first, end = cut(parts, sharers, 1, owner, &first);
-    for (Int i; (i = first + atomic_fetch_add(&taken[owner], 1)) < end;) task(arguments, i);
+    for (Int i; (i = first + atomic_fetch_add(&taken[owner], 1)) < end;) task(arguments, i, parts);
   }
   within = 0;
 }
@@ -71,7 +71,7 @@ static void *help(void *number) {
 }
 
 static void one_after_another(Task task, const void *arguments, Int parts) {
-  for (Int i = 0; i < parts; i++) task(arguments, i);
+  for (Int i = 0; i < parts; i++) task(arguments, i, parts);
 }
 
 void run_parts(Task new_task, const void *new_arguments, Int new_parts) {
@@ -131,13 +131,35 @@ Int cut(Int n, Int parts, Int step, Int i, Int *first) {
   return min(*first + size, n);
 }
 
+typedef struct {
+  float *memory[SCRATCHES];
+  Int room[SCRATCHES];
+} Scratches;
+
+static pthread_key_t scratches_key; /* of each thread's own, freed when it ends */
+static pthread_once_t key_made = PTHREAD_ONCE_INIT;
+
+static void free_scratches(void *of_thread) {
+  Scratches *s = of_thread;
+  for (int i = 0; i < SCRATCHES; i++) free(s->memory[i]);
+  free(s);
+}
+
+static void make_key(void) {
+  if (pthread_key_create(&scratches_key, free_scratches)) abort();
+}
+
 float *scratch(int purpose, Int count) {
-  static _Thread_local float *memory[SCRATCHES];
-  static _Thread_local Int room[SCRATCHES];
-  if (count > room[purpose]) {
-    free(memory[purpose]);
-    room[purpose] = round_up(count, 16);
-    if (posix_memalign((void **)&memory[purpose], 64, room[purpose] * sizeof(float))) abort();
+  pthread_once(&key_made, make_key);
+  Scratches *s = pthread_getspecific(scratches_key);
+  if (!s) {
+    s = calloc(1, sizeof *s);
+    if (!s || pthread_setspecific(scratches_key, s)) abort();
   }
-  return memory[purpose];
+  if (count > s->room[purpose]) {
+    free(s->memory[purpose]);
+    s->room[purpose] = round_up(count, 16);
+    if (posix_memalign((void **)&s->memory[purpose], 64, s->room[purpose] * sizeof(float))) abort();
+  }
+  return s->memory[purpose];
 }

@@ -3,9 +3,9 @@
 #pragma once
 #include "vectors.h"
 
-typedef void (*Task)(const void *arguments, Int part);
+typedef void (*Task)(const void *arguments, Int part, Int parts);
 
-/* Call task(arguments, 0) … task(arguments, parts - 1), on all threads, and return when all ended.
+/* Call task(arguments, part, parts) for part 0 … parts - 1, on all threads; return when all ended.
    Which thread does which part is left to chance: parts write to places of their own. */
 void run_parts(Task task, const void *arguments, Int parts);
 
