@@ -61,7 +61,7 @@ DECODING: dict[str, Any] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    from micrograd_gpt.backend import gpu_memory_errors, set_tf32
+    from micrograd_gpt.backend import memory_errors, set_tf32
 
     flags = make_parser().parse_args(argv)
     if sys.stdout is None:
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     resolve(choices)  # what is wrong with the flags is said before a large model is loaded
     prompt = read_prompt(flags.prompt)
     set_tf32(flags.tf32, flags.device)
-    with gpu_memory_errors("the weights do not fit; try --dtype bfloat16, or --device cpu"):
+    with memory_errors("the weights do not fit; try --dtype bfloat16, or --device cpu"):
         model, tokenizer = load(flags.model, flags.device, flags.dtype)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     if prompt is None:
@@ -301,7 +301,7 @@ def continue_text(
     model: GPT2, tokenizer: Tokenizer, prompt: str, choices: dict[str, Any], as_json: bool
 ) -> bool:
     """Write the continuations of one prompt to stdout; False if Ctrl-C cut them short."""
-    from micrograd_gpt.backend import gpu_memory_errors
+    from micrograd_gpt.backend import memory_errors
     from micrograd_gpt.beam_search import beam_search
     from micrograd_gpt.filters import NO_TOKEN_LEFT
     from micrograd_gpt.sampling import decode, start_samples
@@ -324,7 +324,7 @@ def continue_text(
         "once; lower --num-samples, --num-beams or --max-new-tokens"
     )
     try:
-        with gpu_memory_errors(advice):
+        with memory_errors(advice):
             if settings.num_beams > 1:
                 beams = beam_search(model, ids, settings, hits_stop)
                 Output(beams, prompt, tokenizer, stop_texts, as_json).update()

@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from micrograd_gpt import checkpoint, cli, no_grad, optim, plan
-from micrograd_gpt.backend import gpu_memory_errors, resolve_device, set_tf32
+from micrograd_gpt.backend import memory_errors, resolve_device, set_tf32
 from micrograd_gpt.checkpoint import load_config
 from micrograd_gpt.data import Corpus, Windows, load_corpus
 from micrograd_gpt.errors import UserError
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         f"a micro-batch has {settings.batch_size} × {settings.block_size} tokens; lower "
         "--batch-size (and raise --grad-accum-steps, which keeps the step), or add --recompute"
     )
-    with gpu_memory_errors(advice):
+    with memory_errors(advice):
         return train(settings, device)
 
 
@@ -295,7 +295,7 @@ def make_model(settings: argparse.Namespace, vocab_size: int, device: str) -> GP
         model = GPT2(config, settings.seed, device=device, initialize=new, **types)
     else:
         model = GPT2.from_pretrained(settings.init_from, device, **types)
-        model.set_dropout(settings.dropout)
+    model.set_dropout(settings.dropout)  # which --resume --allow-changes may change
     model.transformer.recompute = settings.recompute
     return model
 

@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-avx2", action="store_true", help="leave the AVX2 rows out")
+    parser.add_argument("--only-avx2", action="store_true", help="leave the other rows out")
     parser.add_argument("--growth", metavar="PNG", help="measure how cost grows instead, and plot")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -65,7 +66,7 @@ def main() -> None:
         sides += ["PyTorch eager", "PyTorch eager, fused AdamW"]
         sides += [] if args.no_compile else ["PyTorch compiled, fused AdamW"]
     for pins, title in (({}, "all the processor has"), (AVX2, "held to AVX2, both sides")):
-        if pins and args.no_avx2:
+        if args.no_avx2 if pins else args.only_avx2:
             continue
         limits = child({"side": "limits"}, pins)
         print(

@@ -87,14 +87,13 @@ def _cuda(version: int) -> str:
 
 
 @contextmanager
-def gpu_memory_errors(advice: str) -> Iterator[None]:
-    """Within this block, a GPU that runs out of memory is a UserError that ends in `advice`."""
+def memory_errors(advice: str) -> Iterator[None]:
+    """Within this block, to run out of memory is a UserError that ends in `advice`."""
     try:
         yield
     except MemoryError as error:
-        if type(error).__module__ != "cupy.cuda.memory":
-            raise
-        raise UserError(f"the GPU is out of memory ({error}): {advice}") from error
+        place = "the GPU" if type(error).__module__ == "cupy.cuda.memory" else "this machine"
+        raise UserError(f"{place} is out of memory ({error}): {advice}") from error
 
 
 def set_tf32(on: bool, device: str) -> None:

@@ -24,6 +24,8 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {value}")
+    if value >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be below {2**31:,}, not {value}")
     return value
 
 

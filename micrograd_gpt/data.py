@@ -109,7 +109,12 @@ def load_corpus(
         if size > SMALL:
             shards = prepare(source, files, tokenizer, encoding, cache / "tokens")
             made_with = tokenizer_of(shards, tokenizer)
-            return _corpus_of(shards, made_with, validation_fraction, str(source))
+            try:
+                return _corpus_of(shards, made_with, validation_fraction, str(source))
+            except UserError as error:
+                raise UserError(
+                    f"{error} (delete {cache / 'tokens'} to have texts tokenized anew)"
+                ) from error
     documents = load_documents(source, encoding)
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, BETWEEN_DOCUMENTS.join(documents))

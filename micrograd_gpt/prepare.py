@@ -243,7 +243,7 @@ def prepare(
     Raises UserError where the text is empty, can't be read or encoded, or changes meanwhile, and
     where the shards can't be written.
     """
-    folder = _folder(source, tokenizer, encoding, cache)
+    folder = _folder(source, files, tokenizer, encoding, cache)
     found = _up_to_date(folder, files)
     print(f"{'the tokens of' if found else 'tokenizing'} {source}: {folder}", file=sys.stderr)
     if found:
@@ -282,9 +282,16 @@ def prepare(
     return found
 
 
-def _folder(source: str | Path, tokenizer: str | Tokenizer, encoding: str, cache: Path) -> Path:
+def _folder(
+    source: str | Path,
+    files: list[Path],
+    tokenizer: str | Tokenizer,
+    encoding: str,
+    cache: Path,
+) -> Path:
     """Where the shards are or will be. Runs that name a tokenizer, and those resumed, which have
-    it with its vocabulary, meet in one folder, as long as that holds this very vocabulary.
+    it with its vocabulary, meet in one folder, as long as that holds this very vocabulary and is up
+    to date: shards made with an old vocabulary are never what a name stands for.
     """
 
     def named(settings: dict[str, Any]) -> Path:
@@ -295,7 +302,8 @@ def _folder(source: str | Path, tokenizer: str | Tokenizer, encoding: str, cache
         return named({"tokenizer": tokenizer})
     folder = named({"tokenizer": tokenizer.name})
     manifest = read_json(folder / MANIFEST) or read_json(folder / BEGUN)
-    if manifest is not None and manifest.get("tokenizer") == tokenizer.to_dict():
+    alike = manifest is not None and manifest.get("tokenizer") == tokenizer.to_dict()
+    if alike and (not tokenizer.to_dict().get("vocabulary") or _up_to_date(folder, files)):
         return folder
     return named(tokenizer.to_dict())
 

@@ -223,6 +223,12 @@ def check_kinds(settings: dict[str, Any], out: Path) -> None:
 
 def refuse_changes(settings: dict[str, Any], flags: dict[str, Any]) -> None:
     """UserError for a flag that would make the resumed run another one."""
+    planned, wanted = settings["max_steps"], flags.get("max_steps", settings["max_steps"])
+    if wanted < planned and not flags.get("allow_changes"):  # its learning rates would be others
+        raise UserError(
+            f"--max-steps may grow, from {planned}, and not shrink to {wanted}: leave the flag "
+            "out to resume, or add --allow-changes"
+        )
     for name in sorted(flags.keys() - FREE):
         allowed = flags.get("allow_changes") and name not in SHAPE
         if flags[name] != settings.get(name) and not allowed:

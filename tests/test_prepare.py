@@ -279,6 +279,19 @@ def prepared(cache: Path) -> Path:
     return folder
 
 
+def test_an_old_vocabulary_is_not_taken_for_a_changed_text(
+    tmp_path: Path, small_sizes: None
+) -> None:
+    """A resumed run, which is then refused, prepares the changed text in a folder of its own."""
+    text = tmp_path / "text.txt"
+    text.write_text("alpha beta gamma " * 30)
+    old = load_corpus(text, "word", 0.25, cache_folder=tmp_path / "cache").tokenizer
+    text.write_text("delta epsilon zeta eta " * 30)
+    load_corpus(text, old, 0.25, cache_folder=tmp_path / "cache")
+    fresh = load_corpus(text, "word", 0.25, cache_folder=tmp_path / "cache").tokenizer
+    assert b"delta" in fresh.tokens and b"alpha" not in fresh.tokens
+
+
 @pytest.mark.parametrize("name", ["char", "byte", "word", "gpt2"])
 def test_a_large_text_gives_the_ids_of_a_small_one(
     name: str, tmp_path: Path, small_sizes: None, capsys: pytest.CaptureFixture[str]

@@ -445,3 +445,42 @@ def test_what_stops_before_it_starts_keeps_the_run_that_was_to_be_overwritten(
     result = run(*flags, "--overwrite", "--tensorboard")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_resumed_run_may_grow_but_not_shrink(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    """The learning rate of every step follows from --max-steps."""
+    out = tmp_path / "out"
+    start = ["--data", text, "--out", out, *SMALL, "--max-steps", 6, "--save-interval", 3]
+    assert train_gpt2.main([*map(str, start), "--keep", "1"]) == 0
+    earlier = str(out / "step-000003")
+    with pytest.raises(UserError, match="--max-steps may grow, from 6, and not shrink to 4"):
+        train_gpt2.main(["--resume", "--out", earlier, "--max-steps", "4"])
+    changed = ["--resume", "--out", earlier, "--max-steps", "4", "--allow-changes"]
+    assert train_gpt2.main(changed) == 0
+
+
+def test_dropout_may_be_changed_where_changes_are_allowed(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    ends = []
+    for name, flags in (("same", ["--dropout", "0.1"]), ("changed", ["--dropout", "0.6"])):
+        out = str(tmp_path / name)
+        start = ["--data", str(text), "--out", out, *SMALL, "--dropout", "0.1"]
+        assert train_gpt2.main([*start, "--max-steps", "2"]) == 0
+        more = ["--resume", "--out", out, "--max-steps", "4", "--allow-changes", *flags]
+        assert train_gpt2.main(more) == 0
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        ends.append((metrics(tmp_path / name)[-1]["train_loss"], config["attn_pdrop"]))
+    assert ends[0][0] != ends[1][0] and [end[1] for end in ends] == [0.1, 0.6]
+
+
+@pytest.mark.parametrize("flags", [["--batch-size", 10**20], ["--n-embd", 10**7, "--n-head", 1]])
+def test_what_no_machine_can_hold_is_one_line(
+    text: Path, tmp_path: Path, flags: list[object]
+) -> None:
+    """More than can be allocated at all: nothing is touched, and no memory is in danger."""
+    result = run("--data", text, "--out", tmp_path / "out", *SMALL, *flags)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
