@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     resolve(choices)  # what is wrong with the flags is said before a large model is loaded
     prompt = read_prompt(flags.prompt)
     set_tf32(flags.tf32, flags.device)
-    with memory_errors("the weights do not fit; try --dtype bfloat16, or --device cpu"):
+    smaller = "--dtype bfloat16, or --device cpu" if flags.device != "cpu" else "a smaller --model"
+    with memory_errors(f"the weights do not fit; try {smaller}"):
         model, tokenizer = load(flags.model, flags.device, flags.dtype)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     if prompt is None:

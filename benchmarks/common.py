@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an install, too
+
 # As on a processor without AVX-512: NumPy's BLAS, the compiler of our kernels, and PyTorch's parts.
 AVX2 = {
     "OPENBLAS_CORETYPE": "Haswell",

@@ -28,6 +28,7 @@ from micrograd_gpt.errors import UserError
 from micrograd_gpt.files import written_whole
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST_FOR_TESTS = 200  # seconds: a test that hangs must not take the measurements' time
 TESTS = ["tests/test_gpu_compiles.py", "tests/test_gpu_launches.py", "tests/test_gpu_kernels.py"]
 TESTS += ["tests/test_gpu_model.py", "tests/test_gpu.py", "tests/test_cuda_emulator.py"]
 
@@ -153,13 +154,16 @@ class Run:
         """On a GPU the tests that need one; elsewhere the others, with the kernels emulated."""
         command = [sys.executable, "-m", "pytest", "-q", "-rs", *TESTS]
         command += ["-m", "gpu" if has_gpu() else "not gpu"]
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=self.seconds_left()
-        )
-        print(done.stdout[-3000:], flush=True)
+        said = self.out.with_suffix(".tests.txt")  # complete, whatever happens
+        with open(said, "w", encoding="utf-8") as file:
+            done = subprocess.run(
+                command, cwd=ROOT, stdout=file, timeout=min(self.seconds_left(), MOST_FOR_TESTS)
+            )
+        lines = said.read_text("utf-8").splitlines()
+        print("\n".join(lines[-30:]), flush=True)
         if done.returncode:
-            raise ValueError(f"pytest's exit status is {done.returncode}")
-        return {"summary": done.stdout.splitlines()[-1]}
+            raise ValueError(f"pytest's exit status is {done.returncode}; see {said}")
+        return {"summary": lines[-1]}
 
     def print_tables(self) -> None:
         limits = self.results.get("limits", {})

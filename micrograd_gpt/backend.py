@@ -114,7 +114,7 @@ def to_device(array: Array, device: str) -> Array:
     device = resolve_device(device)
     if device_of(array) == device:
         return array
-    return library_for("gpu").asarray(array) if device == "gpu" else array.get()
+    return library_for("gpu").asarray(array) if device == "gpu" else array.get(order="A")
 
 
 class RandomStream:

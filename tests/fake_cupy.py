@@ -129,9 +129,9 @@ class ndarray:
         numbers = [unwrap(x, f"numpy.{ufunc.__name__}") for x in inputs]
         return wrap(getattr(ufunc, method)(*numbers, **kwargs))
 
-    def get(self) -> np.ndarray:
+    def get(self, stream: None = None, order: Any = "C") -> np.ndarray:
         counts.reads += 1
-        return self._numbers.copy("K")
+        return self._numbers.copy(order)
 
     def set(self, numbers: np.ndarray) -> None:
         assert isinstance(numbers, np.ndarray)

@@ -100,4 +100,4 @@ class RealGPU(Machine):
         )
 
     def get(self, array: Any) -> np.ndarray:
-        return array.get()
+        return array.get(order="A")
