@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from guarded_arrays import GuardedArrays
 from micrograd_gpt.kernels import cublas, cuda_modules, gpu, gpu_arguments
 
 
-class Machine:
+class Machine(ABC):
     """`put` takes NumPy arrays to it, `get` brings one back, `repeated` computes there."""
 
     def __init__(self, library: Any) -> None:
@@ -24,12 +25,13 @@ class Machine:
         for module in (gpu, gpu_arguments):
             monkeypatch.setattr(module, "array_module", lambda array: self.arrays)
 
-    def put(self, *arrays: np.ndarray) -> list[Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def put(self, *arrays: np.ndarray) -> list[Any]: ...
 
-    def get(self, array: Any) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def get(self, array: Any) -> np.ndarray: ...
 
+    @abstractmethod
     def prepare(self, repetition: int) -> None:
         """Called before each run of `repeated`."""
 
@@ -98,6 +100,9 @@ class RealGPU(Machine):
         return self.arrays.library.ndarray(
             array.shape, array.dtype, memory.data + start, array.strides
         )
+
+    def prepare(self, repetition: int) -> None:
+        """A GPU orders its threads itself, and each time anew."""
 
     def get(self, array: Any) -> np.ndarray:
         return array.get(order="A")

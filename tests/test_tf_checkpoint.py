@@ -240,7 +240,7 @@ def test_missing_files_are_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        'model_checkpoint_path: "/home/someone/run1/model.ckpt"\n',
+        'model_checkpoint_path: "/elsewhere/run1/model.ckpt"\n',
         'all_model_checkpoint_paths: "older"\nmodel_checkpoint_path: "C:\\\\runs\\\\model.ckpt"\n',
     ],
 )

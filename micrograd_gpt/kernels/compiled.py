@@ -22,7 +22,7 @@ from micrograd_gpt.kernels.threads import cores
 Array = np.ndarray
 F = TypeVar("F", bound=Callable[..., Any])
 
-MANY_ELEMENTS = 2**14  # with fewer, NumPy has added them before C is called
+MANY_ELEMENTS = 2**14  # with fewer, another thread is not worth waking
 FEW_ROWS = 16  # a product of at most so many rows is bound by reading the matrix
 
 
@@ -250,7 +250,7 @@ def layer_norm_backward(
 ) -> tuple[Array, Array, Array]:
     inputs = _contiguous(grad, x, weight, mean, rstd)
     n, width = x.shape
-    parts = cores() if x.size >= cpu.FEW_ELEMENTS // 8 else 1
+    parts = cores() if x.size >= MANY_ELEMENTS else 1
     dx, sums = np.empty(x.shape, np.float32), np.empty((2, parts, width), np.float32)
     arrays = (*inputs, dx, *sums)
     _call(
