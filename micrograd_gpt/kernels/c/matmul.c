@@ -207,12 +207,6 @@ void linear_backward(const LinearBackward *l) {
 
 /* ------------------------------------------------------------- few rows, as in decoding a token */
 
-typedef struct {
-  Int n, k, m;
-  const float *x, *weight, *bias; /* x (n, k), weight (m, k), bias (m) or NULL; rows without gaps */
-  float *y;                       /* (n, m) */
-} FewRows;
-
 #define TOGETHER 4 /* rows of x, at most, that meet a row of weights at once */
 #define AHEAD 512  /* floats: how far ahead of their use weights are fetched */
 
@@ -281,5 +275,4 @@ static void few_rows_task(const void *arguments, Int part, Int parts) {
   few_rows_columns(f, first, end);
 }
 
-/* y = x @ weight.T + bias for a few rows of x: bound by reading the weights. */
 void few_rows(const FewRows *f) { run_parts(few_rows_task, f, few_rows_parts(f)); }
