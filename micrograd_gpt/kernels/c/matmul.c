@@ -9,6 +9,7 @@
 
 #define DEPTH 384
 #define WIDTH (COLUMNS * 6)
+#define SAME_PLACE 1024 /* floats: rows so far apart share a few places of the first-level cache */
 #define STRIPS 16 /* of ROWS rows each, packed together: a's memory is read in whole cache lines */
 
 enum { PACKED_A, PACKED_B }; /* what scratch() is for */
@@ -68,19 +69,22 @@ void pack_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int
 
 /* Strips of ROWS rows of a (n, k), each laid out column after column, zeros for missing rows. */
 static void pack_rows(const float *a, Int a_row, Int a_column, Int n, Int k, float *packed) {
-  Int whole = n / ROWS * ROWS;
-  for (Int p = 0; p < k; p++)
+  Int whole = a_row == 1 && a_column >= ROWS + 2 ? n / ROWS * ROWS : 0;
+  for (Int p = 0; p < k; p++) /* all strips together: a's columns are what lies in one piece */
     for (Int i = 0; i < whole; i += ROWS) {
       float *strip = packed + i * k + p * ROWS;
       /* Two numbers more make it one register; the next step writes over them. */
-      if (a_row == 1 && a_column >= ROWS + 2 && p + 1 < k)
+      if (p + 1 < k)
         memcpy(strip, a + i + p * a_column, (ROWS + 2) * sizeof(float));
       else
-        for (Int q = 0; q < ROWS; q++) strip[q] = a[(i + q) * a_row + p * a_column];
+        for (Int q = 0; q < ROWS; q++) strip[q] = a[i + q + p * a_column];
     }
-  for (Int p = 0; p < k && whole < n; p++)
-    for (Int q = 0; q < ROWS; q++)
-      packed[whole * k + p * ROWS + q] = whole + q < n ? a[(whole + q) * a_row + p * a_column] : 0;
+  for (Int i = whole; i < n; i += ROWS) {
+    Int rows = min(ROWS, n - i);
+    for (Int p = 0; p < k; p++)
+      for (Int q = 0; q < ROWS; q++)
+        packed[i * k + p * ROWS + q] = q < rows ? a[(i + q) * a_row + p * a_column] : 0;
+  }
 }
 
 static void tile_of_rows(Int k, const float *a, Int a_row, const float *b, float *c, Int c_row,
@@ -129,7 +133,7 @@ void multiply_part(const Product *p, Int first_row, Int end_row, Int first_colum
       for (Int i0 = first_row; i0 < end_row; i0 += STRIPS * ROWS) {
         Int height = min(STRIPS * ROWS, end_row - i0);
         const float *a = p->a + i0 * p->a_row + p0 * p->a_column;
-        int pack = p->a_column != 1 || height % ROWS;
+        int pack = p->a_column != 1 || height % ROWS || p->a_row % SAME_PLACE == 0;
         if (pack) pack_rows(a, p->a_row, p->a_column, height, depth, packed_a);
 
         for (Int i = 0; i < height; i += ROWS)
