@@ -7,8 +7,14 @@
 
 #include "matmul.h"
 
+#if LANES == \
+    16 /* processors with AVX-512 have at least 1 MB of second-level cache, others 256 KB */
 #define DEPTH 384
-#define WIDTH (COLUMNS * 6)
+#define WIDTH 384
+#else
+#define DEPTH 256
+#define WIDTH 192
+#endif
 #define SAME_PLACE 1024 /* floats: rows so far apart share a few places of the first-level cache */
 #define STRIPS 16 /* of ROWS rows each, packed together: a's memory is read in whole cache lines */
 
