@@ -1,20 +1,16 @@
 /* Matrix products, cut so that each piece of them works on numbers that are near.
 
    After Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication": a part of b,
-   DEPTH × WIDTH, is laid out in the order it will be read and stays in the second-level cache while
-   all of a passes by, ROWS rows at a time; those stay in the first-level cache; a tile of c stays
-   in registers for DEPTH steps. */
+   DEPTH rows of it, is laid out in the order it will be read and stays in the second-level cache
+   while all of a passes by, ROWS rows at a time; those stay in the first-level cache; a tile of c
+   stays in registers for DEPTH steps. */
 
 #include "matmul.h"
 
-#if LANES == \
-    16 /* processors with AVX-512 have at least 1 MB of second-level cache, others 256 KB */
+#include <unistd.h>
+
 #define DEPTH 384
-#define WIDTH 384
-#else
-#define DEPTH 256
-#define WIDTH 192
-#endif
+#define MOST_COLUMNS 1024 /* of b that are packed together */
 #define SAME_PLACE 1024 /* floats: rows so far apart share a few places of the first-level cache */
 #define STRIPS 16 /* of ROWS rows each, packed together: a's memory is read in whole cache lines */
 
@@ -125,11 +121,26 @@ static void multiply_strip(Int n, Int m, Int k, const float *a, Int a_row, int a
   }
 }
 
+/* How many columns of b are packed together: DEPTH rows of them take half the second-level cache. */
+static Int columns_together(void) {
+  static _Atomic Int columns = 0; /* asking may take a while */
+  if (!columns) {
+    Int cache = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    if (cache <= 0) cache = 512 * 1024; /* the system does not tell */
+    columns = min(round_up(cache / 2 / (DEPTH * sizeof(float)), COLUMNS), MOST_COLUMNS);
+  }
+  return columns;
+}
+
 void multiply_part(const Product *p, Int first_row, Int end_row, Int first_column, Int end_column) {
   float *packed_a = scratch(PACKED_A, STRIPS * ROWS * DEPTH);
-  float *packed_b = scratch(PACKED_B, WIDTH * DEPTH);
-  for (Int j0 = first_column; j0 < end_column; j0 += WIDTH) {
-    Int width = min(WIDTH, end_column - j0);
+  Int together = columns_together();
+  float *packed_b = scratch(PACKED_B, together * DEPTH);
+  for (Int j0 = first_column; j0 < end_column; j0 += together) {
+    Int width = min(together, end_column - j0);
     for (Int p0 = 0; p0 < p->k; p0 += DEPTH) {
       Int depth = min(DEPTH, p->k - p0);
       for (Int j = 0; j < width; j += COLUMNS)
