@@ -198,7 +198,7 @@ def plot_growth(path: str) -> None:
     axes.set_ylim(bottom=0)
     axes.set_title(f"{processor()}: matrix product {limits['gflops']:.0f} GFLOP/s", fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="center right")
     figure.savefig(path, dpi=120)
 
 
