@@ -229,7 +229,6 @@ void linear_backward(const LinearBackward *l) {
 /* ------------------------------------------------------------- few rows, as in decoding a token */
 
 #define TOGETHER 4 /* rows of x, at most, that meet a row of weights at once */
-#define AHEAD 512  /* floats: how far ahead of their use weights are fetched */
 
 /* y (rows, columns) = x (rows, k) @ weight (columns, k).T for at most LANES columns, `side` of them
    side by side. While weights are read nothing else is done: what the lanes of a sum and the last
@@ -244,7 +243,6 @@ INLINE void dots(int rows, int side, Int columns, Int k, const float *x, const f
     for (Int p = 0; p < whole; p += LANES)
       for (int i = 0; i < side; i++) {
         vec here = *(const vec *)(w + i * k + p);
-        __builtin_prefetch(w + i * k + p + AHEAD);
         for (int r = 0; r < rows; r++) sum[r][i] += here * *(const vec *)(x + r * k + p);
       }
     for (int r = 0; r < rows; r++)
