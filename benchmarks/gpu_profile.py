@@ -118,7 +118,15 @@ class Profile:
 
     def gelu(self) -> None:
         x = self.numbers(self.half, self.tokens, 4 * self.width)
-        self.measure("gelu_forward", lambda: F.gelu_forward(x), [x, x])
+        before = self.numbers(self.half, self.tokens, self.width)
+        weight = self.numbers(self.half, self.width, 4 * self.width)
+        bias = self.numbers(self.half, 4 * self.width)
+        self.measure(
+            f"linear_gelu_forward {self.width} → {4 * self.width}",
+            lambda: F.linear_gelu_forward(before, weight, bias),
+            [before, weight, x, x],
+            2e-9 * self.tokens * self.width * 4 * self.width,
+        )
         self.measure("gelu_backward", lambda: F.gelu_backward(x, x), [x, x, x])
 
     def attention(self) -> None:

@@ -135,7 +135,7 @@ def test_half_precision_arrays_are_2_bytes_wide(dtype: str, cupy: ModuleType) ->
     x = model.transformer.wte(np.arange(8)[None])
     block = model.transformer.h[0]
     qkv = block.attn.c_attn(block.ln_1(x))
-    hidden = F.gelu(block.mlp.c_fc(block.ln_2(x)))
+    hidden = block.mlp.c_fc(block.ln_2(x), gelu=True)
     attended = F.causal_attention(qkv, 2)
     dropped = F.dropout(attended, 0.5, (1,))
     for tensor in (qkv, hidden, attended, dropped, model(np.arange(8)[None])):
@@ -151,6 +151,26 @@ def test_half_precision_arrays_are_2_bytes_wide(dtype: str, cupy: ModuleType) ->
     assert sizes == {kept.itemsize}
     moved = held.to("cpu")
     assert all(isinstance(p.data, np.ndarray) and p.dtype == np.float32 for p in moved.parameters())
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
+def test_linear_and_gelu_as_one_operation_are_the_two(dtype: str, cupy: ModuleType) -> None:
+    """Bit for bit, the gradients too, and its errors are linear's."""
+    shapes, results = ((2, 3, 8), (8, 5), (5,)), []
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape) for shape in (*shapes, (2, 3, 5))]
+    for function in (F.linear_gelu, lambda *inputs: F.gelu(F.linear(*inputs))):
+        *inputs, cotangent = (Tensor(a, dtype=dtype, device="gpu") for a in arrays)
+        for tensor in inputs:
+            tensor.requires_grad = True
+        y = function(*inputs)
+        y.backward(cotangent.data)
+        results.append([y.data.get(), *(x.grad.get() for x in inputs)])
+    for ours, two in zip(*results, strict=True):
+        assert ours.dtype == two.dtype
+        np.testing.assert_array_equal(ours, two)
+    with pytest.raises(ValueError, match=r"linear_gelu: shapes do not fit: \(2, 3, 8\) @ \(5, 8\)"):
+        F.linear_gelu(inputs[0], inputs[1].T, inputs[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

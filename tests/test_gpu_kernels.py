@@ -104,6 +104,21 @@ def test_gelu(shape: tuple[int, ...], dtype: str, on: Machine) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k", "m"), [(9, 3, 5), (70, 16, 72)])
+def test_bias_and_gelu_in_one_pass(n: int, k: int, m: int, dtype: str, on: Machine) -> None:
+    """The same bits as linear and gelu one after the other, and both against their definition."""
+    x, weight, bias = (numbers(*s, dtype=dtype) for s in ((n, k), (k, m), (m,)))
+    before, y = on.repeated(lambda: gpu.linear_gelu_forward(*on.put(x, weight, bias)))
+    expected = gpu.linear_forward(*on.put(x, weight, bias))
+    assert before.dtype == y.dtype == dtype
+    assert before.tobytes() == on.get(expected).tobytes()
+    assert y.tobytes() == on.get(gpu.gelu_forward(expected)).tobytes()
+    oracle = F.linear_gelu_forward.__wrapped__(*doubles(x, weight, bias))
+    for ours, other, name in zip((before, y), oracle, ("before", "y"), strict=True):
+        assert_close(ours, other, 2 * TOLERANCE[dtype], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (4, 9), (3, 2051), (6, 4096)])
 def test_cross_entropy(shape: tuple[int, int], dtype: str, on: Machine) -> None:
     logits = (numbers(*shape) * 3).astype(dtype)

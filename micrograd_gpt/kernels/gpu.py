@@ -208,6 +208,17 @@ def gelu_forward(x: Array) -> Array:
     return y
 
 
+def linear_gelu_forward(x: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
+    n, m = len(x), weight.shape[1]
+    if n <= FEW_ROWS:
+        raise Unsupported
+    dtype = activation(x, bias)
+    before = _product(x, weight)
+    y, grid = array_module(x).empty_like(before), (strips(m, dtype, 128), min(n, MAX_BLOCKS))
+    launch("gelu", "bias_gelu_forward", dtype, grid, (128,), before, bias, y, n, m)
+    return before, y
+
+
 def gelu_backward(grad: Array, x: Array) -> Array:
     dtype, dx = activation(grad, x), array_module(x).empty_like(x)
     grid = blocks(x.size, dtype)
