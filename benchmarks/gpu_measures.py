@@ -79,7 +79,7 @@ def our_step(task: dict[str, Any], ids: np.ndarray) -> tuple[Callable[[], Any], 
 
     def step() -> None:
         model.loss(ids[:, :-1], ids[:, 1:]).backward()
-        optim.clip_grad_norm(optimizer.parameters, 1.0)
+        optimizer.clip(1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -188,7 +188,7 @@ def losses(task: dict[str, Any]) -> dict[str, Any]:
     for step in range(task["loss_steps"]):
         loss = model.loss(*windows.batch(0, step, 4))
         loss.backward()
-        optim.clip_grad_norm(optimizer.parameters, 1.0)
+        optimizer.clip(1.0)
         optimizer.step()
         optimizer.zero_grad()
         found.append(loss.data)

@@ -472,18 +472,31 @@ def cached_attention(
 # -------------------------------------------------------------------------------------- dropout
 
 
+@accelerated
+def dropout_forward(x: Array, p: float, key: Key) -> tuple[Array, Any]:
+    """x, of any shape, times factors 0 or 1 / (1 - p), and these factors for the backward."""
+    factors = backend.dropout_factors(key, x.shape, p, array_module(x))
+    factors = factors.astype(wide(x.dtype), copy=False)
+    return x * factors, factors
+
+
+@accelerated
+def dropout_backward(grad: Array, factors: Any, p: float, key: Key) -> Array:
+    """Gradient of x. Saved: the factors, where they are not made again from the key."""
+    return grad * factors
+
+
 def dropout(x: Tensor, p: float, key: Key) -> Tensor:
     """Set elements to 0 with probability p and divide the others by 1 - p; any shape.
 
-    Which ones is a function of `key` alone (Srivastava et al. 2014). The factors are saved.
+    Which ones is a function of `key` alone, on each device its own (Srivastava et al. 2014).
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability must be in [0, 1), not {p}")
     if p == 0:
         return x
-    factors = backend.dropout_factors(key, x.shape, p, array_module(x.data))
-    factors = factors.astype(wide(x.dtype), copy=False)
-    return record("dropout", x.data * factors, [x], lambda grad: (grad * factors,))
+    y, factors = dropout_forward(x.data, p, key)
+    return record("dropout", y, [x], lambda grad: (dropout_backward(grad, factors, p, key),))
 
 
 # -------------------------------------------------------------------------------- cross-entropy

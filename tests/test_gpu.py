@@ -37,7 +37,7 @@ def train(device: str, dtype: str, config: GPT2Config = CONFIG, steps: int = 20)
     for _ in range(steps):
         loss = model.loss(*batch())
         loss.backward()
-        optim.clip_grad_norm(optimizer.parameters, 1.0)
+        optimizer.clip(1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

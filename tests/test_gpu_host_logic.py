@@ -103,7 +103,7 @@ def steps(device: str, dtype: str, count: int = 3, **more: Any) -> tuple[GPT2, l
     for _ in range(count):
         loss = model.loss(np.abs(ids[0]), ids[1])
         loss.backward()
-        results += [loss.data, optim.clip_grad_norm(optimizer.parameters, 0.5)]
+        results += [loss.data, optimizer.clip(0.5)]
         optimizer.step()
         optimizer.zero_grad()
     return model, results
@@ -235,12 +235,12 @@ def test_a_step_that_nobody_looked_at_is_not_saved_if_it_was_not_finite(
     tmp_path: Path,
 ) -> None:
     """Noticed at the next log, and named: the step itself, not the one that was logged."""
-    clip, calls = optim.clip_grad_norm, iter(range(100))
+    clip, calls = optim.AdamW.clip, iter(range(100))
 
     def broken(*args: Any) -> Any:
         return clip(*args) * (float("nan") if next(calls) == 5 else 1)
 
-    monkeypatch.setattr(optim, "clip_grad_norm", broken)
+    monkeypatch.setattr(optim.AdamW, "clip", broken)
     with pytest.raises(
         UserError, match=r"^step 5: the loss is .*, the gradient norm nan, in batch"
     ):
@@ -273,6 +273,29 @@ def test_clipping_on_the_gpu_does_what_it_does_on_the_cpu(
         np.testing.assert_allclose(parameters[1].grad.get(), parameters[0].grad, rtol=1e-6)
     else:
         np.testing.assert_array_equal(parameters[1].grad.get(), grad)
+
+
+@pytest.mark.parametrize("norm", [0.2, 5.0, float("nan")])
+def test_a_clipped_step_is_the_cpus_and_leaves_nothing_behind(
+    norm: float, cupy: ModuleType
+) -> None:
+    """The factor counts for one step: not for one whose gradients were thrown away before it."""
+    grad = np.array([[0.6, 0.0], [0.0, 0.8]], np.float32) * np.float32(norm * 1024)
+    weights = []
+    for device in ("cpu", "gpu"):
+        parameter = nn.Parameter(np.ones((2, 2), np.float32), device=device)
+        optimizer = optim.AdamW([parameter], lr=0.1)
+        for clipped, taken in ((True, True), (False, True), (True, False), (False, True)):
+            parameter.grad = parameter.data * 0 + (grad if device == "cpu" else cupy.asarray(grad))
+            length = optimizer.clip(1.0, 1024.0) if clipped else None
+            assert length is None or float(length) == pytest.approx(norm, nan_ok=True)
+            if taken:
+                optimizer.step()
+            optimizer.zero_grad()
+        weights.append([parameter.numpy(), *optimizer.m, *optimizer.v])
+    theirs, ours = weights
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a.get() if a is not ours[0] else a, b, rtol=1e-5)
 
 
 def test_what_comes_from_the_host_is_checked_there(cupy: ModuleType) -> None:

@@ -32,7 +32,7 @@ TENSORS_AT_ONCE = 48  # in one launch over many tensors: all kernels' arguments 
 TENSOR_TABLE = np.dtype(
     [
         ("sizes", np.int64, TENSORS_AT_ONCE),
-        ("arrays", np.uint64, (5, TENSORS_AT_ONCE)),
+        ("arrays", np.uint64, (4, TENSORS_AT_ONCE)),
         ("decays", np.float32, TENSORS_AT_ONCE),
     ],
     align=True,

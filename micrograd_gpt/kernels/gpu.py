@@ -8,8 +8,7 @@ float32 or, what linear, gelu and attention work on, float16 or bfloat16. What a
 definition does it. Nothing here waits for the device, and no result depends on the order in which
 threads finish.
 
-Dropout in attention draws Philox numbers from the key, so its masks are others than on the CPU.
-`dropped_out`, `residual_add` and `clip_scale` are tested, and not yet used by the model.
+Dropout draws Philox numbers from the key, so its masks are others than on the CPU.
 """
 
 from __future__ import annotations
@@ -327,29 +326,39 @@ def _aligned(*arrays: Array) -> list[Array]:
     return [array_module(x).array(x, order="C") for x in arrays]
 
 
-# -------------------------------------------------------------------------------------- dropout
+# ------------------------------------------------------------------------- dropout and residual
 
 
-def dropped_out(x: Array, p: float, key: Key) -> Array:
-    """x with elements set to 0 with probability p, the others divided by 1 - p.
+def dropout_forward(x: Array, p: float, key: Key) -> tuple[Array, None]:
+    """As the definition, but no factors: the backward draws them again."""
+    return _dropped_out(x, p, key), None
 
-    Which ones is a function of `key` and the place alone: the backward is the same of the gradient.
-    """
+
+def dropout_backward(grad: Array, factors: Array | None, p: float, key: Key) -> Array:
+    if factors is not None:  # the forward was the definition's
+        raise Unsupported
+    return _dropped_out(array_module(grad).ascontiguousarray(grad), p, key)
+
+
+def _dropped_out(x: Array, p: float, key: Key) -> Array:
     dtype, y = activation(x), array_module(x).empty_like(x)
     grid = blocks(x.size, dtype)
-    launch("dropout", "dropout", dtype, grid, (THREADS,), x, y, x.size, _seed(key), p)
+    launch("residual", "dropout", dtype, grid, (THREADS,), x, y, x.size, _seed(key), p)
     return y
 
 
-def residual_add(residual: Array, branch: Array, p: float = 0.0, key: Key = ()) -> Array:
-    """residual + dropped_out(branch, p, key) in one pass, float32."""
-    float32(residual)
-    dtype, y = activation(branch), array_module(residual).empty_like(residual)
-    launch(
-        *("dropout", "residual_add", dtype, blocks(y.size, dtype), (THREADS,)),
-        *(residual, branch, y, y.size, _seed(key), p),
-    )
-    return y
+def add(a: Array, b: Array, out: Array | None = None) -> Array:
+    """As the definition, of a float32 array and one of any type."""
+    float32(a)
+    dtype = activation(b)
+    if a.shape != b.shape:
+        raise Unsupported
+    if out is None:
+        out = array_module(a).empty_like(a)
+    float32(out)
+    grid = blocks(a.size, dtype)
+    launch("residual", "residual_add", dtype, grid, (THREADS,), a, b, out, a.size)
+    return out
 
 
 # -------------------------------------------------------------------------------- cross-entropy
@@ -388,15 +397,12 @@ def sum_of_squares(arrays: Sequence[Array]) -> Array:
     return _total(partials)
 
 
-def clip_scale(sum_of_squares: Array, max_norm: float) -> Array:
-    """The factor, a scalar on the device, by which clipping to `max_norm` multiplies gradients.
-
-    1 for a norm that is small enough or not finite, as `optim.clip_grad_norm` has it.
-    """
-    scale = array_module(sum_of_squares).empty((), np.float32)
-    arguments = (sum_of_squares, scale, max_norm)
+def clip_scale(squares: Array, max_norm: float, loss_scale: float) -> tuple[Array, Array]:
+    float32(squares)
+    norm, scale = (array_module(squares).empty((), np.float32) for _ in range(2))
+    arguments = (squares, norm, scale, max_norm, loss_scale)
     launch("optimizer", "clip_scale", "float32", (1,), (1,), *arguments)
-    return scale
+    return norm, scale
 
 
 def adamw_update(
@@ -411,28 +417,22 @@ def adamw_update(
     decays: Sequence[float],
     step: int,
     gradient_scale: Array | None = None,
-    copies: Sequence[Array] = (),
 ) -> None:
-    """As the definition. Gradients are multiplied by `gradient_scale`, a scalar on the device; the
-    new weights are also written into `copies`, arrays of the parameters' shapes and another type.
-    """
     columns = [not p.flags.c_contiguous for p in parameters]  # what is stored so is transposed
-    parameters, grads, ms, vs, copies = (
-        [array.T if column else array for array, column in zip(arrays, columns, strict=False)]
-        for arrays in (parameters, grads, ms, vs, copies)
+    parameters, grads, ms, vs = (
+        [array.T if column else array for array, column in zip(arrays, columns, strict=True)]
+        for arrays in (parameters, grads, ms, vs)
     )
     grads = [array_module(grad).ascontiguousarray(grad) for grad in grads]
     float32(*parameters, *grads, *ms, *vs)
-    dtype = activation(*copies) if copies else "float32"
     corrections = 1 - beta1**step, 1 - beta2**step
     for start in range(0, len(parameters), TENSORS_AT_ONCE):
         some = slice(start, start + TENSORS_AT_ONCE)
-        table = _table(
-            parameters[some], grads[some], ms[some], vs[some], copies[some], decays[some]
-        )
-        (across,) = blocks(max(p.size for p in parameters[some]), dtype)
+        table = _table(parameters[some], grads[some], ms[some], vs[some], decays[some])
+        (across,) = blocks(max(p.size for p in parameters[some]), "float32")
+        grid = (across, len(parameters[some]))
         launch(
-            *("optimizer", "adamw_update", dtype, (across, len(parameters[some])), (THREADS,)),
+            *("optimizer", "adamw_update", "float32", grid, (THREADS,)),
             *(table, gradient_scale, lr, beta1, beta2, eps, *corrections),
         )
 
@@ -442,13 +442,12 @@ def _table(
     gradients: Sequence[Array] = (),
     ms: Sequence[Array] = (),
     vs: Sequence[Array] = (),
-    copies: Sequence[Array] = (),
     decays: Sequence[float] = (),
 ) -> np.ndarray:
     """The TensorTable of optimizer.cu, which travels with the launch."""
     table = np.zeros((), TENSOR_TABLE)
     table["sizes"][: len(gradients)] = [gradient.size for gradient in gradients]
-    for role, arrays in enumerate((parameters, gradients, ms, vs, copies)):
+    for role, arrays in enumerate((parameters, gradients, ms, vs)):
         table["arrays"][role, : len(arrays)] = [cuda_modules.address(array) for array in arrays]
     table["decays"][: len(decays)] = decays
     return table
