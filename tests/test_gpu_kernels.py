@@ -22,8 +22,8 @@ from micrograd_gpt.kernels import cuda_modules, gpu
 pytest.importorskip("ml_dtypes", reason="ml_dtypes, NumPy's bfloat16, is not installed")
 
 # Of the largest element: a few hundred float32 roundings, or two of the type a result is kept in
-TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
-DTYPES = list(TOLERANCE)
+TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2, "TF32": 2e-3}
+DTYPES = ["float32", "float16", "bfloat16"]
 WHERE = [
     pytest.param(
         "emulated",
@@ -214,20 +214,26 @@ HEADS += [(1, 1, 70, 128), (1, 1, 33, 80)]
 ATTENTION = [(*shape, p) for shape in HEADS for p in (0.0, 0.4) if p == 0 or shape[3] in (32, 64)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "TF32"])
 @pytest.mark.parametrize(("b", "h", "t", "d", "p"), ATTENTION)
 def test_attention(
     b: int, h: int, t: int, d: int, p: float, dtype: str, on: Machine,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    monkeypatch.setenv("CUPY_TF32", "1" if dtype == "TF32" else "0")
+    precision, dtype = dtype, "float32" if dtype == "TF32" else dtype
     monkeypatch.setattr(F, "attention_dropout", lambda key, *_: attention_mask(key, b, h, t, p))
     qkv = (numbers(b, t, 3 * h * d) * 1.5).astype(dtype)
     q, k, v = F.split_heads(qkv, h)
     out, log_total = on.repeated(lambda: gpu.attention_forward(*on.put(q, k, v), p, (1, 2)))
     expected, log_sum = F.attention_forward.__wrapped__(*doubles(q, k, v), p, (1, 2))
     assert out.dtype == dtype and log_total.dtype == np.float32
-    assert_close(out, expected, TOLERANCE[dtype], "out")
-    assert_close(log_total, log_sum, TOLERANCE["float32"], "log_total")
+    assert_close(out, expected, TOLERANCE[precision], "out")
+    exact = TOLERANCE["TF32" if precision == "TF32" else "float32"]
+    assert_close(log_total, log_sum, exact, "log_total")
+    if isinstance(on, EmulatedGPU):
+        file, _, options = on.emulator.launched[-1]
+        assert ("-DTF32" in options) == (precision == "TF32" and file == "attention")
 
     grad = numbers(b, t, h, d, dtype=dtype, seed=1)
 
@@ -245,9 +251,9 @@ def test_attention(
     largest = np.abs(oracle).max()
     for a, other, name in parts:
         if t == 1 and name != "dv":  # a single weight is always 1: dq and dk are all cancellation
-            assert np.abs(a.astype(float)).max() <= TOLERANCE[dtype] * max(largest, 1)
+            assert np.abs(a.astype(float)).max() <= TOLERANCE[precision] * max(largest, 1)
         else:
-            assert_close(a, other, 2 * TOLERANCE[dtype], name)
+            assert_close(a, other, 2 * TOLERANCE[precision], name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -243,13 +243,15 @@ def attention_forward(
             head_size=d,
         )
         return out, log_total
-    rows, threads = cuda_modules.attention_block(dtype, d)
+    tf32 = _in_tf32(dtype)
+    rows, threads = cuda_modules.attention_block(dtype, d, tf32)
     launch(
         *("attention", "attention_forward", dtype, (-(-t // rows), b * h), (threads,)),
         *(q, k, v, out, log_total, h, t, keys, q_batch, q_head, q_row, *_strides(k)),
         *(scale, _seed(key) if dropout else 0, dropout),
         head_size=d,
         dropout=bool(dropout),
+        tf32=tf32,
     )
     return out, log_total
 
@@ -276,19 +278,19 @@ def attention_backward(
     results = (dq, dk, dv) if in_place else xp.empty((3, *q.shape), q.dtype)
     delta = xp.empty((b, h, t), np.float32)
     grid, block = (-(-(b * t * h) // WARPS),), (THREADS,)
+    variant = {"head_size": d, "dropout": bool(dropout), "tf32": _in_tf32(dtype)}
     launch(
         *("attention", "attention_delta", dtype, grid, block, out, grad, delta, h, t, b * t * h),
-        head_size=d,
+        **variant,
     )
-    rows, threads = cuda_modules.attention_block(dtype, d)
+    rows, threads = cuda_modules.attention_block(dtype, d, variant["tf32"])
     seed = _seed(key) if dropout else 0
     for kernel, written in (("queries", results[:1]), ("keys", results[1:])):
         launch(
             *("attention", f"attention_backward_{kernel}", dtype, (-(-t // rows), b * h)),
             *((threads,), grad, q, k, v, log_total, delta, *written, h, t, *_strides(q)),
             *(*_strides(written[0]), 1 / math.sqrt(d), seed, dropout),
-            head_size=d,
-            dropout=bool(dropout),
+            **variant,
         )
     if not in_place:
         dq[...], dk[...], dv[...] = results
@@ -301,6 +303,10 @@ def _heads(q: Array, k: Array, v: Array) -> str:
     if not alike or not q.size or d not in HEAD_SIZES or b * h > 65535:
         raise Unsupported
     return dtype
+
+
+def _in_tf32(dtype: str) -> bool:
+    return dtype == "float32" and cuda_modules.tf32_wanted()
 
 
 def _strides(x: Array) -> list[int]:
