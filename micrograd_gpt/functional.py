@@ -442,6 +442,12 @@ def causal_attention(qkv: Tensor, n_head: int, dropout: float = 0.0, key: Key = 
     return record("causal_attention", out.reshape(b, t, width // 3), [qkv], backward)
 
 
+def check_no_tape(x: Tensor) -> None:
+    """Raise RuntimeError where an operation on x goes on the tape: a KV cache has no backward."""
+    if recording(x):
+        raise RuntimeError("a KV cache is for decoding: use it within no_grad()")
+
+
 def cached_attention(
     qkv: Tensor, n_head: int, keys: Array, values: Array, starts: np.ndarray
 ) -> Tensor:
@@ -451,8 +457,7 @@ def cached_attention(
     are written behind them, in place. Returns (B, T, C). For decoding only: raises RuntimeError
     when a gradient is wanted, ValueError when the cache is full.
     """
-    if recording(qkv):
-        raise RuntimeError("a KV cache is for decoding: use it within no_grad()")
+    check_no_tape(qkv)
     b, t, width = qkv.shape
     if starts.max() + t > keys.shape[2]:
         raise ValueError(f"the KV cache holds {keys.shape[2]} positions, not {starts.max() + t}")

@@ -20,6 +20,7 @@ import numpy as np
 from micrograd_gpt import functional as F
 from micrograd_gpt.backend import Array, RandomStream, array_module, library_for
 from micrograd_gpt.errors import UserError
+from micrograd_gpt.kernels import accelerated
 from micrograd_gpt.nn import Dropout, Embedding, Init, LayerNorm, Linear, Module
 from micrograd_gpt.precision import array_dtype, half_name, wide
 from micrograd_gpt.tensor import Tensor, recompute
@@ -261,14 +262,25 @@ class Transformer(Module):
             positions = xp.asarray(cache.lengths)[:, None] + positions  # (B, T)
         places = self.wpe(positions) if hasattr(self, "wpe") else self.waves[positions]
         x = self.drop(self.wte(ids) + places)  # (B, T, C)
-        for i, block in enumerate(self.h):
+        if cache:
+            F.check_no_tape(x)
+            x = Tensor(cached_blocks(x.data, self.h, cache))  # (B, T, C)
+        for block in [] if cache else self.h:
             if self.recompute and self.training:
                 x = recompute(block, x, block.parameters(), self.drop.random)  # (B, T, C)
             else:
-                x = block(x, cache.layer(i) if cache else None)  # (B, T, C)
-        if cache:
-            cache.lengths += ids.shape[1]
+                x = block(x)  # (B, T, C)
         return self.ln_f(x) if hasattr(self, "ln_f") else x
+
+
+@accelerated
+def cached_blocks(x: Array, blocks: list[Block], cache: KVCache) -> Array:
+    """New tokens x (B, T, C) through the blocks, seeing those in the cache and joining them."""
+    stream = Tensor(x)
+    for i, block in enumerate(blocks):
+        stream = block(stream, cache.layer(i))  # (B, T, C)
+    cache.lengths += x.shape[1]
+    return stream.data
 
 
 class GPT2(Module):

@@ -303,8 +303,8 @@ def test_a_forked_child_makes_its_own_threads() -> None:
 
 def test_each_way_of_computing_runs_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    run_in_c = compiled._call
-    monkeypatch.setattr(compiled, "_call", lambda *a: (ran.append("C"), run_in_c(*a)))
+    run_in_c = compiled.call
+    monkeypatch.setattr(compiled, "call", lambda *a: (ran.append("C"), run_in_c(*a)))
     monkeypatch.setattr(cpu, "parallel", lambda *a: (ran.append("NumPy"), threads.parallel(*a)))
     x = numbers(3, 4, dtype="float32")
     with kernels.definitions_only():

@@ -34,6 +34,7 @@ FLOORS = [
     ["tensor"],
     ["kernels"],
     ["kernels.compiled", "kernels.gpu"],
+    ["kernels.c_arguments"],
     ["kernels.compiler", "kernels.cpu", "kernels.cublas", "kernels.gpu_arguments"],
     ["kernels.cuda_modules"],
     ["kernels.threads"],

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from micrograd_gpt.backend import device_of
 from micrograd_gpt.kernels import compiled, cpu, gpu
+from micrograd_gpt.kernels.c_arguments import NotForC
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -64,7 +65,9 @@ def accelerated(definition: F) -> F:
     def dispatch(array: Any, *args: Any, **kwargs: Any) -> Any:
         first = array[0] if isinstance(array, list) else array
         if device_of(first) == "cpu":
-            return on_cpu[_KERNELS.get()](array, *args, **kwargs)
+            with suppress(NotForC):  # raised before anything is written
+                return on_cpu[_KERNELS.get()](array, *args, **kwargs)
+            return definition(array, *args, **kwargs)
         in_cuda = getattr(gpu, name, None)
         if in_cuda is not None and _KERNELS.get() != "definitions":
             with suppress(gpu.Unsupported):  # raised before anything is written

@@ -1,109 +1,61 @@
 """Kernels for the CPU in C (kernels/c/), called through ctypes: float32 only.
 
-Each stands in for the kernel of the same name in `cpu.py` and takes the same arguments; where those
-are of another type or layout than the C code reads, or nothing could be compiled, `cpu.py` does it.
-A structure below is the C structure of the same name, field by field.
+Each stands in for the kernel of the same name in `cpu.py`, or where there is none for the
+definition, and takes the same arguments; where those are of another type or layout than the C code
+reads, or nothing could be compiled, that one does it. A structure below is the C structure of the
+same name, field by field.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import operator
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from micrograd_gpt.backend import Key
-from micrograd_gpt.kernels import cpu
-from micrograd_gpt.kernels.compiler import library
+from micrograd_gpt.kernels.c_arguments import (
+    NotForC,
+    call,
+    check,
+    contiguous,
+    floats,
+    ints,
+    or_numpy,
+    pointers,
+    strides_of,
+)
 from micrograd_gpt.kernels.threads import cores
 
 Array = np.ndarray
-F = TypeVar("F", bound=Callable[..., Any])
 
 MANY_ELEMENTS = 2**14  # with fewer, another thread is not worth waking
 FEW_ROWS = 16  # a product of at most so many rows is bound by reading the matrix
 
 
-class _NotForC(Exception):
-    """The arguments are of a type or layout that the C code does not read."""
-
-
-def _or_numpy(kernel: F) -> F:
-    """Run `kernel`; where it is not for C, its namesake in cpu.py (nothing is written before)."""
-    namesake = getattr(cpu, kernel.__name__)
-
-    @functools.wraps(kernel)
-    def choose(*args: Any, **kwargs: Any) -> Any:
-        if library() is not None:
-            try:
-                return kernel(*args, **kwargs)
-            except _NotForC:
-                pass
-        return namesake(*args, **kwargs)
-
-    return choose  # type: ignore[return-value]
-
-
-def _call(name: str, arguments: ctypes.Structure) -> None:
-    loaded = library()
-    assert loaded is not None
-    getattr(loaded, name)(ctypes.byref(arguments))
-
-
-def _ints(*names: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_int64) for name in names]
-
-
-def _floats(*names: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_float) for name in names]
-
-
-def _pointers(*names: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_void_p) for name in names]
-
-
-def _check(*arrays: Array | None) -> None:
-    """Only float32 arrays that hold something are for C."""
-    for array in arrays:
-        if array is not None and (array.dtype != np.float32 or not array.size):
-            raise _NotForC
-
-
-def _contiguous(*arrays: Array) -> list[Array]:
-    """The arrays without gaps: themselves where they are so already."""
-    _check(*arrays)
-    return [a if a.flags.c_contiguous else np.ascontiguousarray(a) for a in arrays]
-
-
-def _strides(array: Array) -> list[int]:
-    """How many elements apart neighbours along each axis lie."""
-    if any(stride % 4 for stride in array.strides):
-        raise _NotForC
-    return [stride // 4 for stride in array.strides]
-
-
 class _Add(ctypes.Structure):
-    _fields_ = [*_ints("size"), *_pointers("a", "b", "out")]
+    _fields_ = [*ints("size"), *pointers("a", "b", "out")]
 
 
-@_or_numpy
+@or_numpy
 def add(a: Array, b: Array, out: Array | None = None) -> Array:
-    _check(a, b, out)
+    check(a, b, out)
     if a.shape != b.shape or a.size < MANY_ELEMENTS:
-        raise _NotForC
+        raise NotForC
     if out is None:
         out = np.empty_like(a)
     elif (out is not a and out is not b) or not out.flags.writeable:
-        raise _NotForC
+        raise NotForC
     in_c, in_fortran = (
         all(getattr(array.flags, order) for array in (a, b, out))
         for order in ("c_contiguous", "f_contiguous")
     )
     if not in_c and not in_fortran:
-        raise _NotForC
-    _call("add", _Add(a.size, a.ctypes.data, b.ctypes.data, out.ctypes.data))
+        raise NotForC
+    call("add", _Add(a.size, a.ctypes.data, b.ctypes.data, out.ctypes.data))
     return out
 
 
@@ -112,13 +64,13 @@ def add(a: Array, b: Array, out: Array | None = None) -> Array:
 
 class _Product(ctypes.Structure):
     _fields_ = [
-        *_ints("n", "k", "m"),
-        *_pointers("a"),
-        *_ints("a_row", "a_column"),
-        *_pointers("b"),
-        *_ints("b_row", "b_column"),
-        *_pointers("bias", "c"),
-        *_ints("c_row"),
+        *ints("n", "k", "m"),
+        *pointers("a"),
+        *ints("a_row", "a_column"),
+        *pointers("b"),
+        *ints("b_row", "b_column"),
+        *pointers("bias", "c"),
+        *ints("c_row"),
     ]
 
 
@@ -126,47 +78,47 @@ class _LinearBackward(ctypes.Structure):
     _fields_ = [
         ("dx", _Product),
         ("dweight", _Product),
-        *_pointers("grad", "dbias"),
-        *_ints("n", "m"),
+        *pointers("grad", "dbias"),
+        *ints("n", "m"),
     ]
 
 
 class _FewRows(ctypes.Structure):
-    _fields_ = [*_ints("n", "k", "m"), *_pointers("x", "weight", "bias", "y")]
+    _fields_ = [*ints("n", "k", "m"), *pointers("x", "weight", "bias", "y")]
 
 
 def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _Product:
     """c = a @ b + bias for the C code; a c whose columns have no gaps goes as its transpose."""
     if a.shape[1] != b.shape[0] or c.shape != (a.shape[0], b.shape[1]):
-        raise _NotForC  # NumPy says what is wrong
+        raise NotForC  # NumPy says what is wrong
     if c.strides[1] != 4:
         if c.strides[0] != 4 or bias is not None:
-            raise _NotForC
+            raise NotForC
         a, b, c = b.T, a.T, c.T
     (n, k), m = a.shape, b.shape[1]
     (a_row, a_column), (b_row, b_column), c_row = a.strides, b.strides, c.strides[0]
     if (a_row | a_column | b_row | b_column | c_row) % 4:
-        raise _NotForC
+        raise NotForC
     return _Product(
         *(n, k, m, a.ctypes.data, a_row // 4, a_column // 4, b.ctypes.data, b_row // 4),
         *(b_column // 4, None if bias is None else bias.ctypes.data, c.ctypes.data, c_row // 4),
     )
 
 
-@_or_numpy
+@or_numpy
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
-    _check(a, b, out)
+    check(a, b, out)
     if out is None:
         return _multiply(a, b, None)
     if not out.flags.writeable or np.may_share_memory(out, a) or np.may_share_memory(out, b):
-        raise _NotForC
-    _call("matmul", _product(a, b, out))
+        raise NotForC
+    call("matmul", _product(a, b, out))
     return out
 
 
-@_or_numpy
+@or_numpy
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
-    _check(x, weight, bias)
+    check(x, weight, bias)
     return _multiply(x, weight, None if bias is None else np.ascontiguousarray(bias))
 
 
@@ -176,20 +128,20 @@ def _multiply(a: Array, b: Array, bias: Array | None) -> Array:
     if n <= FEW_ROWS and b.flags.f_contiguous and k == b.shape[0]:
         a = np.ascontiguousarray(a)
         place = None if bias is None else bias.ctypes.data
-        _call("few_rows", _FewRows(n, k, m, a.ctypes.data, b.ctypes.data, place, y.ctypes.data))
+        call("few_rows", _FewRows(n, k, m, a.ctypes.data, b.ctypes.data, place, y.ctypes.data))
     else:
-        _call("matmul", _product(a, b, y, bias))
+        call("matmul", _product(a, b, y, bias))
     return y
 
 
-@_or_numpy
+@or_numpy
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
-    _check(x, weight)
-    (grad,) = _contiguous(grad)
+    check(x, weight)
+    (grad,) = contiguous(grad)
     dx, dweight = np.empty(x.shape, np.float32), np.empty_like(weight)
     dbias = np.empty(grad.shape[1], np.float32)
     back, across = _product(grad, weight.T, dx), _product(x.T, grad, dweight)
-    _call(
+    call(
         "linear_backward",
         _LinearBackward(back, across, grad.ctypes.data, dbias.ctypes.data, *grad.shape),
     )
@@ -197,18 +149,18 @@ def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array,
 
 
 class _Embedding(ctypes.Structure):
-    _fields_ = [*_ints("n", "width"), *_pointers("grad", "ids", "dweight")]
+    _fields_ = [*ints("n", "width"), *pointers("grad", "ids", "dweight")]
 
 
-@_or_numpy
+@or_numpy
 def embedding_backward(grad: Array, ids: Array, dweight: Array) -> None:
-    _check(dweight)
-    (grad,) = _contiguous(grad)
+    check(dweight)
+    (grad,) = contiguous(grad)
     if not dweight.flags.c_contiguous:
-        raise _NotForC
+        raise NotForC
     ids = np.ascontiguousarray(ids, np.int64)
     places = grad.ctypes.data, ids.ctypes.data, dweight.ctypes.data
-    _call("embedding_backward", _Embedding(ids.size, grad.shape[-1], *places))
+    call("embedding_backward", _Embedding(ids.size, grad.shape[-1], *places))
 
 
 # ----------------------------------------------------------------------------------- layer norm
@@ -216,44 +168,44 @@ def embedding_backward(grad: Array, ids: Array, dweight: Array) -> None:
 
 class _LayerNorm(ctypes.Structure):
     _fields_ = [
-        *_ints("n", "width"),
-        *_pointers("x", "weight", "bias"),
-        *_floats("eps"),
-        *_pointers("y", "mean", "rstd"),
+        *ints("n", "width"),
+        *pointers("x", "weight", "bias"),
+        *floats("eps"),
+        *pointers("y", "mean", "rstd"),
     ]
 
 
 class _LayerNormBackward(ctypes.Structure):
     _fields_ = [
-        *_ints("n", "width", "parts"),
-        *_pointers("grad", "x", "weight", "mean", "rstd", "dx", "dweights", "dbiases"),
+        *ints("n", "width", "parts"),
+        *pointers("grad", "x", "weight", "mean", "rstd", "dx", "dweights", "dbiases"),
     ]
 
 
-@_or_numpy
+@or_numpy
 def layer_norm_forward(
     x: Array, weight: Array, bias: Array, eps: float
 ) -> tuple[Array, Array, Array]:
-    x, weight, bias = _contiguous(x, weight, bias)
+    x, weight, bias = contiguous(x, weight, bias)
     n, width = x.shape
     y, rows = np.empty((n, width), np.float32), np.empty((2, n, 1), np.float32)
     mean, rstd = rows
     inputs = x.ctypes.data, weight.ctypes.data, bias.ctypes.data
     results = y.ctypes.data, mean.ctypes.data, rstd.ctypes.data
-    _call("layer_norm_forward", _LayerNorm(n, width, *inputs, eps, *results))
+    call("layer_norm_forward", _LayerNorm(n, width, *inputs, eps, *results))
     return y, mean, rstd
 
 
-@_or_numpy
+@or_numpy
 def layer_norm_backward(
     grad: Array, x: Array, weight: Array, mean: Array, rstd: Array
 ) -> tuple[Array, Array, Array]:
-    inputs = _contiguous(grad, x, weight, mean, rstd)
+    inputs = contiguous(grad, x, weight, mean, rstd)
     n, width = x.shape
     parts = cores() if x.size >= MANY_ELEMENTS else 1
     dx, sums = np.empty(x.shape, np.float32), np.empty((2, parts, width), np.float32)
     arrays = (*inputs, dx, *sums)
-    _call(
+    call(
         "layer_norm_backward",
         _LayerNormBackward(n, width, parts, *(a.ctypes.data for a in arrays)),
     )
@@ -265,22 +217,22 @@ def layer_norm_backward(
 
 
 class _Gelu(ctypes.Structure):
-    _fields_ = [*_ints("size"), *_pointers("grad", "x", "result")]
+    _fields_ = [*ints("size"), *pointers("grad", "x", "result")]
 
 
-@_or_numpy
+@or_numpy
 def gelu_forward(x: Array) -> Array:
-    (x,) = _contiguous(x)
+    (x,) = contiguous(x)
     y = np.empty(x.shape, np.float32)
-    _call("gelu_forward", _Gelu(x.size, None, x.ctypes.data, y.ctypes.data))
+    call("gelu_forward", _Gelu(x.size, None, x.ctypes.data, y.ctypes.data))
     return y
 
 
-@_or_numpy
+@or_numpy
 def gelu_backward(grad: Array, x: Array) -> Array:
-    grad, x = _contiguous(grad, x)
+    grad, x = contiguous(grad, x)
     dx = np.empty(x.shape, np.float32)
-    _call("gelu_backward", _Gelu(x.size, grad.ctypes.data, x.ctypes.data, dx.ctypes.data))
+    call("gelu_backward", _Gelu(x.size, grad.ctypes.data, x.ctypes.data, dx.ctypes.data))
     return dx
 
 
@@ -289,26 +241,26 @@ def gelu_backward(grad: Array, x: Array) -> Array:
 
 class _Attention(ctypes.Structure):
     _fields_ = [
-        *_ints("batches", "heads", "queries", "keys", "d"),
-        *_pointers("q", "k", "v"),
+        *ints("batches", "heads", "queries", "keys", "d"),
+        *pointers("q", "k", "v"),
         *[(name, ctypes.c_int64 * 3) for name in ("q_strides", "k_strides", "v_strides")],
-        *_pointers("out", "log_total"),
+        *pointers("out", "log_total"),
     ]
 
 
 class _AttentionBackward(ctypes.Structure):
     _fields_ = [
         ("forward", _Attention),
-        *_pointers("grad", "dq", "dk", "dv"),
+        *pointers("grad", "dq", "dk", "dv"),
         *[(name, ctypes.c_int64 * 3) for name in ("dq_strides", "dk_strides", "dv_strides")],
     ]
 
 
 def _head_strides(array: Array) -> Any:
     """How far batches, heads and tokens of a (B, H, T, D) array lie apart; D must have no gaps."""
-    *strides, last = _strides(array)
+    *strides, last = strides_of(array)
     if last != 1 and array.shape[-1] > 1:
-        raise _NotForC
+        raise NotForC
     return (ctypes.c_int64 * 3)(*strides)
 
 
@@ -322,20 +274,20 @@ def _attention(q: Array, k: Array, v: Array, out: Array, log_total: Array) -> _A
     )
 
 
-@_or_numpy
+@or_numpy
 def attention_forward(
     q: Array, k: Array, v: Array, dropout: float = 0.0, key: Key = ()
 ) -> tuple[Array, Array]:
-    _check(q, k, v)
+    check(q, k, v)
     if dropout:
-        raise _NotForC
+        raise NotForC
     b, h, t, d = q.shape
     out, log_total = np.empty((b, t, h, d), np.float32), np.empty((b, h, t), np.float32)
-    _call("attention_forward", _attention(q, k, v, out, log_total))
+    call("attention_forward", _attention(q, k, v, out, log_total))
     return out, log_total
 
 
-@_or_numpy
+@or_numpy
 def attention_backward(
     grad: Array,
     q: Array,
@@ -349,11 +301,11 @@ def attention_backward(
     dropout: float = 0.0,
     key: Key = (),
 ) -> None:
-    _check(q, k, v, dq, dk, dv)
+    check(q, k, v, dq, dk, dv)
     if dropout:
-        raise _NotForC
-    grad, out, log_total = _contiguous(grad, out, log_total)
-    _call(
+        raise NotForC
+    grad, out, log_total = contiguous(grad, out, log_total)
+    call(
         "attention_backward",
         _AttentionBackward(
             _attention(q, k, v, out, log_total),
@@ -368,25 +320,25 @@ def attention_backward(
 
 class _CrossEntropy(ctypes.Structure):
     _fields_ = [
-        *_ints("n", "vocab_size"),
-        *_pointers("logits", "targets"),
-        *_floats("scale"),
-        *_pointers("losses", "dlogits"),
+        *ints("n", "vocab_size"),
+        *pointers("logits", "targets"),
+        *floats("scale"),
+        *pointers("losses", "dlogits"),
     ]
 
 
-@_or_numpy
+@or_numpy
 def cross_entropy_forward(
     logits: Array, targets: Array, scale: float = 1.0, out: Array | None = None
 ) -> tuple[Array, Array]:
-    (logits,) = _contiguous(logits)
+    (logits,) = contiguous(logits)
     dlogits = np.empty(logits.shape, np.float32) if out is None else out
     if dlogits.dtype != np.float32 or not dlogits.flags.c_contiguous:
-        raise _NotForC
+        raise NotForC
     targets = np.ascontiguousarray(targets, np.int64)
     losses = np.empty(len(logits), np.float32)
     places = losses.ctypes.data, dlogits.ctypes.data
-    _call(
+    call(
         "cross_entropy_forward",
         _CrossEntropy(*logits.shape, logits.ctypes.data, targets.ctypes.data, scale, *places),
     )
@@ -398,14 +350,14 @@ def cross_entropy_forward(
 
 class _AdamW(ctypes.Structure):
     _fields_ = [
-        *_ints("count"),
-        *_pointers("sizes", "p", "grad", "m", "v", "kept"),
-        *_floats("beta1", "rest1", "beta2", "rest2", "rate", "eps"),
+        *ints("count"),
+        *pointers("sizes", "p", "grad", "m", "v", "kept"),
+        *floats("beta1", "rest1", "beta2", "rest2", "rate", "eps"),
     ]
 
 
 class _Squares(ctypes.Structure):
-    _fields_ = [*_ints("count"), *_pointers("sizes", "arrays", "sums")]
+    _fields_ = [*ints("count"), *pointers("sizes", "arrays", "sums")]
 
 
 CHUNK = 65536  # optimizer.c's
@@ -415,19 +367,19 @@ def _places(arrays: Sequence[Array]) -> Array:
     return np.array([a.ctypes.data for a in arrays], np.uintp)
 
 
-@_or_numpy
+@or_numpy
 def sum_of_squares(arrays: Sequence[Array]) -> float:
-    _check(*arrays)
+    check(*arrays)
     if not all(a.flags.c_contiguous or a.flags.f_contiguous for a in arrays):
-        raise _NotForC
+        raise NotForC
     sizes, places = np.array([a.size for a in arrays], np.int64), _places(arrays)
     sums = np.empty(int((-(-sizes // CHUNK)).sum()))
     at = sizes.ctypes.data, places.ctypes.data, sums.ctypes.data
-    _call("sum_of_squares", _Squares(len(arrays), *at))
+    call("sum_of_squares", _Squares(len(arrays), *at))
     return float(sums.sum())
 
 
-@_or_numpy
+@or_numpy
 def adamw_update(
     parameters: Sequence[Array],
     grads: Sequence[Array],
@@ -442,10 +394,10 @@ def adamw_update(
 ) -> None:
     columns = (parameters, grads, ms, vs)
     for arrays in zip(*columns, strict=True):
-        _check(*arrays)
+        check(*arrays)
         in_c = all(a.flags.c_contiguous for a in arrays)
         if not in_c and not all(a.flags.f_contiguous for a in arrays):
-            raise _NotForC
+            raise NotForC
     correction = float(np.sqrt(1 - beta2**step))
     rate = lr * correction / (1 - beta1**step)  # the bias corrections, drawn together in front
     sizes = np.array([p.size for p in parameters], np.int64)
@@ -453,4 +405,74 @@ def adamw_update(
     tables = [sizes, *map(_places, columns), kept]
     at = (table.ctypes.data for table in tables)
     betas = beta1, 1 - beta1, beta2, 1 - beta2
-    _call("adamw_update", _AdamW(len(sizes), *at, *betas, rate, eps * correction))
+    call("adamw_update", _AdamW(len(sizes), *at, *betas, rate, eps * correction))
+
+
+# ------------------------------------------------------------------------------------- decoding
+
+
+_Pair = ctypes.c_void_p * 2  # a weight and its bias
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        (name, _Pair) for name in ("ln_1", "c_attn", "attn_c_proj", "ln_2", "c_fc", "mlp_c_proj")
+    ]
+
+
+class _Decode(ctypes.Structure):
+    _fields_ = [
+        *ints("rows", "tokens", "width", "heads", "layers"),
+        *floats("eps"),
+        *pointers("blocks", "cache"),
+        *ints("layer_stride", "value_stride", "row_stride", "head_stride"),
+        *pointers("lengths", "x", "room"),
+    ]
+
+
+@or_numpy
+def cached_blocks(x: Array, blocks: Sequence[Any], cache: Any) -> Array:
+    rows, tokens, width = x.shape
+    check(x, cache.data)
+    if rows * tokens > FEW_ROWS or not len(blocks):
+        raise NotForC
+    heads, capacity, size = cache.data.shape[3:]
+    *strides, token, element = strides_of(cache.data)
+    if (token, element) != (size, 1) or cache.lengths.max() + tokens > capacity:
+        raise NotForC
+    table = (_Block * len(blocks))(*(_block(block) for block in blocks))
+    y, room = np.array(x, order="C"), np.empty(rows * tokens * (6 * width + heads + 2), np.float32)
+    lengths = np.ascontiguousarray(cache.lengths, np.int64)
+    call(
+        "decode",
+        _Decode(
+            *(rows, tokens, width, heads, len(blocks), blocks[0].ln_1.eps),
+            *(ctypes.addressof(table), cache.data.ctypes.data, *strides),
+            *(lengths.ctypes.data, y.ctypes.data, room.ctypes.data),
+        ),
+    )
+    cache.lengths += tokens
+    return y
+
+
+# Where the parameters of each block lie, with the arrays it was asked of: asking takes a while.
+_BLOCKS: WeakKeyDictionary[Any, tuple[list[Array], _Block]] = WeakKeyDictionary()
+
+
+def _block(block: Any) -> _Block:
+    """Where a `gpt2.Block`'s parameters lie; NotForC unless it does just what decode.c does."""
+    attn, mlp = block.attn, block.mlp
+    dropout = attn.attn_pdrop or attn.resid_dropout.p or mlp.resid_dropout.p
+    if block.norm_position != "pre" or attn.c_attn.half or (block.training and dropout):
+        raise NotForC
+    parts = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
+    arrays = [parameter.data for part in parts for parameter in (part.weight, part.bias)]
+    known = _BLOCKS.get(block)
+    if known is None or not all(map(operator.is_, known[0], arrays)):
+        check(*arrays)
+        if not all(array.flags.f_contiguous for array in arrays):
+            raise NotForC
+        pairs = (arrays[i : i + 2] for i in range(0, len(arrays), 2))
+        known = arrays, _Block(*(_Pair(*(a.ctypes.data for a in pair)) for pair in pairs))
+        _BLOCKS[block] = known
+    return known[1]

@@ -4,23 +4,11 @@
    A strip's products run over the keys that its queries may see: nothing above the diagonal is
    computed, but for the tiles that the diagonal cuts. */
 
+#include "layers.h"
 #include "matmul.h"
 
 #define STRIP (12 * ROWS) /* queries at a time */
 #define FEW_QUERIES 4     /* at most as many, as in decoding, go one by one */
-
-/* (B, H, T, D) arrays whose last axis has no gaps: how far apart batches, heads and tokens lie. */
-typedef struct {
-  Int batch, head, token;
-} Strides;
-
-typedef struct {
-  Int batches, heads, queries, keys, d; /* the last query stands at the last key */
-  const float *q, *k, *v;
-  Strides q_strides, k_strides, v_strides;
-  float *out;       /* (B, T, H, D) without gaps */
-  float *log_total; /* (B, H, T): the log of each softmax's denominator */
-} Attention;
 
 /* What scratch() is for. */
 enum { KEYS, KEYS_ACROSS, VALUES, QUERIES, QUERY_ROWS, GRAD, GRAD_ROWS, SCORES, DSCORES, TILES };

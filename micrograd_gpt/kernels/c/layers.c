@@ -3,19 +3,13 @@
 
    functional.py derives the formulas. Rows (and elements) are shared among the threads. */
 
-#include "threads.h"
+#include "layers.h"
 
 #define FEW_ELEMENTS 16384 /* with fewer, another thread is not worth waking */
 
 static Int parts_for(Int elements) { return elements < FEW_ELEMENTS ? 1 : thread_count(); }
 
 /* ------------------------------------------------------------------------------------- addition */
-
-typedef struct {
-  Int size;
-  const float *a, *b;
-  float *out; /* may be a or b */
-} Add;
 
 static void add_task(const void *arguments, Int part, Int parts) {
   const Add *s = arguments;
@@ -27,13 +21,6 @@ static void add_task(const void *arguments, Int part, Int parts) {
 void add(const Add *a) { run_parts(add_task, a, parts_for(a->size)); }
 
 /* ----------------------------------------------------------------------------------- layer norm */
-
-typedef struct {
-  Int n, width;
-  const float *x, *weight, *bias;
-  float eps;
-  float *y, *mean, *rstd;
-} LayerNorm;
 
 static void layer_norm_task(const void *arguments, Int part, Int parts) {
   const LayerNorm *l = arguments;
@@ -95,12 +82,6 @@ void layer_norm_backward(const LayerNormBackward *l) {
 
 #define GELU_SCALE 0.7978845608f /* sqrt(2 / pi) */
 #define GELU_CUBIC 0.044715f
-
-typedef struct {
-  Int size;
-  const float *grad, *x;
-  float *result;
-} Gelu;
 
 /* 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)), u being GELU's inner polynomial. */
 INLINE float gelu_gate(float x) {

@@ -22,12 +22,15 @@ INLINE void transpose_block(const float *b, Int stride, Int columns, float *pack
     for (int i = 0; i < LANES; i++) packed[p * columns + i] = rows[i][p];
 #else
   /* In each round the rows i and i + step exchange every second run of `step` numbers. */
+#pragma GCC unroll 4 /* or else `upper` and `lower` would be computed, not constants */
   for (int step = LANES / 2; step; step /= 2) {
     places upper, lower; /* below LANES in the one row, above in the other */
+#pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) {
       upper[i] = i & step ? LANES + i - step : i;
       lower[i] = i & step ? LANES + i : i + step;
     }
+#pragma GCC unroll 16
     for (int i = 0; i < LANES; i++)
       if (!(i & step)) {
         vec row = rows[i], other = rows[i + step];
@@ -204,49 +207,58 @@ void linear_backward(const LinearBackward *l) {
 
 /* ------------------------------------------------------------- few rows, as in decoding a token */
 
-typedef struct {
-  Int n, k, m;
-  const float *x, *weight, *bias; /* x (n, k), weight (m, k), bias (m) or NULL; rows without gaps */
-  float *y;                       /* (n, m) */
-} FewRows;
+#define TOGETHER 4 /* rows of x, at most, that meet a row of weights at once */
+#define AHEAD 512  /* floats: how far ahead of their use weights are fetched */
 
-#define TOGETHER 4 /* rows of weight, and at most as many of x, that are read side by side */
-
-/* y[r][j] for `rows` of x and TOGETHER columns j: dot products. Weights come from memory once. */
-INLINE void dots(int rows, Int k, const float *x, const float *weight, float *y, Int m) {
-  vec sums[TOGETHER][TOGETHER] = {0};
-  Int p = 0;
-  for (; p + LANES <= k; p += LANES)
-    for (int j = 0; j < TOGETHER; j++) {
-      vec w = *(const vec *)(weight + j * k + p);
-      __builtin_prefetch(weight + j * k + p + 512);
-      for (int r = 0; r < rows; r++) sums[r][j] += w * *(const vec *)(x + r * k + p);
-    }
-  for (int r = 0; r < rows; r++)
-    for (int j = 0; j < TOGETHER; j++) {
-      float sum = 0;
-      for (int lane = 0; lane < LANES; lane++) sum += sums[r][j][lane];
-      for (Int q = p; q < k; q++) sum += weight[j * k + q] * x[r * k + q];
-      y[r * m + j] = sum;
-    }
+/* y (rows, columns) = x (rows, k) @ weight (columns, k).T for at most LANES columns, `side` of them
+   side by side. While weights are read nothing else is done: what the lanes of a sum and the last
+   k % LANES products add up to comes after. */
+INLINE void dots(int rows, int side, Int columns, Int k, const float *x, const float *weight,
+                 float *y, Int m) {
+  float sums[TOGETHER][LANES * LANES] __attribute__((aligned(64))), across[LANES * LANES];
+  Int whole = k / LANES * LANES;
+  for (Int j = 0; j < columns; j += side) {
+    const float *w = weight + j * k;
+    vec sum[TOGETHER][TOGETHER] = {0};
+    for (Int p = 0; p < whole; p += LANES)
+      for (int i = 0; i < side; i++) {
+        vec here = *(const vec *)(w + i * k + p);
+        __builtin_prefetch(w + i * k + p + AHEAD);
+        for (int r = 0; r < rows; r++) sum[r][i] += here * *(const vec *)(x + r * k + p);
+      }
+    for (int r = 0; r < rows; r++)
+      for (int i = 0; i < side; i++) *(vec *)(sums[r] + (j + i) * LANES) = sum[r][i];
+  }
+  for (int r = 0; r < rows; r++) {
+    memset(sums[r] + columns * LANES, 0, (LANES - columns) * LANES * sizeof(float));
+    transpose_block(sums[r], LANES, LANES, across);
+    vec total = {0};
+    for (int lane = 0; lane < LANES; lane++) total += *(const vec *)(across + lane * LANES);
+    for (Int j = 0; j < columns; j++) y[r * m + j] = total[j];
+    for (Int j = 0; j < columns && whole < k; j++)
+      y[r * m + j] += dot(x + r * k + whole, weight + j * k + whole, k - whole);
+  }
 }
 
+/* Columns first … end - 1 of y. For up to TOGETHER rows memory sets the pace, and it is fastest
+   read from one end to the other; for more, registers do, which are best used by a square. */
 static void few_rows_columns(const FewRows *f, Int first, Int end) {
-  Int j = first;
-  for (; j + TOGETHER <= end; j += TOGETHER)
+  for (Int j = first; j < end; j += LANES)
     for (Int r = 0; r < f->n; r += TOGETHER) {
       const float *x = f->x + r * f->k, *weight = f->weight + j * f->k;
       float *y = f->y + r * f->m + j;
-      switch (min(TOGETHER, f->n - r)) {
-        case 1: dots(1, f->k, x, weight, y, f->m); break;
-        case 2: dots(2, f->k, x, weight, y, f->m); break;
-        case 3: dots(3, f->k, x, weight, y, f->m); break;
-        default: dots(4, f->k, x, weight, y, f->m);
-      }
+      Int columns = min(LANES, end - j), rows = min(TOGETHER, f->n - r);
+      if (f->n > TOGETHER && rows == TOGETHER && columns == LANES)
+        dots(TOGETHER, TOGETHER, LANES, f->k, x, weight, y, f->m);
+      else if (rows == 1)
+        dots(1, 1, columns, f->k, x, weight, y, f->m);
+      else if (rows == 2)
+        dots(2, 1, columns, f->k, x, weight, y, f->m);
+      else if (rows == 3)
+        dots(3, 1, columns, f->k, x, weight, y, f->m);
+      else
+        dots(4, 1, columns, f->k, x, weight, y, f->m);
     }
-  for (; j < end; j++)
-    for (Int r = 0; r < f->n; r++)
-      f->y[r * f->m + j] = dot(f->x + r * f->k, f->weight + j * f->k, f->k);
   for (Int r = 0; r < f->n && f->bias; r++)
     add_scaled(f->y + r * f->m + first, 1, f->bias + first, end - first);
 }
@@ -263,5 +275,4 @@ static void few_rows_task(const void *arguments, Int part, Int parts) {
   few_rows_columns(f, first, end);
 }
 
-/* y = x @ weight.T + bias for a few rows of x: bound by reading the weights. */
 void few_rows(const FewRows *f) { run_parts(few_rows_task, f, few_rows_parts(f)); }

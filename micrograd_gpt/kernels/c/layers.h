@@ -1,0 +1,40 @@
+/* The forwards of layers.c and attention.c; decode.c puts them together. */
+
+#pragma once
+#include "threads.h"
+
+typedef struct {
+  Int size;
+  const float *a, *b;
+  float *out; /* may be a or b */
+} Add;
+void add(const Add *a);
+
+typedef struct {
+  Int n, width;
+  const float *x, *weight, *bias;
+  float eps;
+  float *y, *mean, *rstd;
+} LayerNorm;
+void layer_norm_forward(const LayerNorm *l);
+
+typedef struct {
+  Int size;
+  const float *grad, *x;
+  float *result;
+} Gelu;
+void gelu_forward(const Gelu *g);
+
+/* (B, H, T, D) arrays whose last axis has no gaps: how far apart batches, heads and tokens lie. */
+typedef struct {
+  Int batch, head, token;
+} Strides;
+
+typedef struct {
+  Int batches, heads, queries, keys, d; /* the last query stands at the last key */
+  const float *q, *k, *v;
+  Strides q_strides, k_strides, v_strides;
+  float *out;       /* (B, T, H, D) without gaps */
+  float *log_total; /* (B, H, T): the log of each softmax's denominator */
+} Attention;
+void attention_forward(const Attention *a);
