@@ -18,6 +18,8 @@ from gpu_machine import EmulatedGPU, Machine, RealGPU
 from micrograd_gpt import functional as F
 from micrograd_gpt import optim
 from micrograd_gpt.kernels import cuda_modules, gpu
+from micrograd_gpt.kernels.decode_graph import attend
+from micrograd_gpt.kernels.matvec import multiply_few_rows
 
 pytest.importorskip("ml_dtypes", reason="ml_dtypes, NumPy's bfloat16, is not installed")
 
@@ -188,6 +190,29 @@ def test_products_of_few_rows(n: int, k: int, m: int, dtype: str, on: Machine) -
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ["C", "F"])
+def test_what_may_follow_a_product_of_few_rows(order: str, dtype: str, on: Machine) -> None:
+    """GELU, or the addition to the residual stream: the same bits as from a kernel of its own."""
+    x, weight, bias = (numbers(*s, dtype=dtype) for s in ((3, 70), (70, 129), (129,)))
+    x, weight, bias = on.put(x, np.asarray(weight, order=order), bias)
+    y, stream = gpu.linear_forward(x, weight, bias), numbers(3, 129, seed=4)
+
+    def activated() -> Any:
+        out = on.arrays.empty((3, 129), dtype)
+        multiply_few_rows(x, weight, bias, out, gelu=True)
+        return out
+
+    def added() -> Any:
+        (out,) = on.put(stream.copy())
+        multiply_few_rows(x, weight, bias, None, stream=out)
+        return out
+
+    assert on.repeated(activated).tobytes() == on.get(gpu.gelu_forward(y)).tobytes()
+    expected = gpu.add(*on.put(stream), y)
+    assert on.repeated(added).tobytes() == on.get(expected).tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize(("n", "k", "m"), [(9, 3, 5), (200, 33, 70)])
 def test_linear(n: int, k: int, m: int, order: str, dtype: str, on: Machine) -> None:
     x, weight, bias = (numbers(*s, dtype=dtype) for s in ((n, k), (k, m), (m,)))
@@ -267,6 +292,31 @@ def test_attention_over_a_cache(t: int, keys: int, d: int, dtype: str, on: Machi
     expected, log_sum = F.attention_forward.__wrapped__(*doubles(q, k, v))
     assert_close(out, expected, TOLERANCE[dtype], "out")
     assert_close(log_total, log_sum, TOLERANCE["float32"], "log_total")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [16, 64])
+def test_attention_of_one_token_a_row(d: int, dtype: str, on: Machine) -> None:
+    """Rows of different lengths, of a larger cache; keys and values go where they belong alone."""
+    lengths, h, capacity = [0, 40, 7], 2, 41
+    cache, qkv = numbers(2, 5, h, capacity, d, dtype=dtype), numbers(3, 3 * h * d, dtype=dtype)
+    expected = cache.copy()
+    for row, length in enumerate(lengths):
+        expected[:, row + 1, :, length] = qkv[row].reshape(3, h, d)[1:]
+
+    def attended() -> tuple[Any, Any]:
+        (whole,) = on.put(cache.copy())
+        out = on.arrays.empty((3, h * d), dtype)
+        attend(*on.put(qkv), *whole[:, 1:4], *on.put(np.array(lengths)), out)
+        return out, whole
+
+    out, written = on.repeated(attended)
+    assert written.tobytes() == expected.tobytes()
+    for row, length in enumerate(lengths):
+        keys, values = expected[:, row + 1 : row + 2, :, : length + 1]
+        query = qkv[row].reshape(3, 1, h, 1, d)[0]
+        oracle, _ = F.attention_forward.__wrapped__(*doubles(query, keys, values))
+        assert_close(out[row], oracle.reshape(-1), TOLERANCE[dtype])
 
 
 def test_attention_of_arrays_that_no_kernel_reads_as_they_are(on: Machine) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 import cuda_emulator
 import numpy as np
 import pytest
+from gpu_machine import emulated_cupy
 
 from micrograd_gpt import Tensor, kernels, optim
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.kernels import cublas, cuda_modules
+from micrograd_gpt.kernels import cuda_modules
 
 pytest.importorskip("ml_dtypes", reason="ml_dtypes, NumPy's bfloat16, is not installed")
 fake_cupy = pytest.importorskip("fake_cupy")
@@ -32,19 +33,8 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> cuda_emulator.Emulator
 
 
 @pytest.fixture(autouse=True)
-def gpu(emulator: cuda_emulator.Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """CuPy's arrays are fake ones, which hold NumPy's."""
-
-    def product(a: fake_cupy.ndarray, b: fake_cupy.ndarray, out: fake_cupy.ndarray) -> object:
-        out[...] = fake_cupy.matmul(a.astype(np.float32), b.astype(np.float32))
-        return out
-
-    emulator.launched.clear()
-    with fake_cupy.installed(), monkeypatch.context() as patch:
-        patch.setattr(cuda_modules, "run", emulator.run)
-        patch.setattr(cuda_modules, "usable", lambda: True)
-        patch.setattr(cuda_modules, "address", lambda array: array._numbers.ctypes.data)
-        patch.setattr(cublas, "product", product)
+def gpu(emulator: cuda_emulator.Emulator) -> Iterator[None]:
+    with emulated_cupy(emulator):
         yield
 
 
@@ -136,4 +126,4 @@ def test_decoding(dtype: str, emulator: cuda_emulator.Emulator) -> None:
         mine.data[...] = fake_cupy.asarray(trained.data).astype(mine.dtype)
     np.testing.assert_array_equal(ours.generate(prompt, max_new_tokens=6, temperature=0), reference)
     names = {kernel for _, kernel, _ in emulator.launched}
-    assert names >= {"matvec_rows", "attention_decode", "attention_forward"}
+    assert names >= {"matvec_rows", "attention_token", "attention_forward"}

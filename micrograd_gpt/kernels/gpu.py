@@ -22,7 +22,9 @@ import numpy as np
 from micrograd_gpt.backend import Array, Key, array_module
 from micrograd_gpt.kernels import cublas, cuda_modules
 from micrograd_gpt.kernels.cuda_modules import ACTIVATIONS, TENSOR_TABLE, TENSORS_AT_ONCE, launch
+from micrograd_gpt.kernels.decode_graph import cached_blocks
 from micrograd_gpt.kernels.gpu_arguments import (
+    HEAD_SIZES,
     MAX_BLOCKS,
     THREADS,
     WARPS,
@@ -34,9 +36,10 @@ from micrograd_gpt.kernels.gpu_arguments import (
     rows_in_memory,
     strips,
 )
+from micrograd_gpt.kernels.matvec import FEW_ROWS, multiply_few_rows
 
-FEW_ROWS = 8  # a product of at most so many rows is bound by reading the matrix
-HEAD_SIZES = range(16, 129, 16)
+__all__ = ["Unsupported", "cached_blocks"]  # which others look for here
+
 ROWS_AT_ONCE = 128  # that one block adds up, column by column
 
 
@@ -73,16 +76,8 @@ def _product(a: Array, b: Array, out: Array | None = None) -> Array:
 
 
 def _product_of_few_rows(x: Array, weight: Array, bias: Array | None) -> Array:
-    """x @ weight + bias, weight (K, M) stored either way around."""
-    n, (k, m) = len(x), weight.shape
-    stored = weight if weight.flags.c_contiguous else weight.T
-    dtype = activation(x, stored, *([] if bias is None else [bias]))
-    y = array_module(x).empty((n, m), x.dtype)
-    if stored is weight:
-        kernel, grid = "matvec_columns", (strips(m, dtype, 4),)
-    else:
-        kernel, grid = "matvec_rows", (-(-m // WARPS),)
-    launch("matvec", kernel, dtype, grid, (THREADS,), x, stored, bias, y, n, k, m)
+    y = array_module(x).empty((len(x), weight.shape[1]), x.dtype)
+    multiply_few_rows(x, weight, bias, y)
     return y
 
 

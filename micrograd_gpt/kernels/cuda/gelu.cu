@@ -1,15 +1,10 @@
-// GELU in the tanh approximation, 0.5 x (1 + tanh(scale (x + cubic x³))), and its backward.
+// GELU and its backward.
 //
 // Element-wise over n activations, but for bias_gelu_forward: a thread takes PACK neighbours, then
 // the next ones a whole grid further on. Block: 1-D of any size.
 
 #include "common.cuh"
-
-constexpr float SCALE = 0.7978845608028654f;  // sqrt(2 / pi)
-constexpr float CUBIC = 0.044715f;
-
-__device__ inline float gelu_tanh(float x) { return tanhf(SCALE * (x + CUBIC * x * x * x)); }
-__device__ inline float gelu(float x) { return 0.5f * x * (1.0f + gelu_tanh(x)); }
+#include "gelu.cuh"
 
 extern "C" __global__ void gelu_forward(const Activation* x, Activation* y, long long n) {
     long long stride = (long long)gridDim.x * blockDim.x * PACK;
