@@ -453,6 +453,28 @@ def test_training_out_of_memory_names_the_batch(
         train("other", "--device", "cpu")
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "cudaErrorMemoryAllocation: out of memory",
+        "CUDA_ERROR_OUT_OF_MEMORY: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_a_library_out_of_memory_is_one_line_too(message: str) -> None:
+    with (
+        pytest.raises(
+            UserError, match=rf"^the GPU is out of memory \({message}\): buy more$"
+        ) as caught,
+        backend.memory_errors("buy more"),
+    ):
+        raise fake_cupy.CUDARuntimeError(message)
+    assert isinstance(caught.value.__cause__, fake_cupy.CUDARuntimeError)
+    other = "CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"
+    with pytest.raises(fake_cupy.CUDARuntimeError, match=other), backend.memory_errors("no"):
+        raise fake_cupy.CUDARuntimeError(other)
+
+
 def test_decoding_out_of_memory_names_the_batch(
     train: Callable[..., Path], cupy: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

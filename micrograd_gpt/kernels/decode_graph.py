@@ -41,7 +41,7 @@ MOST_STEPS = 2 * FEW_ROWS  # kept for a model: of a batch whose rows end one aft
 def cached_blocks(x: Array, blocks: Sequence[Any], cache: Any) -> Array:
     """As the definition, of one token a row: launch by launch the first time, then by a graph."""
     rows, tokens, _ = x.shape
-    if tokens != 1 or rows > FEW_ROWS or not len(blocks):
+    if tokens != 1 or rows > FEW_ROWS or not len(blocks) or not cuda_modules.usable():
         raise Unsupported
     data = cache.data
     if cache.lengths.max() >= data.shape[4]:
