@@ -175,7 +175,7 @@ def train(settings: argparse.Namespace, device: str) -> int:
             loss = model.loss(ids, targets) * (1 / settings.grad_accum_steps)
             (loss * loss_scale if scaler else loss).backward()
             losses.append(loss.data)
-        norm = optim.clip_grad_norm(optimizer.parameters, settings.grad_clip, loss_scale)
+        norm = optimizer.clip(settings.grad_clip, loss_scale)
 
         # Where float16 overflowed the step is tried again, with the gradients scaled less
         if scaler:

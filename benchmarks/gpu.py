@@ -30,7 +30,12 @@ from micrograd_gpt.files import written_whole
 ROOT = Path(__file__).resolve().parents[1]
 MOST_FOR_TESTS = 200  # seconds: a test that hangs must not take the measurements' time
 TESTS = ["tests/test_gpu_compiles.py", "tests/test_gpu_launches.py", "tests/test_gpu_kernels.py"]
-TESTS += ["tests/test_gpu_model.py", "tests/test_gpu.py", "tests/test_cuda_emulator.py"]
+TESTS += [
+    "tests/test_gpu_model.py",
+    "tests/test_gpu_graph.py",
+    "tests/test_gpu.py",
+    "tests/test_cuda_emulator.py",
+]
 
 # The model and the amounts of work; a rehearsal is about whether everything runs
 FULL = {
@@ -62,6 +67,7 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "training bfloat16, eager": ("training", {"side": EAGER, "dtype": "bfloat16"}),
     "decoding 1, ours": ("decoding", {"side": "ours", "batch": 1}),
     "decoding 1, Transformers": ("decoding", {"side": "Transformers", "batch": 1}),
+    "decoding 1, launch by launch": ("decoding", {"side": "ours", "batch": 1, "graph": False}),
     "profile": ("profile", {}),
     "loss float32, CPU": ("losses", {"device": "cpu", "dtype": "float32"}),
     "loss float32, ours": ("losses", {"dtype": "float32"}),
@@ -198,7 +204,8 @@ COMPARISONS = [
             ("bfloat16", "tokens_per_second", "training bfloat16, eager", "≥ 1 ×"),
             ("bfloat16", "tokens_per_second", "training bfloat16, compiled", "reach for 1 ×"),
             ("TF32", "tokens_per_second", "training TF32, eager", "≥ 1 ×"),
-            ("bfloat16", "peak_megabytes", "training bfloat16, eager", "≤ 1 ×"),
+            ("bfloat16", "peak_allocated_megabytes", "training bfloat16, eager", "≤ 1 ×"),
+            ("bfloat16", "device_megabytes", "training bfloat16, eager", ""),
         )
     ),
     *(
@@ -210,6 +217,13 @@ COMPARISONS = [
             must,
         )
         for batch, must in ((1, "≥ 5 ×"), (64, "≥ 2 ×"))
+    ),
+    (
+        "decoding, batch 1, by the CUDA graph",
+        "tokens_per_second",
+        "decoding 1, ours",
+        "decoding 1, launch by launch",
+        "> 1 ×",
     ),
     ("loss after the steps, bfloat16", "loss", "loss bfloat16, ours", "loss float32, CPU", "± 1%"),
     ("loss after the steps, float32", "loss", "loss float32, ours", "loss float32, CPU", "± 0.1%"),

@@ -14,8 +14,8 @@ import numpy as np
 from common import median
 
 from micrograd_gpt import functional as F
-from micrograd_gpt import optim, precision
-from micrograd_gpt.backend import library_for
+from micrograd_gpt import optim, precision, tensor
+from micrograd_gpt.backend import library_for, set_tf32
 
 
 class Timer:
@@ -76,13 +76,18 @@ class Profile:
         return numbers(self.timer.device, dtype, *shape)
 
     def measure(
-        self, name: str, function: Callable[[], Any], moved: list[Any], gigaflops: float = 0
+        self,
+        name: str,
+        function: Callable[[], Any],
+        moved: list[Any],
+        gigaflops: float = 0,
+        limit: str = "bfloat16 GFLOP/s",
     ) -> Any:
         """Time `function`, which reads and writes the arrays `moved`, and return its result."""
         seconds = self.timer.seconds(function)
         gigabytes = sum(array.nbytes for array in moved) / 1e9
         row = {"kernel": name, "seconds": seconds, "gigabytes": gigabytes, "gigaflops": gigaflops}
-        self.rows.append({**row, "limit": "bfloat16 GFLOP/s"})
+        self.rows.append({**row, "limit": limit})
         return function()
 
     def layer_norm(self) -> None:
@@ -118,7 +123,15 @@ class Profile:
 
     def gelu(self) -> None:
         x = self.numbers(self.half, self.tokens, 4 * self.width)
-        self.measure("gelu_forward", lambda: F.gelu_forward(x), [x, x])
+        before = self.numbers(self.half, self.tokens, self.width)
+        weight = self.numbers(self.half, self.width, 4 * self.width)
+        bias = self.numbers(self.half, 4 * self.width)
+        self.measure(
+            f"linear_gelu_forward {self.width} → {4 * self.width}",
+            lambda: F.linear_gelu_forward(before, weight, bias),
+            [before, weight, x, x],
+            2e-9 * self.tokens * self.width * 4 * self.width,
+        )
         self.measure("gelu_backward", lambda: F.gelu_backward(x, x), [x, x, x])
 
     def attention(self) -> None:
@@ -134,6 +147,31 @@ class Profile:
             lambda: F.attention_backward(grad, *parts, out, log_total, *grads),
             [qkv, dqkv, grad, out],
             2.5 * work,
+        )
+
+    def attention_in_tf32(self) -> None:
+        """Float32, as --tf32 has it; the profile's other kernels do not look at that setting."""
+        set_tf32(self.timer.device == "gpu", self.timer.device)
+        qkv = self.numbers("float32", self.batch, self.time, 3 * self.width)
+        parts = F.split_heads(qkv, self.heads)
+        work = 2 * 2e-9 * self.tokens * (self.time / 2) * self.width  # over the causal half
+        self.measure(
+            "attention_forward, TF32",
+            lambda: F.attention_forward(*parts),
+            [qkv, qkv[..., ::3]],
+            work,
+            limit="TF32 GFLOP/s",
+        )
+
+    def residual(self) -> None:
+        """The end of a residual branch: dropout, and the addition to the stream."""
+        branch = self.numbers(self.half, self.tokens, self.width)
+        stream = self.numbers("float32", self.tokens, self.width)
+        self.measure(
+            "dropout_forward", lambda: F.dropout_forward(branch, 0.1, (1,)), [branch, branch]
+        )
+        self.measure(
+            "residual addition", lambda: tensor.add(stream, branch), [stream, branch, stream]
         )
 
     def ends(self) -> None:
@@ -183,6 +221,8 @@ def kernels(task: dict[str, Any]) -> list[dict[str, Any]]:
     profile.linear(4 * profile.width)
     profile.gelu()
     profile.attention()
+    profile.attention_in_tf32()
+    profile.residual()
     profile.ends()
     profile.optimizer()
     profile.one_token()

@@ -24,6 +24,12 @@ Key: TypeAlias = tuple[int, ...]  # names one random draw: the same key gives th
 
 DEVICES = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
 INSTALL_CUPY = "pip install -e '.[cuda13]' (or '.[cuda12]')"
+# How the runtime, the driver and cuBLAS say that they got no memory for what they need themselves
+NO_GPU_MEMORY = (
+    "cudaErrorMemoryAllocation",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 DROPOUT_ROWS = 128  # rows of attention weights that share one random draw
 
 
@@ -94,6 +100,10 @@ def memory_errors(advice: str) -> Iterator[None]:
     except MemoryError as error:
         place = "the GPU" if type(error).__module__ == "cupy.cuda.memory" else "this machine"
         raise UserError(f"{place} is out of memory ({error}): {advice}") from error
+    except RuntimeError as error:  # what CuPy makes of the errors of CUDA's libraries
+        if not str(error).startswith(NO_GPU_MEMORY):
+            raise
+        raise UserError(f"the GPU is out of memory ({error}): {advice}") from error
 
 
 def set_tf32(on: bool, device: str) -> None:

@@ -86,9 +86,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     gradients are not. Raises ValueError when the shapes do not fit.
     """
     n_in, n_out = weight.shape
-    if x.shape[-1] != n_in or (bias is not None and bias.shape != (n_out,)):
-        shapes = f"{x.shape} @ {weight.shape}" + (f" + {bias.shape}" if bias is not None else "")
-        raise ValueError(f"linear: shapes do not fit: {shapes}")
+    _check_shapes("linear", x, weight, bias)
     w, b = _in_precision_of(x, "linear", weight, bias)
     rows = x.data.reshape(-1, n_in)  # (N, n_in)
     y = linear_forward(rows, w, b)
@@ -100,6 +98,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     inputs = [x, weight] if bias is None else [x, weight, bias]
     return record("linear", y.reshape(*x_shape[:-1], n_out), inputs, backward, x.half)
+
+
+def _check_shapes(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    n_in, n_out = weight.shape
+    if x.shape[-1] != n_in or (bias is not None and bias.shape != (n_out,)):
+        shapes = f"{x.shape} @ {weight.shape}" + (f" + {bias.shape}" if bias is not None else "")
+        raise ValueError(f"{name}: shapes do not fit: {shapes}")
 
 
 def _in_precision_of(x: Tensor, name: str, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -255,6 +260,36 @@ def gelu(x: Tensor) -> Tensor:
     _check_dtype("gelu", x)
     rows = x.data
     return record("gelu", gelu_forward(rows), [x], lambda grad: (gelu_backward(grad, rows),))
+
+
+@accelerated
+def linear_gelu_forward(x: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
+    """What goes into GELU, x (N, n_in) @ weight + bias, and what comes out, each (N, n_out)."""
+    before = linear_forward(x, weight, bias)
+    return before, gelu_forward(before)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(linear(x, weight, bias)), which a GPU does with a pass over its memory less.
+
+    Takes and raises what `linear` does. Saved: x, weight and what goes into GELU.
+    """
+    if x.device == "cpu":
+        return gelu(linear(x, weight, bias))
+    (n_in, n_out), shape = weight.shape, x.shape
+    _check_shapes("linear_gelu", x, weight, bias)
+    w, b = _in_precision_of(x, "linear_gelu", weight, bias)
+    rows = x.data.reshape(-1, n_in)  # (N, n_in)
+    before, y = linear_gelu_forward(rows, w, b)
+
+    def backward(grad: Array) -> tuple[Array, ...]:
+        dbefore = gelu_backward(grad.reshape(-1, n_out), before)
+        dbefore = kept(dbefore, x.half) if x.half else dbefore
+        dx, dweight, dbias = linear_backward(dbefore, rows, w)
+        return dx.reshape(shape), dweight, dbias
+
+    inputs = [x, weight, bias]
+    return record("linear_gelu", y.reshape(*shape[:-1], n_out), inputs, backward, x.half)
 
 
 # -------------------------------------------------------------------------------------- softmax
@@ -442,18 +477,31 @@ def cached_attention(
 # -------------------------------------------------------------------------------------- dropout
 
 
+@accelerated
+def dropout_forward(x: Array, p: float, key: Key) -> tuple[Array, Any]:
+    """x, of any shape, times factors 0 or 1 / (1 - p), and these factors for the backward."""
+    factors = backend.dropout_factors(key, x.shape, p, array_module(x))
+    factors = factors.astype(wide(x.dtype), copy=False)
+    return x * factors, factors
+
+
+@accelerated
+def dropout_backward(grad: Array, factors: Any, p: float, key: Key) -> Array:
+    """Gradient of x. Saved: the factors, where they are not made again from the key."""
+    return grad * factors
+
+
 def dropout(x: Tensor, p: float, key: Key) -> Tensor:
     """Set elements to 0 with probability p and divide the others by 1 - p; any shape.
 
-    Which ones is a function of `key` alone (Srivastava et al. 2014). The factors are saved.
+    Which ones is a function of `key` alone, on each device its own (Srivastava et al. 2014).
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability must be in [0, 1), not {p}")
     if p == 0:
         return x
-    factors = backend.dropout_factors(key, x.shape, p, array_module(x.data))
-    factors = factors.astype(wide(x.dtype), copy=False)
-    return record("dropout", x.data * factors, [x], lambda grad: (grad * factors,))
+    y, factors = dropout_forward(x.data, p, key)
+    return record("dropout", y, [x], lambda grad: (dropout_backward(grad, factors, p, key),))
 
 
 # -------------------------------------------------------------------------------- cross-entropy

@@ -212,7 +212,7 @@ class MLP(Module):
         self.resid_dropout = Dropout(c.resid_pdrop, random)
 
     def __call__(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.c_fc(x))  # (B, T, 4C)
+        hidden = self.c_fc(x, gelu=True)  # (B, T, 4C)
         return self.resid_dropout(self.c_proj(hidden))  # (B, T, C)
 
 

@@ -20,6 +20,19 @@ def sum_of_squares(arrays: list[Array]) -> Array:
 
 
 @accelerated
+def clip_scale(squares: Array, max_norm: float, loss_scale: float) -> tuple[Array, Array]:
+    """The norm of gradients, and the factor by which clipping to `max_norm` multiplies them.
+
+    `squares`, their `sum_of_squares`, is of gradients that were multiplied by `loss_scale`; the
+    norm is without it, and the factor undoes it. Where the norm is not finite the factor is 1.
+    """
+    xp = array_module(squares)
+    norm = xp.sqrt(squares) / loss_scale
+    factor = xp.where(norm > max_norm, max_norm / norm, 1.0) / loss_scale
+    return norm, xp.where(xp.isfinite(norm), factor, 1.0).astype(squares.dtype)
+
+
+@accelerated
 def adamw_update(
     parameters: list[Array],
     grads: list[Array],
@@ -31,13 +44,16 @@ def adamw_update(
     eps: float,
     decays: list[float],
     step: int,
+    gradient_scale: Array | None = None,
 ) -> None:
     """One step of AdamW on all parameters, in place: each p, and the moments m and v of its grad.
 
     Algorithm 2 of Loshchilov & Hutter 2019 (arXiv:1711.05101), as PyTorch orders it; `step` counts
-    from 1 and decay is the weight decay, applied as p -= lr * decay * p.
+    from 1 and decay is the weight decay, applied as p -= lr * decay * p. Gradients are read times
+    `gradient_scale`, a scalar array, where there is one.
     """
     for p, grad, m, v, decay in zip(parameters, grads, ms, vs, decays, strict=True):
+        grad = grad if gradient_scale is None else grad * gradient_scale
         m *= beta1
         m += (1 - beta1) * grad
         v *= beta2
@@ -78,8 +94,21 @@ class AdamW:
             )
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.steps = 0
+        self._gradient_scale: Array | None = None  # by which the next step multiplies gradients
         self.m = [array_module(p.data).zeros_like(p.data) for p in self.parameters]
         self.v = [array_module(p.data).zeros_like(p.data) for p in self.parameters]
+
+    def clip(self, max_norm: float, loss_scale: float = 1.0) -> Any:
+        """Let the next `step()` use the gradients as `clip_grad_norm` would make them; their norm.
+
+        On the CPU it makes them so. On a GPU they stay as they are, and the step multiplies them
+        as it reads them: a pass over them less, and nothing is read back.
+        """
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        if not grads or device_of(grads[0]) == "cpu":
+            return clip_grad_norm(self.parameters, max_norm, loss_scale)
+        norm, self._gradient_scale = clip_scale(sum_of_squares(grads), max_norm, loss_scale)
+        return norm
 
     def step(self) -> None:
         """Update every parameter that has a gradient."""
@@ -91,12 +120,14 @@ class AdamW:
         ]
         if rows:
             parameters, grads, ms, vs, decays = (list(column) for column in zip(*rows, strict=True))
-            adamw_update(
-                parameters, grads, ms, vs, self.lr, *self.betas, self.eps, decays, self.steps
-            )
+            settings = (self.lr, *self.betas, self.eps, decays, self.steps)
+            scale = () if self._gradient_scale is None else (self._gradient_scale,)
+            adamw_update(parameters, grads, ms, vs, *settings, *scale)
+        self._gradient_scale = None
 
     def zero_grad(self) -> None:
         """Forget all gradients; the next backward starts them anew."""
+        self._gradient_scale = None
         for p in self.parameters:
             p.grad = None
 
@@ -124,10 +155,7 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float, loss_scale: fl
 
 def _clip_on_gpu(grads: list[Array], max_norm: float, loss_scale: float) -> Array:
     # The same, without asking the GPU for the norm: it takes the decisions itself.
-    xp = array_module(grads[0])
-    norm = xp.sqrt(sum_of_squares(grads)) / loss_scale
-    clipped = xp.where(norm > max_norm, max_norm / norm, 1.0) / loss_scale
-    factor = xp.where(xp.isfinite(norm), clipped, 1.0).astype(grads[0].dtype)
+    norm, factor = clip_scale(sum_of_squares(grads), max_norm, loss_scale)
     for grad in grads:
         grad *= factor
     return norm
@@ -138,7 +166,7 @@ class LossScaler:
     """The factor that keeps the gradients of a float16 model within float16's range.
 
     The loss is multiplied by `scale` before its backward, so that gradients that would round to
-    zero do not, and the parameters' gradients are divided by it (`clip_grad_norm` does). Where they
+    zero do not, and the parameters' gradients are divided by it (`AdamW.clip` does). Where they
     are not finite the scale was too large: the step must not be taken, and half the scale is tried.
     After `growth_interval` steps in a row that were taken it is doubled. Micikevicius et al. 2018
     (arXiv:1710.03740), section 3.2; the defaults are those of PyTorch's GradScaler.

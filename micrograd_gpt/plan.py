@@ -74,7 +74,7 @@ class Plan:
         """What the forward saves for the backward."""
         c = self.config
         blocks = c.n_layer * (self._row * self._wide if self.recompute else self._block)
-        before_last_norm = self._row * self._wide * (2 if c.embd_pdrop else 1)
+        before_last_norm = self._row * self._wide * (1 + self._keeps_factors(c.embd_pdrop))
         return blocks + before_last_norm + self._row * self._kept
 
     @property
@@ -119,6 +119,10 @@ class Plan:
         """Bytes of a number in the type of the matrix work."""
         return 2 if self._is_half and self.device == "gpu" else self._wide
 
+    def _keeps_factors(self, p: float) -> bool:
+        """Whether dropout saves what it multiplied by."""
+        return p > 0 and self.device == "cpu"
+
     @property
     def _row(self) -> int:
         return self.batch_size * self.block_size * self.config.n_embd  # elements of (B, T, C)
@@ -127,9 +131,9 @@ class Plan:
     def _block(self) -> int:
         """Bytes a block saves: of the residual stream its input and its middle; in the type of the
         matrix work two norms' results, q k v, attention's result, the MLP's hidden layer before and
-        after GELU, and half-precision weights; and dropout's factors."""
+        after GELU, and half-precision weights; and dropout's factors, which a GPU draws again."""
         c = self.config
-        stream = 2 + (2 if c.resid_pdrop else 0)
+        stream = 2 + 2 * self._keeps_factors(c.resid_pdrop)
         branches = 2 + 3 + 1 + 4 + 4
         sums = self.batch_size * self.block_size * (c.n_head + 4)  # of attention and LayerNorm
         weights = 12 * c.n_embd**2 if self._is_half else 0

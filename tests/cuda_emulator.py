@@ -71,6 +71,8 @@ class Emulator:
             path.write_text(self._program(file))
             defines = [option for option in options if option.startswith("-D")]
             command = [str(COMPILER), "-std=c++20", "-O1", "-fno-strict-aliasing", "-shared"]
+            # Else libraries share what inline functions hold, shared memory of other sizes included
+            command += ["-fno-gnu-unique"]
             command += ["-fPIC", "-w", *defines, f"-I{HEADERS}", str(path), "-o", f"{path}.so"]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[:3000]

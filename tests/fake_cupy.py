@@ -78,6 +78,68 @@ class SyncCount:
 counts = SyncCount()
 
 
+class CUDARuntimeError(RuntimeError):
+    pass
+
+
+class Capture:
+    """What a stream records instead of running it; `launches` is None while none captures."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] | None = None
+        self.broken = False
+
+    def forbids(self, what: str) -> None:
+        """CUDARuntimeError if a capture goes on, which that spoils."""
+        if self.launches is not None:
+            self.broken = True
+            raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {what}")
+
+
+capture = Capture()
+
+
+def launch(kernel: Any, *arguments: Any) -> None:
+    """Run kernel(*arguments), or record it: what a test puts around the emulator's `run`."""
+    if capture.launches is None:
+        kernel(*arguments)
+    else:
+        capture.launches.append((kernel, *arguments))
+
+
+class Graph:
+    def __init__(self, launches: list[tuple[Any, ...]]) -> None:
+        self.launches = launches
+
+    def launch(self, stream: None = None) -> None:
+        for kernel, *arguments in self.launches:
+            kernel(*arguments)
+
+
+class Stream:
+    """One that is not the default one, so that it can be captured."""
+
+    def __init__(self, null: bool = False, non_blocking: bool = False, ptds: bool = False) -> None:
+        self.is_current = False
+
+    def __enter__(self) -> Stream:
+        self.is_current = True
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.is_current = False
+
+    def begin_capture(self, mode: int | None = None) -> None:
+        assert self.is_current and capture.launches is None
+        capture.launches, capture.broken = [], False
+
+    def end_capture(self) -> Graph:
+        launches, capture.launches = capture.launches, None
+        if launches is None or capture.broken:
+            raise CUDARuntimeError("cudaErrorStreamCaptureInvalidated")
+        return Graph(launches)
+
+
 def unwrap(value: Any, operation: str) -> Any:
     """A device array's numbers; Python's own numbers pass, NumPy's arrays are refused."""
     if isinstance(value, ndarray):
@@ -119,6 +181,8 @@ class ndarray:
     __array_priority__ = 100
 
     def __init__(self, numbers: np.ndarray) -> None:
+        if numbers.base is None:
+            capture.forbids("an allocation")
         self._numbers = numbers
         self.base: ndarray | None = None  # the array that this one is a view of
 
@@ -126,14 +190,17 @@ class ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed: use .get()")
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        capture.forbids(f"{ufunc.__name__}, which is not recorded here")
         numbers = [unwrap(x, f"numpy.{ufunc.__name__}") for x in inputs]
         return wrap(getattr(ufunc, method)(*numbers, **kwargs))
 
     def get(self, stream: None = None, order: Any = "C") -> np.ndarray:
+        capture.forbids("get()")
         counts.reads += 1
         return self._numbers.copy(order)
 
     def set(self, numbers: np.ndarray) -> None:
+        capture.forbids("set()")
         assert isinstance(numbers, np.ndarray)
         if (numbers.shape, numbers.dtype) != (self.shape, self.dtype):
             raise ValueError(
@@ -148,6 +215,7 @@ class ndarray:
         return wrap(self._numbers[index_of(index)], self)
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        capture.forbids("an assignment, which is not recorded here")
         self._numbers[index_of(index)] = unwrap(value, "setitem")
 
     def __len__(self) -> int:
@@ -188,6 +256,7 @@ def _method(name: str, accepted: str | None = None) -> Any:
 
 def _read(name: str) -> Any:
     def method(self: ndarray) -> Any:
+        capture.forbids(name)
         counts.reads += 1
         return getattr(self._numbers, name)()
 
@@ -196,6 +265,7 @@ def _read(name: str) -> Any:
 
 def _in_place(name: str) -> Any:
     def method(self: ndarray, other: Any) -> ndarray:
+        capture.forbids(f"{name}, which is not recorded here")
         getattr(np, name)(
             self._numbers, unwrap(other, name), out=self._numbers, casting="same_kind"
         )
@@ -224,6 +294,7 @@ ndarray.__itruediv__ = _in_place("divide")
 def _function(name: str, accepted: str) -> Any:
     def function(*args: Any, **kwargs: Any) -> Any:
         check_arguments(name, accepted, args, kwargs)
+        capture.forbids(f"{name}, which is not recorded here")
         uploads = name in ("array", "asarray") and isinstance(args[0], np.ndarray | list)
         counts.uploads += uploads
         sources = [*args, *kwargs.values()]
@@ -241,6 +312,7 @@ for _name, _accepted in {**UFUNCS, **FUNCTIONS}.items():
 
 def matmul(a: Any, b: Any, out: Any = None) -> ndarray:
     """CuPy's: half precision is summed in float32, and rounded; batches of bfloat16 it refuses."""
+    capture.forbids("a library's product")
     x, y = unwrap(a, "cupy.matmul"), unwrap(b, "cupy.matmul")
     dtype = np.result_type(x, y)
     if dtype.name == "bfloat16" and max(x.ndim, y.ndim) > 2:
@@ -270,10 +342,6 @@ class Generator:
         return ndarray(self._rng.random(size, dtype=dtype))
 
 
-class CUDARuntimeError(RuntimeError):
-    pass
-
-
 class OutOfMemoryError(MemoryError):
     pass
 
@@ -282,7 +350,9 @@ OutOfMemoryError.__module__ = "cupy.cuda.memory"
 random = SimpleNamespace(default_rng=Generator)
 cuda = SimpleNamespace(
     memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+    Stream=Stream,
     runtime=SimpleNamespace(
+        streamCaptureModeThreadLocal=1,
         CUDARuntimeError=CUDARuntimeError,
         getDeviceCount=lambda: 1,
         driverGetVersion=lambda: 13000,
@@ -304,6 +374,7 @@ def installed() -> Iterator[ModuleType]:
     backend._usable_cupy.cache_clear()
     cuda_modules.usable.cache_clear()
     counts.__init__()
+    capture.__init__()
     try:
         yield this
     finally:

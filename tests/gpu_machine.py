@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fake_cupy
 import numpy as np
 import pytest
 from cuda_emulator import Emulator
@@ -79,6 +82,23 @@ def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> np.ndarray:
     """What cuBLAS does for cublas.product: float32 sums, rounded once."""
     out[...] = a.astype(np.float32) @ b.astype(np.float32)
     return out
+
+
+@contextmanager
+def emulated_cupy(emulator: Emulator) -> Iterator[None]:
+    """Within this block a model on "gpu" computes: fake_cupy's arrays, and the kernels emulated."""
+
+    def product(a: fake_cupy.ndarray, b: fake_cupy.ndarray, out: fake_cupy.ndarray) -> Any:
+        out[...] = fake_cupy.matmul(a.astype(np.float32), b.astype(np.float32))
+        return out
+
+    emulator.launched.clear()
+    with fake_cupy.installed(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_modules, "run", functools.partial(fake_cupy.launch, emulator.run))
+        patch.setattr(cuda_modules, "usable", lambda: True)
+        patch.setattr(cuda_modules, "address", lambda array: array._numbers.ctypes.data)
+        patch.setattr(cublas, "product", product)
+        yield
 
 
 class RealGPU(Machine):

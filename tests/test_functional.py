@@ -74,6 +74,11 @@ OPERATIONS: dict[
     "linear no bias": (F.linear, lambda x, w: x @ w, [(2, 4), (4, 5)]),
     "layer_norm": (F.layer_norm, composed_layer_norm, [(2, 3, 8), (8,), (8,)]),
     "gelu": (F.gelu, composed_gelu, [(3, 7)]),
+    "linear_gelu": (
+        F.linear_gelu,
+        lambda x, w, b: composed_gelu(composed_linear(x, w, b)),
+        [(2, 3, 4), (4, 5), (5,)],
+    ),
     "softmax": (F.softmax, composed_softmax, [(2, 3, 5)]),
     "log_softmax": (F.log_softmax, lambda x: composed_softmax(x).log(), [(2, 3, 5)]),
     "attention": (

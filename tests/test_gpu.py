@@ -6,13 +6,15 @@ The kernels one by one are in test_gpu_kernels.py, which runs on a GPU too.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 
-from micrograd_gpt import backend, kernels, optim
+from micrograd_gpt import backend, gpt2, kernels, no_grad, optim
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.kernels import decode_graph
 
 pytestmark = pytest.mark.gpu
 
@@ -37,7 +39,7 @@ def train(device: str, dtype: str, config: GPT2Config = CONFIG, steps: int = 20)
     for _ in range(steps):
         loss = model.loss(*batch())
         loss.backward()
-        optim.clip_grad_norm(optimizer.parameters, 1.0)
+        optimizer.clip(1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -86,3 +88,25 @@ def test_greedy_tokens_are_the_cpus(rows: int) -> None:
             optimizer.zero_grad()
         found.append(model.eval().generate(prompt, max_new_tokens=40, temperature=0))
     np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("lengths", [[5], [1, 7, 3]])
+def test_the_token_step_is_captured_and_gives_the_same_logits(
+    lengths: list[int], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture that fails would be a warning, which is an error here."""
+    model, found = GPT2(CONFIG, seed=1, device="gpu", dtype=dtype).eval(), []
+    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (20, len(lengths), 1))
+    for blocks in (gpt2.cached_blocks, gpt2.cached_blocks.__wrapped__):
+        monkeypatch.setattr(gpt2, "cached_blocks", blocks)
+        cache = gpt2.KVCache(model, len(lengths))
+        with no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for row, length in enumerate(lengths):
+                model.hidden(batch()[0][:1, :length], cache.rows(row, row + 1))
+            found.append(np.stack([model(step, cache).numpy() for step in ids]))
+    *_, step = decode_graph._STEPS[model.transformer.h[0]].values()  # the latest used comes last
+    assert step.graph is not None
+    size = np.abs(found[1]).max()
+    np.testing.assert_allclose(*found, rtol=0, atol=TOLERANCE[dtype] * size)

@@ -15,11 +15,12 @@ if nvrtc.library() is None:
 ARCHITECTURES = (80, 90)  # Ampere, Hopper: a kernel that needs more would not compile for the first
 BY_HEAD_SIZE = ("attention", "attention_decode")
 INSTANCES = [
-    (file, dtype, size, dropout)
+    (file, dtype, size, dropout, tf32)
     for file in cuda_modules.FILES
     for dtype in cuda_modules.ACTIVATIONS
     for size in ((16, 64, 128) if file in BY_HEAD_SIZE else (0,))
     for dropout in ((False, True) if file == "attention" and size == 64 else (False,))
+    for tf32 in ((False, True) if file == "attention" and dtype == "float32" else (False,))
 ]
 
 
@@ -30,25 +31,37 @@ def compiled(file: str, options: tuple[str, ...], arch: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("file", "dtype", "head_size", "dropout"), INSTANCES)
+@pytest.mark.parametrize(("file", "dtype", "head_size", "dropout", "tf32"), INSTANCES)
 def test_it_compiles(
-    file: str, dtype: str, head_size: int, dropout: bool, architecture: int
+    file: str, dtype: str, head_size: int, dropout: bool, tf32: bool, architecture: int
 ) -> None:
-    options = cuda_modules.options(dtype, head_size, dropout)
+    options = cuda_modules.options(dtype, head_size, dropout, tf32)
     ptx, _ = compiled(file, options, f"compute_{architecture}")
     entries = set(re.findall(r"\.visible \.entry (\w+)\(", ptx))
     assert entries == set(cuda_modules.declarations(file)), "a kernel without a declaration, or so"
     assert "ld.global.v4" in ptx, "nothing is loaded 16 bytes at a time"
     on_tensor_cores = file == "attention" and dtype != "float32"
     assert ("mma.sync.aligned.m16n8k16" in ptx) == on_tensor_cores
+    assert ("mma.sync.aligned.m16n8k8" in ptx) == tf32
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", cuda_modules.ACTIVATIONS)
-@pytest.mark.parametrize("file", cuda_modules.FILES)
-def test_nothing_spills_into_local_memory(file: str, dtype: str, architecture: int) -> None:
+@pytest.mark.parametrize(
+    ("file", "dtype", "tf32"),
+    [
+        *(
+            (file, dtype, False)
+            for file in cuda_modules.FILES
+            for dtype in cuda_modules.ACTIVATIONS
+        ),
+        ("attention", "float32", True),
+    ],
+)
+def test_nothing_spills_into_local_memory(
+    file: str, dtype: str, tf32: bool, architecture: int
+) -> None:
     """Down to machine code, at GPT-2's head size: registers hold all that they are meant to."""
-    options = cuda_modules.options(dtype, 64 if file in BY_HEAD_SIZE else 0)
+    options = cuda_modules.options(dtype, 64 if file in BY_HEAD_SIZE else 0, False, tf32)
     _, log = compiled(file, options, f"sm_{architecture}")
     frames = re.findall(r"Function properties for (\w+)\nptxas\W+(\d+) bytes stack", log)
     assert {name for name, _ in frames} >= set(cuda_modules.declarations(file)), log

@@ -103,7 +103,7 @@ def steps(device: str, dtype: str, count: int = 3, **more: Any) -> tuple[GPT2, l
     for _ in range(count):
         loss = model.loss(np.abs(ids[0]), ids[1])
         loss.backward()
-        results += [loss.data, optim.clip_grad_norm(optimizer.parameters, 0.5)]
+        results += [loss.data, optimizer.clip(0.5)]
         optimizer.step()
         optimizer.zero_grad()
     return model, results
@@ -135,7 +135,7 @@ def test_half_precision_arrays_are_2_bytes_wide(dtype: str, cupy: ModuleType) ->
     x = model.transformer.wte(np.arange(8)[None])
     block = model.transformer.h[0]
     qkv = block.attn.c_attn(block.ln_1(x))
-    hidden = F.gelu(block.mlp.c_fc(block.ln_2(x)))
+    hidden = block.mlp.c_fc(block.ln_2(x), gelu=True)
     attended = F.causal_attention(qkv, 2)
     dropped = F.dropout(attended, 0.5, (1,))
     for tensor in (qkv, hidden, attended, dropped, model(np.arange(8)[None])):
@@ -151,6 +151,26 @@ def test_half_precision_arrays_are_2_bytes_wide(dtype: str, cupy: ModuleType) ->
     assert sizes == {kept.itemsize}
     moved = held.to("cpu")
     assert all(isinstance(p.data, np.ndarray) and p.dtype == np.float32 for p in moved.parameters())
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
+def test_linear_and_gelu_as_one_operation_are_the_two(dtype: str, cupy: ModuleType) -> None:
+    """Bit for bit, the gradients too, and its errors are linear's."""
+    shapes, results = ((2, 3, 8), (8, 5), (5,)), []
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape) for shape in (*shapes, (2, 3, 5))]
+    for function in (F.linear_gelu, lambda *inputs: F.gelu(F.linear(*inputs))):
+        *inputs, cotangent = (Tensor(a, dtype=dtype, device="gpu") for a in arrays)
+        for tensor in inputs:
+            tensor.requires_grad = True
+        y = function(*inputs)
+        y.backward(cotangent.data)
+        results.append([y.data.get(), *(x.grad.get() for x in inputs)])
+    for ours, two in zip(*results, strict=True):
+        assert ours.dtype == two.dtype
+        np.testing.assert_array_equal(ours, two)
+    with pytest.raises(ValueError, match=r"linear_gelu: shapes do not fit: \(2, 3, 8\) @ \(5, 8\)"):
+        F.linear_gelu(inputs[0], inputs[1].T, inputs[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -215,12 +235,12 @@ def test_a_step_that_nobody_looked_at_is_not_saved_if_it_was_not_finite(
     tmp_path: Path,
 ) -> None:
     """Noticed at the next log, and named: the step itself, not the one that was logged."""
-    clip, calls = optim.clip_grad_norm, iter(range(100))
+    clip, calls = optim.AdamW.clip, iter(range(100))
 
     def broken(*args: Any) -> Any:
         return clip(*args) * (float("nan") if next(calls) == 5 else 1)
 
-    monkeypatch.setattr(optim, "clip_grad_norm", broken)
+    monkeypatch.setattr(optim.AdamW, "clip", broken)
     with pytest.raises(
         UserError, match=r"^step 5: the loss is .*, the gradient norm nan, in batch"
     ):
@@ -253,6 +273,29 @@ def test_clipping_on_the_gpu_does_what_it_does_on_the_cpu(
         np.testing.assert_allclose(parameters[1].grad.get(), parameters[0].grad, rtol=1e-6)
     else:
         np.testing.assert_array_equal(parameters[1].grad.get(), grad)
+
+
+@pytest.mark.parametrize("norm", [0.2, 5.0, float("nan")])
+def test_a_clipped_step_is_the_cpus_and_leaves_nothing_behind(
+    norm: float, cupy: ModuleType
+) -> None:
+    """The factor counts for one step: not for one whose gradients were thrown away before it."""
+    grad = np.array([[0.6, 0.0], [0.0, 0.8]], np.float32) * np.float32(norm * 1024)
+    weights = []
+    for device in ("cpu", "gpu"):
+        parameter = nn.Parameter(np.ones((2, 2), np.float32), device=device)
+        optimizer = optim.AdamW([parameter], lr=0.1)
+        for clipped, taken in ((True, True), (False, True), (True, False), (False, True)):
+            parameter.grad = parameter.data * 0 + (grad if device == "cpu" else cupy.asarray(grad))
+            length = optimizer.clip(1.0, 1024.0) if clipped else None
+            assert length is None or float(length) == pytest.approx(norm, nan_ok=True)
+            if taken:
+                optimizer.step()
+            optimizer.zero_grad()
+        weights.append([parameter.numpy(), *optimizer.m, *optimizer.v])
+    theirs, ours = weights
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a.get() if a is not ours[0] else a, b, rtol=1e-5)
 
 
 def test_what_comes_from_the_host_is_checked_there(cupy: ModuleType) -> None:
@@ -408,6 +451,28 @@ def test_training_out_of_memory_names_the_batch(
     monkeypatch.setattr(GPT2, "loss", raise_memory_error)
     with pytest.raises(UserError, match=r"^this machine is out of memory .* lower --batch-size"):
         train("other", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "cudaErrorMemoryAllocation: out of memory",
+        "CUDA_ERROR_OUT_OF_MEMORY: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_a_library_out_of_memory_is_one_line_too(message: str) -> None:
+    with (
+        pytest.raises(
+            UserError, match=rf"^the GPU is out of memory \({message}\): buy more$"
+        ) as caught,
+        backend.memory_errors("buy more"),
+    ):
+        raise fake_cupy.CUDARuntimeError(message)
+    assert isinstance(caught.value.__cause__, fake_cupy.CUDARuntimeError)
+    other = "CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"
+    with pytest.raises(fake_cupy.CUDARuntimeError, match=other), backend.memory_errors("no"):
+        raise fake_cupy.CUDARuntimeError(other)
 
 
 def test_decoding_out_of_memory_names_the_batch(

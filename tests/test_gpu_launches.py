@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from micrograd_gpt import functional as F
-from micrograd_gpt import kernels, optim
+from micrograd_gpt import gpt2, kernels, optim
 from micrograd_gpt.kernels import cuda_modules, gpu
 from micrograd_gpt.kernels.cuda_modules import Parameter
 
@@ -124,7 +124,7 @@ def test_the_gpu_runs_its_kernel_and_else_the_definition(monkeypatch: pytest.Mon
 
 
 def test_every_accelerated_definition_has_a_kernel() -> None:
-    marked = [f for m in (F, optim) for f in vars(m).values() if hasattr(f, "__wrapped__")]
+    marked = [f for m in (F, optim, gpt2) for f in vars(m).values() if hasattr(f, "__wrapped__")]
     names = {f.__name__ for f in marked}
     assert {name for name in names if not hasattr(gpu, name)} == set()
     assert len(names) >= 11

@@ -58,6 +58,12 @@ def test_what_else_the_gpu_path_uses_is_there() -> None:
         cupy.cuda.memory.OutOfMemoryError, MemoryError
     )
     assert cupy.cuda.memory.OutOfMemoryError.__module__ == "cupy.cuda.memory"
+    assert parameters(cupy.cuda.Stream.begin_capture)[-1] == "mode"
+    assert callable(cupy.cuda.Stream.end_capture) and parameters(cupy.cuda.Graph.launch)[-1:] == [
+        "stream"
+    ]
+    assert cupy.cuda.runtime.streamCaptureModeThreadLocal == 1
+    assert cupy.ndarray.__weakrefoffset__, "decode_graph.py refers to arrays weakly"
     runtime = cupy.cuda.runtime
     assert issubclass(runtime.CUDARuntimeError, Exception)
     assert runtime.runtimeGetVersion() > 12000 and isinstance(runtime.driverGetVersion(), int)

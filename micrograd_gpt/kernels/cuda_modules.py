@@ -8,6 +8,7 @@ from the source: a wrong number or type of arguments is a TypeError, not garbage
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,7 @@ TENSORS_AT_ONCE = 48  # in one launch over many tensors: all kernels' arguments 
 TENSOR_TABLE = np.dtype(
     [
         ("sizes", np.int64, TENSORS_AT_ONCE),
-        ("arrays", np.uint64, (5, TENSORS_AT_ONCE)),
+        ("arrays", np.uint64, (4, TENSORS_AT_ONCE)),
         ("decays", np.float32, TENSORS_AT_ONCE),
     ],
     align=True,
@@ -56,6 +57,11 @@ def usable() -> bool:
     return int(cupy.cuda.Device().compute_capability) >= 80
 
 
+def tf32_wanted() -> bool:
+    """Whether float32 may be rounded to TF32 in products: what `backend.set_tf32` was told."""
+    return os.environ.get("CUPY_TF32") == "1"
+
+
 @cache
 def source(file: str) -> str:
     """The text of kernels/cuda/`file`.cu, with the files it includes in their places."""
@@ -70,25 +76,28 @@ def source(file: str) -> str:
 
 
 @cache
-def options(dtype: str, head_size: int = 0, dropout: bool = False) -> tuple[str, ...]:
+def options(
+    dtype: str, head_size: int = 0, dropout: bool = False, tf32: bool = False
+) -> tuple[str, ...]:
     """What the compiler is told, but for the device: CuPy adds that, and -ftz=true.
 
-    The last two are for attention alone.
+    The last three are for attention alone; `tf32` is for float32.
     """
     name = ACTIVATIONS[dtype]
     of_type = ("-std=c++17", f"-DACTIVATION={name}", f"-DACTIVATION_IS_{name.upper()}")
     if not head_size:
         return of_type
-    rows, _ = attention_block(dtype, head_size)
-    return (*of_type, f"-DHEAD_SIZE={head_size}", f"-DROWS={rows}", f"-DDROPOUT={dropout:d}")
+    rows, _ = attention_block(dtype, head_size, tf32)
+    shape = (f"-DHEAD_SIZE={head_size}", f"-DROWS={rows}", f"-DDROPOUT={dropout:d}")
+    return (*of_type, *shape, *(["-DTF32"] if tf32 else []))
 
 
-def attention_block(dtype: str, head_size: int) -> tuple[int, int]:
+def attention_block(dtype: str, head_size: int, tf32: bool = False) -> tuple[int, int]:
     """How many rows of queries or keys a block of attention.cu works on, with how many threads.
 
-    In float32 four tiles of so many rows lie in a block's 48 KB of shared memory.
+    In float32 without TF32 four tiles of so many rows lie in a block's 48 KB of shared memory.
     """
-    if dtype == "float32":
+    if dtype == "float32" and not tf32:
         rows = 32 if head_size <= 64 else 16
         return rows, rows * 8
     return 64, 128
@@ -117,6 +126,7 @@ def launch(
     *arguments: Any,
     head_size: int = 0,
     dropout: bool = False,
+    tf32: bool = False,
 ) -> None:
     """Start `kernel` of kernels/cuda/`file`.cu on the current stream; does not wait for it.
 
@@ -144,7 +154,7 @@ def launch(
             raise TypeError(
                 f"{kernel}: {parameter.name} must be {expected}, not {given or argument!r}"
             )
-    run(file, kernel, options(dtype, head_size, dropout), grid, block, values)
+    run(file, kernel, options(dtype, head_size, dropout, tf32), grid, block, values)
 
 
 @cache

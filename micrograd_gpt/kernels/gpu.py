@@ -8,8 +8,7 @@ float32 or, what linear, gelu and attention work on, float16 or bfloat16. What a
 definition does it. Nothing here waits for the device, and no result depends on the order in which
 threads finish.
 
-Dropout in attention draws Philox numbers from the key, so its masks are others than on the CPU.
-`dropped_out`, `residual_add` and `clip_scale` are tested, and not yet used by the model.
+Dropout draws Philox numbers from the key, so its masks are others than on the CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +22,9 @@ import numpy as np
 from micrograd_gpt.backend import Array, Key, array_module
 from micrograd_gpt.kernels import cublas, cuda_modules
 from micrograd_gpt.kernels.cuda_modules import ACTIVATIONS, TENSOR_TABLE, TENSORS_AT_ONCE, launch
+from micrograd_gpt.kernels.decode_graph import cached_blocks
 from micrograd_gpt.kernels.gpu_arguments import (
+    HEAD_SIZES,
     MAX_BLOCKS,
     THREADS,
     WARPS,
@@ -35,9 +36,10 @@ from micrograd_gpt.kernels.gpu_arguments import (
     rows_in_memory,
     strips,
 )
+from micrograd_gpt.kernels.matvec import FEW_ROWS, multiply_few_rows
 
-FEW_ROWS = 8  # a product of at most so many rows is bound by reading the matrix
-HEAD_SIZES = range(16, 129, 16)
+__all__ = ["Unsupported", "cached_blocks"]  # which others look for here
+
 ROWS_AT_ONCE = 128  # that one block adds up, column by column
 
 
@@ -74,16 +76,8 @@ def _product(a: Array, b: Array, out: Array | None = None) -> Array:
 
 
 def _product_of_few_rows(x: Array, weight: Array, bias: Array | None) -> Array:
-    """x @ weight + bias, weight (K, M) stored either way around."""
-    n, (k, m) = len(x), weight.shape
-    stored = weight if weight.flags.c_contiguous else weight.T
-    dtype = activation(x, stored, *([] if bias is None else [bias]))
-    y = array_module(x).empty((n, m), x.dtype)
-    if stored is weight:
-        kernel, grid = "matvec_columns", (strips(m, dtype, 4),)
-    else:
-        kernel, grid = "matvec_rows", (-(-m // WARPS),)
-    launch("matvec", kernel, dtype, grid, (THREADS,), x, stored, bias, y, n, k, m)
+    y = array_module(x).empty((len(x), weight.shape[1]), x.dtype)
+    multiply_few_rows(x, weight, bias, y)
     return y
 
 
@@ -208,6 +202,17 @@ def gelu_forward(x: Array) -> Array:
     return y
 
 
+def linear_gelu_forward(x: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
+    n, m = len(x), weight.shape[1]
+    if n <= FEW_ROWS:
+        raise Unsupported
+    dtype = activation(x, bias)
+    before = _product(x, weight)
+    y, grid = array_module(x).empty_like(before), (strips(m, dtype, 128), min(n, MAX_BLOCKS))
+    launch("gelu", "bias_gelu_forward", dtype, grid, (128,), before, bias, y, n, m)
+    return before, y
+
+
 def gelu_backward(grad: Array, x: Array) -> Array:
     dtype, dx = activation(grad, x), array_module(x).empty_like(x)
     grid = blocks(x.size, dtype)
@@ -233,13 +238,15 @@ def attention_forward(
             head_size=d,
         )
         return out, log_total
-    rows, threads = cuda_modules.attention_block(dtype, d)
+    tf32 = _in_tf32(dtype)
+    rows, threads = cuda_modules.attention_block(dtype, d, tf32)
     launch(
         *("attention", "attention_forward", dtype, (-(-t // rows), b * h), (threads,)),
         *(q, k, v, out, log_total, h, t, keys, q_batch, q_head, q_row, *_strides(k)),
         *(scale, _seed(key) if dropout else 0, dropout),
         head_size=d,
         dropout=bool(dropout),
+        tf32=tf32,
     )
     return out, log_total
 
@@ -266,19 +273,19 @@ def attention_backward(
     results = (dq, dk, dv) if in_place else xp.empty((3, *q.shape), q.dtype)
     delta = xp.empty((b, h, t), np.float32)
     grid, block = (-(-(b * t * h) // WARPS),), (THREADS,)
+    variant = {"head_size": d, "dropout": bool(dropout), "tf32": _in_tf32(dtype)}
     launch(
         *("attention", "attention_delta", dtype, grid, block, out, grad, delta, h, t, b * t * h),
-        head_size=d,
+        **variant,
     )
-    rows, threads = cuda_modules.attention_block(dtype, d)
+    rows, threads = cuda_modules.attention_block(dtype, d, variant["tf32"])
     seed = _seed(key) if dropout else 0
     for kernel, written in (("queries", results[:1]), ("keys", results[1:])):
         launch(
             *("attention", f"attention_backward_{kernel}", dtype, (-(-t // rows), b * h)),
             *((threads,), grad, q, k, v, log_total, delta, *written, h, t, *_strides(q)),
             *(*_strides(written[0]), 1 / math.sqrt(d), seed, dropout),
-            head_size=d,
-            dropout=bool(dropout),
+            **variant,
         )
     if not in_place:
         dq[...], dk[...], dv[...] = results
@@ -291,6 +298,10 @@ def _heads(q: Array, k: Array, v: Array) -> str:
     if not alike or not q.size or d not in HEAD_SIZES or b * h > 65535:
         raise Unsupported
     return dtype
+
+
+def _in_tf32(dtype: str) -> bool:
+    return dtype == "float32" and cuda_modules.tf32_wanted()
 
 
 def _strides(x: Array) -> list[int]:
@@ -316,29 +327,39 @@ def _aligned(*arrays: Array) -> list[Array]:
     return [array_module(x).array(x, order="C") for x in arrays]
 
 
-# -------------------------------------------------------------------------------------- dropout
+# ------------------------------------------------------------------------- dropout and residual
 
 
-def dropped_out(x: Array, p: float, key: Key) -> Array:
-    """x with elements set to 0 with probability p, the others divided by 1 - p.
+def dropout_forward(x: Array, p: float, key: Key) -> tuple[Array, None]:
+    """As the definition, but no factors: the backward draws them again."""
+    return _dropped_out(x, p, key), None
 
-    Which ones is a function of `key` and the place alone: the backward is the same of the gradient.
-    """
+
+def dropout_backward(grad: Array, factors: Array | None, p: float, key: Key) -> Array:
+    if factors is not None:  # the forward was the definition's
+        raise Unsupported
+    return _dropped_out(array_module(grad).ascontiguousarray(grad), p, key)
+
+
+def _dropped_out(x: Array, p: float, key: Key) -> Array:
     dtype, y = activation(x), array_module(x).empty_like(x)
     grid = blocks(x.size, dtype)
-    launch("dropout", "dropout", dtype, grid, (THREADS,), x, y, x.size, _seed(key), p)
+    launch("residual", "dropout", dtype, grid, (THREADS,), x, y, x.size, _seed(key), p)
     return y
 
 
-def residual_add(residual: Array, branch: Array, p: float = 0.0, key: Key = ()) -> Array:
-    """residual + dropped_out(branch, p, key) in one pass, float32."""
-    float32(residual)
-    dtype, y = activation(branch), array_module(residual).empty_like(residual)
-    launch(
-        *("dropout", "residual_add", dtype, blocks(y.size, dtype), (THREADS,)),
-        *(residual, branch, y, y.size, _seed(key), p),
-    )
-    return y
+def add(a: Array, b: Array, out: Array | None = None) -> Array:
+    """As the definition, of a float32 array and one of any type."""
+    float32(a)
+    dtype = activation(b)
+    if a.shape != b.shape:
+        raise Unsupported
+    if out is None:
+        out = array_module(a).empty_like(a)
+    float32(out)
+    grid = blocks(a.size, dtype)
+    launch("residual", "residual_add", dtype, grid, (THREADS,), a, b, out, a.size)
+    return out
 
 
 # -------------------------------------------------------------------------------- cross-entropy
@@ -377,15 +398,12 @@ def sum_of_squares(arrays: Sequence[Array]) -> Array:
     return _total(partials)
 
 
-def clip_scale(sum_of_squares: Array, max_norm: float) -> Array:
-    """The factor, a scalar on the device, by which clipping to `max_norm` multiplies gradients.
-
-    1 for a norm that is small enough or not finite, as `optim.clip_grad_norm` has it.
-    """
-    scale = array_module(sum_of_squares).empty((), np.float32)
-    arguments = (sum_of_squares, scale, max_norm)
+def clip_scale(squares: Array, max_norm: float, loss_scale: float) -> tuple[Array, Array]:
+    float32(squares)
+    norm, scale = (array_module(squares).empty((), np.float32) for _ in range(2))
+    arguments = (squares, norm, scale, max_norm, loss_scale)
     launch("optimizer", "clip_scale", "float32", (1,), (1,), *arguments)
-    return scale
+    return norm, scale
 
 
 def adamw_update(
@@ -400,28 +418,22 @@ def adamw_update(
     decays: Sequence[float],
     step: int,
     gradient_scale: Array | None = None,
-    copies: Sequence[Array] = (),
 ) -> None:
-    """As the definition. Gradients are multiplied by `gradient_scale`, a scalar on the device; the
-    new weights are also written into `copies`, arrays of the parameters' shapes and another type.
-    """
     columns = [not p.flags.c_contiguous for p in parameters]  # what is stored so is transposed
-    parameters, grads, ms, vs, copies = (
-        [array.T if column else array for array, column in zip(arrays, columns, strict=False)]
-        for arrays in (parameters, grads, ms, vs, copies)
+    parameters, grads, ms, vs = (
+        [array.T if column else array for array, column in zip(arrays, columns, strict=True)]
+        for arrays in (parameters, grads, ms, vs)
     )
     grads = [array_module(grad).ascontiguousarray(grad) for grad in grads]
     float32(*parameters, *grads, *ms, *vs)
-    dtype = activation(*copies) if copies else "float32"
     corrections = 1 - beta1**step, 1 - beta2**step
     for start in range(0, len(parameters), TENSORS_AT_ONCE):
         some = slice(start, start + TENSORS_AT_ONCE)
-        table = _table(
-            parameters[some], grads[some], ms[some], vs[some], copies[some], decays[some]
-        )
-        (across,) = blocks(max(p.size for p in parameters[some]), dtype)
+        table = _table(parameters[some], grads[some], ms[some], vs[some], decays[some])
+        (across,) = blocks(max(p.size for p in parameters[some]), "float32")
+        grid = (across, len(parameters[some]))
         launch(
-            *("optimizer", "adamw_update", dtype, (across, len(parameters[some])), (THREADS,)),
+            *("optimizer", "adamw_update", "float32", grid, (THREADS,)),
             *(table, gradient_scale, lr, beta1, beta2, eps, *corrections),
         )
 
@@ -431,13 +443,12 @@ def _table(
     gradients: Sequence[Array] = (),
     ms: Sequence[Array] = (),
     vs: Sequence[Array] = (),
-    copies: Sequence[Array] = (),
     decays: Sequence[float] = (),
 ) -> np.ndarray:
     """The TensorTable of optimizer.cu, which travels with the launch."""
     table = np.zeros((), TENSOR_TABLE)
     table["sizes"][: len(gradients)] = [gradient.size for gradient in gradients]
-    for role, arrays in enumerate((parameters, gradients, ms, vs, copies)):
+    for role, arrays in enumerate((parameters, gradients, ms, vs)):
         table["arrays"][role, : len(arrays)] = [cuda_modules.address(array) for array in arrays]
     table["decays"][: len(decays)] = decays
     return table

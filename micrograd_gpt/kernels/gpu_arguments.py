@@ -12,6 +12,7 @@ from micrograd_gpt.kernels.cuda_modules import ACTIVATIONS
 
 THREADS = 256  # of a block, unless a kernel asks for others
 WARPS = THREADS // 32
+HEAD_SIZES = range(16, 129, 16)  # that the attention kernels are compiled for
 MAX_BLOCKS = 1024  # of a kernel that walks over its elements: several for each multiprocessor
 
 

@@ -10,6 +10,42 @@ BFloat16 to_bfloat16(float x) {
     return {(unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
+#if defined(HEAD_SIZE) && defined(ACTIVATION_IS_FLOAT) && defined(TF32)
+
+// To the nearest number of 11 bits of precision, ties away from zero, as cvt.rna does.
+unsigned to_tf32(float x) {
+    unsigned bits = __float_as_uint(x);
+    return x != x ? bits : (bits + 0x1000) & 0xffffe000;
+}
+
+// D += A · B, from the fragments as the PTX ISA lays them out (see tiles_tf32.cuh). What is not TF32
+// in an operand, its last 13 bits, a tensor core may or may not read: here it is an error.
+void mma(float& d0, float& d1, float& d2, float& d3, const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    struct Operands {
+        unsigned a[4], b[2];
+    } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    for (unsigned word : {a[0], a[1], a[2], a[3], b0, b1}) {
+        float x = __uint_as_float(word);
+        if (word & 0x1fff && x == x) cuda_on_cpu::error = "mma: an operand is not TF32";
+    }
+    auto lanes = cuda_on_cpu::exchange(mine);
+    int g = cuda_on_cpu::lane() / 4, t = cuda_on_cpu::lane() % 4;
+    auto a_at = [&](int row, int column) {
+        return __uint_as_float(lanes(row % 8 * 4 + column % 4).a[row / 8 + column / 4 * 2]);
+    };
+    auto b_at = [&](int row, int column) {
+        return __uint_as_float(lanes(column * 4 + row % 4).b[row / 4]);
+    };
+    float* d[4] = {&d0, &d1, &d2, &d3};
+    for (int i = 0; i < 4; i++) {
+        float sum = *d[i];
+        for (int k = 0; k < 8; k++) sum += a_at(g + i / 2 * 8, k) * b_at(k, 2 * t + i % 2);
+        *d[i] = sum;
+    }
+}
+
+#endif
+
 #if defined(HEAD_SIZE) && !defined(ACTIVATION_IS_FLOAT)
 
 inline float element(unsigned word, int i) {

@@ -15,10 +15,12 @@
 
 constexpr bool DROPS = DROPOUT;  // without it the kernels need not hold the code that draws
 
-#ifdef ACTIVATION_IS_FLOAT
-#include "tiles_fma.cuh"
-#else
+#ifndef ACTIVATION_IS_FLOAT
 #include "tiles_mma.cuh"
+#elif defined(TF32)
+#include "tiles_tf32.cuh"
+#else
+#include "tiles_fma.cuh"
 #endif
 
 // Of the weight with which `query` sees `key` in a head: number 4 * word + i of its counter.

@@ -9,19 +9,14 @@
 constexpr int LANES = 8, GROUPS = 16;  // 128 threads
 constexpr int PACKS = (HEAD_SIZE / PACK + LANES - 1) / LANES;  // of a key, in one lane
 
-// Block: LANES * GROUPS. Grid: B * H.
-extern "C" __global__ void attention_decode(
+// One query q over `keys` rows of k and v, k_row elements apart, into the D elements of out; where
+// log_total is not null, the log of the softmax's denominator goes there.
+__device__ inline void attend(
     const Activation* q, const Activation* k, const Activation* v, Activation* out,
-    float* log_total, int heads, int keys, long long q_batch, long long q_head, long long k_batch,
-    long long k_head, long long k_row, float scale
+    float* log_total, int keys, long long k_row, float scale
 ) {
     __shared__ float maxima[GROUPS], totals[GROUPS], mixtures[GROUPS][HEAD_SIZE];
-    int batch = blockIdx.x / heads, head = blockIdx.x % heads;
     int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
-    q += batch * q_batch + head * q_head;
-    k += batch * k_batch + head * k_head;
-    v += batch * k_batch + head * k_head;
-
     float query[PACKS][PACK], mixed[PACKS][PACK] = {}, values[PACK];
     for (int i = 0; i < PACKS; i++) load_pack(q, (i * LANES + lane) * PACK, HEAD_SIZE, query[i]);
     float largest = -infinity(), total = 0.0f;
@@ -56,7 +51,40 @@ extern "C" __global__ void attention_decode(
     for (int channel = threadIdx.x; channel < HEAD_SIZE; channel += LANES * GROUPS) {
         float sum = 0.0f;
         for (int g = 0; g < GROUPS; g++) sum += mixtures[g][channel] * expf(maxima[g] - largest);
-        out[(long long)blockIdx.x * HEAD_SIZE + channel] = rounded<Activation>(sum / total);
+        out[channel] = rounded<Activation>(sum / total);
     }
-    if (threadIdx.x == 0) log_total[blockIdx.x] = largest + logf(total);
+    if (log_total && threadIdx.x == 0) *log_total = largest + logf(total);
+}
+
+// Block: LANES * GROUPS. Grid: B * H.
+extern "C" __global__ void attention_decode(
+    const Activation* q, const Activation* k, const Activation* v, Activation* out,
+    float* log_total, int heads, int keys, long long q_batch, long long q_head, long long k_batch,
+    long long k_head, long long k_row, float scale
+) {
+    int batch = blockIdx.x / heads, head = blockIdx.x % heads;
+    long long here = batch * k_batch + head * k_head;
+    q += batch * q_batch + head * q_head;
+    out += (long long)blockIdx.x * HEAD_SIZE;
+    attend(q, k + here, v + here, out, log_total + blockIdx.x, keys, k_row, scale);
+}
+
+// The same of queries, keys and values (B, 3, H, D) of new tokens, over a cache that holds
+// lengths[b] tokens in row b: the new ones are written behind them first.
+extern "C" __global__ void attention_token(
+    const Activation* qkv, Activation* k, Activation* v, const long long* lengths, Activation* out,
+    int heads, long long k_batch, long long k_head, long long k_row, float scale
+) {
+    int batch = blockIdx.x / heads, head = blockIdx.x % heads, width = heads * HEAD_SIZE;
+    int length = int(lengths[batch]);
+    const Activation* q = qkv + (long long)batch * 3 * width + head * HEAD_SIZE;
+    k += batch * k_batch + head * k_head;
+    v += batch * k_batch + head * k_head;
+    for (int channel = threadIdx.x; channel < HEAD_SIZE; channel += LANES * GROUPS) {
+        k[length * k_row + channel] = q[width + channel];
+        v[length * k_row + channel] = q[2 * width + channel];
+    }
+    __syncthreads();
+    out += (long long)blockIdx.x * HEAD_SIZE;
+    attend(q, k, v, out, nullptr, length + 1, k_row, scale);
 }

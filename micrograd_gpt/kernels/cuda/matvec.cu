@@ -2,15 +2,27 @@
 // which is read once for all B rows.
 
 #include "common.cuh"
+#include "gelu.cuh"
 
 constexpr int MAX_BATCH = 8;
+
+// What becomes of element i of the product: y[i], or gelu of it, or an addition to stream[i] if that
+// is not null. Rounded on the way as if kernels of their own followed.
+__device__ inline void finish(float sum, long long i, Activation* y, float* stream, bool with_gelu) {
+    Activation result = rounded<Activation>(sum);
+    if (stream) {
+        stream[i] += to_float(result);
+    } else {
+        y[i] = with_gelu ? rounded<Activation>(gelu(to_float(result))) : result;
+    }
+}
 
 // y (B, M) = x · weightᵀ + bias, weight (M, K), bias may be null: one warp a row of the weight, its
 // lanes along the row. So are a column-major linear layer and the head, whose weight is the token
 // table.
 extern "C" __global__ void matvec_rows(
-    const Activation* x, const Activation* weight, const Activation* bias, Activation* y, int batch,
-    int inputs, int outputs
+    const Activation* x, const Activation* weight, const Activation* bias, Activation* y,
+    float* stream, int batch, int inputs, int outputs, int with_gelu
 ) {
     int output = (blockIdx.x * blockDim.x + threadIdx.x) / WARP, lane = threadIdx.x % WARP;
     if (output >= outputs) return;
@@ -27,7 +39,7 @@ extern "C" __global__ void matvec_rows(
     for (int b = 0; b < MAX_BATCH; b++) {
         if (b >= batch) break;
         float sum = over_lanes<Sum>(sums[b]) + (bias ? to_float(bias[output]) : 0.0f);
-        if (lane == 0) y[(long long)b * outputs + output] = rounded<Activation>(sum);
+        if (lane == 0) finish(sum, (long long)b * outputs + output, y, stream, with_gelu);
     }
 }
 
@@ -37,8 +49,8 @@ extern "C" __global__ void matvec_rows(
 constexpr int SIDE_BY_SIDE = 4, TURNS = 64;
 
 extern "C" __global__ void matvec_columns(
-    const Activation* x, const Activation* weight, const Activation* bias, Activation* y, int batch,
-    int inputs, int outputs
+    const Activation* x, const Activation* weight, const Activation* bias, Activation* y,
+    float* stream, int batch, int inputs, int outputs, int with_gelu
 ) {
     __shared__ float of_turn[TURNS][SIDE_BY_SIDE * PACK + 1];
     int side = threadIdx.x % SIDE_BY_SIDE, turn = threadIdx.x / SIDE_BY_SIDE;
@@ -60,7 +72,7 @@ extern "C" __global__ void matvec_columns(
         if (threadIdx.x < SIDE_BY_SIDE * PACK && mine < outputs) {
             float sum = bias ? to_float(bias[mine]) : 0.0f;
             for (int t = 0; t < TURNS; t++) sum += of_turn[t][threadIdx.x];
-            y[(long long)b * outputs + mine] = rounded<Activation>(sum);
+            finish(sum, (long long)b * outputs + mine, y, stream, with_gelu);
         }
         __syncthreads();
     }

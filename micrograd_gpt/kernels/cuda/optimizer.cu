@@ -7,17 +7,16 @@
 
 constexpr int TENSORS_AT_ONCE = 48;
 
-enum { PARAMETER, GRADIENT, FIRST_MOMENT, SECOND_MOMENT, COPY, ROLES };
+enum { PARAMETER, GRADIENT, FIRST_MOMENT, SECOND_MOMENT, ROLES };
 
 struct TensorTable {
     long long sizes[TENSORS_AT_ONCE];
-    unsigned long long arrays[ROLES][TENSORS_AT_ONCE];  // addresses; a COPY may be 0
+    unsigned long long arrays[ROLES][TENSORS_AT_ONCE];  // addresses
     float decays[TENSORS_AT_ONCE];
 };
 
 // Algorithm 2 of Loshchilov & Hutter 2019, as PyTorch orders it. `gradient_scale` (one number on
 // the device, or null) multiplies every gradient: that is how clipping costs no pass of its own.
-// A copy of the new weight, rounded to the activation type, is written where the table has one.
 extern "C" __global__ void adamw_update(
     TensorTable tensors, const float* gradient_scale, float lr, float beta1, float beta2, float eps,
     float correction1, float correction2
@@ -28,7 +27,6 @@ extern "C" __global__ void adamw_update(
     const float* gradient = reinterpret_cast<const float*>(tensors.arrays[GRADIENT][tensor]);
     float* first = reinterpret_cast<float*>(tensors.arrays[FIRST_MOMENT][tensor]);
     float* second = reinterpret_cast<float*>(tensors.arrays[SECOND_MOMENT][tensor]);
-    Activation* copy = reinterpret_cast<Activation*>(tensors.arrays[COPY][tensor]);
     float kept = 1.0f - lr * tensors.decays[tensor];
     float scale = gradient_scale ? *gradient_scale : 1.0f;
 
@@ -49,7 +47,6 @@ extern "C" __global__ void adamw_update(
         store_pack(parameter, i, n, p);
         store_pack(first, i, n, m);
         store_pack(second, i, n, v);
-        if (copy) store_pack(copy, i, n, p);
     }
 }
 
@@ -69,8 +66,12 @@ extern "C" __global__ void sum_of_squares(TensorTable tensors, float* partials) 
     if (threadIdx.x == 0) partials[blockIdx.y * gridDim.x + blockIdx.x] = mine;
 }
 
-// The factor that brings a norm down to max_norm, or 1; a norm that is not finite is left alone.
-extern "C" __global__ void clip_scale(const float* sum_of_squares, float* scale, float max_norm) {
-    float norm = sqrtf(*sum_of_squares);
-    *scale = norm > max_norm && norm < infinity() ? max_norm / norm : 1.0f;
+// The norm of gradients that were multiplied by loss_scale, and the factor that undoes that and
+// brings the norm down to max_norm. Where the norm is not finite the factor is 1.
+extern "C" __global__ void clip_scale(
+    const float* sum_of_squares, float* norm, float* scale, float max_norm, float loss_scale
+) {
+    float length = sqrtf(*sum_of_squares) / loss_scale;
+    *norm = length;
+    *scale = length < infinity() ? (length > max_norm ? max_norm / length : 1.0f) / loss_scale : 1.0f;
 }

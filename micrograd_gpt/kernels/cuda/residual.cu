@@ -1,4 +1,4 @@
-// Dropout, alone and with the addition to the residual stream that follows it.
+// What ends a residual branch: dropout, and the addition to the residual stream.
 //
 // Element i draws number i of the key, so the backward makes the mask again: it is `dropout` of
 // the gradient with the same key. A thread takes PACK neighbours; block: 1-D of any size.
@@ -26,18 +26,16 @@ extern "C" __global__ void dropout(
     }
 }
 
-// sum = residual + dropout(branch), float32; p may be 0.
+// sum = stream + branch, where the residual stream, float32, meets a branch that may be kept in half.
 extern "C" __global__ void residual_add(
-    const float* residual, const Activation* branch, float* sum, long long n,
-    unsigned long long key, float p
+    const float* stream, const Activation* branch, float* sum, long long n
 ) {
     long long stride = (long long)gridDim.x * blockDim.x * PACK;
     for (long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * PACK; i < n; i += stride) {
-        float values[PACK], stream[PACK];
+        float values[PACK], others[PACK];
         load_pack(branch, i, n, values);
-        load_pack(residual, i, n, stream);
-        if (p > 0.0f) drop(values, i, key, p);
-        for (int j = 0; j < PACK; j++) values[j] += stream[j];
+        load_pack(stream, i, n, others);
+        for (int j = 0; j < PACK; j++) values[j] += others[j];
         store_pack(sum, i, n, values);
     }
 }

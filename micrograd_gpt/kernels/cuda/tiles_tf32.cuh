@@ -1,0 +1,111 @@
+// Products of small matrices on tensor cores: mma.sync m16n8k8, float32 rounded to TF32 (8 bits of
+// exponent, 11 of precision), float32 sums. For those who ask for TF32; tiles_fma.cuh rounds nothing.
+//
+// A block works on ROWS rows (-DROWS), a warp on 16 of them. Who holds what is the PTX ISA's choice
+// ("Matrix Fragments for mma.m16n8k8"): lane = 4 g + t holds
+//     of A (16 × 8)   (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
+//     of B (8 × 8)    (t, g), (t + 4, g)
+//     of C (16 × 8)   rows g and g + 8, columns 2t, 2t + 1
+
+#pragma once
+
+constexpr int TILE = 32;  // rows of a tile: with more the backward runs out of registers
+constexpr int LANES_PER_ROW = 4, THREADS = ROWS / 16 * WARP;
+constexpr int COLUMNS = TILE / LANES_PER_ROW;  // of scores (ROWS, TILE) in one thread, for each row
+constexpr int CHANNELS = HEAD_SIZE / LANES_PER_ROW;  // of sums (ROWS, HEAD_SIZE) likewise
+
+__device__ inline int lane_of() { return threadIdx.x % WARP; }
+__device__ inline int row_of(int r) { return threadIdx.x / WARP * 16 + lane_of() / 4 + 8 * r; }
+__device__ inline int column_of(int c) { return c / 2 * 8 + lane_of() % 4 * 2 + c % 2; }
+__device__ inline int channel_of(int c) { return column_of(c); }
+
+struct Tile {
+    // TF32. Four words more to a row: both products then read 32 different banks at a time
+    alignas(16) unsigned at[TILE][HEAD_SIZE + 4];
+};
+struct RowsInShared {};  // they are in registers
+struct Rows {
+    unsigned words[HEAD_SIZE / 8][4];  // A's fragments, 8 channels each
+};
+
+// What is written in PTX; tests/cuda_on_cpu defines the same for a CPU.
+#ifdef CUDA_ON_CPU
+unsigned to_tf32(float x);
+void mma(float& d0, float& d1, float& d2, float& d3, const unsigned (&a)[4], unsigned b0, unsigned b1);
+#else
+__device__ inline unsigned to_tf32(float x) {
+    unsigned result;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
+    return result;
+}
+// D (16 × 8) += A (16 × 8) · B (8 × 8)
+__device__ inline void mma(
+    float& d0, float& d1, float& d2, float& d3, const unsigned (&a)[4], unsigned b0, unsigned b1
+) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
+
+// Rows 0 … count-1 from `first` on, `stride` elements apart; zeros behind them.
+__device__ inline void load_tile(Tile& tile, const float* first, long long stride, int count) {
+    constexpr int PACKS = HEAD_SIZE / PACK;
+    for (int i = threadIdx.x; i < TILE * PACKS; i += THREADS) {
+        int row = i / PACKS, channel = i % PACKS * PACK;
+        float values[PACK] = {};
+        if (row < count) load_pack(first + row * stride, channel, HEAD_SIZE, values);
+        SixteenBytes words;
+        for (int j = 0; j < PACK; j++) words.words[j] = to_tf32(values[j]);
+        *reinterpret_cast<SixteenBytes*>(&tile.at[row][channel]) = words;
+    }
+}
+
+__device__ inline Rows load_rows(RowsInShared&, const float* first, long long stride, int count) {
+    Rows rows;
+    for (int k = 0; k < HEAD_SIZE / 8; k++) {
+        for (int i = 0; i < 4; i++) {
+            int row = row_of(i % 2), channel = k * 8 + i / 2 * 4 + lane_of() % 4;
+            rows.words[k][i] = row < count ? to_tf32(first[row * stride + channel]) : 0;
+        }
+    }
+    return rows;
+}
+
+// scores (ROWS, TILE) = rows · tileᵀ
+__device__ inline void multiply(const Rows& rows, const Tile& tile, float (&scores)[2][COLUMNS]) {
+    for (int r = 0; r < 2; r++) {
+        for (float& score : scores[r]) score = 0.0f;
+    }
+    int row = lane_of() / 4, channel = lane_of() % 4;
+    for (int n = 0; n < TILE / 8; n++) {
+        float* upper = scores[0] + 2 * n;
+        float* lower = scores[1] + 2 * n;
+        for (int k = 0; k < HEAD_SIZE / 8; k++) {
+            const unsigned* b = &tile.at[n * 8 + row][k * 8 + channel];
+            mma(upper[0], upper[1], lower[0], lower[1], rows.words[k], b[0], b[4]);
+        }
+    }
+}
+
+// sums (ROWS, HEAD_SIZE) += weights (ROWS, TILE) · tile. In whichever order a sum over eight rows of
+// the tile goes: a lane's weights for rows 2t and 2t + 1, which it holds as C, stand as columns t
+// and t + 4 of A, and B's rows follow them.
+__device__ inline void accumulate(
+    float (&sums)[2][CHANNELS], const float (&weights)[2][COLUMNS], const Tile& tile
+) {
+    int row = lane_of() % 4 * 2, channel = lane_of() / 4;
+    for (int k = 0; k < TILE / 8; k++) {
+        const float* upper = weights[0] + 2 * k;
+        const float* lower = weights[1] + 2 * k;
+        unsigned a[4] = {to_tf32(upper[0]), to_tf32(lower[0]), to_tf32(upper[1]), to_tf32(lower[1])};
+        for (int n = 0; n < HEAD_SIZE / 8; n++) {
+            float* top = sums[0] + 2 * n;
+            float* bottom = sums[1] + 2 * n;
+            unsigned b0 = tile.at[k * 8 + row][n * 8 + channel];
+            unsigned b1 = tile.at[k * 8 + row + 1][n * 8 + channel];
+            mma(top[0], top[1], bottom[0], bottom[1], a, b0, b1);
+        }
+    }
+}
