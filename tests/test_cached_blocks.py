@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,32 @@ def test_what_it_does_not_compute_is_left_to_the_blocks(
     assert "decode" not in called
     np.testing.assert_array_equal(y, expected)
     assert list(ours.lengths) == [5 + tokens]
+
+
+def misfits() -> dict[str, tuple[GPT2, KVCache, int]]:
+    """A model, a cache and the width of x, of which something does not fit the rest."""
+    model, shortened = make(), make()
+    bias = shortened.transformer.h[1].mlp.c_fc.bias
+    bias.data = bias.data[:-1].copy()
+    return {
+        "heads": (model, filled_cache(make(n_head=17), [5]), 51),
+        "head size": (model, filled_cache(make(n_embd=48), [5]), 51),
+        "layers": (model, filled_cache(make(n_layer=2), [5]), 51),
+        "rows": (model, filled_cache(model, [5, 5]), 51),
+        "width": (model, filled_cache(make(n_embd=48), [5]), 48),
+        "parameter": (shortened, filled_cache(shortened, [5]), 51),
+    }
+
+
+@pytest.mark.parametrize("which", misfits())
+def test_what_does_not_fit_is_not_for_c(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache, width = misfits()[which]
+    with no_grad():
+        cached_blocks(numbers(1, 1, 51), make().transformer.h, filled_cache(make(), [5]))
+        called = runs_in_c(monkeypatch)
+        with suppress(ValueError, IndexError):  # the definition refuses most of these
+            cached_blocks(numbers(1, 1, width), model.transformer.h, cache)
+    assert "decode" not in called
 
 
 def test_a_full_cache_is_named_and_left_as_it_was() -> None:

@@ -434,13 +434,15 @@ class _Decode(ctypes.Structure):
 def cached_blocks(x: Array, blocks: Sequence[Any], cache: Any) -> Array:
     rows, tokens, width = x.shape
     check(x, cache.data)
-    if rows * tokens > FEW_ROWS or not len(blocks):
-        raise NotForC
     heads, capacity, size = cache.data.shape[3:]
     *strides, token, element = strides_of(cache.data)
+    if cache.data.shape[:3] != (len(blocks), 2, rows) or heads * size != width:
+        raise NotForC
     if (token, element) != (size, 1) or cache.lengths.max() + tokens > capacity:
         raise NotForC
-    table = (_Block * len(blocks))(*(_block(block) for block in blocks))
+    if rows * tokens > FEW_ROWS:
+        raise NotForC
+    table = (_Block * len(blocks))(*(_block(block, width) for block in blocks))
     y, room = np.array(x, order="C"), np.empty(rows * tokens * (6 * width + heads + 2), np.float32)
     lengths = np.ascontiguousarray(cache.lengths, np.int64)
     call(
@@ -459,7 +461,7 @@ def cached_blocks(x: Array, blocks: Sequence[Any], cache: Any) -> Array:
 _BLOCKS: WeakKeyDictionary[Any, tuple[list[Array], _Block]] = WeakKeyDictionary()
 
 
-def _block(block: Any) -> _Block:
+def _block(block: Any, width: int) -> _Block:
     """Where a `gpt2.Block`'s parameters lie; NotForC unless it does just what decode.c does."""
     attn, mlp = block.attn, block.mlp
     dropout = attn.attn_pdrop or attn.resid_dropout.p or mlp.resid_dropout.p
@@ -468,11 +470,17 @@ def _block(block: Any) -> _Block:
     parts = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
     arrays = [parameter.data for part in parts for parameter in (part.weight, part.bias)]
     known = _BLOCKS.get(block)
+    if len(arrays[0]) != width:
+        raise NotForC
     if known is None or not all(map(operator.is_, known[0], arrays)):
         check(*arrays)
-        if not all(array.flags.f_contiguous for array in arrays):
-            raise NotForC
-        pairs = (arrays[i : i + 2] for i in range(0, len(arrays), 2))
+        shapes = [(width,), (width, 3 * width), (width, width)]
+        shapes += [(width,), (width, 4 * width), (4 * width, width)]
+        pairs = [arrays[i : i + 2] for i in range(0, len(arrays), 2)]
+        for (weight, bias), shape in zip(pairs, shapes, strict=True):
+            fits = weight.shape == shape and bias.shape == shape[-1:]
+            if not fits or not weight.flags.f_contiguous or not bias.flags.c_contiguous:
+                raise NotForC
         known = arrays, _Block(*(_Pair(*(a.ctypes.data for a in pair)) for pair in pairs))
         _BLOCKS[block] = known
     return known[1]
