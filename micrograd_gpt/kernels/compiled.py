@@ -442,7 +442,7 @@ def cached_blocks(x: Array, blocks: Sequence[Any], cache: Any) -> Array:
         raise NotForC
     if rows * tokens > FEW_ROWS:
         raise NotForC
-    table = (_Block * len(blocks))(*(_block(block, width) for block in blocks))
+    table = (_Block * len(blocks))(*(_block(block, width, heads) for block in blocks))
     y, room = np.array(x, order="C"), np.empty(rows * tokens * (6 * width + heads + 2), np.float32)
     lengths = np.ascontiguousarray(cache.lengths, np.int64)
     call(
@@ -461,7 +461,7 @@ def cached_blocks(x: Array, blocks: Sequence[Any], cache: Any) -> Array:
 _BLOCKS: WeakKeyDictionary[Any, tuple[list[Array], _Block]] = WeakKeyDictionary()
 
 
-def _block(block: Any, width: int) -> _Block:
+def _block(block: Any, width: int, heads: int) -> _Block:
     """Where a `gpt2.Block`'s parameters lie; NotForC unless it does just what decode.c does."""
     attn, mlp = block.attn, block.mlp
     dropout = attn.attn_pdrop or attn.resid_dropout.p or mlp.resid_dropout.p
@@ -470,7 +470,7 @@ def _block(block: Any, width: int) -> _Block:
     parts = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
     arrays = [parameter.data for part in parts for parameter in (part.weight, part.bias)]
     known = _BLOCKS.get(block)
-    if len(arrays[0]) != width:
+    if len(arrays[0]) != width or attn.n_head != heads:
         raise NotForC
     if known is None or not all(map(operator.is_, known[0], arrays)):
         check(*arrays)
