@@ -442,9 +442,9 @@ def causal_attention(qkv: Tensor, n_head: int, dropout: float = 0.0, key: Key = 
     return record("causal_attention", out.reshape(b, t, width // 3), [qkv], backward)
 
 
-def check_no_tape(x: Tensor) -> None:
-    """Raise RuntimeError where an operation on x goes on the tape: a KV cache has no backward."""
-    if recording(x):
+def check_no_tape(*inputs: Tensor) -> None:
+    """RuntimeError where an operation on these goes on the tape: a KV cache has no backward."""
+    if recording(*inputs):
         raise RuntimeError("a KV cache is for decoding: use it within no_grad()")
 
 

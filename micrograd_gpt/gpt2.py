@@ -23,7 +23,7 @@ from micrograd_gpt.errors import UserError
 from micrograd_gpt.kernels import accelerated
 from micrograd_gpt.nn import Dropout, Embedding, Init, LayerNorm, Linear, Module
 from micrograd_gpt.precision import array_dtype, half_name, wide
-from micrograd_gpt.tensor import Tensor, recompute
+from micrograd_gpt.tensor import Tensor, recompute, tape_is_on
 
 SIZES = {  # OpenAI's four models
     "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768},
@@ -233,6 +233,22 @@ class Block(Module):
         x = self.ln_1(x + self.attn(x, past))
         return self.ln_2(x + self.mlp(x))
 
+    def plain_parameters(self) -> list[Array] | None:
+        """The arrays of its twelve parameters as they are used, for a kernel that does it all.
+
+        None where it does anything but GPT-2's: drops out, say, or has had a part replaced.
+        """
+        attn, mlp = self.attn, self.mlp
+        parts = (self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj)
+        dropouts = (attn.resid_dropout, mlp.resid_dropout)
+        types = [LayerNorm, Linear, Linear, LayerNorm, Linear, Linear, Dropout, Dropout]
+        types += [Block, CausalSelfAttention, MLP]
+        plain = [type(part) for part in (*parts, *dropouts, self, attn, mlp)] == types
+        drops_out = (attn.training and attn.attn_pdrop) or any(d.training and d.p for d in dropouts)
+        if not plain or drops_out or self.norm_position != "pre":
+            return None
+        return [parameter.data for part in parts for parameter in (part.weight, part.bias)]
+
 
 class Transformer(Module):
     """Everything below the head; exists so that names begin with `transformer.`, as in files.
@@ -263,19 +279,24 @@ class Transformer(Module):
         places = self.wpe(positions) if hasattr(self, "wpe") else self.waves[positions]
         x = self.drop(self.wte(ids) + places)  # (B, T, C)
         if cache:
-            F.check_no_tape(x)
+            if tape_is_on():
+                F.check_no_tape(x, *self.parameters())
             x = Tensor(cached_blocks(x.data, self.h, cache))  # (B, T, C)
-        for block in [] if cache else self.h:
-            if self.recompute and self.training:
-                x = recompute(block, x, block.parameters(), self.drop.random)  # (B, T, C)
-            else:
-                x = block(x)  # (B, T, C)
+        else:
+            for block in self.h:
+                if self.recompute and self.training:
+                    x = recompute(block, x, block.parameters(), self.drop.random)  # (B, T, C)
+                else:
+                    x = block(x)  # (B, T, C)
         return self.ln_f(x) if hasattr(self, "ln_f") else x
 
 
 @accelerated
 def cached_blocks(x: Array, blocks: list[Block], cache: KVCache) -> Array:
-    """New tokens x (B, T, C) through the blocks, seeing those in the cache and joining them."""
+    """New tokens x (B, T, C) through the blocks, seeing those in the cache -> (B, T, C).
+
+    Their keys and values are added to the cache, and its lengths grow by T.
+    """
     stream = Tensor(x)
     for i, block in enumerate(blocks):
         stream = block(stream, cache.layer(i))  # (B, T, C)

@@ -90,6 +90,11 @@ class Node:
         self.backward, self.parents = None, ()
 
 
+def tape_is_on() -> bool:
+    """False within no_grad()."""
+    return _RECORDING.get()
+
+
 def recording(*inputs: Tensor) -> bool:
     """True when an operation on these inputs goes on the tape."""
     return _RECORDING.get() and any(x.requires_grad for x in inputs)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import threading
+import weakref
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
 
-from micrograd_gpt import kernels, no_grad
+from micrograd_gpt import Tensor, kernels, nn, no_grad
 from micrograd_gpt.gpt2 import GPT2, GPT2Config, KVCache, cached_blocks
 from micrograd_gpt.kernels import c_arguments, compiled, compiler
 
@@ -118,16 +120,34 @@ def test_parameters_that_are_replaced_or_changed_are_noticed() -> None:
     assert len({y.tobytes() for y in results}) == 3
 
 
+class Scaled(nn.Linear):
+    """A linear layer with something of its own, as fine-tuning methods have it."""
+
+    def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
+        return super().__call__(x, gelu) * 0.5
+
+
 def refusals() -> dict[str, tuple[GPT2, int]]:
     """Models, and numbers of tokens, that decode.c does not compute."""
-    dropping, c_order = make(attn_pdrop=0.5).train(), make()
+    dropping, dropping_in_part, c_order = (
+        make(attn_pdrop=0.5).train(),
+        make(resid_pdrop=0.5),
+        make(),
+    )
+    dropping_in_part.transformer.h[1].mlp.train()
     weight = c_order.transformer.h[2].attn.c_proj.weight
     weight.data = np.ascontiguousarray(weight.data)
+    with_own_layer, with_own_eps = make(), make()
+    with_own_layer.transformer.h[0].mlp.c_fc.__class__ = Scaled
+    with_own_eps.transformer.h[2].ln_2.eps = 0.5
     return {
         "post-norm": (make(norm_position="post"), 1),
         "dropout": (dropping, 1),
+        "dropout in one place": (dropping_in_part, 1),
         "C order": (c_order, 1),
         "many tokens": (make(), 17),
+        "a layer of one's own": (with_own_layer, 1),
+        "a LayerNorm's own epsilon": (with_own_eps, 1),
         "float64": (GPT2(make().config, dtype="float64").eval(), 1),
         "bfloat16": (GPT2(make().config, compute="bfloat16").eval(), 1),
     }
@@ -156,6 +176,9 @@ def misfits() -> dict[str, tuple[GPT2, KVCache, int]]:
     model, shortened = make(), make()
     bias = shortened.transformer.h[1].mlp.c_fc.bias
     bias.data = bias.data[:-1].copy()
+    negative, read_only = (filled_cache(model, [5]) for _ in range(2))
+    negative.lengths[:] = -1
+    read_only.data.flags.writeable = False
     return {
         "heads": (model, filled_cache(make(n_head=17), [5]), 51),
         "head size": (model, filled_cache(make(n_embd=48), [5]), 51),
@@ -163,6 +186,8 @@ def misfits() -> dict[str, tuple[GPT2, KVCache, int]]:
         "rows": (model, filled_cache(model, [5, 5]), 51),
         "width": (model, filled_cache(make(n_embd=48), [5]), 48),
         "parameter": (shortened, filled_cache(shortened, [5]), 51),
+        "lengths": (model, negative, 51),
+        "read-only cache": (model, read_only, 51),
     }
 
 
@@ -196,3 +221,64 @@ def test_generating_goes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(
         tokens, model.generate(np.arange(9), max_new_tokens=20, temperature=0)
     )
+
+
+def test_what_stands_in_a_blocks_place_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = make(), numbers(1, 1, 51)
+    block = model.transformer.h[1]
+    blocks = [model.transformer.h[0], lambda x, past: block(block(x, past), past)]
+    called = runs_in_c(monkeypatch)
+    with no_grad():
+        y = cached_blocks(x, blocks, filled_cache(model, [5]))
+        expected = one_by_one(x, blocks, filled_cache(model, [5]))
+    np.testing.assert_array_equal(y, expected)
+    assert "decode" not in called
+
+
+def test_frozen_embeddings_do_not_hide_that_a_gradient_is_wanted() -> None:
+    model = make()
+    for parameter in (model.transformer.wte.weight, model.transformer.wpe.weight):
+        parameter.requires_grad = False
+    with pytest.raises(RuntimeError, match="use it within no_grad"):
+        model(np.array([[1, 2]]), KVCache(model))
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    assert model(np.array([[1, 2]]), KVCache(model)).shape == (1, 2, 70)
+
+
+def test_arrays_that_were_replaced_are_let_go_of() -> None:
+    model, x = make(), numbers(1, 1, 51)
+    with no_grad():
+        cached_blocks(x, model.transformer.h, filled_cache(model, [5]))
+    old = [weakref.ref(parameter.data) for parameter in model.transformer.h[0].parameters()]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.copy(order="F")
+    assert not any(array() is not None for array in old)
+
+
+def test_an_array_replaced_by_another_thread_is_not_read_after_it_is_freed() -> None:
+    """NaN takes the place of what was freed: none may appear in a result."""
+    model, x = make(n_layer=6, n_embd=192), numbers(1, 1, 192)
+    weight, ended, bad = model.transformer.h[3].mlp.c_fc.weight, threading.Event(), []
+
+    def replace() -> None:
+        while not ended.is_set():
+            old, weight.data = weight.data, weight.data.copy(order="F")
+            del old
+            np.full(weight.data.size, np.nan, np.float32)  # takes the place that became free
+
+    def decode() -> None:
+        with no_grad():
+            for _ in range(400):
+                y = cached_blocks(x, model.transformer.h, filled_cache(model, [5]))
+                bad.append(not np.isfinite(y).all())
+
+    threads = [threading.Thread(target=decode) for _ in range(2)]
+    replacing = threading.Thread(target=replace)
+    for thread in (*threads, replacing):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ended.set()
+    replacing.join()
+    assert len(bad) == 800 and not any(bad)

@@ -26,7 +26,7 @@ needs_compiler = pytest.mark.skipif(
 # A training step's operations in C against their definitions, for a process of its own.
 COMPARE = """if True:
     import numpy as np
-    from micrograd_gpt import gpt2, kernels, optim
+    from micrograd_gpt import kernels, optim
     from micrograd_gpt.gpt2 import GPT2, GPT2Config
     from micrograd_gpt.kernels import compiler
     print(compiler.report())

@@ -38,7 +38,7 @@ FLOORS = [
     ["kernels.c_arguments", "kernels.matvec"],
     ["kernels.compiler", "kernels.cpu", "kernels.cublas", "kernels.gpu_arguments"],
     ["kernels.cuda_modules"],
-    ["kernels.threads"],
+    ["kernels.threads", "kernels.blocks"],
     ["precision"],
     ["backend"],
     ["tf_checkpoint"],

@@ -3,9 +3,9 @@
 `functional.py` defines every fused operation in plain array code and marks the parts worth
 speeding up with `@accelerated`. Functions of the same name then stand in for the definition, take
 the same arguments, and are tested equal to it: on the CPU those in C (`kernels/compiled.py`) where
-the machine has a compiler, else those in NumPy (`kernels/cpu.py`); on a GPU those in CUDA
-(`kernels/gpu.py`). Nothing is defined here alone: `definitions_only()` runs everything without this
-folder, `numpy_only()` without C.
+the machine has a compiler, or those in NumPy (`kernels/cpu.py`); on a GPU those in CUDA
+(`kernels/gpu.py`). What none of them takes is done by the definition. Nothing is defined here
+alone: `definitions_only()` runs everything without this folder, `numpy_only()` without C.
 """
 
 from __future__ import annotations

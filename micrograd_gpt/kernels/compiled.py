@@ -9,14 +9,14 @@ same name, field by field.
 from __future__ import annotations
 
 import ctypes
-import operator
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
 from micrograd_gpt.backend import Key
+from micrograd_gpt.kernels.blocks import parameters_of
 from micrograd_gpt.kernels.c_arguments import (
     NotForC,
     call,
@@ -411,12 +411,11 @@ def adamw_update(
 # ------------------------------------------------------------------------------------- decoding
 
 
-_Pair = ctypes.c_void_p * 2  # a weight and its bias
-
-
 class _Block(ctypes.Structure):
     _fields_ = [
-        (name, _Pair) for name in ("ln_1", "c_attn", "attn_c_proj", "ln_2", "c_fc", "mlp_c_proj")
+        *pointers("ln_1_weight", "ln_1_bias", "c_attn_weight", "c_attn_bias"),
+        *pointers("attn_c_proj_weight", "attn_c_proj_bias", "ln_2_weight", "ln_2_bias"),
+        *pointers("c_fc_weight", "c_fc_bias", "mlp_c_proj_weight", "mlp_c_proj_bias"),
     ]
 
 
@@ -432,24 +431,31 @@ class _Decode(ctypes.Structure):
 
 @or_numpy
 def cached_blocks(x: Array, blocks: Sequence[Any], cache: Any) -> Array:
-    rows, tokens, width = x.shape
-    check(x, cache.data)
-    heads, capacity, size = cache.data.shape[3:]
-    *strides, token, element = strides_of(cache.data)
-    if cache.data.shape[:3] != (len(blocks), 2, rows) or heads * size != width:
+    (rows, tokens, width), data = x.shape, cache.data
+    check(x, data)
+    layers = parameters_of(blocks)  # these arrays live at least as long as the call
+    if rows * tokens > FEW_ROWS or layers is None or not data.flags.writeable:
         raise NotForC
-    if (token, element) != (size, 1) or cache.lengths.max() + tokens > capacity:
+    heads, capacity, size = data.shape[3:]
+    *strides, token, element = strides_of(data)
+    lengths = np.array(cache.lengths, np.int64)
+    fits = data.shape[:3] == (len(blocks), 2, rows) and heads * size == width
+    fits = (
+        fits and len(lengths) == rows and lengths.min() >= 0 and lengths.max() <= capacity - tokens
+    )
+    if not fits or (token, element) != (size, 1):
         raise NotForC
-    if rows * tokens > FEW_ROWS:
+    eps, *others = {norm.eps for block in blocks for norm in (block.ln_1, block.ln_2)}
+    if others or any(block.attn.n_head != heads or block.attn.c_attn.half for block in blocks):
         raise NotForC
-    table = (_Block * len(blocks))(*(_block(block, width, heads) for block in blocks))
+    entries = (_block(block, layer, width) for block, layer in zip(blocks, layers, strict=True))
+    table = (_Block * len(blocks))(*entries)
     y, room = np.array(x, order="C"), np.empty(rows * tokens * (6 * width + heads + 2), np.float32)
-    lengths = np.ascontiguousarray(cache.lengths, np.int64)
     call(
         "decode",
         _Decode(
-            *(rows, tokens, width, heads, len(blocks), blocks[0].ln_1.eps),
-            *(ctypes.addressof(table), cache.data.ctypes.data, *strides),
+            *(rows, tokens, width, heads, len(blocks), eps),
+            *(ctypes.addressof(table), data.ctypes.data, *strides),
             *(lengths.ctypes.data, y.ctypes.data, room.ctypes.data),
         ),
     )
@@ -457,30 +463,24 @@ def cached_blocks(x: Array, blocks: Sequence[Any], cache: Any) -> Array:
     return y
 
 
-# Where the parameters of each block lie, with the arrays it was asked of: asking takes a while.
-_BLOCKS: WeakKeyDictionary[Any, tuple[list[Array], _Block]] = WeakKeyDictionary()
+# Where the parameters of each block lie, with the arrays that were asked: asking takes a while.
+_BLOCKS: WeakKeyDictionary[Any, tuple[list[ref[Array]], _Block]] = WeakKeyDictionary()
 
 
-def _block(block: Any, width: int, heads: int) -> _Block:
-    """Where a `gpt2.Block`'s parameters lie; NotForC unless it does just what decode.c does."""
-    attn, mlp = block.attn, block.mlp
-    dropout = attn.attn_pdrop or attn.resid_dropout.p or mlp.resid_dropout.p
-    if block.norm_position != "pre" or attn.c_attn.half or (block.training and dropout):
+def _block(block: Any, arrays: list[Array], width: int) -> _Block:
+    """Where a block's parameters lie; NotForC where decode.c cannot read them."""
+    if len(arrays[0]) != width:
         raise NotForC
-    parts = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
-    arrays = [parameter.data for part in parts for parameter in (part.weight, part.bias)]
-    known = _BLOCKS.get(block)
-    if len(arrays[0]) != width or attn.n_head != heads:
-        raise NotForC
-    if known is None or not all(map(operator.is_, known[0], arrays)):
-        check(*arrays)
-        shapes = [(width,), (width, 3 * width), (width, width)]
-        shapes += [(width,), (width, 4 * width), (4 * width, width)]
-        pairs = [arrays[i : i + 2] for i in range(0, len(arrays), 2)]
-        for (weight, bias), shape in zip(pairs, shapes, strict=True):
-            fits = weight.shape == shape and bias.shape == shape[-1:]
-            if not fits or not weight.flags.f_contiguous or not bias.flags.c_contiguous:
-                raise NotForC
-        known = arrays, _Block(*(_Pair(*(a.ctypes.data for a in pair)) for pair in pairs))
-        _BLOCKS[block] = known
-    return known[1]
+    asked, places = _BLOCKS.get(block, ((), None))
+    if places is not None and all(array() is now for array, now in zip(asked, arrays, strict=True)):
+        return places
+    check(*arrays)
+    shapes = [(width,), (width, 3 * width), (width, width)]
+    shapes += [(width,), (width, 4 * width), (4 * width, width)]
+    for weight, bias, shape in zip(arrays[::2], arrays[1::2], shapes, strict=True):
+        in_order = weight.flags.f_contiguous and bias.flags.c_contiguous
+        if weight.shape != shape or bias.shape != shape[-1:] or not in_order:
+            raise NotForC
+    places = _Block(*(array.ctypes.data for array in arrays))
+    _BLOCKS[block] = list(map(ref, arrays)), places
+    return places

@@ -24,6 +24,7 @@ import numpy as np
 
 from micrograd_gpt.backend import Array, array_module
 from micrograd_gpt.kernels import cuda_modules
+from micrograd_gpt.kernels.blocks import IN_LAYER_NORM, parameters_of
 from micrograd_gpt.kernels.cuda_modules import launch
 from micrograd_gpt.kernels.gpu_arguments import (
     HEAD_SIZES,
@@ -46,7 +47,10 @@ def cached_blocks(x: Array, blocks: Sequence[Any], cache: Any) -> Array:
     data = cache.data
     if cache.lengths.max() >= data.shape[4]:
         raise Unsupported  # the definition says what is wrong
-    arrays = _parameters(blocks)
+    layers = parameters_of(blocks)
+    if layers is None:
+        raise Unsupported
+    arrays = [array for layer in layers for array in layer]
     # A graph knows addresses alone: whatever cache lies at this one, so laid out, is served by it
     place = (cuda_modules.address(data), data.shape, data.strides, data.dtype, len(blocks))
     steps = _STEPS.setdefault(blocks[0], {})
@@ -63,25 +67,12 @@ def cached_blocks(x: Array, blocks: Sequence[Any], cache: Any) -> Array:
 _STEPS: WeakKeyDictionary[Any, dict[tuple[Any, ...], TokenStep]] = WeakKeyDictionary()
 
 
-def _parameters(blocks: Sequence[Any]) -> list[Array]:
-    """The arrays of all parameters, those of LayerNorms first in each block's twelve."""
-    arrays = list[Array]()
-    for block in blocks:
-        attn, mlp = block.attn, block.mlp
-        dropout = attn.attn_pdrop or attn.resid_dropout.p or mlp.resid_dropout.p
-        if block.norm_position != "pre" or (block.training and dropout):
-            raise Unsupported
-        for part in (block.ln_1, block.ln_2, attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj):
-            arrays += (part.weight.data, part.bias.data)
-    return arrays
-
-
 class TokenStep:
     """The launches of a token step for certain parameters and a certain cache, and their graph.
 
     Args:
         x: new tokens (B, 1, C), float32.
-        parameters: the arrays of `_parameters(blocks)`, which are not kept alive.
+        parameters: the arrays of all blocks' parameters, which are not kept alive.
         data: that of the cache.
 
     Raises Unsupported where a kernel does not take one of them.
@@ -89,8 +80,8 @@ class TokenStep:
 
     def __init__(self, x: Array, parameters: Sequence[Array], data: Array) -> None:
         (rows, _, width), xp = x.shape, array_module(x)
-        float32(x, *(array for i, array in enumerate(parameters) if i % 12 < 4))
-        matrices = [array for i, array in enumerate(parameters) if i % 12 >= 4]
+        float32(x, *(a for i, a in enumerate(parameters) if i % 12 in IN_LAYER_NORM))
+        matrices = [a for i, a in enumerate(parameters) if i % 12 not in IN_LAYER_NORM]
         self.dtype = activation(*(a if a.flags.c_contiguous else a.T for a in matrices))
         if str(data.dtype) != self.dtype or data.strides[-1] != data.itemsize:
             raise Unsupported

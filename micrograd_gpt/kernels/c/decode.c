@@ -6,9 +6,11 @@
 #include "layers.h"
 #include "matmul.h"
 
-/* Each pair is a weight and its bias; linear weights (out, in), without gaps. */
+/* Weights of linear layers (out, in), without gaps. */
 typedef struct {
-  const float *ln_1[2], *c_attn[2], *attn_c_proj[2], *ln_2[2], *c_fc[2], *mlp_c_proj[2];
+  const float *ln_1_weight, *ln_1_bias, *c_attn_weight, *c_attn_bias;
+  const float *attn_c_proj_weight, *attn_c_proj_bias, *ln_2_weight, *ln_2_bias;
+  const float *c_fc_weight, *c_fc_bias, *mlp_c_proj_weight, *mlp_c_proj_bias;
 } Block;
 
 typedef struct {
@@ -22,15 +24,17 @@ typedef struct {
   float *room; /* rows × tokens × (6 width + heads + 2) floats */
 } Decode;
 
-static void linear(const Decode *d, const float *const *weights, Int k, Int m, const float *x,
-                   float *y) {
-  few_rows(&(FewRows){d->rows * d->tokens, k, m, x, weights[0], weights[1], y});
+static void linear(const Decode *d, const float *weight, const float *bias, Int k, Int m,
+                   const float *x, float *y) {
+  few_rows(&(FewRows){d->rows * d->tokens, k, m, x, weight, bias, y});
 }
 
-static void normalize(const Decode *d, const float *const *weights, float *y, float *statistics) {
+/* Of d->x; the statistics, which no backward will need, take 2 floats a row. */
+static void normalize(const Decode *d, const float *weight, const float *bias, float *y,
+                      float *statistics) {
   Int n = d->rows * d->tokens;
-  layer_norm_forward(&(LayerNorm){n, d->width, d->x, weights[0], weights[1], d->eps, y, statistics,
-                                  statistics + n});
+  layer_norm_forward(
+      &(LayerNorm){n, d->width, d->x, weight, bias, d->eps, y, statistics, statistics + n});
 }
 
 /* New keys and values go into the cache, behind what it holds. */
@@ -64,23 +68,25 @@ static void attend(const Decode *d, const float *qkv, const float *keys, float *
 
 void decode(const Decode *d) {
   Int n = d->rows * d->tokens, width = d->width;
-  float *branch = d->room, *wide = branch + n * width, *mixed = wide + n * 4 * width;
-  float *few = mixed + n * width;
+  float *branch = d->room;          /* (n, width): what a branch begins and ends with */
+  float *wide = branch + n * width; /* (n, 3 width) queries, keys, values; (n, 4 width) the MLP's */
+  float *mixed = wide + n * 4 * width; /* (n, width) */
+  float *unused = mixed + n * width;   /* LayerNorm's statistics, attention's log totals */
   for (Int i = 0; i < d->layers; i++) {
     const Block *b = &d->blocks[i];
     float *keys = d->cache + i * d->layer_stride;
 
-    normalize(d, b->ln_1, branch, few);
-    linear(d, b->c_attn, width, 3 * width, branch, wide);
+    normalize(d, b->ln_1_weight, b->ln_1_bias, branch, unused);
+    linear(d, b->c_attn_weight, b->c_attn_bias, width, 3 * width, branch, wide);
     remember(d, wide, keys);
-    attend(d, wide, keys, mixed, few);
-    linear(d, b->attn_c_proj, width, width, mixed, branch);
+    attend(d, wide, keys, mixed, unused);
+    linear(d, b->attn_c_proj_weight, b->attn_c_proj_bias, width, width, mixed, branch);
     add(&(Add){n * width, d->x, branch, d->x});
 
-    normalize(d, b->ln_2, branch, few);
-    linear(d, b->c_fc, width, 4 * width, branch, wide);
+    normalize(d, b->ln_2_weight, b->ln_2_bias, branch, unused);
+    linear(d, b->c_fc_weight, b->c_fc_bias, width, 4 * width, branch, wide);
     gelu_forward(&(Gelu){4 * n * width, NULL, wide, wide});
-    linear(d, b->mlp_c_proj, 4 * width, width, wide, branch);
+    linear(d, b->mlp_c_proj_weight, b->mlp_c_proj_bias, 4 * width, width, wide, branch);
     add(&(Add){n * width, d->x, branch, d->x});
   }
 }

@@ -121,7 +121,8 @@ static void multiply_strip(Int n, Int m, Int k, const float *a, Int a_row, int a
   }
 }
 
-/* How many columns of b are packed together: DEPTH rows of them take half the second-level cache. */
+/* How many columns of b are packed together: DEPTH rows of them take about half the second-level
+   cache. */
 static Int columns_together(void) {
   static _Atomic Int columns = 0; /* asking may take a while */
   if (!columns) {
@@ -259,24 +260,31 @@ INLINE void dots(int rows, int side, Int columns, Int k, const float *x, const f
   }
 }
 
-/* Columns first … end - 1 of y. For up to TOGETHER rows memory sets the pace, and it is fastest
-   read from one end to the other; for more, registers do, which are best used by a square. */
+INLINE void dots_of_rows(Int rows, int side, Int columns, Int k, const float *x,
+                         const float *weight, float *y, Int m) {
+  switch (rows) {
+    case 1: dots(1, side, columns, k, x, weight, y, m); break;
+    case 2: dots(2, side, columns, k, x, weight, y, m); break;
+    case 3: dots(3, side, columns, k, x, weight, y, m); break;
+    default: dots(4, side, columns, k, x, weight, y, m);
+  }
+}
+
+#define IN_NEAREST_CACHE 4096 /* floats of x that may stay there while weights pass by */
+
+/* Columns first … end - 1 of y. While x stays in the first-level cache memory sets the pace, which
+   is fastest read from one end to the other; if it does not, four weights share a look at it. */
 static void few_rows_columns(const FewRows *f, Int first, Int end) {
+  int in_one_stream = f->n <= TOGETHER && f->n * f->k <= IN_NEAREST_CACHE;
   for (Int j = first; j < end; j += LANES)
     for (Int r = 0; r < f->n; r += TOGETHER) {
       const float *x = f->x + r * f->k, *weight = f->weight + j * f->k;
       float *y = f->y + r * f->m + j;
       Int columns = min(LANES, end - j), rows = min(TOGETHER, f->n - r);
-      if (f->n > TOGETHER && rows == TOGETHER && columns == LANES)
-        dots(TOGETHER, TOGETHER, LANES, f->k, x, weight, y, f->m);
-      else if (rows == 1)
-        dots(1, 1, columns, f->k, x, weight, y, f->m);
-      else if (rows == 2)
-        dots(2, 1, columns, f->k, x, weight, y, f->m);
-      else if (rows == 3)
-        dots(3, 1, columns, f->k, x, weight, y, f->m);
+      if (in_one_stream || columns < LANES)
+        dots_of_rows(rows, 1, columns, f->k, x, weight, y, f->m);
       else
-        dots(4, 1, columns, f->k, x, weight, y, f->m);
+        dots_of_rows(rows, TOGETHER, LANES, f->k, x, weight, y, f->m);
     }
   for (Int r = 0; r < f->n && f->bias; r++)
     add_scaled(f->y + r * f->m + first, 1, f->bias + first, end - first);
