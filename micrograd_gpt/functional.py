@@ -487,7 +487,11 @@ def dropout_forward(x: Array, p: float, key: Key) -> tuple[Array, Any]:
 
 @accelerated
 def dropout_backward(grad: Array, factors: Any, p: float, key: Key) -> Array:
-    """Gradient of x. Saved: the factors, where they are not made again from the key."""
+    """Gradient of x. Saved: the factors; None from a kernel, which makes them again itself."""
+    if factors is None:
+        raise RuntimeError(
+            "a kernel dropped these numbers out: run its backward outside of definitions_only() too"
+        )
     return grad * factors
 
 

@@ -101,9 +101,11 @@ class AdamW:
     def clip(self, max_norm: float, loss_scale: float = 1.0) -> Any:
         """Let the next `step()` use the gradients as `clip_grad_norm` would make them; their norm.
 
-        On the CPU it makes them so. On a GPU they stay as they are, and the step multiplies them
-        as it reads them: a pass over them less, and nothing is read back.
+        On the CPU it makes them so. On a GPU they stay as they are until the step multiplies them
+        as it reads them: a pass over them less, and nothing is read back. So let nothing change
+        them in between. `zero_grad()`, or another `clip`, undoes it.
         """
+        self._gradient_scale = None
         grads = [p.grad for p in self.parameters if p.grad is not None]
         if not grads or device_of(grads[0]) == "cpu":
             return clip_grad_norm(self.parameters, max_norm, loss_scale)

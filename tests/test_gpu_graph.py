@@ -266,3 +266,15 @@ def test_a_full_cache_is_named(replays: list[int]) -> None:
     with pytest.raises(ValueError, match="holds 4 positions, not 5"):
         logits_of(model, cache, 1)
     assert cache.length == 4 and len(replays) == 3
+
+
+@pytest.mark.parametrize("other", [{"n_head": 1}, {"n_layer": 1}, {"n_embd": 64, "n_head": 4}])
+def test_a_cache_of_another_model_is_not_read(
+    other: dict[str, int], replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph would read and write beside it; the definition refuses it, or does what it can."""
+    model, cache = make(), KVCache(make(**other))
+    monkeypatch.setattr(decode_graph, "TokenStep", lambda *args: pytest.fail("not refused"))
+    with pytest.raises((ValueError, IndexError)):
+        logits_of(model, cache, 3)
+    assert replays == []

@@ -298,6 +298,27 @@ def test_a_clipped_step_is_the_cpus_and_leaves_nothing_behind(
         np.testing.assert_allclose(a.get() if a is not ours[0] else a, b, rtol=1e-5)
 
 
+def test_a_clip_that_finds_no_gradients_forgets_the_one_before(cupy: ModuleType) -> None:
+    moments = []
+    for clipped in (False, True):
+        parameter = nn.Parameter(np.ones(4, np.float32), device="gpu")
+        optimizer = optim.AdamW([parameter])
+        if clipped:
+            parameter.grad = cupy.full(4, 100, "float32")
+            optimizer.clip(1.0)
+            parameter.grad = None
+            optimizer.clip(1.0)
+        parameter.grad = cupy.full(4, 0.1, "float32")
+        optimizer.step()
+        moments.append(optimizer.m[0].get())
+    np.testing.assert_array_equal(*moments)
+
+
+def test_dropout_by_a_kernel_has_no_backward_by_its_definition() -> None:
+    with pytest.raises(RuntimeError, match="outside of definitions_only"):
+        F.dropout_backward.__wrapped__(np.ones(3), None, 0.5, (1,))
+
+
 def test_what_comes_from_the_host_is_checked_there(cupy: ModuleType) -> None:
     model = GPT2(GPT2Config(**SMALL), device="gpu")
     ids = np.zeros((1, 4), int)

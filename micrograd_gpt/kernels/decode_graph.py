@@ -44,12 +44,14 @@ def cached_blocks(x: Array, blocks: Sequence[Any], cache: Any) -> Array:
     rows, tokens, _ = x.shape
     if tokens != 1 or rows > FEW_ROWS or not len(blocks) or not cuda_modules.usable():
         raise Unsupported
-    data = cache.data
-    if cache.lengths.max() >= data.shape[4]:
-        raise Unsupported  # the definition says what is wrong
     layers = parameters_of(blocks)
     if layers is None:
         raise Unsupported
+    data, width = cache.data, x.shape[2]
+    fits = data.shape[:3] == (len(blocks), 2, rows) and data.shape[3] * data.shape[5] == width
+    fits = fits and cache.lengths.min() >= 0 and cache.lengths.max() < data.shape[4]
+    if not fits or any(block.attn.n_head != data.shape[3] for block in blocks):
+        raise Unsupported  # the definition says what is wrong
     arrays = [array for layer in layers for array in layer]
     # A graph knows addresses alone: whatever cache lies at this one, so laid out, is served by it
     place = (cuda_modules.address(data), data.shape, data.strides, data.dtype, len(blocks))
@@ -102,7 +104,8 @@ class TokenStep:
 
     def __call__(self, x: Array, blocks: Sequence[Any], cache: Any) -> Array:
         float32(x)
-        self.lengths.set(np.asarray(cache.lengths, np.int64))
+        # Through memory of CuPy's own: the numbers are changed below, before the GPU may read them
+        self.lengths[...] = array_module(x).asarray(cache.lengths.astype(np.int64))
         self.stream[...] = x.reshape(self.stream.shape)
         if self.steps == 1:  # all kernels have been loaded by the first step's launches
             self.graph = self._captured(blocks, cache.data)
@@ -179,7 +182,7 @@ def attend(qkv: Array, keys: Array, values: Array, lengths: Array, out: Array) -
 def _warn(problem: str) -> None:
     """Once for each problem."""
     warnings.warn(
-        f"decoding launches its kernels one by one, since CUDA cannot capture them: {problem}",
+        f"decoding launches its kernels one by one, since they could not be captured: {problem}",
         RuntimeWarning,
         stacklevel=2,
     )

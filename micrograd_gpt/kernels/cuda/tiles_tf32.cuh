@@ -9,7 +9,7 @@
 
 #pragma once
 
-constexpr int TILE = 32;  // rows of a tile: with more the backward runs out of registers
+constexpr int TILE = 32;  // rows of a tile: with more the backward lacks registers, at 128 channels already
 constexpr int LANES_PER_ROW = 4, THREADS = ROWS / 16 * WARP;
 constexpr int COLUMNS = TILE / LANES_PER_ROW;  // of scores (ROWS, TILE) in one thread, for each row
 constexpr int CHANNELS = HEAD_SIZE / LANES_PER_ROW;  // of sums (ROWS, HEAD_SIZE) likewise
