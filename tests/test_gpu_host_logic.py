@@ -20,6 +20,7 @@ from typing import Any
 import fake_cupy
 import numpy as np
 import pytest
+from training import everything, in_this_process, script
 
 from micrograd_gpt import Tensor, backend, nn, optim
 from micrograd_gpt import functional as F
@@ -29,7 +30,6 @@ from micrograd_gpt.gpt2 import GPT2, GPT2Config, KVCache
 from micrograd_gpt.kernels import definitions_only
 from micrograd_gpt.metrics import Unread
 from micrograd_gpt.precision import array_dtype
-from micrograd_gpt.tensor_files import TensorFile
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 61, "n_positions": 16}
@@ -56,35 +56,10 @@ def cupy() -> Iterator[ModuleType]:
         yield module
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def train(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Train a small model in this process; returns the folder `out` of the run."""
-    text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    train_gpt2 = script("train_gpt2")
-
-    def run(out: str, *flags: str, resume: bool = False) -> Path:
-        start = ["--resume"] if resume else ["--data", str(text), *RUN]
-        train_gpt2.main([*start, "--out", str(tmp_path / out), *flags])
-        return tmp_path / out
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def arrays(folder: Path) -> dict[str, np.ndarray]:
-    files = (TensorFile(folder / name) for name in ("model.safetensors", "optimizer.safetensors"))
-    return {name: file.read(name) for file in files for name in file.shapes}
+    with in_this_process(tmp_path, RUN) as run:
+        yield run
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
@@ -222,9 +197,9 @@ def test_a_run_resumes_bit_for_bit(
     assert json.loads((stopped / "trainer_state.json").read_text())["step"] == 5
     monkeypatch.setattr(optim.AdamW, "step", step)
     train("stopped", resume=True)
-    for name, array in arrays(straight).items():
+    for name, array in everything(straight).items():
         assert array.dtype == np.float32
-        np.testing.assert_array_equal(arrays(stopped)[name], array, err_msg=name)
+        np.testing.assert_array_equal(everything(stopped)[name], array, err_msg=name)
     assert losses(stopped)[-1] == losses(straight)[-1]
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+from training import everything, in_this_process, script
 
 from micrograd_gpt import optim
 from micrograd_gpt.errors import UserError
-from micrograd_gpt.tensor_files import TensorFile
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -28,41 +26,16 @@ SMALL = [
 Run = Callable[..., Path]
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def train(tmp_path: Path) -> Run:
-    """Train a small model in this process; returns the folder `out` of the run."""
-    text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    train_gpt2 = script("train_gpt2")
-
-    def run(out: str, *flags: str, resume: bool = False) -> Path:
-        start = ["--resume"] if resume else ["--data", str(text), *SMALL]
-        train_gpt2.main([*start, "--out", str(tmp_path / out), *flags])
-        return tmp_path / out
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def train(tmp_path: Path) -> Iterator[Run]:
+    with in_this_process(tmp_path, SMALL) as run:
+        yield run
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     timed = ("tokens_per_second", "elapsed_seconds")
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
-
-
-def arrays(folder: Path) -> dict[str, np.ndarray]:
-    files = (TensorFile(folder / name) for name in ("model.safetensors", "optimizer.safetensors"))
-    return {name: file.read(name) for file in files for name in file.shapes}
 
 
 def state(folder: Path) -> dict[str, float] | None:
@@ -77,7 +50,7 @@ def test_bfloat16_trains_beside_float32_files(
     assert notes == [
         "note: on the CPU bfloat16 is emulated, by rounding float32 numbers: it is not faster"
     ]
-    assert all(a.dtype == np.float32 for a in arrays(out).values())
+    assert all(a.dtype == np.float32 for a in everything(out).values())
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
     assert state(out) is None and not any("loss_scale" in row for row in rows(out))
     losses = [[row["train_loss"] for row in rows(folder)] for folder in (exact, out)]
@@ -121,8 +94,8 @@ def test_float16_scales_its_loss_and_resumes_bit_for_bit(
     monkeypatch.setattr(optim.AdamW, "step", step)
     train("stopped", resume=True)
     assert rows(stopped) == logged and state(stopped) == state(straight)
-    for name, array in arrays(straight).items():
-        np.testing.assert_array_equal(arrays(stopped)[name], array, err_msg=name)
+    for name, array in everything(straight).items():
+        np.testing.assert_array_equal(everything(stopped)[name], array, err_msg=name)
 
 
 def test_the_scale_does_not_show_in_the_losses(train: Run, monkeypatch: pytest.MonkeyPatch) -> None:

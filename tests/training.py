@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 from micrograd_gpt.tensor_files import TensorFile
 
-SCRIPT = Path(__file__).parents[1] / "train_gpt2.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_gpt2.py"
 SMALL = [
     *("--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "8"),
     *("--batch-size", "4", "--warmup-steps", "2", "--eval-batches", "2", "--log-interval", "1"),
@@ -22,6 +28,33 @@ SMALL = [
 def run(*flags: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def script(name: str) -> ModuleType:
+    """One of the scripts as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def in_this_process(folder: Path, settings: Sequence[str]) -> Iterator[Callable[..., Path]]:
+    """`train(out, *flags, resume=False)` trains with these settings; returns the run's folder."""
+    text = folder / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    train_gpt2 = script("train_gpt2")
+
+    def train(out: str, *flags: str, resume: bool = False) -> Path:
+        start = ["--resume"] if resume else ["--data", str(text), *settings]
+        train_gpt2.main([*start, "--out", str(folder / out), *flags])
+        return folder / out
+
+    yield train
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
