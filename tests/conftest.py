@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from training import SCRIPT
+from training import script
 
 from micrograd_gpt.backend import library_for
 from micrograd_gpt.errors import UserError
@@ -35,11 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def train_gpt2() -> ModuleType:
     """The training script as a module."""
-    spec = importlib.util.spec_from_file_location("train_gpt2", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("train_gpt2")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import training
 
 from micrograd_gpt import sampling
 from micrograd_gpt.checkpoint import save_pretrained
@@ -24,10 +24,7 @@ from micrograd_gpt.pretrained import from_pretrained
 from micrograd_gpt.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "generate.py"
-spec = importlib.util.spec_from_file_location("generate", SCRIPT)
-assert spec and spec.loader
-generate = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(generate)
+generate = training.script("generate")
 TEXT = "the quick brown fox jumps over the lazy dog.\n"
 
 

@@ -57,9 +57,8 @@ def cupy() -> Iterator[ModuleType]:
 
 
 @pytest.fixture
-def train(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    with in_this_process(tmp_path, RUN) as run:
-        yield run
+def train(train_gpt2: ModuleType, text: Path, tmp_path: Path) -> Callable[..., Path]:
+    return in_this_process(train_gpt2, text, tmp_path, RUN)
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:

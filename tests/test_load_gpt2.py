@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import training
 from faults import Fault, Server, fill_disk, serving
 
 from micrograd_gpt import checkpoint, cli, files, pretrained
@@ -36,11 +36,7 @@ DATA_SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 16, "vocab_size": 61, "n_posi
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("load_gpt2", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return training.script("load_gpt2")
 
 
 @pytest.fixture

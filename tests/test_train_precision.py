@@ -7,8 +7,9 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -27,9 +28,8 @@ Run = Callable[..., Path]
 
 
 @pytest.fixture
-def train(tmp_path: Path) -> Iterator[Run]:
-    with in_this_process(tmp_path, SMALL) as run:
-        yield run
+def train(train_gpt2: ModuleType, text: Path, tmp_path: Path) -> Run:
+    return in_this_process(train_gpt2, text, tmp_path, SMALL)
 
 
 def rows(folder: Path) -> list[dict[str, float]]:

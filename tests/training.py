@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -39,22 +37,17 @@ def script(name: str) -> ModuleType:
     return module
 
 
-@contextmanager
-def in_this_process(folder: Path, settings: Sequence[str]) -> Iterator[Callable[..., Path]]:
+def in_this_process(
+    train_gpt2: ModuleType, text: Path, folder: Path, settings: Sequence[str]
+) -> Callable[..., Path]:
     """`train(out, *flags, resume=False)` trains with these settings; returns the run's folder."""
-    text = folder / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    train_gpt2 = script("train_gpt2")
 
     def train(out: str, *flags: str, resume: bool = False) -> Path:
         start = ["--resume"] if resume else ["--data", str(text), *settings]
         train_gpt2.main([*start, "--out", str(folder / out), *flags])
         return folder / out
 
-    yield train
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return train
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

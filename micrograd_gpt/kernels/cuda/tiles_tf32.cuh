@@ -10,14 +10,7 @@
 #pragma once
 
 constexpr int TILE = 32;  // rows of a tile: with more the backward lacks registers, at 128 channels already
-constexpr int LANES_PER_ROW = 4, THREADS = ROWS / 16 * WARP;
-constexpr int COLUMNS = TILE / LANES_PER_ROW;  // of scores (ROWS, TILE) in one thread, for each row
-constexpr int CHANNELS = HEAD_SIZE / LANES_PER_ROW;  // of sums (ROWS, HEAD_SIZE) likewise
-
-__device__ inline int lane_of() { return threadIdx.x % WARP; }
-__device__ inline int row_of(int r) { return threadIdx.x / WARP * 16 + lane_of() / 4 + 8 * r; }
-__device__ inline int column_of(int c) { return c / 2 * 8 + lane_of() % 4 * 2 + c % 2; }
-__device__ inline int channel_of(int c) { return column_of(c); }
+#include "fragments.cuh"
 
 struct Tile {
     // TF32. Four words more to a row: both products then read 32 different banks at a time
