@@ -19,14 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from micrograd_gpt import cli
-from micrograd_gpt.errors import UserError
+from micrograd_gpt.support import cli
+from micrograd_gpt.support.errors import UserError
 
 if TYPE_CHECKING:
-    from micrograd_gpt.context import Continuation
-    from micrograd_gpt.filters import Settings
+    from micrograd_gpt.generation.context import Continuation
+    from micrograd_gpt.generation.filters import Settings
     from micrograd_gpt.gpt2 import GPT2
-    from micrograd_gpt.tokenizers import Tokenizer
+    from micrograd_gpt.text.tokenizers import Tokenizer
 
 SEPARATOR = "---------------"  # between samples
 
@@ -61,7 +61,7 @@ DECODING: dict[str, Any] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    from micrograd_gpt.backend import memory_errors, set_tf32
+    from micrograd_gpt.arrays.backend import memory_errors, set_tf32
 
     flags = make_parser().parse_args(argv)
     if sys.stdout is None:
@@ -218,7 +218,7 @@ def resolve(choices: dict[str, Any], end_of_text: int | None = None) -> Settings
 
     Raises UserError for choices that are out of range or contradict each other.
     """
-    from micrograd_gpt.filters import Settings
+    from micrograd_gpt.generation.filters import Settings
 
     chosen = {name: value for name, value in choices.items() if value is not None}
     settings = DECODING | chosen
@@ -260,10 +260,10 @@ def read_prompt(given: str | None) -> str | None:
 
 def load(name: str | None, device: str, dtype: str) -> tuple[GPT2, Tokenizer]:
     """The model and its tokenizer; UserError where there are none, or they do not fit."""
+    from micrograd_gpt.arrays.precision import emulation_note
     from micrograd_gpt.gpt2 import GPT2
-    from micrograd_gpt.precision import emulation_note
-    from micrograd_gpt.pretrained import from_pretrained
-    from micrograd_gpt.tokenizers import GPT2Tokenizer, load_tokenizer
+    from micrograd_gpt.text.tokenizers import GPT2Tokenizer, load_tokenizer
+    from micrograd_gpt.weights.pretrained import from_pretrained
 
     given = name
     if name is None:
@@ -302,10 +302,10 @@ def continue_text(
     model: GPT2, tokenizer: Tokenizer, prompt: str, choices: dict[str, Any], as_json: bool
 ) -> bool:
     """Write the continuations of one prompt to stdout; False if Ctrl-C cut them short."""
-    from micrograd_gpt.backend import memory_errors
-    from micrograd_gpt.beam_search import beam_search
-    from micrograd_gpt.filters import NO_TOKEN_LEFT
-    from micrograd_gpt.sampling import decode, start_samples
+    from micrograd_gpt.arrays.backend import memory_errors
+    from micrograd_gpt.generation.beam_search import beam_search
+    from micrograd_gpt.generation.filters import NO_TOKEN_LEFT
+    from micrograd_gpt.generation.sampling import decode, start_samples
 
     settings = resolve(choices, tokenizer.end_of_text)
     stop_texts = choices["stop"] or ()
@@ -357,7 +357,7 @@ class Output:
         stop_texts: Sequence[str],
         as_json: bool,
     ) -> None:
-        from micrograd_gpt.sampling import TextStream
+        from micrograd_gpt.generation.sampling import TextStream
 
         self.prompt, self.as_json = prompt, as_json
         self.waiting = [(c, TextStream(tokenizer, stop_texts)) for c in continuations]

@@ -18,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from micrograd_gpt import cli, no_grad
-from micrograd_gpt.checkpoint import MODEL, STATE, save_pretrained
-from micrograd_gpt.errors import UserError
+from micrograd_gpt import no_grad
 from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config, size_name
-from micrograd_gpt.pretrained import (
+from micrograd_gpt.runs.checkpoint import MODEL, STATE, save_pretrained
+from micrograd_gpt.support import cli
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.tokenizers import Tokenizer, load_tokenizer
+from micrograd_gpt.weights.pretrained import (
     OPENAI_URL,
     HuggingFace,
     OpenAI,
@@ -33,7 +35,6 @@ from micrograd_gpt.pretrained import (
     open_weights,
     published_shape,
 )
-from micrograd_gpt.tokenizers import Tokenizer, load_tokenizer
 
 # The greedy continuation of "The dog" by openai-community/gpt2, 20 tokens in all, as published.
 # fmt: off

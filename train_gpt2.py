@@ -26,17 +26,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from micrograd_gpt import checkpoint, cli, no_grad, optim, plan
-from micrograd_gpt.backend import memory_errors, resolve_device, set_tf32
-from micrograd_gpt.checkpoint import load_config
-from micrograd_gpt.data import Corpus, Windows, load_corpus
-from micrograd_gpt.errors import UserError
+from micrograd_gpt import no_grad, optim
+from micrograd_gpt.arrays.backend import memory_errors, resolve_device, set_tf32
+from micrograd_gpt.arrays.precision import emulation_note, wide
 from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config, size_name
-from micrograd_gpt.kernels import compiler
-from micrograd_gpt.metrics import Metrics, Unread, read_numbers
-from micrograd_gpt.precision import emulation_note, wide
-from micrograd_gpt.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
-from micrograd_gpt.train_settings import is_size, parse_flags, resolve_settings
+from micrograd_gpt.kernels.in_c import compiler
+from micrograd_gpt.runs import checkpoint, plan
+from micrograd_gpt.runs.checkpoint import load_config
+from micrograd_gpt.runs.metrics import Metrics, Unread, read_numbers
+from micrograd_gpt.runs.settings import is_size, parse_flags, resolve_settings
+from micrograd_gpt.support import cli
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.data import Corpus, Windows, load_corpus
+from micrograd_gpt.text.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -100,7 +100,7 @@ def machine_limits() -> dict[str, Any]:
     """float32 rates of NumPy's matrix product and matrix-vector product; which BLAS kernels."""
     from threadpoolctl import threadpool_info
 
-    from micrograd_gpt.kernels import compiler
+    from micrograd_gpt.kernels.in_c import compiler
 
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((2048, 2048), dtype=np.float32) for _ in range(2))

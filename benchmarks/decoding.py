@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from micrograd_gpt import cli, optim
-from micrograd_gpt.data import Windows, load_documents
+from micrograd_gpt import optim
+from micrograd_gpt.generation.sampling import generate
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.pretrained import from_pretrained
-from micrograd_gpt.sampling import generate
-from micrograd_gpt.tokenizers import GPT2Tokenizer, Tokenizer, load_tokenizer, make_tokenizer
+from micrograd_gpt.support import cli
+from micrograd_gpt.text.data import Windows, load_documents
+from micrograd_gpt.text.tokenizers import GPT2Tokenizer, Tokenizer, load_tokenizer, make_tokenizer
+from micrograd_gpt.weights.pretrained import from_pretrained
 
 # Text that repeats itself, as code and data do
 RECORDS = "".join(

@@ -22,10 +22,10 @@ from typing import Any
 
 from common import child, print_table
 
-from micrograd_gpt import cli
-from micrograd_gpt.backend import library_for
-from micrograd_gpt.errors import UserError
-from micrograd_gpt.files import written_whole
+from micrograd_gpt.arrays.backend import library_for
+from micrograd_gpt.support import cli
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import written_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_FOR_TESTS = 200  # seconds: a test that hangs must not take the measurements' time

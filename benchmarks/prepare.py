@@ -95,7 +95,7 @@ def measure(task: dict[str, Any]) -> dict[str, float]:
 
 
 def prepare_ours(task: dict[str, Any]) -> None:
-    from micrograd_gpt.prepare import prepare
+    from micrograd_gpt.text.prepare import prepare
 
     text = Path(task["text"])
     with tempfile.TemporaryDirectory(dir=text.parent) as cache:
@@ -110,7 +110,7 @@ def encode_alone(task: dict[str, Any]) -> None:
 
 def encode_part(part: tuple[dict[str, Any], int]) -> None:
     """Encode one process's part of the text, with tiktoken's encoder for GPT-2."""
-    from micrograd_gpt.tokenizers import _gpt2_encoding
+    from micrograd_gpt.text.tokenizers import _gpt2_encoding
 
     task, i = part
     path, count = task["text"], task["processes"]

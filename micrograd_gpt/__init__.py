@@ -4,9 +4,12 @@ from micrograd_gpt import Tensor, no_grad, nn, optim, functional as F
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 """
 
-from micrograd_gpt import checkpoint, functional, nn, optim, pretrained, sampling
+from micrograd_gpt import functional, nn, optim
+from micrograd_gpt.generation import sampling
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.tensor import Tensor, concatenate, draw_graph, no_grad, where
+from micrograd_gpt.weights import pretrained
 
 __all__ = ["Tensor", "concatenate", "draw_graph", "functional", "nn", "no_grad", "optim", "where"]
 

@@ -23,10 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from micrograd_gpt import backend
-from micrograd_gpt.backend import Array, Key, array_module
-from micrograd_gpt.kernels import accelerated
-from micrograd_gpt.precision import (
+from micrograd_gpt.arrays import backend
+from micrograd_gpt.arrays.backend import Array, Key, array_module
+from micrograd_gpt.arrays.precision import (
     array_dtype,
     is_float,
     kept,
@@ -34,6 +33,7 @@ from micrograd_gpt.precision import (
     wide,
     widened,
 )
+from micrograd_gpt.kernels import accelerated
 from micrograd_gpt.tensor import AddInto, Tensor, record, recording
 
 IGNORE = -100  # a target that counts for nothing, as in PyTorch and Transformers

@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from micrograd_gpt import functional as F
-from micrograd_gpt.backend import Array, RandomStream, array_module, library_for
-from micrograd_gpt.errors import UserError
+from micrograd_gpt.arrays.backend import Array, RandomStream, array_module, library_for
+from micrograd_gpt.arrays.precision import array_dtype, half_name, wide
 from micrograd_gpt.kernels import accelerated
 from micrograd_gpt.nn import Dropout, Embedding, Init, LayerNorm, Linear, Module
-from micrograd_gpt.precision import array_dtype, half_name, wide
+from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Tensor, recompute, tape_is_on
 
 SIZES = {  # OpenAI's four models

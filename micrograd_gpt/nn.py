@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from micrograd_gpt import functional as F
-from micrograd_gpt.backend import Array, RandomStream, library_for
-from micrograd_gpt.precision import array_dtype, half_name, moved, wide
+from micrograd_gpt.arrays.backend import Array, RandomStream, library_for
+from micrograd_gpt.arrays.precision import array_dtype, half_name, moved, wide
 from micrograd_gpt.tensor import Tensor
 
 M = TypeVar("M", bound="Module")

@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from micrograd_gpt.backend import Array, array_module, device_of
-from micrograd_gpt.errors import UserError
+from micrograd_gpt.arrays.backend import Array, array_module, device_of
 from micrograd_gpt.kernels import accelerated
+from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Tensor
 
 

@@ -22,15 +22,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from micrograd_gpt.backend import (
+from micrograd_gpt.arrays.backend import (
     Array,
     RandomStream,
     array_module,
     device_of,
     to_device,
 )
+from micrograd_gpt.arrays.precision import half_name, is_float, kept, wide, widened
 from micrograd_gpt.kernels import accelerated
-from micrograd_gpt.precision import half_name, is_float, kept, wide, widened
 
 Number: TypeAlias = int | float
 AddInto: TypeAlias = Callable[[Array], None]  # adds a gradient into an array, in place

@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 from training import script
 
-from micrograd_gpt.backend import library_for
-from micrograd_gpt.errors import UserError
+from micrograd_gpt.arrays.backend import library_for
+from micrograd_gpt.support.errors import UserError
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

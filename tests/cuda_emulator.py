@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from micrograd_gpt.kernels import cuda_modules
+from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 
 HEADERS = Path(__file__).parent / "cuda_on_cpu"
 NEEDED = "#include <bit>\n#include <ucontext.h>\n_Float16 x = std::bit_cast<_Float16>((short)0);\n"

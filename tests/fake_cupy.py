@@ -366,8 +366,8 @@ cuda = SimpleNamespace(
 @contextmanager
 def installed() -> Iterator[ModuleType]:
     """Within this block `import cupy` gives this module, and the counts begin at 0."""
-    from micrograd_gpt import backend
-    from micrograd_gpt.kernels import cuda_modules
+    from micrograd_gpt.arrays import backend
+    from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 
     this, before = sys.modules[__name__], sys.modules.get("cupy")
     sys.modules["cupy"] = this

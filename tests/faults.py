@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from micrograd_gpt.errors import UserError
+from micrograd_gpt.support.errors import UserError
 
 LOGIN_PAGE = b"<!DOCTYPE html><html><body>Please log in to the hotel's network.</body></html>"
 

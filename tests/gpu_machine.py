@@ -15,7 +15,10 @@ import pytest
 from cuda_emulator import Emulator
 from guarded_arrays import GuardedArrays
 
-from micrograd_gpt.kernels import cublas, cuda_modules, gpu, gpu_arguments
+from micrograd_gpt.kernels.in_cuda import arguments as gpu_arguments
+from micrograd_gpt.kernels.in_cuda import cublas
+from micrograd_gpt.kernels.in_cuda import kernels as gpu
+from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 
 
 class Machine(ABC):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from micrograd_gpt.kernels.cuda_modules import address
+from micrograd_gpt.kernels.in_cuda.modules import address
 
 GUARD = 512  # bytes on either side of a new array
 CANARY = 0xA5

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from micrograd_gpt import no_grad, optim
-from micrograd_gpt.errors import UserError
 from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config, KVCache, size_name
-from micrograd_gpt.tensor_files import TensorFile
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.weights.tensor_files import TensorFile
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 23, "n_positions": 12}
 DROPOUT = {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.3}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from micrograd_gpt import Tensor, nn, optim
-from micrograd_gpt.backend import RandomStream
-from micrograd_gpt.errors import UserError
+from micrograd_gpt.arrays.backend import RandomStream
+from micrograd_gpt.support.errors import UserError
 
 
 class Net(nn.Module):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from micrograd_gpt import no_grad
-from micrograd_gpt.backend import RandomStream
+from micrograd_gpt.arrays.backend import RandomStream
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.tensor import Tensor, recompute
 

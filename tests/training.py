@@ -12,7 +12,7 @@ from types import ModuleType
 
 import numpy as np
 
-from micrograd_gpt.tensor_files import TensorFile
+from micrograd_gpt.weights.tensor_files import TensorFile
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_gpt2.py"

@@ -7,8 +7,8 @@ import signal
 
 import numpy as np
 
-from micrograd_gpt.prepare import encode_texts
-from micrograd_gpt.tokenizers import ByteTokenizer
+from micrograd_gpt.text.prepare import encode_texts
+from micrograd_gpt.text.tokenizers import ByteTokenizer
 
 
 def deaf_from_the_start_and_later(piece: list[str]) -> tuple[bool, bool]:

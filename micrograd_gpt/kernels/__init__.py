@@ -16,9 +16,11 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-from micrograd_gpt.backend import device_of
-from micrograd_gpt.kernels import compiled, cpu, gpu
-from micrograd_gpt.kernels.c_arguments import NotForC
+from micrograd_gpt.arrays.backend import device_of
+from micrograd_gpt.kernels.in_c import kernels as compiled
+from micrograd_gpt.kernels.in_c.arguments import NotForC
+from micrograd_gpt.kernels.in_cuda import kernels as gpu
+from micrograd_gpt.kernels.in_numpy import kernels as cpu
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from micrograd_gpt.backend import Array
+from micrograd_gpt.arrays.backend import Array
 
 IN_LAYER_NORM = (0, 1, 6, 7)  # which of a block's twelve parameters are LayerNorms'
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from micrograd_gpt.tensor_files import write_safetensors
+from micrograd_gpt.weights.tensor_files import write_safetensors
 
 TARGET = Path(__file__).parents[1] / "data" / "gpt2_reference.safetensors"
 SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 67, "n_positions": 16}

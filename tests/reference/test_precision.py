@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from micrograd_gpt.arrays.precision import HALF, kept
 from micrograd_gpt.gpt2 import GPT2
-from micrograd_gpt.precision import HALF, kept
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 
 from micrograd_gpt import no_grad
-from micrograd_gpt.checkpoint import save_pretrained
 from micrograd_gpt.gpt2 import GPT2
-from micrograd_gpt.pretrained import RELEASES, build, from_pretrained, open_weights
-from micrograd_gpt.tensor_files import TensorFile
-from micrograd_gpt.tf_checkpoint import TFCheckpoint
+from micrograd_gpt.runs.checkpoint import save_pretrained
+from micrograd_gpt.weights.pretrained import RELEASES, build, from_pretrained, open_weights
+from micrograd_gpt.weights.tensor_files import TensorFile
+from micrograd_gpt.weights.tf_checkpoint import TFCheckpoint
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {"n_layer": 2, "n_head": 3, "n_embd": 24, "n_positions": 40, "vocab_size": 70}

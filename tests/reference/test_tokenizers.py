@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from micrograd_gpt import tokenizers
-from micrograd_gpt.tokenizers import END_OF_TEXT, GPT2Tokenizer
+from micrograd_gpt.text import tokenizers
+from micrograd_gpt.text.tokenizers import END_OF_TEXT, GPT2Tokenizer
 
 transformers = pytest.importorskip("transformers")
 

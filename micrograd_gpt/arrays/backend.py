@@ -1,0 +1,160 @@
+"""Which array library a tensor lives in, what its device is called, where randomness comes from.
+
+An array is a NumPy array ("cpu") or a CuPy array ("gpu"). Code that works on either asks
+`array_module(array)` for the library and calls it `xp`. CuPy is imported when a GPU is first asked
+for, and never before.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from micrograd_gpt.support.errors import UserError
+
+Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray; CuPy need not be installed to check types
+Key: TypeAlias = tuple[int, ...]  # names one random draw: the same key gives the same numbers
+
+DEVICES = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
+INSTALL_CUPY = "pip install -e '.[cuda13]' (or '.[cuda12]')"
+# How the runtime, the driver and cuBLAS say that they got no memory for what they need themselves
+NO_GPU_MEMORY = (
+    "cudaErrorMemoryAllocation",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+DROPOUT_ROWS = 128  # rows of attention weights that share one random draw
+
+
+def resolve_device(name: str) -> str:
+    """Return "cpu" or "gpu" for a name the user gave; raises UserError for any other name."""
+    if name not in DEVICES:
+        raise UserError(f"unknown device {name!r}: choose one of {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+def array_module(array: Array) -> ModuleType:
+    """The library, numpy or cupy, whose functions work on `array`."""
+    return np if isinstance(array, np.ndarray | np.generic) else sys.modules["cupy"]
+
+
+def device_of(array: Array) -> str:
+    """The device an array lives on, "cpu" or "gpu"."""
+    return "cpu" if isinstance(array, np.ndarray | np.generic) else "gpu"
+
+
+def library_for(device: str) -> ModuleType:
+    """The array library of a device; raises UserError when there is no GPU to compute on."""
+    if resolve_device(device) == "cpu":
+        return np
+    return _usable_cupy()
+
+
+@functools.cache
+def _usable_cupy() -> ModuleType:
+    # CuPy, if it is there and has a GPU; else UserError. A failure is not remembered.
+    try:
+        import cupy
+    except ModuleNotFoundError as problem:
+        if problem.name != "cupy":
+            raise UserError(f"CuPy cannot be imported ({problem}): {INSTALL_CUPY}") from None
+        raise UserError(f"--device gpu needs CuPy: {INSTALL_CUPY}") from None
+    except ImportError as problem:  # a library of CUDA's that is missing, say
+        reason = " ".join(str(problem).split())
+        raise UserError(f"CuPy cannot be imported ({reason}): {INSTALL_CUPY}") from None
+    runtime = cupy.cuda.runtime
+    try:
+        found = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as problem:
+        driver = runtime.driverGetVersion()  # 12040 is CUDA 12.4, 0 is no driver
+        if driver == 0:
+            raise UserError("there is no NVIDIA driver here; use --device cpu") from None
+        if driver < runtime.runtimeGetVersion():
+            raise UserError(
+                f"the NVIDIA driver is too old for this CuPy: it knows CUDA {_cuda(driver)}, CuPy "
+                f"was built for {_cuda(runtime.runtimeGetVersion())}; update the driver, or "
+                "pip install -e '.[cuda12]'"
+            ) from None
+        raise UserError(f"CuPy finds no usable NVIDIA GPU ({problem}); use --device cpu") from None
+    if not found:
+        raise UserError("CuPy finds no NVIDIA GPU; use --device cpu")
+    return cupy
+
+
+def _cuda(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Within this block, to run out of memory is a UserError that ends in `advice`."""
+    try:
+        yield
+    except MemoryError as error:
+        place = "the GPU" if type(error).__module__ == "cupy.cuda.memory" else "this machine"
+        raise UserError(f"{place} is out of memory ({error}): {advice}") from error
+    except RuntimeError as error:  # what CuPy makes of the errors of CUDA's libraries
+        if not str(error).startswith(NO_GPU_MEMORY):
+            raise
+        raise UserError(f"the GPU is out of memory ({error}): {advice}") from error
+
+
+def set_tf32(on: bool, device: str) -> None:
+    """Let float32 matrix products on the GPU round what they multiply to TF32, or forbid it.
+
+    TF32 has float32's exponent and float16's precision of 11 bits, and runs on tensor cores. CuPy
+    reads CUPY_TF32 at its first float32 product, so this must come before. Raises UserError for the
+    CPU, which has no such thing.
+    """
+    if resolve_device(device) == "gpu":
+        os.environ["CUPY_TF32"] = "1" if on else "0"
+    elif on:
+        raise UserError("--tf32 is for --device gpu: leave it out, or train on a GPU")
+
+
+def to_device(array: Array, device: str) -> Array:
+    """`array` on `device`: itself if it is there already, else a copy."""
+    device = resolve_device(device)
+    if device_of(array) == device:
+        return array
+    return library_for("gpu").asarray(array) if device == "gpu" else array.get(order="A")
+
+
+class RandomStream:
+    """Numbers the random draws of a computation: draw n after `reseed(*seed)` has key (*seed, n).
+
+    Every draw is a function of its key alone, so a run that reseeds with (seed, step) at each step
+    continues exactly after a restart with no generator state to save. `position` is the key of the
+    latest draw: set back, the same draws come again.
+    """
+
+    def __init__(self, *seed: int) -> None:
+        self.reseed(*seed)
+
+    def reseed(self, *seed: int) -> None:
+        self.position: Key = (*seed, 0)
+
+    def next_key(self) -> Key:
+        *seed, drawn = self.position
+        self.position = (*seed, drawn + 1)
+        return self.position
+
+
+def uniform(key: Key, shape: Iterable[int], xp: ModuleType = np) -> Array:
+    """float32 numbers in [0, 1), an array of `shape`, the same for the same key and library."""
+    if xp is np:
+        return np.random.default_rng(key).random(tuple(shape), dtype=np.float32)
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return xp.random.default_rng(seed).random(tuple(shape), dtype=np.float32)
+
+
+def dropout_factors(key: Key, shape: Iterable[int], p: float, xp: ModuleType = np) -> Array:
+    """float32 factors: 0 with probability p, else 1 / (1 - p); a function of `key`."""
+    return (uniform(key, shape, xp) >= p) * np.float32(1 / (1 - p))

@@ -1,0 +1,112 @@
+"""Beam search: look for the continuation that is likeliest as a whole, keeping several in play.
+
+Like `_beam_search` in Transformers' `generation/utils.py`: the same beams, scores and end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from micrograd_gpt.generation.context import Context, Continuation
+from micrograd_gpt.generation.filters import NEVER, NO_TOKEN_LEFT, Settings, log_softmax, penalise
+from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.support.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Beam(Continuation):
+    """A continuation, and the sum of the log-probabilities of its new tokens after the penalties.
+
+    Of one that has ended, `score` is that sum / length ** `length_penalty`.
+    """
+
+    score: float
+
+
+def beam_search(
+    model: GPT2,
+    prompt: list[int],
+    settings: Settings,
+    hits_stop: Callable[[list[int]], bool] = lambda new_ids: False,
+) -> list[Beam]:
+    """The best `num_samples` of the `num_beams` continuations found, best first.
+
+    `hits_stop` is asked whether new tokens end a text, as end-of-text and `max_new_tokens` do. Each
+    step extends every beam by every token and keeps the `num_beams` best that have not ended;
+    one that ends is set aside. The search is over when `num_beams` have ended and none in play can
+    be better: judged by its length now (`early_stopping` False) or at the length that suits it best
+    ("never"), or without asking (True). Raises UserError where fewer than `num_samples` are found.
+    """
+    started = time.perf_counter()
+    width, penalty = settings.num_beams, settings.length_penalty
+    longest = len(prompt) + settings.max_new_tokens
+    context = Context(model, width, longest, settings.use_cache)
+    beams, ended = [Beam(ids=prompt, n_prompt=len(prompt), score=0.0)], list[Beam]()
+    for length in range(1, settings.max_new_tokens + 1):
+        # Twice as many candidates as beams: at most half of them end with end-of-text
+        parents, candidates = _extend(context, beams, 2 * width, settings)
+        for beam in candidates:
+            beam.seconds = time.perf_counter() - started
+            if beam.ids[-1] == settings.end_of_text:
+                beam.stopped = "end-of-text"
+            elif hits_stop(beam.new_ids):
+                beam.stopped = "stop"
+            elif length == settings.max_new_tokens:
+                beam.stopped = "length"
+        # Only one of the best `width` may end: the others are there to go on in its place
+        just_ended = [beam for beam in candidates[:width] if beam.stopped]
+        for beam in just_ended:
+            beam.score /= length**penalty
+        ended = sorted(ended + just_ended, key=lambda beam: -beam.score)[:width]
+        alive = [row for row, beam in enumerate(candidates) if not beam.stopped][:width]
+        if not alive:
+            break
+        beams = [candidates[row] for row in alive]
+        context.keep([parents[row] for row in alive], shared=len(prompt))
+        if len(ended) == width:
+            reach = length
+            if settings.early_stopping == "never" and penalty > 0:
+                reach = settings.max_new_tokens
+            out_of_reach = beams[0].score / reach**penalty <= ended[-1].score
+            if settings.early_stopping is True or out_of_reach:
+                break
+    if not ended:
+        raise UserError(NO_TOKEN_LEFT)
+    if len(ended) < settings.num_samples:
+        raise UserError(
+            f"only {len(ended)} of {settings.num_samples} beams could be found: lower num_samples"
+        )
+    return ended[: settings.num_samples]
+
+
+def _extend(
+    context: Context, beams: list[Beam], count: int, settings: Settings
+) -> tuple[list[int], list[Beam]]:
+    """The `count` best continuations of all beams by one token, and which beam each came from."""
+    texts = [beam.ids for beam in beams]
+    log_probs = log_softmax(context.logits(texts)[:, 0].astype(np.float64))  # (B, V)
+    scores = np.stack(
+        [
+            beam.score + penalise(row, beam.ids, settings)
+            for beam, row in zip(beams, log_probs, strict=True)
+        ]
+    )
+    count = min(count, scores.size)
+    best = np.argpartition(scores, -count, axis=None)[-count:]
+    best = best[np.argsort(-scores.ravel()[best], kind="stable")]
+    parents, tokens = (indices.tolist() for indices in np.unravel_index(best, scores.shape))
+    extended = [
+        replace(
+            beams[parent],
+            ids=[*beams[parent].ids, token],
+            log_probs=[*beams[parent].log_probs, float(log_probs[parent, token])],
+            score=float(scores[parent, token]),
+        )
+        for parent, token in zip(parents, tokens, strict=True)
+        if scores[parent, token] > NEVER
+    ]
+    return parents[: len(extended)], extended

@@ -1,0 +1,151 @@
+"""What a model has read: the window of a text that it sees, and the KV cache behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from micrograd_gpt.arrays.precision import array_dtype
+from micrograd_gpt.gpt2 import GPT2, KVCache
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.tensor import no_grad
+
+
+def window_start(length: int, n_positions: int) -> int:
+    """Where the window on a text of `length` tokens begins; it reaches to the text's end.
+
+    A text of up to `n_positions` tokens is seen whole. On a longer one the window moves on in hops
+    of a quarter of `n_positions`, no further than it must: positions are learned, so each move
+    gives every token another position, and the cache has to be filled anew.
+    """
+    hop = max(1, n_positions // 4)
+    too_many = max(0, length - n_positions)
+    return -(-too_many // hop) * hop
+
+
+@dataclass(kw_only=True)
+class Continuation:
+    """A prompt and what follows it so far.
+
+    `stopped` says why it ended, None while it goes on: "end-of-text", "length" (`max_new_tokens`
+    were added), "no token left" (each would repeat an n-gram), or what the caller set, such as
+    "stop" or "interrupted".
+    """
+
+    ids: list[int]  # the prompt's tokens and the new ones
+    n_prompt: int
+    log_probs: list[float] = field(default_factory=list)  # of the new ones, in the model's opinion
+    stopped: str | None = None
+    seconds: float = 0.0  # from the start of decoding to the latest token
+
+    @property
+    def new_ids(self) -> list[int]:
+        return self.ids[self.n_prompt :]
+
+
+@contextmanager
+def evaluating(model: GPT2) -> Iterator[None]:
+    """Within this block dropout is off."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
+class Context:
+    """Several texts that a model reads as they grow, one to a row of its KV cache.
+
+    `logits` takes the texts as they are now. What a row's cache holds of its text is not read
+    again, and what it holds beyond it (guesses that were wrong) is forgotten. Without a cache the
+    model reads each window from its start every time: slow, and the same logits.
+
+    Args:
+        rows: how many texts at most.
+        longest: the most tokens a text will have, which is what the cache has room for, up to
+            `n_positions`.
+
+    Raises UserError where there is no memory for the cache.
+    """
+
+    def __init__(self, model: GPT2, rows: int, longest: int, use_cache: bool = True) -> None:
+        self.model, self.n_positions = model, model.config.n_positions
+        capacity = min(longest, self.n_positions)
+        self.cache = _allocate(model, rows, capacity) if use_cache else None
+        self.starts = [0] * rows  # where the window of each row begins in its text
+
+    def room(self, text: list[int]) -> int:
+        """How many tokens can be added to `text` before its window moves."""
+        return window_start(len(text), self.n_positions) + self.n_positions - len(text)
+
+    def logits(self, texts: list[list[int]], count: int = 1) -> np.ndarray:
+        """What may follow each text's last `count` tokens, one after another: (B, count, V).
+
+        A text must not be empty; all `count` tokens are seen through the window of the whole text.
+        Raises UserError where the logits are not finite numbers.
+        """
+        with no_grad(), evaluating(self.model):
+            if self.cache is None:
+                logits = np.stack([self._read(text, count) for text in texts])
+            elif len(texts) == 1 and count == 1:  # all that is unread in one go
+                self._line_up(texts[0], 0, len(texts[0]) - 1)
+                cache = self.cache.rows(0, 1)
+                unread = np.array([texts[0][self.starts[0] + cache.length :]])  # (1, T)
+                logits = self.model(unread, cache, last_only=True).numpy()
+            else:
+                for row in range(len(texts)):
+                    self._prepare(texts, row, len(texts[row]) - count)
+                last = np.array([text[len(text) - count :] for text in texts])  # (B, count)
+                logits = self.model(last, self.cache.rows(0, len(texts))).numpy()
+        if not np.isfinite(logits).all():
+            raise UserError("the model's logits are not finite: its weights must be damaged")
+        return logits
+
+    def keep(self, rows: list[int], shared: int = 0) -> None:
+        """Row i goes on from the text of row rows[i]; the first `shared` tokens agree in all."""
+        starts = [self.starts[row] for row in rows]
+        if self.cache is not None and rows:
+            alike = starts == self.starts[: len(rows)]
+            self.cache.copy_rows(rows, since=max(0, shared - starts[0]) if alike else 0)
+        self.starts[: len(rows)] = starts
+
+    def _read(self, text: list[int], count: int) -> np.ndarray:
+        """Logits at the last `count` positions of one text, without the cache: (count, V)."""
+        window = text[window_start(len(text), self.n_positions) :]
+        return self.model(np.array([window]), last_only=count == 1).numpy()[0, -count:]
+
+    def _line_up(self, text: list[int], row: int, end: int) -> None:
+        """Let the row's cache hold nothing but tokens of its text's window, before token `end`."""
+        assert self.cache is not None
+        cache, start = self.cache.rows(row, row + 1), window_start(len(text), self.n_positions)
+        cache.length = min(cache.length, end - start) if start == self.starts[row] else 0
+        self.starts[row] = start
+
+    def _prepare(self, texts: list[list[int]], row: int, end: int) -> None:
+        """Make the row's cache hold its text from the start of the window up to token `end`."""
+        assert self.cache is not None
+        text, cache = texts[row], self.cache.rows(row, row + 1)
+        self._line_up(text, row, end)
+        unread = text[self.starts[row] + cache.length : end]
+        if unread and row and text == texts[row - 1]:  # several samples of one prompt
+            self.cache.copy_rows([*range(row), row - 1])
+        elif unread:
+            self.model.hidden(np.array([unread]), cache)
+
+
+def _allocate(model: GPT2, rows: int, capacity: int) -> KVCache:
+    try:
+        return KVCache(model, rows, capacity)
+    except (MemoryError, ValueError):  # ValueError: more than an array can have at all
+        c = model.config
+        itemsize = array_dtype(model.compute, model.transformer.wte.weight.device).itemsize
+        size = 2 * c.n_layer * c.n_embd * capacity * rows * itemsize
+        raise UserError(
+            f"no memory for a KV cache of {size / 1e9:,.1f} GB: lower num_samples or num_beams"
+        ) from None

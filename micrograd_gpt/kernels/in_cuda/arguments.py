@@ -1,0 +1,66 @@
+"""Which arrays the kernels of gpu.py take, and how many blocks of threads share them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from micrograd_gpt.arrays.backend import Array, array_module
+from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
+from micrograd_gpt.kernels.in_cuda.modules import ACTIVATIONS
+
+THREADS = 256  # of a block, unless a kernel asks for others
+WARPS = THREADS // 32
+HEAD_SIZES = range(16, 129, 16)  # that the attention kernels are compiled for
+MAX_BLOCKS = 1024  # of a kernel that walks over its elements: several for each multiprocessor
+
+
+class Unsupported(Exception):
+    """No kernel does this: the definition has to."""
+
+
+@cache
+def name_of(dtype: np.dtype) -> str:
+    return str(dtype)
+
+
+def activation(*arrays: Array) -> str:
+    """The one type of all these arrays, contiguous each; Unsupported if there is none."""
+    first = arrays[0].dtype
+    alike = all(array.dtype == first and array.flags.c_contiguous for array in arrays)
+    dtype = name_of(first)
+    if dtype not in ACTIVATIONS or not alike or not arrays[0].size or not cuda_modules.usable():
+        raise Unsupported
+    return dtype
+
+
+def float32(*arrays: Array) -> None:
+    if activation(*arrays) != "float32":
+        raise Unsupported
+
+
+def pack(dtype: str) -> int:
+    """How many neighbouring elements a thread takes at once."""
+    return 16 // itemsize(dtype)
+
+
+def itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def blocks(n: int, dtype: str) -> tuple[int]:
+    """Blocks of THREADS threads for n elements that threads take in packs and turns."""
+    return (min(MAX_BLOCKS, -(-n // (THREADS * pack(dtype)))),)
+
+
+def strips(width: int, dtype: str, threads: int = 32) -> int:
+    """Blocks side by side for rows of `width`, `threads` packs wide each."""
+    return -(-width // (threads * pack(dtype)))
+
+
+def rows_in_memory(array: Array) -> Array:
+    """The array, or its transpose, whichever lies in memory row by row; a copy if neither does."""
+    if array.flags.c_contiguous:
+        return array
+    return array_module(array).ascontiguousarray(array.T)

@@ -1,0 +1,35 @@
+"""Products of a few rows with a matrix, which decoding is made of: bound by reading the matrix."""
+
+from __future__ import annotations
+
+from micrograd_gpt.arrays.backend import Array
+from micrograd_gpt.kernels.in_cuda.arguments import THREADS, WARPS, activation, float32, strips
+from micrograd_gpt.kernels.in_cuda.modules import launch
+
+FEW_ROWS = 8  # a product of at most so many rows is bound by reading the matrix
+
+
+def multiply_few_rows(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    y: Array | None,
+    stream: Array | None = None,
+    gelu: bool = False,
+) -> None:
+    """y (N, M) = x (N, K) @ weight (K, M) + bias, of GELU if so wanted; or added to `stream`.
+
+    N is at most FEW_ROWS; the weight is stored either way around; `stream` (N, M) is float32, and
+    `y` is None where there is one. Raises Unsupported for arrays of several or other types.
+    """
+    n, (k, m) = len(x), weight.shape
+    stored = weight if weight.flags.c_contiguous else weight.T
+    dtype = activation(x, stored, *(array for array in (bias, y) if array is not None))
+    if stream is not None:
+        float32(stream)
+    if stored is weight:
+        kernel, grid = "matvec_columns", (strips(m, dtype, 4),)
+    else:
+        kernel, grid = "matvec_rows", (-(-m // WARPS),)
+    arguments = (x, stored, bias, y, stream, n, k, m, int(gelu))
+    launch("matvec", kernel, dtype, grid, (THREADS,), *arguments)

@@ -1,0 +1,200 @@
+"""The CUDA sources of kernels/cuda/: what they declare, how they are compiled, how one is launched.
+
+A source is compiled by CuPy, through NVRTC, when a kernel of it is first launched, once for each
+activation type (and head size, for attention), and CuPy keeps the result in its own cache. No
+compiler has to be installed. A launch is checked against the kernel's declaration, which is read
+from the source: a wrong number or type of arguments is a TypeError, not garbage on the device.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from micrograd_gpt.arrays.backend import Array
+
+FOLDER = Path(__file__).parent / "sources"
+FILES = tuple(sorted(path.stem for path in FOLDER.glob("*.cu")))
+
+ACTIVATIONS = {"float32": "Float", "float16": "Half", "bfloat16": "BFloat16"}
+# By value: the C type and the NumPy type that goes there
+SCALARS = {
+    "int": np.int32,
+    "long long": np.int64,
+    "unsigned long long": np.uint64,
+    "float": np.float32,
+}
+TENSORS_AT_ONCE = 48  # in one launch over many tensors: all kernels' arguments must fit 4 KB
+TENSOR_TABLE = np.dtype(
+    [
+        ("sizes", np.int64, TENSORS_AT_ONCE),
+        ("arrays", np.uint64, (4, TENSORS_AT_ONCE)),
+        ("decays", np.float32, TENSORS_AT_ONCE),
+    ],
+    align=True,
+)
+STRUCTURES = {"TensorTable": TENSOR_TABLE}
+
+
+class Parameter(NamedTuple):
+    """One argument of a kernel: `const float* x` is Parameter("float", True, "x")."""
+
+    type: str
+    is_pointer: bool
+    name: str
+
+
+@cache
+def usable() -> bool:
+    """Whether the current GPU can run the kernels: compute capability 8.0 (Ampere) or newer."""
+    import cupy
+
+    return int(cupy.cuda.Device().compute_capability) >= 80
+
+
+def tf32_wanted() -> bool:
+    """Whether float32 may be rounded to TF32 in products: what `backend.set_tf32` was told."""
+    return os.environ.get("CUPY_TF32") == "1"
+
+
+@cache
+def source(file: str) -> str:
+    """The text of kernels/cuda/`file`.cu, with the files it includes in their places."""
+
+    def included(match: re.Match[str]) -> str:
+        return (FOLDER / match[1]).read_text("utf-8").replace("#pragma once\n", "")
+
+    text, count = (FOLDER / f"{file}.cu").read_text("utf-8"), 1
+    while count:
+        text, count = re.subn(r'^#include "([\w.]+)"\n', included, text, flags=re.MULTILINE)
+    return text
+
+
+@cache
+def options(
+    dtype: str, head_size: int = 0, dropout: bool = False, tf32: bool = False
+) -> tuple[str, ...]:
+    """What the compiler is told, but for the device: CuPy adds that, and -ftz=true.
+
+    The last three are for attention alone; `tf32` is for float32.
+    """
+    name = ACTIVATIONS[dtype]
+    of_type = ("-std=c++17", f"-DACTIVATION={name}", f"-DACTIVATION_IS_{name.upper()}")
+    if not head_size:
+        return of_type
+    rows, _ = attention_block(dtype, head_size, tf32)
+    shape = (f"-DHEAD_SIZE={head_size}", f"-DROWS={rows}", f"-DDROPOUT={dropout:d}")
+    return (*of_type, *shape, *(["-DTF32"] if tf32 else []))
+
+
+def attention_block(dtype: str, head_size: int, tf32: bool = False) -> tuple[int, int]:
+    """How many rows of queries or keys a block of attention.cu works on, with how many threads.
+
+    In float32 without TF32 four tiles of so many rows lie in a block's 48 KB of shared memory.
+    """
+    if dtype == "float32" and not tf32:
+        rows = 32 if head_size <= 64 else 16
+        return rows, rows * 8
+    return 64, 128
+
+
+@cache
+def declarations(file: str) -> dict[str, tuple[Parameter, ...]]:
+    """The kernels of a source, each with its parameters."""
+    text = re.sub(r"//.*", "", source(file))
+    kernels = re.findall(r'extern "C" __global__ void (\w+)\(([^)]*)\)', text)
+    return {name: tuple(map(_parameter, arguments.split(","))) for name, arguments in kernels}
+
+
+def _parameter(text: str) -> Parameter:
+    match = re.fullmatch(r"\s*(?:const )?([\w ]+?)\s*(\*?)\s*(\w+)\s*", text)
+    assert match, f"a kernel's parameter this cannot read: {text!r}"
+    return Parameter(match[1], bool(match[2]), match[3])
+
+
+def launch(
+    file: str,
+    kernel: str,
+    dtype: str,
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    *arguments: Any,
+    head_size: int = 0,
+    dropout: bool = False,
+    tf32: bool = False,
+) -> None:
+    """Start `kernel` of kernels/cuda/`file`.cu on the current stream; does not wait for it.
+
+    `dtype` is the activation type, "float32", "float16" or "bfloat16". An argument is an array or
+    None (a null pointer) where the kernel takes a pointer, else a number or a structured array.
+    Raises TypeError where the arguments are not what the kernel declares.
+    """
+    parameters, types = declarations(file)[kernel], _argument_types(file, kernel, dtype)
+    if len(arguments) != len(parameters):
+        raise TypeError(f"{kernel} takes {len(parameters)} arguments, not {len(arguments)}")
+    values = []
+    for parameter, expected, argument in zip(parameters, types, arguments, strict=True):
+        given = getattr(argument, "dtype", None)
+        if parameter.is_pointer and (argument is None or given == expected):
+            values.append(np.uint64(0 if argument is None else address(argument)))
+        elif parameter.type in STRUCTURES and given == expected:
+            values.append(argument)
+        elif (
+            parameter.type in SCALARS
+            and not parameter.is_pointer
+            and _is_number(argument, expected)
+        ):
+            values.append(expected.type(argument))
+        else:
+            raise TypeError(
+                f"{kernel}: {parameter.name} must be {expected}, not {given or argument!r}"
+            )
+    run(file, kernel, options(dtype, head_size, dropout, tf32), grid, block, values)
+
+
+@cache
+def _argument_types(file: str, kernel: str, dtype: str) -> tuple[np.dtype, ...]:
+    """NumPy's type of each argument: of what a pointer points to, of a number, of a structure."""
+    types: dict[str, Any] = {"Activation": dtype, **SCALARS, **STRUCTURES}
+    return tuple(np.dtype(types[parameter.type]) for parameter in declarations(file)[kernel])
+
+
+def _is_number(argument: Any, expected: np.dtype) -> bool:
+    """Whether an argument can be passed as a number of this type: no fraction as an integer."""
+    if expected.kind == "f":
+        return isinstance(argument, int | float | np.integer | np.floating)
+    return isinstance(argument, int | np.integer)
+
+
+def address(array: Array) -> int:
+    """Where an array's first element lies in its device's memory."""
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+
+
+def run(
+    file: str,
+    kernel: str,
+    options: tuple[str, ...],
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    values: list[Any],
+) -> None:
+    """Launch on the GPU through CuPy: `values` are NumPy scalars and structures, by value."""
+    _function(file, kernel, options)(grid, block, tuple(values))
+
+
+@cache
+def _function(file: str, kernel: str, options: tuple[str, ...]) -> Any:
+    return _module(file, options).get_function(kernel)
+
+
+@cache
+def _module(file: str, options: tuple[str, ...]) -> Any:
+    import cupy
+
+    return cupy.RawModule(code=source(file), options=options)

@@ -1,0 +1,455 @@
+"""Kernels for the CPU: the definitions of `functional.py` and `optim.py` made fast, in NumPy.
+
+Three ideas carry all of it. A matrix product is cut in parts, one for each core. Element-wise work
+goes through memory once: a block that fits a core's cache is taken through all its operations, in
+place, before the next one. And attention never holds all T × T weights, only those of some rows.
+
+Every public function has its definition, of the same name and arguments, in those two files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from micrograd_gpt.arrays import backend
+from micrograd_gpt.arrays.backend import Key
+from micrograd_gpt.kernels.in_numpy.threads import cores, keep_freed_memory, parallel
+
+Array = np.ndarray
+
+# Elements worked on at a time: few enough to stay in the cache through several operations, and
+# enough that the threads, who hand the interpreter's lock around between them, seldom meet.
+BLOCK = 2**18  # 1 MB in float32
+# With less work than this, waking another thread takes longer than it saves.
+FEW_ELEMENTS = 2**17
+FEW_PRODUCTS = 2**21  # multiplications and additions
+
+keep_freed_memory()
+
+
+def _row_blocks(rows: int, width: int) -> list[slice]:
+    """Cut `rows` rows of `width` elements into blocks that fit the cache, as many for each core."""
+    return _cut(rows, _block_count(rows * width))
+
+
+def _block_count(size: int) -> int:
+    return 1 if size <= FEW_ELEMENTS else cores() * -(-size // (BLOCK * cores()))
+
+
+def _cut(length: int, count: int) -> list[slice]:
+    """Cut 0 … length into at most `count` equal slices."""
+    size = max(1, -(-length // count))
+    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+def _row_sums(x: Array) -> Array:
+    """Sums along the last axis, kept as 1; a product with ones runs faster than NumPy's sum."""
+    return (x @ np.ones(x.shape[-1], x.dtype))[..., None]
+
+
+def _column_sums(x: Array) -> Array:
+    """Sums of x (n, m) along its first axis: (m,)."""
+    return np.ones(x.shape[0], x.dtype) @ x
+
+
+def add(a: Array, b: Array, out: Array | None = None) -> Array:
+    return np.add(a, b, out=out)
+
+
+# ------------------------------------------------------------------------------ matrix products
+
+
+def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
+    """a (n, k) @ b (k, m) -> (n, m), the longer side of the result cut for the cores."""
+    n, m = a.shape[0], b.shape[1]
+    if out is None:
+        out = np.empty((n, m), np.result_type(a, b))
+    parts = _product_parts(n, m, a.shape[1])
+    if len(parts) == 1:
+        return np.matmul(a, b, out=out)
+    if n >= m:
+        parallel(lambda i: np.matmul(a[parts[i]], b, out=out[parts[i]]), len(parts))
+    else:
+        parallel(lambda i: np.matmul(a, b[:, parts[i]], out=out[:, parts[i]]), len(parts))
+    return out
+
+
+def _product_parts(n: int, m: int, k: int) -> list[slice]:
+    """The longer side of an (n, m) product of k terms each, cut for the cores if it is worth it.
+
+    If not, it is left to BLAS's own threads. So is a product of few rows: it is bound by memory.
+    """
+    return _cut(max(n, m), cores() if min(n, m) >= 16 and n * m * k > FEW_PRODUCTS else 1)
+
+
+def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
+    n, m = len(x), weight.shape[1]
+    parts = _product_parts(n, m, weight.shape[0])
+    if len(parts) == 1:
+        y = x @ weight
+        return y if bias is None else np.add(y, bias, out=y)
+    y = np.empty((n, m), x.dtype)
+
+    def part(i: int) -> None:
+        rows, columns = (parts[i], slice(None)) if n >= m else (slice(None), parts[i])
+        np.matmul(x[rows], weight[:, columns], out=y[rows, columns])
+        if bias is not None:
+            y[rows, columns] += bias[columns]
+
+    parallel(part, len(parts))
+    return y
+
+
+def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
+    dx, dweight = np.empty(x.shape, grad.dtype), np.empty_like(weight)
+    dbias = np.empty(grad.shape[1], grad.dtype)
+    count = cores() if len(x) * weight.size > FEW_PRODUCTS else 1
+    row_parts, column_parts = _cut(len(x), count), _cut(grad.shape[1], count)
+
+    def part(i: int) -> None:
+        if i < len(row_parts):
+            np.matmul(grad[row_parts[i]], weight.T, out=dx[row_parts[i]])
+        else:
+            columns = column_parts[i - len(row_parts)]
+            np.matmul(x.T, grad[:, columns], out=dweight[:, columns])
+            dbias[columns] = _column_sums(grad[:, columns])
+
+    parallel(part, len(row_parts) + len(column_parts))
+    return dx, dweight, dbias
+
+
+def embedding_backward(grad: Array, ids: Array, dweight: Array) -> None:
+    rows, ids = grad.reshape(-1, grad.shape[-1]), ids.reshape(-1)
+    order = np.argsort(ids, kind="stable")
+    picked, first = np.unique(ids[order], return_index=True)
+    dweight[picked] += np.add.reduceat(rows[order], first, axis=0)
+
+
+# ----------------------------------------------------------------------------------- layer norm
+
+
+def layer_norm_forward(
+    x: Array, weight: Array, bias: Array, eps: float
+) -> tuple[Array, Array, Array]:
+    n, width = x.shape
+    y = np.empty_like(x)
+    mean, rstd = np.empty((n, 1), x.dtype), np.empty((n, 1), x.dtype)
+    blocks = _row_blocks(n, width)
+
+    def block(i: int) -> None:
+        rows = blocks[i]
+        out = y[rows]
+        np.divide(_row_sums(x[rows]), width, out=mean[rows])
+        np.subtract(x[rows], mean[rows], out=out)
+        variance = np.vecdot(out, out)[:, None] / width
+        np.divide(1, np.sqrt(variance + eps), out=rstd[rows])
+        out *= rstd[rows]
+        out *= weight
+        out += bias
+
+    parallel(block, len(blocks))
+    return y, mean, rstd
+
+
+def layer_norm_backward(
+    grad: Array, x: Array, weight: Array, mean: Array, rstd: Array
+) -> tuple[Array, Array, Array]:
+    n, width = x.shape
+    dx = np.empty_like(x)
+    blocks = _row_blocks(n, width)
+    dweight = np.empty((len(blocks), width), x.dtype)
+    dbias = np.empty((len(blocks), width), x.dtype)
+
+    def block(i: int) -> None:
+        rows = blocks[i]
+        normed = x[rows] - mean[rows]
+        normed *= rstd[rows]
+        dbias[i] = _column_sums(grad[rows])
+        dweight[i] = _column_sums(np.multiply(grad[rows], normed, out=dx[rows]))
+        dnormed = np.multiply(grad[rows], weight, out=dx[rows])
+        along_1 = _row_sums(dnormed) / width
+        along_n = np.vecdot(dnormed, normed)[:, None] / width
+        normed *= along_n
+        dnormed -= normed
+        dnormed -= along_1
+        dnormed *= rstd[rows]
+
+    parallel(block, len(blocks))
+    return dx, dweight.sum(axis=0), dbias.sum(axis=0)
+
+
+# ----------------------------------------------------------------------------------------- gelu
+
+GELU_SCALE = math.sqrt(2 / math.pi)
+GELU_CUBIC = 0.044715
+
+
+def gelu_forward(x: Array) -> Array:
+    y = np.empty(x.shape, x.dtype)
+    flat_x, flat_y = x.reshape(-1), y.reshape(-1)
+    blocks = _row_blocks(x.size, 1)
+
+    def block(i: int) -> None:
+        x, y = flat_x[blocks[i]], flat_y[blocks[i]]
+        _gelu_tanh(x, x * x, out=y)
+        y += 1
+        y *= x
+        y *= 0.5
+
+    parallel(block, len(blocks))
+    return y
+
+
+def gelu_backward(grad: Array, x: Array) -> Array:
+    dx = np.empty(x.shape, x.dtype)
+    flat_grad, flat_x, flat_dx = grad.reshape(-1), x.reshape(-1), dx.reshape(-1)
+    blocks = _row_blocks(x.size, 1)
+
+    def block(i: int) -> None:
+        grad, x, slope = flat_grad[blocks[i]], flat_x[blocks[i]], flat_dx[blocks[i]]
+        square = x * x
+        t = _gelu_tanh(x, square, out=np.empty_like(x))
+        # 0.5 (1 + t) + 0.5 x (1 - t²) (inner)', and (inner)' = scale + 3 scale cubic x²
+        square *= 3 * GELU_CUBIC * GELU_SCALE
+        square += GELU_SCALE
+        square *= x
+        np.multiply(t, t, out=slope)
+        np.subtract(1, slope, out=slope)
+        slope *= square
+        slope += t
+        slope += 1
+        slope *= 0.5
+        slope *= grad
+
+    parallel(block, len(blocks))
+    return dx
+
+
+def _gelu_tanh(x: Array, square: Array, out: Array) -> Array:
+    """tanh(scale (x + cubic x³)), given x²."""
+    np.multiply(square, GELU_CUBIC * GELU_SCALE, out=out)
+    out += GELU_SCALE
+    out *= x
+    return np.tanh(out, out=out)
+
+
+# ------------------------------------------------------------------------------------ attention
+
+ROWS = backend.DROPOUT_ROWS  # queries at a time
+
+
+def attention_forward(
+    q: Array, k: Array, v: Array, dropout: float = 0.0, key: Key = ()
+) -> tuple[Array, Array]:
+    b, h, t, d = q.shape
+    past = k.shape[2] - t  # keys that stand before the first query
+    out, log_total = np.empty((b, t, h, d), q.dtype), np.empty((b, h, t), q.dtype)
+    mixed = out.swapaxes(1, 2)  # (B, H, T, D)
+    groups = _head_groups(b, h, _block_count(b * h * min(t, ROWS) * k.shape[2]))
+
+    def group(i: int) -> None:
+        heads = groups[i]
+        for rows in _query_blocks(t):
+            end, here = past + rows.stop, (*heads, rows)
+            seen = (*heads, slice(end))
+            weights, _ = _scores(q[here], k[seen])  # (b, h, R, end)
+            largest = weights.max(axis=-1, keepdims=True)
+            weights -= largest
+            np.exp(weights, out=weights)
+            total = _row_sums(weights)
+            if dropout:
+                weights *= _dropout_tiles(key, h, heads, rows, weights, dropout)
+            np.matmul(weights, v[seen], out=mixed[here])
+            mixed[here] /= total
+            log_total[here] = (largest + np.log(total))[..., 0]
+
+    parallel(group, len(groups))
+    return out, log_total
+
+
+def attention_backward(
+    grad: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    log_total: Array,
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    dropout: float = 0.0,
+    key: Key = (),
+) -> None:
+    b, h, t, d = q.shape
+    dmixed, mixed = grad.swapaxes(1, 2), out.swapaxes(1, 2)  # (B, H, T, D)
+    scale = 1 / math.sqrt(d)
+    groups = _head_groups(b, h, _block_count(b * h * min(t, ROWS) * t))
+
+    def group(i: int) -> None:
+        heads = groups[i]
+        for rows in reversed(_query_blocks(t)):
+            end, here = rows.stop, (*heads, rows)
+            seen = (*heads, slice(end))
+            dmix = dmixed[here]  # (b, h, R, D)
+            weights, scaled_q = _scores(q[here], k[seen])  # (b, h, R, end)
+            weights -= log_total[here][..., None]
+            np.exp(weights, out=weights)
+            dscores = dmix @ v[seen].swapaxes(-1, -2)  # (b, h, R, end)
+            dropped = weights
+            if dropout:
+                factors = _dropout_tiles(key, h, heads, rows, weights, dropout)
+                dropped = weights * factors
+                dscores *= factors
+            dscores -= np.vecdot(dmix, mixed[here])[..., None]
+            dscores *= weights
+            np.matmul(dscores, k[seen], out=dq[here])
+            dq[here] *= scale
+            if end == t:  # the last rows see every key: they write, the others add
+                np.matmul(dropped.swapaxes(-1, -2), dmix, out=dv[seen])
+                np.matmul(dscores.swapaxes(-1, -2), scaled_q, out=dk[seen])
+            else:
+                dv[seen] += dropped.swapaxes(-1, -2) @ dmix
+                dk[seen] += dscores.swapaxes(-1, -2) @ scaled_q
+
+    parallel(group, len(groups))
+
+
+def _scores(q: Array, k: Array) -> tuple[Array, Array]:
+    """Masked scores (b, h, R, end) of queries (b, h, R, D) and keys (b, h, end, D), and q/sqrt(D).
+
+    The last query stands at the last key.
+    """
+    rows = q.shape[2]
+    scaled_q = q * (1 / math.sqrt(q.shape[-1]))
+    scores = scaled_q @ k.swapaxes(-1, -2)
+    if rows > 1:  # of the last `rows` keys, query i may see those up to its own
+        scores[..., -rows:] += np.triu(np.full((rows, rows), -np.inf, q.dtype), 1)
+    return scores, scaled_q
+
+
+def _query_blocks(t: int) -> list[slice]:
+    return [slice(start, min(start + ROWS, t)) for start in range(0, t, ROWS)]
+
+
+def _head_groups(b: int, h: int, count: int) -> list[tuple[slice, slice]]:
+    """Cut B batches of H heads into `count` groups or a few more: whole batches or heads of one."""
+    if count <= b:
+        return [(batches, slice(0, h)) for batches in _cut(b, count)]
+    return [(slice(i, i + 1), heads) for i in range(b) for heads in _cut(h, -(-count // b))]
+
+
+def _dropout_tiles(
+    key: Key, h: int, heads: tuple[slice, slice], rows: slice, like: Array, p: float
+) -> Array:
+    """The factors of `functional.attention_dropout` for these rows of these heads."""
+    factors = np.empty(like.shape, np.float32)
+    for i, j in np.ndindex(like.shape[:2]):
+        head = (heads[0].start + i) * h + heads[1].start + j
+        factors[i, j] = backend.dropout_factors((*key, head, rows.start), like.shape[2:], p)
+    return factors
+
+
+# -------------------------------------------------------------------------------- cross-entropy
+
+
+def cross_entropy_forward(
+    logits: Array, targets: Array, scale: float = 1.0, out: Array | None = None
+) -> tuple[Array, Array]:
+    n, vocab_size = logits.shape
+    dlogits = np.empty_like(logits) if out is None else out
+    losses = np.zeros(n, logits.dtype)
+    blocks = _row_blocks(n, vocab_size)
+
+    def block(i: int) -> None:
+        rows = blocks[i]
+        part, labels = dlogits[rows], targets[rows]
+        counted = np.flatnonzero(labels >= 0)  # a target below 0 is an ignored one
+        at_target = counted, labels[counted]
+        np.subtract(logits[rows], logits[rows].max(axis=-1, keepdims=True), out=part)
+        target_logits = part[at_target]
+        np.exp(part, out=part)
+        total = _row_sums(part)
+        losses[rows][counted] = np.log(total[counted, 0]) - target_logits
+        total[labels < 0] = np.inf
+        part *= scale / total
+        part[at_target] -= scale
+
+    parallel(block, len(blocks))
+    return losses.sum(), dlogits
+
+
+# ------------------------------------------------------------------------------------ optimizer
+
+
+def sum_of_squares(arrays: Sequence[Array]) -> float:
+    chunks = [chunk for array in arrays for (chunk,) in _chunks([array])]
+    sums = np.zeros(len(chunks))
+    groups = _cut(len(chunks), cores() if sum(a.size for a in arrays) > FEW_ELEMENTS else 1)
+
+    def group(i: int) -> None:
+        for j in range(groups[i].start, groups[i].stop):
+            sums[j] = np.vdot(chunks[j], chunks[j])
+
+    parallel(group, len(groups))
+    return float(sums.sum())
+
+
+def adamw_update(
+    parameters: Sequence[Array],
+    grads: Sequence[Array],
+    ms: Sequence[Array],
+    vs: Sequence[Array],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decays: Sequence[float],
+    step: int,
+) -> None:
+    correction = math.sqrt(1 - beta2**step)
+    # lr * m_hat / (sqrt(v_hat) + eps), its two bias corrections drawn together in front
+    rate = lr * correction / (1 - beta1**step)
+    jobs = [
+        (chunk, decay)
+        for *arrays, decay in zip(parameters, grads, ms, vs, decays, strict=True)
+        for chunk in _chunks(arrays)
+    ]
+    together = sum(p.size for p in parameters) <= FEW_ELEMENTS
+    groups = _cut(len(jobs), 1 if together else max(cores(), len(jobs) // 8))
+
+    def group(i: int) -> None:
+        for (p, grad, m, v), decay in jobs[groups[i]]:
+            change = grad * (1 - beta1)
+            m *= beta1
+            m += change
+            np.multiply(grad, grad, out=change)
+            change *= 1 - beta2
+            v *= beta2
+            v += change
+            np.sqrt(v, out=change)
+            change += eps * correction
+            np.divide(m, change, out=change)
+            change *= rate
+            if decay:
+                p *= 1 - lr * decay
+            p -= change
+
+    parallel(group, len(groups))
+
+
+def _chunks(arrays: Sequence[Array]) -> Iterator[tuple[Array, ...]]:
+    """Equally shaped arrays, cut alongside each other into pieces that stay in the cache.
+
+    The pieces are views. Arrays that are not all contiguous in the same order come whole.
+    """
+    if all(a.flags.f_contiguous for a in arrays):
+        arrays = [a.T for a in arrays]
+    if all(a.flags.c_contiguous for a in arrays):
+        flat = [a.reshape(-1) for a in arrays]
+        for start in range(0, flat[0].size, BLOCK):
+            yield tuple(a[start : start + BLOCK] for a in flat)
+    else:
+        yield tuple(arrays)

@@ -1,0 +1,203 @@
+"""What a run measures while it goes: `metrics.jsonl`, `loss.png`, and TensorBoard's event files.
+
+A row is one object on one line, `{"step": 10, "train_loss": 3.2, …}`. Rows are only ever added. A
+run that was stopped and resumed does some steps again: a row replaces those before it that have its
+step or a later one.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from micrograd_gpt.arrays.backend import array_module, device_of, to_device
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import reading, written_whole
+
+LOG_AXIS_FROM = 4.0  # the largest loss over the smallest from which a log axis shows more
+
+
+class Metrics:
+    """The measurements of the run in `folder`.
+
+    Args:
+        folder: where the files are; made if need be.
+        step: the step the run starts or goes on from; at 0 the files start anew.
+        tensorboard: write event files under `folder` too (needs tensorboardX).
+
+    Raises UserError where a file can't be written; what was in it is still there then.
+    """
+
+    def __init__(self, folder: str | Path, step: int = 0, tensorboard: bool = False) -> None:
+        self.folder, self.path = Path(folder), Path(folder) / "metrics.jsonl"
+        self._events = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if tensorboard:
+                self._events = _event_writer(self.folder, step)
+            if step == 0:
+                self.path.unlink(missing_ok=True)
+            else:
+                _mend_last_line(self.path)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; when this returns, killing the process does not lose it."""
+        line = (json.dumps(row) + "\n").encode("utf-8")
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(line) != len(line):
+                    os.ftruncate(file.fileno(), end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._events:
+                for name in sorted(row.keys() - {"step"}):
+                    self._events.add_scalar(name, row[name], row["step"])
+                self._events.flush()
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows that count, in the order of their steps, without what is no row.
+
+        Raises UserError where the file can't be read.
+        """
+        return current_rows(row for line in self._lines() if (row := _row(line)))
+
+    def damaged_lines(self) -> list[int]:
+        """The numbers, from 1 on, of the lines that are no rows: they stay, and are passed over."""
+        return [i for i, line in enumerate(self._lines(), 1) if _row(line) is None]
+
+    def _lines(self) -> list[bytes]:
+        with reading(self.path):
+            return self.path.read_bytes().splitlines() if self.path.exists() else []
+
+    def draw(self) -> None:
+        """Draw loss.png: training and validation loss over the steps, the learning rate below."""
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+        rows = self.rows()
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        steps, train = [r["step"] for r in rows], [r["train_loss"] for r in rows]
+        losses.plot(steps, train, lw=0.8, label="training")
+        measured = [r for r in rows if "val_loss" in r]
+        validation = [r["val_loss"] for r in measured]
+        losses.plot([r["step"] for r in measured], validation, "o-", ms=4, label="validation")
+        smallest = min(train + validation, default=0)
+        if smallest > 0 and max(train + validation) >= LOG_AXIS_FROM * smallest:
+            losses.set_yscale("log")
+            losses.yaxis.set_major_formatter(ScalarFormatter())
+            losses.yaxis.set_minor_formatter(ScalarFormatter())
+        losses.set_ylabel("loss (nats per token)")
+        losses.legend()
+        rates.plot(steps, [r["learning_rate"] for r in rows], color="grey")
+        rates.set_ylabel("learning rate")
+        rates.set_xlabel("step")
+        rates.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        for axes in (losses, rates):
+            axes.grid(which="both", alpha=0.3)
+        with written_whole(self.folder / "loss.png") as image:
+            figure.savefig(image, format="png", dpi=120)
+
+
+class Unread:
+    """The losses and gradient norms of steps that nobody has looked at yet.
+
+    A GPU works through what it was given while Python goes on; reading a number makes Python wait.
+    So the numbers stay where they are until they are wanted, and then all come at once.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, int]] = []  # each step's number, and how many losses it has
+        self._numbers: list[Any] = []  # floats or scalar arrays: of each step its losses, its norm
+
+    def add(self, step: int, losses: Sequence[Any], grad_norm: Any) -> None:
+        """Note the parts of a step's loss, one for each micro-batch, and its gradient norm."""
+        self._steps.append((step, len(losses)))
+        self._numbers += [*losses, grad_norm]
+
+    def read(self) -> list[tuple[int, float, float]]:
+        """Step, loss and gradient norm of every step since the last time."""
+        numbers, rows = iter(read_numbers(self._numbers)), []
+        for step, count in self._steps:
+            loss = sum(itertools.islice(numbers, count))
+            rows.append((step, loss, next(numbers)))
+        self._steps, self._numbers = [], []
+        return rows
+
+
+def read_numbers(numbers: Sequence[Any]) -> list[float]:
+    """Floats and scalar arrays as floats; those on the GPU are fetched together, in one wait."""
+    on_gpu = [x for x in numbers if not isinstance(x, float) and device_of(x) == "gpu"]
+    if not on_gpu:
+        return [float(x) for x in numbers]
+    fetched = iter(to_device(array_module(on_gpu[0]).stack(on_gpu), "cpu").tolist())
+    return [x if isinstance(x, float) else next(fetched) for x in numbers]
+
+
+def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without those that a later row, of the same step or one before, replaces."""
+    current: list[dict[str, Any]] = []
+    for row in rows:
+        step = row["step"]
+        while current and current[-1]["step"] >= step:
+            current.pop()
+        current.append(row)
+    return current
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row on a line; None where a step, a loss or the learning rate is missing or no number."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict):
+        return None
+    needed = [row.get(name) for name in ("step", "train_loss", "learning_rate")]
+    numbers = [*needed, row.get("val_loss", 0.0)]
+    return row if all(isinstance(number, int | float) for number in numbers) else None
+
+
+def _mend_last_line(path: Path) -> None:
+    """End the last line, or take it away where the process was stopped in the middle of it."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole == len(content):
+            return
+        try:
+            json.loads(content[whole:])
+            file.write(b"\n")
+        except ValueError:
+            file.truncate(whole)
+
+
+def _event_writer(folder: Path, step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "--tensorboard needs tensorboardX: pip install 'micrograd-gpt[tensorboard]'"
+        ) from None
+    path = folder / "tensorboard"
+    try:
+        return SummaryWriter(str(path), purge_step=step + 1)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}; what was there before is unchanged"
+    )

@@ -1,0 +1,80 @@
+"""Files: written whole or not at all, and read with an error that names the one at fault."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from micrograd_gpt.support.errors import UserError
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[BinaryIO]:
+    """Open `path` for writing so that it appears complete or not at all.
+
+    The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed
+    over `path` when the block ends; if the block raises, the temporary file is removed and what
+    `path` held before stays untouched. An OSError, in the block too, becomes a UserError.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; what was there before is unchanged"
+        ) from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, whole or not at all; UserError where it can't be written."""
+    with written_whole(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """An OSError in the block, in which `path` is read or looked for, becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None if there is no file; UserError for a damaged one."""
+    with reading(path):
+        try:
+            content = Path(path).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: it cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return value
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal; UserError where it can't be read."""
+    digest = hashlib.sha256()
+    with reading(path), open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

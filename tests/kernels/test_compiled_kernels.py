@@ -1,0 +1,351 @@
+"""The C kernels: how they are compiled and kept, and what only they can get wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from micrograd_gpt import functional as F
+from micrograd_gpt import gpt2, kernels, optim
+from micrograd_gpt.kernels.in_c import compiler
+from micrograd_gpt.kernels.in_c import kernels as compiled
+from micrograd_gpt.kernels.in_numpy import kernels as cpu
+from micrograd_gpt.tensor import add
+
+needs_compiler = pytest.mark.skipif(
+    compiler.library() is None, reason=f"no compiled kernels: {compiler.report()}"
+)
+
+# A training step's operations in C against their definitions, for a process of its own.
+COMPARE = """if True:
+    import numpy as np
+    from micrograd_gpt import kernels, optim
+    from micrograd_gpt.gpt2 import GPT2, GPT2Config
+    from micrograd_gpt.kernels.in_c import compiler
+    print(compiler.report())
+    def run():
+        model = GPT2(GPT2Config(n_layer=2, n_head=3, n_embd=51, vocab_size=77, n_positions=90))
+        ids = np.random.default_rng(0).integers(0, 77, (2, 91))
+        optimizer = optim.AdamW(model.parameters())
+        losses = []
+        for _ in range(3):
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+            losses += [loss.item(), optim.clip_grad_norm(optimizer.parameters, 1.0)]
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+    ours = run()
+    with kernels.definitions_only():
+        np.testing.assert_allclose(ours, run(), rtol=2e-5)
+"""
+
+
+def run_apart(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, with these settings besides the environment's."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng((seed, *shape)).standard_normal(shape).astype("float32")
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are for x86-64")
+@pytest.mark.parametrize("option", ["-mno-avx512f", "-mno-avx"])
+def test_every_width_of_vectors_gives_the_same(option: str, tmp_path: Path) -> None:
+    (command,) = compiler._compiler() or [""]
+    result = run_apart(COMPARE, CC=f"{command} {option}", XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("C, compiled by")
+
+
+def test_without_a_compiler_numpy_does_it(tmp_path: Path) -> None:
+    result = run_apart(COMPARE, PATH=str(tmp_path), CC="", XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("NumPy (there is no C compiler")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the failing compiler is a shell script")
+def test_a_compiler_that_fails_is_reported_and_numpy_does_it(tmp_path: Path) -> None:
+    broken = tmp_path / "broken-cc"
+    broken.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo broken 1 && exit\n'
+        "echo 'fatal error: out of luck' >&2; exit 1\n"
+    )
+    broken.chmod(0o755)
+    result = run_apart(COMPARE, CC=str(broken), XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    expected = "NumPy (the C kernels cannot be compiled: fatal error: out of luck)"
+    assert result.stdout.strip() == expected
+
+
+def test_the_environment_may_ask_for_numpy(tmp_path: Path) -> None:
+    result = run_apart(COMPARE, MICROGRAD_GPT_KERNELS="numpy", XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("NumPy (as MICROGRAD_GPT_KERNELS asks)")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_compiler
+def test_they_are_compiled_once_and_whole(tmp_path: Path) -> None:
+    code = "from micrograd_gpt.kernels import compiler; print(compiler.library()._name)"
+    at_once = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    names = {process.communicate(timeout=300)[0] for process in at_once}
+    (kept,) = (tmp_path / "micrograd-gpt" / "kernels").iterdir()  # and no temporary file
+    assert names == {f"{kept}\n"}
+    before = kept.stat().st_mtime_ns
+    assert run_apart(code, XDG_CACHE_HOME=str(tmp_path)).stdout == f"{kept}\n"
+    assert kept.stat().st_mtime_ns == before
+
+
+@needs_compiler
+def test_several_threads_may_use_them_first(tmp_path: Path) -> None:
+    code = """if True:
+        import threading
+        from micrograd_gpt.kernels.in_c import compiler
+        barrier, found = threading.Barrier(8), []
+        def first_use():
+            barrier.wait()
+            found.append(compiler.library())
+        callers = [threading.Thread(target=first_use) for _ in range(8)]
+        [c.start() for c in callers], [c.join() for c in callers]
+        assert len(found) == 8 and len(set(map(id, found))) == 1 and found[0] is not None
+    """
+    result = run_apart(code, XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+
+
+@needs_compiler
+def test_a_damaged_library_is_made_anew(tmp_path: Path) -> None:
+    first = run_apart(COMPARE, XDG_CACHE_HOME=str(tmp_path))
+    (kept,) = (tmp_path / "micrograd-gpt" / "kernels").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(b"no library")
+    assert run_apart(COMPARE, XDG_CACHE_HOME=str(tmp_path)).stdout == first.stdout
+    assert len(kept.read_bytes()) == len(whole)
+
+
+@needs_compiler
+def test_a_failure_that_passes_does_not_leave_slow_code(tmp_path: Path) -> None:
+    """Code for any processor is not taken for that for this one, once the compiler recovers."""
+    (command,) = compiler._compiler() or [""]
+    flaky = tmp_path / "flaky-cc"
+    flaky.write_text(
+        '#!/bin/sh\ncase "$*" in *native*) [ -e "$0.fails" ] && exit 1;; esac\n'
+        f'exec {command} "$@"\n'
+    )
+    flaky.chmod(0o755)
+    code = "from micrograd_gpt.kernels import compiler; print(compiler.library()._name)"
+    (tmp_path / "flaky-cc.fails").write_text("")
+    while_failing = run_apart(code, CC=str(flaky), XDG_CACHE_HOME=str(tmp_path)).stdout
+    (tmp_path / "flaky-cc.fails").unlink()
+    recovered = run_apart(code, CC=str(flaky), XDG_CACHE_HOME=str(tmp_path)).stdout
+    assert while_failing and recovered and while_failing != recovered
+
+
+@pytest.mark.parametrize("command", ["cc 'open quote", "cc -fvisibility=hidden", "true", "false"])
+def test_a_strange_compiler_is_no_hindrance(command: str, tmp_path: Path) -> None:
+    result = run_apart(COMPARE, CC=command, XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("NumPy (")
+
+
+@needs_compiler
+def test_nowhere_to_keep_them_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "a file").write_text("")
+    result = run_apart(COMPARE, XDG_CACHE_HOME=str(tmp_path / "a file"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("C, compiled by")
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    x, w = numbers(100, 90), numbers(90, 80)
+    expected = F.matmul(x, w)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(F.matmul(x, w), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_compiler
+def test_callers_in_several_threads_get_their_own_results() -> None:
+    inputs = [(numbers(150, 140, seed=i), numbers(140, 130, seed=i)) for i in range(4)]
+    expected = [F.matmul(x, w) for x, w in inputs]
+    wrong: list[int] = []
+
+    def call(i: int) -> None:
+        for _ in range(50):
+            if not np.array_equal(F.matmul(*inputs[i]), expected[i]):
+                wrong.append(i)
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(timeout=60)
+    assert wrong == []
+
+
+@needs_compiler
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 96, 385])
+@pytest.mark.parametrize("k", [1, 31, 384, 385, 800])
+def test_products_of_every_layout(n: int, k: int) -> None:
+    """Rows and columns side by side, every second number, a result laid out across."""
+    m = 67
+    for a in (numbers(n, k), numbers(k, n).T, numbers(n, 2 * k)[:, ::2]):
+        for b in (numbers(k, m), numbers(m, k).T, numbers(2 * k, m)[::2]):
+            exact = a.astype("float64") @ b.astype("float64")
+            for order in "CF":
+                out = np.full((n, m), np.nan, "float32", order=order)  # type: ignore[call-overload]
+                F.matmul(a, b, out=out)
+                for result in (out, F.matmul(a, b)):
+                    np.testing.assert_allclose(result, exact, rtol=0, atol=3e-6 * k**0.5 * 4)
+
+
+@needs_compiler
+def test_what_does_not_fit_is_refused_as_numpy_refuses_it() -> None:
+    x, w = numbers(20, 3), numbers(3, 4)
+    for a, b, out in ((x, numbers(5, 4), None), (x, w, np.empty((2, 2), "float32"))):
+        with pytest.raises(ValueError):
+            F.matmul(a, b, out=out)
+    for few in (numbers(1, 7), numbers(1, 2)):
+        with pytest.raises(ValueError):
+            F.matmul(few, numbers(4, 3).T)
+    fixed = np.zeros((20, 4), "float32")
+    fixed.flags.writeable = False
+    with pytest.raises(ValueError):
+        F.matmul(x, w, out=fixed)
+    assert not fixed.any()
+
+
+@needs_compiler
+def test_results_that_overlap_their_inputs() -> None:
+    square = numbers(64, 64)
+    expected = square @ square
+    np.testing.assert_allclose(F.matmul(square, square, out=square), expected, rtol=0, atol=1e-4)
+    line = numbers(2**15 + 1)
+    expected = line[:-1] + line[1:]
+    np.testing.assert_array_equal(add(line[:-1], line[1:], out=line[1:]), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("n", [6, 96, 200])
+def test_nothing_is_read_beyond_a_broadcast_input(n: int) -> None:
+    """Stride 0: all columns are one. A guard page behind it ends the process if it is read."""
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 2 * page)
+    at_end = np.frombuffer(memory, "float32", n, page - 4 * n)
+    x = np.broadcast_to(at_end[:, None], (n, 50))
+    guard(memory, page)
+    np.testing.assert_allclose(F.matmul(x, numbers(50, 64)), x @ numbers(50, 64), atol=1e-4)
+    dweight = F.linear_backward(numbers(50, 64), x.T, numbers(n, 64))[1]
+    np.testing.assert_allclose(dweight, x @ numbers(50, 64), rtol=0, atol=1e-4)
+
+
+def guard(memory: mmap.mmap, offset: int) -> None:
+    """Take the right to read the page at `offset` away."""
+    mprotect = getattr(ctypes.CDLL(None), "mprotect", None)
+    if mprotect is None:
+        pytest.skip("this system has no mprotect")
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + offset
+    assert mprotect(ctypes.c_void_p(start), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+
+
+@needs_compiler
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc")
+def test_a_thread_that_ends_gives_its_memory_back() -> None:
+    q = numbers(1, 1, 300, 64)
+
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0])  # KiB
+
+    def call() -> None:
+        F.attention_forward(q, q, q)
+
+    seen = []
+    for _ in range(60):
+        caller = threading.Thread(target=call)
+        caller.start()
+        caller.join()
+        seen.append(resident())
+    assert seen[-1] - seen[10] < 10_000  # it was 500 KiB a thread
+
+
+@needs_compiler
+def test_many_chunks_of_many_arrays() -> None:
+    """The optimizer's chunks: arrays larger than one, smaller than one, and exactly one."""
+    sizes = [1, compiled.CHUNK, 3 * compiled.CHUNK + 5, 7]
+    grads = [numbers(size) for size in sizes]
+    exact = sum(float((g.astype("float64") ** 2).sum()) for g in grads)
+    assert optim.sum_of_squares(grads) == pytest.approx(exact, rel=1e-6)
+    results = []
+    for update in (optim.adamw_update, optim.adamw_update.__wrapped__):  # type: ignore[attr-defined]
+        p, m, v = ([numbers(size, seed=i) for size in sizes] for i in (1, 2, 3))
+        v = [abs(x) for x in v]
+        update(p, grads, m, v, 1e-2, 0.9, 0.95, 1e-8, [0.1, 0.0, 0.1, 0.2], 3)
+        results.append([*p, *m, *v])
+    for ours, oracle in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, oracle, rtol=1e-5, atol=1e-7)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_number_that_is_none_is_not_lost(bad: float) -> None:
+    """A run stops at a loss that is not finite, so kernels must not make it finite."""
+    x = numbers(40, 50)
+    x[7, 33] = bad
+    targets = np.zeros(40, int)
+    weight, bias = numbers(50), numbers(50)
+    assert not np.isfinite(F.cross_entropy_forward(x, targets)[0])
+    assert not np.isfinite(F.layer_norm_forward(x, weight, bias, 1e-5)[0][7]).any()
+    assert not np.isfinite(F.matmul(x, numbers(50, 60))[7]).any()
+    assert not np.isfinite(F.matmul(x[7:8], numbers(60, 50).T)).any()
+    assert not np.isfinite(optim.sum_of_squares([x]))
+    assert not np.isfinite(F.gelu_forward(x)[7, 33])
+    qkv = numbers(1, 40, 3 * 16)
+    qkv[0, 7, 3] = bad
+    assert not np.isfinite(F.attention_forward(*F.split_heads(qkv, 1))[0][0, 7]).all()
+
+
+@needs_compiler
+def test_exp_is_exact_to_a_few_roundings() -> None:
+    """Through gelu, which is x / (1 + exp(-2u)): the exponent's rounding grows with it."""
+    x = np.linspace(-6, 12, 100_001).astype("float32")
+    u = F.GELU_SCALE * (x + F.GELU_CUBIC * x.astype("float64") ** 3)
+    np.testing.assert_allclose(F.gelu_forward(x), x / (1 + np.exp(-2 * u)), rtol=5e-6)
+
+
+@needs_compiler
+def test_every_kernel_in_c_has_a_namesake() -> None:
+    with kernels.numpy_only():
+        assert F.gelu_forward(numbers(3)).dtype == np.float32
+    names = {name for name in vars(compiled) if hasattr(getattr(compiled, name), "__wrapped__")}
+    assert {name for name in names if not hasattr(cpu, name)} == {"cached_blocks"}
+    assert hasattr(gpt2, "cached_blocks")

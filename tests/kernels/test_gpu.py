@@ -1,0 +1,113 @@
+"""The whole model on a GPU against the CPU: losses, gradients, generated tokens.
+
+The kernels one by one are in test_gpu_kernels.py, which runs on a GPU too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+from micrograd_gpt import gpt2, kernels, no_grad, optim
+from micrograd_gpt.arrays import backend
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.kernels.in_cuda import token_step as decode_graph
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=128, vocab_size=211, n_positions=80)
+# Of the losses: float32 sums in another order, or products of two-byte numbers
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> None:
+    backend.set_tf32(False, "gpu")
+
+
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 78))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def train(device: str, dtype: str, config: GPT2Config = CONFIG, steps: int = 20) -> list[float]:
+    model = GPT2(config, seed=1, device=device, compute=dtype)
+    optimizer, losses = optim.AdamW(model.parameters(), lr=1e-3), []
+    for _ in range(steps):
+        loss = model.loss(*batch())
+        loss.backward()
+        optimizer.clip(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_training_gives_the_cpus_losses(dtype: str) -> None:
+    ours, reference = train("gpu", dtype), train("cpu", "float32")
+    assert ours[-1] < ours[0] - 0.5
+    np.testing.assert_allclose(ours, reference, rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_same_seed_gives_the_same_bits(dtype: str) -> None:
+    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.1)
+    config = dataclasses.replace(CONFIG, **dropout)
+    assert train("gpu", dtype, config, 5) == train("gpu", dtype, config, 5)
+
+
+def test_gradients_are_those_of_the_definitions() -> None:
+    def gradients() -> dict[str, Any]:
+        model = GPT2(CONFIG, seed=1, device="gpu")
+        model.loss(*batch()).backward()
+        return {name: p.grad.get() for name, p in model.named_parameters()}
+
+    ours = gradients()
+    with kernels.definitions_only():
+        reference = gradients()
+    for name, gradient in reference.items():
+        size = np.abs(gradient).max()
+        np.testing.assert_allclose(ours[name], gradient, rtol=0, atol=1e-4 * size, err_msg=name)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_greedy_tokens_are_the_cpus(rows: int) -> None:
+    """Those of a model trained for a moment: at random, two logits may be all but equal."""
+    found = []
+    prompt = batch()[0][:rows, :9]
+    for device in ("cpu", "gpu"):
+        model = GPT2(CONFIG, seed=1, device=device)
+        optimizer = optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(30):
+            model.loss(*batch()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(model.eval().generate(prompt, max_new_tokens=40, temperature=0))
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("lengths", [[5], [1, 7, 3]])
+def test_the_token_step_is_captured_and_gives_the_same_logits(
+    lengths: list[int], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture that fails would be a warning, which is an error here."""
+    model, found = GPT2(CONFIG, seed=1, device="gpu", dtype=dtype).eval(), []
+    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (20, len(lengths), 1))
+    for blocks in (gpt2.cached_blocks, gpt2.cached_blocks.__wrapped__):
+        monkeypatch.setattr(gpt2, "cached_blocks", blocks)
+        cache = gpt2.KVCache(model, len(lengths))
+        with no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for row, length in enumerate(lengths):
+                model.hidden(batch()[0][:1, :length], cache.rows(row, row + 1))
+            found.append(np.stack([model(step, cache).numpy() for step in ids]))
+    *_, step = decode_graph._STEPS[model.transformer.h[0]].values()  # the latest used comes last
+    assert step.graph is not None
+    size = np.abs(found[1]).max()
+    np.testing.assert_allclose(*found, rtol=0, atol=TOLERANCE[dtype] * size)

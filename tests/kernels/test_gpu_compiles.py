@@ -1,0 +1,73 @@
+"""Every CUDA kernel compiles, with the compiler and the options that CuPy uses on a GPU."""
+
+from __future__ import annotations
+
+import re
+
+import nvrtc
+import pytest
+
+from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
+
+if nvrtc.library() is None:
+    pytest.skip(nvrtc.MISSING, allow_module_level=True)
+
+ARCHITECTURES = (80, 90)  # Ampere, Hopper: a kernel that needs more would not compile for the first
+BY_HEAD_SIZE = ("attention", "attention_decode")
+INSTANCES = [
+    (file, dtype, size, dropout, tf32)
+    for file in cuda_modules.FILES
+    for dtype in cuda_modules.ACTIVATIONS
+    for size in ((16, 64, 128) if file in BY_HEAD_SIZE else (0,))
+    for dropout in ((False, True) if file == "attention" and size == 64 else (False,))
+    for tf32 in ((False, True) if file == "attention" and dtype == "float32" else (False,))
+]
+
+
+def compiled(file: str, options: tuple[str, ...], arch: str) -> tuple[str, str]:
+    """PTX and log; -ftz=true is what CuPy adds."""
+    flags = [*options, "-ftz=true", f"-arch={arch}", "--ptxas-options=-v"]
+    return nvrtc.compile_to_ptx(cuda_modules.source(file), f"{file}.cu", flags)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("file", "dtype", "head_size", "dropout", "tf32"), INSTANCES)
+def test_it_compiles(
+    file: str, dtype: str, head_size: int, dropout: bool, tf32: bool, architecture: int
+) -> None:
+    options = cuda_modules.options(dtype, head_size, dropout, tf32)
+    ptx, _ = compiled(file, options, f"compute_{architecture}")
+    entries = set(re.findall(r"\.visible \.entry (\w+)\(", ptx))
+    assert entries == set(cuda_modules.declarations(file)), "a kernel without a declaration, or so"
+    assert "ld.global.v4" in ptx, "nothing is loaded 16 bytes at a time"
+    on_tensor_cores = file == "attention" and dtype != "float32"
+    assert ("mma.sync.aligned.m16n8k16" in ptx) == on_tensor_cores
+    assert ("mma.sync.aligned.m16n8k8" in ptx) == tf32
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("file", "dtype", "tf32"),
+    [
+        *(
+            (file, dtype, False)
+            for file in cuda_modules.FILES
+            for dtype in cuda_modules.ACTIVATIONS
+        ),
+        ("attention", "float32", True),
+    ],
+)
+def test_nothing_spills_into_local_memory(
+    file: str, dtype: str, tf32: bool, architecture: int
+) -> None:
+    """Down to machine code, at GPT-2's head size: registers hold all that they are meant to."""
+    options = cuda_modules.options(dtype, 64 if file in BY_HEAD_SIZE else 0, False, tf32)
+    _, log = compiled(file, options, f"sm_{architecture}")
+    frames = re.findall(r"Function properties for (\w+)\nptxas\W+(\d+) bytes stack", log)
+    assert {name for name, _ in frames} >= set(cuda_modules.declarations(file)), log
+    assert {name for name, size in frames if size != "0"} == set()
+
+
+def test_what_does_not_compile_is_reported() -> None:
+    with pytest.raises(AssertionError, match="undefined"):
+        nvrtc.compile_to_ptx("__global__ void f() { undefined(); }", "f.cu", [])

@@ -1,0 +1,497 @@
+"""Every CUDA kernel against its definition in float64: emulated on the CPU, and on a GPU.
+
+Host code and device code run together, at sizes that fit no tile and no vector. What a kernel gives
+must be the same bits in whichever order threads take turns, must fill every new array, which was
+poisoned, and must stay inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import cuda_emulator
+import numpy as np
+import pytest
+from gpu_machine import EmulatedGPU, Machine, RealGPU
+
+from micrograd_gpt import functional as F
+from micrograd_gpt import optim
+from micrograd_gpt.kernels.in_cuda import kernels as gpu
+from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
+from micrograd_gpt.kernels.in_cuda.matvec import multiply_few_rows
+from micrograd_gpt.kernels.in_cuda.token_step import attend
+
+pytest.importorskip("ml_dtypes", reason="ml_dtypes, NumPy's bfloat16, is not installed")
+
+# Of the largest element: a few hundred float32 roundings, or two of the type a result is kept in
+TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2, "TF32": 2e-3}
+DTYPES = ["float32", "float16", "bfloat16"]
+WHERE = [
+    pytest.param(
+        "emulated",
+        marks=pytest.mark.skipif(cuda_emulator.COMPILER is None, reason=cuda_emulator.MISSING),
+    ),
+    pytest.param("gpu", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(scope="module", params=WHERE)
+def any_machine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Machine:
+    if request.param == "gpu":
+        return RealGPU()
+    return EmulatedGPU(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture
+def on(any_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    any_machine.install(monkeypatch)
+    yield any_machine
+    any_machine.arrays.check()
+
+
+def numbers(*shape: int, dtype: str = "float32", seed: int = 0) -> np.ndarray:
+    return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(dtype)
+
+
+def doubles(*arrays: np.ndarray) -> list[np.ndarray]:
+    return [array.astype(np.float64) for array in arrays]
+
+
+def assert_close(ours: Any, reference: Any, tolerance: float, name: str = "") -> None:
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    assert ours.shape == reference.shape, name
+    assert np.isfinite(ours).all(), f"{name}: not every element was written"
+    size = np.abs(reference).max(initial=0) + 1e-30
+    np.testing.assert_allclose(ours, reference, rtol=0, atol=tolerance * size, err_msg=name)
+
+
+# ------------------------------------------------------------------------- rows and elements
+
+SHAPES = [(1, 1), (3, 37), (9, 64), (5, 300), (130, 72)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layer_norm(shape: tuple[int, int], dtype: str, on: Machine) -> None:
+    x, grad = numbers(*shape) * 3 + 1, numbers(*shape, dtype=dtype, seed=1)
+    w, b = numbers(shape[1]), numbers(shape[1], seed=2)
+    y, mean, rstd = on.repeated(lambda: gpu.layer_norm_forward(*on.put(x, w, b), 1e-5, dtype))
+    expected = F.layer_norm_forward.__wrapped__(*doubles(x, w, b), 1e-5)
+    assert y.dtype == dtype and mean.dtype == rstd.dtype == np.float32
+    for ours, other, t in zip(
+        (y, mean, rstd), expected, (dtype, "float32", "float32"), strict=True
+    ):
+        assert_close(ours, other, TOLERANCE[t])
+    if shape[1] == 1:  # always 0: the gradient is all cancellation
+        return
+    ours = on.repeated(lambda: gpu.layer_norm_backward(*on.put(grad, x, w, mean, rstd)))
+    oracle = F.layer_norm_backward.__wrapped__(*doubles(grad, x, w, mean, rstd))
+    for a, other, name in zip(ours, oracle, ("dx", "dweight", "dbias"), strict=True):
+        assert a.dtype == np.float32
+        assert_close(a, other, TOLERANCE["float32"], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (7, 5), (33, 130)])
+def test_gelu(shape: tuple[int, ...], dtype: str, on: Machine) -> None:
+    x, grad = numbers(*shape, dtype=dtype) * 2, numbers(*shape, dtype=dtype, seed=1)
+    x = x.astype(dtype)
+    y = on.repeated(lambda: gpu.gelu_forward(*on.put(x)))
+    assert y.dtype == dtype
+    assert_close(y, F.gelu_forward.__wrapped__(*doubles(x)), TOLERANCE[dtype])
+    dx = on.repeated(lambda: gpu.gelu_backward(*on.put(grad, x)))
+    assert_close(dx, F.gelu_backward.__wrapped__(*doubles(grad, x)), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k", "m"), [(9, 3, 5), (70, 16, 72)])
+def test_bias_and_gelu_in_one_pass(n: int, k: int, m: int, dtype: str, on: Machine) -> None:
+    """The same bits as linear and gelu one after the other, and both against their definition."""
+    x, weight, bias = (numbers(*s, dtype=dtype) for s in ((n, k), (k, m), (m,)))
+    before, y = on.repeated(lambda: gpu.linear_gelu_forward(*on.put(x, weight, bias)))
+    expected = gpu.linear_forward(*on.put(x, weight, bias))
+    assert before.dtype == y.dtype == dtype
+    assert before.tobytes() == on.get(expected).tobytes()
+    assert y.tobytes() == on.get(gpu.gelu_forward(expected)).tobytes()
+    oracle = F.linear_gelu_forward.__wrapped__(*doubles(x, weight, bias))
+    for ours, other, name in zip((before, y), oracle, ("before", "y"), strict=True):
+        assert_close(ours, other, 2 * TOLERANCE[dtype], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (4, 9), (3, 2051), (6, 4096)])
+def test_cross_entropy(shape: tuple[int, int], dtype: str, on: Machine) -> None:
+    logits = (numbers(*shape) * 3).astype(dtype)
+    targets = np.random.default_rng(0).integers(0, shape[1], shape[0])
+    targets[2::3] = F.IGNORE
+    loss, dlogits = on.repeated(lambda: gpu.cross_entropy_forward(*on.put(logits, targets), 0.25))
+    expected, gradient = F.cross_entropy_forward.__wrapped__(*doubles(logits), targets, 0.25)
+    assert loss.dtype == np.float32 and dlogits.dtype == dtype
+    assert_close(loss, expected, TOLERANCE["float32"], "loss")
+    assert_close(dlogits, gradient, TOLERANCE[dtype], "dlogits")
+    in_place, labels, scale = on.put(logits.copy(), targets, np.full((), 0.25))
+    again, out = gpu.cross_entropy_forward(in_place, labels, scale, out=in_place)
+    assert out is in_place and float(again) == float(loss)
+    assert on.get(out).tobytes() == dlogits.tobytes()
+
+
+def test_cross_entropy_of_what_is_not_finite(on: Machine) -> None:
+    logits = numbers(3, 40)
+    logits[0, 3], logits[1] = np.nan, -np.inf
+    loss, dlogits = on.repeated(
+        lambda: gpu.cross_entropy_forward(*on.put(logits, np.array([1, 2, 3])))
+    )
+    assert not np.isfinite(loss)
+    assert np.isnan(dlogits[0]).all() and np.isfinite(dlogits[2]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 3), (40, 37), (300, 64)])
+def test_embedding(rows: int, width: int, dtype: str, on: Machine) -> None:
+    table = numbers(11, width)
+    ids = np.random.default_rng(0).integers(0, 9, (rows, 1))
+    ids[rows // 2 :] = 4  # a frequent one
+    y = on.repeated(lambda: gpu.embedding_forward(*on.put(table, ids), dtype))
+    np.testing.assert_array_equal(y, table[ids].astype(dtype))
+    grad = numbers(rows, 1, width, dtype=dtype, seed=1)
+
+    def added() -> np.ndarray:
+        (dweight,) = on.put(numbers(11, width, seed=2))
+        gpu.embedding_backward(*on.put(grad, ids), dweight)
+        return dweight
+
+    expected = numbers(11, width, seed=2).astype(np.float64)
+    F.embedding_backward.__wrapped__(*doubles(grad), ids, expected)
+    assert_close(on.repeated(added), expected, TOLERANCE["float32"])
+
+
+# --------------------------------------------------------------------------- matrix products
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k", "m"), [(1, 1, 1), (1, 70, 129), (3, 64, 96), (8, 33, 50)])
+def test_products_of_few_rows(n: int, k: int, m: int, dtype: str, on: Machine) -> None:
+    x, weight, bias = (numbers(*s, dtype=dtype) for s in ((n, k), (k, m), (m,)))
+    table = numbers(m, k, dtype=dtype, seed=3)
+    y = on.repeated(lambda: gpu.linear_forward(*on.put(x, weight, bias)))
+    assert y.dtype == dtype
+    assert_close(y, F.linear_forward.__wrapped__(*doubles(x, weight, bias)), TOLERANCE[dtype])
+    y = on.repeated(lambda: gpu.linear_forward(*on.put(x, weight), None))
+    assert_close(y, np.matmul(*doubles(x, weight)), TOLERANCE[dtype])
+    columns = np.asfortranarray(weight)
+    y = on.repeated(lambda: gpu.linear_forward(*on.put(x, columns, bias)))
+    assert_close(y, F.linear_forward.__wrapped__(*doubles(x, weight, bias)), TOLERANCE[dtype])
+    logits = on.repeated(lambda: gpu.matmul(*on.put(x, table.T)))
+    assert logits.dtype == dtype
+    assert_close(logits, np.matmul(*doubles(x, table.T)), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_what_may_follow_a_product_of_few_rows(order: str, dtype: str, on: Machine) -> None:
+    """GELU, or the addition to the residual stream: the same bits as from a kernel of its own."""
+    x, weight, bias = (numbers(*s, dtype=dtype) for s in ((3, 70), (70, 129), (129,)))
+    x, weight, bias = on.put(x, np.asarray(weight, order=order), bias)
+    y, stream = gpu.linear_forward(x, weight, bias), numbers(3, 129, seed=4)
+
+    def activated() -> Any:
+        out = on.arrays.empty((3, 129), dtype)
+        multiply_few_rows(x, weight, bias, out, gelu=True)
+        return out
+
+    def added() -> Any:
+        (out,) = on.put(stream.copy())
+        multiply_few_rows(x, weight, bias, None, stream=out)
+        return out
+
+    assert on.repeated(activated).tobytes() == on.get(gpu.gelu_forward(y)).tobytes()
+    expected = gpu.add(*on.put(stream), y)
+    assert on.repeated(added).tobytes() == on.get(expected).tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize(("n", "k", "m"), [(9, 3, 5), (200, 33, 70)])
+def test_linear(n: int, k: int, m: int, order: str, dtype: str, on: Machine) -> None:
+    x, weight, bias = (numbers(*s, dtype=dtype) for s in ((n, k), (k, m), (m,)))
+    grad, weight = numbers(n, m, dtype=dtype, seed=1), np.asarray(weight, order=order)
+    y = on.repeated(lambda: gpu.linear_forward(*on.put(x, weight, bias)))
+    assert y.dtype == dtype
+    # the product is rounded, and the sum with the bias again
+    assert_close(y, F.linear_forward.__wrapped__(*doubles(x, weight, bias)), 2 * TOLERANCE[dtype])
+    ours = on.repeated(lambda: gpu.linear_backward(*on.put(grad, x, weight)))
+    oracle = F.linear_backward.__wrapped__(*doubles(grad, x, weight))
+    for a, other, kept in zip(ours, oracle, (dtype, "float32", "float32"), strict=True):
+        assert a.dtype == kept
+        assert other is not oracle[1] or a.flags[f"{order}_CONTIGUOUS"]
+        assert_close(a, other, TOLERANCE[kept])
+    (out,) = on.put(np.full((k, m), np.nan, np.float32))
+    assert gpu.matmul(*on.put(x.T, grad), out=out) is out
+    assert_close(on.get(out), oracle[1], TOLERANCE["float32"])
+
+
+# --------------------------------------------------------------------------------- attention
+
+HEADS = [(1, 1, 1, 64), (2, 3, 17, 32), (1, 2, 66, 64), (1, 1, 130, 64), (1, 2, 45, 16)]
+HEADS += [(1, 1, 70, 128), (1, 1, 33, 80)]
+ATTENTION = [(*shape, p) for shape in HEADS for p in (0.0, 0.4) if p == 0 or shape[3] in (32, 64)]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "TF32"])
+@pytest.mark.parametrize(("b", "h", "t", "d", "p"), ATTENTION)
+def test_attention(
+    b: int, h: int, t: int, d: int, p: float, dtype: str, on: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("CUPY_TF32", "1" if dtype == "TF32" else "0")
+    precision, dtype = dtype, "float32" if dtype == "TF32" else dtype
+    monkeypatch.setattr(F, "attention_dropout", lambda key, *_: attention_mask(key, b, h, t, p))
+    qkv = (numbers(b, t, 3 * h * d) * 1.5).astype(dtype)
+    q, k, v = F.split_heads(qkv, h)
+    out, log_total = on.repeated(lambda: gpu.attention_forward(*on.put(q, k, v), p, (1, 2)))
+    expected, log_sum = F.attention_forward.__wrapped__(*doubles(q, k, v), p, (1, 2))
+    assert out.dtype == dtype and log_total.dtype == np.float32
+    assert_close(out, expected, TOLERANCE[precision], "out")
+    exact = TOLERANCE["TF32" if precision == "TF32" else "float32"]
+    assert_close(log_total, log_sum, exact, "log_total")
+    if isinstance(on, EmulatedGPU):
+        file, _, options = on.emulator.launched[-1]
+        assert ("-DTF32" in options) == (precision == "TF32" and file == "attention")
+
+    grad = numbers(b, t, h, d, dtype=dtype, seed=1)
+
+    def backward() -> Any:
+        (dqkv,) = on.put(np.full(qkv.shape, np.nan, dtype))
+        saved, parts = on.put(grad, q, k, v, out, log_total), F.split_heads(dqkv, h)
+        gpu.attention_backward(*saved, *parts, p, (1, 2))
+        return dqkv
+
+    ours, oracle = on.repeated(backward), np.full(qkv.shape, np.nan)
+    F.attention_backward.__wrapped__(
+        *doubles(grad, q, k, v, out, log_total), *F.split_heads(oracle, h), p, (1, 2)
+    )
+    parts = zip(F.split_heads(ours, h), F.split_heads(oracle, h), ("dq", "dk", "dv"), strict=True)
+    largest = np.abs(oracle).max()
+    for a, other, name in parts:
+        if t == 1 and name != "dv":  # a single weight is always 1: dq and dk are all cancellation
+            assert np.abs(a.astype(float)).max() <= TOLERANCE[precision] * max(largest, 1)
+        else:
+            assert_close(a, other, 2 * TOLERANCE[precision], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("t", "keys"), [(1, 9), (1, 200), (5, 9), (70, 150), (1, 1)])
+@pytest.mark.parametrize("d", [48, 64, 128])
+def test_attention_over_a_cache(t: int, keys: int, d: int, dtype: str, on: Machine) -> None:
+    cache = numbers(2, 2, 3, keys + 4, d, dtype=dtype)
+    k, v = cache[:, :, :, :keys]
+    q, _, _ = F.split_heads(numbers(2, t, 3 * 3 * d, dtype=dtype, seed=1), 3)
+    out, log_total = on.repeated(lambda: gpu.attention_forward(*on.put(q, k, v)))
+    expected, log_sum = F.attention_forward.__wrapped__(*doubles(q, k, v))
+    assert_close(out, expected, TOLERANCE[dtype], "out")
+    assert_close(log_total, log_sum, TOLERANCE["float32"], "log_total")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [16, 64])
+def test_attention_of_one_token_a_row(d: int, dtype: str, on: Machine) -> None:
+    """Rows of different lengths, of a larger cache; keys and values go where they belong alone."""
+    lengths, h, capacity = [0, 40, 7], 2, 41
+    cache, qkv = numbers(2, 5, h, capacity, d, dtype=dtype), numbers(3, 3 * h * d, dtype=dtype)
+    expected = cache.copy()
+    for row, length in enumerate(lengths):
+        expected[:, row + 1, :, length] = qkv[row].reshape(3, h, d)[1:]
+
+    def attended() -> tuple[Any, Any]:
+        (whole,) = on.put(cache.copy())
+        out = on.arrays.empty((3, h * d), dtype)
+        attend(*on.put(qkv), *whole[:, 1:4], *on.put(np.array(lengths)), out)
+        return out, whole
+
+    out, written = on.repeated(attended)
+    assert written.tobytes() == expected.tobytes()
+    for row, length in enumerate(lengths):
+        keys, values = expected[:, row + 1 : row + 2, :, : length + 1]
+        query = qkv[row].reshape(3, 1, h, 1, d)[0]
+        oracle, _ = F.attention_forward.__wrapped__(*doubles(query, keys, values))
+        assert_close(out[row], oracle.reshape(-1), TOLERANCE[dtype])
+
+
+def test_attention_of_arrays_that_no_kernel_reads_as_they_are(on: Machine) -> None:
+    """Rows that begin anywhere, strides that differ: copied, and written back."""
+    whole = numbers(1, 2, 20, 3 * 32 + 1)
+    q, k, v = whole[..., 1:33], whole[..., 33:65], np.asfortranarray(whole[..., 65:])
+    out, log_total = on.repeated(lambda: gpu.attention_forward(*on.put(q, k, v)))
+    assert_close(out, F.attention_forward.__wrapped__(q, k, v)[0], 2e-5)
+    saved = numbers(1, 20, 2, 32, seed=1), q, k, v, out, log_total
+    (ours,), oracle = (
+        on.put(np.full((3, 1, 2, 20, 33), np.nan, np.float32)),
+        np.empty((3, *q.shape)),
+    )
+    gpu.attention_backward(*on.put(*saved), *ours[..., 1:])
+    F.attention_backward.__wrapped__(*saved, *oracle)
+    assert_close(on.get(ours)[..., 1:], oracle, 5e-5)
+
+
+# ----------------------------------------------------------------------------------- dropout
+
+
+def philox(counters: np.ndarray, key: int) -> np.ndarray:
+    """Philox 4x32-10 of counters (n, 4), as the paper's section 3 has it."""
+    mask, (low, high) = np.uint64(0xFFFFFFFF), (key & 0xFFFFFFFF, key >> 32)
+    c = [column.astype(np.uint64) for column in counters.T]
+    for _ in range(10):
+        first, second = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [
+            second >> np.uint64(32) ^ c[1] ^ np.uint64(low), second & mask,
+            first >> np.uint64(32) ^ c[3] ^ np.uint64(high), first & mask,
+        ]  # fmt: skip
+        low, high = (low + 0x9E3779B9) & 0xFFFFFFFF, (high + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack(c, axis=1)
+
+
+def factors(random: np.ndarray, p: float) -> np.ndarray:
+    return ((random >> np.uint64(8)).astype(float) / 2**24 >= p) / (1 - p)
+
+
+def attention_mask(key: tuple[int, ...], b: int, h: int, t: int, p: float) -> np.ndarray:
+    head, query, column = np.indices((b * h, t, -(-t // 4)))
+    counters = np.stack([column, query, head, head * 0], axis=-1).reshape(-1, 4)
+    random = philox(counters, gpu._seed(key)).reshape(b, h, t, -1)
+    return factors(random[..., :t], p)
+
+
+def test_the_reference_draws_the_published_numbers() -> None:
+    """The known answers of the authors' own library, Random123 (kat_vectors)."""
+    digits_of_pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
+    for counter, key, answer in (
+        ([0] * 4, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (digits_of_pi, 0x299F31D0A4093822, "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ):
+        assert (
+            " ".join(f"{int(word):08x}" for word in philox(np.array([counter]), key)[0]) == answer
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 50, 5000])
+def test_dropout(size: int, dtype: str, on: Machine) -> None:
+    x, grad = numbers(size, dtype=dtype), numbers(size, 2, dtype=dtype, seed=1)[:, 1]
+    counters = np.zeros((-(-size // 4), 4), np.uint64)
+    counters[:, 0] = np.arange(len(counters))
+    mask = factors(philox(counters, gpu._seed((3, 4))).reshape(-1)[:size], 0.3)
+    assert gpu.dropout_forward(*on.put(x), 0.3, (3, 4))[1] is None
+    y = on.repeated(lambda: gpu.dropout_forward(*on.put(x), 0.3, (3, 4))[0])
+    assert_close(y, x.astype(float) * mask, TOLERANCE[dtype])
+    dx = on.repeated(lambda: gpu.dropout_backward(*on.put(grad), None, 0.3, (3, 4)))
+    assert dx.dtype == dtype
+    assert_close(dx, grad.astype(float) * mask, TOLERANCE[dtype])
+    with pytest.raises(gpu.Unsupported):  # the forward was not done here
+        gpu.dropout_backward(*on.put(x, x), 0.3, (3, 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (7, 5), (3, 1999)])
+def test_residual_addition(shape: tuple[int, ...], dtype: str, on: Machine) -> None:
+    stream, branch = numbers(*shape), numbers(*shape, dtype=dtype, seed=1)
+    expected = stream + branch.astype(np.float32)
+    y = on.repeated(lambda: gpu.add(*on.put(stream, branch)))
+    assert y.dtype == np.float32
+    np.testing.assert_array_equal(y, expected)
+    (total,) = on.put(stream.copy())
+    assert gpu.add(total, *on.put(branch), out=total) is total
+    np.testing.assert_array_equal(on.get(total), expected)
+
+
+# --------------------------------------------------------------------------------- optimizer
+
+
+@pytest.mark.parametrize("norm", [0.2, 3.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_clipping(norm: float, loss_scale: float, on: Machine) -> None:
+    squares = np.array((norm * loss_scale) ** 2, np.float32)
+    found = on.repeated(lambda: gpu.clip_scale(*on.put(squares), 0.5, loss_scale))
+    expected = optim.clip_scale.__wrapped__(*doubles(squares), 0.5, loss_scale)
+    assert [x.dtype for x in found] == [np.float32] * 2
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 5, 50])
+def test_optimizer(count: int, on: Machine) -> None:
+    rng = np.random.default_rng(count)
+    shapes = [tuple(rng.integers(1, 60, n % 3)) for n in range(count)]
+    grads = [numbers(*s, seed=1) for s in shapes]
+    decays = [0.1 * (len(s) == 2) for s in shapes]
+    squares = on.repeated(lambda: gpu.sum_of_squares(on.put(*grads)))
+    assert_close(squares, sum((g.astype(float) ** 2).sum() for g in grads), TOLERANCE["float32"])
+    scale = gpu.clip_scale(*on.put(squares), float(squares) ** 0.5 / 4, 1.0)[1]
+
+    def start(kind: str) -> list[list[np.ndarray]]:
+        p, m, v = (
+            [np.asarray(numbers(*s, seed=i), kind, order="CF"[n % 2]) for n, s in enumerate(shapes)]
+            for i in (2, 3, 4)
+        )
+        return [p, m, [np.asarray(abs(x)) for x in v]]
+
+    def updated() -> tuple[Any, ...]:
+        p, m, v = (on.put(*arrays) for arrays in start("float32"))
+        for step in (3, 4):
+            settings = (1e-2, 0.9, 0.95, 1e-8, decays, step)
+            gpu.adamw_update(p, on.put(*grads), m, v, *settings, scale)
+        return (*p, *m, *v)
+
+    p, m, v = start("float64")
+    for step in (3, 4):
+        clipped = [g.astype(float) * 0.25 for g in grads]
+        optim.adamw_update.__wrapped__(p, clipped, m, v, 1e-2, 0.9, 0.95, 1e-8, decays, step)
+    ours = on.repeated(updated)
+    for a, other in zip(ours, [*p, *m, *v], strict=True):
+        assert_close(a, other, 1e-5)
+
+
+def test_optimizer_with_a_gradient_that_is_not_contiguous(on: Machine) -> None:
+    p, m, v = (numbers(6, 4, seed=i) for i in range(3))
+    arrays = [p.copy(), numbers(4, 6).T, m.copy(), abs(v)]
+    ours, settings = on.put(*arrays), (1e-2, 0.9, 0.95, 1e-8, [0.1], 2)
+    gpu.adamw_update(*([array] for array in ours), *settings)
+    optim.adamw_update.__wrapped__(*([array] for array in arrays), *settings)
+    assert_close(on.get(ours[0]), arrays[0], 1e-6)
+
+
+# ---------------------------------------------------------------------------- what is refused
+
+
+def test_what_no_kernel_does_is_refused_before_anything_is_written(on: Machine) -> None:
+    x, w = on.put(numbers(4, 24, dtype="float64"), numbers(24, dtype="float64"))
+    q, strided, targets = on.put(numbers(1, 2, 5, 24), numbers(4, 6).T, np.zeros(4, int))
+    for call in (
+        lambda: gpu.layer_norm_forward(x, w, w, 1e-5),
+        lambda: gpu.gelu_forward(x),
+        lambda: gpu.gelu_forward(strided),
+        lambda: gpu.linear_forward(x, x.T, None),
+        lambda: gpu.cross_entropy_forward(x, targets),
+        lambda: gpu.attention_forward(q, q, q),  # 24 channels are no multiple of 16
+        lambda: gpu.sum_of_squares([x]),
+        lambda: gpu.adamw_update([x], [x], [x], [x], 1e-2, 0.9, 0.95, 1e-8, [0.1], 1),
+        lambda: gpu.clip_scale(x[0, 0], 1.0, 1.0),
+        lambda: gpu.dropout_forward(x, 0.5, (1,)),
+        lambda: gpu.add(x, x),
+        lambda: gpu.add(*on.put(numbers(3, 4), numbers(4))),
+        lambda: gpu.add(*on.put(numbers(4, dtype="float16"), numbers(4))),
+    ):
+        with pytest.raises(gpu.Unsupported):
+            call()
+
+
+def test_every_kernel_was_run(on: Machine) -> None:
+    """Last in this file: no kernel is written that no function launches, or no test runs."""
+    if not isinstance(on, EmulatedGPU):
+        return
+    run = {(file, kernel) for file, kernel, _ in on.emulator.launched}
+    all_of_them = {(f, k) for f in cuda_modules.FILES for k in cuda_modules.declarations(f)}
+    if len(run) > 10:  # when this file runs as a whole
+        assert run == all_of_them

@@ -1,0 +1,129 @@
+"""The whole model with device="gpu" on the CPU: the host's code, and the kernels emulated.
+
+What test_gpu_kernels.py shows of each kernel is shown here of their being put together: the arrays
+they are handed in a training step and in decoding are those they take, and none is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import cuda_emulator
+import numpy as np
+import pytest
+from gpu_machine import emulated_cupy
+
+from micrograd_gpt import Tensor, kernels, optim
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
+
+pytest.importorskip("ml_dtypes", reason="ml_dtypes, NumPy's bfloat16, is not installed")
+fake_cupy = pytest.importorskip("fake_cupy")
+pytestmark = pytest.mark.skipif(cuda_emulator.COMPILER is None, reason=cuda_emulator.MISSING)
+
+CONFIG = GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=53, n_positions=40)
+# Of the losses: float32 sums in another order, or products of two-byte numbers
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> cuda_emulator.Emulator:
+    return cuda_emulator.Emulator(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture(autouse=True)
+def gpu(emulator: cuda_emulator.Emulator) -> Iterator[None]:
+    with emulated_cupy(emulator):
+        yield
+
+
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 38))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def train(model: GPT2, steps: int = 3) -> list[float]:
+    optimizer, losses = optim.AdamW(model.parameters(), lr=1e-2), []
+    for _ in range(steps):
+        loss = model.loss(*batch())
+        loss.backward()
+        optimizer.clip(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_training(dtype: str, emulator: cuda_emulator.Emulator) -> None:
+    ours = train(GPT2(CONFIG, seed=1, device="gpu", compute=dtype))
+    with kernels.definitions_only():
+        reference = train(GPT2(CONFIG, seed=1))
+    assert ours[-1] < ours[0] - 0.1
+    np.testing.assert_allclose(ours, reference, rtol=TOLERANCE[dtype])
+    launched = {(kernel, options[1]) for _, kernel, options in emulator.launched}
+    activation = f"-DACTIVATION={cuda_modules.ACTIVATIONS[dtype]}"
+    assert {name for name, kept_in in launched if kept_in == activation} >= {
+        *("add_bias", "bias_gelu_forward", "gelu_backward", "cross_entropy_forward"),
+        *("attention_forward", "attention_backward_queries", "attention_backward_keys"),
+        *("attention_delta", "column_sums", "residual_add"),
+        *("layer_norm_forward", "layer_norm_backward", "layer_norm_backward_weight"),
+    }
+    assert {name for name, kept_in in launched if kept_in == "-DACTIVATION=Float"} >= {
+        *(
+            "embedding_backward",
+            "sum_of_squares",
+            "adamw_update",
+            "clip_scale",
+            "total",
+            "sum_partials",
+        ),
+    }
+
+
+def test_training_with_dropout(emulator: cuda_emulator.Emulator) -> None:
+    """The backward drops what the forward dropped: along a direction the loss falls as it says.
+
+    So it does with a block computed again in the backward. The gradients are in float32, the step
+    small: what a second difference leaves is a few thousandths.
+    """
+    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.2)
+    gradients = []
+    for recompute in (False, True):
+        model = GPT2(dataclasses.replace(CONFIG, **dropout), seed=1, device="gpu")
+        model.transformer.recompute = recompute
+
+        def loss(model: GPT2 = model) -> Tensor:
+            model.random.reseed(7)
+            return model.loss(*batch())
+
+        loss().backward()
+        gradients.append([p.grad.get() for p in model.parameters()])
+    names = {kernel for _, kernel, _ in emulator.launched}
+    assert names >= {"dropout", "residual_add"}
+    for once, again in zip(*gradients, strict=True):
+        np.testing.assert_array_equal(once, again)
+    size, parameters = 1e-3, model.parameters()
+    norm = np.sqrt(sum((g.astype(float) ** 2).sum() for g in gradients[0]))
+    found = []
+    for sign in (size, -2 * size):  # up, and from there down
+        for p, g in zip(parameters, gradients[0], strict=True):
+            p.data += fake_cupy.asarray((sign * g / norm).astype(np.float32))
+        found.append(loss().item())
+    assert (found[0] - found[1]) / (2 * size) == pytest.approx(norm, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_decoding(dtype: str, emulator: cuda_emulator.Emulator) -> None:
+    """Greedy, by a model trained for a moment: at random, two logits may be all but equal."""
+    model = GPT2(CONFIG, seed=1)
+    train(model, steps=30)
+    prompt = batch()[0][:1, :5]
+    reference = model.eval().generate(prompt, max_new_tokens=6, temperature=0)
+    ours = GPT2(CONFIG, dtype=dtype, device="gpu").eval()
+    for mine, trained in zip(ours.parameters(), model.parameters(), strict=True):
+        mine.data[...] = fake_cupy.asarray(trained.data).astype(mine.dtype)
+    np.testing.assert_array_equal(ours.generate(prompt, max_new_tokens=6, temperature=0), reference)
+    names = {kernel for _, kernel, _ in emulator.launched}
+    assert names >= {"matvec_rows", "attention_token", "attention_forward"}

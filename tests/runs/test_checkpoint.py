@@ -1,0 +1,422 @@
+"""A run's folder: what is written is what is read, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import tracemalloc
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from faults import FullDiskFile, fail, fill_disk, kill, needs_fork, run_with_fault
+
+from micrograd_gpt import optim
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.runs import checkpoint
+from micrograd_gpt.support import files
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.file_sets import SAVED
+from micrograd_gpt.text.shards import Shards
+from micrograd_gpt.text.tokenizers import CharTokenizer, load_tokenizer
+from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
+
+SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 5, "n_positions": 6}
+TOKENIZER = CharTokenizer.from_text("abcde")
+UNCHANGED = "; what was there before is unchanged$"
+
+
+def trained(steps: int = 2, seed: int = 0) -> tuple[GPT2, optim.AdamW]:
+    model = GPT2(GPT2Config(**SHAPE), seed=seed)
+    optimizer = optim.AdamW(model.parameters())
+    ids = np.arange(10).reshape(2, 5) % 5
+    for _ in range(steps):
+        model.loss(ids, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_a_run_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {"seed": 3})
+    again, moments = trained(0, seed=9)
+    checkpoint.load_run(tmp_path, again, moments)
+    assert moments.steps == 2 and checkpoint.load_settings(tmp_path) == {"seed": 3}
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        np.testing.assert_array_equal(a.data, b.data)
+    for a, b in zip(optimizer.m + optimizer.v, moments.m + moments.v, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert load_tokenizer(tmp_path).decode([0, 4]) == "ae"
+    assert checkpoint.load_config(tmp_path) == model.config
+
+
+def test_the_folder_is_a_hugging_face_folder(tmp_path: Path) -> None:
+    model, _ = trained()
+    model.save_pretrained(tmp_path, TOKENIZER)
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    file = TensorFile(tmp_path / "model.safetensors")
+    assert file.metadata["format"] == "pt" and "lm_head.weight" not in file.shapes
+    assert file.shapes["transformer.h.0.attn.c_attn.weight"] == (8, 24)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "gpt2" and config["eos_token_id"] is None
+    assert config["n_layer"] == 1 and config["activation_function"] == "gelu_new"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_may_be_stored_smaller(tmp_path: Path, dtype: str) -> None:
+    model, _ = trained()
+    model.save_pretrained(tmp_path, dtype=dtype)
+    stored = TensorFile(tmp_path / "model.safetensors").read("transformer.wte.weight")
+    ours = model.transformer.wte.weight.data
+    half_a_unit = 2**-8 if dtype == "bfloat16" else 2**-11  # of the stored mantissa's last bit
+    np.testing.assert_allclose(stored, ours, rtol=half_a_unit, atol=2**-25)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
+
+
+def test_a_set_of_two_steps_is_named(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
+    model.save_pretrained(tmp_path, metadata={"step": "3"})
+    with pytest.raises(UserError, match=r"model\.safetensors is of step 3, .* of step 2"):
+        checkpoint.load_run(tmp_path, model, optimizer)
+
+
+def test_what_is_missing_or_of_another_model_is_named(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    with pytest.raises(UserError, match=r"holds no run to resume: there is no trainer_state\.json"):
+        checkpoint.load_run(tmp_path, model, optimizer)
+    with pytest.raises(UserError, match=r"holds no model: there is no config\.json"):
+        checkpoint.load_config(tmp_path)
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
+    wider = GPT2(GPT2Config(**{**SHAPE, "n_embd": 12}))
+    with pytest.raises(UserError, match=r"has shape \(5, 8\), the model's is \(5, 12\)"):
+        checkpoint.load_run(tmp_path, wider, optim.AdamW(wider.parameters()))
+    deeper = GPT2(GPT2Config(**{**SHAPE, "n_layer": 2}))
+    with pytest.raises(UserError, match=r"lacks transformer\.h\.1\."):
+        checkpoint.load_run(tmp_path, deeper, optim.AdamW(deeper.parameters()))
+    weights = {name: p.data for name, p in model.named_parameters()}
+    write_safetensors(
+        tmp_path / "model.safetensors", {**weights, "surplus": np.zeros(2)}, {"step": "2"}
+    )
+    with pytest.raises(UserError, match="has surplus, which the model has not"):
+        checkpoint.load_run(tmp_path, model, optimizer)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b'{"step": "\xff"}', b"\x80", b"[" * 100_000, b'{"a":' * 100_000],
+)
+def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
+    model, optimizer = trained(0)
+    for name in ("trainer_state.json", "config.json"):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"trainer_state\.json is damaged: it ") as caught:
+        checkpoint.load_run(tmp_path, model, optimizer)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"config\.json is damaged: it "):
+        checkpoint.load_config(tmp_path)
+
+
+def test_what_is_read_is_all_of_it_or_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    assert files.read_json(path) is None
+    path.write_text('{"ü": [1, null]}', encoding="utf-8")
+    assert files.read_json(path) == files.read_json(str(path)) == {"ü": [1, None]}
+    assert files.read_json(path / "inside of a file") is None
+    for read in (files.read_json, files.sha256):
+        with pytest.raises(UserError, match=f"cannot read {re.escape(str(tmp_path))}: "):
+            read(tmp_path)
+
+
+# ------------------------------------------------------------------------- files are whole or not
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "file.txt"
+    files.write_text(target, "old")
+    with pytest.raises(ZeroDivisionError), files.written_whole(target) as file:
+        file.write(b"half")
+        assert target.read_text() == "old"
+        _ = 1 / 0
+    assert target.read_text() == "old" and [f.name for f in target.parent.iterdir()] == ["file.txt"]
+    files.write_text(target, "new ü")
+    assert target.read_text("utf-8") == "new ü"
+    assert [f.name for f in target.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+@pytest.mark.parametrize("room", [0, 3])
+def test_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, before: bytes | None
+) -> None:
+    path = tmp_path / "file.txt"
+    if before is not None:
+        path.write_bytes(before)
+    fill_disk(monkeypatch, files, room)
+    message = f"^cannot write {re.escape(str(path))}: No space left on device{UNCHANGED}"
+    with pytest.raises(UserError, match=message) as caught:
+        files.write_text(path, "more than there is room for")
+    assert "\n" not in str(caught.value)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == (
+        {} if before is None else {path.name: before}
+    )
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_disk_that_fails_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    files.write_text(tmp_path / "file.txt", "old")
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(UserError, match=rf"file\.txt: Input/output error{UNCHANGED}"):
+        files.write_text(tmp_path / "file.txt", "new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file.txt": "old"}
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=f"cannot write .*folder: .*{UNCHANGED}"):
+        files.write_text(tmp_path / "folder", "a file where a folder is: renaming fails")
+    (tmp_path / "plain").write_text("old")
+    for path in (tmp_path / "plain" / "x", tmp_path / "plain" / "deep" / "x"):
+        with pytest.raises(UserError, match=f"cannot write {re.escape(str(path))}: .*{UNCHANGED}"):
+            files.write_text(path, "a folder where a file is: none can be made")
+
+    def forbidden(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files, "open", forbidden, raising=False)
+    with pytest.raises(UserError, match=f"cannot write .*plain: Permission denied{UNCHANGED}"):
+        files.write_text(tmp_path / "plain", "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "plain"]
+    assert (tmp_path / "plain").read_text() == "old"
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError, UserError])
+def test_what_is_no_oserror_stays_what_it_is(tmp_path: Path, failure: type[BaseException]) -> None:
+    path = tmp_path / "file.txt"
+    files.write_text(path, "old")
+    with pytest.raises(failure, match=r"^mine$"), files.written_whole(path) as file:
+        file.write(b"half")
+        raise failure("mine")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file.txt": "old"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "optimizer.safetensors",
+        "trainer_state.json",
+    ],
+)
+def test_a_run_s_file_that_does_not_fit_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model, optimizer = trained()
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def open_full(path: Path, mode: str) -> Any:
+        return FullDiskFile(open(path, mode), room=10 if name in path.name else 1 << 30)
+
+    monkeypatch.setattr(files, "open", open_full, raising=False)
+    message = rf"cannot write .*{name}: No space left on device{UNCHANGED}"
+    with pytest.raises(UserError, match=message) as caught:
+        checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {"seed": 4})
+    assert "\n" not in str(caught.value)
+    after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert after.keys() == before.keys() and after[name] == before[name]
+
+
+# ------------------------------------------------------------------------- sets that never mix
+
+
+def saved(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in checkpoint.SET]
+
+
+def test_earlier_sets_and_the_best_are_kept(tmp_path: Path) -> None:
+    model, optimizer = trained(0)
+    losses = {1: 3.0, 2: 2.0, 3: None, 4: 2.5, 5: float("nan")}
+    for step, loss in losses.items():
+        optimizer.steps = step
+        checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, loss, keep=2)
+    assert [p.name for p in checkpoint.earlier_sets(tmp_path)] == ["step-000003", "step-000004"]
+    steps = {
+        p: json.loads((tmp_path / p / "trainer_state.json").read_text())["step"]
+        for p in (".", "best", "step-000003", "step-000004")
+    }
+    assert steps == {".": 5, "best": 2, "step-000003": 3, "step-000004": 4}
+    assert checkpoint.best_loss(tmp_path) == 2.0
+    for folder in (tmp_path, tmp_path / "best", tmp_path / "step-000003"):
+        again, moments = trained(0, seed=9)
+        checkpoint.load_run(folder, again, moments)
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+    # The same step again is no earlier one; fewer may be kept; a lower loss later is the best.
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, 1.0, keep=1)
+    assert [p.name for p in checkpoint.earlier_sets(tmp_path)] == ["step-000004"]
+    assert checkpoint.best_loss(tmp_path) == 1.0
+    checkpoint.remove_run(tmp_path)
+    assert list(tmp_path.iterdir()) == [] and not checkpoint.holds_run(tmp_path)
+    assert checkpoint.best_loss(tmp_path) == float("inf")
+
+
+def test_the_last_good_checkpoint_is_older_than_the_failure(tmp_path: Path) -> None:
+    model, optimizer = trained(0)
+    assert checkpoint.last_good(tmp_path, 9) == "there is none yet"
+    for step in (3, 6, 9):
+        optimizer.steps = step
+        checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, 1.0, keep=1)
+    assert checkpoint.last_good(tmp_path, 10) == f"{tmp_path}, of step 9"
+    assert checkpoint.last_good(tmp_path, 9) == f"{tmp_path / 'step-000006'}, of step 6"
+    assert checkpoint.last_good(tmp_path, 5) == f"{tmp_path / 'best'}, of step 3"
+    assert checkpoint.last_good(tmp_path, 3) == "there is none yet"
+
+
+def unmoved(folder: Path, files: tuple[str, ...] = checkpoint.SET) -> None:
+    """Leave the set as a process does that is killed before it moved `files` to their places."""
+    (folder / SAVED).mkdir()
+    for name in files:
+        (folder / name).rename(folder / SAVED / name)
+
+
+@pytest.mark.parametrize("files", [checkpoint.SET, checkpoint.SET[-1:]], ids=["all", "the last"])
+def test_earlier_sets_that_a_kill_left_unmoved_count(tmp_path: Path, files: tuple[str]) -> None:
+    model, optimizer = trained(0)
+    for step in (3, 6, 9):
+        optimizer.steps = step
+        checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, keep=2)
+    unmoved(tmp_path / "step-000006", files)
+    assert checkpoint.last_good(tmp_path, 9) == f"{tmp_path / 'step-000006'}, of step 6"
+    unmoved(tmp_path / "step-000006", files)
+    places = [tmp_path / "step-000003", tmp_path / "step-000006"]
+    assert checkpoint.earlier_sets(tmp_path) == places
+    unmoved(tmp_path / "step-000003", files)
+    unmoved(tmp_path, files)
+    optimizer.steps = 12
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, keep=2)
+    kept = [p.name for p in tmp_path.iterdir() if p.is_dir()]
+    assert sorted(kept) == ["step-000006", "step-000009"]
+
+
+def test_the_last_good_checkpoint_is_named_whatever_else_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained(0)
+    for step in (3, 6, 9, 12):
+        optimizer.steps = step
+        checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, 1.0, keep=3)
+    (tmp_path / "step-000009" / "trainer_state.json").write_text("{")
+    unmoved(tmp_path / "step-000006")
+    unmoved(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert checkpoint.last_good(tmp_path, 13) == f"{tmp_path}, of step 12"
+    assert checkpoint.last_good(tmp_path, 12) == f"{tmp_path / 'step-000006'}, of step 6"
+    assert checkpoint.last_good(tmp_path / "nowhere", 12) == "there is none yet"
+
+
+@needs_fork
+@pytest.mark.parametrize(("fault", "status"), [(kill, 9), (fail, 1)])
+def test_stopped_at_any_operation_a_run_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[], None], status: int
+) -> None:
+    """Every file operation of a save, one after another, is the last the process comes to."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # only time would be lost
+    model, optimizer = trained(1)
+    ids = np.arange(10).reshape(2, 5) % 5
+    start = tmp_path / "start"
+    checkpoint.save_run(start, model, TOKENIZER, optimizer, {}, 3.0, keep=1)
+    model.loss(ids, ids).backward()
+    optimizer.step()
+    steps = []
+    for number in count():
+        folder = tmp_path / str(number)
+        shutil.copytree(start, folder)
+        got = run_with_fault(
+            lambda folder=folder: checkpoint.save_run(
+                folder, model, TOKENIZER, optimizer, {}, 2.0, keep=1
+            ),
+            fault,
+            number,
+        )
+        again, moments = trained(0, seed=9)
+        checkpoint.load_run(folder, again, moments)
+        steps.append(moments.steps)
+        assert saved(folder)[1:3] != saved(start)[1:3] or moments.steps == 1
+        best = checkpoint.best_loss(folder)  # is there, and whole
+        assert best in ((3.0,) if moments.steps == 1 else (3.0, 2.0))
+        checkpoint.load_run(folder / "best", again, moments)
+        # The next save, of the process that goes on, puts everything in order.
+        checkpoint.save_run(folder, model, TOKENIZER, optimizer, {}, 2.0, keep=1)
+        checkpoint.load_run(folder / "best", again, moments)
+        assert moments.steps == 2 and checkpoint.best_loss(folder) == 2.0
+        assert not [p for p in folder.rglob("*") if p.name.startswith(".")]
+        shutil.rmtree(folder)
+        if got == 0:
+            break
+        assert got == status
+    assert steps == sorted(steps) and set(steps) == {1, 2} and len(steps) > 40
+
+
+def test_saving_and_loading_copy_no_arrays(tmp_path: Path) -> None:
+    model = GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=512, vocab_size=5, n_positions=6))
+    optimizer = optim.AdamW(model.parameters())
+    size = 3 * 4 * model.n_parameters
+    peaks = []
+    for action in (
+        lambda: checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, 1.0),
+        lambda: checkpoint.load_run(tmp_path, model, optimizer),
+    ):
+        tracemalloc.start()
+        action()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(peaks) < size / 10
+
+
+def test_token_streams_are_told_apart() -> None:
+    tokens = np.arange(5_000_000) % 50_000
+    same = checkpoint.fingerprint(tokens.astype(np.uint16))
+    assert same == checkpoint.fingerprint(tokens) and same.startswith("5000000 tokens, CRC-32 ")
+    shifted = np.concatenate([tokens[:3_000_000], tokens[3_000_001:], [7]])
+    assert checkpoint.fingerprint(shifted) != same
+    short = checkpoint.fingerprint(tokens[:10])
+    assert short != checkpoint.fingerprint(tokens[:11]) != checkpoint.fingerprint(tokens[1:12])
+
+
+def test_every_token_of_a_stream_is_told_apart_but_of_a_very_long_one() -> None:
+    tokens = (np.arange(5_000_000) % 50_000).astype(np.uint16)
+    shards = Shards([tokens[:10], tokens[10:10], tokens[10:]])
+    assert checkpoint.fingerprint(shards) == checkpoint.fingerprint(tokens)
+    assert checkpoint.fingerprint(shards, 0) == checkpoint.fingerprint(tokens, 0)
+    before, before_of_pieces = checkpoint.fingerprint(tokens), checkpoint.fingerprint(tokens, 10)
+    tokens[10_000] = 7  # in no piece of those 256, which are 19,600 apart
+    assert checkpoint.fingerprint(tokens) != before
+    assert checkpoint.fingerprint(tokens, 10) == before_of_pieces
+
+
+def test_a_state_without_its_facts_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"trainer_state\.json is damaged: it lacks the step"):
+        checkpoint.load_settings(tmp_path)

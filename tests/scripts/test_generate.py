@@ -1,0 +1,501 @@
+"""generate.py as its users meet it: text out, one-line errors, pipes, Ctrl-C, a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import training
+
+from micrograd_gpt.generation import sampling
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.runs.checkpoint import save_pretrained
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+from micrograd_gpt.weights.pretrained import from_pretrained
+
+SCRIPT = Path(__file__).parents[2] / "generate.py"
+generate = training.script("generate")
+TEXT = "the quick brown fox jumps over the lazy dog.\n"
+
+
+def save_model(folder: Path, tokenizer: Tokenizer, seed: int = 0) -> str:
+    """A small model with large weights, untrained: what it says is nonsense, but decided."""
+    config = GPT2Config(
+        n_layer=1, n_head=2, n_embd=16, vocab_size=tokenizer.vocab_size, n_positions=32
+    )
+    model = GPT2(config, seed=seed)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data *= 8
+    save_pretrained(model, folder, tokenizer)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def char_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("char"), CharTokenizer.from_text(TEXT))
+
+
+@pytest.fixture(scope="module")
+def byte_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("byte"), ByteTokenizer())
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """stdout of the script, run here."""
+    capsys.readouterr()
+    assert generate.main(list(argv)) == 0
+    return capsys.readouterr().out
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run(capsys, *argv, "--json").splitlines()]
+
+
+def start(*argv: str, **more: Any) -> subprocess.Popen[bytes]:
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen([sys.executable, str(SCRIPT), *argv], **pipes | more)
+
+
+# ------------------------------------------------------------------------------------------- text
+
+
+def test_prompt_then_text(char_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "--model", char_model, "--prompt", "the ", "--max-new-tokens", "50")
+    assert out.startswith("the ") and out.endswith("\n")
+    assert len(out.removesuffix("\n")) in (53, 54)  # a last line end is not doubled
+    again = run(capsys, "--model", char_model, "--prompt", "the ", "--max-new-tokens", "50")
+    other = run(capsys, "--model", char_model, "--prompt", "the ", "--seed", "1")
+    assert out == again and out != other[: len(out)]
+
+
+def test_samples_are_shown_one_after_another(
+    char_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", char_model, "--prompt", "dog", "--max-new-tokens", "20"]
+    out = run(capsys, *flags, "--num-samples", "3")
+    samples = out.split(generate.SEPARATOR + "\n")
+    assert len(samples) == 3 and all(sample.startswith("dog") for sample in samples)
+    assert samples[0] == run(capsys, *flags)
+    texts = [entry["text"] for entry in run_json(capsys, *flags, "--num-samples", "3")]
+    shown = [sample.removeprefix("dog").removesuffix("\n") for sample in samples]
+    assert shown == [text.removesuffix("\n") for text in texts]
+
+
+def test_json(char_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", char_model, "--prompt", "the ", "--max-new-tokens", "30"]
+    first, second = run_json(capsys, *flags, "--num-samples", "2")
+    assert first.keys() == {
+        "prompt",
+        "text",
+        "token_ids",
+        "log_probs",
+        "stopped",
+        "tokens_per_second",
+    }
+    assert (first["prompt"], first["stopped"]) == ("the ", "length")
+    assert first["text"] == CharTokenizer.from_text(TEXT).decode(first["token_ids"])
+    assert first["text"] != second["text"]
+    assert len(first["log_probs"]) == 30 and max(first["log_probs"]) <= 0
+    assert first["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    "flags", [["--no-kv-cache"], ["--speculate", "prompt-lookup"], ["--dtype", "float64"]]
+)
+@pytest.mark.parametrize("mode", [["--greedy"], ["--temperature", "1.2", "--top-p", "0.9"]])
+def test_speed_flags_do_not_change_the_text(
+    char_model: str, capsys: pytest.CaptureFixture[str], flags: list[str], mode: list[str]
+) -> None:
+    flags = ["--model", char_model, "--prompt", "the ", *mode, *flags]
+    assert run(capsys, *flags) == run(capsys, *flags[: 4 + len(mode)])
+
+
+def test_stop_texts(char_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", char_model, "--prompt", "the ", "--max-new-tokens", "60"]
+    (whole,) = run_json(capsys, *flags)
+    stop = whole["text"][20:23]
+    (stopped,) = run_json(capsys, *flags, "--stop", stop, "--stop", "never said")
+    assert stopped["text"] == whole["text"][: whole["text"].index(stop)]
+    assert stopped["stopped"] == "stop"
+    assert stopped["token_ids"] == whole["token_ids"][: len(stopped["text"]) + 3]
+    out = run(capsys, *flags, "--stop", stop)
+    assert out.removesuffix("\n") == "the " + stopped["text"].removesuffix("\n")
+
+
+def test_a_stop_text_ends_its_own_sample_only(
+    char_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", char_model, "--prompt", "the ", "--num-samples", "3"]
+    whole = run_json(capsys, *flags)
+    stop = whole[1]["text"][5:9]
+    cut = run_json(capsys, *flags, "--stop", stop)
+    for before, after in zip(whole, cut, strict=True):
+        assert after["text"] == before["text"].partition(stop)[0]
+        assert (after["stopped"] == "stop") == (stop in before["text"])
+
+
+def test_end_of_text(byte_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", byte_model, "--prompt", "a", "--temperature", "3", "--top-k", "0"]
+    flags += ["--num-samples", "16", "--max-new-tokens", "300"]
+    ended = [entry for entry in run_json(capsys, *flags) if entry["stopped"] == "end-of-text"]
+    assert ended
+    for entry in ended:
+        assert entry["token_ids"].index(256) == len(entry["token_ids"]) - 1
+        assert "<|endoftext|>" not in entry["text"]
+    ignoring = run_json(capsys, *flags, "--ignore-eos")
+    assert {entry["stopped"] for entry in ignoring} == {"length"}
+    assert any("<|endoftext|>" in entry["text"] for entry in ignoring)
+
+
+def test_beams(char_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", char_model, "--prompt", "the ", "--max-new-tokens", "12"]
+    beams = run_json(capsys, *flags, "--num-beams", "4", "--num-samples", "3")
+    assert len({beam["text"] for beam in beams}) == 3
+    scores = [sum(beam["log_probs"]) for beam in beams]
+    assert scores == sorted(scores, reverse=True)
+    (greedy,) = run_json(capsys, *flags, "--greedy")
+    assert scores[0] >= sum(greedy["log_probs"]) - 1e-5  # a rounding apart, if they agree
+    stop = beams[0]["text"][4:6]
+    (stopped, *_) = run_json(capsys, *flags, "--num-beams", "4", "--stop", stop)
+    assert stop not in stopped["text"]
+
+
+def test_a_stop_text_ends_a_beam_search_early(
+    char_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", char_model, "--prompt", "the ", "--num-beams", "2"]
+    flags += ["--max-new-tokens", "25"]
+    (whole,) = run_json(capsys, *flags)
+    (beam,) = run_json(capsys, *flags, "--stop", whole["text"][2:4], "--early-stopping")
+    assert beam["stopped"] == "stop" and whole["text"][2:4] not in beam["text"]
+    assert len(beam["token_ids"]) < 25
+
+
+def test_a_text_with_no_token_left_ends_with_a_note(
+    char_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", char_model, "--prompt", "the ", "--no-repeat-ngram-size", "1"]
+    samples = run_json(capsys, *flags, "--top-k", "0", "--num-samples", "2")
+    assert [s["stopped"] for s in samples] == ["no token left"] * 2
+    assert {len(s["token_ids"]) for s in samples} == {25}  # 29 characters but for t, h, e, space
+    generate.main(flags)
+    assert "every token would repeat" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_starts_a_text(
+    char_model: str, byte_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = CharTokenizer.from_text(TEXT)
+    assert generate.prompt_ids("", tokenizer) == tokenizer.encode("\n").tolist()
+    assert generate.prompt_ids("", ByteTokenizer()) == [256]
+    for model in (char_model, byte_model):
+        assert run(capsys, "--model", model, "--prompt", "")
+
+
+def test_a_text_past_the_context_says_so_once(
+    char_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate.say_once.cache_clear()
+    for _ in range(2):
+        generate.main(["--model", char_model, "--prompt", "the ", "--max-new-tokens", "100"])
+    assert capsys.readouterr().err.count("at most 32 tokens") == 1
+
+
+def test_the_default_model(
+    char_model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(char_model).parent)
+    Path(char_model).rename("out")
+    try:
+        generate.main(["--prompt", "the "])
+        assert "using out" in capsys.readouterr().err
+    finally:
+        Path("out").rename(char_model)
+    asked = []
+
+    def offline(cls: type[GPT2], name: str, device: str, dtype: str) -> GPT2:
+        asked.append(name)
+        raise UserError("no network")
+
+    monkeypatch.setattr(
+        "micrograd_gpt.weights.pretrained.from_pretrained",
+        offline,
+    )
+    with pytest.raises(UserError, match=r"no network; or train a model first: python train_gpt2"):
+        generate.main(["--prompt", "the "])
+    assert asked == ["124M"] and "using 124M" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"no network$"):
+        generate.main(["--prompt", "the ", "--model", "124M"])
+
+
+# --------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "-1"], "temperature must be 0"),
+        (["--temperature", "hot"], "invalid float value: 'hot'"),
+        (["--top-p", "0"], "top_p must be above 0"),
+        (["--top-p", "1.5"], "top_p must be above 0"),
+        (["--num-beams", "4", "--temperature", "0.7"], "beam search takes no"),
+        (["--num-beams", "4", "--top-k", "5"], "beam search takes no"),
+        (["--num-beams", "2", "--num-samples", "3"], "num_samples is above num_beams"),
+        (["--num-beams", "2", "--speculate", "prompt-lookup"], "cannot speculate"),
+        (["--length-penalty", "2"], "length_penalty is for"),
+        (["--greedy", "--temperature", "0.7"], "--greedy and --temperature contradict"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be 1"),
+        (["--temperature", "1e-320"], "temperature must be 0"),
+        (["--repetition-penalty", "1e-320"], "repetition_penalty must be"),
+        (["--stop", ""], "--stop needs a text"),
+        (["--dtype", "float8"], "invalid choice"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--prompt", "über"], "'ü' at position 0"),
+        (["--prompt", os.fsdecode(b"\xff")], "surrogate"),
+        (["extra"], "unrecognized arguments: extra"),
+    ],
+)
+def test_a_mistake_is_one_line(char_model: str, flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        generate.main(["--model", char_model, "--prompt", "the ", *flags])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_piped_prompt_that_is_not_utf8(monkeypatch: pytest.MonkeyPatch, char_model: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the \xff")))
+    with pytest.raises(UserError, match="byte 0xff at offset 4"):
+        generate.main(["--model", char_model])
+
+
+def test_closed_streams(monkeypatch: pytest.MonkeyPatch, char_model: str) -> None:
+    """As the shell's `<&-` and `>&-` leave them."""
+    monkeypatch.setattr(sys, "stdin", None)
+    for flags in ([], ["--prompt", "-"]):
+        with pytest.raises(UserError, match="stdin is closed: give the text with --prompt"):
+            generate.main(["--model", char_model, *flags])
+    assert generate.main(["--model", char_model, "--prompt", "the "]) == 0
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(UserError, match="stdout is closed"):
+        generate.main(["--model", char_model, "--prompt", "the "])
+
+
+def test_a_tokenizer_of_another_model(char_model: str, tmp_path: Path) -> None:
+    for file in Path(char_model).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    CharTokenizer("abc").save(tmp_path)
+    with pytest.raises(UserError, match="the tokenizer has 3 tokens and the model 29"):
+        generate.main(["--model", str(tmp_path), "--prompt", "a"])
+
+
+# ------------------------------------------------------------------------------- as a process
+
+
+def test_pipes(char_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = run(capsys, "--model", char_model, "--prompt", "dog")
+    with start("--model", char_model) as process:
+        out, _ = process.communicate(b"dog\n", timeout=60)
+    assert (process.returncode, out.decode()) == (0, expected)
+
+
+def test_a_mistake_is_exit_status_2() -> None:
+    with start("--prompt", "a", "--top-p", "2") as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, b"")
+    assert err == b"error: top_p must be above 0, and 1 at most, not 2.0\n"
+
+
+def test_a_closed_pipe_ends_quietly(char_model: str) -> None:
+    flags = ["--model", char_model, "--prompt", "the ", "--max-new-tokens", "1000000"]
+    with start(*flags) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.wait(timeout=60) == 0
+        assert process.stderr.read().startswith(b"note: ")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to a process")
+@pytest.mark.parametrize("count", [1, 2])
+def test_ctrl_c_ends_with_what_was_decided(byte_model: str, count: int) -> None:
+    flags = ["--model", byte_model, "--prompt", "the ", "--max-new-tokens", "1000000"]
+    with start(*flags, "--ignore-eos", "--num-samples", str(count)) as process:
+        assert process.stdout is not None
+        head = process.stdout.read(200)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    text = (head + out).decode("utf-8")  # raises on half a character
+    assert process.returncode == 130 and b"Traceback" not in err
+    samples = text.split(generate.SEPARATOR + "\n")
+    assert len(samples) == count and all(sample.startswith("the ") for sample in samples)
+    assert text.endswith("\n")
+
+
+def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make Ctrl-C come after this many tokens."""
+    decode = sampling.decode
+
+    def interrupted(*args: Any) -> Iterator[sampling.Sample]:
+        for count, sample in enumerate(decode(*args)):
+            yield sample
+            if count + 1 == steps:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sampling, "decode", interrupted)
+
+
+def test_ctrl_c_with_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], char_model: str
+) -> None:
+    interrupt_after(7, monkeypatch)
+    flags = ["--model", char_model, "--prompt", "the ", "--num-samples", "2", "--json"]
+    flags += ["--max-new-tokens", "4"]
+    assert generate.main(flags) == 130
+    samples = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(s["stopped"], len(s["text"])) for s in samples] == [
+        ("length", 4),
+        ("interrupted", 3),
+    ]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ("tiktoken", "huggingface_hub", "matplotlib", "cupy", "safetensors", "tqdm")
+    code = (
+        "import sys, generate\n"
+        "try: generate.main(['--help'])\n"
+        f"finally: print(*[name for name in {heavy} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True
+    )
+    assert done.stderr.strip() == "" and "--temperature" in done.stdout
+
+
+def test_help_names_every_flag_of_the_interactive_settings() -> None:
+    text = generate.make_parser().format_help()
+    for name in generate.DECODING:
+        assert "--" + name.replace("_", "-") in text
+
+
+# ------------------------------------------------------------------------------- on a terminal
+
+
+def converse(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str, *lines: Any
+) -> tuple[int, str, str]:
+    """Status, stdout and stderr of an interactive session in which these lines are typed."""
+    typed = iter(lines)
+
+    def ask(question: str) -> str:
+        line = next(typed, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(generate, "ask", ask)
+    monkeypatch.setattr(generate, "read_prompt", lambda given: None)
+    capsys.readouterr()
+    status = generate.main(["--model", model, "--max-new-tokens", "20"])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_a_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], char_model: str
+) -> None:
+    lines = ["dog", "dog", "/set temperature 0", "dog", "dog", "/unset temperature", "/set seed 0"]
+    status, out, _ = converse(monkeypatch, capsys, char_model, *lines, "dog")
+    assert status == 0
+    _, first, second, greedy, again, third = out.split("dog")
+    assert greedy == again and first == third and len({first, second, greedy}) == 3
+
+
+def test_mistakes_do_not_end_a_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], char_model: str
+) -> None:
+    lines = ["über", "/sing", "/set", "/set colour red", "/set top-p 7", '/set stop "', "/set stop"]
+    lines += ["/set seed 3 4", "/unset seed 3", "/set greedy yes", "/set greedy --help"]
+    lines += ["/help", "/quit", "never read"]
+    status, out, err = converse(monkeypatch, capsys, char_model, *lines)
+    assert status == 0 and out == ""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 11
+    assert "error: /set needs a setting; /help lists them" in errors
+    assert "error: /set takes no '4': put quotes around a value with spaces" in errors
+    assert "/set temperature 0.7" in err and "top-k 40" in err
+    settings = err.splitlines()[-1]
+    assert "seed 0" in settings and "no-repeat-ngram-size 0" in settings
+    assert not any(name in settings for name in ("greedy", "top-p", "stop ()", "no-kv-cache"))
+
+
+def test_settings_that_take_a_word_or_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], char_model: str
+) -> None:
+    lines = ["/set num-beams 3", "/set early-stopping never", "/set stop 'o j'", "/help"]
+    _, _, err = converse(monkeypatch, capsys, char_model, *lines)
+    assert "num-beams 3" in err and "early-stopping never" in err and "stop ['o j']" in err
+
+
+def test_ctrl_c_stops_a_text_and_not_the_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], char_model: str
+) -> None:
+    interrupt_after(5, monkeypatch)
+    status, out, _ = converse(monkeypatch, capsys, char_model, "the ", "dog")
+    assert status == 0
+    assert len(out.partition("dog")[0].removesuffix("\n")) in (8, 9)
+
+
+def test_ctrl_c_at_the_prompt_does_not_leave(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], char_model: str
+) -> None:
+    status, out, _ = converse(monkeypatch, capsys, char_model, KeyboardInterrupt, "dog")
+    assert status == 0 and out.startswith("dog")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_a_real_terminal(char_model: str) -> None:
+    """History: the arrow up brings the last line back."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    flags = ["--model", char_model, "--greedy", "--max-new-tokens", "20"]
+    with start(*flags, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+
+        def until(text: bytes) -> bytes:
+            seen = b""
+            while text not in seen:
+                seen += os.read(ours, 1000)
+            return seen
+
+        until(b"> ")
+        os.write(ours, b"fox\n")
+        first = until(b"\r\n> ")
+        os.write(ours, b"\x1b[A\n")
+        second = until(b"\r\n> ")
+        os.write(ours, b"\x04")
+        assert process.wait(timeout=60) == 0
+    os.close(ours)
+    said = [seen.split(b"\r\n", 1)[1] for seen in (first, second)]  # what follows the echo
+    assert said[0] == said[1]
+    assert said[0].removeprefix(b"\x1b[?2004l\r").startswith(b"fox")
+
+
+def test_greedy_is_numpys_argmax(char_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = from_pretrained(GPT2, char_model)
+    ids = CharTokenizer.from_text(TEXT).encode("the ").tolist()
+    for _ in range(20):
+        ids.append(int(np.argmax(model(np.array([ids])).numpy()[0, -1])))
+    flags = ["--model", char_model, "--prompt", "the ", "--max-new-tokens", "20", "--greedy"]
+    (entry,) = run_json(capsys, *flags)
+    assert entry["token_ids"] == ids[4:]

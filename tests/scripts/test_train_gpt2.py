@@ -1,0 +1,223 @@
+"""The training script, from its flags to what it leaves in the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from training import SCRIPT, SMALL, metrics, run, weights
+
+from micrograd_gpt import optim
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.runs import settings as train_settings
+from micrograd_gpt.support.errors import UserError
+
+
+def test_a_run_from_start_to_end(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--data", text, "--out", out, *SMALL, "--learning-rate", 1e-2]
+    result = run(*flags, "--max-steps", 30, "--eval-interval", 10)
+    assert result.returncode == 0, result.stderr
+    assert "sample:" in result.stdout and "perplexity" in result.stdout
+    assert f"saved in {out}/" in result.stdout and "--prompt" in result.stdout
+    assert "step    10" in result.stderr and "sample" not in result.stderr
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert {row["step"] for row in rows if "val_loss" in row} == {10, 20, 30}
+    assert rows[-1]["val_loss"] < rows[0]["train_loss"] - 0.3
+    expected = {"step", "train_loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    assert expected | {"elapsed_seconds"} <= rows[0].keys()
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    names = {f.name for f in out.iterdir()}
+    assert names == {
+        *("config.json", "model.safetensors", "tokenizer.json", "optimizer.safetensors"),
+        *("trainer_state.json", "metrics.jsonl", "loss.png", "best"),
+    }
+    # A second run does not overwrite it unless told to.
+    again = run("--data", text, "--out", out, *SMALL)
+    assert again.returncode == 2 and "holds a run already" in again.stderr
+    anew = run(*flags, "--max-steps", 2, "--overwrite")
+    assert anew.returncode == 0 and [row["step"] for row in metrics(out)] == [1, 2]
+
+
+def test_resumed_equals_never_stopped(text: Path, tmp_path: Path) -> None:
+    flags = ["--data", text, *SMALL, "--dropout", 0.1, "--grad-accum-steps", 2, "--seed", 5]
+    flags += ["--max-steps", 12]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert run(*flags, "--out", straight).returncode == 0
+
+    # Stopped by SIGTERM somewhere on the way, then resumed.
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(SCRIPT), *map(str, flags), "--out", str(stopped)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while (
+        len(
+            (stopped / "metrics.jsonl").read_bytes()
+            if stopped.is_dir() and (stopped / "metrics.jsonl").exists()
+            else b""
+        )
+        == 0
+    ):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    if process.returncode == 143:
+        assert "continue with --resume" in stderr
+        step = json.loads((stopped / "trainer_state.json").read_text())["step"]
+        assert 1 <= step < 12
+        resumed = run("--resume", "--out", stopped)
+        assert resumed.returncode == 0, resumed.stderr
+        assert f"from step {step}" in resumed.stderr
+    else:  # it was done before the signal came
+        assert process.returncode == 0
+
+    for name, array in weights(straight).items():
+        np.testing.assert_array_equal(array, weights(stopped)[name], err_msg=name)
+    losses = [[(r["step"], r["train_loss"]) for r in metrics(f)] for f in (straight, stopped)]
+    assert losses[0] == losses[1]
+
+
+def test_the_same_seed_gives_the_same_losses(text: Path, tmp_path: Path) -> None:
+    flags = ["--data", text, *SMALL, "--max-steps", 5, "--dropout", 0.2]
+    losses = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(*flags, "--seed", seed, "--out", tmp_path / name)
+        losses.append([row["train_loss"] for row in metrics(tmp_path / name)])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_resume_refuses_what_would_change_the_run(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("--data", text, "--out", out, *SMALL, "--max-steps", 3)
+    before = weights(out)
+    for flags, message in (
+        (["--learning-rate", "0.5"], "has --learning-rate 0.003, not 0.5"),
+        (["--batch-size", "3"], "has --batch-size 4, not 3"),
+        ([], "is complete at step 3"),
+    ):
+        result = run("--resume", "--out", out, *flags)
+        assert result.returncode == 2 and message in result.stderr
+        assert result.stderr.count("\n") == 1
+    longer = run("--resume", "--out", out, "--max-steps", 5, "--batch-size", 4)
+    assert longer.returncode == 0, longer.stderr
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4, 5]
+    assert any((weights(out)[name] != before[name]).any() for name in before)
+
+
+def test_fine_tuning_starts_from_the_weights_it_is_given(text: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run("--data", text, "--out", first, *SMALL, "--max-steps", 30)
+    result = run(
+        *("--data", text, "--init-from", first, "--out", second, "--max-steps", 2),
+        *("--batch-size", 4, "--eval-batches", 2, "--log-interval", 1, "--dropout", 0.1),
+    )
+    assert result.returncode == 0, result.stderr
+    assert metrics(second)[0]["train_loss"] < metrics(first)[5]["train_loss"]
+    config = json.loads((second / "config.json").read_text())
+    assert config["resid_pdrop"] == config["attn_pdrop"] == config["embd_pdrop"] == 0.1
+    result = run("--data", text, "--init-from", first, "--out", tmp_path / "x", "--n-layer", 2)
+    assert result.returncode == 2 and "--n-layer makes no sense with --init-from" in result.stderr
+    result = run("--data", text, "--init-from", first, "--out", tmp_path / "x", "--block-size", 9)
+    assert result.returncode == 2 and "--block-size is at most 8" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "missing.txt"], "missing.txt"),
+        (["--tokenizer", "bpe"], "invalid choice: 'bpe'"),
+        (["--size", "2B"], "unknown GPT-2 size '2B'"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--batch-size", "0"], "must be 1 or more, not 0"),
+        (["--batch-size", "many"], "invalid"),
+        (["--n-head", "3"], "must be a multiple of n_head"),
+        (["--learning-rate", "0"], "--learning-rate must be above 0"),
+        (["--dropout", "1"], "--dropout must be in [0, 1)"),
+        (["--block-size", "1000000"], "smaller --block-size"),
+        (["--init-from", "nowhere"], "nowhere holds no model"),
+        (["--resume"], "holds no run to resume"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    flags: list[str], message: str, tmp_path: Path, text: Path
+) -> None:
+    os.chdir(tmp_path)
+    data = [] if "--data" in flags else ["--data", str(text)]
+    result = run(*data, *flags)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
+    assert [f.name for f in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(
+        *("--data", text, "--out", out, *SMALL, "--max-steps", 60, "--learning-rate", 1e30),
+        *("--warmup-steps", 0, "--grad-clip", 1e30),
+    )
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: step ") and "smaller --learning-rate" in last
+    assert "of seed 1337" in last and "the last good checkpoint: there is none yet" in last
+
+
+def test_a_gradient_that_is_not_finite_names_the_last_good_checkpoint(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = iter([1.0, 1.0, 1.0, float("inf")])
+    monkeypatch.setattr(optim, "clip_grad_norm", lambda *_: next(norms))
+    out = tmp_path / "out"
+    flags = ["--data", text, "--out", out, *SMALL, "--save-interval", 1, "--keep", 3, "--seed", 5]
+    message = (
+        rf"^step 3: the loss is \d.*, the gradient norm inf, in batch 6-7 of seed 5; "
+        rf"the last good checkpoint: {out}/step-000002, of step 2; try "
+    )
+    with pytest.raises(UserError, match=message):
+        train_gpt2.main([*map(str, flags), "--grad-accum-steps", "2"])
+    assert json.loads((out / "trainer_state.json").read_text())["step"] == 3
+
+
+def test_gradient_accumulation_equals_the_large_batch() -> None:
+    """Four micro-batches of 2, each loss divided by 4, against one batch of 8: within rounding."""
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=11, n_positions=8)
+    ids = np.random.default_rng(0).integers(0, 11, (2, 8, 8))
+    whole, parts = GPT2(config), GPT2(config)
+    whole.loss(*ids).backward()
+    for rows in np.split(np.arange(8), 4):
+        (parts.loss(*ids[:, rows]) * (1 / 4)).backward()
+    for (name, a), (_, b) in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
+        size = np.abs(a.grad).max()
+        np.testing.assert_allclose(a.grad, b.grad, rtol=0, atol=3e-6 * size, err_msg=name)
+    norms = [optim.clip_grad_norm(m.parameters(), 1.0) for m in (whole, parts)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_help_names_every_setting(train_gpt2: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train_gpt2.parse_flags(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    flags = {*train_settings.FREE, *train_settings.SHAPE, "rate", "devices"}
+    known = {*train_settings.DEFAULTS, *train_settings.TINY, *train_settings.LARGE, *flags}
+    assert all("--" + name.replace("_", "-") in text for name in known)
+
+
+def test_defaults_by_size(train_gpt2: ModuleType) -> None:
+    tiny = train_gpt2.resolve_settings({})
+    assert (tiny.n_layer, tiny.n_head, tiny.n_embd, tiny.tokenizer) == (4, 4, 128, "char")
+    large = train_gpt2.resolve_settings({"size": "345M", "learning_rate": 1e-4})
+    assert (large.n_layer, large.n_embd, large.block_size) == (24, 1024, 1024)
+    assert large.tokenizer == "gpt2" and large.min_lr == 1e-5 and large.size == "355M"
+    with pytest.raises(UserError, match="--tokenizer makes no sense with --init-from"):
+        train_gpt2.resolve_settings({"init_from": "124M", "tokenizer": "char"})

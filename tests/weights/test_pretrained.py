@@ -1,0 +1,791 @@
+"""OpenAI's weights: every local format, both servers, and everything that can go wrong.
+
+The servers run on 127.0.0.1 and serve a tiny model under the name of the smallest size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from faults import Fault, Server, serving
+
+from micrograd_gpt import no_grad
+from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config
+from micrograd_gpt.runs.checkpoint import save_pretrained
+from micrograd_gpt.support.download import download
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import read_json
+from micrograd_gpt.weights import pretrained
+from micrograd_gpt.weights.pretrained import (
+    OPENAI_FILES,
+    HuggingFace,
+    OpenAI,
+    Release,
+    build,
+    fetch,
+    from_pretrained,
+    open_release,
+    open_weights,
+)
+from micrograd_gpt.weights.tensor_files import write_safetensors
+
+DATA = Path(__file__).parents[1] / "data" / "tf_checkpoint"
+TINY = {"n_layer": 2, "n_head": 4, "n_embd": 16, "vocab_size": 61, "n_positions": 32}  # of DATA
+CONFIG = {"model_type": "gpt2", **TINY}
+Arrays = dict[str, np.ndarray]
+
+
+def expected_arrays() -> Arrays:
+    """The committed checkpoint's numbers under our names, without this package's reader."""
+    arrays = {}
+    for name, array in safetensors.numpy.load_file(DATA / "expected.safetensors").items():
+        name = name.replace("model/", "transformer.").replace("/h", "/h.").replace("/", ".")
+        for i in range(2):
+            name = name.replace(f"transformer.h{i}.", f"transformer.h.{i}.")
+        head, _, last = name.rpartition(".")
+        last = {"g": "weight", "w": "weight", "b": "bias"}.get(last, f"{last}.weight")
+        arrays[f"{head}.{last}"] = array[0] if array.ndim == 3 else array
+    return arrays
+
+
+ARRAYS = expected_arrays()
+
+
+def numbers(model: GPT2) -> Arrays:
+    return {name: p.data for name, p in model.named_parameters()}
+
+
+def assert_same(model: GPT2, arrays: Arrays = ARRAYS, dtype: str = "float32") -> None:
+    got = numbers(model)
+    assert got.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert got[name].dtype == dtype
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+
+
+def hf_folder(folder: Path, arrays: Arrays | None = None, config: Any = CONFIG) -> Path:
+    """A Hugging Face folder, written by the safetensors library."""
+    folder.mkdir(exist_ok=True)
+    tensors = {
+        n: np.ascontiguousarray(a) for n, a in (ARRAYS if arrays is None else arrays).items()
+    }
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------
+# Local formats
+
+
+def with_masks(arrays: Arrays) -> Arrays:
+    # What Transformers used to save with each layer: the causal mask and a large negative number.
+    masks = {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, 32, 32), "f4")) for i in range(2)}
+    return arrays | masks | {"h.0.attn.masked_bias": np.array(-1e4, "f4")}
+
+
+def bare(arrays: Arrays) -> Arrays:
+    return {name.removeprefix("transformer."): array for name, array in arrays.items()}
+
+
+def head_for_wte(arrays: Arrays) -> Arrays:
+    rest = {n: a for n, a in arrays.items() if n != "transformer.wte.weight"}
+    return rest | {"lm_head.weight": arrays["transformer.wte.weight"]}
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        ARRAYS,
+        bare(ARRAYS),
+        with_masks(bare(ARRAYS)),
+        {f"transformer.{n}": a for n, a in with_masks(bare(ARRAYS)).items()},
+        ARRAYS | {"lm_head.weight": ARRAYS["transformer.wte.weight"]},
+        head_for_wte(ARRAYS),
+    ],
+    ids=["prefix", "no prefix", "masks", "prefix and masks", "head", "head for embedding"],
+)
+def test_hugging_face_folders(tmp_path: Path, arrays: Arrays) -> None:
+    assert_same(from_pretrained(GPT2, hf_folder(tmp_path, arrays)))
+    assert_same(from_pretrained(GPT2, str(tmp_path / "model.safetensors")))
+
+
+def test_a_sharded_folder(tmp_path: Path) -> None:
+    weight_map = {}
+    for i, names in enumerate((sorted(ARRAYS)[::2], sorted(ARRAYS)[1::2])):
+        shard = f"model-{i + 1:05d}-of-00002.safetensors"
+        safetensors.numpy.save_file({n: ARRAYS[n] for n in names}, tmp_path / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert_same(from_pretrained(GPT2, tmp_path))
+    assert_same(from_pretrained(GPT2, index))
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*00002-of-00002"):
+        from_pretrained(GPT2, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["saver", "sharded"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_openai_s_folder(kind: str, dtype: str) -> None:
+    model = from_pretrained(GPT2, DATA / kind, dtype=dtype)
+    assert_same(model, dtype=dtype)
+    assert not model.training
+    assert model.config == GPT2Config(2, 4, 16, 61, 32)
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_stored_dtypes_load_into_the_one_asked_for(tmp_path: Path, stored: str, dtype: str) -> None:
+    hf_folder(tmp_path)
+    write_safetensors(tmp_path / "model.safetensors", ARRAYS, dtype=stored)
+    rounded = {
+        name: (array.view("u4") + (0x7FFF + (array.view("u4") >> 16 & 1)) & 0xFFFF0000).view("f4")
+        if stored == "bfloat16"
+        else array.astype(stored)
+        for name, array in ARRAYS.items()
+    }
+    assert_same(from_pretrained(GPT2, tmp_path, dtype=dtype), rounded, dtype)
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"norm_position": "post"}, {"position_embedding": "sinusoidal"}]
+)
+def test_what_we_save_comes_back_bit_for_bit(tmp_path: Path, variant: dict[str, str]) -> None:
+    model = GPT2(GPT2Config(2, 4, 16, 61, 32, **variant), seed=5)  # type: ignore[arg-type]
+    save_pretrained(model, tmp_path)
+    again = from_pretrained(GPT2, tmp_path)
+    assert again.config == model.config
+    assert_same(again, numbers(model))
+    ids = np.arange(10).reshape(2, 5)
+    with no_grad():
+        np.testing.assert_array_equal(again(ids).data, model.eval() and model(ids).data)
+
+
+def test_a_bare_file_of_a_published_size_needs_no_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_folder(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"no config\.json beside it, and is not one of OpenAI's"):
+        from_pretrained(GPT2, tmp_path / "model.safetensors")
+    for key in ("vocab_size", "n_positions"):
+        monkeypatch.setitem(SIZES, "355M", TINY | {key: 60})
+        with pytest.raises(
+            UserError, match=r"no config\.json beside it, and is not one of OpenAI's"
+        ):
+            from_pretrained(GPT2, tmp_path / "model.safetensors")
+    monkeypatch.setitem(SIZES, "355M", TINY)
+    assert open_weights(tmp_path / "model.safetensors").config == GPT2Config(2, 4, 16, 61, 32)
+
+
+def test_loading_keeps_one_copy(tmp_path: Path) -> None:
+    config = GPT2Config(2, 4, 512, 8192, 128)
+    save_pretrained(GPT2(config, initialize=False), tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size  # 42 MB
+    tracemalloc.start()
+    from_pretrained(GPT2, tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < peak < 1.15 * size
+
+
+@pytest.mark.gpu
+def test_loading_onto_a_gpu() -> None:
+    model = from_pretrained(GPT2, DATA / "saver", device="gpu")
+    assert all(p.device == "gpu" for p in model.parameters())
+    assert_same(model.to("cpu"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "warns"), [(np.nan, True), (np.inf, True), (-np.inf, True), (3e38, False)]
+)
+def test_numbers_that_are_none_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float, warns: bool
+) -> None:
+    name = "transformer.h.1.mlp.c_fc.weight"
+    array = ARRAYS[name].copy()
+    array[3, 5] = value
+    from_pretrained(GPT2, hf_folder(tmp_path, ARRAYS | {name: array}))
+    err = capsys.readouterr().err
+    assert err.count("\n") == warns and (not warns or f"{name} holds NaN or infinity" in err)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is wrong with a folder
+
+
+def changed(**config: Any) -> dict[str, Any]:
+    return {key: value for key, value in (CONFIG | config).items() if value is not ...}
+
+
+QKV = "transformer.h.1.attn.c_attn.weight"
+SQUARE = "transformer.h.0.attn.c_proj.weight"
+WRONG_FOLDERS: dict[str, tuple[Arrays, Any, str]] = {
+    "missing tensor": ({n: a for n, a in ARRAYS.items() if n != QKV}, CONFIG, f"lacks {QKV!r}$"),
+    "missing tensors": (
+        {n: a for n, a in ARRAYS.items() if "ln_1" not in n},
+        CONFIG,
+        r"lacks 'transformer\.h\.0\.ln_1\.bias' and 3 more",
+    ),
+    "missing embedding": (
+        {n: a for n, a in ARRAYS.items() if "wte" not in n},
+        changed(n_embd=10**9, n_head=1),
+        r"lacks transformer\.wte\.weight of shape",
+    ),
+    "missing positions of a huge config": (
+        {n: a for n, a in ARRAYS.items() if "wpe" not in n},
+        changed(n_positions=10**15),
+        "not enough memory",
+    ),
+    "missing layer": (
+        {n: a for n, a in ARRAYS.items() if ".h.1." not in n},
+        CONFIG,
+        r"config\.json says n_layer 2, the tensors 1",
+    ),
+    "extra tensor": (
+        ARRAYS | {"transformer.h.0.crossattention.bias": ARRAYS[SQUARE]},
+        CONFIG,
+        r"no such tensor, 'transformer\.h\.0\.crossattention\.bias'",
+    ),
+    "foreign tensor": (ARRAYS | {"score.weight": ARRAYS[SQUARE]}, CONFIG, r"score\.weight"),
+    "name of two lines": (ARRAYS | {"a\nb": ARRAYS[SQUARE]}, CONFIG, r"'transformer\.a\\nb'"),
+    "one tensor, two names": (
+        ARRAYS | {"ln_f.bias": ARRAYS["transformer.ln_f.bias"]},
+        CONFIG,
+        r"holds both .*ln_f\.bias",
+    ),
+    "transposed": (ARRAYS | {QKV: ARRAYS[QKV].T}, CONFIG, rf"{QKV} has shape \(48, 16\)"),
+    "extra axis": (ARRAYS | {QKV: ARRAYS[QKV][None]}, CONFIG, r"has shape \(1, 16, 48\)"),
+    "integers": (ARRAYS | {QKV: ARRAYS[QKV].view("i4")}, CONFIG, f"{QKV!r} holds I32"),
+    "another head": (
+        ARRAYS | {"lm_head.weight": ARRAYS["transformer.wte.weight"] + 1},
+        CONFIG,
+        r"lm_head\.weight differs",
+    ),
+    "config of more layers": (ARRAYS, changed(n_layer=10**9), "n_layer 1000000000, the tensors 2"),
+    "config of other width": (ARRAYS, changed(n_embd=20), "n_embd 20, the tensors 16"),
+    "config of other vocabulary": (ARRAYS, changed(vocab_size=62), "vocab_size 62, the tensors 61"),
+    "config of other context": (ARRAYS, changed(n_positions=64), "n_positions 64, the tensors 32"),
+    "config of heads that do not fit": (ARRAYS, changed(n_head=5), "multiple of n_head"),
+    "config without width": (ARRAYS, changed(n_embd=...), "lacks n_embd"),
+    "config of another model": (ARRAYS, changed(model_type="llama"), "model_type"),
+    "config that is a list": (ARRAYS, [CONFIG], r"config\.json"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_FOLDERS)
+def test_a_wrong_folder_is_one_line_that_says_what(tmp_path: Path, wrong: str) -> None:
+    arrays, config, message = WRONG_FOLDERS[wrong]
+    with pytest.raises(UserError, match=message) as caught:
+        from_pretrained(GPT2, hf_folder(tmp_path, arrays, config))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a file or folder, nor one of 124M"):
+        from_pretrained(GPT2, "125M")
+    with pytest.raises(UserError, match="does not exist"):
+        open_weights(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no model"):
+        open_weights(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match=r"neither a \.safetensors file nor a folder"):
+        open_weights(tmp_path / "notes.txt")
+    with pytest.raises(UserError, match=r"cannot read .*: File name too long$"):
+        open_weights(tmp_path / ("x" * 300))
+    with pytest.raises(UserError, match="neither a file or folder"):
+        from_pretrained(GPT2, "x" * 300)
+    for name in ("pytorch_model.bin", "model.pt", "model.pth"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04")
+    for path in (tmp_path, *(p for p in tmp_path.iterdir() if p.suffix != ".txt")):
+        with pytest.raises(UserError, match=r"pickle, which can run any code .*safetensors"):
+            open_weights(path)
+    hf_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json"):
+        open_weights(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"has model\.safetensors but no config\.json"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("hparams", "message"),
+    [
+        ("{", " is damaged: it cannot be read as JSON"),
+        ("[]", " is damaged: it holds no JSON object"),
+        ('{"n_vocab": 61, "n_ctx": 32, "n_embd": 16, "n_head": 4}', ": lacks n_layer$"),
+        ('{"n_ctx": 32, "n_embd": 16, "n_head": 4, "n_layer": 2}', ": lacks n_vocab$"),
+        ('{"n_vocab": 61, "n_ctx": 0, "n_embd": 16, "n_head": 4, "n_layer": 2}', ": n_ctx must be"),
+        (
+            '{"n_vocab": 61, "n_ctx": 32, "n_embd": 16, "n_head": 4, "n_layer": 3}',
+            " says n_layer 3,",
+        ),
+    ],
+)
+def test_openai_s_folder_with_wrong_hparams(tmp_path: Path, hparams: str, message: str) -> None:
+    folder = Path(shutil.copytree(DATA / "saver", tmp_path / "x"))
+    (folder / "hparams.json").write_text(hparams)
+    with pytest.raises(UserError, match=rf"hparams\.json{message}") as caught:
+        from_pretrained(GPT2, folder)
+    assert "config" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------
+# Random damage
+
+
+def corrupted(content: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(content))
+    match rng.randrange(5):
+        case 0:  # a flipped bit
+            return content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+        case 1:  # random bytes
+            n = rng.randint(1, 8)
+            return (content[:at] + rng.randbytes(n) + content[at + n :])[: len(content)]
+        case 2:  # cut short
+            return content[:at]
+        case 3:  # bytes lost
+            return content[:at] + content[at + rng.randint(1, 16) :]
+        case _:  # bytes doubled
+            n = rng.randint(1, 16)
+            return content[:at] + content[at - n : at] + content[at:]
+
+
+def outcome(path: Path) -> tuple[GPT2Config, Arrays] | None:
+    """The config and the weights, or None for a clean error; anything else is raised."""
+    try:
+        model = build(open_weights(path))
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+        return None
+    return model.config, numbers(model)
+
+
+def test_fuzz_a_safetensors_file(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path)
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    errors = 0
+    rng = random.Random(0)
+    for _ in range(3000):
+        # Two of three in the header. It is a tenth of this file, and of real ones far less.
+        part = rng.random() < 0.67
+        damaged = corrupted(whole[:header], rng) + whole[header:] if part else corrupted(whole, rng)
+        path.write_bytes(damaged)
+        got = outcome(folder)
+        errors += got is None
+        if got is not None:
+            assert got[0] == GPT2Config(2, 4, 16, 61, 32)
+            # The numbers are those at the right places of the file. There is no checksum: what was
+            # changed inside of the numbers themselves is read as it stands.
+            assert len(damaged) == len(whole)
+            changed = np.frombuffer(whole, "u1")[header:] != np.frombuffer(damaged, "u1")[header:]
+            wrong = sum(
+                (np.ascontiguousarray(got[1][n]).view("u1") != ARRAYS[n].view("u1")).sum()
+                for n in ARRAYS
+            )
+            assert wrong == changed.sum()
+    assert 1600 < errors < 3000
+
+
+def test_fuzz_a_tensorflow_checkpoint(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(DATA / "saver", tmp_path / "model"))
+    hparams = json.loads((folder / "hparams.json").read_text())
+    wholes = {name: (folder / name).read_bytes() for name in OPENAI_FILES}
+    errors = 0
+    rng = random.Random(1)
+    for i in range(1500):
+        name = OPENAI_FILES[(0, 1, 2, 2, 2, 3, 3, 3)[i % 8]]
+        (folder / name).write_bytes(corrupted(wholes[name], rng))
+        got = outcome(folder)
+        if got is not None and name == "hparams.json":
+            hparams = read_json(folder / name) or {}
+            assert got[0].n_head == hparams["n_head"]  # shows in no tensor
+        elif got is not None:
+            assert got[0] == GPT2Config(2, 4, 16, 61, 32)
+        (folder / name).write_bytes(wholes[name])
+        errors += got is None
+        if got is not None:
+            for parameter, array in ARRAYS.items():
+                np.testing.assert_array_equal(got[1][parameter], array)
+    assert 1000 < errors < 1500
+
+
+def test_fuzz_a_shard_index_and_a_config(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path)
+    (folder / "model.safetensors").rename(folder / "1.safetensors")
+    index = json.dumps({"weight_map": dict.fromkeys(ARRAYS, "1.safetensors")}).encode()
+    wholes = {"model.safetensors.index.json": index, "config.json": json.dumps(CONFIG).encode()}
+    for name, whole in wholes.items():
+        (folder / name).write_bytes(whole)
+    assert outcome(folder) is not None
+    errors = 0
+    rng = random.Random(2)
+    for i in range(600):
+        name = list(wholes)[i % 2]
+        (folder / name).write_bytes(corrupted(wholes[name], rng))
+        got = outcome(folder)
+        errors += got is None
+        if got is not None:
+            config = read_json(folder / "config.json") or {}
+            assert {key: getattr(got[0], key) for key in TINY} == {key: config[key] for key in TINY}
+            for parameter, array in ARRAYS.items():
+                np.testing.assert_array_equal(got[1][parameter], array)
+        (folder / name).write_bytes(wholes[name])
+    assert 300 < errors < 600
+
+
+# ---------------------------------------------------------------------------------------------
+# OpenAI's store
+
+
+@pytest.fixture
+def tiny_124m(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the committed model pass for 124M."""
+    monkeypatch.setitem(SIZES, "124M", TINY)
+    data = DATA / "saver" / OPENAI_FILES[-1]
+    with serving(hub_files()) as s:
+        sha256 = hashlib.sha256(s.files[HUB_MODEL]).hexdigest()
+    release = Release("openai-community/gpt2", sha256, data.stat().st_size)
+    monkeypatch.setitem(pretrained.RELEASES, "124M", release)
+
+
+@pytest.fixture
+def store(tiny_124m: None) -> Iterator[Server]:
+    files = {f"/124M/{name}": (DATA / "saver" / name).read_bytes() for name in OPENAI_FILES}
+    with serving(files) as server:
+        yield server
+
+
+STORE_DATA = f"/124M/{OPENAI_FILES[-1]}"
+
+
+def test_openai_s_files_are_fetched_once(store: Server, tmp_path: Path) -> None:
+    source = OpenAI(store.url, tmp_path)
+    assert source.cached("124M") is None
+    for name in ("124M", "117M", "124M"):
+        assert_same(build(open_release(name, [source])))
+    assert sorted(p.name for p in (tmp_path / "124M").iterdir()) == sorted(OPENAI_FILES)
+    assert [p.name for p in tmp_path.iterdir()] == ["124M"]
+    assert [path for _, path, _ in store.requests] == [f"/124M/{n}" for n in OPENAI_FILES]
+
+
+def test_a_broken_download_is_not_taken_for_whole(store: Server, tmp_path: Path) -> None:
+    source = OpenAI(store.url, tmp_path)
+    store.faults[STORE_DATA] = [Fault(drop_after=25_000), Fault(status=500)]
+    with pytest.raises(UserError, match="500"):
+        fetch("124M", [source])
+    assert [p.name for p in tmp_path.iterdir()] == ["124M.part"]
+    assert source.cached("124M") is None
+    assert_same(build(open_release("124M", [source])))
+    assert store.ranges(STORE_DATA) == [None, "bytes=25000-", "bytes=25000-"]
+    assert store.ranges("/124M/model.ckpt.index") == [None]  # was kept from the first try
+
+
+@pytest.mark.parametrize("name", OPENAI_FILES)
+def test_what_is_damaged_on_the_way_is_thrown_away(
+    store: Server, tmp_path: Path, name: str
+) -> None:
+    source = OpenAI(store.url, tmp_path)
+    good = store.files[f"/124M/{name}"]
+    bad = bytes([good[0] ^ 1]) + good[1:]
+    store.files[f"/124M/{name}"] = bad
+    with pytest.raises(UserError, match=r"thrown away: .*(checksum|damaged|names no checkpoint)"):
+        fetch("124M", [source])
+    assert list(tmp_path.iterdir()) == []
+    store.files[f"/124M/{name}"] = good
+    assert_same(build(open_release("124M", [source])))
+
+
+def test_a_data_file_of_the_wrong_length_is_refused(store: Server, tmp_path: Path) -> None:
+    store.files[STORE_DATA] = store.files[STORE_DATA][:-4]
+    with pytest.raises(UserError, match="32,316 bytes where the published file has 32,320"):
+        fetch("124M", [OpenAI(store.url, tmp_path)])
+
+
+def test_another_size_under_the_name_is_refused(
+    store: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SIZES, "124M", TINY | {"n_head": 2})
+    with pytest.raises(UserError, match="is not GPT-2 124M: its n_head is 4, not 2"):
+        open_release("124M", [OpenAI(store.url, tmp_path)])
+
+
+@pytest.mark.parametrize("name", OPENAI_FILES[:3])
+def test_a_file_of_unknown_length_that_is_cut_is_thrown_away(
+    store: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # As from a server that tells no length and breaks off: taken for whole until it is read.
+    def cut(url: str, path: Path, *known: Any) -> None:
+        download(url, path, *known)
+        if path.name == name:
+            os.truncate(path, 20)
+
+    source = OpenAI(store.url, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(pretrained, "download", cut)
+        with pytest.raises(UserError, match="thrown away"):
+            fetch("124M", [source])
+    assert list(tmp_path.iterdir()) == []
+    assert_same(build(open_release("124M", [source])))
+
+
+def flip_last_bit(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def replace_by_a_file(path: Path) -> None:
+    shutil.rmtree(path.parent)
+    path.parent.write_text("x")
+
+
+OPENAI_DAMAGE: dict[str, tuple[str, Any, bool]] = {
+    "flipped bit in a tensor": (OPENAI_FILES[-1], flip_last_bit, True),
+    "flipped bit in the index": (
+        OPENAI_FILES[2],
+        lambda p: p.write_bytes(p.read_bytes()[1:]),
+        False,
+    ),
+    "missing data": (OPENAI_FILES[-1], Path.unlink, False),
+    "missing hparams": ("hparams.json", Path.unlink, False),
+    "another size": (
+        "hparams.json",
+        lambda p: p.write_text(p.read_text().replace("4", "2")),
+        False,
+    ),
+    "empty folder": ("", lambda p: [file.unlink() for file in p.iterdir()], False),
+    "no folder": ("checkpoint", replace_by_a_file, False),
+}
+
+
+@pytest.mark.parametrize("damage", OPENAI_DAMAGE)
+def test_a_damaged_cached_checkpoint_is_fetched_again(
+    store: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    name, spoil, verify = OPENAI_DAMAGE[damage]
+    source = OpenAI(store.url, tmp_path)
+    folder = fetch("124M", [source])
+    spoil(folder / name)
+    capsys.readouterr()
+    assert_same(build(open_release("124M", [source], verify)))
+    said = capsys.readouterr().err.splitlines()
+    assert str(folder) in said[0] and said[0].endswith(": this copy is removed")
+    assert said[1:] == ["fetching GPT-2 124M from OpenAI"]
+
+
+def test_a_damaged_copy_that_stays_is_named(
+    store: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = OpenAI(store.url, tmp_path)
+    folder = fetch("124M", [source])
+    flip_last_bit(folder / OPENAI_FILES[-1])
+    # Without the verification it is found while it is read.
+    with pytest.raises(UserError, match=f"checksum of .* is wrong; remove {folder} and fetch"):
+        build(open_release("124M", [source]))
+
+    def forbidden(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", forbidden)
+    with pytest.raises(UserError, match=rf"^{folder} is damaged: remove it \(Permission denied\)"):
+        open_release("124M", [source], verify=True)
+
+
+def test_the_cache_is_where_the_user_keeps_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "micrograd-gpt" / "openai" / "355M"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert OpenAI().cached("355M") == folder
+
+
+# ---------------------------------------------------------------------------------------------
+# The Hugging Face Hub
+
+HUB_MODEL = "/openai-community/gpt2/resolve/main/model.safetensors"
+HUB_CONFIG = "/openai-community/gpt2/resolve/main/config.json"
+
+
+def hub_files() -> dict[str, bytes]:
+    model = safetensors.numpy.save(with_masks(bare(ARRAYS)), {"format": "pt"})
+    return {HUB_MODEL: model, HUB_CONFIG: json.dumps(CONFIG).encode()}
+
+
+@pytest.fixture
+def hub(tiny_124m: None) -> Iterator[Server]:
+    with serving(hub_files()) as server:
+        yield server
+
+
+def test_the_hub_s_files_are_fetched_once(hub: Server, tmp_path: Path) -> None:
+    source = HuggingFace(hub.url, tmp_path)
+    for _ in range(2):
+        assert_same(build(open_release("124M", [source])))
+    assert hub.ranges(HUB_MODEL) == [None]
+    asked = len(hub.requests)
+    assert source.cached("124M") and len(hub.requests) == asked  # the cache needs no network
+
+
+def test_the_hub_s_dropped_connection_is_resumed(
+    hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = HuggingFace(hub.url, tmp_path)
+    hub.faults[HUB_MODEL] = [Fault(drop_after=20_000)]
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub's, before it retries
+    for place in (
+        "constants",
+        "file_download",
+    ):  # how little it keeps; where, depends on its version
+        name = f"huggingface_hub.{place}.DOWNLOAD_CHUNK_SIZE"
+        monkeypatch.setattr(name, 5000, raising=False)
+    try:
+        fetch("124M", [source])
+    except UserError:  # versions that leave the next try to the user
+        assert source.cached("124M") is None
+        fetch("124M", [source])
+    assert_same(build(open_release("124M", [source])))
+    assert hub.ranges(HUB_MODEL) == [None, "bytes=20000-"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Fault(status=404), "answered 404"),
+        (Fault(status=403), "answered 403"),
+        (Fault(status=500), "answered 500"),
+        (Fault(status=200), "cannot fetch openai-community/gpt2"),
+    ],
+)
+def test_the_hub_s_refusals(hub: Server, tmp_path: Path, fault: Fault, message: str) -> None:
+    for path in (HUB_MODEL, HUB_CONFIG):
+        hub.head_faults[path] = [fault] * 9
+        hub.faults[path] = [fault] * 9
+    source = HuggingFace(hub.url, tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        fetch("124M", [source])
+    assert "--source openai" in str(caught.value) and "--from" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert source.cached("124M") is None
+
+
+def test_a_hub_file_that_is_not_the_published_one_is_thrown_away(
+    hub: Server, tmp_path: Path
+) -> None:
+    source = HuggingFace(hub.url, tmp_path)
+    good = hub.files[HUB_MODEL]
+    hub.files[HUB_MODEL] = good[:-1] + bytes([good[-1] ^ 1])
+    with pytest.raises(UserError, match=r"thrown away: .*sha256"):
+        fetch("124M", [source])
+    assert source.cached("124M") is None
+    assert not any(blob.stat().st_size > 30_000 for blob in tmp_path.rglob("blobs/*"))
+    hub.files[HUB_MODEL] = good
+    assert_same(build(open_release("124M", [source])))
+
+
+def test_a_hub_file_that_is_damaged_is_thrown_away(
+    hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As for the sizes whose checksum is not known here: the length must be the header's.
+    release = Release("openai-community/gpt2")
+    monkeypatch.setitem(pretrained.RELEASES, "124M", release)
+    hub.files[HUB_MODEL] = hub.files[HUB_MODEL][:-1]
+    source = HuggingFace(hub.url, tmp_path)
+    with pytest.raises(UserError, match=r"thrown away: .*not a whole safetensors file"):
+        fetch("124M", [source])
+    assert source.cached("124M") is None
+
+
+def test_a_hub_config_that_is_damaged_is_thrown_away(hub: Server, tmp_path: Path) -> None:
+    source = HuggingFace(hub.url, tmp_path)
+    good = hub.files[HUB_CONFIG]
+    for bad in (
+        b"<html>",
+        good.replace(b"61", b"62"),
+        good.replace(b'"n_head": 4', b'"n_head": 2'),
+    ):
+        hub.files[HUB_CONFIG] = bad
+        with pytest.raises(UserError, match="thrown away"):
+            fetch("124M", [source])
+        assert source.cached("124M") is None
+    hub.files[HUB_CONFIG] = good
+    assert_same(build(open_release("124M", [source])))
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut short", "config"])
+def test_a_damaged_hub_cache_is_fetched_again(
+    hub: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    source = HuggingFace(hub.url, tmp_path)
+    folder = fetch("124M", [source])
+    match damage:
+        case "flipped bit":
+            flip_last_bit(folder / "model.safetensors")
+            build(open_release("124M", [source]))  # not looked for, unless asked to
+        case "cut short":
+            os.truncate(folder / "model.safetensors", 20_000)
+        case "config":
+            (folder / "config.json").write_text("{")
+    capsys.readouterr()
+    assert_same(build(open_release("124M", [source], verify=damage == "flipped bit")))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and said[0].endswith(": this copy is removed")
+    assert_same(build(open_release("124M", [HuggingFace(gone(), tmp_path)], verify=True)))
+
+
+# ---------------------------------------------------------------------------------------------
+# One source after the other
+
+
+def gone() -> str:
+    with serving({}) as server:
+        return server.url
+
+
+def test_openai_stands_in_for_hugging_face(
+    store: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hugging_face = HuggingFace(gone(), tmp_path / "hub")
+    sources = [hugging_face, OpenAI(store.url, tmp_path / "openai")]
+    assert_same(build(open_release("124M", sources)))
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "fetching GPT-2 124M from Hugging Face"
+    assert said[1].startswith("cannot fetch openai-community/gpt2: ")
+    assert said[2:] == ["fetching GPT-2 124M from OpenAI"]
+    # Once it is here, nobody is asked again, and nothing is said.
+    assert_same(build(open_release("124M", [hugging_face, OpenAI(gone(), tmp_path / "openai")])))
+    assert capsys.readouterr().err == ""
+
+
+def test_with_no_network_both_reasons_and_from_are_named(tmp_path: Path) -> None:
+    sources = [HuggingFace(gone(), tmp_path), OpenAI(gone(), tmp_path)]
+    with pytest.raises(UserError) as caught:
+        fetch("1558M", sources)
+    message = str(caught.value)
+    assert "openai-community/gpt2-xl" in message and "1558M/checkpoint" in message
+    assert "--from" in message and "--source" not in message and "\n" not in message
+    with pytest.raises(UserError, match="try --source huggingface, or --from"):
+        fetch("1558M", sources[1:])
+    with pytest.raises(UserError, match="unknown GPT-2 size '2B'"):
+        fetch("2B", sources)
+
+
+def test_every_release_has_a_size() -> None:
+    assert pretrained.RELEASES.keys() == SIZES.keys()
+    assert pretrained.RELEASES["124M"].openai_data_bytes == 497_759_232
