@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -34,18 +34,12 @@ def adamw_update(
 
 
 class AdamW:
-    """Adam with decoupled weight decay.
+    """Adam with decoupled weight decay, in place; a tensor whose `.grad` is None is left alone.
 
-    Args:
-        parameters: the tensors to train, each updated in place. One whose `.grad` is None is left
-            alone by `step()`, its moments too.
-        lr: the learning rate; set `optimizer.lr` to change it between steps.
-        betas: decay rates of the moments of the gradient.
-        weight_decay: applied to tensors of two or more dimensions only, so not to biases and
-            LayerNorm's, as GPT-2 and GPT-3 were trained.
-
-    The moments `m` and `v` are lists of arrays in the order of `parameters`, zero at the start.
-    Raises ValueError for parameters of 16 bits, in which most updates round to nothing.
+    `lr` may be changed between steps. `weight_decay` applies to tensors of two or more dimensions
+    only, so not to biases and LayerNorm's, as GPT-2 and GPT-3 were trained. The moments `m` and `v`
+    are in the order of `parameters`. Raises ValueError for parameters of 16 bits, in which most
+    updates round to nothing.
     """
 
     def __init__(
@@ -82,29 +76,19 @@ class AdamW:
 
 
 @definition
-def clip(grads: list[Array], max_norm: float, loss_scale: float) -> Array:
-    """Divide arrays by `loss_scale`, and scale them so that their joint norm is at most `max_norm`.
+def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> Any:
+    """Scale all gradients in place so that their joint Euclidean norm is at most `max_norm`.
 
-    In place, unless the norm is not finite. Returns the norm before clipping, a scalar array.
+    Gradients of a loss that was multiplied by `loss_scale` are divided by it first. Returns the
+    norm before clipping (Pascanu et al. 2013, arXiv:1211.5063): a float, or on a GPU a scalar array
+    that nobody has waited for yet. Where the norm is not finite nothing is scaled.
     """
+    grads: list[Any] = [p.grad for p in parameters if p.grad is not None]
     norm = np.sqrt(sum((grad * grad).sum() for grad in grads)) / loss_scale
     factor = np.where(norm > max_norm, max_norm / norm, 1.0) / loss_scale
     for grad in grads:
         grad *= np.where(np.isfinite(norm), factor, 1.0).astype(grad.dtype)
-    return norm
-
-
-def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float, loss_scale: float = 1.0) -> Any:
-    """Scale all gradients in place so that their joint Euclidean norm is at most `max_norm`.
-
-    Gradients of a loss that was multiplied by `loss_scale` are divided by it first. Returns the
-    norm before clipping (Pascanu et al. 2013, arXiv:1211.5063): on a GPU a scalar array, which is
-    not read yet, since Python would have to wait for it. A norm that is not finite is returned as
-    it is, and nothing is scaled.
-    """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = clip(grads, max_norm, loss_scale) if grads else 0.0
-    return norm if hasattr(norm, "get") else float(norm)
+    return float(norm) if isinstance(norm, np.generic) else norm
 
 
 def cosine_schedule(
