@@ -62,7 +62,7 @@ def prepare(
 
     `tokenizer` is a tokenizer, or the name of one; if its vocabulary comes from a text, it then
     comes from this one. Each `source`, `tokenizer` and `encoding` has a folder of its own in
-    `cache`, which is made anew if a file has changed since. Stderr is told which folder it is.
+    `cache`, which is made anew if a file has changed since. Says on stderr which folder that is.
 
     Raises UserError if the text is empty, can't be read or encoded, or changes meanwhile, and if
     the shards can't be written.
@@ -85,8 +85,8 @@ def prepare(
                 )
             progress["tokenizer"] = tokenizer.to_dict()
             write_text(folder / PROGRESS, json.dumps(progress))
-        shards = _write_shards(folder, files, encoding, progress["tokenizer"], parallel_map)
-    if not shards:
+        entries = _write_shards(folder, files, encoding, progress["tokenizer"], parallel_map)
+    if not entries:
         raise no_text(source)
     hashes = [sha256(file) for file in files]
     if [_state(file) for file in files] != states:
@@ -96,8 +96,8 @@ def prepare(
         "tokenizer": progress["tokenizer"],
         "encoding": encoding,
         "sources": [s | {"sha256": h} for s, h in zip(states, hashes, strict=True)],
-        "tokens": sum(shard["tokens"] for shard in shards),
-        "shards": shards,
+        "tokens": sum(entry["tokens"] for entry in entries),
+        "shards": entries,
     }
     _write_manifest(folder, manifest)
     (folder / PROGRESS).unlink(missing_ok=True)
@@ -246,35 +246,36 @@ def _write_shards(
     settings: dict[str, Any],
     parallel_map: ParallelMap,
 ) -> list[dict[str, Any]]:
-    """Write the shards that are missing; return the name of each shard and its number of tokens.
+    """Write the shards that are missing; return the manifest's entries, one for each shard.
 
     `settings` is the tokenizer's `to_dict()`.
     """
     end_last = tokenizer_from_dict(settings).end_of_text is not None
     anywhere = settings["tokenizer"] in CUT_ANYWHERE
-    encode = functools.partial(_encode, json.dumps(settings))
+    encode = functools.partial(_ids, json.dumps(settings))
     pieces = _pieces(files, encoding, end_last, anywhere, "tokenizing")
-    shards: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for first in pieces:
         rest = itertools.islice(pieces, PIECES_PER_SHARD - 1)
-        path = folder / f"tokens_{len(shards):06d}.bin"
+        path = folder / f"tokens_{len(entries):06d}.bin"
         if path.exists():
             deque(rest, maxlen=0)  # read past its text
         else:
             write_shard(path, parallel_map(encode, itertools.chain([first], rest)))
-        shards.append({"file": path.name, "tokens": len(open_shard(path))})
-    return shards
+        entries.append({"file": path.name, "tokens": len(open_shard(path))})
+    return entries
 
 
-# What the workers do with a piece
+# ----------------------------------------------------------------------------------------------
+# What workers find in a piece
 
 
-def _encode(settings: str, piece: Piece) -> np.ndarray:
-    return encode_piece(piece, _tokenizer(settings)).astype(np.uint16)
+def _ids(settings: str, piece: Piece) -> np.ndarray:
+    return encode_piece(piece, _cached_tokenizer(settings)).astype(np.uint16)
 
 
 @functools.cache
-def _tokenizer(settings: str) -> Tokenizer:
+def _cached_tokenizer(settings: str) -> Tokenizer:
     return tokenizer_from_dict(json.loads(settings))
 
 

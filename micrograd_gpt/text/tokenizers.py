@@ -180,8 +180,8 @@ def gpt2_encoding() -> tuple[tiktoken.Encoding, list[bytes]]:
 class ByteTokenizer(Tokenizer):
     """The text's UTF-8, byte by byte: ids 0 to 255 are the bytes, 256 is `<|endoftext|>`.
 
-    Any of the 256 bytes can occur in a text, so documents can only be kept apart, and a sample can
-    only be ended, by an id of its own.
+    The 257th id marks where documents and samples end. No byte can, since any of the 256 can occur
+    in a text.
     """
 
     name = "byte"
@@ -271,8 +271,8 @@ class WordTokenizer(Tokenizer):
     def from_counts(cls, counts: Counter[str], max_vocab_size: int = 10_000) -> WordTokenizer:
         """Make the vocabulary of the most common words, marks and white space.
 
-        It has at most `max_vocab_size` entries. The two special tokens are the first, then come the
-        others, the most common first, and those equally common in the order of their code points.
+        It has at most `max_vocab_size` entries. The two special tokens are ids 0 and 1. The others
+        follow, most common first, and in the order of code points where they are equally common.
         Raises UserError if `max_vocab_size` leaves no room for a word.
         """
         if max_vocab_size < 3:
@@ -335,9 +335,8 @@ def tokenizer_from_dict(settings: dict[str, Any]) -> Tokenizer:
 class StreamDecoder:
     """Decodes token by token, for text that is shown as it is produced.
 
-    A token can end in the middle of a character. The bytes of an incomplete character wait for the
-    next token. What all calls of `feed` and `finish` return, joined, is `tokenizer.decode` of the
-    ids.
+    A token can end in the middle of a character; the bytes of an incomplete character wait for the
+    next token. The strings that `feed` and `finish` return add up to `tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
