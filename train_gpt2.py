@@ -37,8 +37,10 @@ from micrograd_gpt.runs.metrics import Metrics, Unread, read_numbers
 from micrograd_gpt.runs.settings import is_size, parse_flags, resolve_settings
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.data import Corpus, Windows, load_corpus
-from micrograd_gpt.text.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from micrograd_gpt.text.corpus import Corpus, load_corpus
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizers import Tokenizer, make_tokenizer
+from micrograd_gpt.text.windows import Windows
 
 
 def main(argv: list[str] | None = None) -> int:
