@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from micrograd_gpt.gpt2 import GPT2
     from micrograd_gpt.text.tokenizers import Tokenizer
 
-# This script's own defaults, and why. The others are the library's, which are Transformers'
+# This script's own defaults, and why; all others are the library's
 DEFAULTS: flags.Defaults = {
     "max_new_tokens": (200, "a paragraph"),
     "temperature": (0.8, "to keep a small model's words whole"),
@@ -67,22 +67,27 @@ def make_parser() -> argparse.ArgumentParser:
         "(default: the folder out if it holds a checkpoint, else 124M)",
     )
     parser.add_argument(
-        "--device", choices=["cpu", "gpu", "cuda"], default="cpu", help="(default: cpu)"
+        "--device",
+        choices=["cpu", "gpu", "cuda"],
+        default="cpu",
+        help="where to compute (default: cpu)",
     )
     parser.add_argument(
         "--dtype",
         choices=["float32", "float64", "bfloat16", "float16"],
         default="float32",
-        help="of the weights; half precision is faster on a GPU only (default: float32)",
+        help="type of the weights; half precision is faster only on a GPU (default: float32)",
     )
     parser.add_argument(
-        "--tf32", action="store_true", help="with --device gpu: round products to 11 bits"
+        "--tf32",
+        action="store_true",
+        help="with --device gpu: round products to 11 bits (default: off)",
     )
     parser.add_argument(
         "--json",
         action="store_true",
         help="one JSON object a sample: prompt, text, token_ids, log_probs (the model's, natural "
-        "logarithms), stopped (why), tokens_per_second",
+        "logarithms), stopped (why), tokens_per_second (default: off, plain text)",
     )
     flags.add_flags(parser, DEFAULTS)
     return parser

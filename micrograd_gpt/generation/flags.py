@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from micrograd_gpt.generation.settings import GROUPS, HOW_MUCH, WHICH_TOKEN, Settings
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 
-# A flag's name, as argparse spells it (--top-k is "top_k") -> the setting that it sets
-SETTINGS = {(s.metadata["switch"] or (s.name,))[0]: s for s in fields(Settings)}
-NAMES = (*SETTINGS, "stop", "greedy")
-
 # A script's defaults where they differ from the library's: setting -> (default, why)
 Defaults = Mapping[str, tuple[Any, str]]
+
+
+def flag_of(setting: Field[Any]) -> str:
+    """The name of the flag that sets a setting, as argparse spells it: "top_k" is --top-k."""
+    switch = setting.metadata["switch"]
+    return switch[0] if switch else setting.name
+
+
+SETTINGS = {flag_of(setting): setting for setting in fields(Settings)}
+NAMES = (*SETTINGS, "stop", "greedy")  # of all flags
 
 
 def option(name: str) -> str:
@@ -30,26 +36,19 @@ def option(name: str) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
-    """Add all the flags of decoding to a parser. One that is not given leaves no value there."""
+    """Add all flags of decoding to a parser. A flag that is not given leaves no value behind."""
     add_to = {title: parser.add_argument_group(title).add_argument for title in GROUPS}
-    types = get_type_hints(Settings)
-    for name, about in SETTINGS.items():
-        how: dict[str, Any] = {"metavar": about.metadata["metavar"]}
-        default, why = defaults.get(about.name, (about.default, ""))
-        if about.metadata["switch"]:
-            how, default = {"action": "store_true"}, None
-        elif words := about.metadata["range"].words:
-            how["choices"] = list(words)
-            if "true" in words:  # the flag alone says so too
-                how |= {"nargs": "?", "const": "true"}
-        else:  # int or float, or None as well
-            how["type"] = (*get_args(types[about.name]), types[about.name])[0]
-        shown = f"{as_typed(default)}, {why}" if why else as_typed(default)
-        how |= {
-            "default": argparse.SUPPRESS,
-            "help": f"{about.metadata['help']} (default: {shown})",
-        }
-        add_to[about.metadata["group"]](option(name), **how)
+    for name, setting in SETTINGS.items():
+        about = setting.metadata
+        default, why = defaults.get(setting.name, (setting.default, ""))
+        shown = "off" if about["switch"] else as_typed(default)
+        shown = f"{shown}, {why}" if why else shown
+        add_to[about["group"]](
+            option(name),
+            default=argparse.SUPPRESS,
+            help=f"{about['help']} (default: {shown})",
+            **_what_follows(setting),
+        )
     add_to[HOW_MUCH](
         "--stop",
         action="append",
@@ -65,6 +64,19 @@ def add_flags(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
     )
 
 
+def _what_follows(setting: Field[Any]) -> dict[str, Any]:
+    """What argparse reads after the flag of a setting: nothing, one of a few words, or a number."""
+    if setting.metadata["switch"]:
+        return {"action": "store_true"}
+    words = setting.metadata["range"].words
+    if "true" in words:  # which the flag alone says too
+        return {"choices": list(words), "nargs": "?", "const": "true"}
+    if words:
+        return {"choices": list(words)}
+    kind = get_type_hints(Settings)[setting.name]  # such as int, or int | None
+    return {"type": (get_args(kind) or (kind,))[0], "metavar": setting.metadata["metavar"]}
+
+
 def as_typed(value: Any) -> str:
     """A setting's value as the user would type it."""
     if value is None:
@@ -74,10 +86,9 @@ def as_typed(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Choices:
-    """The flags that a user chose, over the defaults of a script.
+    """The flags that a user gave, over the defaults of a script.
 
-    `given` holds the flags that were given and their values, by their names; `defaults` is what
-    `add_flags` was given.
+    `given` maps the names of these flags to their values; `defaults` is as for `add_flags`.
     """
 
     given: Mapping[str, Any]
@@ -88,7 +99,8 @@ class Choices:
         return self.given.get("stop", [])
 
     def settings(self, end_of_text: int | None = None) -> Settings:
-        """What the choices and the defaults come to, with a tokenizer's end-of-text.
+        """The settings that the choices and the defaults add up to. `end_of_text` is the id that
+        the tokenizer has for it.
 
         Raises UserError for choices that are out of range or contradict each other.
         """
@@ -101,7 +113,7 @@ class Choices:
             chosen["temperature"] = 0.0
         values = {name: default for name, (default, _) in self.defaults.items()}
         values["end_of_text"] = end_of_text
-        if chosen.get("num_beams", 1) > 1:  # nothing is drawn: defaults for drawing do not apply
+        if chosen.get("num_beams", 1) > 1:  # draws nothing, so defaults for drawing do not apply
             values = {n: v for n, v in values.items() if n not in ("temperature", "top_k")}
         for name, value in chosen.items():
             about = SETTINGS[name].metadata
@@ -116,9 +128,9 @@ class Choices:
         return replace(self, given={**self.given, name: value})
 
     def set(self, name: str, *words: str) -> Choices:
-        """These choices with one flag as if it were given with these words, one or none.
+        """These choices and one more flag, with the word typed after it if there is one.
 
-        Raises UserError for words that the flag does not take.
+        Raises UserError for a word that the flag does not take.
         """
         parser = cli.ArgumentParser()
         add_flags(parser, self.defaults)
@@ -130,7 +142,7 @@ class Choices:
         return replace(self, given={key: v for key, v in self.given.items() if key != name})
 
     def __str__(self) -> str:
-        """Every flag with the value that holds, but for those that are off."""
+        """Every flag that is not off, with its value."""
         values = {name: s.default for name, s in SETTINGS.items() if not s.metadata["switch"]}
         values |= {name: default for name, (default, _) in self.defaults.items()}
         in_use = {name: v for name, v in (values | dict(self.given)).items() if v is not None}

@@ -46,11 +46,12 @@ def setting(
     metavar: str | None = None,
     switch: tuple[str, Any] | None = None,
 ) -> Any:
-    """A field of `Settings`. A default of None stands for "off", whatever the range.
+    """A field of `Settings`. Where the default is None, None means "off" and is always allowed.
 
     Args:
-        switch: the name of a flag that takes no value, and what the setting is when it is given.
-            Every other setting has a flag of its own name, followed by the value.
+        group, help, metavar: where and how --help shows the flag of this setting.
+        switch: for a flag that takes no value, its name and what it sets the setting to. Any other
+            flag has the setting's name and takes the value.
     """
     about = {"group": group, "help": help, "range": range, "metavar": metavar, "switch": switch}
     return field(default=default, metadata=about)
@@ -58,8 +59,8 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to decode. The names are Transformers', and so are their meanings and defaults, but for
-    `num_samples` ("num_return_sequences" there), `end_of_text` and `speculate`.
+    """How to decode. Names and meanings are Transformers', except that `num_samples` is called
+    num_return_sequences there, and `end_of_text` eos_token_id.
 
     Raises UserError for a value out of range, and for settings that contradict each other.
     """
@@ -171,11 +172,11 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        for about in fields(self):
-            value, allowed = getattr(self, about.name), about.metadata["range"]
-            off = value is None and about.default is None
+        for setting in fields(self):
+            value, allowed = getattr(self, setting.name), setting.metadata["range"]
+            off = value is None and setting.default is None
             if allowed and not off and not allowed.holds(value):
-                raise UserError(f"{about.name} must be {allowed.text}, not {value}")
+                raise UserError(f"{setting.name} must be {allowed.text}, not {value}")
         beams = self.num_beams > 1
         cuts = self.top_k or self.top_p not in (None, 1) or self.min_p
         draws = self.temperature not in (0, 1) or cuts
