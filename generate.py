@@ -121,7 +121,8 @@ def load(name: str | None, device: str, dtype: str, tf32: bool) -> tuple[GPT2, T
     Raises UserError where there is no such model or it does not fit into memory, and where the
     tokenizer is not the model's.
     """
-    from micrograd_gpt.arrays.backend import memory_errors, set_tf32
+    from micrograd_gpt.arrays.devices import set_tf32
+    from micrograd_gpt.arrays.memory import memory_errors
     from micrograd_gpt.arrays.precision import emulation_note
     from micrograd_gpt.gpt2 import GPT2
     from micrograd_gpt.text.tokenizer_files import load_tokenizer

@@ -16,7 +16,7 @@ from common import median, peak_megabytes
 from train import flops_per_token
 
 from micrograd_gpt import gpt2, no_grad, optim
-from micrograd_gpt.arrays.backend import library_for, set_tf32
+from micrograd_gpt.arrays.devices import library_for, set_tf32
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.text.documents import load_documents
 from micrograd_gpt.text.windows import Windows

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from micrograd_gpt.arrays.precision import array_dtype
-from micrograd_gpt.gpt2 import GPT2, KVCache
+from micrograd_gpt.arrays.precision import widened
+from micrograd_gpt.generation.kv_cache import KVCache, bytes_of_cache
+from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import no_grad
 
@@ -103,6 +104,7 @@ class Context:
                     self._prepare(texts, row, len(texts[row]) - count)
                 last = np.array([text[len(text) - count :] for text in texts])  # (B, count)
                 logits = self.model(last, self.cache.rows(0, len(texts))).numpy()
+        logits = widened(logits)
         if not np.isfinite(logits).all():
             raise UserError("the model's logits are not finite: its weights must be damaged")
         return logits
@@ -143,9 +145,7 @@ def _allocate(model: GPT2, rows: int, capacity: int) -> KVCache:
     try:
         return KVCache(model, rows, capacity)
     except (MemoryError, ValueError):  # ValueError: more than an array can have at all
-        c = model.config
-        itemsize = array_dtype(model.compute, model.transformer.wte.weight.device).itemsize
-        size = 2 * c.n_layer * c.n_embd * capacity * rows * itemsize
+        size = bytes_of_cache(model, rows, capacity) / 1e9
         raise UserError(
-            f"no memory for a KV cache of {size / 1e9:,.1f} GB: lower num_samples or num_beams"
+            f"no memory for a KV cache of {size:,.1f} GB: lower num_samples or num_beams"
         ) from None

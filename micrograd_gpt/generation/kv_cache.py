@@ -63,6 +63,12 @@ class KVCache:
             self.lengths[list(new)] = self.lengths[list(old)]
 
 
+def bytes_of_cache(model: GPT2, batch_size: int, capacity: int) -> int:
+    """How much memory a KVCache of these sizes takes."""
+    c, dtype = model.config, compute_dtype(model.transformer.h[0].attn.c_attn.weight)
+    return 2 * c.n_layer * c.n_embd * capacity * batch_size * dtype.itemsize
+
+
 class Past:
     """One layer's keys and values (B, H, capacity, D), of which row b holds `lengths[b]` tokens."""
 

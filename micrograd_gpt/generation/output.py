@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from micrograd_gpt.arrays.backend import memory_errors
+from micrograd_gpt.arrays.memory import memory_errors
 from micrograd_gpt.generation.beam_search import beam_search
 from micrograd_gpt.generation.context import Continuation
 from micrograd_gpt.generation.filters import NO_TOKEN_LEFT

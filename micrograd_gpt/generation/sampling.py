@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from micrograd_gpt.arrays.backend import to_device
+from micrograd_gpt.arrays.devices import to_device
 from micrograd_gpt.generation import filters
 from micrograd_gpt.generation.beam_search import beam_search
 from micrograd_gpt.generation.context import Context, Continuation
