@@ -24,10 +24,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from micrograd_gpt.arrays.backend import memory_errors, resolve_device, set_tf32
 from tqdm import tqdm
 
 from micrograd_gpt import no_grad, optim
-from micrograd_gpt.arrays.backend import memory_errors, resolve_device, set_tf32
 from micrograd_gpt.arrays.precision import emulation_note, wide
 from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config, size_name
 from micrograd_gpt.kernels.in_c import compiler

@@ -134,11 +134,7 @@ def report() -> str:
     level = highest_level()
     if level == LEVELS[-1] and _IN_C:
         return _IN_C[-1]()
-    names = {
-        "definitions": "none, layers.py alone",
-        "fused": "none, functional.py",
-        "numpy": "NumPy",
-    }
+    names = {"definitions": "none, layers.py", "fused": "none, functional.py", "numpy": "NumPy"}
     return f"{names[level]} (as MICROGRAD_GPT_KERNELS asks)"
 
 
