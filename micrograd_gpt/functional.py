@@ -5,8 +5,7 @@ takes the gradient of the result and returns those of the inputs; its docstring 
 and what is computed again. Then comes the layer on tensors, which runs the forward and puts the
 backward on the tape. Here they are written to be read; `kernels/` has each of them faster.
 
-    B batch   T time (tokens)   C channels   H heads   D head size   V vocabulary
-    N rows: any leading dimensions, flattened
+    B batch   T time (tokens)   C channels   H heads   D head size   V vocabulary   N rows: B × T
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ import numpy as np
 from micrograd_gpt import layers
 from micrograd_gpt.arrays.stand_ins import definition, stands_in_for
 from micrograd_gpt.layers import GELU_CUBIC, GELU_SCALE, IGNORE, Key, causal_mask, dropout_factors
-from micrograd_gpt.layers import dropout as dropout  # these four have no fused equal
-from micrograd_gpt.layers import embedding as embedding
-from micrograd_gpt.layers import linear_cross_entropy as linear_cross_entropy
-from micrograd_gpt.layers import softmax as softmax
 from micrograd_gpt.tensor import Array, Tensor, record
+
+dropout, embedding, softmax = layers.dropout, layers.embedding, layers.softmax  # as they are
+log_softmax, linear_cross_entropy = layers.log_softmax, layers.linear_cross_entropy
 
 
 def check_shapes(fits: bool, name: str, *tensors: Tensor | None) -> None:
@@ -81,11 +79,9 @@ def layer_norm_forward(
 def layer_norm_backward(
     grad: Array, x: Array, weight: Array, mean: Array, rstd: Array
 ) -> tuple[Array, Array, Array]:
-    """Gradients of x, weight, bias. Saved: x, mean and rstd, which give the normalised rows again.
-
-    With n = (x - mean) * rstd and dn = grad * weight: mean and deviation move with x, which takes
-    away the parts of dn along 1 and along n: dx = rstd * (dn - mean(dn) - n * mean(dn * n)).
-    """
+    """Gradients of x, weight, bias. Saved: x, mean, rstd, which give the normalised rows n again.
+    Mean and deviation move with x, which takes away the parts of dn = grad * weight along 1 and
+    along n: dx = rstd * (dn - mean(dn) - n * mean(dn * n))."""
     normed = (x - mean) * rstd  # (N, C)
     dnormed = grad * weight
     along_1 = dnormed.mean(axis=-1, keepdims=True)  # (N, 1)
@@ -153,9 +149,9 @@ def attention_backward(
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v, each (B, H, T, D). Saved: q, k, v, the output and log_total.
 
-    The weights are computed again from the scores: exp(score - log_total). The softmax's backward
-    needs the sum of weight × dweight along each row, which equals output · grad (Dao et al. 2022,
-    arXiv:2205.14135, appendix B.2), with dropout and without.
+    The weights are computed again: exp(score - log_total). The softmax's backward needs the sum of
+    weight × dweight along each row, which equals output · grad, with dropout and without (Dao et
+    al. 2022, arXiv:2205.14135, appendix B.2).
     """
     scale = 1 / math.sqrt(q.shape[-1])
     scores = q @ k.swapaxes(-1, -2) * scale  # (B, H, T, S)

@@ -91,9 +91,7 @@ class Transformer(Module):
         self.ln_f = LayerNorm(c.n_embd, c.layer_norm_epsilon)
 
     def __call__(self, ids: Array, cache: Any = None) -> Tensor:
-        positions = np.arange(ids.shape[1])  # (T,)
-        if cache is not None:
-            positions = cache.lengths[:, None] + positions  # (B, T)
+        positions = np.arange(ids.shape[1]) if cache is None else cache.positions(*ids.shape)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         return self.ln_f(through_blocks(x, self.h, cache))
 
@@ -121,20 +119,15 @@ class GPT2(Module):
         ids = layers.checked_ids(ids, self.config.vocab_size)
         if ids.ndim != 2:
             raise ValueError(f"GPT2 takes token ids of shape (B, T), not {ids.shape}")
-        if cache is not None and len(cache.lengths) != len(ids):
-            raise ValueError(f"a KV cache of {len(cache.lengths)} rows for a batch of {len(ids)}")
         end = ids.shape[1] + (0 if cache is None else cache.lengths.max())
         if end > self.config.n_positions:
             raise ValueError(f"{end} tokens do not fit n_positions = {self.config.n_positions}")
         return self.transformer(ids, cache)
 
     def __call__(self, ids: Any, cache: Any = None, last_only: bool = False) -> Tensor:
-        """Logits of the next token at every position: ids (B, T) -> (B, T, V).
-
-        With a `cache` (generation/kv_cache.py) the ids continue the tokens that are in it, and are
-        added to it. With `last_only` only the last position's are computed: (B, 1, V). ValueError
-        for ids that are not (B, T), not in the vocabulary, or more than `n_positions`.
-        """
+        """Logits of the next token at every position, or with `last_only` at the last: ids (B, T)
+        -> (B, T or 1, V). Ids continue, and are added to, the tokens in a `cache`
+        (generation/kv_cache.py). ValueError for ids that are not (B, T), or do not fit."""
         x = self.hidden(ids, cache)  # (B, T, C)
         x = x[:, -1:] if last_only else x
         return layers.linear(x, self.transformer.wte.weight.T)  # the head is the embedding again
@@ -143,8 +136,6 @@ class GPT2(Module):
         """Mean cross-entropy of targets (B, T) given ids (B, T), in nats per token: a scalar.
         Targets of -100 are ignored, and the logits are never held all at once."""
         return layers.linear_cross_entropy(self.hidden(ids), self.transformer.wte.weight, targets)
-
-    # What stands on this model, in the folders
 
     def generate(self, ids: Any, **settings: Any) -> Any:
         """Continue token ids as the settings of generation/settings.py say."""

@@ -70,9 +70,8 @@ def log_softmax(x: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, key: Key = ()) -> Tensor:
     """Causal attention, softmax(q kᵀ / √D) v: queries (B, H, T, D), keys and values (B, H, S, D).
 
-    The last query stands at the last key, and each sees the keys up to its own place; the first
-    S - T are a KV cache's. Attention weights are dropped with probability p. Vaswani et al. 2017
-    (arXiv:1706.03762).
+    The last query stands at the last key, and each sees the keys up to its own place. Attention
+    weights are dropped with probability p. Vaswani et al. 2017 (arXiv:1706.03762).
     """
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, T, S)
     may_look = causal_mask(q.shape[-2], k.shape[-2], q.data)  # (T, S)
@@ -97,9 +96,7 @@ def dropout(x: Tensor, p: float, key: Key) -> Tensor:
 @definition
 def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
     """Mean of -log softmax(logits (…, V))[target], in nats, over the targets (…) but those of -100.
-
-    Raises ValueError where the shapes differ, a target is outside the vocabulary, or none counts.
-    """
+    ValueError where the shapes differ, a target is outside the vocabulary, or none counts."""
     labels, _ = flat_targets(targets, logits, logits.shape[-1])  # (N,)
     log_probs = log_softmax(logits.reshape(len(labels), -1))  # (N, V)
     counted = np.flatnonzero(labels != IGNORE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -11,14 +11,11 @@ from micrograd_gpt import layers
 from micrograd_gpt.layers import Key
 from micrograd_gpt.tensor import Array, Tensor
 
-M = TypeVar("M", bound="Module")
 Init = Callable[[tuple[int, ...], float], Array]  # (shape, standard deviation) -> a new matrix
 
 
 class Parameter(Tensor):
     """A tensor that is trained: a leaf that requires a gradient."""
-
-    __slots__ = ()
 
     def __init__(self, data: Any) -> None:
         super().__init__(data, requires_grad=True)
@@ -77,12 +74,12 @@ class Module:
         """All parameters; one that stands in several places comes once."""
         return list({id(parameter): parameter for _, parameter in self.named_parameters()}.values())
 
-    def train(self: M, mode: bool = True) -> M:
+    def train(self, mode: bool = True) -> Any:
         for part in self.modules():
             part.training = mode
         return self
 
-    def eval(self: M) -> M:
+    def eval(self) -> Any:
         return self.train(False)
 
 

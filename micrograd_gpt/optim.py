@@ -9,20 +9,15 @@ from typing import Any
 import numpy as np
 
 from micrograd_gpt.arrays.stand_ins import definition
-from micrograd_gpt.tensor import Array, Tensor
-
-Row = tuple[Array, Array, Array, Array, float]  # a parameter, its gradient, its moments, its decay
+from micrograd_gpt.tensor import Tensor
 
 
 @definition
 def adamw_update(
-    rows: list[Row], lr: float, beta1: float, beta2: float, eps: float, step: int
+    rows: list[Any], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
-    """One step of AdamW, in place, on each parameter p and the moments m and v of its gradient.
-
-    Algorithm 2 of Loshchilov & Hutter 2019 (arXiv:1711.05101), as PyTorch orders it; `step` counts
-    from 1, and the weight decay is applied as p -= lr * decay * p.
-    """
+    """One step (counted from 1) of AdamW, in place; a row is p, its gradient, moments m, v, decay.
+    Algorithm 2 of Loshchilov & Hutter 2019 (arXiv:1711.05101), as PyTorch orders it."""
     for p, grad, m, v, decay in rows:
         m *= beta1
         m += (1 - beta1) * grad
@@ -37,9 +32,8 @@ class AdamW:
     """Adam with decoupled weight decay, in place; a tensor whose `.grad` is None is left alone.
 
     `lr` may be changed between steps. `weight_decay` applies to tensors of two or more dimensions
-    only, so not to biases and LayerNorm's, as GPT-2 and GPT-3 were trained. The moments `m` and `v`
-    are in the order of `parameters`. Raises ValueError for parameters of 16 bits, in which most
-    updates round to nothing.
+    only: not to biases and LayerNorm's, as GPT-2 and GPT-3 were trained. The moments `m` and `v`
+    are in the order of `parameters`. ValueError for 16 bits, where most updates round to nothing.
     """
 
     def __init__(
@@ -77,11 +71,11 @@ class AdamW:
 
 @definition
 def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> Any:
-    """Scale all gradients in place so that their joint Euclidean norm is at most `max_norm`.
+    """Scale all gradients in place so that their joint Euclidean norm is at most `max_norm`; those
+    of a loss that was multiplied by `loss_scale` are divided by it first.
 
-    Gradients of a loss that was multiplied by `loss_scale` are divided by it first. Returns the
-    norm before clipping (Pascanu et al. 2013, arXiv:1211.5063): a float, or on a GPU a scalar array
-    that nobody has waited for yet. Where the norm is not finite nothing is scaled.
+    Returns the norm before clipping (Pascanu et al. 2013, arXiv:1211.5063): a float, or on a GPU an
+    array that nobody has waited for yet. Where it is not finite nothing is scaled.
     """
     grads: list[Any] = [p.grad for p in parameters if p.grad is not None]
     norm = np.sqrt(sum((grad * grad).sum() for grad in grads)) / loss_scale
@@ -94,10 +88,8 @@ def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float 
 def cosine_schedule(
     step: int, max_steps: int, warmup_steps: int, learning_rate: float, min_lr: float
 ) -> float:
-    """Learning rate of `step` (from 0): linear warm-up, then half a cosine down to `min_lr`.
-
-    Loshchilov & Hutter 2017 (arXiv:1608.03983), one period; after `max_steps` it stays at `min_lr`.
-    """
+    """Learning rate of `step` (from 0): linear warm-up, then half a cosine down to `min_lr`, where
+    it stays (Loshchilov & Hutter 2017, arXiv:1608.03983, one period)."""
     if step < warmup_steps:
         return learning_rate * (step + 1) / (warmup_steps + 1)
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))

@@ -24,7 +24,6 @@ import numpy as np
 from micrograd_gpt.arrays.stand_ins import definition
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
-Axes: TypeAlias = int | tuple[int, ...] | None
 
 LEAF = "leaf"  # the name of the nodes of tensors that no operation made
 _RECORDING: ContextVar[bool] = ContextVar("recording", default=True)
@@ -80,9 +79,8 @@ def is_recorded(*inputs: Tensor) -> bool:
 def record(name: str, data: Array, inputs: Sequence[Tensor], backward: Backward) -> Tensor:
     """The result of an operation as a tensor, on the tape if a gradient may be wanted.
 
-    `backward(grad)` gets the gradient of the loss with respect to `data` and returns one gradient
-    (or None) for each input: a new array, or a view of `grad`, which it must not change. Each may
-    still have the broadcast shape and another dtype than the input.
+    `backward(grad)` gets the gradient of the loss with respect to `data`, and returns one gradient
+    (or None) for each input: a new array or a view of `grad`, of the broadcast shape or its own.
     """
     result = Tensor(data)
     if is_recorded(*inputs):
@@ -91,7 +89,7 @@ def record(name: str, data: Array, inputs: Sequence[Tensor], backward: Backward)
     return result
 
 
-def node_of(x: Tensor) -> Node | None:
+def node_of(x: Tensor) -> Any:
     """Where the gradient of `x` goes: to the operation that made it, or into its own `.grad`."""
     if x._node is None and x.requires_grad:
         return Node(LEAF, x.data, (), x._accumulate)
@@ -121,11 +119,9 @@ def walk_back(root: Node, grad: Array) -> None:
         if node in grads:
             grad = grads.pop(node)
             for parent, part in zip(node.parents, node.backward(grad), strict=True):
-                if parent is None or part is None:
-                    continue
-                if parent.name == LEAF:
+                if part is not None and parent and parent.name == LEAF:
                     parent.backward(part.copy() if part is grad else part)
-                else:
+                elif part is not None and parent:
                     grads[parent] = plus(grads.get(parent), part, parent, made)
         if node.name != LEAF:
             node.backward, node.parents = None, ()
@@ -151,24 +147,17 @@ def fit(grad: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))))
         stretched = tuple(i for i, n in enumerate(shape) if n == 1 and grad.shape[i] != 1)
         grad = grad.sum(axis=stretched, keepdims=True)
-    return as_array(grad).astype(dtype, copy=False)
-
-
-def as_array(result: Any) -> Array:
-    """NumPy's functions give single numbers as scalars; here they are arrays of no dimensions."""
-    return np.asarray(result) if isinstance(result, np.generic) else result
+    grad = np.asarray(grad) if isinstance(grad, np.generic) else grad  # NumPy's single numbers
+    return grad.astype(dtype, copy=False)
 
 
 @definition
 def add_at(total: Array, index: Any, part: Array) -> None:
     """Add `part` to total[index], in place; an element picked several times gets every part."""
     parts = index if isinstance(index, tuple) else (index,)
-    if all(isinstance(p, int | slice | type(None) | type(...)) for p in parts):
-        here = total[index]  # a view, or a single number; each element is picked once at most
-        if here.ndim:
-            here += part
-        else:
-            total[index] = here + part
+    is_basic = all(isinstance(p, int | slice | type(None) | type(...)) for p in parts)
+    if is_basic and isinstance(here := total[index], type(total)):
+        here += part  # a view, in which each element is picked once
     else:
         np.add.at(total, index, part)
 
@@ -193,12 +182,14 @@ class Tensor:
         self, data: Any, requires_grad: bool = False, dtype: Any = None, device: Any = None
     ) -> None:
         data = data.data if isinstance(data, Tensor) else data
-        data = as_array(data if hasattr(data, "dtype") else np.asarray(data, dtype or np.float32))
-        self.data: Array = data if dtype is None else data.astype(dtype, copy=False)
-        if requires_grad and self.dtype.kind in "iub":
-            raise ValueError(f"a tensor of {self.dtype} cannot require a gradient: use a float")
-        self.requires_grad, self.grad, self._node = False, None, None  # type: ignore[misc]
-        self.data = self.data if device is None else self.to(device).data
+        if not hasattr(data, "dtype") or isinstance(data, np.generic):
+            data = np.asarray(data, dtype or getattr(data, "dtype", np.float32))
+        data = data if dtype is None else data.astype(dtype, copy=False)
+        if requires_grad and data.dtype.kind in "iub":
+            raise ValueError(f"a tensor of {data.dtype} cannot require a gradient: use a float")
+        self.data: Array = data if device is None else Tensor(data).to(device).data
+        self.grad: Array | None = None
+        self._node: Node | None = None
         self.requires_grad = requires_grad
 
     shape = property(lambda self: self.data.shape)
@@ -206,11 +197,7 @@ class Tensor:
     size = property(lambda self: self.data.size)
     dtype = property(lambda self: self.data.dtype)
     T = property(lambda self: self.transpose())
-
-    @property
-    def device(self) -> str:
-        """ "cpu" or "gpu"."""
-        return "cpu" if isinstance(self.data, np.ndarray) else "gpu"
+    device = property(lambda self: "cpu" if isinstance(self.data, np.ndarray) else "gpu")
 
     def __len__(self) -> int:
         return len(self.data)
@@ -274,20 +261,20 @@ class Tensor:
             self.grad += fit(part, self.shape, self.dtype)
         return ()
 
-    def __add__(self, other: Operand) -> Tensor:
+    def __add__(self, other: Any) -> Tensor:
         a, b = operands("add", self, other)
         return record("add", a.data + b.data, [a, b], lambda grad: (grad, grad))
 
-    def __sub__(self, other: Operand) -> Tensor:
+    def __sub__(self, other: Any) -> Tensor:
         a, b = operands("sub", self, other)
         return record("sub", a.data - b.data, [a, b], lambda grad: (grad, -grad))
 
-    def __mul__(self, other: Operand) -> Tensor:
+    def __mul__(self, other: Any) -> Tensor:
         a, b = operands("mul", self, other)
         x, y = a.data, b.data
         return record("mul", x * y, [a, b], lambda grad: (grad * y, grad * x))
 
-    def __truediv__(self, other: Operand) -> Tensor:
+    def __truediv__(self, other: Any) -> Tensor:
         a, b = operands("div", self, other)
         x, y = a.data, b.data
         quotient = x / y
@@ -304,10 +291,10 @@ class Tensor:
 
     __radd__, __rmul__ = __add__, __mul__
 
-    def __rsub__(self, other: Operand) -> Tensor:
+    def __rsub__(self, other: Any) -> Tensor:
         return as_tensor(other, self) - self
 
-    def __rtruediv__(self, other: Operand) -> Tensor:
+    def __rtruediv__(self, other: Any) -> Tensor:
         return as_tensor(other, self) / self
 
     def exp(self) -> Tensor:
@@ -337,7 +324,7 @@ class Tensor:
         return record("relu", np.maximum(x, 0), [self], lambda grad: (grad * (x > 0),))
 
     @definition
-    def __matmul__(self, other: Operand) -> Tensor:
+    def __matmul__(self, other: Any) -> Tensor:
         """(…, n, k) @ (…, k, m) -> (…, n, m), batch dimensions broadcast; vectors as in NumPy."""
         a, b = operands("matmul", self, other, broadcast=False)
         if a.ndim == 1:
@@ -351,11 +338,11 @@ class Tensor:
 
         return record("matmul", x @ y, [a, b], backward)
 
-    def __rmatmul__(self, other: Operand) -> Tensor:
+    def __rmatmul__(self, other: Any) -> Tensor:
         return as_tensor(other, self) @ self
 
     @definition
-    def sum(self, axis: Axes = None, keepdims: bool = False) -> Tensor:
+    def sum(self, axis: Any = None, keepdims: bool = False) -> Tensor:
         x = self.data
 
         def backward(grad: Array) -> tuple[Array]:
@@ -363,11 +350,11 @@ class Tensor:
 
         return record("sum", x.sum(axis=axis, keepdims=keepdims), [self], backward)
 
-    def mean(self, axis: Axes = None, keepdims: bool = False) -> Tensor:
+    def mean(self, axis: Any = None, keepdims: bool = False) -> Tensor:
         total = self.sum(axis, keepdims)
         return total / (self.size / max(1, total.size))
 
-    def max(self, axis: Axes = None, keepdims: bool = False) -> Tensor:
+    def max(self, axis: Any = None, keepdims: bool = False) -> Tensor:
         """The largest element along `axis`; equal ones share the gradient equally."""
         x, y = self.data, self.data.max(axis=axis, keepdims=keepdims)
 
@@ -398,23 +385,16 @@ class Tensor:
         index = plain_index(index, self.data)
         return record("getitem", self.data[index], [self], lambda grad: (Picked(index, grad),))
 
-    def masked_fill(self, mask: Any, value: float) -> Tensor:
-        """This tensor with `value` where `mask` is true; no gradient flows there."""
-        return where(mask, value, self)
-
     def __bool__(self) -> bool:
         """The truth of a single element; ValueError for more, which have no one truth."""
         return bool(self.data)
 
-    __eq__, __ne__, __lt__ = map(comparison, ("__eq__", "__ne__", "__lt__"))  # type: ignore
+    __eq__, __ne__, __lt__ = map(comparison, ("__eq__", "__ne__", "__lt__"))
     __le__, __gt__, __ge__ = map(comparison, ("__le__", "__gt__", "__ge__"))
     __hash__ = object.__hash__  # as a key a tensor is itself, whatever it holds
 
 
-Operand: TypeAlias = Tensor | float | Array
-
-
-def where(condition: Any, a: Operand, b: Operand) -> Tensor:
+def where(condition: Any, a: Any, b: Any) -> Tensor:
     """`a` where `condition` (an array or tensor of booleans) is true, else `b`; broadcasts."""
     a, b = operands("where", a, b)
     mask = np.asarray(condition.data if isinstance(condition, Tensor) else condition, like=a.data)
@@ -457,7 +437,7 @@ def as_tensor(value: Any, like: Tensor) -> Tensor:
     return Tensor(np.full_like(like.data, value, like.dtype if fits else np.float32, shape=()))
 
 
-def with_axes(y: Array, axis: Axes, keepdims: bool) -> Array:
+def with_axes(y: Array, axis: Any, keepdims: bool) -> Array:
     """A reduction's result with the reduced axes back, as 1."""
     return y if keepdims or axis is None else np.expand_dims(y, axis)
 

@@ -41,7 +41,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     rows, w = x.data.reshape(-1, channels), weight.data  # (N, C)
     labels, count = layers.flat_targets(targets, x, vocab_size)
     wanted = is_recorded(x, weight)
-    dx, dweight, loss = np.empty_like(rows) if wanted else None, None, 0.0
+    dx, loss = np.empty_like(rows) if wanted else None, 0.0
+    dweight: Any = None
     size = max(1, len(rows) // -(-len(rows) * vocab_size // LOGITS_AT_ONCE))
     for start in range(0, len(rows), size):
         part = slice(start, start + size)

@@ -364,7 +364,7 @@ def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float 
 
 @in_c(optim.adamw_update)
 def adamw_update(
-    rows: list[optim.Row], lr: float, beta1: float, beta2: float, eps: float, step: int
+    rows: list[Any], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
     keep_freed_memory()  # a run has begun: the next step allocates the same arrays again
     for row in rows:

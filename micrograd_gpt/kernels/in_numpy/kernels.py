@@ -472,7 +472,7 @@ def sum_of_squares(arrays: Sequence[Array]) -> float:
 
 @stands_in_for(optim.adamw_update, "numpy")
 def adamw_update(
-    rows: list[optim.Row], lr: float, beta1: float, beta2: float, eps: float, step: int
+    rows: list[Any], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
     for row in rows:
         check(*row[:4])
