@@ -6,6 +6,7 @@ import os
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from micrograd_gpt.support import files
 from micrograd_gpt.support.errors import UserError
@@ -88,27 +89,7 @@ def _receive(url: str, part: Path, have: int, size: int | None) -> bool:
     except (OSError, HTTPException, ValueError) as error:
         raise UserError(f"cannot fetch {url}: {reason(error)}") from error
     with response:
-        if response.headers.get_content_type() == "text/html":
-            raise UserError(
-                f"cannot fetch {url}: the server answered with a web page instead of the file"
-                " (a login page or a proxy?)"
-            )
-        if response.status == 206:
-            sent = response.headers.get("Content-Range", "")
-            match = re.fullmatch(rf"bytes {have}-\d+/(\d+)", sent)
-            if not match:
-                raise UserError(
-                    f"cannot fetch {url}: asked for bytes from {have} on, the server sent {sent}"
-                )
-            total: int | None = int(match[1])
-        else:  # the whole file from its beginning; not every server says how long it is
-            length = getattr(response, "length", None)
-            have, total = 0, size if length is None else length
-        if size not in (None, total):
-            raise UserError(
-                f"cannot fetch {url}: the server's file has {total:,} bytes, the published one"
-                f" {size:,}"
-            )
+        have, total = _extent(url, response, have, size)
         with (
             open(part, "ab" if have else "wb") as file,
             tqdm(
@@ -134,6 +115,34 @@ def _receive(url: str, part: Path, have: int, size: int | None) -> bool:
                 have += len(block)
                 progress.update(len(block))
             return True
+
+
+def _extent(url: str, response: Any, have: int, size: int | None) -> tuple[int, int | None]:
+    """The byte at which a response to _receive begins, and the file's length, if it is known.
+
+    Raises UserError for an answer that is not the file, or not the part that was asked for.
+    """
+    if response.headers.get_content_type() == "text/html":
+        raise UserError(
+            f"cannot fetch {url}: the server answered with a web page instead of the file"
+            " (a login page or a proxy?)"
+        )
+    if response.status == 206:
+        sent = response.headers.get("Content-Range", "")
+        match = re.fullmatch(rf"bytes {have}-\d+/(\d+)", sent)
+        if not match:
+            raise UserError(
+                f"cannot fetch {url}: asked for bytes from {have} on, the server sent {sent}"
+            )
+        total: int | None = int(match[1])
+    else:  # the whole file from its beginning; not every server says how long it is
+        length = getattr(response, "length", None)
+        have, total = 0, size if length is None else length
+    if size not in (None, total):
+        raise UserError(
+            f"cannot fetch {url}: the server's file has {total:,} bytes, the published one {size:,}"
+        )
+    return have, total
 
 
 def reason(error: BaseException) -> str:
