@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from micrograd_gpt import no_grad
-from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.runs.checkpoint import STATE, holds_run
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
-from micrograd_gpt.text.tokenizers import FILE_NAME, Tokenizer, load_tokenizer
-from micrograd_gpt.weights.config import SIZES, published_shape, size_name
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizers import TOKENIZER_FILE, Tokenizer
+from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_name
 from micrograd_gpt.weights.formats import Weights, open_weights
 from micrograd_gpt.weights.pretrained import build
 from micrograd_gpt.weights.releases import OPENAI_URL, HuggingFace, OpenAI, Source, open_release
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights = open_release(size, sources(args.source, args.openai_url), verify=True)
     else:
         weights = open_weights(args.from_path)
-        size = published_size(weights)
+        size = published_size(weights.config)
         if claimed and size != claimed:
             raise UserError(f"{args.from_path} holds {size or 'no published size'}, not {claimed}")
     out = args.out or Path("models") / (f"gpt2-{size}" if size else own_name(args.from_path))
@@ -118,11 +119,11 @@ def sources(name: str | None, openai_url: str) -> list[Source]:
     return [all_sources[name]] if name else list(all_sources.values())
 
 
-def published_size(weights: Weights) -> str | None:
-    """Which of OpenAI's sizes these weights have, or None."""
+def published_size(config: GPT2Config) -> str | None:
+    """Which of OpenAI's sizes a config is, or None."""
     for size in SIZES:
         shape = published_shape(size)
-        if not weights.variant and all(getattr(weights.config, k) == shape[k] for k in shape):
+        if is_gpt2(config) and all(getattr(config, key) == shape[key] for key in shape):
             return size
     return None
 
@@ -162,7 +163,7 @@ def write_folder(model: GPT2, out: Path, tokenizer: Tokenizer | None, dtype: str
     with written_as_set(out) as new:
         write_model(model, new, tokenizer, dtype)
         if tokenizer is None:
-            without(new / FILE_NAME)
+            without(new / TOKENIZER_FILE)
 
 
 def parameter_table(model: GPT2) -> list[str]:

@@ -1,56 +1,38 @@
 """Tensor: an array that remembers how it was made, so that gradients can flow back to its parts.
 
-Every operation computes its result and, if a gradient may be wanted, puts a `Node` on the tape: the
-operation's name, its parents, and a `backward` function that turns the gradient of the result into
-the gradients of the inputs. `Tensor.backward()` walks that tape once, from the loss to the leaves,
-and takes it apart as it goes. Operations read top to bottom below: compute the result, define its
-backward right there, record both.
+An operation computes its result and, if a gradient may be wanted, puts a `Node` on the tape: its
+name, the nodes of its inputs, and a `backward` function that turns the gradient of the result into
+those of the inputs. `Tensor.backward()` walks that tape once, from the loss down to the leaves.
 
     x = Tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
-    loss = ((x @ x.T).tanh() * 0.5).sum()
-    loss.backward()
+    ((x @ x.T).tanh() * 0.5).sum().backward()
     x.grad                              # an array of x's shape
+
+An array is NumPy's, or on a GPU CuPy's, which answers NumPy's functions too (NEP 13 and NEP 18).
 """
 
 from __future__ import annotations
 
-import weakref
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from micrograd_gpt.arrays.backend import (
-    Array,
-    RandomStream,
-    array_module,
-    device_of,
-    to_device,
-)
-from micrograd_gpt.arrays.precision import half_name, is_float, kept, wide, widened
-from micrograd_gpt.kernels import accelerated
+from micrograd_gpt.arrays.stand_ins import definition
 
-Number: TypeAlias = int | float
-AddInto: TypeAlias = Callable[[Array], None]  # adds a gradient into an array, in place
-Backward: TypeAlias = Callable[[Array], tuple[Array | AddInto | None, ...]]
+Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
 Axes: TypeAlias = int | tuple[int, ...] | None
 
-AS_INPUTS = "as inputs"  # the precision of a result that was not given one
-
+LEAF = "leaf"  # the name of the nodes of tensors that no operation made
 _RECORDING: ContextVar[bool] = ContextVar("recording", default=True)
 
 
 @contextmanager
-def no_grad() -> Iterator[None]:
-    """Within this block operations build no tape: results do not require gradients."""
-    with _recording(False):
-        yield
-
-
-@contextmanager
-def _recording(on: bool) -> Iterator[None]:
+def recording(on: bool) -> Iterator[None]:
+    """Within this block operations build a tape, or build none."""
     token = _RECORDING.set(on)
     try:
         yield
@@ -58,259 +40,177 @@ def _recording(on: bool) -> Iterator[None]:
         _RECORDING.reset(token)
 
 
-# ------------------------------------------------------------------------------------- the tape
+no_grad = functools.partial(recording, False)  # with no_grad(): operations build no tape
+
+
+class Picked(NamedTuple):
+    """The gradient of x that came through x[index]: `grad` there, zero everywhere else."""
+
+    index: Any
+    grad: Array
+
+
+Part: TypeAlias = Array | Picked | None
+Backward: TypeAlias = Callable[[Array], Sequence[Part]]
 
 
 class Node:
-    """One operation on the tape.
+    """One operation on the tape, or a leaf, whose `backward` adds to the leaf's `.grad`.
 
-    It refers to the nodes (or leaf tensors) its inputs came from, never to its result, so the tape
-    has no reference cycles and an intermediate array lives only as long as a backward needs it.
+    It refers to its inputs' nodes, never to its result: so the tape has no cycles, and an array
+    lives only as long as a backward needs it.
     """
 
-    __slots__ = ("backward", "depth", "dtype", "half", "name", "parents", "result", "shape")
+    __slots__ = ("backward", "depth", "dtype", "name", "parents", "shape")
 
     def __init__(
-        self,
-        name: str,
-        result: Tensor,
-        parents: tuple[Node | Tensor | None, ...],
-        backward: Backward,
+        self, name: str, data: Array, parents: tuple[Node | None, ...], backward: Any
     ) -> None:
-        self.name, self.shape, self.dtype = name, result.shape, result.dtype
-        self.half = result.half
-        self.parents = parents
-        self.backward: Backward | None = backward
-        self.result: Callable[[], Tensor | None] | None = None  # set by Tensor.retain_grad()
+        self.name, self.shape, self.dtype = name, data.shape, data.dtype
+        self.parents, self.backward = parents, backward
         # Every parent is less deep than its child: sorting by depth is a topological order.
-        self.depth: int = 1 + max(p.depth if isinstance(p, Node) else 0 for p in parents)
-
-    def release(self) -> None:
-        """Let go of everything the backward saved; the node is spent."""
-        self.backward, self.parents = None, ()
+        self.depth: int = 1 + max((parent.depth for parent in parents if parent), default=0)
 
 
-def tape_is_on() -> bool:
-    """False within no_grad()."""
-    return _RECORDING.get()
-
-
-def recording(*inputs: Tensor) -> bool:
-    """True when an operation on these inputs goes on the tape."""
+def is_recorded(*inputs: Tensor) -> bool:
+    """True where an operation on these inputs goes on the tape."""
     return _RECORDING.get() and any(x.requires_grad for x in inputs)
 
 
-def record(
-    name: str,
-    data: Array,
-    inputs: Sequence[Tensor],
-    backward: Backward,
-    half: str | None = AS_INPUTS,
-) -> Tensor:
-    """Wrap the result of an operation, and put the operation on the tape if it is wanted there.
+def record(name: str, data: Array, inputs: Sequence[Tensor], backward: Backward) -> Tensor:
+    """The result of an operation as a tensor, on the tape if a gradient may be wanted.
 
     `backward(grad)` gets the gradient of the loss with respect to `data` and returns one gradient
-    (or None) for each input, in order. Each must be an array made for that input alone or a view
-    of `grad`; it may still have the broadcast shape: the walk sums it down to the input's shape.
-    A gradient that is zero almost everywhere may instead be a function that adds it into an array.
-
-    The result is rounded to `half`, a half-precision type, or to none; left out, to that of the
-    inputs where they all have the same. Its gradient will be rounded likewise.
+    (or None) for each input: a new array, or a view of `grad`, which it must not change. Each may
+    still have the broadcast shape and another dtype than the input.
     """
-    if half is AS_INPUTS:
-        half = inputs[0].half
-        if half and any(x.half != half for x in inputs):
-            half = None
-    if half and not _is_view_of(data, inputs[0], half):
-        data = kept(data, half)
-    result = Tensor._wrap(data, half)
-    if recording(*inputs):
-        parents = tuple((x._node or x) if x.requires_grad else None for x in inputs)
+    result = Tensor(data)
+    if is_recorded(*inputs):
         result.requires_grad = True
-        result._node = Node(name, result, parents, backward)
+        result._node = Node(name, result.data, tuple(map(node_of, inputs)), backward)
     return result
 
 
-def _is_view_of(data: Array, x: Tensor, half: str) -> bool:
-    """True where `data` are x's own numbers in another shape, which are kept in `half` already."""
-    return x.half == half and _may_share_memory(data, x.data)
+def node_of(x: Tensor) -> Node | None:
+    """Where the gradient of `x` goes: to the operation that made it, or into its own `.grad`."""
+    if x._node is None and x.requires_grad:
+        return Node(LEAF, x.data, (), x._accumulate)
+    return x._node
 
 
-def _tape_below(root: Node) -> list[Node]:
-    """All nodes that `root` was computed from, and root itself, each after its parents.
-
-    Raises RuntimeError where a part of the tape was walked, and so freed, before.
-    """
+def tape_below(root: Node) -> list[Node]:
+    """All nodes that `root` was computed from, each after its parents, and `root` itself."""
     seen, stack = {root: None}, [root]  # a dict keeps its order, so that sums are reproducible
     while stack:
         node = stack.pop()
         if node.backward is None:
-            raise RuntimeError(
-                f"the tape at {node.name!r} of shape {node.shape} was freed by a backward() "
-                "through it: compute the result again before a second one, or before drawing it"
-            )
+            raise RuntimeError(f"backward() has freed the tape at {node.name!r}: compute it again")
         for parent in node.parents:
-            if isinstance(parent, Node) and parent not in seen:
+            if parent and parent not in seen:
                 seen[parent] = None
                 stack.append(parent)
     return sorted(seen, key=lambda node: node.depth)
 
 
-def _walk_back(root: Node, grad: Array) -> None:
-    """Send `grad` from `root` down the tape to the leaves, freeing each node once it is done."""
-    tape = _tape_below(root)
-    pending: dict[Node, tuple[Array, bool]] = {root: (grad, False)}  # see _plus
+def walk_back(root: Node, grad: Array) -> None:
+    """Send `grad` from `root` down the tape to the leaves; an operation is spent once it is done.
+    Two rules: nobody changes a gradient that is on its way; and a leaf owns its `.grad`."""
+    tape, grads, made = tape_below(root), {root: grad}, set[Node]()
     while tape:
         node = tape.pop()
-        grad, _ = pending.pop(node, (None, False))
-        if grad is not None:
-            assert node.backward is not None
+        if node in grads:
+            grad = grads.pop(node)
             for parent, part in zip(node.parents, node.backward(grad), strict=True):
-                if isinstance(parent, Tensor):
-                    parent._accumulate(part, grad)
-                elif parent is not None and part is not None:
-                    pending[parent] = _plus(*pending.get(parent, (None, False)), part, grad, parent)
-            tensor = node.result() if node.result else None
-            if tensor is not None:
-                tensor._accumulate(grad, grad)
-        node.release()
+                if parent is None or part is None:
+                    continue
+                if parent.name == LEAF:
+                    parent.backward(part.copy() if part is grad else part)
+                else:
+                    grads[parent] = plus(grads.get(parent), part, parent, made)
+        if node.name != LEAF:
+            node.backward, node.parents = None, ()
 
 
-def _plus(
-    total: Array | None, owned: bool, part: Array | AddInto, grad: Array, target: Node | Tensor
-) -> tuple[Array, bool]:
-    """The gradient of `target` so far, plus the part that a backward made from `grad`.
-
-    This is the one place that decides who owns a gradient. With each comes whether it is `owned`,
-    so that it may be added into: an array that a backward made is; a view of the gradient it was
-    given may be someone else's too, and is not.
-    """
-    if callable(part):
-        if total is None:
-            total = array_module(grad).zeros(target.shape, target.dtype)
-        elif not owned:
-            total = total.copy()
-        part(total)
-        return total, True
-    part = _fit(part, target.shape, target.dtype)
-    ours = part.size > 0 and not _may_share_memory(part, grad)
-    if target.half:
-        rounded = kept(part, target.half)
-        part, ours = rounded, ours or rounded is not part
-    if total is None:
-        return part, ours
-    out = total if owned else part if ours else None
-    total = add(total, part, out=out)
-    if target.half:
-        total = kept(total, target.half)
-    return (np.asarray(total) if isinstance(total, np.generic) else total), True
+def plus(total: Array | None, part: Array | Picked, node: Node, made: set[Node]) -> Array:
+    """The gradient of `node` so far (None: nothing yet) and one part more. Of nodes in `made` the
+    sum was made here, and elements can be added to it in place."""
+    if isinstance(part, Picked):
+        if node not in made:
+            empty = np.zeros(node.shape, node.dtype, like=part.grad)
+            total = empty if total is None else total + empty
+            made.add(node)
+        add_at(total, part.index, part.grad)
+        return total
+    part = fit(part, node.shape, node.dtype)
+    return part if total is None else total + part
 
 
-@accelerated
-def add(a: Array, b: Array, out: Array | None = None) -> Array:
-    """a + b with NumPy's broadcasting, into `out` if given; residuals and gradients meet here."""
-    return array_module(a).add(a, b, out=out)
-
-
-def _may_share_memory(a: Array, b: Array) -> bool:
-    if device_of(a) != device_of(b):
-        return False
-    if isinstance(a, np.ndarray) and a is not b and a.base is None and b.base is not a:
-        return False  # a has memory of its own: most often so, and quickly seen
-    return array_module(a).may_share_memory(a, b)
-
-
-def _fit(grad: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+def fit(grad: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """Undo broadcasting and type promotion: sum `grad` down to `shape`, and give it `dtype`."""
     if grad.shape != shape:
-        extra = tuple(range(grad.ndim - len(shape)))
-        grad = grad.sum(axis=extra) if extra else grad
+        grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))))
         stretched = tuple(i for i, n in enumerate(shape) if n == 1 and grad.shape[i] != 1)
-        grad = grad.sum(axis=stretched, keepdims=True) if stretched else grad
-    grad = grad if grad.dtype == dtype else grad.astype(dtype)
-    return np.asarray(grad) if isinstance(grad, np.generic) else grad  # NumPy scalar -> 0-d array
+        grad = grad.sum(axis=stretched, keepdims=True)
+    return as_array(grad).astype(dtype, copy=False)
 
 
-# --------------------------------------------------------------------------------- the tensor
+def as_array(result: Any) -> Array:
+    """NumPy's functions give single numbers as scalars; here they are arrays of no dimensions."""
+    return np.asarray(result) if isinstance(result, np.generic) else result
+
+
+@definition
+def add_at(total: Array, index: Any, part: Array) -> None:
+    """Add `part` to total[index], in place; an element picked several times gets every part."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if all(isinstance(p, int | slice | type(None) | type(...)) for p in parts):
+        here = total[index]  # a view, or a single number; each element is picked once at most
+        if here.ndim:
+            here += part
+        else:
+            total[index] = here + part
+    else:
+        np.add.at(total, index, part)
+
+
+def comparison(name: str) -> Any:
+    """The method of this name, which gives a tensor of booleans, for `where`."""
+    return lambda self, other: Tensor(getattr(self.data, name)(as_tensor(other, self).data))
 
 
 class Tensor:
     """An n-dimensional array on the CPU (NumPy) or the GPU (CuPy) that can carry a gradient.
 
-    Args:
-        data: a number, nested lists, or an array. Arrays keep their dtype and are not copied;
-            numbers and lists become float32.
-        requires_grad: make it a leaf whose `.grad` `backward()` fills. Floating-point types only.
-        dtype: convert to this type ("float32", "float64", "bfloat16", "float16", …).
-        device: "cpu" or "gpu"; left out, an array stays where it is.
-
-    Attributes: `data` the array, `grad` the accumulated gradient (an array of the same shape and
-    dtype, or None), `requires_grad`, and `half`: the half-precision type the numbers are kept in,
-    "bfloat16" or "float16", None for any other type. On the CPU such data are float32 arrays of
-    rounded numbers (see precision.py).
+    `data` is an array, which is kept as it is, or numbers and lists of them, which become float32;
+    `dtype` ("float32", "bfloat16", …) and `device` ("cpu", "gpu") convert it. With `requires_grad`
+    it is a leaf, whose `.grad`, an array of the same shape and dtype, `backward()` adds to.
     """
 
-    __slots__ = ("__weakref__", "_node", "data", "grad", "half", "requires_grad")
+    __slots__ = ("__weakref__", "_node", "data", "grad", "requires_grad")
     __array_ufunc__ = None  # np.float32(2) * tensor: NumPy leaves it to Tensor.__rmul__
 
     def __init__(
-        self,
-        data: Any,
-        requires_grad: bool = False,
-        dtype: Any = None,
-        device: str | None = None,
+        self, data: Any, requires_grad: bool = False, dtype: Any = None, device: Any = None
     ) -> None:
-        if isinstance(data, Tensor):
-            data = data.data
-        self.half = None if dtype is None else half_name(dtype)
-        if not hasattr(data, "dtype"):
-            data = np.asarray(data, dtype=wide(dtype or np.float32))
-        elif dtype is not None and not self.half:
-            data = data.astype(dtype, copy=False)
-        if isinstance(data, np.generic):
-            data = np.asarray(data)
-        data = to_device(data, device) if device else data
-        if dtype is None and device_of(data) == "gpu":
-            self.half = half_name(data.dtype)
-        self.data: Array = kept(data, self.half) if self.half else data
-        if requires_grad and not is_float(self.data.dtype):
-            raise ValueError(
-                f"a tensor of {self.data.dtype} cannot require a gradient; use a float dtype"
-            )
+        data = data.data if isinstance(data, Tensor) else data
+        data = as_array(data if hasattr(data, "dtype") else np.asarray(data, dtype or np.float32))
+        self.data: Array = data if dtype is None else data.astype(dtype, copy=False)
+        if requires_grad and self.dtype.kind in "iub":
+            raise ValueError(f"a tensor of {self.dtype} cannot require a gradient: use a float")
+        self.requires_grad, self.grad, self._node = False, None, None  # type: ignore[misc]
+        self.data = self.data if device is None else self.to(device).data
         self.requires_grad = requires_grad
-        self.grad: Array | None = None
-        self._node: Node | None = None
 
-    @classmethod
-    def _wrap(cls, data: Array, half: str | None = None) -> Tensor:
-        """A tensor around the result of an operation, skipping the constructor's conversions."""
-        tensor = Tensor.__new__(Tensor)
-        tensor.data = np.asarray(data) if isinstance(data, np.generic) else data
-        tensor.requires_grad, tensor.grad, tensor._node, tensor.half = False, None, None, half
-        return tensor
-
-    # What it is
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.data.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.data.ndim
-
-    @property
-    def size(self) -> int:
-        return self.data.size
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.data.dtype
+    shape = property(lambda self: self.data.shape)
+    ndim = property(lambda self: self.data.ndim)
+    size = property(lambda self: self.data.size)
+    dtype = property(lambda self: self.data.dtype)
+    T = property(lambda self: self.transpose())
 
     @property
     def device(self) -> str:
         """ "cpu" or "gpu"."""
-        return device_of(self.data)
+        return "cpu" if isinstance(self.data, np.ndarray) else "gpu"
 
     def __len__(self) -> int:
         return len(self.data)
@@ -318,245 +218,148 @@ class Tensor:
     def __repr__(self) -> str:
         made_by = f", made by {self._node.name}" if self._node else ""
         leaf = ", requires_grad=True" if self.requires_grad and not self._node else ""
-        half = f", {self.half}" if self.half else ""
-        return f"Tensor({self.data!r}{half}{leaf}{made_by})"
+        return f"Tensor({self.data!r}{leaf}{made_by})"
 
     def numpy(self) -> np.ndarray:
-        """The data as a NumPy array: itself on the CPU, a copy from the GPU.
-
-        Half precision comes as the same numbers in float32.
-        """
-        array = to_device(self.data, "cpu")
-        return widened(array) if self.half else array
+        """The data as a NumPy array: itself on the CPU, a copy from the GPU."""
+        return self.to("cpu").data
 
     def item(self) -> float:
-        """The one number of a tensor of size 1; raises ValueError for any other size."""
-        if self.size != 1:
-            raise ValueError(
-                f"item() needs a tensor of one element; this one has shape {self.shape}"
-            )
+        """The number in a tensor of one element."""
         return self.data.item()
 
     def detach(self) -> Tensor:
         """The same data, off the tape."""
-        return Tensor._wrap(self.data, self.half)
+        return Tensor(self.data)
 
-    # Gradients
+    def to(self, device: str) -> Tensor:
+        """The tensor on another device, "cpu" or "gpu"; gradients flow back across."""
+        from micrograd_gpt.arrays.devices import to_device
+
+        data, here = to_device(self.data, device), self.device if self.requires_grad else ""
+        return record("to", data, [self], lambda grad: (to_device(grad, here),))
+
+    def astype(self, dtype: Any) -> Tensor:
+        """The tensor in another type. A float's gradient goes on to this tensor, in its type."""
+        result = Tensor(self.data.astype(dtype, copy=False))
+        if is_recorded(self) and result.dtype.kind not in "iub":
+            result.requires_grad, result._node = True, node_of(self)
+        return result
 
     def backward(self, grad: Any = None) -> None:
         """Add the gradient of this tensor with respect to every leaf to the leaf's `.grad`.
 
-        Args:
-            grad: the cotangent, of this tensor's shape; may be left out for a single number.
-
-        The tape is freed as it is walked, so this works once per computed result. Raises
-        RuntimeError when there is nothing to differentiate, when the cotangent is missing, or on a
-        spent tape; ValueError when the cotangent has another shape.
+        `grad` is the gradient to start from, of this tensor's shape; for a single number it is 1.
+        Raises RuntimeError where there is no tape, or a spent one, or where `grad` is missing.
         """
         if not self.requires_grad:
+            raise RuntimeError("backward() on a tensor that no leaf with requires_grad led to")
+        if grad is None and self.size != 1:
             raise RuntimeError(
-                "backward() on a tensor that needs no gradient: no leaf below it has "
-                "requires_grad=True, or it was computed under no_grad()"
+                f"backward() from shape {self.shape} needs a gradient, or .sum() first"
             )
-        xp = array_module(self.data)
-        if grad is None:
-            if self.size != 1:
-                raise RuntimeError(
-                    f"backward() on a tensor of shape {self.shape} needs a cotangent of that "
-                    "shape: backward(grad), or reduce it to one number first, e.g. with .sum()"
-                )
-            grad = xp.ones_like(self.data)
+        start = np.ones_like(self.data) if grad is None else Tensor(grad).data.astype(self.dtype)
+        if start.shape != self.shape:
+            raise ValueError(f"backward(): a gradient of shape {start.shape} for {self.shape}")
+        walk_back(node_of(self), start)
+
+    def _accumulate(self, part: Array | Picked) -> tuple[()]:
+        """Add to `.grad`, in place where there is one; a view of another gradient is copied."""
+        if self.grad is None:
+            new = plus(None, part, Node(LEAF, self.data, (), self._accumulate), set())
+            self.grad = new if new.base is None else new.copy()
+        elif isinstance(part, Picked):
+            add_at(self.grad, part.index, part.grad)
         else:
-            # A copy, since it may be a leaf's own .grad, which is about to change.
-            grad = xp.array(grad.data if isinstance(grad, Tensor) else grad, dtype=self.dtype)
-            if grad.shape != self.shape:
-                raise ValueError(f"backward(): cotangent of shape {grad.shape} for {self.shape}")
-        if self._node is None:
-            self._accumulate(grad, grad)
-        else:
-            _walk_back(self._node, grad)
-
-    def retain_grad(self) -> Tensor:
-        """Keep the gradient of an intermediate result too: backward() fills its `.grad`."""
-        if self._node is not None:
-            self._node.result = weakref.ref(self)
-        return self
-
-    def _accumulate(self, part: Array | AddInto | None, grad: Array) -> None:
-        """Add a part of the gradient, made from `grad`, to this tensor's `.grad`, which it owns."""
-        if part is not None:
-            total, owned = _plus(self.grad, True, part, grad, self)
-            self.grad = total if owned else total.copy()
-
-    # Where it lives
-
-    def to(self, device: str) -> Tensor:
-        """The tensor on another device, "cpu" or "gpu"; gradients flow back across."""
-        here = self.device
-        data = to_device(self.data, device)
-        return record("to", data, [self], lambda grad: (to_device(grad, here),))
-
-    def astype(self, dtype: Any) -> Tensor:
-        """The tensor in another type; from float to float, gradients come back in the old one."""
-        half = half_name(dtype)
-        if half and half == self.half:
-            return self
-        data = widened(self.data) if half else self.data.astype(dtype)
-        if not is_float(data.dtype):
-            return Tensor._wrap(data)
-        return record("astype", data, [self], lambda grad: (grad,), half)
-
-    # Arithmetic, element by element, with NumPy's broadcasting
+            self.grad += fit(part, self.shape, self.dtype)
+        return ()
 
     def __add__(self, other: Operand) -> Tensor:
-        a, b = _operands("add", self, other)
-        return record("add", add(a.data, b.data), [a, b], lambda grad: (grad, grad))
+        a, b = operands("add", self, other)
+        return record("add", a.data + b.data, [a, b], lambda grad: (grad, grad))
 
     def __sub__(self, other: Operand) -> Tensor:
-        a, b = _operands("sub", self, other)
+        a, b = operands("sub", self, other)
         return record("sub", a.data - b.data, [a, b], lambda grad: (grad, -grad))
 
     def __mul__(self, other: Operand) -> Tensor:
-        a, b = _operands("mul", self, other)
+        a, b = operands("mul", self, other)
         x, y = a.data, b.data
         return record("mul", x * y, [a, b], lambda grad: (grad * y, grad * x))
 
     def __truediv__(self, other: Operand) -> Tensor:
-        a, b = _operands("div", self, other)
+        a, b = operands("div", self, other)
         x, y = a.data, b.data
         quotient = x / y
         return record("div", quotient, [a, b], lambda grad: (grad / y, -grad * quotient / y))
 
-    def __pow__(self, exponent: Number) -> Tensor:
-        if isinstance(exponent, np.number):
-            exponent = exponent.item()
-        if not isinstance(exponent, int | float):
-            raise TypeError(
-                "only a number can be an exponent; for x ** y write (y * x.log()).exp()"
-            )
+    def __pow__(self, n: float) -> Tensor:
+        if isinstance(n, Tensor | np.ndarray):
+            raise TypeError("an exponent must be a number; for x ** y write (y * x.log()).exp()")
         x = self.data
-
-        def backward(grad: Array) -> tuple[Array]:
-            return (grad * exponent * x ** (exponent - 1),) if exponent != 0 else (0 * grad,)
-
-        return record("pow", x**exponent, [self], backward)
+        return record("pow", x**n, [self], lambda grad: (grad * n * x ** (n - 1 if n else 0),))
 
     def __neg__(self) -> Tensor:
         return record("neg", -self.data, [self], lambda grad: (-grad,))
 
-    def __radd__(self, other: Operand) -> Tensor:
-        return self + other
-
-    def __rmul__(self, other: Operand) -> Tensor:
-        return self * other
+    __radd__, __rmul__ = __add__, __mul__
 
     def __rsub__(self, other: Operand) -> Tensor:
-        a, b = _operands("sub", self, other)
-        return b - a
+        return as_tensor(other, self) - self
 
     def __rtruediv__(self, other: Operand) -> Tensor:
-        a, b = _operands("div", self, other)
-        return b / a
+        return as_tensor(other, self) / self
 
     def exp(self) -> Tensor:
-        y = array_module(self.data).exp(self.data)
+        y = np.exp(self.data)
         return record("exp", y, [self], lambda grad: (grad * y,))
 
     def log(self) -> Tensor:
         """The natural logarithm."""
         x = self.data
-        return record("log", array_module(x).log(x), [self], lambda grad: (grad / x,))
+        return record("log", np.log(x), [self], lambda grad: (grad / x,))
 
     def sqrt(self) -> Tensor:
         return self**0.5
 
     def tanh(self) -> Tensor:
-        y = array_module(self.data).tanh(self.data)
+        y = np.tanh(self.data)
         return record("tanh", y, [self], lambda grad: (grad * (1 - y * y),))
 
     def sigmoid(self) -> Tensor:
         """1 / (1 + exp(-x)), so that no x overflows and small results keep their digits."""
-        x = self.data
-        xp = array_module(x)
-        small = xp.exp(-xp.abs(x))  # in (0, 1]
-        y = xp.where(x >= 0, xp.ones_like(small), small) / (1 + small)
+        small = np.exp(-np.abs(self.data))  # in (0, 1]
+        y = np.where(self.data >= 0, 1, small) / (1 + small)
         return record("sigmoid", y, [self], lambda grad: (grad * y * (1 - y),))
 
     def relu(self) -> Tensor:
         x = self.data
-        y = array_module(x).maximum(x, 0)
-        return record("relu", y, [self], lambda grad: (grad * (x > 0),))
+        return record("relu", np.maximum(x, 0), [self], lambda grad: (grad * (x > 0),))
 
-    # Comparisons give tensors of booleans, for `where`
-
-    def __bool__(self) -> bool:
-        """The truth of a single element; ValueError for more, which have no one truth."""
-        return bool(self.data)
-
-    def __eq__(self, other: object) -> Tensor:  # type: ignore[override]
-        a, b = _operands("eq", self, other)
-        return Tensor._wrap(a.data == b.data)
-
-    def __ne__(self, other: object) -> Tensor:  # type: ignore[override]
-        a, b = _operands("ne", self, other)
-        return Tensor._wrap(a.data != b.data)
-
-    __hash__ = object.__hash__  # as a key a tensor is itself, whatever it holds
-
-    def __gt__(self, other: Operand) -> Tensor:
-        a, b = _operands("gt", self, other)
-        return Tensor._wrap(a.data > b.data)
-
-    def __lt__(self, other: Operand) -> Tensor:
-        a, b = _operands("lt", self, other)
-        return Tensor._wrap(a.data < b.data)
-
-    def __ge__(self, other: Operand) -> Tensor:
-        a, b = _operands("ge", self, other)
-        return Tensor._wrap(a.data >= b.data)
-
-    def __le__(self, other: Operand) -> Tensor:
-        a, b = _operands("le", self, other)
-        return Tensor._wrap(a.data <= b.data)
-
-    # Matrix product
-
+    @definition
     def __matmul__(self, other: Operand) -> Tensor:
         """(…, n, k) @ (…, k, m) -> (…, n, m), batch dimensions broadcast; vectors as in NumPy."""
-        a, b = _operands("matmul", self, other, broadcast=False)
+        a, b = operands("matmul", self, other, broadcast=False)
+        if a.ndim == 1:
+            return (a[None, :] @ b)[0] if b.ndim == 1 else (a[None, :] @ b)[..., 0, :]
+        if b.ndim == 1:
+            return (a @ b[:, None])[..., 0]
         x, y = a.data, b.data
-        try:
-            product = x @ y
-        except ValueError:
-            raise ValueError(f"matmul: shapes {x.shape} and {y.shape} do not fit") from None
 
         def backward(grad: Array) -> tuple[Array, Array]:
-            # A vector is a matrix with one row (left) or one column (right); add it, then drop it.
-            x2 = x[None, :] if x.ndim == 1 else x  # (…, n, k)
-            y2 = y[:, None] if y.ndim == 1 else y  # (…, k, m)
-            grad = grad[..., None] if y.ndim == 1 else grad
-            grad = grad[..., None, :] if x.ndim == 1 else grad  # (…, n, m)
-            dx = grad @ y2.swapaxes(-1, -2)  # (…, n, k)
-            dy = x2.swapaxes(-1, -2) @ grad  # (…, k, m)
-            return (
-                _fit(dx, x2.shape, dx.dtype).reshape(x.shape),
-                _fit(dy, y2.shape, dy.dtype).reshape(y.shape),
-            )
+            return grad @ y.swapaxes(-1, -2), x.swapaxes(-1, -2) @ grad
 
-        return record("matmul", product, [a, b], backward)
+        return record("matmul", x @ y, [a, b], backward)
 
     def __rmatmul__(self, other: Operand) -> Tensor:
-        a, b = _operands("matmul", self, other, broadcast=False)
-        return b @ a
+        return as_tensor(other, self) @ self
 
-    # Reductions
-
+    @definition
     def sum(self, axis: Axes = None, keepdims: bool = False) -> Tensor:
         x = self.data
-        xp, shape, kept = array_module(x), x.shape, _kept_shape(x.shape, axis)
 
         def backward(grad: Array) -> tuple[Array]:
-            return (xp.broadcast_to(grad.reshape(kept), shape),)
+            return (np.broadcast_to(with_axes(grad, axis, keepdims), x.shape),)
 
         return record("sum", x.sum(axis=axis, keepdims=keepdims), [self], backward)
 
@@ -565,225 +368,105 @@ class Tensor:
         return total / (self.size / max(1, total.size))
 
     def max(self, axis: Axes = None, keepdims: bool = False) -> Tensor:
-        """The largest element along `axis`; equal maxima share the gradient equally."""
-        x = self.data
-        kept = _kept_shape(x.shape, axis)
-        y = x.max(axis=axis, keepdims=keepdims)
+        """The largest element along `axis`; equal ones share the gradient equally."""
+        x, y = self.data, self.data.max(axis=axis, keepdims=keepdims)
 
         def backward(grad: Array) -> tuple[Array]:
-            is_max = x == y.reshape(kept)
-            return (is_max * (grad.reshape(kept) / is_max.sum(axis=axis, keepdims=True)),)
+            is_largest = x == with_axes(y, axis, keepdims)
+            count = is_largest.sum(axis=axis, keepdims=True)
+            return (is_largest * (with_axes(grad, axis, keepdims) / count),)
 
         return record("max", y, [self], backward)
 
-    # Shape
-
     def reshape(self, *shape: Any) -> Tensor:
         x = self.data
-        new = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        return record("reshape", x.reshape(new), [self], lambda grad: (grad.reshape(x.shape),))
+        return record("reshape", x.reshape(*shape), [self], lambda grad: (grad.reshape(x.shape),))
 
     def transpose(self, *axes: Any) -> Tensor:
         """Permute the axes; without arguments, reverse them."""
-        order = axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes
-        order = tuple(order) or tuple(reversed(range(self.ndim)))
-        if sorted(i + self.ndim if i < 0 else i for i in order) != list(range(self.ndim)):
-            raise ValueError(f"transpose: axes {order} do not permute those of shape {self.shape}")
-        order = tuple(i % self.ndim for i in order)
-        inverse = tuple(order.index(i) for i in range(self.ndim))
-        return record(
-            "transpose", self.data.transpose(order), [self], lambda grad: (grad.transpose(inverse),)
-        )
+        order = axes[0] if axes and not isinstance(axes[0], int) else axes
+        back = np.argsort([i % self.ndim for i in order or range(self.ndim)[::-1]]).tolist()
+        y = self.data.transpose(*axes)
+        return record("transpose", y, [self], lambda grad: (grad.transpose(back),))
 
     def swapaxes(self, a: int, b: int) -> Tensor:
-        axes = list(range(self.ndim))
-        axes[a], axes[b] = axes[b], axes[a]
-        return self.transpose(axes)
-
-    @property
-    def T(self) -> Tensor:
-        return self.transpose()
+        y = self.data.swapaxes(a, b)
+        return record("swapaxes", y, [self], lambda grad: (grad.swapaxes(a, b),))
 
     def __getitem__(self, index: Any) -> Tensor:
         """NumPy's indexing; an element picked several times gets the sum of its gradients."""
-        x = self.data
-        index = _plain_index(index, array_module(x))
+        index = plain_index(index, self.data)
+        return record("getitem", self.data[index], [self], lambda grad: (Picked(index, grad),))
 
-        def backward(grad: Array) -> tuple[Array]:
-            xp = array_module(grad)
-            dx = xp.zeros(x.shape, grad.dtype)
-            if _is_basic(index):
-                dx[index] = grad
-            else:
-                xp.add.at(dx, index, grad)
-            return (dx,)
-
-        return record("getitem", x[index], [self], backward)
-
-    def masked_fill(self, mask: Any, value: Number) -> Tensor:
+    def masked_fill(self, mask: Any, value: float) -> Tensor:
         """This tensor with `value` where `mask` is true; no gradient flows there."""
         return where(mask, value, self)
 
+    def __bool__(self) -> bool:
+        """The truth of a single element; ValueError for more, which have no one truth."""
+        return bool(self.data)
 
-Operand: TypeAlias = Tensor | Number | Array
+    __eq__, __ne__, __lt__ = map(comparison, ("__eq__", "__ne__", "__lt__"))  # type: ignore
+    __le__, __gt__, __ge__ = map(comparison, ("__le__", "__gt__", "__ge__"))
+    __hash__ = object.__hash__  # as a key a tensor is itself, whatever it holds
 
 
-# ---------------------------------------------------------------- operations on several tensors
+Operand: TypeAlias = Tensor | float | Array
 
 
 def where(condition: Any, a: Operand, b: Operand) -> Tensor:
     """`a` where `condition` (an array or tensor of booleans) is true, else `b`; broadcasts."""
-    mask = condition.data if isinstance(condition, Tensor) else condition
-    like = a if isinstance(a, Tensor) else b
-    if not isinstance(like, Tensor):
-        raise TypeError("where() needs a Tensor among its two choices")
-    a, b = (_as_tensor(x, like) for x in (a, b))
-    _check_device("where", a, b)
-    xp = array_module(a.data)
-    mask = xp.asarray(mask)
-    try:
-        chosen = xp.where(mask, a.data, b.data)
-    except ValueError:
-        raise ValueError(
-            f"where: shapes {mask.shape}, {a.shape} and {b.shape} do not broadcast"
-        ) from None
+    a, b = operands("where", a, b)
+    mask = np.asarray(condition.data if isinstance(condition, Tensor) else condition, like=a.data)
+    y = np.where(mask, a.data, b.data)
     return record(
-        "where", chosen, [a, b], lambda grad: (xp.where(mask, grad, 0), xp.where(mask, 0, grad))
+        "where", y, [a, b], lambda grad: (np.where(mask, grad, 0), np.where(mask, 0, grad))
     )
 
 
 def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     """Join tensors along an existing axis."""
-    xp = array_module(tensors[0].data)
-    _check_device("concatenate", *tensors)
-    try:
-        joined = xp.concatenate([t.data for t in tensors], axis=axis)
-    except ValueError:
-        shapes = ", ".join(str(t.shape) for t in tensors)
-        raise ValueError(f"concatenate: shapes {shapes} do not line up on axis {axis}") from None
-    ends = [int(n) for n in np.cumsum([t.shape[axis] for t in tensors])]
-    return record(
-        "concatenate", joined, tensors, lambda grad: tuple(xp.split(grad, ends[:-1], axis=axis))
-    )
+    y = np.concatenate([t.data for t in tensors], axis=axis)
+    ends = np.cumsum([t.shape[axis] for t in tensors]).tolist()
+    return record("concatenate", y, tensors, lambda grad: np.split(grad, ends[:-1], axis=axis))
 
 
-def recompute(
-    function: Callable[[Tensor], Tensor],
-    x: Tensor,
-    parameters: Sequence[Tensor],
-    random: RandomStream,
-) -> Tensor:
-    """function(x), with nothing kept but x: the backward computes it again, this time with a tape.
-
-    `parameters` are the leaves the function reads besides x, `random` the stream it draws from; it
-    must give the same result for the same x and draws. Gradients are those of function(x), bit for
-    bit. Memory for time: Chen et al. 2016 (arXiv:1604.06174).
-    """
-    data, before = x.data, random.position
-    with no_grad():
-        y = function(x)
-
-    def backward(grad: Array) -> tuple[Array | None, ...]:
-        again = Tensor(data, requires_grad=True)
-        after, random.position = random.position, before
-        with _recording(True):
-            result = function(again)
-        random.position = after
-        result.backward(grad)  # fills the parameters' gradients itself
-        return (again.grad, *(None for _ in parameters))
-
-    return record("recompute", y.data, [x, *parameters], backward, y.half)
-
-
-# ------------------------------------------------------------------------------ a graph to look at
-
-
-def draw_graph(result: Tensor) -> str:
-    """The tape below `result` as Graphviz DOT text: operation names, shapes and dtypes.
-
-    Draw it before backward(), which frees the tape; `dot -Tsvg` turns the text into a picture.
-    """
-    root = result._node or result
-    nodes: list[Node | Tensor] = [*_leaves_below(root)]
-    nodes += _tape_below(root) if isinstance(root, Node) else []
-    names: dict[Node | Tensor, str] = {}
-    lines = ["digraph tape {", "  rankdir=LR;"]
-    for node in nodes:
-        names[node] = name = f"n{len(names)}"
-        kept_in = node.half or node.dtype
-        title, shape = (node.name, "box") if isinstance(node, Node) else ("leaf", "ellipse")
-        lines.append(f'  {name} [shape={shape}, label="{title}\\n{node.shape} {kept_in}"];')
-        if isinstance(node, Node):
-            parents = (parent for parent in node.parents if parent is not None)
-            lines += [f"  {names[parent]} -> {name};" for parent in parents]
-    return "\n".join([*lines, "}"])
-
-
-def _leaves_below(root: Node | Tensor) -> list[Tensor]:
-    """The leaf tensors that `root` was computed from, each once."""
-    if isinstance(root, Tensor):
-        return [root]
-    leaves = (p for node in _tape_below(root) for p in node.parents if isinstance(p, Tensor))
-    return list(dict.fromkeys(leaves))
-
-
-# ---------------------------------------------------------------------------------------- helpers
-
-
-def _as_tensor(value: Any, like: Tensor) -> Tensor:
-    """`value` as a tensor; a Python number takes the dtype and device of `like`."""
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, np.number):
-        value = value.item()
-    if hasattr(value, "dtype"):
-        return Tensor(value)
-    if not isinstance(value, int | float):
-        raise TypeError(f"a tensor combines with tensors, arrays and numbers, not with {value!r}")
-    same_kind = is_float(like.dtype) or (like.dtype.kind in "iu" and isinstance(value, int))
-    dtype = like.dtype if same_kind else np.dtype(np.float32)
-    number = array_module(like.data).full((), value, dtype)  # made there: nothing is copied over
-    return Tensor._wrap(kept(number, like.half) if like.half else number, like.half)
-
-
-def _operands(name: str, a: Operand, b: Operand, broadcast: bool = True) -> tuple[Tensor, Tensor]:
-    """Both operands as tensors on one device, with shapes that broadcast; else a clear error."""
-    like: Any = a if isinstance(a, Tensor) else b
-    a, b = _as_tensor(a, like), _as_tensor(b, like)
-    _check_device(name, a, b)
+def operands(name: str, a: Any, b: Any, broadcast: bool = True) -> tuple[Tensor, Tensor]:
+    """Both operands as tensors, on one device, with shapes that broadcast; else a clear error."""
+    like = a if isinstance(a, Tensor) else b
+    a, b = as_tensor(a, like), as_tensor(b, like)
+    if a.device != b.device:
+        raise ValueError(f"{name}: one is on the {a.device}, one on the {b.device}: move it .to()")
     if broadcast and a.shape != b.shape:
         try:
             np.broadcast_shapes(a.shape, b.shape)
-        except ValueError:
-            raise ValueError(f"{name}: shapes {a.shape} and {b.shape} do not broadcast") from None
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     return a, b
 
 
-def _check_device(name: str, *tensors: Tensor) -> None:
-    devices = {t.device for t in tensors}
-    if len(devices) > 1:
-        places = ", ".join(f"{t.shape} on {t.device}" for t in tensors)
-        raise ValueError(f"{name}: tensors on different devices ({places}); move one with .to()")
+def as_tensor(value: Any, like: Tensor) -> Tensor:
+    """`value` as a tensor; a Python number takes the dtype and device of `like`."""
+    if isinstance(value, Tensor):
+        return value
+    if hasattr(value, "dtype") and not isinstance(value, np.number):
+        return Tensor(value)
+    if not isinstance(value, int | float | np.number):
+        raise TypeError(f"a tensor combines with tensors, arrays and numbers, not with {value!r}")
+    fits = like.dtype.kind not in "iub" or isinstance(value, int | np.integer)
+    return Tensor(np.full_like(like.data, value, like.dtype if fits else np.float32, shape=()))
 
 
-def _kept_shape(shape: tuple[int, ...], axis: Axes) -> tuple[int, ...]:
-    """`shape` with the reduced axes kept as 1, whatever `keepdims` was."""
-    axes = range(len(shape)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    reduced = {i % len(shape) for i in axes} if shape else set()
-    return tuple(1 if i in reduced else n for i, n in enumerate(shape))
+def with_axes(y: Array, axis: Axes, keepdims: bool) -> Array:
+    """A reduction's result with the reduced axes back, as 1."""
+    return y if keepdims or axis is None else np.expand_dims(y, axis)
 
 
-def _plain_index(index: Any, xp: Any) -> Any:
-    """An index with arrays of `xp` in place of tensors; CuPy takes neither NumPy's nor lists."""
+def plain_index(index: Any, like: Array) -> Any:
+    """An index with arrays beside `like` in place of tensors, lists and arrays elsewhere."""
     if isinstance(index, tuple):
-        return tuple(_plain_index(part, xp) for part in index)
+        return tuple(plain_index(part, like) for part in index)
     index = index.data if isinstance(index, Tensor) else index
-    if xp is not np and isinstance(index, list | np.ndarray):
-        return xp.asarray(np.asarray(index, None if len(index) else int))
-    return index
-
-
-def _is_basic(index: Any) -> bool:
-    """True for an index of integers and slices, which picks every element at most once."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(isinstance(p, int | slice | type(None) | type(...)) for p in parts)
+    if isinstance(index, list):
+        index = np.asarray(index, None if index else int)
+    return np.asarray(index, like=like) if isinstance(index, np.ndarray) else index

@@ -1,100 +1,113 @@
-"""Half precision: the two 16-bit types the matrix work may be done in, and how numbers get there.
+"""Half precision: the two 16-bit types, which parts of a model compute in them, and how.
 
     float16    5 bits of exponent, 11 of precision: beyond 65504 it is infinity, below 6e-8 zero
     bfloat16   8 bits of exponent, 8 of precision: the upper half of a float32, and as wide
 
-Both are types to keep numbers in. Arithmetic on them is done in float32, and its result rounded to
-nearest, ties to even, when it is kept: so do a GPU's matrix units, which add up in float32.
+The dtype of an array says it all. bfloat16 is ml_dtypes' on the CPU as on the GPU.
 
-On a GPU a half-precision array is what its name says, 2 bytes a number. The CPU has no fast
-arithmetic on such arrays, and emulates them: by float32 arrays whose values are rounded wherever
-the GPU would keep the result. That shows what half precision does to a model, and gains neither
-speed nor memory.
+"Compute wide, keep narrow" (Micikevicius et al. 2018, arXiv:1710.03740) is done here, where a
+definition meets its arrays, so that no readable definition mentions it: a definition is given
+half-precision arrays as float32, and of its results the first is kept in the type of its first
+argument. What comes with it (statistics, a loss, the gradients of parameters) stays float32.
+
+Two rules say which parts of a GPT-2 that concerns. Matrix work begins where `linear` is given a wide
+array: within `compute_in("bfloat16")`, or where the weight is of half precision, what goes in is
+rounded, and what follows (attention, GELU, dropout) keeps that type. What is looked up in an
+embedding is wide, and so is the residual stream, which starts there. LayerNorm, softmax, the loss
+and the gradients of parameters are computed in float32 in any case.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-
-from micrograd_gpt.arrays.backend import Array, array_module, device_of, resolve_device, to_device
-from micrograd_gpt.arrays.bfloat16 import round_to_bfloat16
-from micrograd_gpt.support.errors import UserError
 
 HALF = ("bfloat16", "float16")
 PRECISIONS = ("float32", "float64", *HALF)
 
+MATRIX_WORK = ("linear", "linear_cross_entropy")  # layers whose inputs are rounded
+LOOK_UPS = ("embedding",)  # layers that give float32 rows of a table, whatever it is held in
 
-def half_name(dtype: Any) -> str | None:
-    """The name of a half-precision type, given by name or as a dtype; None for any other type."""
-    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    return name if name in HALF else None
-
-
-def is_float(dtype: np.dtype) -> bool:
-    """True for a floating-point dtype (that of bfloat16 comes from outside NumPy)."""
-    return dtype.kind == "f" or dtype.name == "bfloat16"
+_HALF_DTYPES = frozenset((np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)))
+_COMPUTE: ContextVar[np.dtype | None] = ContextVar("the type of the matrix work", default=None)
 
 
-def wide(dtype: Any) -> str:
-    """The type that arithmetic is done in: float32 for half precision, any other as it is."""
-    return "float32" if half_name(dtype) else np.dtype(dtype).name
-
-
-def array_dtype(dtype: Any, device: str) -> np.dtype:
-    """The dtype of the arrays that hold numbers of this type on "cpu" or "gpu"."""
-    if not half_name(dtype):
-        return np.dtype(dtype)
-    if resolve_device(device) == "cpu":
-        return np.dtype(np.float32)
-    return np.dtype(np.float16 if half_name(dtype) == "float16" else _bfloat16())
-
-
-def _bfloat16() -> Any:
+@contextmanager
+def compute_in(dtype: str) -> Iterator[None]:
+    """Within this block the matrix work is done in `dtype`: "bfloat16", "float16", or any other
+    type, which changes nothing. Parameters stay what they are."""
+    token = _COMPUTE.set(np.dtype(dtype) if dtype in HALF else None)
     try:
-        from ml_dtypes import bfloat16
-    except ImportError:
-        raise UserError(
-            "bfloat16 on a GPU needs ml_dtypes: pip install -e '.[cuda13]' (or '.[cuda12]')"
-        ) from None
-    return bfloat16
+        yield
+    finally:
+        _COMPUTE.reset(token)
+
+
+def compute_dtype(weight: Any) -> np.dtype:
+    """The type in which matrix work with this weight (a tensor or an array) is done."""
+    asked = _COMPUTE.get()
+    return weight.dtype if asked is None else asked
+
+
+def is_half(value: Any) -> bool:
+    """True for an array or tensor of half precision."""
+    return getattr(value, "dtype", None) in _HALF_DTYPES
+
+
+def widened(array: Any) -> Any:
+    """Half precision as float32, to compute with; any other array as it is."""
+    return array.astype(np.float32) if is_half(array) else array
+
+
+def hold_in(model: Any, dtype: str) -> None:
+    """Hold a model's parameters in `dtype`. In half precision all but LayerNorm's, which are few,
+    and are used in float32."""
+    for name, parameter in model.named_parameters():
+        stays_wide = dtype in HALF and ".ln_" in name
+        parameter.data = parameter.data.astype("float32" if stays_wide else dtype, copy=False)
 
 
 def emulation_note(dtype: str, device: str) -> str | None:
     """What a user should know who asks for this type on this device; None if nothing."""
-    if half_name(dtype) is None or resolve_device(device) == "gpu":
+    if dtype not in HALF or device == "gpu":
         return None
-    return f"note: on the CPU {dtype} is emulated, by rounding float32 numbers: it is not faster"
+    return f"note: {dtype} on the CPU is computed in float32 and rounded: it is not faster"
 
 
-def widened(array: Array) -> Array:
-    """Half precision as float32, to compute with; any other array as it is."""
-    is_half = array.dtype.itemsize == 2 and is_float(array.dtype)
-    return array.astype(np.float32) if is_half else array
+# ------------------------------------------------------------------------- what definitions meet
 
 
-def kept(array: Array, half: str) -> Array:
-    """The numbers of a floating-point array rounded to `half`, in the array that keeps them.
+def rounded(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a layer that begins matrix work in half precision, rounded to its type."""
+    if function.__name__ not in MATRIX_WORK:
+        return args
+    dtype = compute_dtype(args[1])
+    if dtype not in _HALF_DTYPES:
+        return args
+    return tuple(arg.astype(dtype) if hasattr(arg, "requires_grad") else arg for arg in args)
 
-    On a GPU that is a half-precision array, on the CPU a float32 one. What has that dtype on a GPU
-    already is returned as it is. Beyond the largest float16 comes infinity.
+
+def computed_wide(
+    function: Callable[..., Any],
+    again: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """function(*args); of half-precision arguments, again(*args) in float32, the result rounded.
+
+    `again` is the function with its stand-ins, which may take the wide arguments.
     """
-    if device_of(array) == "gpu":
-        return array.astype(array_dtype(half, "gpu"), copy=False)
-    numbers = np.asarray(array, np.float32)
-    if half == "bfloat16":
-        return round_to_bfloat16(numbers)
-    with np.errstate(over="ignore"):
-        return numbers.astype(np.float16).astype(np.float32)
-
-
-def moved(array: Array, device: str, half: str | None) -> Array:
-    """The numbers of `array`, which are kept in `half` if that is not None, on `device`."""
-    array = to_device(array, device)
-    return kept(array, half) if half else array
-
-
-def product_in_float32(a: Array, b: Array, out: Array | None = None) -> Array:
-    """a @ b without rounding the result to half precision, in which a and b may be kept."""
-    return array_module(a).matmul(widened(a), widened(b), out=out)
+    if not any(map(is_half, args)):
+        return function(*args, **kwargs)
+    if function.__name__ in LOOK_UPS:
+        return function(*args, **kwargs).astype(np.float32)
+    results = again(*(arg.astype(np.float32) if is_half(arg) else arg for arg in args), **kwargs)
+    first, *others = results if isinstance(results, tuple) else (results,)
+    if is_half(args[0]) and first is not None and first.ndim:  # a single number stays float32
+        first = first.astype(args[0].dtype)
+    return (first, *others) if isinstance(results, tuple) else first

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from micrograd_gpt.arrays.backend import Array
+from micrograd_gpt.arrays.precision import compute_dtype
+from micrograd_gpt.gpt2 import MLP, Block, CausalSelfAttention
+from micrograd_gpt.nn import Dropout, LayerNorm, Linear, Parameter
 
 IN_LAYER_NORM = (0, 1, 6, 7)  # which of a block's twelve parameters are LayerNorms'
 
 
-def parameters_of(blocks: Sequence[Any]) -> list[list[Array]] | None:
-    """The arrays of each `gpt2.Block`'s twelve parameters; None unless all are just such blocks."""
-    layers = list[list[Array]]()
+def parameters_of(blocks: Sequence[Block]) -> list[list[Parameter]] | None:
+    """Each block's twelve parameters, as they are used.
+
+    None unless all blocks do just what GPT-2's do: nothing is dropped out, no part was replaced,
+    and they compute in the type that their weights are held in.
+    """
+    layers = []
     for block in blocks:
-        arrays = block.plain_parameters() if hasattr(block, "plain_parameters") else None
-        if arrays is None:
+        if type(block) is not Block or [type(block.attn), type(block.mlp)] != [
+            CausalSelfAttention,
+            MLP,
+        ]:
             return None
-        layers.append(arrays)
+        attn, mlp = block.attn, block.mlp
+        parts = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
+        dropouts = (attn.attn_dropout, attn.resid_dropout, mlp.resid_dropout)
+        types = [LayerNorm, Linear, Linear] * 2 + [Dropout] * 3
+        if [type(part) for part in (*parts, *dropouts)] != types:
+            return None
+        drops_out = any(dropout.training and dropout.p for dropout in dropouts)
+        if drops_out or compute_dtype(attn.c_attn.weight) != attn.c_attn.weight.dtype:
+            return None
+        layers.append([parameter for part in parts for parameter in (part.weight, part.bias)])
     return layers

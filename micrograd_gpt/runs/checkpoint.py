@@ -26,9 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from micrograd_gpt.arrays.backend import to_device
+from micrograd_gpt.arrays.devices import to_device
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.optim import AdamW, LossScaler
+from micrograd_gpt.optim import AdamW
+from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import (
     SAVED,
@@ -38,8 +39,10 @@ from micrograd_gpt.support.file_sets import (
     written_as_set,
 )
 from micrograd_gpt.support.files import read_json, reading, write_text
-from micrograd_gpt.text.shards import Shards, blocks
-from micrograd_gpt.text.tokenizers import FILE_NAME, Tokenizer
+from micrograd_gpt.text.shards import Shards
+from micrograd_gpt.text.shards import slices as blocks
+from micrograd_gpt.text.tokenizers import TOKENIZER_FILE as FILE_NAME
+from micrograd_gpt.text.tokenizers import Tokenizer
 from micrograd_gpt.weights.config import read_config
 from micrograd_gpt.weights.formats import MODEL
 from micrograd_gpt.weights.loading import fill

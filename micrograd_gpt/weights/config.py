@@ -6,6 +6,7 @@ slightly different names.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import finish_set
 from micrograd_gpt.support.files import read_json
+from micrograd_gpt.variants import CHOICES, VariantConfig, VariantGPT2
 
 CONFIG = "config.json"
 SIZES = {  # OpenAI's four models
@@ -25,11 +27,9 @@ SIZES = {  # OpenAI's four models
 OLDER_NAMES = {"117M": "124M", "345M": "355M", "762M": "774M", "1.5B": "1558M"}
 
 REQUIRED = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
-OPTIONAL = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon")
+DROPOUTS, EPSILON = ("embd_pdrop", "attn_pdrop", "resid_pdrop"), "layer_norm_epsilon"
+OPTIONAL = (*DROPOUTS, EPSILON)
 HPARAMS = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}  # OpenAI's names that differ
-# The two keys of a teaching variant, and what each may be: GPT-2's own choice stands first.
-VARIANT = {"norm_position": ("pre", "post"), "position_embedding": ("learned", "sinusoidal")}
-OWN = {key: choices[0] for key, choices in VARIANT.items()}
 
 
 def size_name(name: str) -> str:
@@ -61,6 +61,7 @@ def read_values(folder: str | Path) -> dict[str, Any]:
 def read_config(source: str | Path | Mapping[str, Any], file: str | Path = CONFIG) -> GPT2Config:
     """The model's shape, from a folder with a config.json or from that file's contents.
 
+    It is a VariantConfig for a teaching variant, whose config.json says so by two keys of its own.
     Raises UserError, naming the file (`file`, where `source` is its contents), if it is missing or
     damaged, or describes a model that is not a GPT-2.
     """
@@ -82,11 +83,28 @@ def read_config(source: str | Path | Mapping[str, Any], file: str | Path = CONFI
     if missing:
         raise UserError(f"{file} lacks {', '.join(missing)}")
     values = {key: source[key] for key in (*REQUIRED, *OPTIONAL) if key in source}
-    values |= read_variant(source, file)
+    variant = {key: source[key] for key in CHOICES if key in source}
     try:
-        return GPT2Config(**values)
+        _check_numbers(values)
+        config = VariantConfig(**values, **variant)
+        return GPT2Config(**values) if is_gpt2(config) else config
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    for key in REQUIRED:
+        value = values[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{key} must be a whole number of at least 1, not {value!r}")
+    for key in values.keys() & set(DROPOUTS):
+        value = values[key]
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f"{key} must be a probability in [0, 1), not {value!r}")
+    value = values.get(EPSILON, GPT2Config.layer_norm_epsilon)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{EPSILON} must be a finite number above 0, not {value!r}")
 
 
 def read_hparams(hparams: Mapping[str, Any], file: str | Path) -> GPT2Config:
@@ -103,20 +121,16 @@ def read_hparams(hparams: Mapping[str, Any], file: str | Path) -> GPT2Config:
         raise UserError(f"{file}{problem}") from None
 
 
-def config_json(
-    config: GPT2Config,
-    dtype: str,
-    end_of_text: int | None = None,
-    variant: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+def config_json(config: GPT2Config, dtype: str, end_of_text: int | None = None) -> dict[str, Any]:
     """The contents of config.json, as Transformers reads it.
 
     `dtype` names the type that the weights are stored in, `end_of_text` is the tokenizer's id of
-    that token, and `variant` holds the two keys of a teaching variant. A variant does not say that
-    it is a GPT-2: Transformers would load it, and compute something else.
+    that token. A teaching variant does not say that it is a GPT-2: Transformers would load it, and
+    compute something else.
     """
     shape = {key: getattr(config, key) for key in (*REQUIRED, *OPTIONAL)}
-    if variant:
+    if not is_gpt2(config):
+        variant = {key: getattr(config, key) for key in CHOICES}
         values = {"model_type": "micrograd-gpt", **shape, **variant}
     else:
         values = {
@@ -130,23 +144,11 @@ def config_json(
     return values | {"dtype": dtype, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
 
 
-# ----------------------------------------------------------------------------------------------
-# The two teaching variants
+def is_gpt2(config: GPT2Config) -> bool:
+    """True for GPT-2's own architecture, False for a teaching variant."""
+    return all(getattr(config, key, own) == own for key, (own, _) in CHOICES.items())
 
 
-def read_variant(values: Mapping[str, Any], file: str | Path = CONFIG) -> dict[str, str]:
-    """The two keys of a variant in the contents of config.json; empty for GPT-2's own architecture.
-
-    Raises UserError, naming `file`, for a value that neither GPT-2 nor a variant has.
-    """
-    found = {key: values.get(key, choices[0]) for key, choices in VARIANT.items()}
-    for key, choices in VARIANT.items():
-        if found[key] not in choices:
-            raise UserError(f"{file}: {key} must be one of {choices}, not {found[key]!r}")
-    return {} if found == OWN else found
-
-
-def variant_of(model: GPT2) -> dict[str, str]:
-    """The two keys that config.json has for a variant; empty for GPT-2's own architecture."""
-    found = {key: getattr(model.config, key) for key in VARIANT}
-    return {} if found == OWN else found
+def model_class(config: GPT2Config, cls: type[GPT2] = GPT2) -> type[GPT2]:
+    """The class of the model with this config: `cls`, unless it is a teaching variant."""
+    return cls if is_gpt2(config) else VariantGPT2

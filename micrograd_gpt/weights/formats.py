@@ -23,8 +23,6 @@ from micrograd_gpt.weights.config import (
     published_shape,
     read_config,
     read_hparams,
-    read_values,
-    read_variant,
 )
 from micrograd_gpt.weights.reading import StoredTensor
 from micrograd_gpt.weights.tensor_files import TensorFile
@@ -38,12 +36,11 @@ class Weights:
     """A model as its files describe it, whatever their format.
 
     `path` is the file or folder, `tensors` maps each of GPT-2's parameter names to where its
-    numbers are, and `variant` has the two keys of a teaching variant (empty for a GPT-2).
+    numbers are.
     """
 
     path: Path
     config: GPT2Config
-    variant: dict[str, str]
     tensors: dict[str, StoredTensor]
 
 
@@ -93,13 +90,11 @@ def _open(path: Path) -> Weights:
 
 def _open_safetensors(path: Path) -> Weights:
     tensors = _gpt2_tensors(TensorFile(path))
-    file = path.with_name(CONFIG)
-    if not file.exists():
-        return Weights(path, _published_config(path, tensors), {}, tensors)
-    values = read_values(path.parent)
-    config = read_config(values, file)
+    if not path.with_name(CONFIG).exists():
+        return Weights(path, _published_config(path, tensors), tensors)
+    config = read_config(path.parent)
     _check_agreement(path, config, CONFIG, tensors)
-    return Weights(path, config, read_variant(values, file), tensors)
+    return Weights(path, config, tensors)
 
 
 def _gpt2_tensors(file: TensorFile) -> dict[str, StoredTensor]:
@@ -134,7 +129,7 @@ def _open_openai(folder: Path, hparams: dict[str, Any]) -> Weights:
         tensors[ours] = variable
     config = read_hparams(hparams, folder / HPARAMS)
     _check_agreement(folder, config, HPARAMS, tensors)
-    return Weights(folder, config, {}, tensors)
+    return Weights(folder, config, tensors)
 
 
 def _published_config(path: Path, tensors: Mapping[str, StoredTensor]) -> GPT2Config:

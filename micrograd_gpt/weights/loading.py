@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from micrograd_gpt.arrays.backend import Array
+from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.weights.reading import StoredTensor

@@ -12,31 +12,27 @@ from pathlib import Path
 
 import numpy as np
 
-from micrograd_gpt.arrays.precision import kept
-from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.arrays.devices import Array, move
+from micrograd_gpt.arrays.precision import hold_in
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.weights.config import OLDER_NAMES, SIZES
+from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, model_class
 from micrograd_gpt.weights.formats import Weights, open_weights
 from micrograd_gpt.weights.loading import fill
 from micrograd_gpt.weights.releases import open_release
 
 
 def from_pretrained(
-    cls: type[GPT2],
-    name_or_folder: str | Path,
-    device: str = "cpu",
-    dtype: str = "float32",
-    compute: str | None = None,
+    cls: type[GPT2], name_or_folder: str | Path, device: str = "cpu", dtype: str = "float32"
 ) -> GPT2:
     """A GPT2 with OpenAI's weights of that size ("124M", …), or with those of a file or folder.
 
     A size is taken from a cache, or downloaded from Hugging Face or else from OpenAI; a file or
     folder is anything that `open_weights` reads, without the network. `dtype` is what the
     parameters are held in ("float32", "float64", "bfloat16" or "float16"), whatever the file
-    stores, and `compute` the type of the matrix work, by default the same: to train in half
-    precision, hold them in float32 (see GPT2). The model is in evaluation mode. Raises UserError if
-    the weights can't be found, fetched or read.
+    stores. The model is in evaluation mode. Raises UserError if the weights can't be found, fetched
+    or read.
     """
     name = str(name_or_folder)
     if name in SIZES or name in OLDER_NAMES:
@@ -45,37 +41,37 @@ def from_pretrained(
         weights = open_weights(name)
     else:
         raise UserError(f"{name!r} is neither a file or folder, nor one of {', '.join(SIZES)}")
-    return build(weights, device, dtype, cls, compute)
+    return build(weights, device, dtype, cls)
 
 
 def build(
-    weights: Weights,
-    device: str = "cpu",
-    dtype: str = "float32",
-    cls: type[GPT2] = GPT2,
-    compute: str | None = None,
+    weights: Weights, device: str = "cpu", dtype: str = "float32", cls: type[GPT2] = GPT2
 ) -> GPT2:
     """A GPT2 (or a subclass of it) with these weights, in evaluation mode.
 
-    The matrices are created unwritten and each tensor is read into the parameter that keeps it, so
-    on the CPU memory holds the model once. Raises UserError, naming the tensor, for one that is
-    missing, extra, misshapen or damaged, and for a model that does not fit into memory.
+    Each tensor is read into the parameter that keeps it, so on the CPU memory holds the model once.
+    Raises UserError, naming the tensor, for one that is missing, extra, misshapen or damaged, and
+    for a model that does not fit into memory.
     """
-    model = _unwritten(cls, weights, device, dtype, compute)
-    parameters = dict(model.named_parameters())
-    fill({name: p.data for name, p in parameters.items()}, weights.tensors, weights.path)
-    for parameter in parameters.values():
-        if parameter.half and isinstance(parameter.data, np.ndarray):
-            parameter.data[...] = kept(parameter.data, parameter.half)
-    return model.eval()
-
-
-def _unwritten(
-    cls: type[GPT2], weights: Weights, device: str, dtype: str, compute: str | None
-) -> GPT2:
     try:
-        return cls(weights.config, dtype=dtype, device=device, initialize=False, compute=compute)
+        model = _unwritten(model_class(weights.config, cls), weights.config)
+        hold_in(model, dtype)
+        move(model, device)
     except MemoryError as error:
         raise UserError(
             f"{weights.path}: not enough memory for this model ({reason(error)})"
         ) from error
+    arrays = {name: parameter.data for name, parameter in model.named_parameters()}
+    fill(arrays, weights.tensors, weights.path)
+    return model.eval()
+
+
+def _unwritten(cls: type[GPT2], config: GPT2Config) -> GPT2:
+    """A model whose matrices are zeros from the system, which take no room until written to."""
+    tables = [(rows, config.n_embd) for rows in (config.vocab_size, config.n_positions)]
+
+    def zeros(shape: tuple[int, ...], std: float) -> Array:
+        # Embeddings keep C order, and Linear would copy what is not in Fortran order.
+        return np.zeros(shape, np.float32, order="C" if shape in tables else "F")
+
+    return cls(config, init=zeros)

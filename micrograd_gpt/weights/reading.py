@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from micrograd_gpt.arrays.backend import Array
+from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.support.errors import UserError
 
 CHUNK = 1 << 20  # bytes read and converted at a time: few enough to stay in the processor's cache

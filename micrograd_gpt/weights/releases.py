@@ -16,7 +16,7 @@ from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.download import cache_folder, download, reason
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import sha256
-from micrograd_gpt.weights.config import CONFIG, published_shape, size_name
+from micrograd_gpt.weights.config import CONFIG, is_gpt2, published_shape, size_name
 from micrograd_gpt.weights.formats import MODEL, Weights, open_weights
 from micrograd_gpt.weights.tf_checkpoint import TFCheckpoint
 
@@ -229,7 +229,7 @@ def _open_published(folder: Path, size: str) -> Weights:
     for key, value in published_shape(size).items():
         if (found := getattr(weights.config, key)) != value:
             raise UserError(f"{folder} is not GPT-2 {size}: its {key} is {found}, not {value}")
-    if weights.variant:
+    if not is_gpt2(weights.config):
         raise UserError(f"{folder} is not GPT-2 {size}: it is another architecture")
     return weights
 

@@ -9,7 +9,7 @@ from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.file_sets import written_as_set
 from micrograd_gpt.support.files import write_text
 from micrograd_gpt.text.tokenizers import Tokenizer
-from micrograd_gpt.weights.config import CONFIG, config_json, variant_of
+from micrograd_gpt.weights.config import CONFIG, config_json
 from micrograd_gpt.weights.formats import MODEL
 from micrograd_gpt.weights.tensor_files import write_safetensors
 
@@ -44,7 +44,7 @@ def write_model(
     write_safetensors(folder / MODEL, arrays, {"format": "pt", **(metadata or {})}, dtype)
     stored = dtype or str(arrays["transformer.wte.weight"].dtype)
     end_of_text = tokenizer.end_of_text if tokenizer else None
-    config = config_json(model.config, stored, end_of_text, variant_of(model))
+    config = config_json(model.config, stored, end_of_text)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     if tokenizer:
         tokenizer.save(folder)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from micrograd_gpt.arrays.backend import Array
+from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import written_whole
 from micrograd_gpt.weights.reading import CHUNK, FLOATS, StoredTensor, is_float, open_unbuffered

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-from micrograd_gpt.arrays.backend import Array
+from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.weights.crc32c import crc32c, mask
 from micrograd_gpt.weights.reading import FLOATS, StoredTensor, open_unbuffered

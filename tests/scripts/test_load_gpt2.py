@@ -22,10 +22,10 @@ from faults import Fault, Server, fill_disk, kill, needs_fork, run_with_fault, s
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support import cli, files
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.tokenizers import CharTokenizer, load_tokenizer
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizers import CharTokenizer
 from micrograd_gpt.weights import pretrained, releases, saving
-from micrograd_gpt.weights.config import SIZES, published_shape, read_config, read_variant
-from micrograd_gpt.weights.formats import Weights
+from micrograd_gpt.weights.config import SIZES, published_shape, read_config
 from micrograd_gpt.weights.releases import OPENAI_FILES, Release
 from micrograd_gpt.weights.saving import save_pretrained
 from micrograd_gpt.weights.tensor_files import TensorFile
@@ -233,10 +233,7 @@ def test_the_check_comes_before_what_is_printed(
 )
 def test_a_published_size_is_all_of_its_shape(script: ModuleType, change: dict[str, Any]) -> None:
     def size(**shape: Any) -> str | None:
-        values = {**published_shape("124M"), **shape}
-        return script.published_size(
-            Weights(Path("x"), read_config(values), read_variant(values), {})
-        )
+        return script.published_size(read_config({**published_shape("124M"), **shape}))
 
     assert size() == "124M"
     assert size(n_layer=48, n_head=25, n_embd=1600) == "1558M"

@@ -10,16 +10,16 @@ import pytest
 
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.variants import VariantConfig, VariantGPT2
 from micrograd_gpt.weights.config import (
     SIZES,
     config_json,
+    is_gpt2,
+    model_class,
     published_shape,
     read_config,
     read_hparams,
-    read_values,
-    read_variant,
     size_name,
-    variant_of,
 )
 from micrograd_gpt.weights.saving import save_pretrained
 
@@ -57,18 +57,23 @@ def test_the_keys_are_transformers() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_does_not_pass_for_a_gpt2(tmp_path: Path, variant: dict[str, Any]) -> None:
     """Transformers would load it, and compute something else."""
-    model = GPT2(GPT2Config(**SMALL, **variant))
-    assert variant_of(model) == variant
+    model = VariantGPT2(VariantConfig(**SMALL, **variant))
     save_pretrained(model, tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     assert values["model_type"] == "micrograd-gpt" and "architectures" not in values
-    assert read_variant(values) == variant and read_config(tmp_path) == model.config
+    assert {key: values[key] for key in variant} == variant
+    config = read_config(tmp_path)
+    assert config == model.config and not is_gpt2(config)
+    assert model_class(config, GPT2) is VariantGPT2
 
 
 def test_gpt2_is_not_a_variant() -> None:
-    assert variant_of(GPT2(GPT2Config(**SMALL))) == {}
-    assert read_variant(SMALL) == {}
-    assert read_variant({**SMALL, "norm_position": "pre"}) == {}
+    class Mine(GPT2):
+        pass
+
+    for config in (VariantConfig(**SMALL), read_config({**SMALL, "norm_position": "pre"})):
+        assert is_gpt2(config) and model_class(config, Mine) is Mine
+        assert read_config(config_json(config, "float32")) == GPT2Config(**SMALL)
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -127,9 +132,8 @@ def test_a_layer_norm_epsilon_that_is_not_a_positive_number(value: object) -> No
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^config\.json lacks n_embd, n_head$"):
         read_config({"n_layer": 2, "vocab_size": 3, "n_positions": 4})
-    for read in (read_config, read_values):
-        with pytest.raises(UserError, match=rf"^{tmp_path} holds no model: there is no config\.js"):
-            read(tmp_path)
+    with pytest.raises(UserError, match=rf"^{tmp_path} holds no model: there is no config\.json"):
+        read_config(tmp_path)
 
 
 def test_hparams_are_named_as_openai_names_them() -> None:

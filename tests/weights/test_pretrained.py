@@ -29,9 +29,11 @@ from micrograd_gpt import no_grad
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json
+from micrograd_gpt.variants import VariantConfig, VariantGPT2
 from micrograd_gpt.weights.config import SIZES
 from micrograd_gpt.weights.formats import open_weights
 from micrograd_gpt.weights.pretrained import build, from_pretrained
+from micrograd_gpt.weights.reading import FLOATS
 from micrograd_gpt.weights.releases import (
     OPENAI_FILES,
 )
@@ -103,14 +105,23 @@ def test_stored_dtypes_load_into_the_one_asked_for(tmp_path: Path, stored: str, 
     assert_same(from_pretrained(GPT2, tmp_path, dtype=dtype), rounded, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_held_as_such_but_for_layer_norm(tmp_path: Path, dtype: str) -> None:
+    got = numbers(from_pretrained(GPT2, hf_folder(tmp_path), dtype=dtype))
+    for name, array in ARRAYS.items():
+        held = "float32" if ".ln_" in name else dtype
+        assert got[name].dtype == held
+        np.testing.assert_array_equal(got[name], array.astype(FLOATS[held]))
+
+
 @pytest.mark.parametrize(
     "variant", [{}, {"norm_position": "post"}, {"position_embedding": "sinusoidal"}]
 )
 def test_what_we_save_comes_back_bit_for_bit(tmp_path: Path, variant: dict[str, str]) -> None:
-    model = GPT2(GPT2Config(2, 4, 16, 61, 32, **variant), seed=5)  # type: ignore[arg-type]
+    model = VariantGPT2(VariantConfig(2, 4, 16, 61, 32, **variant), seed=5)  # type: ignore[arg-type]
     save_pretrained(model, tmp_path)
     again = from_pretrained(GPT2, tmp_path)
-    assert again.config == model.config
+    assert vars(again.config) == vars(model.config) if variant else type(again) is GPT2
     assert_same(again, numbers(model))
     ids = np.arange(10).reshape(2, 5)
     with no_grad():
@@ -136,7 +147,7 @@ def test_a_bare_file_of_a_published_size_needs_no_config(
 
 def test_loading_keeps_one_copy(tmp_path: Path) -> None:
     config = GPT2Config(2, 4, 512, 8192, 128)
-    save_pretrained(GPT2(config, initialize=False), tmp_path)
+    save_pretrained(GPT2(config), tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size  # 42 MB
     tracemalloc.start()
     from_pretrained(GPT2, tmp_path)

@@ -9,37 +9,26 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from micrograd_gpt.arrays.stand_ins import NotForMe, stands_in_for
 from micrograd_gpt.kernels.in_c.compiler import library
-from micrograd_gpt.kernels.in_numpy import kernels as cpu
 
 Array = np.ndarray
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class NotForC(Exception):
-    """The arguments are of a type or layout that the C code does not read."""
+def in_c(definition: Callable[..., Any]) -> Callable[[F], F]:
+    """Register a kernel in C for `definition`; it is not for C where nothing could be compiled."""
 
+    def register(kernel: F) -> F:
+        @functools.wraps(kernel)
+        def if_compiled(*args: Any, **kwargs: Any) -> Any:
+            if library() is None:
+                raise NotForMe
+            return kernel(*args, **kwargs)
 
-def or_numpy(kernel: F) -> F:
-    """Run `kernel`; where it is not for C, its namesake in cpu.py (nothing is written before).
+        return stands_in_for(definition, "c")(if_compiled)  # type: ignore[return-value]
 
-    Without a namesake NotForC goes on to the caller, who has the definition.
-    """
-    namesake = getattr(cpu, kernel.__name__, None)
-
-    @functools.wraps(kernel)
-    def choose(*args: Any, **kwargs: Any) -> Any:
-        if library() is not None:
-            try:
-                return kernel(*args, **kwargs)
-            except NotForC:
-                if namesake is None:
-                    raise
-        if namesake is None:
-            raise NotForC
-        return namesake(*args, **kwargs)
-
-    return choose  # type: ignore[return-value]
+    return register
 
 
 def call(name: str, arguments: ctypes.Structure) -> None:
@@ -64,7 +53,7 @@ def check(*arrays: Array | None) -> None:
     """Only float32 arrays that hold something are for C."""
     for array in arrays:
         if array is not None and (array.dtype != np.float32 or not array.size):
-            raise NotForC
+            raise NotForMe
 
 
 def contiguous(*arrays: Array) -> list[Array]:
@@ -76,5 +65,5 @@ def contiguous(*arrays: Array) -> list[Array]:
 def strides_of(array: Array) -> list[int]:
     """How many elements apart neighbours along each axis lie."""
     if any(stride % 4 for stride in array.strides):
-        raise NotForC
+        raise NotForMe
     return [stride // 4 for stride in array.strides]

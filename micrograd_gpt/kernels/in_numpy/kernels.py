@@ -1,22 +1,27 @@
-"""Kernels for the CPU: the definitions of `functional.py` and `optim.py` made fast, in NumPy.
+"""Kernels for the CPU in NumPy: the definitions of `functional.py` and `optim.py`, made fast.
 
 Three ideas carry all of it. A matrix product is cut in parts, one for each core. Element-wise work
 goes through memory once: a block that fits a core's cache is taken through all its operations, in
 place, before the next one. And attention never holds all T × T weights, only those of some rows.
 
-Every public function has its definition, of the same name and arguments, in those two files.
+float32 and float64 arrays, all of one type.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from micrograd_gpt.arrays import backend
-from micrograd_gpt.arrays.backend import Key
-from micrograd_gpt.kernels.in_numpy.threads import cores, keep_freed_memory, parallel
+from micrograd_gpt import functional, optim, tensor
+from micrograd_gpt.arrays.memory import keep_freed_memory
+from micrograd_gpt.arrays.stand_ins import NotForMe, stands_in_for
+from micrograd_gpt.kernels import linear_cross_entropy
+from micrograd_gpt.kernels.in_numpy.threads import cores, parallel
+from micrograd_gpt.layers import GELU_CUBIC, GELU_SCALE, Key
+from micrograd_gpt.tensor import Tensor
 
 Array = np.ndarray
 
@@ -27,7 +32,12 @@ BLOCK = 2**18  # 1 MB in float32
 FEW_ELEMENTS = 2**17
 FEW_PRODUCTS = 2**21  # multiplications and additions
 
-keep_freed_memory()
+
+def check(*arrays: Array | None) -> None:
+    """Only arrays of one type, which is float32 or float64, are for these kernels."""
+    dtypes = {array.dtype for array in arrays if array is not None}
+    if len(dtypes) != 1 or dtypes.pop() not in (np.float32, np.float64):
+        raise NotForMe
 
 
 def _row_blocks(rows: int, width: int) -> list[slice]:
@@ -53,10 +63,6 @@ def _row_sums(x: Array) -> Array:
 def _column_sums(x: Array) -> Array:
     """Sums of x (n, m) along its first axis: (m,)."""
     return np.ones(x.shape[0], x.dtype) @ x
-
-
-def add(a: Array, b: Array, out: Array | None = None) -> Array:
-    return np.add(a, b, out=out)
 
 
 # ------------------------------------------------------------------------------ matrix products
@@ -85,7 +91,9 @@ def _product_parts(n: int, m: int, k: int) -> list[slice]:
     return _cut(max(n, m), cores() if min(n, m) >= 16 and n * m * k > FEW_PRODUCTS else 1)
 
 
+@stands_in_for(functional.linear_forward, "numpy")
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
+    check(x, weight, bias)
     n, m = len(x), weight.shape[1]
     parts = _product_parts(n, m, weight.shape[0])
     if len(parts) == 1:
@@ -103,7 +111,9 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
     return y
 
 
+@stands_in_for(functional.linear_backward, "numpy")
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
+    check(grad, x, weight)
     dx, dweight = np.empty(x.shape, grad.dtype), np.empty_like(weight)
     dbias = np.empty(grad.shape[1], grad.dtype)
     count = cores() if len(x) * weight.size > FEW_PRODUCTS else 1
@@ -121,19 +131,26 @@ def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array,
     return dx, dweight, dbias
 
 
-def embedding_backward(grad: Array, ids: Array, dweight: Array) -> None:
-    rows, ids = grad.reshape(-1, grad.shape[-1]), ids.reshape(-1)
+@stands_in_for(tensor.add_at, "numpy")
+def add_at(total: Array, index: Any, part: Array) -> None:
+    """Rows are sorted by the row of `total` they go to, and those of one row added up first."""
+    check(total, part)
+    if not isinstance(index, np.ndarray) or index.dtype.kind not in "iu" or total.ndim != 2:
+        raise NotForMe
+    rows, ids = part.reshape(-1, part.shape[-1]), index.reshape(-1) % max(1, len(total))
     order = np.argsort(ids, kind="stable")
     picked, first = np.unique(ids[order], return_index=True)
-    dweight[picked] += np.add.reduceat(rows[order], first, axis=0)
+    total[picked] += np.add.reduceat(rows[order], first, axis=0)
 
 
 # ----------------------------------------------------------------------------------- layer norm
 
 
+@stands_in_for(functional.layer_norm_forward, "numpy")
 def layer_norm_forward(
     x: Array, weight: Array, bias: Array, eps: float
 ) -> tuple[Array, Array, Array]:
+    check(x, weight, bias)
     n, width = x.shape
     y = np.empty_like(x)
     mean, rstd = np.empty((n, 1), x.dtype), np.empty((n, 1), x.dtype)
@@ -154,9 +171,11 @@ def layer_norm_forward(
     return y, mean, rstd
 
 
+@stands_in_for(functional.layer_norm_backward, "numpy")
 def layer_norm_backward(
     grad: Array, x: Array, weight: Array, mean: Array, rstd: Array
 ) -> tuple[Array, Array, Array]:
+    check(grad, x, weight, mean, rstd)
     n, width = x.shape
     dx = np.empty_like(x)
     blocks = _row_blocks(n, width)
@@ -183,11 +202,10 @@ def layer_norm_backward(
 
 # ----------------------------------------------------------------------------------------- gelu
 
-GELU_SCALE = math.sqrt(2 / math.pi)
-GELU_CUBIC = 0.044715
 
-
+@stands_in_for(functional.gelu_forward, "numpy")
 def gelu_forward(x: Array) -> Array:
+    check(x)
     y = np.empty(x.shape, x.dtype)
     flat_x, flat_y = x.reshape(-1), y.reshape(-1)
     blocks = _row_blocks(x.size, 1)
@@ -203,7 +221,9 @@ def gelu_forward(x: Array) -> Array:
     return y
 
 
+@stands_in_for(functional.gelu_backward, "numpy")
 def gelu_backward(grad: Array, x: Array) -> Array:
+    check(grad, x)
     dx = np.empty(x.shape, x.dtype)
     flat_grad, flat_x, flat_dx = grad.reshape(-1), x.reshape(-1), dx.reshape(-1)
     blocks = _row_blocks(x.size, 1)
@@ -238,12 +258,13 @@ def _gelu_tanh(x: Array, square: Array, out: Array) -> Array:
 
 # ------------------------------------------------------------------------------------ attention
 
-ROWS = backend.DROPOUT_ROWS  # queries at a time
+ROWS = 128  # queries at a time
 
 
-def attention_forward(
-    q: Array, k: Array, v: Array, dropout: float = 0.0, key: Key = ()
-) -> tuple[Array, Array]:
+@stands_in_for(functional.attention_forward, "numpy")
+def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple[Array, Array]:
+    """As the definition; the result lies in memory as (B, T, H, D), so that heads join for free."""
+    check(q, k, v)
     b, h, t, d = q.shape
     past = k.shape[2] - t  # keys that stand before the first query
     out, log_total = np.empty((b, t, h, d), q.dtype), np.empty((b, h, t), q.dtype)
@@ -260,31 +281,25 @@ def attention_forward(
             weights -= largest
             np.exp(weights, out=weights)
             total = _row_sums(weights)
-            if dropout:
-                weights *= _dropout_tiles(key, h, heads, rows, weights, dropout)
+            if p:
+                weights *= _dropout_factors(key, (h, t, k.shape[2]), heads, rows, weights, p)
             np.matmul(weights, v[seen], out=mixed[here])
             mixed[here] /= total
             log_total[here] = (largest + np.log(total))[..., 0]
 
     parallel(group, len(groups))
-    return out, log_total
+    return mixed, log_total
 
 
+@stands_in_for(functional.attention_backward, "numpy")
 def attention_backward(
-    grad: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    out: Array,
-    log_total: Array,
-    dq: Array,
-    dk: Array,
-    dv: Array,
-    dropout: float = 0.0,
-    key: Key = (),
-) -> None:
+    grad: Array, q: Array, k: Array, v: Array, out: Array, log_total: Array, p: float, key: Key
+) -> tuple[Array, Array, Array]:
+    check(grad, q, k, v, out, log_total)
     b, h, t, d = q.shape
-    dmixed, mixed = grad.swapaxes(1, 2), out.swapaxes(1, 2)  # (B, H, T, D)
+    if k.shape != q.shape:
+        raise NotForMe
+    dq, dk, dv = (np.empty((b, t, h, d), q.dtype).swapaxes(1, 2) for _ in range(3))
     scale = 1 / math.sqrt(d)
     groups = _head_groups(b, h, _block_count(b * h * min(t, ROWS) * t))
 
@@ -293,17 +308,17 @@ def attention_backward(
         for rows in reversed(_query_blocks(t)):
             end, here = rows.stop, (*heads, rows)
             seen = (*heads, slice(end))
-            dmix = dmixed[here]  # (b, h, R, D)
+            dmix = grad[here]  # (b, h, R, D)
             weights, scaled_q = _scores(q[here], k[seen])  # (b, h, R, end)
             weights -= log_total[here][..., None]
             np.exp(weights, out=weights)
             dscores = dmix @ v[seen].swapaxes(-1, -2)  # (b, h, R, end)
             dropped = weights
-            if dropout:
-                factors = _dropout_tiles(key, h, heads, rows, weights, dropout)
+            if p:
+                factors = _dropout_factors(key, (h, t, t), heads, rows, weights, p)
                 dropped = weights * factors
                 dscores *= factors
-            dscores -= np.vecdot(dmix, mixed[here])[..., None]
+            dscores -= np.vecdot(dmix, out[here])[..., None]
             dscores *= weights
             np.matmul(dscores, k[seen], out=dq[here])
             dq[here] *= scale
@@ -315,6 +330,7 @@ def attention_backward(
                 dk[seen] += dscores.swapaxes(-1, -2) @ scaled_q
 
     parallel(group, len(groups))
+    return dq, dk, dv
 
 
 def _scores(q: Array, k: Array) -> tuple[Array, Array]:
@@ -341,47 +357,104 @@ def _head_groups(b: int, h: int, count: int) -> list[tuple[slice, slice]]:
     return [(slice(i, i + 1), heads) for i in range(b) for heads in _cut(h, -(-count // b))]
 
 
-def _dropout_tiles(
-    key: Key, h: int, heads: tuple[slice, slice], rows: slice, like: Array, p: float
+def _dropout_factors(
+    key: Key,
+    sizes: tuple[int, int, int],
+    heads: tuple[slice, slice],
+    rows: slice,
+    like: Array,
+    p: float,
 ) -> Array:
-    """The factors of `functional.attention_dropout` for these rows of these heads."""
-    factors = np.empty(like.shape, np.float32)
+    """Part of layers.dropout_factors(weights (B, H, T, S)), for these queries of these heads.
+
+    `sizes` are H, T and S. The generator jumps to where the part begins; each 64-bit number of it
+    makes two factors.
+    """
+    (h, t, s), end = sizes, like.shape[3]
+    n_queries, factors = rows.stop - rows.start, np.empty(like.shape, like.dtype)
     for i, j in np.ndindex(like.shape[:2]):
         head = (heads[0].start + i) * h + heads[1].start + j
-        factors[i, j] = backend.dropout_factors((*key, head, rows.start), like.shape[2:], p)
+        first = (head * t + rows.start) * s
+        bits = np.random.PCG64(np.random.SeedSequence(key)).advance(first // 2)
+        odd = first % 2
+        draws = np.random.Generator(bits).random(odd + n_queries * s, dtype=np.float32)
+        kept = draws[odd:].reshape(n_queries, s)[:, :end] >= p
+        np.divide(kept, np.float32(1 - p), out=factors[i, j])
     return factors
 
 
 # -------------------------------------------------------------------------------- cross-entropy
 
 
-def cross_entropy_forward(
-    logits: Array, targets: Array, scale: float = 1.0, out: Array | None = None
-) -> tuple[Array, Array]:
+@stands_in_for(functional.cross_entropy_forward, "numpy")
+def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
+    check(logits)
+    dlogits = np.empty_like(logits)
+    return dlogits, _cross_entropy(logits, labels, dlogits)
+
+
+@stands_in_for(linear_cross_entropy.linear_cross_entropy_forward, "numpy")
+def linear_cross_entropy_forward(
+    x: Array, weight: Array, labels: Array, with_gradients: bool
+) -> tuple[Array | None, Array, Array | None]:
+    """As the definition; the logits become their own gradient in place."""
+    check(x, weight)
+    logits = matmul(x, weight.T)
+    loss = _cross_entropy(logits, labels, logits)
+    if not with_gradients:
+        return None, loss, None
+    return matmul(logits, weight), loss, matmul(logits.T, x)
+
+
+def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
+    """The summed loss; the gradient goes into `dlogits`, which may be `logits` itself."""
     n, vocab_size = logits.shape
-    dlogits = np.empty_like(logits) if out is None else out
     losses = np.zeros(n, logits.dtype)
     blocks = _row_blocks(n, vocab_size)
 
     def block(i: int) -> None:
         rows = blocks[i]
-        part, labels = dlogits[rows], targets[rows]
-        counted = np.flatnonzero(labels >= 0)  # a target below 0 is an ignored one
-        at_target = counted, labels[counted]
+        part, label = dlogits[rows], labels[rows]
+        counted = np.flatnonzero(label >= 0)  # a label below 0 is an ignored one
+        at_label = counted, label[counted]
         np.subtract(logits[rows], logits[rows].max(axis=-1, keepdims=True), out=part)
-        target_logits = part[at_target]
+        label_logits = part[at_label]
         np.exp(part, out=part)
         total = _row_sums(part)
-        losses[rows][counted] = np.log(total[counted, 0]) - target_logits
-        total[labels < 0] = np.inf
-        part *= scale / total
-        part[at_target] -= scale
+        losses[rows][counted] = np.log(total[counted, 0]) - label_logits
+        total[label < 0] = np.inf
+        part /= total
+        part[at_label] -= 1
 
     parallel(block, len(blocks))
-    return losses.sum(), dlogits
+    return losses.sum()
 
 
 # ------------------------------------------------------------------------------------ optimizer
+
+
+@stands_in_for(optim.clip_grad_norm, "numpy")
+def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> float:
+    grads = gradients(parameters)
+    check(*grads)
+    return scale_to_norm(grads, math.sqrt(sum_of_squares(grads)), max_norm, loss_scale)
+
+
+def gradients(parameters: list[Tensor]) -> list[Array]:
+    """The gradients there are; NotForMe without any."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        raise NotForMe
+    return grads
+
+
+def scale_to_norm(grads: list[Array], norm: float, max_norm: float, loss_scale: float) -> float:
+    """The clipping once the norm is known; arrays that stay as they are are not touched."""
+    norm /= loss_scale
+    factor = (max_norm / norm if norm > max_norm else 1.0) / loss_scale
+    for grad in grads if math.isfinite(norm) and factor != 1 else ():
+        grad *= factor
+    return norm
 
 
 def sum_of_squares(arrays: Sequence[Array]) -> float:
@@ -397,27 +470,18 @@ def sum_of_squares(arrays: Sequence[Array]) -> float:
     return float(sums.sum())
 
 
+@stands_in_for(optim.adamw_update, "numpy")
 def adamw_update(
-    parameters: Sequence[Array],
-    grads: Sequence[Array],
-    ms: Sequence[Array],
-    vs: Sequence[Array],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decays: Sequence[float],
-    step: int,
+    rows: list[optim.Row], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
+    for row in rows:
+        check(*row[:4])
+    keep_freed_memory()  # a run has begun: the next step allocates the same arrays again
     correction = math.sqrt(1 - beta2**step)
     # lr * m_hat / (sqrt(v_hat) + eps), its two bias corrections drawn together in front
     rate = lr * correction / (1 - beta1**step)
-    jobs = [
-        (chunk, decay)
-        for *arrays, decay in zip(parameters, grads, ms, vs, decays, strict=True)
-        for chunk in _chunks(arrays)
-    ]
-    together = sum(p.size for p in parameters) <= FEW_ELEMENTS
+    jobs = [(chunk, decay) for *arrays, decay in rows for chunk in _chunks(arrays)]
+    together = sum(row[0].size for row in rows) <= FEW_ELEMENTS
     groups = _cut(len(jobs), 1 if together else max(cores(), len(jobs) // 8))
 
     def group(i: int) -> None:

@@ -8,10 +8,8 @@ each of our threads; outside it keeps all of its own.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
-import platform
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,20 +112,3 @@ def _pool(process: int) -> _Pool:
 @cache
 def _make_pool(process: int) -> _Pool:
     return _Pool()
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for the next array instead of giving it back to the system.
-
-    A training step allocates and frees the same large arrays again and again, and fetching their
-    pages anew each time took a quarter of it. Does nothing where the C library is another one.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # malloc.h: M_TRIM_THRESHOLD, …
-    libc.mallopt(trim_threshold, -1)  # never shrink the heap
-    libc.mallopt(top_pad, 64 * 2**20)  # grow it in steps of 64 MB
-    libc.mallopt(mmap_max, 0)  # large arrays come from the heap too, not from the system
-    libc.mallopt(arena_max, 1)  # one heap for all threads

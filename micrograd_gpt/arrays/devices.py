@@ -1,4 +1,4 @@
-"""Which array library a tensor lives in, what its device is called, where randomness comes from.
+"""Which array library an array belongs to, and what its device is called.
 
 An array is a NumPy array ("cpu") or a CuPy array ("gpu"). Code that works on either asks
 `array_module(array)` for the library and calls it `xp`. CuPy is imported when a GPU is first asked
@@ -10,8 +10,6 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -20,17 +18,9 @@ import numpy as np
 from micrograd_gpt.support.errors import UserError
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray; CuPy need not be installed to check types
-Key: TypeAlias = tuple[int, ...]  # names one random draw: the same key gives the same numbers
 
 DEVICES = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
 INSTALL_CUPY = "pip install -e '.[cuda13]' (or '.[cuda12]')"
-# How the runtime, the driver and cuBLAS say that they got no memory for what they need themselves
-NO_GPU_MEMORY = (
-    "cudaErrorMemoryAllocation",
-    "CUDA_ERROR_OUT_OF_MEMORY",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
-DROPOUT_ROWS = 128  # rows of attention weights that share one random draw
 
 
 def resolve_device(name: str) -> str:
@@ -92,20 +82,6 @@ def _cuda(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-@contextmanager
-def memory_errors(advice: str) -> Iterator[None]:
-    """Within this block, to run out of memory is a UserError that ends in `advice`."""
-    try:
-        yield
-    except MemoryError as error:
-        place = "the GPU" if type(error).__module__ == "cupy.cuda.memory" else "this machine"
-        raise UserError(f"{place} is out of memory ({error}): {advice}") from error
-    except RuntimeError as error:  # what CuPy makes of the errors of CUDA's libraries
-        if not str(error).startswith(NO_GPU_MEMORY):
-            raise
-        raise UserError(f"the GPU is out of memory ({error}): {advice}") from error
-
-
 def set_tf32(on: bool, device: str) -> None:
     """Let float32 matrix products on the GPU round what they multiply to TF32, or forbid it.
 
@@ -127,34 +103,10 @@ def to_device(array: Array, device: str) -> Array:
     return library_for("gpu").asarray(array) if device == "gpu" else array.get(order="A")
 
 
-class RandomStream:
-    """Numbers the random draws of a computation: draw n after `reseed(*seed)` has key (*seed, n).
-
-    Every draw is a function of its key alone, so a run that reseeds with (seed, step) at each step
-    continues exactly after a restart with no generator state to save. `position` is the key of the
-    latest draw: set back, the same draws come again.
-    """
-
-    def __init__(self, *seed: int) -> None:
-        self.reseed(*seed)
-
-    def reseed(self, *seed: int) -> None:
-        self.position: Key = (*seed, 0)
-
-    def next_key(self) -> Key:
-        *seed, drawn = self.position
-        self.position = (*seed, drawn + 1)
-        return self.position
-
-
-def uniform(key: Key, shape: Iterable[int], xp: ModuleType = np) -> Array:
-    """float32 numbers in [0, 1), an array of `shape`, the same for the same key and library."""
-    if xp is np:
-        return np.random.default_rng(key).random(tuple(shape), dtype=np.float32)
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    return xp.random.default_rng(seed).random(tuple(shape), dtype=np.float32)
-
-
-def dropout_factors(key: Key, shape: Iterable[int], p: float, xp: ModuleType = np) -> Array:
-    """float32 factors: 0 with probability p, else 1 / (1 - p); a function of `key`."""
-    return (uniform(key, shape, xp) >= p) * np.float32(1 / (1 - p))
+def move(model: Any, device: str) -> None:
+    """Move all tensors of a model (nn.Module) to "cpu" or "gpu". Gradients are forgotten; make the
+    optimizer after this."""
+    for part in model.modules():
+        for tensor in vars(part).values():
+            if hasattr(tensor, "requires_grad"):
+                tensor.data, tensor.grad = to_device(tensor.data, device), None

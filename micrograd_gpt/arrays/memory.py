@@ -1,0 +1,49 @@
+"""Memory: what to say when it runs out, and how freed memory is kept for the next array."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from micrograd_gpt.support.errors import UserError
+
+# How the runtime, the driver and cuBLAS say that they got no memory for what they need themselves
+NO_GPU_MEMORY = (
+    "cudaErrorMemoryAllocation",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Within this block, to run out of memory is a UserError that ends in `advice`."""
+    try:
+        yield
+    except MemoryError as error:
+        place = "the GPU" if type(error).__module__ == "cupy.cuda.memory" else "this machine"
+        raise UserError(f"{place} is out of memory ({error}): {advice}") from error
+    except RuntimeError as error:  # what CuPy makes of the errors of CUDA's libraries
+        if not str(error).startswith(NO_GPU_MEMORY):
+            raise
+        raise UserError(f"the GPU is out of memory ({error}): {advice}") from error
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next array instead of giving it back to the system.
+
+    A training step allocates and frees the same large arrays again and again, and fetching their
+    pages anew each time took a quarter of it. Does nothing where the C library is another one.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # malloc.h: M_TRIM_THRESHOLD, …
+    libc.mallopt(trim_threshold, -1)  # never shrink the heap
+    libc.mallopt(top_pad, 64 * 2**20)  # grow it in steps of 64 MB
+    libc.mallopt(mmap_max, 0)  # large arrays come from the heap too, not from the system
+    libc.mallopt(arena_max, 1)  # one heap for all threads

@@ -1,0 +1,153 @@
+"""How a faster function stands in for a readable one: the only thing the learner's files import.
+
+A readable function is marked `@definition`. A function that computes the same, faster, registers
+itself with `@stands_in_for(the_definition, level)`, must take the same arguments, and may raise
+`NotForMe` before it has written anything. A call tries the stand-ins of its device, the fastest
+first, and runs the definition where none of them takes it:
+
+    definitions   nothing stands in: `layers.py` alone, so that a debugger steps through mathematics
+    fused         the layers of `functional.py`, each forward and backward worked out by hand
+    numpy         ... with the kernels in NumPy (on a GPU: those in CUDA)
+    c             ... with the kernels in C, where there is a compiler
+
+The environment variable MICROGRAD_GPT_KERNELS (definitions, numpy or c) sets the highest level;
+without it everything stands in.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import numpy as np
+
+from micrograd_gpt.arrays import precision
+from micrograd_gpt.support.errors import UserError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+LEVELS = ("definitions", "fused", "numpy", "c")
+CUDA = "cuda"  # kernels of a GPU's arrays, wherever those in NumPy may stand in on a CPU
+IN_THE_ENVIRONMENT = ("definitions", "numpy", "c")
+
+_IN_C: list[Callable[[], str]] = []
+_HIGHEST: ContextVar[str | None] = ContextVar("highest level", default=None)
+
+
+class NotForMe(Exception):
+    """A stand-in does not take these arguments: the next one does, or the definition."""
+
+
+def definition(function: F) -> F:
+    """Let faster functions stand in for `function`, which is called where none of them does.
+
+    `call.definition` is `function` itself; `call.stand_ins` maps each level to what is registered
+    there.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return choose(*precision.rounded(function, args), **kwargs)
+
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        for stand_in in choices(_HIGHEST.get() or _from_environment(), _on_gpu(args[0])):
+            try:
+                return stand_in(*args, **kwargs)
+            except NotForMe:
+                continue
+        return precision.computed_wide(named, choose, args, kwargs)
+
+    @functools.wraps(function)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except ValueError as error:  # the array library's own words, and what they are about
+            if type(error) is not ValueError:
+                raise
+            raise ValueError(f"{function.__name__.strip('_')}: {error}") from error
+
+    @functools.cache
+    def choices(highest: str, on_gpu: bool) -> list[Callable[..., Any]]:
+        below = LEVELS[1 : LEVELS.index(highest) + 1]
+        if on_gpu:
+            below = tuple(CUDA if level == "numpy" else level for level in below if level != "c")
+        return [stand_ins[level] for level in reversed(below) if level in stand_ins]
+
+    stand_ins: dict[str, Callable[..., Any]] = {}
+    call.definition, call.stand_ins, call.choices = function, stand_ins, choices  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]
+
+
+def stands_in_for(definition: Callable[..., Any], level: str) -> Callable[[F], F]:
+    """Register the decorated function for `definition`; TypeError unless it takes the same."""
+
+    def register(stand_in: F) -> F:
+        theirs, ours = (_parameters(function) for function in (definition, stand_in))
+        if theirs != ours:
+            raise TypeError(f"{stand_in.__qualname__} takes {ours}, its definition takes {theirs}")
+        definition.stand_ins[level] = stand_in  # type: ignore[attr-defined]
+        definition.choices.cache_clear()  # type: ignore[attr-defined]
+        return stand_in
+
+    return register
+
+
+@contextmanager
+def at_most(level: str) -> Iterator[None]:
+    """Within this block only stand-ins up to this level are used."""
+    token = _HIGHEST.set(LEVELS[LEVELS.index(level)])
+    try:
+        yield
+    finally:
+        _HIGHEST.reset(token)
+
+
+def highest_level() -> str:
+    """The highest level whose functions may stand in now; UserError if the environment is wrong."""
+    return _HIGHEST.get() or _from_environment()
+
+
+@functools.cache
+def _from_environment() -> str:
+    level = os.environ.get("MICROGRAD_GPT_KERNELS") or LEVELS[-1]
+    if level not in IN_THE_ENVIRONMENT:
+        raise UserError(
+            f"MICROGRAD_GPT_KERNELS is {level!r}: set it to {', '.join(IN_THE_ENVIRONMENT)}, "
+            "or leave it out"
+        )
+    return level
+
+
+def described_by(function: Callable[[], str]) -> Callable[[], str]:
+    """Register what says whether the kernels in C can be had, and if not, why."""
+    _IN_C.append(function)
+    return function
+
+
+def report() -> str:
+    """What computes on the CPU, in words."""
+    level = highest_level()
+    if level == LEVELS[-1] and _IN_C:
+        return _IN_C[-1]()
+    names = {"definitions": "none, layers.py", "fused": "none, functional.py", "numpy": "NumPy"}
+    return f"{names[level]} (as MICROGRAD_GPT_KERNELS asks)"
+
+
+def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    parameters = inspect.signature(function).parameters.values()
+    return [(p.name, None if p.default is p.empty else (p.default,)) for p in parameters]
+
+
+def _on_gpu(first: Any) -> bool:
+    """Whether a function's first argument, an array, a tensor or a list of them, is on a GPU."""
+    while isinstance(first, list | tuple) and first:
+        first = first[0]
+    if isinstance(first, np.ndarray):
+        return False
+    data = getattr(first, "data", first)  # a tensor's array
+    return not isinstance(data, np.ndarray) and type(data).__module__.split(".")[0] != "builtins"

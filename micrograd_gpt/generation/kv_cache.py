@@ -1,0 +1,104 @@
+"""The KV cache: what a model has read already, so that decoding computes only the new tokens."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+
+from micrograd_gpt import layers
+from micrograd_gpt.arrays.devices import library_for
+from micrograd_gpt.arrays.precision import compute_dtype
+from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.tensor import Array, Tensor, is_recorded
+
+
+class KVCache:
+    """The keys and values of every token so far, of several texts: one to a row.
+
+    `data` is one array (n_layer, 2, B, H, capacity, D), allocated once and written in place: it
+    takes 2 × n_layer × n_embd × capacity × B numbers of the type that the model computes in. Row b
+    holds `lengths[b]` tokens; setting that back forgets the latest. `length` stands for all rows'
+    lengths where they agree.
+    """
+
+    def __init__(self, model: GPT2, batch_size: int = 1, capacity: int | None = None) -> None:
+        c, weight = model.config, model.transformer.h[0].attn.c_attn.weight
+        capacity = c.n_positions if capacity is None else capacity
+        shape = (c.n_layer, 2, batch_size, c.n_head, capacity, c.n_embd // c.n_head)
+        self.data = library_for(weight.device).empty(shape, compute_dtype(weight))
+        self.lengths = np.zeros(batch_size, int)
+
+    @property
+    def length(self) -> int:
+        first, *others = {int(n) for n in self.lengths}
+        if others:
+            raise ValueError(f"the rows of this KV cache differ in length: {self.lengths}")
+        return first
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.lengths[:] = length
+
+    def layer(self, i: int) -> Past:
+        """What attention needs of layer i."""
+        return Past(*self.data[i], self.lengths)
+
+    def rows(self, first: int, end: int) -> KVCache:
+        """Rows first … end-1 as a cache of their own, which is a view: nothing is copied."""
+        part = copy.copy(self)
+        part.data, part.lengths = self.data[:, :, first:end], self.lengths[first:end]
+        return part
+
+    def copy_rows(self, sources: list[int], since: int = 0) -> None:
+        """Row i goes on from what row sources[i] holds; the first `since` tokens agree already."""
+        moves = [(source, row) for row, source in enumerate(sources) if source != row]
+        if moves:
+            old, new = zip(*moves, strict=True)
+            since = min(since, int(self.lengths[list(new)].min()))
+            part = slice(since, int(self.lengths[list(old)].max()))
+            to, source = (np.asarray(rows, like=self.data) for rows in (new, old))
+            self.data[:, :, to, :, part] = self.data[:, :, source, :, part]
+            self.lengths[list(new)] = self.lengths[list(old)]
+
+
+def bytes_of_cache(model: GPT2, batch_size: int, capacity: int) -> int:
+    """How much memory a KVCache of these sizes takes."""
+    c, dtype = model.config, compute_dtype(model.transformer.h[0].attn.c_attn.weight)
+    return 2 * c.n_layer * c.n_embd * capacity * batch_size * dtype.itemsize
+
+
+class Past:
+    """One layer's keys and values (B, H, capacity, D), of which row b holds `lengths[b]` tokens."""
+
+    def __init__(self, keys: Array, values: Array, lengths: np.ndarray) -> None:
+        self.keys, self.values, self.lengths = keys, values, lengths
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of new tokens, each (B, H, T, D), over the older ones and themselves.
+
+        The new keys and values are written behind the older ones. Raises ValueError where they do
+        not fit, RuntimeError where a gradient is wanted, which a cache cannot give.
+        """
+        if is_recorded(q, k, v):
+            raise RuntimeError("a KV cache is for decoding: use it within no_grad()")
+        starts, t = self.lengths, q.shape[2]
+        if starts.max() + t > self.keys.shape[2]:
+            room = self.keys.shape[2]
+            raise ValueError(f"the KV cache holds {room} positions, not {starts.max() + t}")
+        if (starts == starts[0]).all():  # rows of one length go together, others one by one
+            return Tensor(self._attention(slice(None), int(starts[0]), q, k, v))
+        rows = [slice(row, row + 1) for row in range(len(starts))]
+        parts = [
+            self._attention(row, int(start), q, k, v)
+            for row, start in zip(rows, starts, strict=True)
+        ]
+        return Tensor(np.concatenate(parts))
+
+    def _attention(self, rows: slice, start: int, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        end = start + q.shape[2]
+        self.keys[rows, :, start:end] = k.data[rows]
+        self.values[rows, :, start:end] = v.data[rows]
+        seen = (self.keys[rows, :, :end], self.values[rows, :, :end])
+        return layers.attention(Tensor(q.data[rows]), *map(Tensor, seen)).data

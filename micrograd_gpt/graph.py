@@ -1,0 +1,44 @@
+"""A tape to look at: the operations below a result as a drawing, and gradients on their way."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from micrograd_gpt.tensor import LEAF, Array, Node, Tensor, node_of, tape_below
+
+
+def draw_graph(result: Tensor) -> str:
+    """The tape below `result` as Graphviz DOT text: operation names, shapes and dtypes.
+
+    Draw it before backward(), which frees the tape; `dot -Tsvg` turns the text into a picture.
+    """
+    root = node_of(result) or Node(LEAF, result.data, (), lambda grad: ())
+    names: dict[Any, str] = {}
+    lines = ["digraph tape {", "  rankdir=LR;"]
+    for node in tape_below(root):
+        key = node.backward if node.name == LEAF else node  # a leaf has a node for each of its uses
+        is_new = key not in names
+        names[node] = names[key] = name = names.get(key, f"n{len(set(names.values()))}")
+        if is_new:
+            shape = "ellipse" if node.name == LEAF else "box"
+            title = f"{node.name}\\n{node.shape} {node.dtype}"
+            lines.append(f'  {name} [shape={shape}, label="{title}"];')
+            lines += [f"  {names[parent]} -> {name};" for parent in node.parents if parent]
+    return "\n".join([*lines, "}"])
+
+
+def retain_grad(result: Tensor) -> Tensor:
+    """Let backward() fill the `.grad` of an intermediate result too, as long as it is alive."""
+    node, this = node_of(result), weakref.ref(result)
+    if node is None or node.name == LEAF or node.backward is None:
+        return result
+    backward = node.backward
+
+    def keep(grad: Array) -> Any:
+        if (tensor := this()) is not None:
+            tensor._accumulate(grad.copy())
+        return backward(grad)
+
+    node.backward = keep
+    return result

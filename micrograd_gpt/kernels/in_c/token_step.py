@@ -1,0 +1,104 @@
+"""A token step in C: a few new tokens through all blocks of a GPT-2 in one call (decode.c)."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import numpy as np
+
+from micrograd_gpt import gpt2
+from micrograd_gpt.arrays.stand_ins import NotForMe
+from micrograd_gpt.gpt2 import Block
+from micrograd_gpt.kernels.blocks import parameters_of
+from micrograd_gpt.kernels.in_c.arguments import (
+    Array,
+    call,
+    check,
+    floats,
+    in_c,
+    ints,
+    pointers,
+    strides_of,
+)
+from micrograd_gpt.kernels.in_c.kernels import FEW_ROWS
+from micrograd_gpt.tensor import Tensor, is_recorded
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        *pointers("ln_1_weight", "ln_1_bias", "c_attn_weight", "c_attn_bias"),
+        *pointers("attn_c_proj_weight", "attn_c_proj_bias", "ln_2_weight", "ln_2_bias"),
+        *pointers("c_fc_weight", "c_fc_bias", "mlp_c_proj_weight", "mlp_c_proj_bias"),
+    ]
+
+
+class _Decode(ctypes.Structure):
+    _fields_ = [
+        *ints("rows", "tokens", "width", "heads", "layers"),
+        *floats("eps"),
+        *pointers("blocks", "cache"),
+        *ints("layer_stride", "value_stride", "row_stride", "head_stride"),
+        *pointers("lengths", "x", "room"),
+    ]
+
+
+@in_c(gpt2.through_blocks)
+def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
+    """A few new tokens through all blocks in one call of C."""
+    layers = None if cache is None else parameters_of(blocks)
+    if layers is None or is_recorded(x, *(p for block in blocks for p in block.parameters())):
+        raise NotForMe
+    (rows, tokens, width), data = x.shape, cache.data
+    arrays = [[parameter.data for parameter in layer] for layer in layers]
+    check(x.data, data)
+    if rows * tokens > FEW_ROWS or not data.flags.writeable:
+        raise NotForMe
+    heads, capacity, size = data.shape[3:]
+    *strides, token, element = strides_of(data)
+    lengths = np.array(cache.lengths, np.int64)
+    fits = data.shape[:3] == (len(blocks), 2, rows) and heads * size == width
+    fits = fits and len(lengths) == rows and lengths.min() >= 0
+    if not fits or lengths.max() > capacity - tokens or (token, element) != (size, 1):
+        raise NotForMe
+    eps, *others = {norm.eps for block in blocks for norm in (block.ln_1, block.ln_2)}
+    if others or any(block.attn.n_head != heads for block in blocks):
+        raise NotForMe
+    entries = (_block(block, layer, width) for block, layer in zip(blocks, arrays, strict=True))
+    table = (_Block * len(blocks))(*entries)
+    y = np.array(x.data, order="C")
+    room = np.empty(rows * tokens * (6 * width + heads + 2), np.float32)
+    call(
+        "decode",
+        _Decode(
+            *(rows, tokens, width, heads, len(blocks), eps),
+            *(ctypes.addressof(table), data.ctypes.data, *strides),
+            *(lengths.ctypes.data, y.ctypes.data, room.ctypes.data),
+        ),
+    )
+    cache.lengths += tokens
+    return Tensor(y)
+
+
+# Where the parameters of each block lie, with the arrays that were asked: asking takes a while.
+_BLOCKS: WeakKeyDictionary[Any, tuple[list[ref[Array]], _Block]] = WeakKeyDictionary()
+
+
+def _block(block: Any, arrays: list[Array], width: int) -> _Block:
+    """Where a block's parameters lie; NotForMe where decode.c cannot read them."""
+    if len(arrays[0]) != width:
+        raise NotForMe
+    asked, places = _BLOCKS.get(block, ((), None))
+    if places is not None and all(array() is now for array, now in zip(asked, arrays, strict=True)):
+        return places
+    check(*arrays)
+    shapes = [(width,), (width, 3 * width), (width, width)]
+    shapes += [(width,), (width, 4 * width), (4 * width, width)]
+    for weight, bias, shape in zip(arrays[::2], arrays[1::2], shapes, strict=True):
+        in_order = weight.flags.f_contiguous and bias.flags.c_contiguous
+        if weight.shape != shape or bias.shape != shape[-1:] or not in_order:
+            raise NotForMe
+    places = _Block(*(array.ctypes.data for array in arrays))
+    _BLOCKS[block] = list(map(ref, arrays)), places
+    return places

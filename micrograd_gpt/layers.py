@@ -1,0 +1,152 @@
+"""The layers of GPT-2 as mathematics: composed of operations whose backwards the tape finds.
+
+`functional.py` has the same layers with forward and backward worked out by hand. Those run in place
+of these, equal within rounding, unless MICROGRAD_GPT_KERNELS=definitions.
+
+    B batch   T time (tokens)   C channels   H heads   D head size   V vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from micrograd_gpt.arrays.stand_ins import definition
+from micrograd_gpt.tensor import Array, Tensor, record, where
+
+Key = tuple[int, ...]  # names one random draw: the same key gives the same numbers
+
+IGNORE = -100  # a target that counts for nothing, as in PyTorch and Transformers
+GELU_SCALE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
+@definition
+def embedding(ids: Any, weight: Tensor) -> Tensor:
+    """Rows of weight (V, C) picked by integer ids (…) -> (…, C); ValueError for an id outside."""
+    return weight[checked_ids(ids, len(weight))]
+
+
+@definition
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (…, n_in) @ weight (n_in, n_out) + bias (n_out,) -> (…, n_out). Weights are (in, out), as
+    GPT-2 stores them ("Conv1D" in Transformers), not PyTorch's (out, in)."""
+    y = x @ weight
+    return y if bias is None else y + bias
+
+
+@definition
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each row of x (…, C) to mean 0 and variance 1, then scaled and shifted by weight, bias (C,).
+    Ba, Kiros, Hinton 2016 (arXiv:1607.06450)."""
+    centred = x - x.mean(-1, keepdims=True)
+    variance = (centred * centred).mean(-1, keepdims=True)  # (…, 1)
+    return centred / (variance + eps).sqrt() * weight + bias
+
+
+@definition
+def gelu(x: Tensor) -> Tensor:
+    """x times the probability that a normal variable is below x, in the tanh approximation that
+    GPT-2 was trained with ("gelu_new"). Hendrycks & Gimpel 2016 (arXiv:1606.08415), section 2."""
+    return 0.5 * x * (1 + (GELU_SCALE * (x + GELU_CUBIC * x**3)).tanh())
+
+
+@definition
+def softmax(x: Tensor) -> Tensor:
+    """exp(x) / sum(exp(x)) over the last axis; the largest is taken off so that none overflows."""
+    exp = (x - x.detach().max(-1, keepdims=True)).exp()
+    return exp / exp.sum(-1, keepdims=True)
+
+
+@definition
+def log_softmax(x: Tensor) -> Tensor:
+    """log(softmax(x)) over the last axis, without ever taking the logarithm of a 0."""
+    shifted = x - x.detach().max(-1, keepdims=True)
+    return shifted - shifted.exp().sum(-1, keepdims=True).log()
+
+
+@definition
+def attention(q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, key: Key = ()) -> Tensor:
+    """Causal attention, softmax(q kᵀ / √D) v: queries (B, H, T, D), keys and values (B, H, S, D).
+
+    The last query stands at the last key, and each sees the keys up to its own place; the first
+    S - T are a KV cache's. Attention weights are dropped with probability p. Vaswani et al. 2017
+    (arXiv:1706.03762).
+    """
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    may_look = causal_mask(q.shape[-2], k.shape[-2], q.data)  # (T, S)
+    weights = softmax(where(may_look, scores, -np.inf))
+    return (dropout(weights, p, key) if p else weights) @ v  # (B, H, T, D)
+
+
+@definition
+def dropout_forward(x: Array, p: float, key: Key) -> Array:
+    """x times factors 0, with probability p, or 1 / (1 - p)."""
+    return x * dropout_factors(x, p, key)
+
+
+def dropout(x: Tensor, p: float, key: Key) -> Tensor:
+    """Zero each element of x with probability p and divide the others by 1 - p. Which ones is a
+    function of `key`, on each device its own: for the gradient they are drawn again. Srivastava et
+    al. 2014."""
+    y = dropout_forward(x.data, p, key)
+    return record("dropout", y, [x], lambda grad: (dropout_forward(grad, p, key),))
+
+
+@definition
+def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
+    """Mean of -log softmax(logits (…, V))[target], in nats, over the targets (…) but those of -100.
+
+    Raises ValueError where the shapes differ, a target is outside the vocabulary, or none counts.
+    """
+    labels, _ = flat_targets(targets, logits, logits.shape[-1])  # (N,)
+    log_probs = log_softmax(logits.reshape(len(labels), -1))  # (N, V)
+    counted = np.flatnonzero(labels != IGNORE)
+    return -log_probs[counted, labels[counted]].mean()
+
+
+@definition
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
+    """cross_entropy(x @ weight.T, targets) for x (…, C) and weight (V, C)."""
+    return cross_entropy(linear(x, weight.T), targets)
+
+
+def causal_mask(t: int, s: int, like: Array) -> Array:
+    """(t, s) booleans, true where a query may look: at its own place and at all before it."""
+    return np.tri(t, s, s - t, dtype=bool, like=like)
+
+
+def dropout_factors(x: Array, p: float, key: Key) -> Array:
+    """What dropout multiplies x by: 0 with probability p, else 1 / (1 - p)."""
+    if not 0 <= p < 1:
+        raise ValueError(f"the probability must be in [0, 1), not {p}")
+    kept = np.random.default_rng(key).random(x.shape, dtype=np.float32) >= p
+    return np.asarray(kept / np.float32(1 - p), x.dtype, like=x)
+
+
+def checked_ids(ids: Any, vocab_size: int, or_ignore: bool = False) -> Array:
+    """Ids as an array; ValueError unless they are integers in 0 … vocab_size-1 (or IGNORE). Of ids
+    on a GPU only the type is checked: Python would have to wait to see more."""
+    ids = ids.data if isinstance(ids, Tensor) else ids
+    ids = ids if hasattr(ids, "dtype") else np.asarray(ids)
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"token ids must be integers, not {ids.dtype}")
+    if isinstance(ids, np.ndarray):
+        outside = (ids < 0) | (ids >= vocab_size)
+        wrong = ids[outside & (ids != IGNORE) if or_ignore else outside]
+        if wrong.size:
+            raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {vocab_size}")
+    return ids
+
+
+def flat_targets(targets: Any, rows: Tensor, vocab_size: int) -> tuple[Array, Array]:
+    """Targets (…) of rows (…, width) as (N,) beside them, and how many are not IGNORE."""
+    labels = checked_ids(targets, vocab_size, or_ignore=True)
+    if labels.shape != rows.shape[:-1]:
+        raise ValueError(f"targets of shape {labels.shape} for rows of shape {rows.shape[:-1]}")
+    labels = np.asarray(labels.reshape(-1), like=rows.data)
+    count = (labels != IGNORE).sum()
+    if isinstance(labels, np.ndarray) and count == 0:
+        raise ValueError(f"every target is ignored ({IGNORE})")
+    return labels, count

@@ -1,0 +1,59 @@
+"""Memory for time: a training step that keeps only what goes into each block of the model.
+
+The backward computes the block again, this time with a tape: the same gradients from less memory,
+in about a quarter more time. Chen et al. 2016 (arXiv:1604.06174).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from micrograd_gpt.gpt2 import GPT2, Block
+from micrograd_gpt.nn import Draws, Module
+from micrograd_gpt.tensor import Array, Tensor, no_grad, record, recording
+
+
+def recompute_blocks(model: GPT2) -> None:
+    """Let a training step of `model` compute its blocks again in the backward."""
+    body = model.transformer
+    body.h = [RecomputedBlock(block, model.draws) for block in body.h]  # type: ignore[misc]
+
+
+class RecomputedBlock(Module):
+    """A block under its own parameters' names, which keeps nothing but its input while training."""
+
+    def __init__(self, block: Block, draws: Draws) -> None:
+        self.block, self.draws = block, draws
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        return self.block.children()
+
+    def __call__(self, x: Tensor, past: Any = None) -> Tensor:
+        if not self.training or past is not None:
+            return self.block(x, past)
+        return recompute(self.block, x, self.block.parameters(), self.draws)
+
+
+def recompute(
+    function: Callable[[Tensor], Tensor], x: Tensor, leaves: Sequence[Tensor], draws: Draws
+) -> Tensor:
+    """function(x), with nothing kept but x: the backward computes it again.
+
+    `leaves` are the parameters that the function reads besides x, and `draws` names the random
+    numbers it draws, which are drawn again. Gradients are those of function(x), bit for bit.
+    """
+    data, before = x.data, draws.latest
+    with no_grad():
+        y = function(x)
+
+    def backward(grad: Array) -> list[Array | None]:
+        again = Tensor(data, requires_grad=True)
+        after, draws.latest = draws.latest, before
+        with recording(True):
+            result = function(again)
+        draws.latest = after
+        result.backward(grad)  # fills the leaves' gradients itself
+        return [again.grad, *(None for _ in leaves)]
+
+    return record("recompute", y.data, [x, *leaves], backward)
