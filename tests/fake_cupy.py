@@ -366,19 +366,19 @@ cuda = SimpleNamespace(
 @contextmanager
 def installed() -> Iterator[ModuleType]:
     """Within this block `import cupy` gives this module, and the counts begin at 0."""
-    from micrograd_gpt.arrays import backend
+    from micrograd_gpt.arrays import devices
     from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 
     this, before = sys.modules[__name__], sys.modules.get("cupy")
     sys.modules["cupy"] = this
-    backend._usable_cupy.cache_clear()
+    devices._usable_cupy.cache_clear()
     cuda_modules.usable.cache_clear()
     counts.__init__()
     capture.__init__()
     try:
         yield this
     finally:
-        backend._usable_cupy.cache_clear()
+        devices._usable_cupy.cache_clear()
         cuda_modules.usable.cache_clear()
         del sys.modules["cupy"]
         if before is not None:

@@ -26,9 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from micrograd_gpt.arrays.backend import to_device
+from micrograd_gpt.arrays.devices import to_device
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.optim import AdamW, LossScaler
+from micrograd_gpt.optim import AdamW
+from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import (
     SAVED,
@@ -42,35 +43,15 @@ from micrograd_gpt.text.shards import Shards
 from micrograd_gpt.text.shards import slices as blocks
 from micrograd_gpt.text.tokenizers import TOKENIZER_FILE as FILE_NAME
 from micrograd_gpt.text.tokenizers import Tokenizer
+from micrograd_gpt.weights.config import read_config
+from micrograd_gpt.weights.formats import MODEL
+from micrograd_gpt.weights.loading import fill
+from micrograd_gpt.weights.saving import write_model
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
+OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
 SET = ("config.json", MODEL, FILE_NAME, OPTIMIZER, STATE)
 BEST = "best"
-
-
-def save_pretrained(
-    model: GPT2,
-    folder: str | Path,
-    tokenizer: Tokenizer | None = None,
-    dtype: str | None = None,
-    metadata: dict[str, str] | None = None,
-) -> None:
-    """Write config.json, model.safetensors and, if given, the tokenizer into `folder`.
-
-    `transformers.GPT2LMHeadModel.from_pretrained(folder)` loads it. `dtype` ("float16", "bfloat16")
-    stores the weights in that type, rounded to nearest. Raises UserError when it cannot be written.
-    """
-    folder = Path(folder)
-    arrays = {name: p.numpy() for name, p in model.named_parameters()}
-    write_safetensors(folder / MODEL, arrays, {"format": "pt", **(metadata or {})}, dtype)
-    config = model.config.to_dict()
-    stored = dtype or str(arrays["transformer.wte.weight"].dtype)
-    end_of_text = tokenizer.end_of_text if tokenizer else None
-    config |= {"dtype": stored, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    if tokenizer:
-        tokenizer.save(folder)
 
 
 def save_run(
@@ -96,7 +77,7 @@ def save_run(
     if scaler:
         state["loss_scaler"] = dataclasses.asdict(scaler)
     with written_as_set(folder) as new:
-        save_pretrained(model, new, tokenizer, metadata=step)
+        write_model(model, new, tokenizer, metadata=step)
         moments = {name: to_device(m, "cpu") for name, m in _moments(model, optimizer).items()}
         write_safetensors(new / OPTIMIZER, moments, step)
         write_text(new / STATE, json.dumps(state, indent=2) + "\n")
@@ -193,14 +174,7 @@ def fingerprint(tokens: np.ndarray | Shards, whole_up_to: int = 50_000_000) -> s
 
 def load_config(folder: str | Path) -> GPT2Config:
     """The model's shape in `folder`; UserError when there is no config.json, or not a GPT-2's."""
-    finish_set(folder)
-    values = read_json(Path(folder) / "config.json")
-    if values is None:
-        raise UserError(f"{folder} holds no model: there is no config.json")
-    try:
-        return GPT2Config.from_dict(values)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
+    return read_config(folder)
 
 
 def load_settings(folder: str | Path) -> dict[str, Any]:
@@ -228,7 +202,7 @@ def load_run(
                 f"{folder / name} is of step {file.metadata.get('step')}, {STATE} of step {step}: "
                 "the run was stopped while saving; start again from the weights with --init-from"
             )
-        fill(arrays, file)
+        fill(arrays, file.entries, file.path)
     optimizer.steps = step
 
 
@@ -243,23 +217,6 @@ def _fill_scaler(scaler: LossScaler, values: Any, folder: Path) -> None:
             "weights with --init-from"
         ) from None
     vars(scaler).update(values)
-
-
-def fill(arrays: dict[str, Any], file: TensorFile) -> None:
-    """Read every array from `file`, in place; UserError unless names and shapes are the same."""
-    missing, extra = arrays.keys() - file.shapes.keys(), file.shapes.keys() - arrays.keys()
-    if missing or extra:
-        what = f"lacks {min(missing)}" if missing else f"has {min(extra)}, which the model has not"
-        raise UserError(f"{file.path} {what}: it is of another model")
-    for name, array in arrays.items():
-        if file.shapes[name] != array.shape:
-            raise UserError(
-                f"{file.path}: {name} has shape {file.shapes[name]}, the model's is {array.shape}"
-            )
-        if isinstance(array, np.ndarray):
-            file.read_into(name, array)
-        else:
-            array.set(file.read(name).astype(array.dtype, copy=False))
 
 
 def _moments(model: GPT2, optimizer: AdamW) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the three scripts have in common: flags, one-line errors, exit statuses."""
+"""What the scripts have in common: flags, words on stderr, one-line errors, exit statuses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def positive_int(text: str) -> int:
-    """A flag's whole number of at least 1."""
+    """The whole number that a flag was given, which must be at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {value}")
@@ -30,20 +30,26 @@ def positive_int(text: str) -> int:
 
 
 def non_negative_int(text: str) -> int:
-    """A flag's whole number of at least 0."""
+    """The whole number that a flag was given, which must be at least 0."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or more, not {value}")
     return value
 
 
+def say(message: str) -> None:
+    """Tell the user something on stderr. That nobody reads it is no reason to fail."""
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a script and exit with its status.
 
     A UserError becomes one line, "error: …", and status 2, and so does output that can't be
-    written, on a full disk; Ctrl-C is 130. A reader that closes our output early, as `| head`
-    does, has had what it wanted: that ends the script quietly. No other status of `main` depends
-    on whether its output can be written.
+    written because the disk is full; Ctrl-C is 130. A reader that closes our output early, as
+    `| head` does, has had what it wanted, so the script ends quietly. Any other status of `main`
+    stays, whether or not its output can be written.
     """
     _open_closed_streams()
     try:
@@ -59,7 +65,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     except BrokenPipeError:
         status = 0
     except OSError as error:
-        if error.filename is not None:  # of a file; what fails in writing to one is a UserError
+        if error.filename is not None:  # not our output: a bug, since bad files are UserErrors
             raise
         status = 2
         say(f"error: cannot write output: {error.strerror or error}")
@@ -69,20 +75,14 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 def _open_closed_streams() -> None:
-    """Python has no sys.stdout where the shell closed it (`>&-`), and what prints would fail."""
+    """Replace a stream that the shell closed (`>&-`), which Python sets to None."""
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-def say(message: str) -> None:
-    """Tell the user something, on stderr; where nobody reads it (a closed pipe), go on."""
-    with suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
-
-
 def _flush(stream: TextIO) -> OSError | None:
-    """Write what a stream holds back. Where that fails, discard it: or Python would try again at
-    exit, and end with a status of its own.
+    """Write what a stream has buffered. If that fails, discard it: otherwise Python would try again
+    at exit, and end with a status of its own.
     """
     try:
         stream.flush()
