@@ -9,7 +9,6 @@ from typing import Any
 
 from micrograd_gpt.arrays.backend import Array, array_module, device_of
 from micrograd_gpt.kernels import accelerated
-from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Tensor
 
 
@@ -171,28 +170,34 @@ class LossScaler:
     zero do not, and the parameters' gradients are divided by it (`AdamW.clip` does). Where they
     are not finite the scale was too large: the step must not be taken, and half the scale is tried.
     After `growth_interval` steps in a row that were taken it is doubled. Micikevicius et al. 2018
-    (arXiv:1710.03740), section 3.2; the defaults are those of PyTorch's GradScaler.
+    (arXiv:1710.03740), section 3.2; the defaults are those of PyTorch's GradScaler. Where it is not
+    `enabled`, the scale is 1 and every step may be taken.
     """
 
+    enabled: bool = True
     scale: float = 65536.0
     growth_interval: int = 2000
     good_steps: int = 0  # taken since the scale last changed
     skipped_steps: int = 0  # tries that came to nothing, in all
 
+    def __post_init__(self) -> None:
+        self.scale = self.scale if self.enabled else 1.0
+
     def update(self, grad_norm: float) -> bool:
         """Whether the step with this gradient norm may be taken; adapts the scale either way.
 
-        Raises UserError where the scale would fall below 1: then it is not the scale's fault.
+        Raises FloatingPointError where the scale would fall below 1: another cause is at work then.
         """
+        if not self.enabled:
+            return True
         if math.isfinite(grad_norm):
             self.good_steps += 1
             if self.good_steps == self.growth_interval:
                 self.scale, self.good_steps = self.scale * 2, 0
             return True
         if self.scale / 2 < 1:
-            raise UserError(
-                f"the gradients overflow float16 even at a loss scale of {self.scale:g}: try "
-                "--dtype bfloat16, or a smaller --learning-rate"
+            raise FloatingPointError(
+                f"the gradients overflow float16 even at a loss scale of {self.scale:g}"
             )
         self.scale, self.good_steps = self.scale / 2, 0
         self.skipped_steps += 1

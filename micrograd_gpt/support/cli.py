@@ -1,4 +1,4 @@
-"""What the three scripts have in common: flags, one-line errors, exit statuses."""
+"""What all scripts have in common: flags, messages, one-line errors, exit statuses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from micrograd_gpt.support.errors import UserError
 
@@ -37,13 +37,26 @@ def non_negative_int(text: str) -> int:
     return value
 
 
+def say(message: str, bar: Any = None) -> None:
+    """Tell the user something that is not a result: on stderr, above the tqdm `bar` if there is one.
+
+    No script fails because nobody reads its messages (Ctrl-C ends `| tee` too), nor because a
+    signal handler speaks while another message is being written.
+    """
+    with suppress(OSError, RuntimeError):
+        if bar is not None:
+            bar.write(message, file=sys.stderr)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a script and exit with its status.
 
-    A UserError becomes one line, "error: …", and status 2, and so does output that can't be
-    written, on a full disk; Ctrl-C is 130. A reader that closes our output early, as `| head`
-    does, has had what it wanted: that ends the script quietly. No other status of `main` depends
-    on whether its output can be written.
+    A UserError becomes one line, "error: …", and status 2; so does output that cannot be written
+    because the disk is full. Ctrl-C is status 130. A reader that closes our output early, as
+    `| head` does, has what it wanted, and the script ends quietly. Whether output can be written
+    changes no other status of `main`.
     """
     _open_closed_streams()
     try:
@@ -53,35 +66,30 @@ def run(main: Callable[[], int]) -> NoReturn:
             raise failed
     except UserError as error:
         status = 2
-        _tell(f"error: {error}")
+        say(f"error: {error}")
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
         status = 0
     except OSError as error:
-        if error.filename is not None:  # of a file; what fails in writing to one is a UserError
+        if error.filename is not None:  # a bug: a file that cannot be written is a UserError
             raise
         status = 2
-        _tell(f"error: cannot write output: {error.strerror or error}")
+        say(f"error: cannot write output: {error.strerror or error}")
     for stream in (sys.stdout, sys.stderr):
         _flush(stream)
     sys.exit(status)
 
 
 def _open_closed_streams() -> None:
-    """Python has no sys.stdout where the shell closed it (`>&-`), and what prints would fail."""
+    """Stand in for a sys.stdout that the shell closed (`>&-`): printing to None would fail."""
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-def _tell(message: str) -> None:
-    with suppress(OSError):  # nobody reads it, and the status says it too
-        print(message, file=sys.stderr)
-
-
 def _flush(stream: TextIO) -> OSError | None:
-    """Write what a stream holds back. Where that fails, discard it: or Python would try again at
-    exit, and end with a status of its own.
+    """Write what a stream still buffers. Where that fails, discard it: Python would try again at
+    exit and end with a status of its own.
     """
     try:
         stream.flush()

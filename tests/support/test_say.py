@@ -1,0 +1,42 @@
+"""What a script says on stderr never makes it fail."""
+
+from __future__ import annotations
+
+import errno
+import io
+import sys
+
+import pytest
+from tqdm import tqdm
+
+from micrograd_gpt.support.cli import say
+
+
+def test_it_is_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    say("the run goes on")
+    assert capsys.readouterr() == ("", "the run goes on\n")
+
+
+def test_it_stands_above_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with tqdm(total=2, file=terminal) as bar:
+        say("the run goes on", bar)
+        written = terminal.getvalue()
+    assert "the run goes on\n" in written
+    assert written.rindex("the run goes on") < written.rindex("0/2")  # the bar is drawn below it
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [BrokenPipeError(), OSError(errno.ENOSPC, "full"), RuntimeError("reentrant call")],
+)
+def test_it_never_fails(monkeypatch: pytest.MonkeyPatch, problem: Exception) -> None:
+    class Unwritable(io.StringIO):
+        def write(self, text: str) -> int:
+            raise problem
+
+    monkeypatch.setattr(sys, "stderr", Unwritable())
+    say("nobody reads this")
+    with tqdm(total=1, file=io.StringIO()) as bar:
+        say("nor this", bar)
