@@ -174,11 +174,11 @@ class LossScaler:
     `enabled`, the scale is 1 and every step may be taken.
     """
 
-    enabled: bool = True
     scale: float = 65536.0
     growth_interval: int = 2000
     good_steps: int = 0  # taken since the scale last changed
     skipped_steps: int = 0  # tries that came to nothing, in all
+    enabled: bool = True
 
     def __post_init__(self) -> None:
         self.scale = self.scale if self.enabled else 1.0

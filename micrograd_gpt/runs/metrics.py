@@ -8,14 +8,12 @@ step or a later one.
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from micrograd_gpt.arrays.backend import array_module, device_of, to_device
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading, written_whole
 
@@ -106,41 +104,6 @@ class Metrics:
             axes.grid(which="both", alpha=0.3)
         with written_whole(self.folder / "loss.png") as image:
             figure.savefig(image, format="png", dpi=120)
-
-
-class Unread:
-    """The losses and gradient norms of steps that nobody has looked at yet.
-
-    A GPU works through what it was given while Python goes on; reading a number makes Python wait.
-    So the numbers stay where they are until they are wanted, and then all come at once.
-    """
-
-    def __init__(self) -> None:
-        self._steps: list[tuple[int, int]] = []  # each step's number, and how many losses it has
-        self._numbers: list[Any] = []  # floats or scalar arrays: of each step its losses, its norm
-
-    def add(self, step: int, losses: Sequence[Any], grad_norm: Any) -> None:
-        """Note the parts of a step's loss, one for each micro-batch, and its gradient norm."""
-        self._steps.append((step, len(losses)))
-        self._numbers += [*losses, grad_norm]
-
-    def read(self) -> list[tuple[int, float, float]]:
-        """Step, loss and gradient norm of every step since the last time."""
-        numbers, rows = iter(read_numbers(self._numbers)), []
-        for step, count in self._steps:
-            loss = sum(itertools.islice(numbers, count))
-            rows.append((step, loss, next(numbers)))
-        self._steps, self._numbers = [], []
-        return rows
-
-
-def read_numbers(numbers: Sequence[Any]) -> list[float]:
-    """Floats and scalar arrays as floats; those on the GPU are fetched together, in one wait."""
-    on_gpu = [x for x in numbers if not isinstance(x, float) and device_of(x) == "gpu"]
-    if not on_gpu:
-        return [float(x) for x in numbers]
-    fetched = iter(to_device(array_module(on_gpu[0]).stack(on_gpu), "cpu").tolist())
-    return [x if isinstance(x, float) else next(fetched) for x in numbers]
 
 
 def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ def non_negative_int(text: str) -> int:
 
 
 def say(message: str, bar: Any = None) -> None:
-    """Tell the user something that is not a result: on stderr, above the tqdm `bar` if there is one.
+    """Tell the user something that is not a result: on stderr, above the tqdm `bar` if given.
 
     No script fails because nobody reads its messages (Ctrl-C ends `| tee` too), nor because a
     signal handler speaks while another message is being written.
