@@ -1,8 +1,7 @@
-"""What a run measures while it goes: `metrics.jsonl`, `loss.png`, and TensorBoard's event files.
+"""What a run measures as it goes: `metrics.jsonl`, `loss.png`, and TensorBoard's event files.
 
 A row is one object on one line, `{"step": 10, "train_loss": 3.2, …}`. Rows are only ever added. A
-run that was stopped and resumed does some steps again: a row replaces those before it that have its
-step or a later one.
+resumed run may take some steps again: its rows replace the earlier ones of the same or later steps.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from typing import Any
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading, written_whole
 
-LOG_AXIS_FROM = 4.0  # the largest loss over the smallest from which a log axis shows more
+LOG_AXIS_FROM = 4.0  # largest loss / smallest loss; from here on a log axis shows more
 
 
 class Metrics:
     """The measurements of the run in `folder`.
 
     Args:
-        folder: where the files are; made if need be.
-        step: the step the run starts or goes on from; at 0 the files start anew.
+        folder: where the files are; it is made if it does not exist.
+        step: the step from which the run continues; at 0 the files start anew.
         tensorboard: write event files under `folder` too (needs tensorboardX).
 
-    Raises UserError where a file can't be written; what was in it is still there then.
+    Raises UserError if a file cannot be written; its old contents are still there then.
     """
 
     def __init__(self, folder: str | Path, step: int = 0, tensorboard: bool = False) -> None:
@@ -46,7 +45,7 @@ class Metrics:
             raise _cannot_write(self.path, error) from error
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row; when this returns, killing the process does not lose it."""
+        """Add a row; once this has returned, killing the process does not lose it."""
         line = (json.dumps(row) + "\n").encode("utf-8")
         try:
             with open(self.path, "ab", buffering=0) as file:
@@ -62,14 +61,14 @@ class Metrics:
             raise _cannot_write(self.path, error) from error
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows that count, in the order of their steps, without what is no row.
+        """The rows that count, in the order of their steps; damaged lines are left out.
 
-        Raises UserError where the file can't be read.
+        Raises UserError if the file cannot be read.
         """
         return current_rows(row for line in self._lines() if (row := _row(line)))
 
     def damaged_lines(self) -> list[int]:
-        """The numbers, from 1 on, of the lines that are no rows: they stay, and are passed over."""
+        """The numbers, from 1, of lines that are not rows; they stay in the file and are ignored."""
         return [i for i, line in enumerate(self._lines(), 1) if _row(line) is None]
 
     def _lines(self) -> list[bytes]:
@@ -107,7 +106,7 @@ class Metrics:
 
 
 def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without those that a later row, of the same step or one before, replaces."""
+    """The rows without those that a later one replaces: those of its own step or a later step."""
     current: list[dict[str, Any]] = []
     for row in rows:
         step = row["step"]
@@ -118,7 +117,7 @@ def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """The row on a line; None where a step, a loss or the learning rate is missing or no number."""
+    """The row on a line; None if step, loss or learning rate is missing or is not a number."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -131,7 +130,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _mend_last_line(path: Path) -> None:
-    """End the last line, or take it away where the process was stopped in the middle of it."""
+    """End the last line, or remove it if the process was stopped while writing it."""
     if not path.exists():
         return
     with open(path, "rb+") as file:
