@@ -185,7 +185,7 @@ def last_good(folder: str | Path, step: int) -> str:
     """The latest checkpoint before `step`, in words, for a user who wants to go back to it.
 
     Never raises, because it is asked for when something has gone wrong already. A damaged set is
-    passed over; one that cannot be moved out of its .saved/ now will be by the next reader.
+    ignored; one that cannot be moved out of its .saved/ now will be by the next reader.
     """
     folder = Path(folder)
     steps = {}
@@ -204,7 +204,7 @@ def last_good(folder: str | Path, step: int) -> str:
 
 
 def load_config(folder: str | Path) -> GPT2Config:
-    """The model's shape in `folder`; UserError when there is no config.json, or not a GPT-2's."""
+    """The model's shape in `folder`; UserError if there is no config.json, or not a GPT-2's."""
     finish_set(folder)
     values = read_json(Path(folder) / "config.json")
     if values is None:
@@ -231,7 +231,11 @@ def fill(arrays: dict[str, Any], file: TensorFile) -> None:
     """Read every array from `file`, in place; UserError unless names and shapes are the same."""
     missing, extra = arrays.keys() - file.shapes.keys(), file.shapes.keys() - arrays.keys()
     if missing or extra:
-        what = f"lacks {min(missing)}" if missing else f"has {min(extra)}, which the model has not"
+        what = (
+            f"lacks {min(missing)}"
+            if missing
+            else f"has {min(extra)}, which the model does not have"
+        )
         raise UserError(f"{file.path} {what}: it is of another model")
     for name, array in arrays.items():
         if file.shapes[name] != array.shape:

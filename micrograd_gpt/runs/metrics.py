@@ -68,7 +68,7 @@ class Metrics:
         return current_rows(row for line in self._lines() if (row := _row(line)))
 
     def damaged_lines(self) -> list[int]:
-        """The numbers, from 1, of lines that are not rows; they stay in the file and are ignored."""
+        """The numbers, from 1, of the lines that are not rows; they stay, and are ignored."""
         return [i for i, line in enumerate(self._lines(), 1) if _row(line) is None]
 
     def _lines(self) -> list[bytes]:

@@ -38,9 +38,8 @@ class Kind:
 
     def holds(self, value: Any) -> bool:
         """Whether this is such a value; a whole number counts as a float, True not as a number."""
-        if self.type is float and type(value) is int:
-            value = float(value)
-        return type(value) is self.type and self.fits(value)
+        types = (int, float) if self.type is float else (self.type,)
+        return type(value) in types and self.fits(value)
 
 
 def one_of(*choices: str) -> Kind:
@@ -69,11 +68,9 @@ class Change(enum.Enum):
     """May a setting change when a run is resumed?"""
 
     FREE = enum.auto()  # yes: it does not change what the run computes
-    ASK = enum.auto()  # with --allow-changes: from there on it is another run
-    NEVER = enum.auto()  # it is the shape of what was saved
-    ONCE = (
-        enum.auto()
-    )  # it holds for one start of the script, and a resumed run does not inherit it
+    ASK = enum.auto()  # with --allow-changes: it makes the run another one
+    NEVER = enum.auto()  # no: it is the shape of what was saved
+    ONCE = enum.auto()  # it holds for one start of the script and is not inherited
 
 
 FREE, ASK, NEVER, ONCE = Change
@@ -119,11 +116,13 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
      "pydocs, shakespeare, or a path: text, .jsonl, .parquet, a folder of texts or token shards"),
     ("encoding", TEXT, "utf-8", ASK, "of the text files"),
     ("tokenizer", one_of("char", "byte", "word", "gpt2"),
-     By("char", "gpt2"), NEVER, ""),  # a small model has no use for 50,257 tokens
+     By("char", "gpt2"), NEVER,  # a small model has no use for 50,257 tokens
+     "how the text is cut into tokens"),
 ],
 "model": [
     ("size", TEXT, "tiny", NEVER,  # learns to write words in two minutes on a laptop
-     f"{', '.join([*SHAPES, *OLDER_NAMES])}; tiny has 4 layers, 4 heads and is 128 wide"),
+     f"{', '.join([*SHAPES, *OLDER_NAMES])}; tiny has "
+     "{n_layer} layers, {n_head} heads and is {n_embd} wide".format(**SHAPES["tiny"])),
     ("n_layer", COUNT, None, NEVER, "transformer blocks (those of --size)"),
     ("n_head", COUNT, None, NEVER, "attention heads (those of --size)"),
     ("n_embd", COUNT, None, NEVER, "width of the residual stream (that of --size)"),
@@ -168,7 +167,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
 "watching": [
     ("log_interval", COUNT, 10, FREE, "steps between metrics"),
     ("eval_interval", COUNT, By(500, 250), ASK, "steps between validations"),
-    ("eval_batches", COUNT, 40, ASK,  # the measured loss moves little with the choice of windows
+    ("eval_batches", COUNT, 40, ASK,  # enough that the choice of windows hardly moves the loss
      "batches of a validation"),
     ("sample_interval", COUNT, By(1000, 250), FREE, "steps between samples"),
     ("save_interval", COUNT, By(1000, 250), FREE, "steps between checkpoints"),
@@ -236,7 +235,7 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
     weights = flags.get("init_from", "scratch")
     if weights == "scratch":
         size = flags.get("size", SETTINGS["size"].default)
-        chosen: dict[str, Any] = defaults(0 if size == "tiny" else 1) | SHAPES[size]
+        chosen = defaults("tiny" if size == "tiny" else "large") | SHAPES[size]
     else:
         for name in OF_THE_WEIGHTS:
             if name in flags:
@@ -245,22 +244,21 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
         longest = config_of_weights(weights).n_positions
         if flags.get("block_size", 0) > longest:
             raise UserError(f"--block-size is at most {longest}, the context of {weights}")
-        chosen = defaults(2) | {"block_size": longest}
+        chosen = defaults("tuned") | {"block_size": longest}
     settings = {"data_fingerprint": None, **chosen, **flags}
     if "learning_rate" in flags and "min_lr" not in flags:
         settings["min_lr"] = settings["learning_rate"] / 10
     return settings
 
 
-def defaults(family: int) -> dict[str, Any]:
-    """What holds where no flag is given; `family` is 0 for tiny, 1 for large, 2 for fine-tuning."""
-    chosen = {}
-    for name, row in SETTINGS.items():
-        chosen[name] = row.default
-        if isinstance(row.default, By):
-            value = row.default[family]
-            chosen[name] = row.default.large if value is None else value
-    return chosen
+def defaults(trained: str) -> dict[str, Any]:
+    """What holds where no flag is given; what is `trained` is "tiny", "large" or "tuned"."""
+    values = {name: row.default for name, row in SETTINGS.items()}
+    for name, value in values.items():
+        if isinstance(value, By):
+            chosen = getattr(value, trained)
+            values[name] = value.large if chosen is None else chosen
+    return values
 
 
 def resumed_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def test_what_is_missing_or_of_another_model_is_named(tmp_path: Path) -> None:
     write_safetensors(
         tmp_path / "model.safetensors", {**weights, "surplus": np.zeros(2)}, {"step": "2"}
     )
-    with pytest.raises(UserError, match="has surplus, which the model has not"):
+    with pytest.raises(UserError, match="has surplus, which the model does not have"):
         checkpoint.load_run(tmp_path, model, optimizer)
 
 
