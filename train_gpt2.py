@@ -23,7 +23,6 @@ from micrograd_gpt.arrays.precision import HALF, emulation_note
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.kernels.in_c import compiler
 from micrograd_gpt.runs import checkpoint
-from micrograd_gpt.runs.checkpoint import load_config
 from micrograd_gpt.runs.fingerprint import check_same_data
 from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.recorder import Recorder, micro_batches
@@ -33,6 +32,7 @@ from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.data import Corpus, Windows, load_corpus
 from micrograd_gpt.text.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from micrograd_gpt.weights.config import read_config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -155,7 +155,7 @@ def make_model(settings: argparse.Namespace, vocab_size: int, device: str) -> GP
 def config_of(settings: argparse.Namespace, vocab_size: int) -> GPT2Config:
     """The shape of a new model, or of the weights that --resume or --init-from name."""
     if settings.resume:
-        return load_config(settings.out)
+        return read_config(settings.out)
     if settings.init_from != "scratch":
         return config_of_weights(settings.init_from)
     shape = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd")}

@@ -21,10 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from micrograd_gpt.arrays.backend import to_device
-from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.optim import AdamW, LossScaler
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import (
@@ -36,36 +34,16 @@ from micrograd_gpt.support.file_sets import (
 )
 from micrograd_gpt.support.files import read_json, reading, write_text
 from micrograd_gpt.text.tokenizers import FILE_NAME, Tokenizer
+from micrograd_gpt.weights.config import CONFIG
+from micrograd_gpt.weights.formats import MODEL
+from micrograd_gpt.weights.loading import fill
+from micrograd_gpt.weights.saving import write_model
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
-SET = ("config.json", MODEL, FILE_NAME, OPTIMIZER, STATE)
+OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
+SET = (CONFIG, MODEL, FILE_NAME, OPTIMIZER, STATE)
 BEST = "best"
 SCALER = ("scale", "growth_interval", "good_steps", "skipped_steps")  # of a LossScaler
-
-
-def save_pretrained(
-    model: GPT2,
-    folder: str | Path,
-    tokenizer: Tokenizer | None = None,
-    dtype: str | None = None,
-    metadata: dict[str, str] | None = None,
-) -> None:
-    """Write config.json, model.safetensors and, if given, the tokenizer into `folder`.
-
-    `transformers.GPT2LMHeadModel.from_pretrained(folder)` loads it. `dtype` ("float16", "bfloat16")
-    stores the weights in that type, rounded to nearest. Raises UserError when it cannot be written.
-    """
-    folder = Path(folder)
-    arrays = {name: p.numpy() for name, p in model.named_parameters()}
-    write_safetensors(folder / MODEL, arrays, {"format": "pt", **(metadata or {})}, dtype)
-    config = model.config.to_dict()
-    stored = dtype or str(arrays["transformer.wte.weight"].dtype)
-    end_of_text = tokenizer.end_of_text if tokenizer else None
-    config |= {"dtype": stored, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    if tokenizer:
-        tokenizer.save(folder)
 
 
 def save_run(
@@ -91,7 +69,7 @@ def save_run(
     if scaler and scaler.enabled:
         state["loss_scaler"] = {name: getattr(scaler, name) for name in SCALER}
     with written_as_set(folder) as new:
-        save_pretrained(model, new, tokenizer, metadata=step)
+        write_model(model, new, tokenizer, metadata=step)
         moments = {name: to_device(m, "cpu") for name, m in _moments(model, optimizer).items()}
         write_safetensors(new / OPTIMIZER, moments, step)
         write_text(new / STATE, json.dumps(state, indent=2) + "\n")
@@ -124,7 +102,7 @@ def load_run(
                 f"{folder / name} is from step {file.metadata.get('step')}, {STATE} from step "
                 f"{step}: they were saved apart; start again from the weights with --init-from"
             )
-        fill(arrays, file)
+        fill(arrays, file.entries, file.path)
     optimizer.steps = step
 
 
@@ -133,7 +111,7 @@ def load_settings(folder: str | Path) -> dict[str, Any]:
     return _read_state(Path(folder))["settings"]
 
 
-# ------------------------------------------------------- which sets a folder holds
+# ------------------------------------------------------------- which sets a folder holds
 
 
 def holds_run(folder: str | Path) -> bool:
@@ -200,19 +178,7 @@ def last_good(folder: str | Path, step: int) -> str:
     return "there is none yet" if good is None else f"{steps[good]}, of step {good}"
 
 
-# ------------------------------------------------------- a model's folder, and parts of a set
-
-
-def load_config(folder: str | Path) -> GPT2Config:
-    """The model's shape in `folder`; UserError if there is no config.json, or not a GPT-2's."""
-    finish_set(folder)
-    values = read_json(Path(folder) / "config.json")
-    if values is None:
-        raise UserError(f"{folder} holds no model: there is no config.json")
-    try:
-        return GPT2Config.from_dict(values)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
+# ------------------------------------------------------------------------ parts of a set
 
 
 def _fill_scaler(scaler: LossScaler, values: Any, folder: Path) -> None:
@@ -225,27 +191,6 @@ def _fill_scaler(scaler: LossScaler, values: Any, folder: Path) -> None:
         )
     for name, value in values.items():
         setattr(scaler, name, value)
-
-
-def fill(arrays: dict[str, Any], file: TensorFile) -> None:
-    """Read every array from `file`, in place; UserError unless names and shapes are the same."""
-    missing, extra = arrays.keys() - file.shapes.keys(), file.shapes.keys() - arrays.keys()
-    if missing or extra:
-        what = (
-            f"lacks {min(missing)}"
-            if missing
-            else f"has {min(extra)}, which the model does not have"
-        )
-        raise UserError(f"{file.path} {what}: it is of another model")
-    for name, array in arrays.items():
-        if file.shapes[name] != array.shape:
-            raise UserError(
-                f"{file.path}: {name} has shape {file.shapes[name]}, the model's is {array.shape}"
-            )
-        if isinstance(array, np.ndarray):
-            file.read_into(name, array)
-        else:
-            array.set(file.read(name).astype(array.dtype, copy=False))
 
 
 def _moments(model: GPT2, optimizer: AdamW) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from micrograd_gpt.arrays.precision import PRECISIONS
-from micrograd_gpt.gpt2 import OLDER_NAMES, SIZES, GPT2Config, size_name
+from micrograd_gpt.gpt2 import GPT2Config
 from micrograd_gpt.runs import checkpoint
-from micrograd_gpt.runs.checkpoint import load_config
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, read_config, size_name
 
 SHAPES: dict[str, dict[str, int]] = {"tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128}, **SIZES}
 
@@ -316,6 +316,6 @@ def is_size(weights: str) -> bool:
 def config_of_weights(weights: str) -> GPT2Config:
     """The shape of the weights that --init-from names; UserError where there are none."""
     if not is_size(weights):
-        return load_config(weights)
+        return read_config(weights)
     shape: dict[str, Any] = SIZES[size_name(weights)]
     return GPT2Config(**shape)

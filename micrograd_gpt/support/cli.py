@@ -20,7 +20,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def positive_int(text: str) -> int:
-    """A flag's whole number of at least 1."""
+    """The whole number that a flag was given, which must be at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {value}")
@@ -30,7 +30,7 @@ def positive_int(text: str) -> int:
 
 
 def non_negative_int(text: str) -> int:
-    """A flag's whole number of at least 0."""
+    """The whole number that a flag was given, which must be at least 0."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or more, not {value}")
@@ -53,10 +53,10 @@ def say(message: str, bar: Any = None) -> None:
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a script and exit with its status.
 
-    A UserError becomes one line, "error: …", and status 2; so does output that cannot be written
-    because the disk is full. Ctrl-C is status 130. A reader that closes our output early, as
-    `| head` does, has what it wanted, and the script ends quietly. Whether output can be written
-    changes no other status of `main`.
+    A UserError becomes one line, "error: …", and status 2, and so does output that can't be
+    written because the disk is full; Ctrl-C is 130. A reader that closes our output early, as
+    `| head` does, has had what it wanted, so the script ends quietly. Any other status of `main`
+    stays, whether or not its output can be written.
     """
     _open_closed_streams()
     try:
@@ -72,7 +72,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     except BrokenPipeError:
         status = 0
     except OSError as error:
-        if error.filename is not None:  # a bug: a file that cannot be written is a UserError
+        if error.filename is not None:  # not our output: a bug, since bad files are UserErrors
             raise
         status = 2
         say(f"error: cannot write output: {error.strerror or error}")
@@ -82,14 +82,14 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 def _open_closed_streams() -> None:
-    """Stand in for a sys.stdout that the shell closed (`>&-`): printing to None would fail."""
+    """Replace a stream that the shell closed (`>&-`), which Python sets to None."""
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _flush(stream: TextIO) -> OSError | None:
-    """Write what a stream still buffers. Where that fails, discard it: Python would try again at
-    exit and end with a status of its own.
+    """Write what a stream has buffered. If that fails, discard it: otherwise Python would try again
+    at exit, and end with a status of its own.
     """
     try:
         stream.flush()

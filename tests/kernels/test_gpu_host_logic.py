@@ -482,7 +482,7 @@ def test_decoding_out_of_memory_names_the_batch(
     monkeypatch.setattr(GPT2, "__call__", out_of_memory)
     with pytest.raises(UserError, match=r"3 × 8 tokens are decoded at once; lower --num-samples"):
         generate.main(flags)
-    monkeypatch.setattr("micrograd_gpt.weights.pretrained.moved", out_of_memory)
+    monkeypatch.setattr(fake_cupy.ndarray, "set", out_of_memory)  # while the weights are read
     with pytest.raises(UserError, match=r"the weights do not fit; try --dtype bfloat16"):
         generate.main(flags)
 

@@ -18,10 +18,10 @@ import training
 
 from micrograd_gpt.generation import sampling
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.runs.checkpoint import save_pretrained
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from micrograd_gpt.weights.pretrained import from_pretrained
+from micrograd_gpt.weights.saving import save_pretrained
 
 SCRIPT = Path(__file__).parents[2] / "generate.py"
 generate = training.script("generate")

@@ -21,23 +21,23 @@ import safetensors.numpy
 from faults import Fault, Server, serving
 
 from micrograd_gpt import no_grad
-from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config
-from micrograd_gpt.runs.checkpoint import save_pretrained
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.download import download
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json
-from micrograd_gpt.weights import pretrained
-from micrograd_gpt.weights.pretrained import (
+from micrograd_gpt.weights import releases
+from micrograd_gpt.weights.config import SIZES
+from micrograd_gpt.weights.formats import open_weights
+from micrograd_gpt.weights.pretrained import build, from_pretrained
+from micrograd_gpt.weights.releases import (
     OPENAI_FILES,
     HuggingFace,
     OpenAI,
     Release,
-    build,
     fetch,
-    from_pretrained,
     open_release,
-    open_weights,
 )
+from micrograd_gpt.weights.saving import save_pretrained
 from micrograd_gpt.weights.tensor_files import write_safetensors
 
 DATA = Path(__file__).parents[1] / "data" / "tf_checkpoint"
@@ -258,7 +258,7 @@ WRONG_FOLDERS: dict[str, tuple[Arrays, Any, str]] = {
     "extra tensor": (
         ARRAYS | {"transformer.h.0.crossattention.bias": ARRAYS[SQUARE]},
         CONFIG,
-        r"no such tensor, 'transformer\.h\.0\.crossattention\.bias'",
+        r"has a tensor that the model does not have: 'transformer\.h\.0\.crossattention\.bias'",
     ),
     "foreign tensor": (ARRAYS | {"score.weight": ARRAYS[SQUARE]}, CONFIG, r"score\.weight"),
     "name of two lines": (ARRAYS | {"a\nb": ARRAYS[SQUARE]}, CONFIG, r"'transformer\.a\\nb'"),
@@ -269,7 +269,7 @@ WRONG_FOLDERS: dict[str, tuple[Arrays, Any, str]] = {
     ),
     "transposed": (ARRAYS | {QKV: ARRAYS[QKV].T}, CONFIG, rf"{QKV} has shape \(48, 16\)"),
     "extra axis": (ARRAYS | {QKV: ARRAYS[QKV][None]}, CONFIG, r"has shape \(1, 16, 48\)"),
-    "integers": (ARRAYS | {QKV: ARRAYS[QKV].view("i4")}, CONFIG, f"{QKV!r} holds I32"),
+    "integers": (ARRAYS | {QKV: ARRAYS[QKV].view("i4")}, CONFIG, f"{QKV!r} holds int32"),
     "another head": (
         ARRAYS | {"lm_head.weight": ARRAYS["transformer.wte.weight"] + 1},
         CONFIG,
@@ -299,7 +299,7 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
         from_pretrained(GPT2, "125M")
     with pytest.raises(UserError, match="does not exist"):
         open_weights(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no model"):
+    with pytest.raises(UserError, match="does not hold a model"):
         open_weights(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"neither a \.safetensors file nor a folder"):
@@ -326,9 +326,9 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
     ("hparams", "message"),
     [
         ("{", " is damaged: it cannot be read as JSON"),
-        ("[]", " is damaged: it holds no JSON object"),
-        ('{"n_vocab": 61, "n_ctx": 32, "n_embd": 16, "n_head": 4}', ": lacks n_layer$"),
-        ('{"n_ctx": 32, "n_embd": 16, "n_head": 4, "n_layer": 2}', ": lacks n_vocab$"),
+        ("[]", " is damaged: it is not a JSON object"),
+        ('{"n_vocab": 61, "n_ctx": 32, "n_embd": 16, "n_head": 4}', " lacks n_layer$"),
+        ('{"n_ctx": 32, "n_embd": 16, "n_head": 4, "n_layer": 2}', " lacks n_vocab$"),
         ('{"n_vocab": 61, "n_ctx": 0, "n_embd": 16, "n_head": 4, "n_layer": 2}', ": n_ctx must be"),
         (
             '{"n_vocab": 61, "n_ctx": 32, "n_embd": 16, "n_head": 4, "n_layer": 3}',
@@ -462,7 +462,7 @@ def tiny_124m(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(hub_files()) as s:
         sha256 = hashlib.sha256(s.files[HUB_MODEL]).hexdigest()
     release = Release("openai-community/gpt2", sha256, data.stat().st_size)
-    monkeypatch.setitem(pretrained.RELEASES, "124M", release)
+    monkeypatch.setitem(releases.RELEASES, "124M", release)
 
 
 @pytest.fixture
@@ -505,7 +505,9 @@ def test_what_is_damaged_on_the_way_is_thrown_away(
     good = store.files[f"/124M/{name}"]
     bad = bytes([good[0] ^ 1]) + good[1:]
     store.files[f"/124M/{name}"] = bad
-    with pytest.raises(UserError, match=r"thrown away: .*(checksum|damaged|names no checkpoint)"):
+    with pytest.raises(
+        UserError, match=r"thrown away: .*(checksum|damaged|does not name a checkpoint)"
+    ):
         fetch("124M", [source])
     assert list(tmp_path.iterdir()) == []
     store.files[f"/124M/{name}"] = good
@@ -514,7 +516,7 @@ def test_what_is_damaged_on_the_way_is_thrown_away(
 
 def test_a_data_file_of_the_wrong_length_is_refused(store: Server, tmp_path: Path) -> None:
     store.files[STORE_DATA] = store.files[STORE_DATA][:-4]
-    with pytest.raises(UserError, match="32,316 bytes where the published file has 32,320"):
+    with pytest.raises(UserError, match="has 32,316 bytes, the published one 32,320"):
         fetch("124M", [OpenAI(store.url, tmp_path)])
 
 
@@ -538,7 +540,7 @@ def test_a_file_of_unknown_length_that_is_cut_is_thrown_away(
 
     source = OpenAI(store.url, tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(pretrained, "download", cut)
+        patched.setattr(releases, "download", cut)
         with pytest.raises(UserError, match="thrown away"):
             fetch("124M", [source])
     assert list(tmp_path.iterdir()) == []
@@ -704,7 +706,7 @@ def test_a_hub_file_that_is_damaged_is_thrown_away(
 ) -> None:
     # As for the sizes whose checksum is not known here: the length must be the header's.
     release = Release("openai-community/gpt2")
-    monkeypatch.setitem(pretrained.RELEASES, "124M", release)
+    monkeypatch.setitem(releases.RELEASES, "124M", release)
     hub.files[HUB_MODEL] = hub.files[HUB_MODEL][:-1]
     source = HuggingFace(hub.url, tmp_path)
     with pytest.raises(UserError, match=r"thrown away: .*not a whole safetensors file"):
@@ -787,5 +789,5 @@ def test_with_no_network_both_reasons_and_from_are_named(tmp_path: Path) -> None
 
 
 def test_every_release_has_a_size() -> None:
-    assert pretrained.RELEASES.keys() == SIZES.keys()
-    assert pretrained.RELEASES["124M"].openai_data_bytes == 497_759_232
+    assert releases.RELEASES.keys() == SIZES.keys()
+    assert releases.RELEASES["124M"].openai_data_bytes == 497_759_232

@@ -1,4 +1,4 @@
-"""What a script says on stderr never makes it fail."""
+"""What the scripts have in common."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from tqdm import tqdm
 from micrograd_gpt.support.cli import say
 
 
-def test_it_is_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    say("the run goes on")
-    assert capsys.readouterr() == ("", "the run goes on\n")
+def test_what_is_said_is_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    say("hello ü")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "hello ü\n")
 
 
-def test_it_stands_above_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_said_stands_above_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     monkeypatch.setattr(sys, "stderr", terminal)
     with tqdm(total=2, file=terminal) as bar:
@@ -31,7 +32,9 @@ def test_it_stands_above_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None
     "problem",
     [BrokenPipeError(), OSError(errno.ENOSPC, "full"), RuntimeError("reentrant call")],
 )
-def test_it_never_fails(monkeypatch: pytest.MonkeyPatch, problem: Exception) -> None:
+def test_that_nobody_reads_it_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
     class Unwritable(io.StringIO):
         def write(self, text: str) -> int:
             raise problem
