@@ -262,7 +262,8 @@ def load(name: str | None, device: str, dtype: str) -> tuple[GPT2, Tokenizer]:
     """The model and its tokenizer; UserError where there are none, or they do not fit."""
     from micrograd_gpt.arrays.precision import emulation_note
     from micrograd_gpt.gpt2 import GPT2
-    from micrograd_gpt.text.tokenizers import GPT2Tokenizer, load_tokenizer
+    from micrograd_gpt.text.tokenizer_files import load_tokenizer
+    from micrograd_gpt.text.tokenizers import GPT2Tokenizer
     from micrograd_gpt.weights.pretrained import from_pretrained
 
     given = name

@@ -22,7 +22,8 @@ from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
-from micrograd_gpt.text.tokenizers import FILE_NAME, Tokenizer, load_tokenizer
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizers import TOKENIZER_FILE, Tokenizer
 from micrograd_gpt.weights.config import SIZES, published_shape, size_name
 from micrograd_gpt.weights.formats import Weights, open_weights
 from micrograd_gpt.weights.pretrained import build
@@ -162,7 +163,7 @@ def write_folder(model: GPT2, out: Path, tokenizer: Tokenizer | None, dtype: str
     with written_as_set(out) as new:
         write_model(model, new, tokenizer, dtype)
         if tokenizer is None:
-            without(new / FILE_NAME)
+            without(new / TOKENIZER_FILE)
 
 
 def parameter_table(model: GPT2) -> list[str]:

@@ -30,8 +30,10 @@ from micrograd_gpt.runs.settings import config_of_weights, is_size, parse_flags,
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.data import Corpus, Windows, load_corpus
-from micrograd_gpt.text.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from micrograd_gpt.text.corpus import Corpus, load_corpus
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizers import Tokenizer, make_tokenizer
+from micrograd_gpt.text.windows import Windows
 from micrograd_gpt.weights.config import read_config
 
 

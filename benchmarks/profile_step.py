@@ -21,7 +21,7 @@ import numpy as np
 from micrograd_gpt import functional as F
 from micrograd_gpt import optim
 from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config
-from micrograd_gpt.text.data import Windows
+from micrograd_gpt.text.windows import Windows
 
 SHAPES = {**SIZES, "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 65}}
 

@@ -33,7 +33,7 @@ from micrograd_gpt.support.file_sets import (
     written_as_set,
 )
 from micrograd_gpt.support.files import read_json, reading, write_text
-from micrograd_gpt.text.tokenizers import FILE_NAME, Tokenizer
+from micrograd_gpt.text.tokenizers import TOKENIZER_FILE, Tokenizer
 from micrograd_gpt.weights.config import CONFIG
 from micrograd_gpt.weights.formats import MODEL
 from micrograd_gpt.weights.loading import fill
@@ -41,7 +41,7 @@ from micrograd_gpt.weights.saving import write_model
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
-SET = (CONFIG, MODEL, FILE_NAME, OPTIMIZER, STATE)
+SET = (CONFIG, MODEL, TOKENIZER_FILE, OPTIMIZER, STATE)
 BEST = "best"
 SCALER = ("scale", "growth_interval", "good_steps", "skipped_steps")  # of a LossScaler
 

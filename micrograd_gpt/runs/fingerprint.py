@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.data import Corpus
-from micrograd_gpt.text.shards import Shards, blocks
+from micrograd_gpt.text.corpus import Corpus
+from micrograd_gpt.text.shards import Shards, slices
 
 
 def check_same_data(settings: argparse.Namespace, corpus: Corpus) -> None:
@@ -32,7 +32,7 @@ def fingerprint(tokens: np.ndarray | Shards, whole_up_to: int = 50_000_000) -> s
     tokens, evenly spaced: a change between the pieces is seen only if it moves what follows.
     """
     if len(tokens) <= whole_up_to:
-        parts: Iterable[np.ndarray] = blocks(tokens)
+        parts: Iterable[np.ndarray] = slices(tokens)
     else:
         starts = np.linspace(0, max(0, len(tokens) - 4096), 256).astype(np.int64)
         places = np.minimum(starts[:, None] + np.arange(4096), len(tokens) - 1)  # (256, 4096)

@@ -24,7 +24,7 @@ from micrograd_gpt.runs.signals import StopSignals
 from micrograd_gpt.runs.unread import Unread, read_numbers
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.data import Corpus
+from micrograd_gpt.text.corpus import Corpus
 
 
 class Due(NamedTuple):

@@ -23,7 +23,8 @@ from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.support import files
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import SAVED
-from micrograd_gpt.text.tokenizers import CharTokenizer, load_tokenizer
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizers import CharTokenizer
 from micrograd_gpt.weights.config import read_config
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 

@@ -22,7 +22,8 @@ from faults import Fault, Server, fill_disk, kill, needs_fork, run_with_fault, s
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support import cli, files
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.tokenizers import CharTokenizer, load_tokenizer
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizers import CharTokenizer
 from micrograd_gpt.weights import pretrained, releases, saving
 from micrograd_gpt.weights.config import SIZES, published_shape, read_config, read_variant
 from micrograd_gpt.weights.formats import Weights
