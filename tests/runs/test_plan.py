@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from micrograd_gpt import optim
-from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.kernels import definitions_only
 from micrograd_gpt.runs.plan import Plan
+from micrograd_gpt.weights.config import SIZES
 
 SCRIPT = Path(__file__).parents[2] / "train_gpt2.py"
 SMALL = {"n_layer": 3, "n_head": 2, "n_embd": 16, "vocab_size": 11, "n_positions": 8}

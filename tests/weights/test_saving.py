@@ -11,7 +11,8 @@ import pytest
 from faults import kill, needs_fork, run_with_fault
 
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.text.tokenizers import CharTokenizer, load_tokenizer
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizers import CharTokenizer
 from micrograd_gpt.weights.pretrained import from_pretrained
 from micrograd_gpt.weights.saving import save_pretrained
 
