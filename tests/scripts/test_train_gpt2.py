@@ -147,7 +147,7 @@ def test_fine_tuning_starts_from_the_weights_it_is_given(text: Path, tmp_path: P
         (["--size", "2B"], "unknown GPT-2 size '2B'"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--batch-size", "0"], "must be 1 or more, not 0"),
-        (["--batch-size", "many"], "invalid"),
+        (["--batch-size", "many"], "--batch-size: must be a whole number, not 'many'"),
         (["--n-head", "3"], "must be a multiple of n_head"),
         (["--learning-rate", "0"], "--learning-rate must be above 0"),
         (["--dropout", "1"], "--dropout must be in [0, 1)"),
