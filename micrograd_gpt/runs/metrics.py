@@ -78,7 +78,7 @@ class Metrics:
     def draw(self) -> None:
         """Draw loss.png: training and validation loss over the steps, the learning rate below."""
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+        from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
         rows = self.rows()
         figure = Figure(figsize=(8, 6), layout="constrained")
@@ -88,12 +88,12 @@ class Metrics:
         measured = [r for r in rows if "val_loss" in r]
         validation = [r["val_loss"] for r in measured]
         losses.plot([r["step"] for r in measured], validation, "o-", ms=4, label="validation")
-        smallest, largest = min(train + validation, default=0), max(train + validation, default=0)
-        if smallest > 0 and largest >= LOG_AXIS_FROM * smallest:
-            one_decade = largest < 10 * smallest  # with more, labels between powers of 10 collide
+        smallest = min(train + validation, default=0)
+        if smallest > 0 and max(train + validation) >= LOG_AXIS_FROM * smallest:
             losses.set_yscale("log")
+            losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             losses.yaxis.set_major_formatter(ScalarFormatter())
-            losses.yaxis.set_minor_formatter(ScalarFormatter() if one_decade else NullFormatter())
+            losses.yaxis.set_minor_formatter(NullFormatter())
         losses.set_ylabel("loss (nats per token)")
         losses.legend()
         rates.plot(steps, [r["learning_rate"] for r in rows], color="grey")
