@@ -1,4 +1,4 @@
-"""What the scripts have in common: flags, words on stderr, one-line errors, exit statuses."""
+"""What all scripts have in common: flags, messages, one-line errors, exit statuses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from micrograd_gpt.support.errors import UserError
 
@@ -21,26 +21,37 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def positive_int(text: str) -> int:
     """The whole number that a flag was given, which must be at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {value}")
-    if value >= 2**31:
-        raise argparse.ArgumentTypeError(f"must be below {2**31:,}, not {value}")
-    return value
+    return _whole_number(text, 1)
 
 
 def non_negative_int(text: str) -> int:
     """The whole number that a flag was given, which must be at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {value}")
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be {least} or more, not {value}")
+    if least > 0 and value >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be below {2**31:,}, not {value}")
     return value
 
 
-def say(message: str) -> None:
-    """Tell the user something on stderr. That nobody reads it is no reason to fail."""
-    with suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
+def say(message: str, bar: Any = None) -> None:
+    """Tell the user something that is not a result: on stderr, above the tqdm `bar` if given.
+
+    No script fails because nobody reads its messages (Ctrl-C ends `| tee` too), nor because a
+    signal handler speaks while another message is being written.
+    """
+    with suppress(OSError, RuntimeError):
+        if bar is not None:
+            bar.write(message, file=sys.stderr)
+        else:
+            print(message, file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], int]) -> NoReturn:

@@ -54,7 +54,7 @@ def build(
     for a model that does not fit into memory.
     """
     try:
-        model = _unwritten(model_class(weights.config, cls), weights.config)
+        model = unwritten(weights.config, cls)
         hold_in(model, dtype)
         move(model, device)
     except MemoryError as error:
@@ -66,12 +66,12 @@ def build(
     return model.eval()
 
 
-def _unwritten(cls: type[GPT2], config: GPT2Config) -> GPT2:
-    """A model whose matrices are zeros from the system, which take no room until written to."""
+def unwritten(config: GPT2Config, cls: type[GPT2] = GPT2) -> GPT2:
+    """A model to fill: its matrices are zeros from the system, which take no room until then."""
     tables = [(rows, config.n_embd) for rows in (config.vocab_size, config.n_positions)]
 
     def zeros(shape: tuple[int, ...], std: float) -> Array:
         # Embeddings keep C order, and Linear would copy what is not in Fortran order.
         return np.zeros(shape, np.float32, order="C" if shape in tables else "F")
 
-    return cls(config, init=zeros)
+    return model_class(config, cls)(config, init=zeros)

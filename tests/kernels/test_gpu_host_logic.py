@@ -29,7 +29,7 @@ from micrograd_gpt.arrays.precision import array_dtype
 from micrograd_gpt.generation.context import Context
 from micrograd_gpt.gpt2 import GPT2, GPT2Config, KVCache
 from micrograd_gpt.kernels import definitions_only
-from micrograd_gpt.runs.metrics import Unread
+from micrograd_gpt.runs.unread import Unread
 from micrograd_gpt.support.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -210,12 +210,12 @@ def test_a_step_that_nobody_looked_at_is_not_saved_if_it_was_not_finite(
     tmp_path: Path,
 ) -> None:
     """Noticed at the next log, and named: the step itself, not the one that was logged."""
-    clip, calls = optim.AdamW.clip, iter(range(100))
+    clip, calls = optim.clip_grad_norm, iter(range(100))
 
     def broken(*args: Any) -> Any:
         return clip(*args) * (float("nan") if next(calls) == 5 else 1)
 
-    monkeypatch.setattr(optim.AdamW, "clip", broken)
+    monkeypatch.setattr(optim, "clip_grad_norm", broken)
     with pytest.raises(
         UserError, match=r"^step 5: the loss is .*, the gradient norm nan, in batch"
     ):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 
 import pytest
+from tqdm import tqdm
 
 from micrograd_gpt.support.cli import say
 
@@ -16,11 +18,28 @@ def test_what_is_said_is_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) ->
     assert (captured.out, captured.err) == ("", "hello ü\n")
 
 
-def test_that_nobody_reads_it_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Gone(io.StringIO):
-        def flush(self) -> None:
-            raise BrokenPipeError
+def test_what_is_said_stands_above_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with tqdm(total=2, file=terminal) as bar:
+        say("the run goes on", bar)
+        written = terminal.getvalue()
+    assert "the run goes on\n" in written
+    assert written.rindex("the run goes on") < written.rindex("0/2")  # the bar is drawn below it
 
-    monkeypatch.setattr(sys, "stderr", gone := Gone())
-    say("hello")
-    assert gone.getvalue() == "hello\n"
+
+@pytest.mark.parametrize(
+    "problem",
+    [BrokenPipeError(), OSError(errno.ENOSPC, "full"), RuntimeError("reentrant call")],
+)
+def test_that_nobody_reads_it_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    class Unwritable(io.StringIO):
+        def write(self, text: str) -> int:
+            raise problem
+
+    monkeypatch.setattr(sys, "stderr", Unwritable())
+    say("nobody reads this")
+    with tqdm(total=1, file=io.StringIO()) as bar:
+        say("nor this", bar)
