@@ -4,8 +4,8 @@
     python train_gpt2.py --data my.txt --out mine     # on your text
     python train_gpt2.py --init-from 124M --data my.txt --batch-size 1 --max-steps 100
 
-Read it from `main()` on: settings, then in `train()` data, model, optimizer and the loop. The flags
-and their defaults are the table in micrograd_gpt/runs/settings.py. Every random choice is a
+Read it from `main()` down: settings, then in `train()` data, model, optimizer and the loop. The
+flags and their defaults are the table in micrograd_gpt/runs/settings.py. Every random choice is a
 function of (seed, step), so a run that is stopped and resumed continues exactly.
 """
 
@@ -187,6 +187,7 @@ def make_optimizer(settings: argparse.Namespace, model: GPT2) -> tuple[optim.Ada
 
 
 def learning_rate(step: int, settings: argparse.Namespace) -> float:
+    """The learning rate of `step`: a linear warm-up, then half a cosine."""
     s = settings
     return optim.cosine_schedule(step, s.max_steps, s.warmup_steps, s.learning_rate, s.min_lr)
 

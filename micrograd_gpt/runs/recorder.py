@@ -1,7 +1,7 @@
 """What surrounds the training loop: what a run says, measures and saves, and how it survives.
 
-The loop in train_gpt2.py computes; its `Recorder` looks at the numbers, writes them down, saves,
-and decides what happens when the disk is full or a number is not finite.
+The loop in train_gpt2.py computes. Its `Recorder` reads the numbers, writes them down, saves, and
+decides what happens when the disk is full or a number is not finite.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from micrograd_gpt.text.corpus import Corpus
 
 
 class Due(NamedTuple):
-    """What happens after a step, by the --…-interval flags."""
+    """What happens after a step, as the flags --log-interval and so on have it."""
 
     log: bool
     evaluation: bool
@@ -40,9 +40,9 @@ class Due(NamedTuple):
 class Recorder:
     """Keeps the record of one run, in the folder `settings.out`.
 
-    Making one opens the folder: a resumed run's is completed, an --overwrite's emptied, and the run
-    announced on stderr. `start()` then starts the clock, the progress bar and the signal handlers.
-    Raises UserError if the resumed run is complete, or the folder cannot be written.
+    Creating one opens the folder (which removes an earlier run for --overwrite) and announces the
+    run on stderr; `start()` then starts the clock, the progress bar and the signal handlers. Raises
+    UserError if a resumed run is complete already, or if the folder cannot be written.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Recorder:
         if settings.overwrite:
             checkpoint.remove_run(self.out)
         self.best_loss = checkpoint.best_loss(self.out)
-        self.val_loss: float | None = None  # of the model as it is; None where it was not measured
+        self.val_loss: float | None = None  # of the latest step, if it was measured
         self._on_cpu = resolve_device(settings.device) == "cpu"
         self._unread = Unread()
         self._train_loss = self._grad_norm = math.nan  # of the step that was looked at last
@@ -91,7 +91,7 @@ class Recorder:
         )
 
     def start(self) -> None:
-        """The loop begins: start the clock and the progress bar; from now on Ctrl-C is polite."""
+        """The loop begins: start the clock and the progress bar, and let Ctrl-C stop it gently."""
         self._bar = tqdm(
             total=self.settings.max_steps,
             initial=self.optimizer.steps,
@@ -129,10 +129,10 @@ class Recorder:
     def accepts(self, step: int, losses: Sequence[Any], grad_norm: Any) -> bool:
         """Whether the optimizer may take this step, given its losses and its gradient norm.
 
-        False where float16 overflowed: the loss scale is lower now, and the step is tried again.
-        The numbers may be on a GPU. To look at them is to wait for them, which a GPU is spared for
-        most steps (but not in float16). UserError if one of a step that was looked at is not
-        finite.
+        False if float16 overflowed: the loss scale is lower now, and the step must be tried again.
+        Reading numbers from a GPU means waiting for it, so they are read only when something is due
+        (in float16 at every step). Raises UserError if a number that is read is not finite, also
+        one of an earlier step.
         """
         if self.scaler.enabled:
             *losses, grad_norm = read_numbers([*losses, grad_norm])
@@ -192,7 +192,7 @@ class Recorder:
         return row
 
     def log(self, row: dict[str, Any]) -> None:
-        """Add a row to metrics.jsonl; one with a `val_loss` is also told, and loss.png redrawn."""
+        """Add a row to metrics.jsonl; with a `val_loss`, say it and redraw loss.png too."""
         self.val_loss = row.get("val_loss")
         if self.val_loss is not None:
             self.say(
@@ -212,9 +212,10 @@ class Recorder:
             self._attempt(self._save)
 
     def finish(self) -> int:
-        """The loop is over: save and draw what is not yet; returns `stopped`.
+        """The loop is over: save what is not saved yet and draw loss.png; returns `stopped`.
 
-        A signal that comes while this saves does not stop it. UserError if it cannot be saved.
+        A first signal that comes meanwhile is heeded only after that. Raises UserError if the run
+        cannot be saved.
         """
         self._bar.close()
         if self._saved_step < self.optimizer.steps:
@@ -261,7 +262,7 @@ class Recorder:
             raise UserError(f"{error}; the run is saved after step {row['step']}") from error
 
     def _attempt(self, write: Callable[..., None], *args: Any, needed: bool = True) -> None:
-        """Write to the disk. If that fails, a `needed` write ends the run, by --on-save-error."""
+        """Write to the disk; on failure stop if it was `needed` and --on-save-error says stop."""
         try:
             write(*args)
         except UserError as error:

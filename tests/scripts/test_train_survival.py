@@ -279,6 +279,25 @@ def test_a_changed_validation_text_is_noticed(text: Path, tmp_path: Path) -> Non
     assert run(*flags).returncode == 0
 
 
+def test_a_run_that_version_0_1_0_wrote_goes_on(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    """Its settings had one key more, and no n_layer, n_head and n_embd where weights decided."""
+    out, straight = tmp_path / "out", tmp_path / "straight"
+    flags = [*map(str, ["--data", text, *SMALL, "--save-interval", 2, "--keep", 1])]
+    flags += ["--max-steps", "4", "--out", str(straight)]
+    assert train_gpt2.main(flags) == 0
+    shutil.copytree(straight / "step-000002", out)
+    path = out / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["settings"] |= {"training_tokens": None}
+    for name in ("n_layer", "n_head", "n_embd"):
+        del state["settings"][name]
+    path.write_text(json.dumps(state))
+    assert train_gpt2.main(["--resume", "--out", str(out)]) == 0
+    assert_same(straight, out)
+
+
 # ------------------------------------------------------------------------ damage, and full disks
 
 
