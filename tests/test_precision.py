@@ -350,7 +350,7 @@ def final_loss(compute: str, ids: np.ndarray, steps: int = 200) -> float:
     )
     model, losses = GPT2(config, seed=2), []
     optimizer = optim.AdamW(model.parameters(), lr=3e-3)
-    windows = np.random.default_rng(4).permutation(len(ids) // 32 - 1)
+    windows = np.random.default_rng(4).permutation((len(ids) - 1) // 32)
     for first in range(0, 8 * steps, 8):
         batch = ids[32 * windows[first : first + 8, None] + np.arange(33)]
         with compute_in(compute):
