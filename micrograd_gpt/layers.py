@@ -143,7 +143,7 @@ def flat_targets(targets: Any, rows: Tensor, vocab_size: int) -> tuple[Array, Ar
     if labels.shape != rows.shape[:-1]:
         raise ValueError(f"targets of shape {labels.shape} for rows of shape {rows.shape[:-1]}")
     labels = np.asarray(labels.reshape(-1), like=rows.data)
-    count = (labels != IGNORE).sum()
+    count = (labels != IGNORE).sum(dtype=np.float32)
     if isinstance(labels, np.ndarray) and count == 0:
         raise ValueError(f"every target is ignored ({IGNORE})")
     return labels, count

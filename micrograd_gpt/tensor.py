@@ -241,7 +241,9 @@ class Tensor:
         Raises RuntimeError where there is no tape, or a spent one, or where `grad` is missing.
         """
         if not self.requires_grad:
-            raise RuntimeError("backward() on a tensor that no leaf with requires_grad led to")
+            raise RuntimeError(
+                "backward() on a tensor that needs no gradient: no leaf that does led to it"
+            )
         if grad is None and self.size != 1:
             raise RuntimeError(f"backward() from shape {self.shape}: give a gradient, or .sum() it")
         start = np.ones_like(self.data) if grad is None else Tensor(grad).data.astype(self.dtype)

@@ -342,6 +342,7 @@ TWENTY_STEPS = """if True:
     import numpy as np
     from micrograd_gpt import optim
     from micrograd_gpt.gpt2 import GPT2, GPT2Config
+    from micrograd_gpt.runs.dropout import set_dropout
     config = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=41, n_positions=24)
     model = GPT2(config, seed=1)
     set_dropout(model, 0.1)

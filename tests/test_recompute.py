@@ -54,8 +54,8 @@ def test_names_and_parameters_stay_the_same() -> None:
     after = dict(model.named_parameters())
     assert list(before) == list(after) and all(after[name] is before[name] for name in before)
     set_dropout(model, 0.3)
-    assert model.transformer.h[0].block.attn.attn_dropout.p == 0.3
-    assert not model.eval().transformer.h[0].block.mlp.resid_dropout.training
+    assert model.transformer.h[0].attn.attn_dropout.p == 0.3
+    assert not model.eval().transformer.h[0].mlp.resid_dropout.training
     ids = np.array([[1, 2, 3, 4]])
     with no_grad():
         whole, cache = model(ids).data, KVCache(model)

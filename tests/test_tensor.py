@@ -409,7 +409,7 @@ def test_errors_name_the_mistake() -> None:
         where(np.ones(4, bool), x, 0.0)
     with pytest.raises(ValueError, match="along dimension 1, the array at index 0 has size 3"):
         concatenate([x, Tensor(np.ones((2, 4)))])
-    with pytest.raises(RuntimeError, match=r"shape \(2, 3\) needs a gradient of that shape"):
+    with pytest.raises(RuntimeError, match=r"shape \(2, 3\): give a gradient"):
         (x * 2).backward()
     with pytest.raises(ValueError, match=r"gradient of shape \(3,\) for \(2, 3\)"):
         (x * 2).backward(np.ones(3))
@@ -431,7 +431,7 @@ def test_backward_twice_is_an_error_and_changes_nothing() -> None:
     first.backward()
     before = x.grad.copy()
     for spent in (first, second):
-        with pytest.raises(RuntimeError, match=r"already gone through .* compute the result again"):
+        with pytest.raises(RuntimeError, match=r"freed the tape at .* compute it again"):
             spent.backward()
     np.testing.assert_array_equal(x.grad, before)
 

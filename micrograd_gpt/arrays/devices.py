@@ -104,9 +104,11 @@ def to_device(array: Array, device: str) -> Array:
 
 
 def move(model: Any, device: str) -> None:
-    """Move all tensors of a model (nn.Module) to "cpu" or "gpu". Gradients are forgotten; make the
+    """Move all tensors of a model (nn.Module), and their gradients, to "cpu" or "gpu"; make the
     optimizer after this."""
     for part in model.modules():
         for tensor in vars(part).values():
             if hasattr(tensor, "requires_grad"):
-                tensor.data, tensor.grad = to_device(tensor.data, device), None
+                tensor.data = to_device(tensor.data, device)
+                if tensor.grad is not None:
+                    tensor.grad = to_device(tensor.grad, device)

@@ -16,8 +16,8 @@ import pytest
 from kernel_cases import CASES, TOLERANCE
 from layer_cases import numbers
 
+from micrograd_gpt import Tensor, optim
 from micrograd_gpt import functional as F
-from micrograd_gpt import optim
 from micrograd_gpt.arrays.stand_ins import NotForMe, at_most
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.kernels.in_c import compiler
@@ -117,7 +117,12 @@ def test_integers_and_mixed_types_are_left_to_the_definition(name: str, level: s
 
 
 def as_type(value: Any, dtype: str) -> Any:
-    """An array, or each array in a list of them or of rows of them, in another type."""
+    """An array, or each array in a list of them or of rows of them, in another type; the gradients
+    of parameters."""
+    if isinstance(value, Tensor):
+        changed = Tensor(value.data)
+        changed.grad = None if value.grad is None else value.grad.astype(dtype)
+        return changed
     if isinstance(value, list | tuple):
         return type(value)(as_type(part, dtype) for part in value)
     return value.astype(dtype) if isinstance(value, np.ndarray) else value
