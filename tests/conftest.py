@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from training import script
 
-from micrograd_gpt.arrays.backend import library_for
+from micrograd_gpt.arrays.devices import library_for
 from micrograd_gpt.support.errors import UserError
 
 
