@@ -1,4 +1,4 @@
-"""An array library under kernels/gpu.py whose new arrays are poisoned, their ends watched."""
+"""An array library for the CUDA kernels whose new arrays are poisoned, their ends watched."""
 
 from __future__ import annotations
 

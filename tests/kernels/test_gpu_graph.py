@@ -210,7 +210,7 @@ def test_what_cannot_be_captured_is_launched_and_said_once(
             found = logits_of(model, ours, 6)
             logits_of(model, KVCache(model), 3)
     assert [w.category for w in caught] == [RuntimeWarning]
-    assert "launches its kernels one by one" in str(caught[0].message)
+    assert "kernels of decoding are launched one by one" in str(caught[0].message)
     assert "cudaErrorStreamCaptureUnsupported" in str(caught[0].message) and replays == []
     assert_same(found, uncaptured(monkeypatch, model, theirs, 6))
     assert fake_cupy.capture.launches is None  # the capture was ended

@@ -436,20 +436,19 @@ def _norm_and_factor(squares: Array, max_norm: float, loss_scale: float) -> tupl
 def adamw_update(
     rows: list[optim.Row], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
-    arrays: list[list[Array]] = [[], [], [], []]  # parameters, gradients, and both moments
-    for *of_row, _ in rows:
-        in_rows = of_row[0].flags.c_contiguous  # what is stored in columns goes as its transpose
-        for array, role in zip(of_row, arrays, strict=True):
-            role.append(array if in_rows else array.T)
-    arrays[1] = [array_module(grad).ascontiguousarray(grad) for grad in arrays[1]]
-    float32(*(array for role in arrays for array in role))
-    decays = [decay for *_, decay in rows]
+    in_memory = []
+    for *arrays, decay in rows:  # those that are stored in columns go as their transposes
+        p, grad, m, v = arrays if arrays[0].flags.c_contiguous else [a.T for a in arrays]
+        in_memory.append((p, array_module(grad).ascontiguousarray(grad), m, v, decay))
+    float32(*(array for row in in_memory for array in row[:4]))
     corrections = 1 - beta1**step, 1 - beta2**step
     for start in range(0, len(rows), TENSORS_AT_ONCE):
-        some = slice(start, start + TENSORS_AT_ONCE)
-        table = _table(*(role[some] for role in arrays), decays=decays[some])
-        (across,) = blocks(max(p.size for p in arrays[0][some]), "float32")
-        grid = (across, len(arrays[0][some]))
+        parameters, grads, ms, vs, decays = zip(
+            *in_memory[start : start + TENSORS_AT_ONCE], strict=True
+        )
+        table = _table(parameters, grads, ms, vs, decays)
+        (across,) = blocks(max(p.size for p in parameters), "float32")
+        grid = (across, len(parameters))
         launch(
             *("optimizer", "adamw_update", "float32", grid, (THREADS,)),
             *(table, lr, beta1, beta2, eps, *corrections),
