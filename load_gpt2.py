@@ -23,7 +23,8 @@ from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config, size_name
 from micrograd_gpt.runs.checkpoint import MODEL, STATE, save_pretrained
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.tokenizers import Tokenizer, load_tokenizer
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizers import Tokenizer
 from micrograd_gpt.weights.pretrained import (
     OPENAI_URL,
     HuggingFace,

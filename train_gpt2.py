@@ -24,10 +24,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from micrograd_gpt.arrays.backend import memory_errors, resolve_device, set_tf32
 from tqdm import tqdm
 
 from micrograd_gpt import no_grad, optim
-from micrograd_gpt.arrays.backend import memory_errors, resolve_device, set_tf32
 from micrograd_gpt.arrays.precision import emulation_note, wide
 from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config, size_name
 from micrograd_gpt.kernels.in_c import compiler
@@ -37,8 +37,10 @@ from micrograd_gpt.runs.metrics import Metrics, Unread, read_numbers
 from micrograd_gpt.runs.settings import is_size, parse_flags, resolve_settings
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.data import Corpus, Windows, load_corpus
-from micrograd_gpt.text.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from micrograd_gpt.text.corpus import Corpus, load_corpus
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizers import Tokenizer, make_tokenizer
+from micrograd_gpt.text.windows import Windows
 
 
 def main(argv: list[str] | None = None) -> int:

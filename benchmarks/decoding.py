@@ -22,8 +22,10 @@ from micrograd_gpt import optim
 from micrograd_gpt.generation.sampling import generate
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support import cli
-from micrograd_gpt.text.data import Windows, load_documents
-from micrograd_gpt.text.tokenizers import GPT2Tokenizer, Tokenizer, load_tokenizer, make_tokenizer
+from micrograd_gpt.text.documents import load_documents
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizers import GPT2Tokenizer, Tokenizer, make_tokenizer
+from micrograd_gpt.text.windows import Windows
 from micrograd_gpt.weights.pretrained import from_pretrained
 
 # Text that repeats itself, as code and data do

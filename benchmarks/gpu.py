@@ -22,7 +22,7 @@ from typing import Any
 
 from common import child, print_table
 
-from micrograd_gpt.arrays.backend import library_for
+from micrograd_gpt.arrays.devices import library_for
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import written_whole

@@ -16,9 +16,10 @@ from common import median, peak_megabytes
 from train import flops_per_token
 
 from micrograd_gpt import gpt2, no_grad, optim
-from micrograd_gpt.arrays.backend import library_for, set_tf32
+from micrograd_gpt.arrays.devices import library_for, set_tf32
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.text.data import Windows, load_documents
+from micrograd_gpt.text.documents import load_documents
+from micrograd_gpt.text.windows import Windows
 
 BLOCKS = 3  # of steps, each timed as a whole: the device is waited for at its end alone
 SIDE = 8192  # of the square matrices that measure the matrix rate, on a GPU

@@ -16,7 +16,7 @@ from common import median
 from micrograd_gpt import functional as F
 from micrograd_gpt import optim, tensor
 from micrograd_gpt.arrays import precision
-from micrograd_gpt.arrays.backend import library_for, set_tf32
+from micrograd_gpt.arrays.devices import library_for, set_tf32
 
 
 class Timer:

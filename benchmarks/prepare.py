@@ -110,11 +110,11 @@ def encode_alone(task: dict[str, Any]) -> None:
 
 def encode_part(part: tuple[dict[str, Any], int]) -> None:
     """Encode one process's part of the text, with tiktoken's encoder for GPT-2."""
-    from micrograd_gpt.text.tokenizers import _gpt2_encoding
+    from micrograd_gpt.text.tokenizers import gpt2_encoding
 
     task, i = part
     path, count = task["text"], task["processes"]
-    encoding, _ = _gpt2_encoding()
+    encoding, _ = gpt2_encoding()
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
         file.seek(size * i // count)

@@ -17,11 +17,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from micrograd_gpt.weights.config import SIZES
 
 from micrograd_gpt import functional as F
-from micrograd_gpt import optim
-from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config
-from micrograd_gpt.text.data import Windows
+from micrograd_gpt import optim, tensor
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.kernels import linear_cross_entropy as loss
+from micrograd_gpt.text.windows import Windows
 
 SHAPES = {**SIZES, "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 65}}
 
@@ -36,17 +38,16 @@ def attention_flops(products: int, q: np.ndarray) -> float:
 WORK: dict[tuple[Any, str], tuple[str, Callable[..., float]]] = {
     (F, "linear_forward"): ("flops", lambda x, w, b: 2 * len(x) * w.size),
     (F, "linear_backward"): ("flops", lambda g, x, w: 4 * len(x) * w.size),
-    (F, "matmul"): ("flops", lambda a, b, out=None: 2 * a.size * b.shape[1]),
+    (loss, "linear_cross_entropy_forward"): ("flops", lambda x, w, *_: 6 * len(x) * w.size),
     (F, "attention_forward"): ("flops", lambda q, *_: attention_flops(2, q)),
     (F, "attention_backward"): ("flops", lambda g, q, *_: attention_flops(5, q)),
     (F, "layer_norm_forward"): ("bytes", lambda x, *_: 2 * x.nbytes),
     (F, "layer_norm_backward"): ("bytes", lambda g, x, *_: 3 * x.nbytes),
     (F, "gelu_forward"): ("bytes", lambda x: 2 * x.nbytes),
     (F, "gelu_backward"): ("bytes", lambda g, x: 3 * x.nbytes),
-    (F, "cross_entropy_forward"): ("bytes", lambda x, *_, **__: 2 * x.nbytes),
-    (F, "embedding_backward"): ("bytes", lambda g, *_: 3 * g.nbytes),
-    (optim, "sum_of_squares"): ("bytes", lambda a: sum(x.nbytes for x in a)),
-    (optim, "adamw_update"): ("bytes", lambda p, *_: 7 * sum(x.nbytes for x in p)),
+    (tensor, "add_at"): ("bytes", lambda total, index, part: 3 * part.nbytes),
+    (optim, "clip_grad_norm"): ("bytes", lambda p, *_: sum(x.grad.nbytes for x in p)),
+    (optim, "adamw_update"): ("bytes", lambda rows, *_: 7 * sum(row[0].nbytes for row in rows)),
     (Windows, "batch"): ("bytes", lambda w, seed, step, batch: 2 * 8 * batch * w.block_size),
 }
 
@@ -88,9 +89,9 @@ def main() -> None:
         now["step"] = step
         times = [time.perf_counter()]
         ids, targets = windows.batch(0, step, args.batch)
-        loss = model.loss(ids, targets)
+        batch_loss = model.loss(ids, targets)
         times.append(time.perf_counter())
-        loss.backward()
+        batch_loss.backward()
         times.append(time.perf_counter())
         optim.clip_grad_norm(optimizer.parameters, 1.0)
         optimizer.step()

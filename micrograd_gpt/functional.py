@@ -1,13 +1,11 @@
 """The layers of `layers.py` fused: under the same names, each forward beside its backward.
 
-Every layer has the same three parts. `x_forward` takes arrays and returns the result, and what the
-backward needs of it. `x_backward` takes the gradient of the result and returns the gradients of the
-inputs; its docstring says what was saved and what is computed again. Then comes the layer on
-tensors, which runs the forward and puts the backward on the tape. Here they are written to be read;
-`kernels/` has each of them faster.
+`x_forward` takes arrays and returns the result, and what the backward needs of it. `x_backward`
+takes the gradient of the result and returns those of the inputs; its docstring says what was saved
+and what is computed again. Then comes the layer on tensors, which runs the forward and puts the
+backward on the tape. Here they are written to be read; `kernels/` has each of them faster.
 
-    B batch   T time (tokens)   C channels   H heads   D head size   V vocabulary
-    N rows: any leading dimensions, flattened
+    B batch   T time (tokens)   C channels   H heads   D head size   V vocabulary   N rows: B × T
 """
 
 from __future__ import annotations
@@ -20,12 +18,10 @@ import numpy as np
 from micrograd_gpt import layers
 from micrograd_gpt.arrays.stand_ins import definition, stands_in_for
 from micrograd_gpt.layers import GELU_CUBIC, GELU_SCALE, IGNORE, Key, causal_mask, dropout_factors
-from micrograd_gpt.layers import embedding as embedding  # these three need no fused equal
-from micrograd_gpt.layers import log_softmax as log_softmax
-from micrograd_gpt.layers import softmax as softmax
-from micrograd_gpt.tensor import Array, Tensor, is_recorded, record
+from micrograd_gpt.tensor import Array, Tensor, record
 
-LOGITS_AT_ONCE = 2**26  # how many logits linear_cross_entropy holds at a time: 256 MB in float32
+dropout, embedding, softmax = layers.dropout, layers.embedding, layers.softmax  # as they are
+log_softmax, linear_cross_entropy = layers.log_softmax, layers.linear_cross_entropy
 
 
 def check_shapes(fits: bool, name: str, *tensors: Tensor | None) -> None:
@@ -33,9 +29,6 @@ def check_shapes(fits: bool, name: str, *tensors: Tensor | None) -> None:
     if not fits:
         shapes = ", ".join(str(t.shape) for t in tensors if t is not None)
         raise ValueError(f"{name}: shapes {shapes} do not fit")
-
-
-# --------------------------------------------------------------------------------------- linear
 
 
 @definition
@@ -71,9 +64,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return record("linear", y.reshape(*shape[:-1], n_out), inputs, backward)
 
 
-# ----------------------------------------------------------------------------------- layer norm
-
-
 @definition
 def layer_norm_forward(
     x: Array, weight: Array, bias: Array, eps: float
@@ -89,11 +79,9 @@ def layer_norm_forward(
 def layer_norm_backward(
     grad: Array, x: Array, weight: Array, mean: Array, rstd: Array
 ) -> tuple[Array, Array, Array]:
-    """Gradients of x, weight, bias. Saved: x, mean, rstd; the normalised rows come again from them.
-
-    With n = (x - mean) * rstd and dn = grad * weight, the mean and the deviation move with x, which
-    takes away the parts of dn along 1 and along n: dx = rstd * (dn - mean(dn) - n * mean(dn * n)).
-    """
+    """Gradients of x, weight, bias. Saved: x, mean, rstd, which give the normalised rows n again.
+    Mean and deviation move with x, which takes away the parts of dn = grad * weight along 1 and
+    along n: dx = rstd * (dn - mean(dn) - n * mean(dn * n))."""
     normed = (x - mean) * rstd  # (N, C)
     dnormed = grad * weight
     along_1 = dnormed.mean(axis=-1, keepdims=True)  # (N, 1)
@@ -117,9 +105,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     return record("layer_norm", y.reshape(shape), [x, weight, bias], backward)
 
 
-# ----------------------------------------------------------------------------------------- gelu
-
-
 @definition
 def gelu_forward(x: Array) -> Array:
     """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))."""
@@ -139,9 +124,6 @@ def gelu(x: Tensor) -> Tensor:
     """GELU in the tanh approximation, of any shape."""
     data = x.data
     return record("gelu", gelu_forward(data), [x], lambda grad: (gelu_backward(grad, data),))
-
-
-# ------------------------------------------------------------------------------------ attention
 
 
 @definition
@@ -167,9 +149,9 @@ def attention_backward(
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v, each (B, H, T, D). Saved: q, k, v, the output and log_total.
 
-    The weights are computed again from the scores: exp(score - log_total). The softmax's backward
-    needs the sum of weight × dweight along each row, which equals output · grad (Dao et al. 2022,
-    arXiv:2205.14135, appendix B.2), with dropout and without.
+    The weights are computed again: exp(score - log_total). The softmax's backward needs the sum of
+    weight × dweight along each row, which equals output · grad, with dropout and without (Dao et
+    al. 2022, arXiv:2205.14135, appendix B.2).
     """
     scale = 1 / math.sqrt(q.shape[-1])
     scores = q @ k.swapaxes(-1, -2) * scale  # (B, H, T, S)
@@ -200,33 +182,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, key: Key = ()) ->
     return record("attention", out, [q, k, v], backward)
 
 
-# -------------------------------------------------------------------------------------- dropout
-
-
-@definition
-def dropout_forward(x: Array, p: float, key: Key) -> Array:
-    """x times factors 0 or 1 / (1 - p), drawn from `key`. The backward does the same to grad."""
-    return x * dropout_factors(x, p, key)
-
-
-@stands_in_for(layers.dropout, "fused")
-def dropout(x: Tensor, p: float, key: Key) -> Tensor:
-    """Zero each element with probability p and divide the others by 1 - p; the factors are not
-    saved, but drawn again."""
-    y = dropout_forward(x.data, p, key)
-    return record("dropout", y, [x], lambda grad: (dropout_forward(grad, p, key),))
-
-
-# -------------------------------------------------------------------------------- cross-entropy
-
-
 @definition
 def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """Gradient of logits (N, V), and the sum over the rows of -log softmax(row)[label].
-
-    Rows whose label is IGNORE count for nothing. The gradient of a row is softmax(row), minus 1 at
-    the label: it is computed here, where the exponentials are at hand.
-    """
+    """Gradient of logits (N, V), and the sum over the rows of -log softmax(row)[label]. The former
+    is softmax(row), minus 1 at the label: computed here, where the exponentials are at hand."""
     counted, rows = labels != IGNORE, np.arange(len(labels), like=labels)
     label = np.where(counted, labels, 0)
     shifted = logits - logits.max(axis=-1, keepdims=True)
@@ -242,7 +201,7 @@ def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
 @stands_in_for(layers.cross_entropy, "fused")
 def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
     """Mean of -log softmax(logits (…, V))[target] over the targets (…) that count: a scalar."""
-    labels, count = layers.flat_targets(targets, logits)
+    labels, count = layers.flat_targets(targets, logits, logits.shape[-1])
     rows, shape = logits.data.reshape(len(labels), -1), logits.shape
     dlogits, total = cross_entropy_forward(rows, labels)
 
@@ -250,44 +209,3 @@ def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
         return ((dlogits * (grad / count)).reshape(shape),)
 
     return record("cross_entropy", total / count, [logits], backward)
-
-
-@definition
-def linear_cross_entropy_forward(
-    x: Array, weight: Array, labels: Array, with_gradients: bool
-) -> tuple[Array | None, Array, Array | None]:
-    """Gradient of x (N, C), summed loss, gradient of weight (V, C); of x @ weight.T as above."""
-    dlogits, loss = cross_entropy_forward(linear_forward(x, weight.T, None), labels)  # (N, V)
-    if not with_gradients:
-        return None, loss, None
-    return dlogits @ weight, loss, dlogits.T @ x
-
-
-@stands_in_for(layers.linear_cross_entropy, "fused")
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
-    """cross_entropy(x @ weight.T, targets) for x (…, C), weight (V, C), without keeping the logits.
-
-    It works through some rows at a time: their logits, losses, and at once the gradients that these
-    lead to, so that at most LOGITS_AT_ONCE logits exist at any moment. The backward only scales
-    what the forward found.
-    """
-    vocab_size, channels = weight.shape
-    check_shapes(x.shape[-1] == channels, "linear_cross_entropy", x, weight)
-    rows, w = x.data.reshape(-1, channels), weight.data  # (N, C)
-    labels, count = layers.flat_targets(targets, x, vocab_size)
-    wanted = is_recorded(x, weight)
-    dx, dweight, loss = np.empty_like(rows) if wanted else None, None, 0.0
-    size = max(1, len(rows) // -(-len(rows) * vocab_size // LOGITS_AT_ONCE))
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
-        dpart, total, dw = linear_cross_entropy_forward(rows[part], w, labels[part], wanted)
-        loss = loss + total
-        if dx is not None:
-            dx[part] = dpart
-            dweight = dw if dweight is None else np.add(dweight, dw, out=dweight)
-
-    def backward(grad: Array) -> tuple[Array, Array]:
-        factor = grad / count
-        return (dx * factor).reshape(x.shape), np.multiply(dweight, factor, out=dweight)
-
-    return record("linear_cross_entropy", loss / count, [x, weight], backward)

@@ -1,7 +1,5 @@
-"""GPT-2: the whole model, flat, under the names its checkpoint uses.
-
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; the reference
-implementation is OpenAI's gpt-2 `model.py`.
+"""GPT-2: the whole model, flat, under the names its checkpoint uses (Radford et al. 2019, "Language
+Models are Unsupervised Multitask Learners"; reference implementation: OpenAI's gpt-2 `model.py`).
 
     B batch   T time (tokens)   C channels (n_embd)   H heads   D head size (C / H)   V vocabulary
 """
@@ -17,7 +15,7 @@ import numpy as np
 from micrograd_gpt import layers
 from micrograd_gpt.arrays.stand_ins import definition
 from micrograd_gpt.nn import Draws, Dropout, Embedding, Init, LayerNorm, Linear, Module, normal
-from micrograd_gpt.tensor import Array, Tensor, no_grad
+from micrograd_gpt.tensor import Array, Tensor
 
 
 @dataclasses.dataclass
@@ -93,9 +91,7 @@ class Transformer(Module):
         self.ln_f = LayerNorm(c.n_embd, c.layer_norm_epsilon)
 
     def __call__(self, ids: Array, cache: Any = None) -> Tensor:
-        positions = np.arange(ids.shape[1])  # (T,)
-        if cache is not None:
-            positions = cache.lengths[:, None] + positions  # (B, T)
+        positions = np.arange(ids.shape[1]) if cache is None else cache.positions(*ids.shape)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         return self.ln_f(through_blocks(x, self.h, cache))
 
@@ -111,89 +107,51 @@ def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
 
 
 class GPT2(Module):
-    """A GPT-2 language model of the shape that `config` gives.
-
-    `seed` is that of the initial weights, or `init` makes them otherwise; and of dropout, until
-    `draws.reseed()` is called.
-    """
+    """A GPT-2 language model. `seed` is that of the initial weights, unless `init` makes them, and
+    of dropout, until `draws.reseed()` is called."""
 
     def __init__(self, config: GPT2Config, seed: int = 0, init: Init | None = None) -> None:
-        self.config = dataclasses.replace(config)  # its own: set_dropout() changes it
-        self.draws = Draws(seed)
+        self.config, self.draws = dataclasses.replace(config), Draws(seed)
         self.transformer = Transformer(config, init or normal(seed), self.draws)
 
     def hidden(self, ids: Any, cache: Any = None) -> Tensor:
-        """Token ids (B, T) -> what the head reads, (B, T, C). ValueError where ids are not (B, T),
-        lie outside the vocabulary, or run past `n_positions`."""
-        ids = ids.data if isinstance(ids, Tensor) else ids
-        ids = ids if hasattr(ids, "dtype") else np.asarray(ids)
+        """Token ids (B, T) -> what the head reads, (B, T, C)."""
+        ids = layers.checked_ids(ids, self.config.vocab_size)
         if ids.ndim != 2:
             raise ValueError(f"GPT2 takes token ids of shape (B, T), not {ids.shape}")
-        if cache is not None and len(cache.lengths) != len(ids):
-            raise ValueError(f"a KV cache of {len(cache.lengths)} rows for a batch of {len(ids)}")
-        end = ids.shape[1] + (0 if cache is None else int(cache.lengths.max()))
+        end = ids.shape[1] + (0 if cache is None else cache.lengths.max())
         if end > self.config.n_positions:
             raise ValueError(f"{end} tokens do not fit n_positions = {self.config.n_positions}")
         return self.transformer(ids, cache)
 
     def __call__(self, ids: Any, cache: Any = None, last_only: bool = False) -> Tensor:
-        """Logits of the next token at every position: ids (B, T) -> (B, T, V).
-
-        With a `cache` (generation/kv_cache.py) the ids continue the tokens that are in it, and are
-        added to it. With `last_only` only the last position's logits are computed: (B, 1, V).
-        """
+        """Logits of the next token at every position, or with `last_only` at the last: ids (B, T)
+        -> (B, T or 1, V). Ids continue, and are added to, the tokens in a `cache`
+        (generation/kv_cache.py). ValueError for ids that are not (B, T), or do not fit."""
         x = self.hidden(ids, cache)  # (B, T, C)
         x = x[:, -1:] if last_only else x
         return layers.linear(x, self.transformer.wte.weight.T)  # the head is the embedding again
 
     def loss(self, ids: Any, targets: Any) -> Tensor:
         """Mean cross-entropy of targets (B, T) given ids (B, T), in nats per token: a scalar.
-
-        Targets of -100 are ignored. The logits are never held all at once.
-        """
+        Targets of -100 are ignored, and the logits are never held all at once."""
         return layers.linear_cross_entropy(self.hidden(ids), self.transformer.wte.weight, targets)
 
-    def sample(self, ids: Array, n: int, temperature: float = 1.0, seed: int = 0) -> Array:
-        """Continue ids (B, T) by n tokens -> (B, T + n): what `generate` does, in ten lines."""
-        rng = np.random.default_rng(seed)
-        with no_grad():
-            for _ in range(n):
-                window = ids[:, -self.config.n_positions :]
-                logits = self(window, last_only=True).numpy()[:, 0].astype(np.float64)  # (B, V)
-                if temperature:  # Gumbel's trick: the largest is a draw from the softmax
-                    logits = logits / temperature + rng.gumbel(size=logits.shape)
-                ids = np.concatenate([ids, logits.argmax(-1)[:, None]], axis=1)
-        return ids
-
-    @property
-    def n_parameters(self) -> int:
-        return sum(p.size for p in self.parameters())
-
-    def set_dropout(self, p: float) -> None:
-        """Drop embeddings, attention weights and residual branches with probability p."""
-        c = self.config
-        c.embd_pdrop = c.attn_pdrop = c.resid_pdrop = p
-        for part in self.modules():
-            if isinstance(part, Dropout):
-                part.p = p
-
-    # What stands on this model, defined in the folders
-
     def generate(self, ids: Any, **settings: Any) -> Any:
-        """Continue token ids, with a KV cache: see generation/sampling.py for the settings."""
+        """Continue token ids as the settings of generation/settings.py say."""
         from micrograd_gpt.generation.sampling import generate
 
         return generate(self, ids, **settings)
 
     @classmethod
     def from_pretrained(cls, name: Any, device: str = "cpu", dtype: str = "float32") -> GPT2:
-        """OpenAI's weights of a size ("124M", …), or a folder's: see weights/pretrained.py."""
+        """OpenAI's weights by size ("124M", …), or those in a folder (weights/pretrained.py)."""
         from micrograd_gpt.weights.pretrained import from_pretrained
 
         return from_pretrained(cls, name, device, dtype)
 
     def save_pretrained(self, folder: Any, **options: Any) -> None:
-        """Write a folder that Transformers loads: see weights/saving.py for the options."""
+        """Write a folder that Transformers loads (weights/saving.py)."""
         from micrograd_gpt.weights.saving import save_pretrained
 
         save_pretrained(self, folder, **options)

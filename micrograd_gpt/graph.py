@@ -1,10 +1,11 @@
-"""A tape to look at: the operations below a result, as a drawing."""
+"""A tape to look at: the operations below a result as a drawing, and gradients on their way."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
-from micrograd_gpt.tensor import LEAF, Node, Tensor, node_of, tape_below
+from micrograd_gpt.tensor import LEAF, Array, Node, Tensor, node_of, tape_below
 
 
 def draw_graph(result: Tensor) -> str:
@@ -25,3 +26,19 @@ def draw_graph(result: Tensor) -> str:
             lines.append(f'  {name} [shape={shape}, label="{title}"];')
             lines += [f"  {names[parent]} -> {name};" for parent in node.parents if parent]
     return "\n".join([*lines, "}"])
+
+
+def retain_grad(result: Tensor) -> Tensor:
+    """Let backward() fill the `.grad` of an intermediate result too, as long as it is alive."""
+    node, this = node_of(result), weakref.ref(result)
+    if node is None or node.name == LEAF or node.backward is None:
+        return result
+    backward = node.backward
+
+    def keep(grad: Array) -> Any:
+        if (tensor := this()) is not None:
+            tensor._accumulate(grad.copy())
+        return backward(grad)
+
+    node.backward = keep
+    return result

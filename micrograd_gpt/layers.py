@@ -1,7 +1,7 @@
-"""The layers of GPT-2 as mathematics: each composed of the tensor's operations.
+"""The layers of GPT-2 as mathematics: composed of operations whose backwards the tape finds.
 
-The tape finds every backward. `functional.py` has the same layers with forward and backward worked
-out by hand; those stand in here, equal within rounding, unless MICROGRAD_GPT_KERNELS=definitions.
+`functional.py` has the same layers with forward and backward worked out by hand. Those run in place
+of these, equal within rounding, unless MICROGRAD_GPT_KERNELS=definitions.
 
     B batch   T time (tokens)   C channels   H heads   D head size   V vocabulary
 """
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from micrograd_gpt.arrays.stand_ins import definition
-from micrograd_gpt.tensor import Array, Tensor, where
+from micrograd_gpt.tensor import Array, Tensor, record, where
 
 Key = tuple[int, ...]  # names one random draw: the same key gives the same numbers
 
@@ -30,10 +30,8 @@ def embedding(ids: Any, weight: Tensor) -> Tensor:
 
 @definition
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (…, n_in) @ weight (n_in, n_out) + bias (n_out,) -> (…, n_out).
-
-    Weights are (in, out), as GPT-2 stores them ("Conv1D" in Transformers), not PyTorch's (out, in).
-    """
+    """x (…, n_in) @ weight (n_in, n_out) + bias (n_out,) -> (…, n_out). Weights are (in, out), as
+    GPT-2 stores them ("Conv1D" in Transformers), not PyTorch's (out, in)."""
     y = x @ weight
     return y if bias is None else y + bias
 
@@ -41,9 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @definition
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Each row of x (…, C) to mean 0 and variance 1, then scaled and shifted by weight, bias (C,).
-
-    Ba, Kiros, Hinton 2016 (arXiv:1607.06450).
-    """
+    Ba, Kiros, Hinton 2016 (arXiv:1607.06450)."""
     centred = x - x.mean(-1, keepdims=True)
     variance = (centred * centred).mean(-1, keepdims=True)  # (…, 1)
     return centred / (variance + eps).sqrt() * weight + bias
@@ -74,35 +70,36 @@ def log_softmax(x: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, key: Key = ()) -> Tensor:
     """Causal attention, softmax(q kᵀ / √D) v: queries (B, H, T, D), keys and values (B, H, S, D).
 
-    The last query stands at the last key, and every one sees the keys up to its own place; where
-    S > T, the first S - T keys are a KV cache's. Attention weights are dropped with probability p.
-    Vaswani et al. 2017 (arXiv:1706.03762).
+    The last query stands at the last key, and each sees the keys up to its own place. Attention
+    weights are dropped with probability p. Vaswani et al. 2017 (arXiv:1706.03762).
     """
-    t, s = q.shape[-2], k.shape[-2]
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, T, S)
-    weights = softmax(where(causal_mask(t, s, q.data), scores, -np.inf))
+    may_look = causal_mask(q.shape[-2], k.shape[-2], q.data)  # (T, S)
+    weights = softmax(where(may_look, scores, -np.inf))
     return (dropout(weights, p, key) if p else weights) @ v  # (B, H, T, D)
 
 
 @definition
-def dropout(x: Tensor, p: float, key: Key) -> Tensor:
-    """Zero each element of x with probability p and divide the others by 1 - p.
+def dropout_forward(x: Array, p: float, key: Key) -> Array:
+    """x times factors 0, with probability p, or 1 / (1 - p)."""
+    return x * dropout_factors(x, p, key)
 
-    Which ones is a function of `key` alone, on each device its own. Srivastava et al. 2014.
-    """
-    return x * Tensor(dropout_factors(x.data, p, key))
+
+def dropout(x: Tensor, p: float, key: Key) -> Tensor:
+    """Zero each element of x with probability p and divide the others by 1 - p. Which ones is a
+    function of `key`, on each device its own: for the gradient they are drawn again. Srivastava et
+    al. 2014."""
+    y = dropout_forward(x.data, p, key)
+    return record("dropout", y, [x], lambda grad: (dropout_forward(grad, p, key),))
 
 
 @definition
 def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
-    """Mean of -log softmax(logits (…, V))[target], in nats, over the targets (…) that count.
-
-    Targets of -100 do not. Raises ValueError where the shapes differ, a target is outside the
-    vocabulary, or none counts.
-    """
-    labels, _ = flat_targets(targets, logits)  # (N,)
+    """Mean of -log softmax(logits (…, V))[target], in nats, over the targets (…) but those of -100.
+    ValueError where the shapes differ, a target is outside the vocabulary, or none counts."""
+    labels, _ = flat_targets(targets, logits, logits.shape[-1])  # (N,)
+    log_probs = log_softmax(logits.reshape(len(labels), -1))  # (N, V)
     counted = np.flatnonzero(labels != IGNORE)
-    log_probs = log_softmax(logits.reshape(len(labels), logits.shape[-1]))  # (N, V)
     return -log_probs[counted, labels[counted]].mean()
 
 
@@ -110,9 +107,6 @@ def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     """cross_entropy(x @ weight.T, targets) for x (…, C) and weight (V, C)."""
     return cross_entropy(linear(x, weight.T), targets)
-
-
-# ----------------------------------------------------------------------------------- on arrays
 
 
 def causal_mask(t: int, s: int, like: Array) -> Array:
@@ -124,36 +118,32 @@ def dropout_factors(x: Array, p: float, key: Key) -> Array:
     """What dropout multiplies x by: 0 with probability p, else 1 / (1 - p)."""
     if not 0 <= p < 1:
         raise ValueError(f"the probability must be in [0, 1), not {p}")
-    draws = np.random.default_rng(key).random(x.shape, dtype=np.float32)
-    return np.asarray((draws >= p) / np.float32(1 - p), x.dtype, like=x)
+    kept = np.random.default_rng(key).random(x.shape, dtype=np.float32) >= p
+    return np.asarray(kept / np.float32(1 - p), x.dtype, like=x)
 
 
-def checked_ids(ids: Any, vocab_size: int) -> Array:
-    """Ids as an array; ValueError unless they are integers in 0 … vocab_size-1.
-
-    Of ids on a GPU only the type is looked at: to know more, Python would have to wait for it.
-    """
+def checked_ids(ids: Any, vocab_size: int, or_ignore: bool = False) -> Array:
+    """Ids as an array; ValueError unless they are integers in 0 … vocab_size-1 (or IGNORE). Of ids
+    on a GPU only the type is checked: Python would have to wait to see more."""
     ids = ids.data if isinstance(ids, Tensor) else ids
     ids = ids if hasattr(ids, "dtype") else np.asarray(ids)
     if ids.dtype.kind not in "iu":
         raise ValueError(f"token ids must be integers, not {ids.dtype}")
-    if isinstance(ids, np.ndarray) and ids.size:
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"token id {wrong} is outside the vocabulary of {vocab_size}")
+    if isinstance(ids, np.ndarray):
+        outside = (ids < 0) | (ids >= vocab_size)
+        wrong = ids[outside & (ids != IGNORE) if or_ignore else outside]
+        if wrong.size:
+            raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {vocab_size}")
     return ids
 
 
-def flat_targets(targets: Any, rows: Tensor, vocab_size: int = 0) -> tuple[Array, Any]:
-    """Targets (…) of rows (…, V) as one row (N,) beside them, and how many of them count."""
-    labels = targets.data if isinstance(targets, Tensor) else targets
-    labels = labels if hasattr(labels, "dtype") else np.asarray(labels)
+def flat_targets(targets: Any, rows: Tensor, vocab_size: int) -> tuple[Array, Array]:
+    """Targets (…) of rows (…, width) as (N,) beside them, and how many are not IGNORE."""
+    labels = checked_ids(targets, vocab_size, or_ignore=True)
     if labels.shape != rows.shape[:-1]:
         raise ValueError(f"targets of shape {labels.shape} for rows of shape {rows.shape[:-1]}")
-    labels, on_cpu = labels.reshape(-1), isinstance(labels, np.ndarray)
-    counted = labels != IGNORE
-    checked_ids(labels[counted] if on_cpu else labels, vocab_size or rows.shape[-1])
-    if on_cpu and not counted.any():
+    labels = np.asarray(labels.reshape(-1), like=rows.data)
+    count = (labels != IGNORE).sum()
+    if isinstance(labels, np.ndarray) and count == 0:
         raise ValueError(f"every target is ignored ({IGNORE})")
-    return np.asarray(labels, like=rows.data), int(counted.sum()) if on_cpu else counted.sum()
+    return labels, count

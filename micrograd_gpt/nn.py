@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -11,14 +11,11 @@ from micrograd_gpt import layers
 from micrograd_gpt.layers import Key
 from micrograd_gpt.tensor import Array, Tensor
 
-M = TypeVar("M", bound="Module")
 Init = Callable[[tuple[int, ...], float], Array]  # (shape, standard deviation) -> a new matrix
 
 
 class Parameter(Tensor):
     """A tensor that is trained: a leaf that requires a gradient."""
-
-    __slots__ = ()
 
     def __init__(self, data: Any) -> None:
         super().__init__(data, requires_grad=True)
@@ -31,11 +28,8 @@ def normal(seed: int) -> Init:
 
 
 class Draws:
-    """Names for the random draws of a computation: draw n after `reseed(*seed)` is (*seed, n).
-
-    Every draw is a function of its name alone, so a run that reseeds with (seed, step) at each step
-    continues exactly after a restart, with no generator's state to save.
-    """
+    """Names for random draws: the n-th after `reseed(*seed)` is (*seed, n). A draw is a function of
+    its name, so a run that reseeds with (seed, step) goes on exactly after a restart."""
 
     def __init__(self, *seed: int) -> None:
         self.reseed(*seed)
@@ -44,8 +38,7 @@ class Draws:
         self.latest: Key = (*seed, 0)
 
     def next_key(self) -> Key:
-        *seed, drawn = self.latest
-        self.latest = (*seed, drawn + 1)
+        self.latest = (*self.latest[:-1], self.latest[-1] + 1)
         return self.latest
 
 
@@ -58,9 +51,10 @@ class Module:
     def children(self) -> Iterator[tuple[str, Module]]:
         """Direct parts with their names; those of a list are called `name.0`, `name.1`, …"""
         for name, value in vars(self).items():
-            parts = enumerate(value) if isinstance(value, list) else ()
-            named = [(f"{name}.{i}", part) for i, part in parts] or [(name, value)]
-            yield from ((name, part) for name, part in named if isinstance(part, Module))
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, list):
+                yield from ((f"{name}.{i}", part) for i, part in enumerate(value))
 
     def modules(self) -> Iterator[Module]:
         """This module and all below it."""
@@ -80,30 +74,20 @@ class Module:
         """All parameters; one that stands in several places comes once."""
         return list({id(parameter): parameter for _, parameter in self.named_parameters()}.values())
 
-    def train(self: M, mode: bool = True) -> M:
+    def train(self, mode: bool = True) -> Any:
         for part in self.modules():
             part.training = mode
         return self
 
-    def eval(self: M) -> M:
+    def eval(self) -> Any:
         return self.train(False)
-
-    def to(self: M, device: str) -> M:
-        """Move all tensors and their gradients to "cpu" or "gpu"; make the optimizer after this."""
-        for part in self.modules():
-            for tensor in vars(part).values():
-                if isinstance(tensor, Tensor):
-                    tensor.data = tensor.detach().to(device).data
-                    if tensor.grad is not None:
-                        tensor.grad = Tensor(tensor.grad).to(device).data
-        return self
 
 
 class Linear(Module):
     """x (…, n_in) -> x @ weight + bias (…, n_out); weight (n_in, n_out) as GPT-2 stores it.
 
-    In memory the weights of one output lie side by side (Fortran order): decoding multiplies one
-    row at a time, and each of its outputs is then a product of two rows of adjacent numbers.
+    In memory the weights of one output lie side by side (Fortran order), since decoding multiplies
+    one row at a time: each output is then a product of two rows of adjacent numbers.
     """
 
     def __init__(self, n_in: int, n_out: int, init: Init, std: float = 0.02) -> None:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from micrograd_gpt.arrays.stand_ins import definition
-from micrograd_gpt.tensor import Array, Tensor
-
-Row = tuple[Array, Array, Array, Array, float]  # a parameter, its gradient, its moments, its decay
+from micrograd_gpt.tensor import Tensor
 
 
 @definition
 def adamw_update(
-    rows: list[Row], lr: float, beta1: float, beta2: float, eps: float, step: int
+    rows: list[Any], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
-    """One step of AdamW, in place, on each parameter p and the moments m and v of its gradient.
-
-    Algorithm 2 of Loshchilov & Hutter 2019 (arXiv:1711.05101), as PyTorch orders it; `step` counts
-    from 1, and the weight decay is applied as p -= lr * decay * p.
-    """
+    """One step (counted from 1) of AdamW, in place; a row is p, its gradient, moments m, v, decay.
+    Algorithm 2 of Loshchilov & Hutter 2019 (arXiv:1711.05101), as PyTorch orders it."""
     for p, grad, m, v, decay in rows:
         m *= beta1
         m += (1 - beta1) * grad
@@ -34,18 +29,11 @@ def adamw_update(
 
 
 class AdamW:
-    """Adam with decoupled weight decay.
+    """Adam with decoupled weight decay, in place; a tensor whose `.grad` is None is left alone.
 
-    Args:
-        parameters: the tensors to train, each updated in place. One whose `.grad` is None is left
-            alone by `step()`, its moments too.
-        lr: the learning rate; set `optimizer.lr` to change it between steps.
-        betas: decay rates of the moments of the gradient.
-        weight_decay: applied to tensors of two or more dimensions only, so not to biases and
-            LayerNorm's, as GPT-2 and GPT-3 were trained.
-
-    The moments `m` and `v` are lists of arrays in the order of `parameters`, zero at the start.
-    Raises ValueError for parameters of 16 bits, in which most updates round to nothing.
+    `lr` may be changed between steps. `weight_decay` applies to tensors of two or more dimensions
+    only: not to biases and LayerNorm's, as GPT-2 and GPT-3 were trained. The moments `m` and `v`
+    are in the order of `parameters`. ValueError for 16 bits, where most updates round to nothing.
     """
 
     def __init__(
@@ -82,38 +70,26 @@ class AdamW:
 
 
 @definition
-def clip(grads: list[Array], max_norm: float, loss_scale: float) -> Array:
-    """Divide arrays by `loss_scale`, and scale them so that their joint norm is at most `max_norm`.
+def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> Any:
+    """Scale all gradients in place so that their joint Euclidean norm is at most `max_norm`; those
+    of a loss that was multiplied by `loss_scale` are divided by it first.
 
-    In place, unless the norm is not finite. Returns the norm before clipping, a scalar array.
+    Returns the norm before clipping (Pascanu et al. 2013, arXiv:1211.5063): a float, or on a GPU an
+    array that nobody has waited for yet. Where it is not finite nothing is scaled.
     """
+    grads: list[Any] = [p.grad for p in parameters if p.grad is not None]
     norm = np.sqrt(sum((grad * grad).sum() for grad in grads)) / loss_scale
     factor = np.where(norm > max_norm, max_norm / norm, 1.0) / loss_scale
     for grad in grads:
         grad *= np.where(np.isfinite(norm), factor, 1.0).astype(grad.dtype)
-    return norm
-
-
-def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float, loss_scale: float = 1.0) -> Any:
-    """Scale all gradients in place so that their joint Euclidean norm is at most `max_norm`.
-
-    Gradients of a loss that was multiplied by `loss_scale` are divided by it first. Returns the
-    norm before clipping (Pascanu et al. 2013, arXiv:1211.5063): on a GPU a scalar array, which is
-    not read yet, since Python would have to wait for it. A norm that is not finite is returned as
-    it is, and nothing is scaled.
-    """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = clip(grads, max_norm, loss_scale) if grads else 0.0
-    return norm if hasattr(norm, "get") else float(norm)
+    return float(norm) if isinstance(norm, np.generic) else norm
 
 
 def cosine_schedule(
     step: int, max_steps: int, warmup_steps: int, learning_rate: float, min_lr: float
 ) -> float:
-    """Learning rate of `step` (from 0): linear warm-up, then half a cosine down to `min_lr`.
-
-    Loshchilov & Hutter 2017 (arXiv:1608.03983), one period; after `max_steps` it stays at `min_lr`.
-    """
+    """Learning rate of `step` (from 0): linear warm-up, then half a cosine down to `min_lr`, where
+    it stays (Loshchilov & Hutter 2017, arXiv:1608.03983, one period)."""
     if step < warmup_steps:
         return learning_rate * (step + 1) / (warmup_steps + 1)
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))

@@ -1,22 +1,19 @@
 """Tensor: an array that remembers how it was made, so that gradients can flow back to its parts.
 
-Every operation computes its result and, if a gradient may be wanted, puts a `Node` on the tape: the
-operation's name, the nodes of its inputs, and a `backward` function that turns the gradient of the
-result into the gradients of the inputs. `Tensor.backward()` walks that tape once, from the loss
-down to the leaves, and takes it apart as it goes.
+An operation computes its result and, if a gradient may be wanted, puts a `Node` on the tape: its
+name, the nodes of its inputs, and a `backward` function that turns the gradient of the result into
+those of the inputs. `Tensor.backward()` walks that tape once, from the loss down to the leaves.
 
     x = Tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
-    loss = ((x @ x.T).tanh() * 0.5).sum()
-    loss.backward()
+    ((x @ x.T).tanh() * 0.5).sum().backward()
     x.grad                              # an array of x's shape
 
-An array is NumPy's, or on a GPU CuPy's, which answers NumPy's functions too (NEP 13, NEP 18): so
-`np.exp(x)` runs wherever `x` lives.
+An array is NumPy's, or on a GPU CuPy's, which answers NumPy's functions too (NEP 13 and NEP 18).
 """
 
 from __future__ import annotations
 
-import weakref
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,7 +24,6 @@ import numpy as np
 from micrograd_gpt.arrays.stand_ins import definition
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
-Axes: TypeAlias = int | tuple[int, ...] | None
 
 LEAF = "leaf"  # the name of the nodes of tensors that no operation made
 _RECORDING: ContextVar[bool] = ContextVar("recording", default=True)
@@ -43,16 +39,11 @@ def recording(on: bool) -> Iterator[None]:
         _RECORDING.reset(token)
 
 
-def no_grad() -> Any:
-    """Within this block (`with no_grad():`) operations build no tape."""
-    return recording(False)
-
-
-# ------------------------------------------------------------------------------------- the tape
+no_grad = functools.partial(recording, False)  # with no_grad(): operations build no tape
 
 
 class Picked(NamedTuple):
-    """The gradient of `x` that came through x[index]: `grad` there, zero everywhere else."""
+    """The gradient of x that came through x[index]: `grad` there, zero everywhere else."""
 
     index: Any
     grad: Array
@@ -65,19 +56,17 @@ Backward: TypeAlias = Callable[[Array], Sequence[Part]]
 class Node:
     """One operation on the tape, or a leaf, whose `backward` adds to the leaf's `.grad`.
 
-    A node refers to its inputs' nodes, never to its result: so the tape has no cycles, and an
-    intermediate array lives only as long as a backward needs it. `shape` and `dtype` are those of
-    the result, and so of its gradient.
+    It refers to its inputs' nodes, never to its result: so the tape has no cycles, and an array
+    lives only as long as a backward needs it.
     """
 
     __slots__ = ("backward", "depth", "dtype", "name", "parents", "shape")
 
     def __init__(
-        self, name: str, data: Array, parents: tuple[Node | None, ...], backward: Backward
+        self, name: str, data: Array, parents: tuple[Node | None, ...], backward: Any
     ) -> None:
         self.name, self.shape, self.dtype = name, data.shape, data.dtype
-        self.parents = parents
-        self.backward: Backward | None = backward
+        self.parents, self.backward = parents, backward
         # Every parent is less deep than its child: sorting by depth is a topological order.
         self.depth: int = 1 + max((parent.depth for parent in parents if parent), default=0)
 
@@ -90,18 +79,17 @@ def is_recorded(*inputs: Tensor) -> bool:
 def record(name: str, data: Array, inputs: Sequence[Tensor], backward: Backward) -> Tensor:
     """The result of an operation as a tensor, on the tape if a gradient may be wanted.
 
-    `backward(grad)` gets the gradient of the loss with respect to `data`, which it must not change,
-    and returns one gradient (or None) for each input, in order: a new array, or a view of `grad`.
-    Each may still have the broadcast shape and another dtype than the input.
+    `backward(grad)` gets the gradient of the loss with respect to `data`, and returns one gradient
+    (or None) for each input: a new array or a view of `grad`, of the broadcast shape or its own.
     """
     result = Tensor(data)
     if is_recorded(*inputs):
         result.requires_grad = True
-        result._node = Node(name, result.data, tuple(node_of(x) for x in inputs), backward)
+        result._node = Node(name, result.data, tuple(map(node_of, inputs)), backward)
     return result
 
 
-def node_of(x: Tensor) -> Node | None:
+def node_of(x: Tensor) -> Any:
     """Where the gradient of `x` goes: to the operation that made it, or into its own `.grad`."""
     if x._node is None and x.requires_grad:
         return Node(LEAF, x.data, (), x._accumulate)
@@ -109,18 +97,12 @@ def node_of(x: Tensor) -> Node | None:
 
 
 def tape_below(root: Node) -> list[Node]:
-    """All nodes that `root` was computed from, each after its parents, and `root` itself.
-
-    Raises RuntimeError where a part of the tape was walked, and so freed, before.
-    """
+    """All nodes that `root` was computed from, each after its parents, and `root` itself."""
     seen, stack = {root: None}, [root]  # a dict keeps its order, so that sums are reproducible
     while stack:
         node = stack.pop()
         if node.backward is None:
-            raise RuntimeError(
-                f"a backward() has already gone through {node.name!r} of shape {node.shape} and "
-                "freed the tape there: compute the result again first"
-            )
+            raise RuntimeError(f"backward() has freed the tape at {node.name!r}: compute it again")
         for parent in node.parents:
             if parent and parent not in seen:
                 seen[parent] = None
@@ -129,31 +111,25 @@ def tape_below(root: Node) -> list[Node]:
 
 
 def walk_back(root: Node, grad: Array) -> None:
-    """Send `grad` from `root` down the tape to the leaves. An operation is spent once it is done.
-
-    Two rules say who may change a gradient: nobody, while it is on its way; and a leaf owns its
-    `.grad`.
-    """
+    """Send `grad` from `root` down the tape to the leaves; an operation is spent once it is done.
+    Two rules: nobody changes a gradient that is on its way; and a leaf owns its `.grad`."""
     tape, grads, made = tape_below(root), {root: grad}, set[Node]()
     while tape:
         node = tape.pop()
-        if node in grads and node.backward is not None:
-            parts = node.backward(grads.pop(node))
-            for parent, part in zip(node.parents, parts, strict=True):
-                if parent is not None and part is not None:
-                    if parent.name == LEAF and parent.backward is not None:
-                        parent.backward(part)
-                    else:
-                        grads[parent] = plus(grads.get(parent), part, parent, made)
+        if node in grads:
+            grad = grads.pop(node)
+            for parent, part in zip(node.parents, node.backward(grad), strict=True):
+                if part is not None and parent and parent.name == LEAF:
+                    parent.backward(part.copy() if part is grad else part)
+                elif part is not None and parent:
+                    grads[parent] = plus(grads.get(parent), part, parent, made)
         if node.name != LEAF:
             node.backward, node.parents = None, ()
 
 
 def plus(total: Array | None, part: Array | Picked, node: Node, made: set[Node]) -> Array:
-    """The gradient of `node` so far (None: nothing yet) and one part more.
-
-    `made` are the nodes whose sum was made here, so that elements can be added to it in place.
-    """
+    """The gradient of `node` so far (None: nothing yet) and one part more. Of nodes in `made` the
+    sum was made here, and elements can be added to it in place."""
     if isinstance(part, Picked):
         if node not in made:
             empty = np.zeros(node.shape, node.dtype, like=part.grad)
@@ -162,7 +138,7 @@ def plus(total: Array | None, part: Array | Picked, node: Node, made: set[Node])
         add_at(total, part.index, part.grad)
         return total
     part = fit(part, node.shape, node.dtype)
-    return part if total is None else add(total, part)
+    return part if total is None else total + part
 
 
 def fit(grad: Array, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -171,100 +147,60 @@ def fit(grad: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))))
         stretched = tuple(i for i, n in enumerate(shape) if n == 1 and grad.shape[i] != 1)
         grad = grad.sum(axis=stretched, keepdims=True)
-    return as_array(grad).astype(dtype, copy=False)
-
-
-def as_array(result: Any) -> Array:
-    """NumPy's functions give single numbers as scalars; here they are arrays of no dimensions."""
-    return np.asarray(result) if isinstance(result, np.generic) else result
-
-
-# --------------------------------------------------- what the tensor does with arrays, and often
-
-
-@definition
-def add(x: Array, y: Array, out: Array | None = None) -> Array:
-    """x + y with NumPy's broadcasting, into `out` if it is given."""
-    return as_array(np.add(x, y, out=out))
+    grad = np.asarray(grad) if isinstance(grad, np.generic) else grad  # NumPy's single numbers
+    return grad.astype(dtype, copy=False)
 
 
 @definition
 def add_at(total: Array, index: Any, part: Array) -> None:
     """Add `part` to total[index], in place; an element picked several times gets every part."""
     parts = index if isinstance(index, tuple) else (index,)
-    if all(isinstance(p, int | slice | type(None) | type(...)) for p in parts):
-        total[index] += part  # each element is picked once at most
+    is_basic = all(isinstance(p, int | slice | type(None) | type(...)) for p in parts)
+    if is_basic and isinstance(here := total[index], type(total)):
+        here += part  # a view, in which each element is picked once
     else:
         np.add.at(total, index, part)
 
 
-# --------------------------------------------------------------------------------- the tensor
-
-
 def comparison(name: str) -> Any:
-    """The method `name` of Tensor, which compares element by element as NumPy's does."""
-
-    def compare(self: Tensor, other: Any) -> Tensor:
-        a, b = operands(name, self, other)
-        return Tensor(getattr(a.data, name)(b.data))
-
-    return compare
+    """The method of this name, which gives a tensor of booleans, for `where`."""
+    return lambda self, other: Tensor(getattr(self.data, name)(as_tensor(other, self).data))
 
 
 class Tensor:
     """An n-dimensional array on the CPU (NumPy) or the GPU (CuPy) that can carry a gradient.
 
-    Args:
-        data: a number, nested lists, or an array. Arrays keep their dtype and are not copied;
-            numbers and lists become float32.
-        requires_grad: make it a leaf whose `.grad` `backward()` fills. Floating-point types only.
-        dtype: convert to this type ("float32", "float64", "bfloat16", "float16", …).
-        device: "cpu" or "gpu"; left out, an array stays where it is.
-
-    Attributes: `data` the array, `grad` the accumulated gradient (an array of the same shape and
-    dtype, or None), and `requires_grad`.
+    `data` is an array, which is kept as it is, or numbers and lists of them, which become float32;
+    `dtype` ("float32", "bfloat16", …) and `device` ("cpu", "gpu") convert it. With `requires_grad`
+    it is a leaf, whose `.grad`, an array of the same shape and dtype, `backward()` adds to.
     """
 
     __slots__ = ("__weakref__", "_node", "data", "grad", "requires_grad")
     __array_ufunc__ = None  # np.float32(2) * tensor: NumPy leaves it to Tensor.__rmul__
 
     def __init__(
-        self,
-        data: Any,
-        requires_grad: bool = False,
-        dtype: Any = None,
-        device: str | None = None,
+        self, data: Any, requires_grad: bool = False, dtype: Any = None, device: Any = None
     ) -> None:
         data = data.data if isinstance(data, Tensor) else data
-        if not hasattr(data, "dtype"):
-            data = np.asarray(data, np.float32 if dtype is None else dtype)
-        self.data: Array = as_array(data)
-        if dtype is not None:
-            self.data = self.data.astype(dtype, copy=False)
-        if device is not None:
-            self.data = self.to(device).data
-        if requires_grad and self.dtype.kind in "iub":
-            raise ValueError(f"a tensor of {self.dtype} cannot require a gradient: use a float")
-        self.requires_grad = requires_grad
+        if not hasattr(data, "dtype") or isinstance(data, np.generic):
+            data = np.asarray(data, dtype or getattr(data, "dtype", np.float32))
+        data = data if dtype is None else data.astype(dtype, copy=False)
+        if requires_grad and data.dtype.kind in "iub":
+            raise ValueError(f"a tensor of {data.dtype} cannot require a gradient: use a float")
+        self.data: Array = data if device is None else Tensor(data).to(device).data
         self.grad: Array | None = None
         self._node: Node | None = None
+        self.requires_grad = requires_grad
 
     shape = property(lambda self: self.data.shape)
     ndim = property(lambda self: self.data.ndim)
     size = property(lambda self: self.data.size)
     dtype = property(lambda self: self.data.dtype)
     T = property(lambda self: self.transpose())
-
-    @property
-    def device(self) -> str:
-        """ "cpu" or "gpu"."""
-        return "cpu" if isinstance(self.data, np.ndarray) else "gpu"
+    device = property(lambda self: "cpu" if isinstance(self.data, np.ndarray) else "gpu")
 
     def __len__(self) -> int:
         return len(self.data)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
         made_by = f", made by {self._node.name}" if self._node else ""
@@ -297,71 +233,48 @@ class Tensor:
             result.requires_grad, result._node = True, node_of(self)
         return result
 
-    # Gradients
-
     def backward(self, grad: Any = None) -> None:
         """Add the gradient of this tensor with respect to every leaf to the leaf's `.grad`.
 
         `grad` is the gradient to start from, of this tensor's shape; for a single number it is 1.
-        The tape is freed as it is walked. Raises RuntimeError where there is no tape, where it is
-        spent and where `grad` is missing; ValueError where `grad` has another shape.
+        Raises RuntimeError where there is no tape, or a spent one, or where `grad` is missing.
         """
-        node = node_of(self)
-        if node is None:
-            raise RuntimeError(
-                "backward() on a tensor that needs no gradient: no leaf below it has "
-                "requires_grad=True, or it was computed under no_grad()"
-            )
+        if not self.requires_grad:
+            raise RuntimeError("backward() on a tensor that no leaf with requires_grad led to")
         if grad is None and self.size != 1:
             raise RuntimeError(
-                f"backward() on a tensor of shape {self.shape} needs a gradient of that shape: "
-                "backward(grad), or reduce it to one number first, for example with .sum()"
+                f"backward() from shape {self.shape} needs a gradient, or .sum() first"
             )
-        start = np.array(1 if grad is None else Tensor(grad).data, self.dtype, like=self.data)
-        if start.shape != self.shape and grad is not None:
+        start = np.ones_like(self.data) if grad is None else Tensor(grad).data.astype(self.dtype)
+        if start.shape != self.shape:
             raise ValueError(f"backward(): a gradient of shape {start.shape} for {self.shape}")
-        walk_back(node, start.reshape(self.shape))
+        walk_back(node_of(self), start)
 
     def _accumulate(self, part: Array | Picked) -> tuple[()]:
-        """Add to `.grad`, in place where there is one; what may be a view of another is copied."""
+        """Add to `.grad`, in place where there is one; a view of another gradient is copied."""
         if self.grad is None:
             new = plus(None, part, Node(LEAF, self.data, (), self._accumulate), set())
-            self.grad = new.copy(order="K") if new is part or new.base is not None else new
+            self.grad = new if new.base is None else new.copy()
         elif isinstance(part, Picked):
             add_at(self.grad, part.index, part.grad)
         else:
-            add(self.grad, fit(part, self.shape, self.dtype), out=self.grad)
+            self.grad += fit(part, self.shape, self.dtype)
         return ()
 
-    def retain_grad(self) -> Tensor:
-        """Keep the gradient of an intermediate result too: backward() fills its `.grad`."""
-        if (node := self._node) is not None and (backward := node.backward) is not None:
-            this = weakref.ref(self)
-
-            def keep(grad: Array) -> Sequence[Part]:
-                if (tensor := this()) is not None:
-                    tensor._accumulate(grad)
-                return backward(grad)
-
-            node.backward = keep
-        return self
-
-    # Arithmetic, element by element, with NumPy's broadcasting
-
-    def __add__(self, other: Operand) -> Tensor:
+    def __add__(self, other: Any) -> Tensor:
         a, b = operands("add", self, other)
-        return record("add", add(a.data, b.data), [a, b], lambda grad: (grad, grad))
+        return record("add", a.data + b.data, [a, b], lambda grad: (grad, grad))
 
-    def __sub__(self, other: Operand) -> Tensor:
+    def __sub__(self, other: Any) -> Tensor:
         a, b = operands("sub", self, other)
         return record("sub", a.data - b.data, [a, b], lambda grad: (grad, -grad))
 
-    def __mul__(self, other: Operand) -> Tensor:
+    def __mul__(self, other: Any) -> Tensor:
         a, b = operands("mul", self, other)
         x, y = a.data, b.data
         return record("mul", x * y, [a, b], lambda grad: (grad * y, grad * x))
 
-    def __truediv__(self, other: Operand) -> Tensor:
+    def __truediv__(self, other: Any) -> Tensor:
         a, b = operands("div", self, other)
         x, y = a.data, b.data
         quotient = x / y
@@ -378,10 +291,10 @@ class Tensor:
 
     __radd__, __rmul__ = __add__, __mul__
 
-    def __rsub__(self, other: Operand) -> Tensor:
+    def __rsub__(self, other: Any) -> Tensor:
         return as_tensor(other, self) - self
 
-    def __rtruediv__(self, other: Operand) -> Tensor:
+    def __rtruediv__(self, other: Any) -> Tensor:
         return as_tensor(other, self) / self
 
     def exp(self) -> Tensor:
@@ -410,10 +323,8 @@ class Tensor:
         x = self.data
         return record("relu", np.maximum(x, 0), [self], lambda grad: (grad * (x > 0),))
 
-    # Matrix product
-
     @definition
-    def __matmul__(self, other: Operand) -> Tensor:
+    def __matmul__(self, other: Any) -> Tensor:
         """(…, n, k) @ (…, k, m) -> (…, n, m), batch dimensions broadcast; vectors as in NumPy."""
         a, b = operands("matmul", self, other, broadcast=False)
         if a.ndim == 1:
@@ -427,13 +338,11 @@ class Tensor:
 
         return record("matmul", x @ y, [a, b], backward)
 
-    def __rmatmul__(self, other: Operand) -> Tensor:
+    def __rmatmul__(self, other: Any) -> Tensor:
         return as_tensor(other, self) @ self
 
-    # Reductions
-
     @definition
-    def sum(self, axis: Axes = None, keepdims: bool = False) -> Tensor:
+    def sum(self, axis: Any = None, keepdims: bool = False) -> Tensor:
         x = self.data
 
         def backward(grad: Array) -> tuple[Array]:
@@ -441,11 +350,11 @@ class Tensor:
 
         return record("sum", x.sum(axis=axis, keepdims=keepdims), [self], backward)
 
-    def mean(self, axis: Axes = None, keepdims: bool = False) -> Tensor:
+    def mean(self, axis: Any = None, keepdims: bool = False) -> Tensor:
         total = self.sum(axis, keepdims)
         return total / (self.size / max(1, total.size))
 
-    def max(self, axis: Axes = None, keepdims: bool = False) -> Tensor:
+    def max(self, axis: Any = None, keepdims: bool = False) -> Tensor:
         """The largest element along `axis`; equal ones share the gradient equally."""
         x, y = self.data, self.data.max(axis=axis, keepdims=keepdims)
 
@@ -456,18 +365,15 @@ class Tensor:
 
         return record("max", y, [self], backward)
 
-    # Shape
-
     def reshape(self, *shape: Any) -> Tensor:
         x = self.data
         return record("reshape", x.reshape(*shape), [self], lambda grad: (grad.reshape(x.shape),))
 
     def transpose(self, *axes: Any) -> Tensor:
         """Permute the axes; without arguments, reverse them."""
+        order = axes[0] if axes and not isinstance(axes[0], int) else axes
+        back = np.argsort([i % self.ndim for i in order or range(self.ndim)[::-1]]).tolist()
         y = self.data.transpose(*axes)
-        order = axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes
-        order = [i % self.ndim for i in order or range(self.ndim - 1, -1, -1)]
-        back = [order.index(i) for i in range(self.ndim)]
         return record("transpose", y, [self], lambda grad: (grad.transpose(back),))
 
     def swapaxes(self, a: int, b: int) -> Tensor:
@@ -479,29 +385,16 @@ class Tensor:
         index = plain_index(index, self.data)
         return record("getitem", self.data[index], [self], lambda grad: (Picked(index, grad),))
 
-    def masked_fill(self, mask: Any, value: float) -> Tensor:
-        """This tensor with `value` where `mask` is true; no gradient flows there."""
-        return where(mask, value, self)
-
-    # Comparisons give tensors of booleans, for `where`
-
-    __eq__, __ne__ = comparison("__eq__"), comparison("__ne__")
-    __lt__, __le__ = comparison("__lt__"), comparison("__le__")
-    __gt__, __ge__ = comparison("__gt__"), comparison("__ge__")
-    __hash__ = object.__hash__  # as a key a tensor is itself, whatever it holds
-
     def __bool__(self) -> bool:
         """The truth of a single element; ValueError for more, which have no one truth."""
         return bool(self.data)
 
-
-Operand: TypeAlias = Tensor | float | Array
-
-
-# ---------------------------------------------------------------- operations on several tensors
+    __eq__, __ne__, __lt__ = map(comparison, ("__eq__", "__ne__", "__lt__"))
+    __le__, __gt__, __ge__ = map(comparison, ("__le__", "__gt__", "__ge__"))
+    __hash__ = object.__hash__  # as a key a tensor is itself, whatever it holds
 
 
-def where(condition: Any, a: Operand, b: Operand) -> Tensor:
+def where(condition: Any, a: Any, b: Any) -> Tensor:
     """`a` where `condition` (an array or tensor of booleans) is true, else `b`; broadcasts."""
     a, b = operands("where", a, b)
     mask = np.asarray(condition.data if isinstance(condition, Tensor) else condition, like=a.data)
@@ -518,14 +411,11 @@ def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     return record("concatenate", y, tensors, lambda grad: np.split(grad, ends[:-1], axis=axis))
 
 
-# ---------------------------------------------------------------------------------------- helpers
-
-
 def operands(name: str, a: Any, b: Any, broadcast: bool = True) -> tuple[Tensor, Tensor]:
     """Both operands as tensors, on one device, with shapes that broadcast; else a clear error."""
     like = a if isinstance(a, Tensor) else b
     a, b = as_tensor(a, like), as_tensor(b, like)
-    if type(a.data) is not type(b.data):
+    if a.device != b.device:
         raise ValueError(f"{name}: one is on the {a.device}, one on the {b.device}: move it .to()")
     if broadcast and a.shape != b.shape:
         try:
@@ -539,17 +429,15 @@ def as_tensor(value: Any, like: Tensor) -> Tensor:
     """`value` as a tensor; a Python number takes the dtype and device of `like`."""
     if isinstance(value, Tensor):
         return value
-    if isinstance(value, np.number):
-        value = value.item()
-    if hasattr(value, "dtype"):
+    if hasattr(value, "dtype") and not isinstance(value, np.number):
         return Tensor(value)
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float | np.number):
         raise TypeError(f"a tensor combines with tensors, arrays and numbers, not with {value!r}")
-    fits = isinstance(value, int) or like.dtype.kind not in "iub"
+    fits = like.dtype.kind not in "iub" or isinstance(value, int | np.integer)
     return Tensor(np.full_like(like.data, value, like.dtype if fits else np.float32, shape=()))
 
 
-def with_axes(y: Array, axis: Axes, keepdims: bool) -> Array:
+def with_axes(y: Array, axis: Any, keepdims: bool) -> Array:
     """A reduction's result with the reduced axes back, as 1."""
     return y if keepdims or axis is None else np.expand_dims(y, axis)
 

@@ -1,8 +1,8 @@
 """Two architectures that texts about Transformers teach beside GPT-2's, as small subclasses of it.
 
-`norm_position="post"` puts each LayerNorm behind its residual addition, as in the first Transformer,
-and has no final one; `position_embedding="sinusoidal"` adds fixed waves instead of a learned table
-(Vaswani et al. 2017, arXiv:1706.03762). Both are for learning: OpenAI's weights are "pre" and
+`norm_position="post"` puts each LayerNorm behind its residual addition, as the first Transformer
+did, and has no final one; `position_embedding="sinusoidal"` adds fixed waves instead of a learned
+table (Vaswani et al. 2017, arXiv:1706.03762). Both are for learning: OpenAI's weights are "pre" and
 "learned".
 
     model = VariantGPT2(VariantConfig(norm_position="post", n_layer=4, n_head=4, n_embd=128))

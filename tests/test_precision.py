@@ -13,7 +13,8 @@ from micrograd_gpt import functional as F
 from micrograd_gpt.arrays.precision import HALF, kept, product_in_float32, widened
 from micrograd_gpt.gpt2 import GPT2, GPT2Config, KVCache
 from micrograd_gpt.kernels import definitions_only
-from micrograd_gpt.text.data import Windows, load_corpus
+from micrograd_gpt.text.corpus import load_corpus
+from micrograd_gpt.text.windows import Windows
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 61, "n_positions": 16}
 UNIT = {"bfloat16": 2**-8, "float16": 2**-11}  # the largest relative error of one rounding

@@ -1,4 +1,4 @@
-"""What tests/test_prepare.py has its worker processes do, in a module that they can import."""
+"""What tests/text/test_workers.py has its workers do, in a module that they can import."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 
 import numpy as np
 
-from micrograd_gpt.text.prepare import encode_texts
+from micrograd_gpt.text.pieces import encode_piece
 from micrograd_gpt.text.tokenizers import ByteTokenizer
 
 
@@ -21,7 +21,7 @@ def total(piece: list[str]) -> int:
 
 
 def encode_bytes(piece: list[str]) -> np.ndarray:
-    return encode_texts(piece, ByteTokenizer())
+    return encode_piece(piece, ByteTokenizer())
 
 
 def kill_yourself(piece: list[str]) -> None:

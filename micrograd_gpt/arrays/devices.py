@@ -101,3 +101,12 @@ def to_device(array: Array, device: str) -> Array:
     if device_of(array) == device:
         return array
     return library_for("gpu").asarray(array) if device == "gpu" else array.get(order="A")
+
+
+def move(model: Any, device: str) -> None:
+    """Move all tensors of a model (nn.Module) to "cpu" or "gpu". Gradients are forgotten; make the
+    optimizer after this."""
+    for part in model.modules():
+        for tensor in vars(part).values():
+            if hasattr(tensor, "requires_grad"):
+                tensor.data, tensor.grad = to_device(tensor.data, device), None

@@ -10,10 +10,10 @@ definition meets its arrays, so that no readable definition mentions it: a defin
 half-precision arrays as float32, and of its results the first is kept in the type of its first
 argument. What comes with it (statistics, a loss, the gradients of parameters) stays float32.
 
-Which parts of a GPT-2 that concerns follows from two rules. Matrix work begins where `linear` is
-given a wide array: within `compute_in("bfloat16")`, or where the weight is of half precision, what
-goes in is rounded, and what follows (attention, GELU, dropout) keeps that type. What is looked up in
-an embedding is wide, and so is the residual stream, which starts there. LayerNorm, softmax, the loss
+Two rules say which parts of a GPT-2 that concerns. Matrix work begins where `linear` is given a
+wide array: within `compute_in("bfloat16")`, or where the weight is half precision, what goes in is
+rounded, and what follows (attention, GELU, dropout) keeps that type. What is looked up in an
+embedding is wide, and so is the residual stream, which starts there. LayerNorm, softmax, the loss
 and the gradients of parameters are computed in float32 in any case.
 """
 

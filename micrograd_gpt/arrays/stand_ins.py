@@ -35,6 +35,7 @@ LEVELS = ("definitions", "fused", "numpy", "c")
 CUDA = "cuda"  # kernels of a GPU's arrays, wherever those in NumPy may stand in on a CPU
 IN_THE_ENVIRONMENT = ("definitions", "numpy", "c")
 
+_IN_C: list[Callable[[], str]] = []
 _HIGHEST: ContextVar[str | None] = ContextVar("highest level", default=None)
 
 
@@ -120,6 +121,21 @@ def _from_environment() -> str:
             "or leave it out"
         )
     return level
+
+
+def described_by(function: Callable[[], str]) -> Callable[[], str]:
+    """Register what says whether the kernels in C can be had, and if not, why."""
+    _IN_C.append(function)
+    return function
+
+
+def report() -> str:
+    """What computes on the CPU, in words."""
+    level = highest_level()
+    if level == LEVELS[-1] and _IN_C:
+        return _IN_C[-1]()
+    names = {"definitions": "none, layers.py", "fused": "none, functional.py", "numpy": "NumPy"}
+    return f"{names[level]} (as MICROGRAD_GPT_KERNELS asks)"
 
 
 def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any]]:

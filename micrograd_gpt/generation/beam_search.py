@@ -1,6 +1,7 @@
-"""Beam search: look for the continuation that is likeliest as a whole, keeping several in play.
+"""Beam search: keep several continuations in play to find the one that is likeliest as a whole.
 
-Like `_beam_search` in Transformers' `generation/utils.py`: the same beams, scores and end.
+It finds the same beams, with the same scores, and ends at the same time as `_beam_search` in
+Transformers' `generation/utils.py`.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from micrograd_gpt.generation.context import Context, Continuation
-from micrograd_gpt.generation.filters import NEVER, NO_TOKEN_LEFT, Settings, log_softmax, penalise
+from micrograd_gpt.generation.filters import NEVER, NO_TOKEN_LEFT, log_softmax, penalise
+from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 
 
 @dataclass(kw_only=True)
 class Beam(Continuation):
-    """A continuation, and the sum of the log-probabilities of its new tokens after the penalties.
-
-    Of one that has ended, `score` is that sum / length ** `length_penalty`.
+    """A continuation and its score: the sum of the log-probabilities of its new tokens after the
+    penalties, and once it has ended that sum / length ** `length_penalty`.
     """
 
     score: float
@@ -35,11 +36,15 @@ def beam_search(
 ) -> list[Beam]:
     """The best `num_samples` of the `num_beams` continuations found, best first.
 
-    `hits_stop` is asked whether new tokens end a text, as end-of-text and `max_new_tokens` do. Each
-    step extends every beam by every token and keeps the `num_beams` best that have not ended;
-    one that ends is set aside. The search is over when `num_beams` have ended and none in play can
-    be better: judged by its length now (`early_stopping` False) or at the length that suits it best
-    ("never"), or without asking (True). Raises UserError where fewer than `num_samples` are found.
+    Each step extends every beam by every token and keeps the `num_beams` best that have not ended;
+    those that have ended are set aside. New tokens end a text if they reach end-of-text or
+    `max_new_tokens`, or if `hits_stop` says so.
+
+    The search is over when `num_beams` have ended and none in play can be better, judged by its
+    length now (`early_stopping` False) or by the length that suits it best ("never"); with True it
+    is over as soon as they have ended.
+
+    Raises UserError where fewer than `num_samples` are found.
     """
     started = time.perf_counter()
     width, penalty = settings.num_beams, settings.length_penalty
@@ -47,7 +52,7 @@ def beam_search(
     context = Context(model, width, longest, settings.use_cache)
     beams, ended = [Beam(ids=prompt, n_prompt=len(prompt), score=0.0)], list[Beam]()
     for length in range(1, settings.max_new_tokens + 1):
-        # Twice as many candidates as beams: at most half of them end with end-of-text
+        # Twice as many candidates as beams, since up to half of them may end with end-of-text
         parents, candidates = _extend(context, beams, 2 * width, settings)
         for beam in candidates:
             beam.seconds = time.perf_counter() - started
@@ -57,7 +62,7 @@ def beam_search(
                 beam.stopped = "stop"
             elif length == settings.max_new_tokens:
                 beam.stopped = "length"
-        # Only one of the best `width` may end: the others are there to go on in its place
+        # Only the best `width` may end; the others are there to go on in their place
         just_ended = [beam for beam in candidates[:width] if beam.stopped]
         for beam in just_ended:
             beam.score /= length**penalty

@@ -1,4 +1,4 @@
-"""What a model has read: the window of a text that it sees, and the KV cache behind it."""
+"""What a model has read: the window through which it sees a text, and the KV cache behind it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from micrograd_gpt.arrays.precision import array_dtype
-from micrograd_gpt.gpt2 import GPT2, KVCache
+from micrograd_gpt.arrays.precision import widened
+from micrograd_gpt.generation.kv_cache import KVCache, bytes_of_cache
+from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import no_grad
 
 
 def window_start(length: int, n_positions: int) -> int:
-    """Where the window on a text of `length` tokens begins; it reaches to the text's end.
+    """Where the window on a text of `length` tokens begins; it ends where the text ends.
 
-    A text of up to `n_positions` tokens is seen whole. On a longer one the window moves on in hops
-    of a quarter of `n_positions`, no further than it must: positions are learned, so each move
-    gives every token another position, and the cache has to be filled anew.
+    A text of up to `n_positions` tokens is seen whole. On a longer text the window moves in hops of
+    a quarter of `n_positions`, and no further than it must: each move gives every token another
+    position, so the cache has to be filled anew.
     """
     hop = max(1, n_positions // 4)
     too_many = max(0, length - n_positions)
@@ -30,14 +31,14 @@ def window_start(length: int, n_positions: int) -> int:
 class Continuation:
     """A prompt and what follows it so far.
 
-    `stopped` says why it ended, None while it goes on: "end-of-text", "length" (`max_new_tokens`
-    were added), "no token left" (each would repeat an n-gram), or what the caller set, such as
-    "stop" or "interrupted".
+    `stopped` is None while it goes on and then says why it ended: "end-of-text", "length"
+    (`max_new_tokens` were added), "no token left" (each would repeat an n-gram), or what the caller
+    set, such as "stop" or "interrupted".
     """
 
     ids: list[int]  # the prompt's tokens and the new ones
     n_prompt: int
-    log_probs: list[float] = field(default_factory=list)  # of the new ones, in the model's opinion
+    log_probs: list[float] = field(default_factory=list)  # the model's, of the new ones
     stopped: str | None = None
     seconds: float = 0.0  # from the start of decoding to the latest token
 
@@ -60,16 +61,16 @@ def evaluating(model: GPT2) -> Iterator[None]:
 
 
 class Context:
-    """Several texts that a model reads as they grow, one to a row of its KV cache.
+    """Several texts that a model reads as they grow, each in a row of its KV cache.
 
-    `logits` takes the texts as they are now. What a row's cache holds of its text is not read
-    again, and what it holds beyond it (guesses that were wrong) is forgotten. Without a cache the
-    model reads each window from its start every time: slow, and the same logits.
+    `logits` takes the texts as they are now. The part of a text that its row already holds is not
+    read again, and what the row holds beyond it (guesses that were wrong) is forgotten. Without a
+    cache the model reads each window from its start every time: slow, with the same logits.
 
     Args:
-        rows: how many texts at most.
-        longest: the most tokens a text will have, which is what the cache has room for, up to
-            `n_positions`.
+        rows: the most texts there will be.
+        longest: the most tokens a text will have. The cache has room for that many, but for no more
+            than `n_positions`.
 
     Raises UserError where there is no memory for the cache.
     """
@@ -85,15 +86,15 @@ class Context:
         return window_start(len(text), self.n_positions) + self.n_positions - len(text)
 
     def logits(self, texts: list[list[int]], count: int = 1) -> np.ndarray:
-        """What may follow each text's last `count` tokens, one after another: (B, count, V).
+        """The logits after each of the last `count` tokens of each text: (B, count, V).
 
-        A text must not be empty; all `count` tokens are seen through the window of the whole text.
+        No text may be empty, and all `count` tokens are seen through the window of the whole text.
         Raises UserError where the logits are not finite numbers.
         """
         with no_grad(), evaluating(self.model):
             if self.cache is None:
                 logits = np.stack([self._read(text, count) for text in texts])
-            elif len(texts) == 1 and count == 1:  # all that is unread in one go
+            elif len(texts) == 1 and count == 1:  # everything that is unread, in one go
                 self._line_up(texts[0], 0, len(texts[0]) - 1)
                 cache = self.cache.rows(0, 1)
                 unread = np.array([texts[0][self.starts[0] + cache.length :]])  # (1, T)
@@ -103,12 +104,13 @@ class Context:
                     self._prepare(texts, row, len(texts[row]) - count)
                 last = np.array([text[len(text) - count :] for text in texts])  # (B, count)
                 logits = self.model(last, self.cache.rows(0, len(texts))).numpy()
+        logits = widened(logits)
         if not np.isfinite(logits).all():
             raise UserError("the model's logits are not finite: its weights must be damaged")
         return logits
 
     def keep(self, rows: list[int], shared: int = 0) -> None:
-        """Row i goes on from the text of row rows[i]; the first `shared` tokens agree in all."""
+        """Let row i continue the text of row rows[i]; the first `shared` tokens agree in all."""
         starts = [self.starts[row] for row in rows]
         if self.cache is not None and rows:
             alike = starts == self.starts[: len(rows)]
@@ -121,14 +123,14 @@ class Context:
         return self.model(np.array([window]), last_only=count == 1).numpy()[0, -count:]
 
     def _line_up(self, text: list[int], row: int, end: int) -> None:
-        """Let the row's cache hold nothing but tokens of its text's window, before token `end`."""
+        """Cut the row's cache down to tokens of its text's window that come before token `end`."""
         assert self.cache is not None
         cache, start = self.cache.rows(row, row + 1), window_start(len(text), self.n_positions)
         cache.length = min(cache.length, end - start) if start == self.starts[row] else 0
         self.starts[row] = start
 
     def _prepare(self, texts: list[list[int]], row: int, end: int) -> None:
-        """Make the row's cache hold its text from the start of the window up to token `end`."""
+        """Fill the row's cache with its text, from the start of the window up to token `end`."""
         assert self.cache is not None
         text, cache = texts[row], self.cache.rows(row, row + 1)
         self._line_up(text, row, end)
@@ -143,9 +145,7 @@ def _allocate(model: GPT2, rows: int, capacity: int) -> KVCache:
     try:
         return KVCache(model, rows, capacity)
     except (MemoryError, ValueError):  # ValueError: more than an array can have at all
-        c = model.config
-        itemsize = array_dtype(model.compute, model.transformer.wte.weight.device).itemsize
-        size = 2 * c.n_layer * c.n_embd * capacity * rows * itemsize
+        size = bytes_of_cache(model, rows, capacity) / 1e9
         raise UserError(
-            f"no memory for a KV cache of {size / 1e9:,.1f} GB: lower num_samples or num_beams"
+            f"no memory for a KV cache of {size:,.1f} GB: lower num_samples or num_beams"
         ) from None

@@ -41,9 +41,16 @@ class KVCache:
     def length(self, length: int) -> None:
         self.lengths[:] = length
 
+    def positions(self, batch_size: int, count: int) -> np.ndarray:
+        """Where in their texts the next `count` tokens of each row stand: (B, count)."""
+        if len(self.lengths) != batch_size:
+            raise ValueError(f"a KV cache of {len(self.lengths)} rows for a batch of {batch_size}")
+        return self.lengths[:, None] + np.arange(count)
+
     def layer(self, i: int) -> Past:
         """What attention needs of layer i."""
-        return Past(*self.data[i], self.lengths)
+        keys, values = self.data[i]
+        return Past(keys, values, self.lengths)
 
     def rows(self, first: int, end: int) -> KVCache:
         """Rows first … end-1 as a cache of their own, which is a view: nothing is copied."""
@@ -61,6 +68,12 @@ class KVCache:
             to, source = (np.asarray(rows, like=self.data) for rows in (new, old))
             self.data[:, :, to, :, part] = self.data[:, :, source, :, part]
             self.lengths[list(new)] = self.lengths[list(old)]
+
+
+def bytes_of_cache(model: GPT2, batch_size: int, capacity: int) -> int:
+    """How much memory a KVCache of these sizes takes."""
+    c, dtype = model.config, compute_dtype(model.transformer.h[0].attn.c_attn.weight)
+    return 2 * c.n_layer * c.n_embd * capacity * batch_size * dtype.itemsize
 
 
 class Past:
@@ -94,5 +107,5 @@ class Past:
         end = start + q.shape[2]
         self.keys[rows, :, start:end] = k.data[rows]
         self.values[rows, :, start:end] = v.data[rows]
-        seen = (self.keys[rows, :, :end], self.values[rows, :, :end])
-        return layers.attention(Tensor(q.data[rows]), *map(Tensor, seen)).data
+        keys, values = self.keys[rows, :, :end], self.values[rows, :, :end]
+        return layers.attention(Tensor(q.data[rows]), Tensor(keys), Tensor(values)).data

@@ -1,31 +1,31 @@
 """Speculation: guess the next tokens, then let the model check all of them in one pass.
 
-One pass over several tokens costs much less than a pass over each, for most of its time goes into
-reading the weights. So where the next tokens can be guessed, several are decided at the price of a
-few. The result does not change: at each place the model's own token is chosen, greedily or drawn as
-ever, and the first one that differs from the guess ends the pass. (For guesses without
-probabilities this is the rule of Leviathan et al. 2023, arXiv:2211.17192: a guess is kept with the
-probability that the model gives it.)
+A pass over several tokens costs much less than one pass for each of them, since most of its time
+goes into reading the weights. So where the next tokens can be guessed, several are decided at the
+price of a few. The result does not change: at each place the model's own token is chosen, greedily
+or at random as before, and the first one that differs from the guess ends the pass. (For guesses
+without probabilities this is the rule of Leviathan et al. 2023, arXiv:2211.17192: a guess is kept
+with the probability that the model gives it.)
 
-Only while one sample is running: a batch already shares each reading of the weights, and a longer
-pass over all of its rows costs more than right guesses in some of them save.
+Only a lone sample speculates: a batch already shares each reading of the weights, and right guesses
+in some of its rows save less than a longer pass over all of them costs.
 """
 
 from __future__ import annotations
 
-RUNS = (4, 8, 16)  # how many of the last tokens are looked up: the longer, the surer the guess
+RUNS = (4, 8, 16)  # how many of the last tokens are looked up: the more, the surer the guess
 FEWEST_GUESSES, MOST_GUESSES = 7, 31  # with the last token, passes over 8 to 32 tokens
-WORTH_IT = 3  # right guesses make up for what the longer pass costs
-PAUSE = 64  # tokens without a guess, after the longest runs misled too
+WORTH_IT = 3  # this many right guesses make up for the cost of the longer pass
+PAUSE = 64  # for this many tokens there is no guess, after the longest runs misled too
 
 
 class PromptLookup:
-    """Guess that what followed the last few tokens earlier in the text follows again (Saxena 2023,
-    "Prompt lookup decoding"; `prompt_lookup_num_tokens` in Transformers).
+    """Guess that what followed the last few tokens earlier in the text follows them again (Saxena
+    2023, "Prompt lookup decoding"; `prompt_lookup_num_tokens` in Transformers).
 
     Texts that quote or repeat themselves, such as code, are guessed well. Elsewhere guesses fail,
-    and a failed one costs a pass or two: so each failure doubles the run that must agree before the
-    next guess, and each that was worth it halves it.
+    and a failed guess costs as much as a pass or two. So each failure doubles the length of the run
+    that must agree before the next guess, and each guess that was worth it halves that length.
     """
 
     def __init__(self) -> None:
@@ -45,13 +45,13 @@ class PromptLookup:
         for n in reversed(runs):
             end = self._ends.get(tuple(text[-n:]))
             if end is not None:
-                period = len(text) - end  # a guess that reaches the text's end starts over
+                period = len(text) - end  # a guess that reaches the end of the text starts over
                 self._guess = [text[end + i % period] for i in range(min(self._size, most))]
                 break
         return self._guess
 
     def _index(self, text: list[int]) -> None:
-        """Note where each run of tokens ends, but for those that end where the text does."""
+        """Note where each run of tokens ends, except for runs that end where the text does."""
         for end in range(self._indexed, len(text)):
             for n in RUNS:
                 if n <= end:

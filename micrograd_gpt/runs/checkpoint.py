@@ -38,8 +38,10 @@ from micrograd_gpt.support.file_sets import (
     written_as_set,
 )
 from micrograd_gpt.support.files import read_json, reading, write_text
-from micrograd_gpt.text.shards import Shards, blocks
-from micrograd_gpt.text.tokenizers import FILE_NAME, Tokenizer
+from micrograd_gpt.text.shards import Shards
+from micrograd_gpt.text.shards import slices as blocks
+from micrograd_gpt.text.tokenizers import TOKENIZER_FILE as FILE_NAME
+from micrograd_gpt.text.tokenizers import Tokenizer
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"

@@ -53,7 +53,7 @@ def run(main: Callable[[], int]) -> NoReturn:
             raise failed
     except UserError as error:
         status = 2
-        _tell(f"error: {error}")
+        say(f"error: {error}")
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
@@ -62,7 +62,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         if error.filename is not None:  # of a file; what fails in writing to one is a UserError
             raise
         status = 2
-        _tell(f"error: cannot write output: {error.strerror or error}")
+        say(f"error: cannot write output: {error.strerror or error}")
     for stream in (sys.stdout, sys.stderr):
         _flush(stream)
     sys.exit(status)
@@ -74,9 +74,10 @@ def _open_closed_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-def _tell(message: str) -> None:
-    with suppress(OSError):  # nobody reads it, and the status says it too
-        print(message, file=sys.stderr)
+def say(message: str) -> None:
+    """Tell the user something, on stderr; where nobody reads it (a closed pipe), go on."""
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def _flush(stream: TextIO) -> OSError | None:

@@ -1,7 +1,7 @@
-"""Where text comes from: one document after another, each in blocks, so that none need fit memory.
+"""Where text comes from: one document after another, in chunks, so that none has to fit in memory.
 
-A document is a whole text that stands for itself: a text file, a line of a .jsonl file, a row of a
-.parquet file, a topic of Python's manual.
+A document is a text that stands alone: a text file, a line of a .jsonl file, a row of a .parquet
+file, a topic of Python's manual.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 
 from micrograd_gpt.support.download import cache_folder, download
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import reading
 
 SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".parquet")  # of the files read in a folder
-BLOCK = 1 << 18  # bytes read at a time
+CHUNK = 1 << 18  # bytes read at a time
 ROWS = 256  # of a .parquet file, read at a time
 
 SHAKESPEARE_URL = (
@@ -32,22 +33,27 @@ def load_documents(source: str | Path, encoding: str = "utf-8") -> list[str]:
     - "pydocs": the Python language manual inside every interpreter (`pydoc_data.topics`), one
       document per topic, in the order of their names. It differs from one Python to the next.
     - "shakespeare": one document, fetched once into the user's cache folder and verified.
-    - a file: its documents, as `read_documents` finds them. A folder: those of every .txt, .md,
+    - a file: its documents, as `read_documents` yields them. A folder: those of every .txt, .md,
       .rst, .jsonl and .parquet file under it, sorted by path.
 
     To read a file that is called "pydocs", give its path ("./pydocs").
 
-    Raises UserError where there is no text, or no network to fetch it from.
+    Raises UserError if there is no text, or no network to fetch it from.
     """
     if source == "pydocs":
         documents = _pydocs()
     else:
         files = find_files(source)
-        documents = ["".join(blocks) for f in files for blocks in read_documents(f, encoding)]
+        documents = ["".join(chunks) for f in files for chunks in read_documents(f, encoding)]
     documents = [document for document in documents if document]
     if not documents:
-        raise UserError(f"the text of {source} is empty: give one with something to learn from")
+        raise no_text(source)
     return documents
+
+
+def no_text(source: str | Path) -> UserError:
+    """Return the error for a source whose documents are all empty."""
+    return UserError(f"{source} contains no text: give some text to learn from")
 
 
 def _pydocs() -> list[str]:
@@ -61,9 +67,9 @@ def _pydocs() -> list[str]:
 
 
 def find_files(source: str | Path) -> list[Path]:
-    """The files that hold the text of `source`, which may be anything but "pydocs".
+    """Return the files that hold the text of `source`, which may be anything but "pydocs".
 
-    Raises UserError where there is none.
+    Raises UserError if there are none.
     """
     if source == "shakespeare":
         return [_shakespeare()]
@@ -72,14 +78,14 @@ def find_files(source: str | Path) -> list[Path]:
         files = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
         if not files:
             raise UserError(
-                f"no {', '.join('*' + s for s in SUFFIXES)} file is under {path}, and no token "
-                "shards (train.bin, or *_train_*.bin) are in it"
+                f"{path} has no text files ({', '.join('*' + s for s in SUFFIXES)}) and no token "
+                "shards (train.bin, or *_train_*.bin): give another folder, or the path of one file"
             )
         return sorted(files, key=lambda file: file.relative_to(path).as_posix())
     if not path.exists():
         raise UserError(
-            f"there is no data {str(source)!r}: give pydocs, shakespeare, or the path of a text "
-            "file, of a folder of text files, or of a folder of token shards"
+            f"{str(source)!r} does not exist: give pydocs, shakespeare, or the path of a text "
+            "file, a folder of text files, or a folder of token shards"
         )
     return [path]
 
@@ -89,60 +95,58 @@ def _shakespeare() -> Path:
     try:
         download(SHAKESPEARE_URL, path, SHAKESPEARE_SIZE, SHAKESPEARE_SHA256)
     except UserError as error:
-        raise UserError(f"{error}; a local text file works with --data PATH") from error
+        raise UserError(f"{error}; or give a text file of your own with --data PATH") from error
     return path
 
 
 def read_documents(
     path: Path, encoding: str = "utf-8", on_read: Callable[[int], object] = lambda _: None
 ) -> Iterator[Iterable[str]]:
-    """Yield the documents of a file, each as the blocks of text that it consists of, in order.
+    """Yield the documents of a file, each as chunks of text in order.
 
-    A .jsonl file has one in the field "text" of each line, a .parquet file in the column "text" of
-    each row (pyarrow reads it); any other file is one, taken byte for byte: line ends stay what
-    they are. `on_read` is told of every so many bytes read.
+    A .jsonl file has a document in the field "text" of each line, a .parquet file in the column
+    "text" of each row (pyarrow reads it). Any other file is one document, taken byte for byte: its
+    line ends stay what they are. `on_read` is called with the number of bytes after every read.
 
     Raises UserError for an unknown `encoding`, and, naming the file and the place, for bytes that
-    are not in that encoding, and lines or columns that hold no text.
+    are not in that encoding and for lines or columns without text.
     """
     try:
         io.TextIOWrapper(io.BytesIO(), encoding)
     except (LookupError, ValueError) as error:  # ValueError: a null character in the name
-        raise UserError(f"no text encoding is called {encoding!r}: try utf-8 or latin-1") from error
+        raise UserError(f"{encoding!r} is not a text encoding: try utf-8 or latin-1") from error
     match path.suffix.lower():
         case ".jsonl":
             yield from ([text] for text in _jsonl_texts(path, encoding, on_read))
         case ".parquet":
             yield from ([text] for text in _parquet_texts(path, on_read))
         case _:
-            yield _text_blocks(path, encoding, on_read)
+            yield _text_chunks(path, encoding, on_read)
 
 
-def _text_blocks(path: Path, encoding: str, on_read: Callable[[int], object]) -> Iterator[str]:
+def _text_chunks(path: Path, encoding: str, on_read: Callable[[int], object]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder(encoding)()
     end = 0  # offset in the file of what has been read
     try:
-        with open(path, "rb") as file:
-            while block := file.read(BLOCK):
-                end += len(block)
-                on_read(len(block))
-                yield decoder.decode(block)
+        with reading(path), open(path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                end += len(chunk)
+                on_read(len(chunk))
+                yield decoder.decode(chunk)
             yield decoder.decode(b"", final=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeError as error:
         reason = str(error)
-        if isinstance(error, UnicodeDecodeError):  # `object` ends where the block ends
+        if isinstance(error, UnicodeDecodeError):  # `object` ends where the chunk ends
             offset = end - len(error.object) + error.start
             reason = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
         raise UserError(
-            f"{path} is not {encoding.upper()} text: {reason}; say with --encoding what it is, or "
-            "convert it"
+            f"{path} is not {encoding.upper()} text: {reason}; give its encoding with --encoding, "
+            "or convert it"
         ) from error
 
 
 def _jsonl_texts(path: Path, encoding: str, on_read: Callable[[int], object]) -> Iterator[str]:
-    for number, line in enumerate(_lines(_text_blocks(path, encoding, on_read)), start=1):
+    for number, line in enumerate(_lines(_text_chunks(path, encoding, on_read)), start=1):
         if not line.strip():
             continue
         try:
@@ -151,20 +155,21 @@ def _jsonl_texts(path: Path, encoding: str, on_read: Callable[[int], object]) ->
         except UnicodeEncodeError as error:
             raise UserError(
                 f"{path}, line {number}: the text has a lone surrogate, {text[error.start]!r}, "
-                "which is half a character: leave it out"
+                "which is half a character: remove it"
             ) from error
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
-                f'{path}, line {number}: this is no JSON object with a string called "text"'
+                f'{path}, line {number}: this is not a JSON object with a string called "text": '
+                "correct the line, or remove it"
             ) from error
         yield text
 
 
-def _lines(blocks: Iterable[str]) -> Iterator[str]:
-    """The lines of a text, without their ends."""
-    begun: list[str] = []  # a line, in parts
-    for block in blocks:
-        *complete, rest = block.split("\n")
+def _lines(chunks: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of a text, without their line ends."""
+    begun: list[str] = []  # the parts of a line that is not complete yet
+    for chunk in chunks:
+        *complete, rest = chunk.split("\n")
         for line in complete:
             yield "".join([*begun, line])
             begun = []
@@ -182,10 +187,13 @@ def _parquet_texts(path: Path, on_read: Callable[[int], object]) -> Iterator[str
         ) from error
     try:
         size = path.stat().st_size
-        with ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
+        with ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as file:
             column = file.schema_arrow.field("text") if "text" in file.schema_arrow.names else None
             if column is None or str(column.type) not in ("string", "large_string"):
-                raise UserError(f'{path} has no column of strings called "text"')
+                raise UserError(
+                    f'{path} has no column of strings called "text": give the column with the text '
+                    "that name"
+                )
             rows = done = 0
             for batch in file.iter_batches(ROWS, columns=["text"]):
                 rows += len(batch)

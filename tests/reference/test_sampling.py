@@ -27,10 +27,11 @@ from transformers.generation.logits_process import (  # noqa: E402
 )
 
 from micrograd_gpt import optim  # noqa: E402
-from micrograd_gpt.generation.filters import Settings  # noqa: E402
 from micrograd_gpt.generation.sampling import generate, next_token_distribution  # noqa: E402
+from micrograd_gpt.generation.settings import Settings  # noqa: E402
 from micrograd_gpt.gpt2 import GPT2, GPT2Config  # noqa: E402
-from micrograd_gpt.text.data import Corpus, Windows, load_corpus  # noqa: E402
+from micrograd_gpt.text.corpus import Corpus, load_corpus  # noqa: E402
+from micrograd_gpt.text.windows import Windows  # noqa: E402
 
 NEW = 24  # tokens a continuation
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from micrograd_gpt.text import tokenizers
+from micrograd_gpt.text.tokenizer_files import spelled_gpt2_vocabulary
 from micrograd_gpt.text.tokenizers import END_OF_TEXT, GPT2Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def theirs():
     """Transformers' GPT-2 tokenizer. Its merges are ours, written as pairs (see `merged_pairs`)."""
-    vocabulary = tokenizers._gpt2_vocabulary(GPT2Tokenizer())
+    vocabulary = spelled_gpt2_vocabulary(GPT2Tokenizer())
     return transformers.GPT2Tokenizer(vocab=vocabulary, merges=merged_pairs(vocabulary))
 
 

@@ -24,7 +24,8 @@ from micrograd_gpt.support import files
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import SAVED
 from micrograd_gpt.text.shards import Shards
-from micrograd_gpt.text.tokenizers import CharTokenizer, load_tokenizer
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizers import CharTokenizer
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 5, "n_positions": 6}

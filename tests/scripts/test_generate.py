@@ -8,37 +8,22 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import training
+from small_gpt2 import TEXT, interrupt_after, save_model
 
-from micrograd_gpt.generation import sampling
-from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.runs.checkpoint import save_pretrained
+from micrograd_gpt.generation.output import SEPARATOR
+from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 from micrograd_gpt.weights.pretrained import from_pretrained
 
 SCRIPT = Path(__file__).parents[2] / "generate.py"
 generate = training.script("generate")
-TEXT = "the quick brown fox jumps over the lazy dog.\n"
-
-
-def save_model(folder: Path, tokenizer: Tokenizer, seed: int = 0) -> str:
-    """A small model with large weights, untrained: what it says is nonsense, but decided."""
-    config = GPT2Config(
-        n_layer=1, n_head=2, n_embd=16, vocab_size=tokenizer.vocab_size, n_positions=32
-    )
-    model = GPT2(config, seed=seed)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.data *= 8
-    save_pretrained(model, folder, tokenizer)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +69,7 @@ def test_samples_are_shown_one_after_another(
 ) -> None:
     flags = ["--model", char_model, "--prompt", "dog", "--max-new-tokens", "20"]
     out = run(capsys, *flags, "--num-samples", "3")
-    samples = out.split(generate.SEPARATOR + "\n")
+    samples = out.split(SEPARATOR + "\n")
     assert len(samples) == 3 and all(sample.startswith("dog") for sample in samples)
     assert samples[0] == run(capsys, *flags)
     texts = [entry["text"] for entry in run_json(capsys, *flags, "--num-samples", "3")]
@@ -196,20 +181,8 @@ def test_a_text_with_no_token_left_ends_with_a_note(
 def test_an_empty_prompt_starts_a_text(
     char_model: str, byte_model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer = CharTokenizer.from_text(TEXT)
-    assert generate.prompt_ids("", tokenizer) == tokenizer.encode("\n").tolist()
-    assert generate.prompt_ids("", ByteTokenizer()) == [256]
     for model in (char_model, byte_model):
         assert run(capsys, "--model", model, "--prompt", "")
-
-
-def test_a_text_past_the_context_says_so_once(
-    char_model: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    generate.say_once.cache_clear()
-    for _ in range(2):
-        generate.main(["--model", char_model, "--prompt", "the ", "--max-new-tokens", "100"])
-    assert capsys.readouterr().err.count("at most 32 tokens") == 1
 
 
 def test_the_default_model(
@@ -325,6 +298,16 @@ def test_a_closed_pipe_ends_quietly(char_model: str) -> None:
         assert process.stderr.read().startswith(b"note: ")
 
 
+def test_nobody_has_to_read_the_notes(char_model: str) -> None:
+    unread, stderr = os.pipe()
+    os.close(unread)
+    flags = ["--model", char_model, "--prompt", "the ", "--max-new-tokens", "40"]
+    with start(*flags, stderr=stderr) as process:
+        os.close(stderr)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.startswith(b"the ") and len(out) > 40
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to a process")
 @pytest.mark.parametrize("count", [1, 2])
 def test_ctrl_c_ends_with_what_was_decided(byte_model: str, count: int) -> None:
@@ -336,22 +319,9 @@ def test_ctrl_c_ends_with_what_was_decided(byte_model: str, count: int) -> None:
         out, err = process.communicate(timeout=60)
     text = (head + out).decode("utf-8")  # raises on half a character
     assert process.returncode == 130 and b"Traceback" not in err
-    samples = text.split(generate.SEPARATOR + "\n")
+    samples = text.split(SEPARATOR + "\n")
     assert len(samples) == count and all(sample.startswith("the ") for sample in samples)
     assert text.endswith("\n")
-
-
-def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make Ctrl-C come after this many tokens."""
-    decode = sampling.decode
-
-    def interrupted(*args: Any) -> Iterator[sampling.Sample]:
-        for count, sample in enumerate(decode(*args)):
-            yield sample
-            if count + 1 == steps:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(sampling, "decode", interrupted)
 
 
 def test_ctrl_c_with_json(
@@ -381,85 +351,13 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stderr.strip() == "" and "--temperature" in done.stdout
 
 
-def test_help_names_every_flag_of_the_interactive_settings() -> None:
-    text = generate.make_parser().format_help()
-    for name in generate.DECODING:
-        assert "--" + name.replace("_", "-") in text
+def test_help_says_the_scripts_own_defaults_and_why() -> None:
+    text = " ".join(generate.make_parser().format_help().split())
+    for default in ("200, a paragraph", "0.8, to keep", "40, as for the samples in GPT-2's paper"):
+        assert f"(default: {default}" in text
 
 
 # ------------------------------------------------------------------------------- on a terminal
-
-
-def converse(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str, *lines: Any
-) -> tuple[int, str, str]:
-    """Status, stdout and stderr of an interactive session in which these lines are typed."""
-    typed = iter(lines)
-
-    def ask(question: str) -> str:
-        line = next(typed, EOFError)
-        if isinstance(line, str):
-            return line
-        raise line
-
-    monkeypatch.setattr(generate, "ask", ask)
-    monkeypatch.setattr(generate, "read_prompt", lambda given: None)
-    capsys.readouterr()
-    status = generate.main(["--model", model, "--max-new-tokens", "20"])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def test_a_conversation(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], char_model: str
-) -> None:
-    lines = ["dog", "dog", "/set temperature 0", "dog", "dog", "/unset temperature", "/set seed 0"]
-    status, out, _ = converse(monkeypatch, capsys, char_model, *lines, "dog")
-    assert status == 0
-    _, first, second, greedy, again, third = out.split("dog")
-    assert greedy == again and first == third and len({first, second, greedy}) == 3
-
-
-def test_mistakes_do_not_end_a_conversation(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], char_model: str
-) -> None:
-    lines = ["über", "/sing", "/set", "/set colour red", "/set top-p 7", '/set stop "', "/set stop"]
-    lines += ["/set seed 3 4", "/unset seed 3", "/set greedy yes", "/set greedy --help"]
-    lines += ["/help", "/quit", "never read"]
-    status, out, err = converse(monkeypatch, capsys, char_model, *lines)
-    assert status == 0 and out == ""
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 11
-    assert "error: /set needs a setting; /help lists them" in errors
-    assert "error: /set takes no '4': put quotes around a value with spaces" in errors
-    assert "/set temperature 0.7" in err and "top-k 40" in err
-    settings = err.splitlines()[-1]
-    assert "seed 0" in settings and "no-repeat-ngram-size 0" in settings
-    assert not any(name in settings for name in ("greedy", "top-p", "stop ()", "no-kv-cache"))
-
-
-def test_settings_that_take_a_word_or_none(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], char_model: str
-) -> None:
-    lines = ["/set num-beams 3", "/set early-stopping never", "/set stop 'o j'", "/help"]
-    _, _, err = converse(monkeypatch, capsys, char_model, *lines)
-    assert "num-beams 3" in err and "early-stopping never" in err and "stop ['o j']" in err
-
-
-def test_ctrl_c_stops_a_text_and_not_the_conversation(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], char_model: str
-) -> None:
-    interrupt_after(5, monkeypatch)
-    status, out, _ = converse(monkeypatch, capsys, char_model, "the ", "dog")
-    assert status == 0
-    assert len(out.partition("dog")[0].removesuffix("\n")) in (8, 9)
-
-
-def test_ctrl_c_at_the_prompt_does_not_leave(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], char_model: str
-) -> None:
-    status, out, _ = converse(monkeypatch, capsys, char_model, KeyboardInterrupt, "dog")
-    assert status == 0 and out.startswith("dog")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")

@@ -23,7 +23,8 @@ from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.checkpoint import save_pretrained
 from micrograd_gpt.support import cli, files
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.tokenizers import CharTokenizer, load_tokenizer
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizers import CharTokenizer
 from micrograd_gpt.weights import pretrained
 from micrograd_gpt.weights.pretrained import OPENAI_FILES, Release
 from micrograd_gpt.weights.tensor_files import TensorFile

@@ -1,4 +1,4 @@
-"""Where text comes from: files of every kind, read in blocks, and what is wrong with them."""
+"""Where text comes from: files of every kind, read in chunks, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def test_what_holds_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     refused(bad, rf"{re.escape(str(bad))} is not UTF-8 text: byte 0xff at offset 6")
     refused(tmp_path, "byte 0xff at offset 6")
-    refused(empty, f"the text of {re.escape(str(empty))} is empty")
+    refused(empty, f"{re.escape(str(empty))} contains no text: give")
     refused(
         tmp_path / "folder",
-        r"no \*\.txt, \*\.md, .*, \*\.parquet file is under .*folder, and no token",
+        r"folder has no text files \(\*\.txt, \*\.md, .*, \*\.parquet\) and no token shards",
     )
-    refused("shakspeare", "there is no data 'shakspeare': give pydocs, shakespeare, or the path")
+    refused("shakspeare", "'shakspeare' does not exist: give pydocs, shakespeare, or the path")
 
 
 def test_shakespeare_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_shakespeare_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert cached.read_bytes() == text.encode()
     assert load_documents("shakespeare") == [text]  # needs no network now
     cached.write_text("not Shakespeare")
-    with pytest.raises(UserError, match=r"; a local text file works with --data PATH$") as caught:
+    with pytest.raises(UserError, match=r"; or give a text file .* --data PATH$") as caught:
         load_documents("shakespeare")
     assert "cannot fetch" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -96,22 +96,22 @@ def test_shakespeare_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @given(
     text=st.text(max_size=60),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32-be", "gb18030"]),
-    block=st.integers(1, 9),
+    chunk=st.integers(1, 9),
 )
-def test_blocks_are_the_text(
-    tmp_path_factory: pytest.TempPathFactory, text: str, encoding: str, block: int
+def test_chunks_are_the_text(
+    tmp_path_factory: pytest.TempPathFactory, text: str, encoding: str, chunk: int
 ) -> None:
     path = tmp_path_factory.mktemp("text") / "text"
     path.write_bytes(text.encode(encoding))
     read: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "BLOCK", block)
-        (blocks,) = read_documents(path, encoding, read.append)
-        assert "".join(blocks) == text
-    assert sum(read) == path.stat().st_size and max(read, default=0) <= block
+        patch.setattr(documents, "CHUNK", chunk)
+        (chunks,) = read_documents(path, encoding, read.append)
+        assert "".join(chunks) == text
+    assert sum(read) == path.stat().st_size and max(read, default=0) <= chunk
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 5, 1000])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 1000])
 @pytest.mark.parametrize(
     ("encoding", "data", "offset"),
     [
@@ -127,15 +127,15 @@ def test_a_wrong_byte_is_named_with_its_offset(
     encoding: str,
     data: bytes,
     offset: int,
-    block: int,
+    chunk: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(documents, "BLOCK", block)
+    monkeypatch.setattr(documents, "CHUNK", chunk)
     (tmp_path / "a.txt").write_bytes(data)
     message = (
         f"a.txt is not {encoding.upper()} text: byte 0x{data[offset]:02x} at offset {offset}; "
-        "say with --encoding"
+        "give its encoding with --encoding"
     )
     with pytest.raises(UserError, match=re.escape(message)):
         load_documents(tmp_path, encoding)
@@ -145,7 +145,7 @@ def test_the_encoding_is_one_that_there_is(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
     assert load_documents(tmp_path, "latin-1") == ["naïve"]
     for encoding in ("latin-99", "base64", "a\0b", ""):
-        with pytest.raises(UserError, match="no text encoding is called"):
+        with pytest.raises(UserError, match="is not a text encoding"):
             load_documents(tmp_path, encoding)
     with pytest.raises(UserError, match="is not UTF-16 text"):  # and has no byte order mark
         load_documents(tmp_path, "utf-16")
@@ -155,9 +155,9 @@ def test_the_encoding_is_one_that_there_is(tmp_path: Path) -> None:
 # Many documents in a file
 
 
-@pytest.mark.parametrize("block", [1, 7, 1 << 18])
-def test_jsonl(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "BLOCK", block)
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 18])
+def test_jsonl(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "CHUNK", chunk)
     texts = ["one\r\ntwo", "", "dré \u2028 \U0001f600", "last"]
     lines = [json.dumps({"id": 1, "text": t}, ensure_ascii=t == "one\r\ntwo") for t in texts]
     (tmp_path / "a.jsonl").write_bytes("\r\n\n".join(lines).encode())
@@ -170,12 +170,12 @@ def test_jsonl(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "cut o', 'line 3: this is no JSON object with a string called "text"'),
-        ('{"txt": "a"}', "line 3: this is no JSON object"),
-        ('{"text": 1}', "line 3: this is no JSON object"),
-        ('["text"]', "line 3: this is no JSON object"),
-        ("7", "line 3: this is no JSON object"),
-        ("[" * 100_000, "line 3: this is no JSON object"),
+        ('{"text": "cut o', 'line 3: this is not a JSON object with a string called "text"'),
+        ('{"txt": "a"}', "line 3: this is not a JSON object"),
+        ('{"text": 1}', "line 3: this is not a JSON object"),
+        ('["text"]', "line 3: this is not a JSON object"),
+        ("7", "line 3: this is not a JSON object"),
+        ("[" * 100_000, "line 3: this is not a JSON object"),
         ('{"text": "a\\ud800b"}', r"line 3: the text has a lone surrogate, '\ud800'"),
     ],
 )

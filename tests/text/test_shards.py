@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text import shards
-from micrograd_gpt.text.data import Windows, load_corpus
-from micrograd_gpt.text.shards import FORMAT, MANIFEST, Shards, open_shard, write_shard
+from micrograd_gpt.text.corpus import load_corpus
+from micrograd_gpt.text.shard_files import FORMAT, MANIFEST
+from micrograd_gpt.text.shards import Shards, open_shard, write_shard
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.text.windows import Windows
 
 IDS = np.random.default_rng(0).integers(0, 50257, 1000).astype("<u2")
 
@@ -151,7 +153,7 @@ def test_a_manifest_brings_its_vocabulary(tmp_path: Path) -> None:
     corpus = load_corpus(tmp_path, "char", 0.5)
     assert corpus.tokenizer.decode(corpus.validation[:]) == "cb"
     assert load_corpus(tmp_path, char).tokenizer.to_dict() == char.to_dict()
-    with pytest.raises(UserError, match="made with another char vocabulary of 3 entries"):
+    with pytest.raises(UserError, match="made with a different char vocabulary, of 3 entries"):
         load_corpus(tmp_path, CharTokenizer("abcd"))
     refused(tmp_path, "were made with the char tokenizer: give --tokenizer char", "gpt2")
 
@@ -171,7 +173,7 @@ def test_shards_that_name_no_vocabulary_need_a_fixed_one(tmp_path: Path) -> None
 def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(np.arange(257, dtype="<u2").tobytes())
     (tmp_path / "val.bin").write_bytes(np.array([5, 257], "<u2").tobytes())
-    message = "val.bin holds the token id 257, and the byte tokenizer has 257 ids only"
+    message = "val.bin holds the token id 257, but the byte tokenizer has only 257 ids"
     refused(tmp_path, message, "byte")
     assert len(load_corpus(tmp_path, "gpt2").train) == 257
     (tmp_path / "x_train_1.bin").write_bytes(llm_c(np.array([50257], "<u2")))
@@ -183,18 +185,21 @@ def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
 
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(b"odd")
-    refused(tmp_path, f"{tmp_path / 'train.bin'} is damaged: 3 bytes cannot be uint16 ids")
+    refused(tmp_path, f"{tmp_path / 'train.bin'} is damaged: it has 3 bytes, and ids of two bytes")
     (tmp_path / "val.bin").write_bytes(b"odd")
     (tmp_path / "train.bin").write_bytes(b"even")
     refused(tmp_path, "val.bin is damaged")
     shard = tmp_path / "a_train_0.bin"
     for content, message in [
-        (llm_c(IDS)[:-1], "is damaged: 3,023 bytes are not the length that its header says"),
-        (llm_c(IDS) + b"ab", "is damaged: 3,026 bytes"),
-        (llm_c(IDS)[:1000], "is damaged: 1,000 bytes"),
-        (llm_c(IDS)[:4], "is a shard of another version than 1"),
-        (llm_c(IDS, version=7), "is a shard of another version than 1"),
-        (llm_c(IDS, magic=20240801), "does not begin with the magic number 20240520"),
+        (llm_c(IDS)[:-1], "is damaged: it has 3,023 bytes where its header says 3,024"),
+        (llm_c(IDS) + b"ab", "is damaged: it has 3,026 bytes"),
+        (llm_c(IDS)[:1000], "is damaged: it has 1,000 bytes, fewer than its header"),
+        (llm_c(IDS)[:4], "is damaged: it has 4 bytes, fewer than its header"),
+        (llm_c(IDS, version=7), "is a token shard of version 7, and only version 1"),
+        (
+            llm_c(IDS, magic=20240801),
+            "does not begin with the magic number 20240520",
+        ),
         (IDS.tobytes(), "does not begin with the magic number 20240520"),
         (b"", "does not begin with the magic number 20240520"),
     ]:
@@ -212,7 +217,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
         ({"shards": [{"file": "tokens_000000.bin"}]}, "manifest.json is damaged"),
         ({"shards": []}, "manifest.json is damaged"),
         ({"tokenizer": "gpt2"}, "manifest.json is damaged"),
-        ({"format": "another"}, "is no manifest of token shards"),
+        ({"format": "another"}, "is not the manifest of token shards"),
     ]:
         (tmp_path / MANIFEST).write_text(json.dumps(manifest | change))
         refused(tmp_path, message)
@@ -255,31 +260,38 @@ def test_a_name_that_cannot_be_a_path_is_one_line() -> None:
     refused(Path("a" * 5000 + ".bin"), "cannot read a")
 
 
-def test_ids_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[Path] = []
-    read_ids = shards._read_ids
-
-    def spy(paths: list[Path], *rest: Any) -> None:
-        read.extend(paths)
-        read_ids(paths, *rest)
-
-    monkeypatch.setattr(shards, "_read_ids", spy)
+def test_ids_are_read_once(tmp_path: Path) -> None:
+    """Shards that were found good are recognized by their time stamps and not read again."""
     folder, cache = tmp_path / "shards", tmp_path / "cache"
     folder.mkdir()
-    (folder / "train.bin").write_bytes(IDS.tobytes())
-    before = sorted(folder.iterdir())
-    for _ in range(2):
-        load_corpus(folder, "gpt2", cache_folder=cache)
-    assert read == [folder / "train.bin"] and sorted(folder.iterdir()) == before
-    with pytest.raises(UserError, match="tokenizer has 257 ids only"):  # another vocabulary
+    shard = folder / "train.bin"
+
+    def write(ids: np.ndarray, time: int) -> None:
+        shard.write_bytes(ids.astype("<u2").tobytes())
+        os.utime(shard, ns=(time, time))
+
+    bad = IDS.copy()
+    bad[-1] = 65_000
+    write(IDS, time=1)
+    load_corpus(folder, "gpt2", cache_folder=cache)
+    assert list(folder.iterdir()) == [shard]
+    write(bad, time=1)
+    load_corpus(folder, "gpt2", cache_folder=cache)
+    with pytest.raises(UserError, match="tokenizer has only 257 ids"):  # another vocabulary
         load_corpus(folder, "byte", cache_folder=cache)
-    for _ in range(2):  # another content; and what was found bad is not remembered
-        (folder / "train.bin").write_bytes(np.append(IDS, 65_000).astype("<u2").tobytes())
+    write(bad, time=2)
+    for _ in range(2):  # what was found bad is not remembered
         with pytest.raises(UserError, match="holds the token id 65000"):
             load_corpus(folder, "gpt2", cache_folder=cache)
-    (folder / "train.bin").write_bytes(IDS[:500].tobytes())
-    (tmp_path / "a file").write_text("no folder")
-    read.clear()
-    for _ in range(2):
-        assert len(load_corpus(folder, "gpt2", cache_folder=tmp_path / "a file").train) == 450
-    assert len(read) == 2
+
+
+def test_ids_are_read_each_time_where_nothing_can_be_remembered(tmp_path: Path) -> None:
+    shard, cache = tmp_path / "train.bin", tmp_path / "a file"
+    cache.write_text("no folder")
+    shard.write_bytes(IDS[:500].tobytes())
+    os.utime(shard, ns=(1, 1))
+    assert len(load_corpus(shard, "gpt2", cache_folder=cache).train) == 450
+    shard.write_bytes(np.append(IDS[:499], 65_000).astype("<u2").tobytes())
+    os.utime(shard, ns=(1, 1))
+    with pytest.raises(UserError, match="holds the token id 65000"):
+        load_corpus(shard, "gpt2", cache_folder=cache)

@@ -1,7 +1,7 @@
 """The C kernels, compiled once by the machine's own C compiler and kept.
 
-Nothing has to be installed for them: where there is no compiler, `library()` is None, NumPy's
-kernels do the work, and `report()` says so.
+Nothing has to be installed for them: where there is no compiler, `library()` is None, the kernels
+in NumPy do the work, and `report()` says so.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from micrograd_gpt.arrays.stand_ins import described_by
 from micrograd_gpt.kernels.in_numpy.threads import cores
 from micrograd_gpt.support.download import cache_folder
 from micrograd_gpt.support.errors import UserError
@@ -42,6 +43,7 @@ def library() -> ctypes.CDLL | None:
     return _loaded()[0]
 
 
+@described_by
 def report() -> str:
     """Which kernels run on the CPU, and if not the compiled ones, why."""
     return _loaded()[1]
@@ -55,8 +57,6 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
 @cache
 def _load(process: int) -> tuple[ctypes.CDLL | None, str]:
     """The library and the report, for this process: a forked child has to start threads anew."""
-    if os.environ.get("MICROGRAD_GPT_KERNELS") == "numpy":
-        return None, "NumPy (as MICROGRAD_GPT_KERNELS asks)"
     try:
         compiler = _compiler()
         if compiler is None:

@@ -17,6 +17,7 @@ import numpy as np
 from micrograd_gpt import functional, optim, tensor
 from micrograd_gpt.arrays.memory import keep_freed_memory
 from micrograd_gpt.arrays.stand_ins import NotForMe
+from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_c.arguments import (
     call,
     check,
@@ -27,37 +28,15 @@ from micrograd_gpt.kernels.in_c.arguments import (
     pointers,
     strides_of,
 )
-from micrograd_gpt.kernels.in_numpy.kernels import scale_to_norm
+from micrograd_gpt.kernels.in_numpy.kernels import gradients, scale_to_norm
 from micrograd_gpt.kernels.in_numpy.threads import cores
 from micrograd_gpt.layers import Key
+from micrograd_gpt.tensor import Tensor
 
 Array = np.ndarray
 
 MANY_ELEMENTS = 2**14  # with fewer, another thread is not worth waking
 FEW_ROWS = 16  # a product of at most so many rows is bound by reading the matrix
-
-
-class _Add(ctypes.Structure):
-    _fields_ = [*ints("size"), *pointers("a", "b", "out")]
-
-
-@in_c(tensor.add)
-def add(x: Array, y: Array, out: Array | None = None) -> Array:
-    if x.shape != y.shape or x.size < MANY_ELEMENTS:
-        raise NotForMe
-    check(x, y, out)
-    if out is None:
-        out = np.empty_like(x)
-    elif (out is not x and out is not y) or not out.flags.writeable:
-        raise NotForMe
-    in_order = [
-        all(getattr(array.flags, order) for array in (x, y, out))
-        for order in ("c_contiguous", "f_contiguous")
-    ]
-    if not any(in_order):
-        raise NotForMe
-    call("add", _Add(x.size, x.ctypes.data, y.ctypes.data, out.ctypes.data))
-    return out
 
 
 # ------------------------------------------------------------------------------ matrix products
@@ -323,7 +302,7 @@ def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
     return dlogits, _cross_entropy(logits, labels, dlogits)
 
 
-@in_c(functional.linear_cross_entropy_forward)
+@in_c(linear_cross_entropy.linear_cross_entropy_forward)
 def linear_cross_entropy_forward(
     x: Array, weight: Array, labels: Array, with_gradients: bool
 ) -> tuple[Array | None, Array, Array | None]:
@@ -370,8 +349,9 @@ def _places(arrays: Sequence[Array]) -> Array:
     return np.array([a.ctypes.data for a in arrays], np.uintp)
 
 
-@in_c(optim.clip)
-def clip(grads: list[Array], max_norm: float, loss_scale: float) -> Array:
+@in_c(optim.clip_grad_norm)
+def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> float:
+    grads = gradients(parameters)
     check(*grads)
     if not all(a.flags.c_contiguous or a.flags.f_contiguous for a in grads):
         raise NotForMe
@@ -384,7 +364,7 @@ def clip(grads: list[Array], max_norm: float, loss_scale: float) -> Array:
 
 @in_c(optim.adamw_update)
 def adamw_update(
-    rows: list[optim.Row], lr: float, beta1: float, beta2: float, eps: float, step: int
+    rows: list[Any], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
     keep_freed_memory()  # a run has begun: the next step allocates the same arrays again
     for row in rows:

@@ -18,8 +18,10 @@ import numpy as np
 from micrograd_gpt import functional, optim, tensor
 from micrograd_gpt.arrays.memory import keep_freed_memory
 from micrograd_gpt.arrays.stand_ins import NotForMe, stands_in_for
+from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_numpy.threads import cores, parallel
 from micrograd_gpt.layers import GELU_CUBIC, GELU_SCALE, Key
+from micrograd_gpt.tensor import Tensor
 
 Array = np.ndarray
 
@@ -391,7 +393,7 @@ def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
     return dlogits, _cross_entropy(logits, labels, dlogits)
 
 
-@stands_in_for(functional.linear_cross_entropy_forward, "numpy")
+@stands_in_for(linear_cross_entropy.linear_cross_entropy_forward, "numpy")
 def linear_cross_entropy_forward(
     x: Array, weight: Array, labels: Array, with_gradients: bool
 ) -> tuple[Array | None, Array, Array | None]:
@@ -431,19 +433,28 @@ def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
 # ------------------------------------------------------------------------------------ optimizer
 
 
-@stands_in_for(optim.clip, "numpy")
-def clip(grads: list[Array], max_norm: float, loss_scale: float) -> Array:
+@stands_in_for(optim.clip_grad_norm, "numpy")
+def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> float:
+    grads = gradients(parameters)
     check(*grads)
     return scale_to_norm(grads, math.sqrt(sum_of_squares(grads)), max_norm, loss_scale)
 
 
-def scale_to_norm(grads: list[Array], norm: float, max_norm: float, loss_scale: float) -> Array:
-    """What `clip` does once the norm is known; arrays that stay as they are are not touched."""
+def gradients(parameters: list[Tensor]) -> list[Array]:
+    """The gradients there are; NotForMe without any."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        raise NotForMe
+    return grads
+
+
+def scale_to_norm(grads: list[Array], norm: float, max_norm: float, loss_scale: float) -> float:
+    """The clipping once the norm is known; arrays that stay as they are are not touched."""
     norm /= loss_scale
     factor = (max_norm / norm if norm > max_norm else 1.0) / loss_scale
     for grad in grads if math.isfinite(norm) and factor != 1 else ():
         grad *= factor
-    return np.asarray(norm)
+    return norm
 
 
 def sum_of_squares(arrays: Sequence[Array]) -> float:
@@ -461,7 +472,7 @@ def sum_of_squares(arrays: Sequence[Array]) -> float:
 
 @stands_in_for(optim.adamw_update, "numpy")
 def adamw_update(
-    rows: list[optim.Row], lr: float, beta1: float, beta2: float, eps: float, step: int
+    rows: list[Any], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
     for row in rows:
         check(*row[:4])

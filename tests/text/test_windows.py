@@ -1,4 +1,4 @@
-"""The data: how text becomes tokens, and which batches a run sees."""
+"""The windows of a run's batches: every one once an epoch, in an order made of (seed, step)."""
 
 from __future__ import annotations
 
@@ -10,76 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text import data
-from micrograd_gpt.text.data import Corpus, Windows, encode_documents, load_corpus, load_documents
-from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, WordTokenizer
-
-# ----------------------------------------------------------------------------------------------
-# Tokens
-
-
-def test_documents_are_told_apart() -> None:
-    byte, word = ByteTokenizer(), WordTokenizer.from_text("a b")
-    assert encode_documents(["ab", "c"], byte).tolist() == [97, 98, 256, 99, 256]
-    assert encode_documents(["ab"], byte).tolist() == [97, 98]
-    a, b = word.encode("a")[0], word.encode("b")[0]
-    assert encode_documents(["a", "b"], word).tolist() == [a, 0, b, 0]
-    char = CharTokenizer.from_text("ab\n")
-    assert char.decode(encode_documents(["ab", "b"], char)) == "ab\n\nb"
-    assert encode_documents(["<|endoftext|>"], GPT2Tokenizer()).max() < 50256  # text, not a token
-
-
-@pytest.mark.parametrize(("size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
-def test_ids_take_two_bytes_where_they_fit(size: int, dtype: type) -> None:
-    characters = [chr(c) for c in range(0x10000, 0x10000 + size)]
-    ids = encode_documents([characters[-1]], CharTokenizer(characters))
-    assert ids.dtype == dtype and ids.tolist() == [size - 1]
-
-
-@pytest.mark.parametrize("name", ["char", "byte", "word", "gpt2"])
-def test_a_corpus_is_split_by_position(name: str, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("The cat sat. " * 20)
-    (tmp_path / "b.txt").write_text("It ran off!" * 20)  # neither holds a line end: it is added
-    corpus = load_corpus(tmp_path, name, validation_fraction=0.25)
-    ids = np.concatenate([corpus.train, corpus.validation])
-    np.testing.assert_array_equal(ids, encode_documents(load_documents(tmp_path), corpus.tokenizer))
-    assert len(corpus.train) == int(0.75 * len(ids)) and corpus.name == str(tmp_path)
-    assert corpus.tokenizer.name == name
-    again = load_corpus(tmp_path, corpus.tokenizer)
-    assert again.tokenizer is corpus.tokenizer and len(again.train) == int(0.9 * len(ids))
-
-
-def test_a_corpus_that_cannot_be_split_or_encoded(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("abc")
-    for fraction in (0, 1, -0.1, 1.1):
-        with pytest.raises(UserError, match="validation_fraction must be between 0 and 1"):
-            load_corpus(tmp_path, "char", fraction)
-    with pytest.raises(UserError, match="'c' at position 2"):
-        load_corpus(tmp_path, CharTokenizer.from_text("ab"))
-    with pytest.raises(UserError, match="choose one of char"):
-        load_corpus(tmp_path, "bpe")
-
-
-def test_bytes_per_token_are_those_of_the_validation_text(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("é" * 60 + "to be or not to be " * 20)
-    gpt2 = load_corpus(tmp_path, "gpt2")
-    text = gpt2.tokenizer.decode_bytes(gpt2.validation)
-    assert gpt2.bytes_per_token == len(text) / len(gpt2.validation)
-    assert load_corpus(tmp_path, "byte").bytes_per_token == 1
-    assert load_corpus(tmp_path, "char", 0.999).bytes_per_token == pytest.approx(500 / 440, 0.01)
-    (tmp_path / "b.txt").write_text("b")
-    corpus = load_corpus(tmp_path, "byte", 0.9999)  # <|endoftext|>, twice, is no bytes
-    assert corpus.bytes_per_token == (len(corpus.validation) - 2) / len(corpus.validation)
-    assert load_corpus(tmp_path, WordTokenizer.from_text("to be")).bytes_per_token is None
-    (tmp_path / "b.txt").unlink()
-    (tmp_path / "a.txt").write_text("unknown " * 9 + "to be")
-    known_at_the_end = load_corpus(tmp_path, WordTokenizer.from_text("to be"))
-    assert known_at_the_end.bytes_per_token == pytest.approx(5 / 3)
-    assert Corpus(np.arange(3), np.arange(0), ByteTokenizer(), "").bytes_per_token is None
-
-
-# ----------------------------------------------------------------------------------------------
-# Windows
+from micrograd_gpt.text.windows import Windows
 
 
 def epoch_starts(windows: Windows, seed: int, epoch: int) -> np.ndarray:
@@ -122,7 +53,7 @@ def test_the_shuffle_is_one_to_one(size: int) -> None:
 def test_the_shuffle_is_one_to_one_whatever_the_hash(
     size: int, constant: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "_mix", lambda x: np.full_like(x, constant))
+    monkeypatch.setattr("micrograd_gpt.text.windows._mix", lambda x: np.full_like(x, constant))
     windows = Windows(np.arange(size + 1), block_size=1)
     assert sorted(epoch_starts(windows, 0, 0)) == list(range(size))
 
@@ -186,7 +117,7 @@ def test_epochs_move_the_windows() -> None:
 def test_a_stream_of_one_window() -> None:
     ids, targets = Windows(np.arange(5), block_size=4).batch(0, 3, 2)
     assert ids.tolist() == [[0, 1, 2, 3]] * 2 and targets.tolist() == [[1, 2, 3, 4]] * 2
-    with pytest.raises(UserError, match="4 tokens are too few for --block-size 4, which takes 5"):
+    with pytest.raises(UserError, match="4 tokens are too few for --block-size 4, which needs 5"):
         Windows(np.arange(4), block_size=4)
     for block_size, stride in ((0, None), (4, 0)):
         with pytest.raises(UserError, match="must be 1 or more"):

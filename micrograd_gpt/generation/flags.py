@@ -1,0 +1,149 @@
+"""The settings of decoding as flags, on the command line and at the interactive prompt.
+
+Each flag is made from the setting that it sets (`settings.py`). Two flags are not settings:
+--greedy is another way to say --temperature 0, and --stop names texts, while `Settings` knows only
+tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, get_args, get_type_hints
+
+from micrograd_gpt.generation.settings import GROUPS, HOW_MUCH, WHICH_TOKEN, Settings
+from micrograd_gpt.support import cli
+from micrograd_gpt.support.errors import UserError
+
+# A script's defaults where they differ from the library's: setting -> (default, why)
+Defaults = Mapping[str, tuple[Any, str]]
+
+
+def flag_of(setting: Field[Any]) -> str:
+    """The name of the flag that sets a setting, as argparse spells it: "top_k" is --top-k."""
+    switch = setting.metadata["switch"]
+    return switch[0] if switch else setting.name
+
+
+SETTINGS = {flag_of(setting): setting for setting in fields(Settings)}
+NAMES = (*SETTINGS, "stop", "greedy")  # of all flags
+
+
+def option(name: str) -> str:
+    """How a flag is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
+    """Add all flags of decoding to a parser. A flag that is not given leaves no value behind."""
+    add_to = {title: parser.add_argument_group(title).add_argument for title in GROUPS}
+    for name, setting in SETTINGS.items():
+        about = setting.metadata
+        default, why = defaults.get(setting.name, (setting.default, ""))
+        shown = "off" if about["switch"] else as_typed(default)
+        shown = f"{shown}, {why}" if why else shown
+        add_to[about["group"]](
+            option(name),
+            default=argparse.SUPPRESS,
+            help=f"{about['help']} (default: {shown})",
+            **_what_follows(setting),
+        )
+    add_to[HOW_MUCH](
+        "--stop",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="TEXT",
+        help="end before this text; repeatable (default: off)",
+    )
+    add_to[WHICH_TOKEN](
+        "--greedy",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="always the likeliest token, as --temperature 0 (default: off)",
+    )
+
+
+def _what_follows(setting: Field[Any]) -> dict[str, Any]:
+    """What argparse reads after the flag of a setting: nothing, one of a few words, or a number."""
+    if setting.metadata["switch"]:
+        return {"action": "store_true"}
+    words = setting.metadata["range"].words
+    if "true" in words:  # which the flag alone says too
+        return {"choices": list(words), "nargs": "?", "const": "true"}
+    if words:
+        return {"choices": list(words)}
+    kind = get_type_hints(Settings)[setting.name]  # such as int, or int | None
+    return {"type": (get_args(kind) or (kind,))[0], "metavar": setting.metadata["metavar"]}
+
+
+def as_typed(value: Any) -> str:
+    """A setting's value as the user would type it."""
+    if value is None:
+        return "off"
+    return str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The flags that a user gave, over the defaults of a script.
+
+    `given` maps the names of these flags to their values; `defaults` is as for `add_flags`.
+    """
+
+    given: Mapping[str, Any]
+    defaults: Defaults = field(default_factory=dict)
+
+    @property
+    def stop_texts(self) -> list[str]:
+        return self.given.get("stop", [])
+
+    def settings(self, end_of_text: int | None = None) -> Settings:
+        """The settings that the choices and the defaults add up to. `end_of_text` is the id that
+        the tokenizer has for it.
+
+        Raises UserError for choices that are out of range or contradict each other.
+        """
+        chosen = {name: value for name, value in self.given.items() if name in SETTINGS}
+        if "" in self.stop_texts:
+            raise UserError("--stop needs a text that is not empty")
+        if "greedy" in self.given:
+            if chosen.get("temperature"):
+                raise UserError("--greedy and --temperature contradict each other: leave out one")
+            chosen["temperature"] = 0.0
+        values = {name: default for name, (default, _) in self.defaults.items()}
+        values["end_of_text"] = end_of_text
+        if chosen.get("num_beams", 1) > 1:  # draws nothing, so defaults for drawing do not apply
+            values = {n: v for n, v in values.items() if n not in ("temperature", "top_k")}
+        for name, value in chosen.items():
+            about = SETTINGS[name].metadata
+            if about["switch"]:
+                values[SETTINGS[name].name] = about["switch"][1]
+            else:
+                values[name] = about["range"].words.get(value, value)
+        return Settings(**values)
+
+    def change(self, name: str, value: Any) -> Choices:
+        """These choices with another value of one flag."""
+        return replace(self, given={**self.given, name: value})
+
+    def set(self, name: str, *words: str) -> Choices:
+        """These choices and one more flag, with the word typed after it if there is one.
+
+        Raises UserError for a word that the flag does not take.
+        """
+        parser = cli.ArgumentParser()
+        add_flags(parser, self.defaults)
+        parsed = parser.parse_args(["=".join([option(name), *words])])
+        return self.change(name, getattr(parsed, name))
+
+    def unset(self, name: str) -> Choices:
+        """These choices without one flag."""
+        return replace(self, given={key: v for key, v in self.given.items() if key != name})
+
+    def __str__(self) -> str:
+        """Every flag that is not off, with its value."""
+        values = {name: s.default for name, s in SETTINGS.items() if not s.metadata["switch"]}
+        values |= {name: default for name, (default, _) in self.defaults.items()}
+        in_use = {name: v for name, v in (values | dict(self.given)).items() if v is not None}
+        return ", ".join(f"{name.replace('_', '-')} {as_typed(v)}" for name, v in in_use.items())

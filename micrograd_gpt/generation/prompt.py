@@ -1,0 +1,81 @@
+"""The interactive prompt: continue one text after another, and change the settings in between."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+
+from micrograd_gpt.generation import flags
+from micrograd_gpt.generation.flags import Choices
+from micrograd_gpt.generation.output import Writer
+from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.errors import UserError
+
+HELP = """\
+Type a text to have it continued. Ctrl-C stops it, Ctrl-D (or /quit) leaves.
+  /set temperature 0.7    change a setting (the flags of --help that shape the text)
+  /unset temperature      back to its default
+  /help                   this text, and the settings"""
+
+
+def converse(writer: Writer, choices: Choices) -> int:
+    """Continue texts as they are typed, until Ctrl-D; returns the exit status."""
+    with contextlib.suppress(ImportError):  # on Windows the terminal itself has a history
+        import readline  # noqa: F401 - input() then edits lines and remembers them
+    say("Type a text to have it continued; /help lists the commands, Ctrl-D leaves.")
+    while True:
+        try:
+            line = ask("> ")
+            if not line.startswith("/"):
+                settings = choices.settings(writer.tokenizer.end_of_text)
+                writer.write(line, settings, choices.stop_texts)
+                choices = choices.change("seed", settings.seed + 1)  # another text each time
+            elif line.strip() in ("/quit", "/exit"):
+                return 0
+            else:
+                choices = command(line, choices)
+        except EOFError:
+            say("")
+            return 0
+        except KeyboardInterrupt:  # the line typed so far is dropped
+            say("")
+        except UserError as error:
+            say(f"error: {error}")
+
+
+def ask(question: str) -> str:
+    """A line typed on the terminal; the question goes to stderr where stdout is not a terminal."""
+    try:
+        if sys.stdout.isatty():
+            return input(question)
+        print(question, end="", file=sys.stderr, flush=True)
+        return input()
+    except UnicodeDecodeError:
+        raise UserError("that was not UTF-8 text") from None
+
+
+def command(line: str, choices: Choices) -> Choices:
+    """Do what a line that begins with "/" says; returns the choices that hold from now on.
+
+    Raises UserError for a command that does not exist or cannot be carried out.
+    """
+    try:
+        name, *words = shlex.split(line)
+    except ValueError as error:
+        raise UserError(f"{line!r} cannot be read: {error}") from None
+    if name == "/help":
+        say(f"{HELP}\nsettings: {choices}")
+        return choices
+    if name not in ("/set", "/unset"):
+        raise UserError(f"no such command: {line!r}; /help lists them")
+    if not words:
+        raise UserError(f"{name} needs a setting; /help lists them")
+    if extra := words[2 if name == "/set" else 1 :]:
+        raise UserError(f"{name} takes no {extra[0]!r}: put quotes around a value with spaces")
+    flag = words[0].lstrip("-").replace("-", "_")
+    if flag not in flags.NAMES:
+        raise UserError(f"no such setting: {words[0]!r}; /help lists them")
+    changed = choices.set(flag, *words[1:]) if name == "/set" else choices.unset(flag)
+    changed.settings()  # raises where they contradict each other
+    return changed

@@ -1,0 +1,26 @@
+"""Generation in ten lines: what sampling.py does, and no more."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.tensor import no_grad
+
+
+def sample(
+    model: GPT2, ids: np.ndarray, n: int, temperature: float = 1.0, seed: int = 0
+) -> np.ndarray:
+    """Continue ids (B, T), on the CPU, by n tokens each -> (B, T + n); temperature 0 is greedy.
+
+    The whole window is read again for each token; the KV cache of `model.generate` saves that.
+    """
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        with no_grad():
+            logits = model(ids[:, -model.config.n_positions :], last_only=True)
+        scores = logits.numpy()[:, 0].astype(np.float64)  # (B, V)
+        if temperature:  # Gumbel's trick: the largest sum is a draw from the softmax
+            scores = scores / temperature + rng.gumbel(size=scores.shape)
+        ids = np.concatenate([ids, scores.argmax(-1)[:, None]], axis=1)
+    return ids

@@ -1,0 +1,15 @@
+"""Dropout, changed on a model that is there already."""
+
+from __future__ import annotations
+
+from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.nn import Dropout
+
+
+def set_dropout(model: GPT2, p: float) -> None:
+    """Drop embeddings, attention weights and residual branches with probability p."""
+    c = model.config
+    c.embd_pdrop = c.attn_pdrop = c.resid_pdrop = p
+    for part in model.modules():
+        if isinstance(part, Dropout):
+            part.p = p

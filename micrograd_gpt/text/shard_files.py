@@ -1,0 +1,171 @@
+"""Folders of token shards: which files they are, which tokenizer made them, whether they match it.
+
+Three kinds of folders are read as they are:
+
+    ours     tokens_*.bin and manifest.json, which says which tokenizer made them
+    llm.c    *_train_*.bin and *_val_*.bin
+    nanoGPT  train.bin and val.bin, without a header
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import read_json, reading
+from micrograd_gpt.text.shards import Shards, open_shard, read_shard
+from micrograd_gpt.text.tokenizers import FIXED, Tokenizer, tokenizer_from_dict
+
+MANIFEST = "manifest.json"
+FORMAT = "micrograd-gpt token shards"
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """The shards of a folder. `validation` is empty where the folder does not mark any for it."""
+
+    train: list[Path]
+    validation: list[Path]
+    manifest: dict[str, Any] | None = None  # only ours have one
+    headerless: bool = False
+
+    def open(self) -> tuple[Shards, Shards]:
+        """Return the ids to train on and those to validate on.
+
+        Raises UserError for a damaged shard.
+        """
+        train, validation = (
+            Shards([open_shard(path, self.headerless) for path in paths])
+            for paths in (self.train, self.validation)
+        )
+        return train, validation
+
+
+def find_shards(source: str | Path) -> ShardFiles | None:
+    """Return the shards in a folder, or `source` itself if it is one; None if there are none.
+
+    Raises UserError for shards of ours that have no manifest, or one that does not match them.
+    """
+    path = Path(source)
+    if path.suffix == ".bin" and path.is_file():
+        return ShardFiles([path], [], headerless=True)
+    if any(path.glob("tokens_[0-9]*.bin")):
+        return _our_shards(path)
+    train = sorted(path.glob("*_train_*.bin"))
+    if train:
+        return ShardFiles(train, sorted(path.glob("*_val_*.bin")))
+    if os.path.lexists(path / "train.bin"):
+        validation = [p for p in [path / "val.bin"] if os.path.lexists(p)]
+        return ShardFiles([path / "train.bin"], validation, headerless=True)
+    return None
+
+
+def _our_shards(folder: Path) -> ShardFiles:
+    """Return the shards that the manifest of `folder` lists."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest is None:
+        raise UserError(
+            f"{folder} has shards but no {MANIFEST}: preparing them was interrupted; give the text "
+            "instead"
+        )
+    try:
+        if manifest["format"] != FORMAT:
+            raise UserError(
+                f"{folder / MANIFEST} is not the manifest of token shards: give the text instead"
+            )
+        counts = {folder / shard["file"]: shard["tokens"] for shard in manifest["shards"]}
+        if not counts:
+            raise KeyError("shards")
+        tokenizer_from_dict(manifest["tokenizer"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / MANIFEST} is damaged ({error!r}): prepare the shards again"
+        ) from error
+    for path, count in counts.items():
+        if (found := len(open_shard(path))) != count:
+            raise UserError(
+                f"{path} has {found:,} tokens where {MANIFEST} says {count:,}: prepare the shards "
+                "again"
+            )
+    return ShardFiles(list(counts), [], manifest)
+
+
+def matching_tokenizer(files: ShardFiles, requested: str | Tokenizer) -> Tokenizer:
+    """Return the tokenizer of shards, after checking that it is the requested one.
+
+    `requested` is a tokenizer, or the name of one. Raises UserError if the shards were made with
+    another, and for a name whose vocabulary comes from a text that the shards do not have.
+    """
+    folder = files.train[0].parent
+    name = requested if isinstance(requested, str) else requested.name
+    if files.manifest is None:
+        if isinstance(requested, Tokenizer):
+            return requested
+        if name in FIXED:
+            return FIXED[name]()
+        raise UserError(
+            f"the shards in {folder} come without the vocabulary that --tokenizer {name} needs: "
+            f"give --tokenizer {' or '.join(FIXED)}"
+        )
+    made_with = tokenizer_from_dict(files.manifest["tokenizer"])
+    if made_with.name != name:
+        raise UserError(
+            f"the shards in {folder} were made with the {made_with.name} tokenizer: give "
+            f"--tokenizer {made_with.name}"
+        )
+    if isinstance(requested, Tokenizer) and requested.to_dict() != made_with.to_dict():
+        raise UserError(
+            f"the shards in {folder} were made with a different {name} vocabulary, of "
+            f"{made_with.vocab_size} entries: give the text instead"
+        )
+    return made_with
+
+
+def check_shards(files: ShardFiles, tokenizer: Tokenizer, cache: Path) -> None:
+    """Raise UserError, naming the file, if a shard holds an id that the tokenizer does not have.
+
+    All ids are read, but only once: an empty file in `cache`, named after the shards' paths, sizes
+    and time stamps, records that they passed. If it cannot be written, they are read again next
+    time.
+    """
+    paths = [*files.train, *files.validation]
+    passed = cache / _record_name(paths, tokenizer.vocab_size)
+    if not os.path.exists(passed):
+        _check_ids_in(paths, files.headerless, tokenizer)
+        with suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            passed.touch()
+
+
+def _record_name(paths: list[Path], vocab_size: int) -> str:
+    """Return a name that changes whenever a shard does, or the size of the vocabulary."""
+    described: list[Any] = [vocab_size]
+    for path in paths:
+        with reading(path):
+            status = path.stat()
+        described.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+
+
+def _check_ids_in(paths: list[Path], headerless: bool, tokenizer: Tokenizer) -> None:
+    from tqdm import tqdm
+
+    total = sum(path.stat().st_size for path in paths)
+    with tqdm(
+        total=total, desc="checking", unit="B", unit_scale=True, delay=1, disable=None
+    ) as bar:
+        for path in paths:
+            for ids in read_shard(path, headerless):
+                if ids.max() >= tokenizer.vocab_size:
+                    raise UserError(
+                        f"{path} holds the token id {ids.max()}, but the {tokenizer.name} "
+                        f"tokenizer has only {tokenizer.vocab_size} ids: give the --tokenizer it "
+                        "was made with"
+                    )
+                bar.update(ids.nbytes)

@@ -1,0 +1,131 @@
+"""What the model has read: the window on a text, and the KV cache behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from small_gpt2 import POSITIONS, VOCABULARY, make_model, random_prompts
+
+from micrograd_gpt import no_grad
+from micrograd_gpt.generation.context import Context, window_start
+from micrograd_gpt.generation.sampling import generate
+from micrograd_gpt.gpt2 import GPT2, KVCache
+from micrograd_gpt.support.errors import UserError
+
+
+@pytest.mark.parametrize("n_positions", [1, 2, 3, 4, 7, 16, 1024])
+def test_the_window_moves_in_hops_and_no_further_than_it_must(n_positions: int) -> None:
+    hop = max(1, n_positions // 4)
+    for length in range(4 * n_positions + 3):
+        start = window_start(length, n_positions)
+        assert start % hop == 0
+        assert length - start <= n_positions
+        assert start == 0 or length - (start - hop) > n_positions
+
+
+@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])
+def test_cached_logits_are_the_uncached_ones(position_embedding: str) -> None:
+    """At every position and past the context length, rows of different lengths in one batch, with
+    guesses that turn out wrong in between. 1e-5: float32 sums of other shapes round differently."""
+    model = make_model(position_embedding=position_embedding)
+    rng = np.random.default_rng(0)
+    texts = [prompt.tolist() for prompt in random_prompts(3, longest=6)]
+    cached, uncached = (Context(model, 3, 99, use_cache) for use_cache in (True, False))
+    for _ in range(3 * POSITIONS):
+        room = min(min(cached.room(text) for text in texts), 4)
+        guesses = rng.integers(0, room + 1)
+        ahead = [text + rng.integers(0, VOCABULARY, guesses).tolist() for text in texts]
+        fast, slow = (context.logits(ahead, 1 + guesses) for context in (cached, uncached))
+        np.testing.assert_allclose(fast, slow, rtol=1e-5, atol=1e-5 * np.abs(slow).max())
+        for text in texts:
+            text.append(int(rng.integers(VOCABULARY)))
+
+
+def test_the_cache_is_one_array_of_the_stated_size_written_in_place(model: GPT2) -> None:
+    context, text = Context(model, 2, longest=99), [1, 2, 3]
+    assert context.cache is not None
+    c, data = model.config, context.cache.data
+    assert data.nbytes == 2 * c.n_layer * c.n_embd * POSITIONS * 2 * 4  # 2 rows, 4 bytes
+    context.logits([text, text])
+    before = data.copy()
+    context.logits([[*text, 4], [*text, 5]])
+    same = data.view(np.int32) == before.view(np.int32)  # what is not written yet may be NaN
+    changed = ~same.all(axis=(0, 1, 3, 5))  # (rows, positions)
+    assert context.cache.data is data
+    assert changed.tolist() == [[False] * 3 + [True] + [False] * 12] * 2
+
+
+def test_a_row_that_was_left_behind_can_be_taken_up_again(model: GPT2) -> None:
+    """Its cache still holds the window of long ago, of which nothing is to be taken over."""
+    text = [int(token) for token in np.random.default_rng(0).integers(0, VOCABULARY, 30)]
+    context = Context(model, 2, longest=99)
+    context.logits([text[:8], text[:8]])
+    for end in range(9, 31):
+        context.logits([text[:end]])
+    context.keep([0, 0], shared=25)
+    texts = [[*text, 1], [*text, 2]]
+    expected = Context(model, 2, 99, use_cache=False).logits(texts)
+    np.testing.assert_allclose(context.logits(texts), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_samples_of_one_prompt_read_it_once(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens_read = []
+    hidden = GPT2.hidden
+    monkeypatch.setattr(
+        GPT2,
+        "hidden",
+        lambda self, ids, cache: tokens_read.append(ids.size) or hidden(self, ids, cache),
+    )
+    generate(model, np.arange(8), 3, num_samples=5)
+    assert sum(tokens_read) == 7 + 3 * 5  # the prompt but for its last token, then one each
+
+
+def test_cache_rows_of_different_lengths_have_no_common_length(model: GPT2) -> None:
+    cache = KVCache(model, batch_size=2)
+    cache.length = 3
+    assert cache.length == 3
+    cache.lengths[1] = 2
+    with pytest.raises(ValueError, match="differ in length"):
+        _ = cache.length
+
+
+def test_a_batch_that_does_not_fit_the_cache_is_refused(model: GPT2) -> None:
+    with no_grad(), pytest.raises(ValueError, match="2 rows for a batch of 1"):
+        model(np.array([[1]]), KVCache(model, batch_size=2))
+    with no_grad(), pytest.raises(ValueError, match="holds 2 positions, not 3"):
+        model(np.array([[1, 2, 3]]), KVCache(model, capacity=2))
+
+
+def test_a_cache_that_fits_no_memory_is_named_with_its_size(
+    model: GPT2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise MemoryError
+
+    with pytest.raises(UserError, match=r"KV cache of [\d,]+\.\d GB: lower num_samples") as caught:
+        Context(model, 10**18, 16)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr("micrograd_gpt.generation.context.KVCache", full)
+    with pytest.raises(UserError, match=r"KV cache of 409\.6 GB"):
+        generate(model, np.array([1]), 15, num_beams=100_000_000)
+
+
+def test_damaged_weights_are_named() -> None:
+    model = make_model()
+    model.transformer.wte.weight.data[0, 0] = np.nan
+    with pytest.raises(UserError, match="not finite"):
+        generate(model, np.array([1]), 1)
+    with pytest.raises(UserError, match="not finite"):
+        generate(model, np.array([1]), 1, num_beams=2)
+
+
+def test_dropout_is_off_while_decoding_and_on_again_after() -> None:
+    model = make_model(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    first = generate(model, np.array([1, 2]), 10, temperature=0)
+    np.testing.assert_array_equal(generate(model, np.array([1, 2]), 10, temperature=0), first)
+    assert model.training and model.transformer.h[1].training
+    model.eval()
+    generate(model, np.array([1]), 1)
+    assert not model.training

@@ -1,0 +1,78 @@
+"""Continuations as text: what is shown of them, and when."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from micrograd_gpt.generation.context import Continuation
+from micrograd_gpt.generation.output import TextStream, prompt_ids
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+
+
+def shown(data: bytes, stops: list[str], how_many_at_once: int = 1) -> Iterator[str]:
+    """What TextStream shows of these byte tokens after each step, and at the end."""
+    continuation = Continuation(ids=[0], n_prompt=1)
+    stream = TextStream(ByteTokenizer(), stops)
+    for start in range(0, len(data), how_many_at_once):
+        continuation.ids += data[start : start + how_many_at_once]
+        if start + how_many_at_once >= len(data):
+            continuation.stopped = "length"
+        stream.follow(continuation)
+        yield stream.text
+        if continuation.stopped == "stop":
+            return
+
+
+def test_a_stop_text_that_spans_tokens_is_never_partly_shown() -> None:
+    texts = list(shown(b"ab##c###d", ["###"]))
+    assert texts == ["a", "ab", "ab", "ab", "ab##c", "ab##c", "ab##c", "ab##c"]
+
+
+def test_what_might_have_become_a_stop_text_is_shown_at_the_end() -> None:
+    assert list(shown(b"ab##", ["###"]))[-1] == "ab##"
+
+
+def test_characters_are_shown_whole_or_not_at_all() -> None:
+    assert list(shown("aé€".encode()[:-1], [])) == ["a", "a", "aé", "aé", "aé"]
+
+
+def test_end_of_text_is_not_shown_but_a_passing_one_is() -> None:
+    stream = TextStream(ByteTokenizer())
+    continuation = Continuation(ids=[256, 97, 256, 98, 256], n_prompt=1, stopped="end-of-text")
+    stream.follow(continuation)
+    assert stream.text == "ab"
+
+
+@settings(deadline=None)
+@given(
+    st.text("ab€", min_size=1, max_size=30),
+    st.lists(st.text("ab€", min_size=1, max_size=4), max_size=3),
+    st.integers(1, 5),
+)
+def test_a_stream_shows_the_text_up_to_the_first_stop(
+    text: str, stops: list[str], how_many_at_once: int
+) -> None:
+    texts = list(shown(text.encode(), stops, how_many_at_once))
+    ends = [text.find(stop) for stop in stops if stop in text]
+    if not ends:
+        assert texts[-1] == text
+    else:  # the stop that is complete first counts, not the one that begins first
+        first = min(text.find(stop) + len(stop) for stop in stops if stop in text)
+        candidates = {text[: text.find(stop)] for stop in stops if stop in text}
+        assert texts[-1] in candidates
+        assert len(texts[-1]) <= first
+    for earlier, later in itertools.pairwise(texts):
+        assert later.startswith(earlier)
+
+
+def test_an_empty_prompt_starts_after_end_of_text_or_a_line_end() -> None:
+    tokenizer = CharTokenizer("ab\n")
+    assert prompt_ids("", ByteTokenizer()) == [256]
+    assert (
+        prompt_ids("", tokenizer) == prompt_ids("\n", tokenizer) == [int(tokenizer.encode("\n")[0])]
+    )
+    assert prompt_ids("a", ByteTokenizer()) == [97]

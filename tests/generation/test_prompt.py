@@ -1,0 +1,114 @@
+"""The interactive prompt: texts, commands, mistakes and Ctrl-C, as they are typed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from small_gpt2 import interrupt_after
+
+from micrograd_gpt.generation.flags import Choices
+from micrograd_gpt.generation.output import Writer
+from micrograd_gpt.generation.prompt import converse
+from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.text.tokenizers import load_tokenizer
+from micrograd_gpt.weights.pretrained import from_pretrained
+
+Talk = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def talk(
+    char_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Talk:
+    """`talk(*lines)` has these lines typed, then Ctrl-D; an exception stands for what raises it.
+
+    Returns stdout and stderr, where each typed line is echoed.
+    """
+    writer = Writer(from_pretrained(GPT2, char_model), load_tokenizer(char_model))
+    defaults = {"max_new_tokens": (20, ""), "temperature": (0.8, ""), "top_k": (40, "")}
+
+    def talk(*lines: str | BaseException | type[BaseException], **given: Any) -> tuple[str, str]:
+        typed = iter(lines)
+
+        def type_a_line(question: str = "") -> str:
+            line = next(typed, EOFError)
+            print(line, file=sys.stderr)
+            if isinstance(line, str):
+                return line
+            raise line
+
+        monkeypatch.setattr("builtins.input", type_a_line)
+        capsys.readouterr()
+        assert converse(writer, Choices(given, defaults)) == 0
+        return capsys.readouterr()
+
+    return talk
+
+
+def test_a_conversation(talk: Talk) -> None:
+    lines = ["dog", "dog", "/set temperature 0", "dog", "dog", "/unset temperature", "/set seed 0"]
+    out, _ = talk(*lines, "dog")
+    _, first, second, greedy, again, third = out.split("dog")
+    assert greedy == again and first == third and len({first, second, greedy}) == 3
+
+
+def test_the_flags_given_hold_until_they_are_changed(talk: Talk) -> None:
+    out, _ = talk("dog", "/set max-new-tokens 5", "dog", max_new_tokens=3)
+    first, second = out.splitlines()
+    assert (len(first), len(second)) == (6, 8)
+
+
+def test_mistakes_do_not_end_a_conversation(talk: Talk) -> None:
+    lines = ["über", "/sing", "/set", "/set colour red", "/set top-p 7", '/set stop "', "/set stop"]
+    lines += ["/set seed 3 4", "/unset seed 3", "/set greedy yes", "/set greedy --help"]
+    undecodable = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    out, err = talk(*lines, undecodable, "/quit", "never read")
+    assert out == "" and "never read" not in err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 12
+    assert "error: /set needs a setting; /help lists them" in errors
+    assert "error: /set takes no '4': put quotes around a value with spaces" in errors
+    assert errors[-1] == "error: that was not UTF-8 text"
+
+
+def test_help_lists_the_commands_and_the_settings_in_use(talk: Talk) -> None:
+    _, err = talk("/help")
+    assert "/set temperature 0.7" in err and "/unset temperature" in err
+    (settings,) = (line for line in err.splitlines() if line.startswith("settings: "))
+    for setting in ("top-k 40", "seed 0", "no-repeat-ngram-size 0"):
+        assert setting in settings
+    assert not any(name in settings for name in ("greedy", "top-p", "stop [", "no-kv-cache"))
+
+
+def test_settings_that_take_a_word_or_none(talk: Talk) -> None:
+    lines = ["/set num-beams 3", "/set early-stopping never", "/set stop 'o j'", "/set ignore-eos"]
+    _, err = talk(*lines, "/help")
+    for setting in ("num-beams 3", "early-stopping never", "stop ['o j']", "ignore-eos true"):
+        assert setting in err
+
+
+def test_a_change_that_contradicts_another_is_not_made(talk: Talk) -> None:
+    _, err = talk("/set greedy", "/set temperature 0.5", "/help")
+    assert "error: --greedy and --temperature contradict each other" in err
+    assert "temperature 0.8" in err and "greedy true" in err
+
+
+def test_ctrl_c_stops_a_text_and_not_the_conversation(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(5, monkeypatch)
+    out, _ = talk("the ", "dog")
+    assert len(out.partition("dog")[0].removesuffix("\n")) in (8, 9)
+
+
+def test_ctrl_c_at_the_prompt_does_not_leave(talk: Talk) -> None:
+    out, _ = talk(KeyboardInterrupt, "dog")
+    assert out.startswith("dog")
+
+
+def test_that_a_text_passes_the_context_is_said_once(talk: Talk) -> None:
+    _, err = talk("/set max-new-tokens 100", "dog", "dog")
+    assert err.count("at most 32 tokens") == 1

@@ -1,0 +1,56 @@
+"""Small models for the tests of decoding, untrained, with large weights: what they say is nonsense,
+but their distributions have clear favourites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from micrograd_gpt.generation import output, sampling
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.runs.checkpoint import save_pretrained
+from micrograd_gpt.text.tokenizers import Tokenizer
+
+VOCABULARY, POSITIONS = 11, 16
+TEXT = "the quick brown fox jumps over the lazy dog.\n"  # for the vocabulary of characters
+
+
+def make_model(seed: int = 3, factor: float = 12, **config: Any) -> GPT2:
+    """A model whose weights are `factor` times as large as usual."""
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": VOCABULARY}
+    model = GPT2(GPT2Config(**{**shape, "n_positions": POSITIONS, **config}), seed=seed)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data *= factor
+    return model
+
+
+def save_model(folder: Path, tokenizer: Tokenizer, seed: int = 0) -> str:
+    """Save a model of one layer and 32 positions with its tokenizer; returns the folder's name."""
+    size = tokenizer.vocab_size
+    save_pretrained(
+        make_model(seed, 8, n_layer=1, vocab_size=size, n_positions=32), folder, tokenizer
+    )
+    return str(folder)
+
+
+def random_prompts(count: int, longest: int = 30, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCABULARY, rng.integers(1, longest + 1)) for _ in range(count)]
+
+
+def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make Ctrl-C come when this many tokens of a prompt are decided."""
+
+    def interrupted(*args: Any) -> Iterator[sampling.Sample]:
+        for count, sample in enumerate(sampling.decode(*args)):
+            yield sample
+            if count + 1 == steps:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(output, "decode", interrupted)
