@@ -26,7 +26,9 @@ class GuardedArrays:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.library, name)
 
-    def empty(self, shape: Any, dtype: Any = float) -> Any:
+    def empty(self, shape: Any, dtype: Any = float, order: str = "C") -> Any:
+        if order == "F":
+            return self.empty(shape[::-1], dtype).T
         dtype = np.dtype(dtype)
         size = int(np.prod(shape)) * dtype.itemsize
         memory = self.library.full(size + 3 * GUARD, CANARY, np.uint8)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from micrograd_gpt import gpt2, no_grad, optim
-from micrograd_gpt.arrays.devices import set_tf32
+from micrograd_gpt.arrays.devices import move, set_tf32
 from micrograd_gpt.arrays.precision import compute_in, hold_in
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.generation.kv_cache import KVCache
@@ -37,8 +37,14 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
     return ids[:, :-1], ids[:, 1:]
 
 
+def make(device: str, config: GPT2Config = CONFIG) -> GPT2:
+    model = GPT2(config, seed=1)
+    move(model, device)
+    return model
+
+
 def train(device: str, dtype: str, config: GPT2Config = CONFIG, steps: int = 20) -> list[float]:
-    model = GPT2(config, seed=1).to(device)
+    model = make(device, config)
     optimizer, losses = optim.AdamW(model.parameters(), lr=1e-3), []
     with compute_in(dtype):
         for _ in range(steps):
@@ -68,7 +74,7 @@ def test_the_same_seed_gives_the_same_bits(dtype: str) -> None:
 @pytest.mark.parametrize("level", ["fused", "definitions"])
 def test_gradients_are_those_of_the_definitions(level: str) -> None:
     def gradients() -> dict[str, Any]:
-        model = GPT2(CONFIG, seed=1).to("gpu")
+        model = make("gpu")
         model.loss(*batch()).backward()
         return {name: p.grad.get() for name, p in model.named_parameters()}
 
@@ -86,7 +92,7 @@ def test_greedy_tokens_are_the_cpus(rows: int) -> None:
     found = []
     prompt = batch()[0][:rows, :9]
     for device in ("cpu", "gpu"):
-        model = GPT2(CONFIG, seed=1).to(device)
+        model = make(device)
         optimizer = optim.AdamW(model.parameters(), lr=3e-3)
         for _ in range(30):
             model.loss(*batch()).backward()
@@ -102,7 +108,7 @@ def test_the_token_step_is_captured_and_gives_the_same_logits(
     lengths: list[int], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A capture that fails would be a warning, which is an error here."""
-    model, found = GPT2(CONFIG, seed=1).to("gpu").eval(), []
+    model, found = make("gpu").eval(), []
     hold_in(model, dtype)
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (20, len(lengths), 1))
     for blocks in (gpt2.through_blocks, gpt2.through_blocks.definition):

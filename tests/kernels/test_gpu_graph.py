@@ -17,6 +17,7 @@ import pytest
 from gpu_machine import emulated_cupy
 
 from micrograd_gpt import Tensor, gpt2, no_grad
+from micrograd_gpt.arrays.devices import move
 from micrograd_gpt.arrays.precision import compute_in, hold_in
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.generation.kv_cache import KVCache
@@ -66,7 +67,8 @@ def make(dtype: str = "float32", **changes: Any) -> GPT2:
 
 def on_gpu(model: GPT2, dtype: str) -> GPT2:
     hold_in(model, dtype)
-    model.to("gpu").eval()
+    move(model, "gpu")
+    model.eval()
     for parameter in model.parameters():
         parameter.data *= fake_cupy.full((), 3, parameter.dtype)  # attention far from uniform
     return model

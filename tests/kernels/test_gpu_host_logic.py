@@ -28,6 +28,7 @@ from micrograd_gpt.arrays.precision import compute_in, hold_in
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.graph import retain_grad
 from micrograd_gpt.layers import IGNORE
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.variants import VariantConfig, VariantGPT2
@@ -64,10 +65,18 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
 # ----------------------------------------------------------------------------------------- training
 
 
+def make(device: str, **variant: str) -> GPT2:
+    if variant:
+        model: GPT2 = VariantGPT2(VariantConfig(**SMALL, **variant), seed=3)
+    else:
+        model = GPT2(GPT2Config(**SMALL), seed=3)
+    devices.move(model, device)
+    return model
+
+
 def steps(device: str, dtype: str, count: int = 3, **variant: str) -> tuple[GPT2, list[Any]]:
-    kind = VariantGPT2(VariantConfig(**SMALL, **variant), seed=3)
-    model = kind if variant else GPT2(GPT2Config(**SMALL), seed=3)
-    optimizer, results = optim.AdamW(model.to(device).parameters()), []
+    model = make(device, **variant)
+    optimizer, results = optim.AdamW(model.parameters()), []
     ids = np.random.default_rng(0).integers(0, 61, (2, 4, 16))
     ids[1, :, 3] = IGNORE
     with compute_in(dtype):
@@ -103,7 +112,7 @@ def test_steps_wait_for_nothing_and_compute_what_the_cpu_does(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_half_precision_arrays_are_2_bytes_wide(dtype: str, cupy: ModuleType) -> None:
-    model = GPT2(GPT2Config(**SMALL)).to("gpu")
+    model = make("gpu")
     kept = np.dtype(dtype)
     assert kept.itemsize == (4 if dtype == "float32" else 2)
     with compute_in(dtype):
@@ -118,15 +127,15 @@ def test_half_precision_arrays_are_2_bytes_wide(dtype: str, cupy: ModuleType) ->
             assert tensor.dtype == tensor.numpy().dtype == kept
         assert (x + dropped.reshape(1, 8, 32)).dtype == np.float32
         assert KVCache(model).data.dtype == kept
-        hidden.retain_grad()
+        retain_grad(hidden)
         (hidden.sum() * 2).backward()
     assert hidden.grad.dtype == kept
     assert all(p.grad.dtype == np.float32 for p in model.parameters() if p.grad is not None)
     hold_in(model, dtype)
     sizes = {p.dtype.itemsize for name, p in model.named_parameters() if ".ln_" not in name}
     assert sizes == {kept.itemsize}
-    moved = model.to("cpu")
-    assert all(isinstance(p.data, np.ndarray) for p in moved.parameters())
+    devices.move(model, "cpu")
+    assert all(isinstance(p.data, np.ndarray) for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -274,7 +283,7 @@ def test_a_clip_that_finds_no_gradients_forgets_the_one_before(cupy: ModuleType)
 
 
 def test_what_comes_from_the_host_is_checked_there(cupy: ModuleType) -> None:
-    model = GPT2(GPT2Config(**SMALL)).to("gpu")
+    model = make("gpu")
     ids = np.zeros((1, 4), int)
     with pytest.raises(ValueError, match="token id 61 is outside the vocabulary of 61"):
         model.loss(ids + 61, ids)
@@ -462,7 +471,7 @@ def test_a_cache_that_does_not_fit_is_measured_in_its_own_type(
 ) -> None:
     from micrograd_gpt.generation.context import Context
 
-    model = GPT2(GPT2Config(**SMALL)).to("gpu")
+    model = make("gpu")
     hold_in(model, "float16")
     monkeypatch.setattr(cupy, "empty", out_of_memory)
     numbers = 2 * 2 * 32 * 16 * 500_000  # n_layer, keys and values, n_embd, positions, texts

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from micrograd_gpt import functional, optim, tensor
+from micrograd_gpt import functional, layers, optim, tensor
 from micrograd_gpt.arrays.devices import Array, array_module
 from micrograd_gpt.arrays.precision import is_half
 from micrograd_gpt.arrays.stand_ins import CUDA, NotForMe, stands_in_for
+from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_cuda import cublas
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.arguments import (
@@ -39,7 +40,9 @@ from micrograd_gpt.kernels.in_cuda.arguments import (
 )
 from micrograd_gpt.kernels.in_cuda.matvec import FEW_ROWS, multiply_few_rows
 from micrograd_gpt.kernels.in_cuda.modules import ACTIVATIONS, TENSOR_TABLE, TENSORS_AT_ONCE, launch
+from micrograd_gpt.kernels.in_numpy.kernels import gradients
 from micrograd_gpt.layers import Key
+from micrograd_gpt.tensor import Tensor
 
 ROWS_AT_ONCE = 128  # that one block adds up, column by column
 
@@ -47,60 +50,6 @@ ROWS_AT_ONCE = 128  # that one block adds up, column by column
 def _seed(key: Key) -> int:
     """The 64 bits of Philox's key for a draw."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-
-
-# ------------------------------------------------------------------------------------- additions
-
-
-@stands_in_for(tensor.add, CUDA)
-def add(x: Array, y: Array, out: Array | None = None) -> Array:
-    """As the definition, of a float32 x and a y of any type, in the shape of both."""
-    float32(x)
-    dtype = activation(y)
-    if x.shape != y.shape or (out is not None and out.shape != x.shape):
-        raise NotForMe
-    if out is None:
-        out = array_module(x).empty_like(x)
-    float32(out)
-    grid = blocks(x.size, dtype)
-    launch("residual", "residual_add", dtype, grid, (THREADS,), x, y, out, x.size)
-    return out
-
-
-@stands_in_for(tensor.add_at, CUDA)
-def add_at(total: Array, index: Any, part: Array) -> None:
-    """As the definition, of any types and indices; rows of a table are added in a fixed order."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if all(isinstance(p, int | slice | type(None) | type(...)) for p in parts):
-        here = total[index]  # a view, even of a single number
-        here += part
-    elif is_half(total):
-        wide = total.astype(np.float32)
-        add_at(wide, index, part)
-        total[...] = wide
-    else:
-        try:
-            _add_rows(total, index, part)
-        except NotForMe:
-            array_module(total).add.at(total, index, part)
-
-
-def _add_rows(total: Array, index: Any, part: Array) -> None:
-    """Add the rows of part (…, C) to those of total (V, C) that an array of integers (…) names."""
-    xp = array_module(total)
-    if not isinstance(index, xp.ndarray) or index.dtype.kind not in "iu" or total.ndim != 2:
-        raise NotForMe
-    float32(total)
-    dtype, width = activation(part), total.shape[1]
-    if part.shape != (*index.shape, width):
-        raise NotForMe
-    ids = xp.ascontiguousarray(index.reshape(-1) % len(total), dtype=np.int64)  # -1 is the last
-    order = xp.argsort(ids, kind="stable").astype(np.int64, copy=False)
-    rows, grid = ids.size, (ids.size, strips(width, dtype))
-    launch(
-        *("embedding", "embedding_backward", dtype, grid, (32, 8)),
-        *(part, ids, order, total, rows, width),
-    )
 
 
 # ------------------------------------------------------------------------------- matrix products
@@ -145,10 +94,12 @@ def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array,
     dtype, xp = activation(grad, x), array_module(x)
     if name_of(weight.dtype) != dtype:
         raise NotForMe
-    if weight.flags.c_contiguous:
-        dweight = _product(x.T, grad, xp.empty(weight.shape, np.float32))
+    order = "C" if weight.flags.c_contiguous else "F"
+    dweight = xp.empty(weight.shape, np.float32, order)
+    if order == "C":
+        _product(x.T, grad, dweight)
     else:
-        dweight = _product(grad.T, x, xp.empty(weight.shape[::-1], np.float32)).T
+        _product(grad.T, x, dweight.T)
     return _product(grad, weight.T), dweight, _column_sums(grad, dtype)
 
 
@@ -175,6 +126,42 @@ def _total(numbers: Array) -> Array:
     total = array_module(numbers).empty((), np.float32)
     launch("sums", "total", "float32", (1,), (1024,), numbers, total, numbers.size)
     return total
+
+
+@stands_in_for(tensor.add_at, CUDA)
+def add_at(total: Array, index: Any, part: Array) -> None:
+    """As the definition, of any types and indices; rows of a table are added in a fixed order."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if all(isinstance(p, int | slice | type(None) | type(...)) for p in parts):
+        here = total[index]  # a view, even of a single number
+        here += part
+    elif is_half(total):
+        wide = total.astype(np.float32)
+        add_at(wide, index, part)
+        total[...] = wide
+    else:
+        try:
+            _add_rows(total, index, part)
+        except NotForMe:
+            array_module(total).add.at(total, index, part)
+
+
+def _add_rows(total: Array, index: Any, part: Array) -> None:
+    """Add the rows of part (…, C) to those of total (V, C) that an array of integers (…) names."""
+    xp = array_module(total)
+    if not isinstance(index, xp.ndarray) or index.dtype.kind not in "iu" or total.ndim != 2:
+        raise NotForMe
+    float32(total)
+    dtype, width = activation(part), total.shape[1]
+    if part.shape != (*index.shape, width):
+        raise NotForMe
+    ids = xp.ascontiguousarray(index.reshape(-1) % len(total), dtype=np.int64)  # -1 is the last
+    order = xp.argsort(ids, kind="stable").astype(np.int64, copy=False)
+    rows, grid = ids.size, (ids.size, strips(width, dtype))
+    launch(
+        *("embedding", "embedding_backward", dtype, grid, (32, 8)),
+        *(part, ids, order, total, rows, width),
+    )
 
 
 # ------------------------------------------------------------------------------------ layer norm
@@ -352,14 +339,14 @@ def _aligned(*arrays: Array) -> list[Array]:
 # --------------------------------------------------------------------------------------- dropout
 
 
-@stands_in_for(functional.dropout_forward, CUDA)
+@stands_in_for(layers.dropout_forward, CUDA)
 def dropout_forward(x: Array, p: float, key: Key) -> Array:
     """As the definition; nothing is kept for the backward, which draws the same numbers again."""
     _check_probability(p)
     x = array_module(x).ascontiguousarray(x)
     dtype, y = activation(x), array_module(x).empty_like(x)
     grid = blocks(x.size, dtype)
-    launch("residual", "dropout", dtype, grid, (THREADS,), x, y, x.size, _seed(key), p)
+    launch("dropout", "dropout", dtype, grid, (THREADS,), x, y, x.size, _seed(key), p)
     return y
 
 
@@ -373,7 +360,7 @@ def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
     return dlogits, _cross_entropy(logits, labels, dlogits)
 
 
-@stands_in_for(functional.linear_cross_entropy_forward, CUDA)
+@stands_in_for(linear_cross_entropy.linear_cross_entropy_forward, CUDA)
 def linear_cross_entropy_forward(
     x: Array, weight: Array, labels: Array, with_gradients: bool
 ) -> tuple[Array | None, Array, Array | None]:
@@ -401,9 +388,10 @@ def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
 # ------------------------------------------------------------------------------------- optimizer
 
 
-@stands_in_for(optim.clip, CUDA)
-def clip(grads: list[Array], max_norm: float, loss_scale: float) -> Array:
+@stands_in_for(optim.clip_grad_norm, CUDA)
+def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> Array:
     """As the definition; where the norm is not finite, every gradient is multiplied by 1."""
+    grads = gradients(parameters)
     norm, factor = _norm_and_factor(_sum_of_squares(grads), max_norm, loss_scale)
     for grad in grads:
         grad *= factor
@@ -434,7 +422,7 @@ def _norm_and_factor(squares: Array, max_norm: float, loss_scale: float) -> tupl
 
 @stands_in_for(optim.adamw_update, CUDA)
 def adamw_update(
-    rows: list[optim.Row], lr: float, beta1: float, beta2: float, eps: float, step: int
+    rows: list[Any], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
     in_memory = []
     for *arrays, decay in rows:  # those that are stored in columns go as their transposes
