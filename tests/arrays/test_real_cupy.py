@@ -56,12 +56,12 @@ def test_numpys_functions_work_on_cupys_arrays() -> None:
             np.tri(2, 3, 1, dtype=bool, like=x),
             np.arange(3, like=x),
         ),
-        *(np.full_like(x, 2), np.full((), 2, "float32", like=x), np.expand_dims(x, 0)),
+        *(np.full_like(x, 2), np.expand_dims(x, 0)),
         *(np.broadcast_to(x, (2, 2, 3)), np.concatenate([x, x], axis=1), np.flatnonzero(x > 2)),
         *np.split(x, [1], axis=1),
     ]
     assert all(isinstance(result, cupy.ndarray) for result in results)
-    assert np.full((), 2, "float32", like=x).shape == () and np.tri(2, 3, 1, like=x).shape == (2, 3)
+    assert np.tri(2, 3, 1, like=x).shape == (2, 3) and np.asarray(2.0, like=x).shape == ()
     np.add.at(x, cupy.asarray([0, 0]), cupy.ones((2, 3), "float32"))
     assert x.get().tolist() == [[2, 3, 4], [3, 4, 5]]
     for wrong in (lambda: np.add(x, np.ones(3)), lambda: np.where(np.ones(3, bool), x, x)):
