@@ -10,32 +10,25 @@ The result is a folder that generate.py, train_gpt2.py --init-from and Transform
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from micrograd_gpt import no_grad
-from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config, size_name
-from micrograd_gpt.runs.checkpoint import MODEL, STATE, save_pretrained
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.runs.checkpoint import STATE, holds_run
 from micrograd_gpt.support import cli
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.text.tokenizers import Tokenizer
-from micrograd_gpt.weights.pretrained import (
-    OPENAI_URL,
-    HuggingFace,
-    OpenAI,
-    Source,
-    Weights,
-    build,
-    open_release,
-    open_weights,
-    published_shape,
-)
+from micrograd_gpt.text.tokenizers import TOKENIZER_FILE, Tokenizer
+from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_name
+from micrograd_gpt.weights.formats import Weights, open_weights
+from micrograd_gpt.weights.pretrained import build
+from micrograd_gpt.weights.releases import OPENAI_URL, HuggingFace, OpenAI, Source, open_release
+from micrograd_gpt.weights.saving import write_model
 
 # The greedy continuation of "The dog" by openai-community/gpt2, 20 tokens in all, as published.
 # fmt: off
@@ -48,35 +41,27 @@ PROMPT = [464, 3290]  # "The dog"
 def main(argv: Sequence[str] | None = None) -> int:
     """Load, check, write, print; returns the exit status, 1 if the check fails.
 
-    Everything is done before anything is printed, whoever reads it and however much of it; and
-    weights that fail are not written.
+    Weights that fail the check are not written. Printing comes last, so that nothing depends on
+    whether, and how far, somebody reads the output.
     """
     args = parse_args(argv)
-    size = size_name(args.size) if args.size else None
-    if args.from_path is not None:
-        weights = open_weights(args.from_path)
-        found = published_size(weights.config)
-        if size and found != size:
-            raise UserError(f"{args.from_path} holds {found or 'no published size'}, not {size}")
-        own_name = args.from_path.resolve().name.removesuffix(".safetensors")
-        out = args.out or Path("models") / (f"gpt2-{found}" if found else own_name)
+    claimed = size_name(args.size) if args.size else None
+    if args.from_path is None:
+        size = claimed = claimed or "124M"
+        weights = open_release(size, sources(args.source, args.openai_url), verify=True)
     else:
-        size = found = size or "124M"
-        openai = OpenAI(args.openai_url)
-        sources: dict[str | None, tuple[Source, ...]] = {
-            "huggingface": (HuggingFace(),),
-            "openai": (openai,),
-            None: (HuggingFace(), openai),
-        }
-        weights = open_release(size, sources[args.source], verify=True)
-        out = args.out or Path("models") / f"gpt2-{size}"
+        weights = open_weights(args.from_path)
+        size = published_size(weights.config)
+        if claimed and size != claimed:
+            raise UserError(f"{args.from_path} holds {size or 'no published size'}, not {claimed}")
+    out = args.out or Path("models") / (f"gpt2-{size}" if size else own_name(args.from_path))
     refuse_to_overwrite(out, weights.path)
 
     say(f"loading {weights.path}")
     model = build(weights)
     tokenizer = tokenizer_of(weights)
-    # What comes from a local folder is OpenAI's only if the user says so, by --size.
-    passed, findings = check(model, tokenizer, found, claimed=size is not None)
+    # Weights from a local folder are OpenAI's only if the user says so, by --size.
+    passed, findings = check(model, tokenizer, size, claimed=claimed is not None)
     if passed:
         write_folder(model, out, tokenizer, None if args.dtype == "float32" else args.dtype)
         say(f"wrote {out}, weights stored as {args.dtype}")
@@ -106,13 +91,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a local safetensors file, Hugging Face folder, checkpoint of ours, or OpenAI folder",
     )
     parser.add_argument(
-        "--out", type=Path, help="folder to write (default models/gpt2-SIZE, or of --from's name)"
+        "--out",
+        type=Path,
+        help="folder to write (default models/gpt2-SIZE, or models/ and the name of --from)",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
-        help="what the written weights are stored as (default float32: exactly as loaded)",
+        help="the type to store the weights in (default float32: exactly as loaded)",
     )
     parser.add_argument(
         "--openai-url",
@@ -122,38 +109,49 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.from_path is not None and args.source is not None:
-        raise UserError("--from reads what is here and --source fetches: give one of them")
+        raise UserError("--from reads a local path and --source fetches: give only one of them")
     return args
+
+
+def sources(name: str | None, openai_url: str) -> list[Source]:
+    """Where to fetch from: the source of that name, or all of them in the order of trying."""
+    all_sources: dict[str, Source] = {"huggingface": HuggingFace(), "openai": OpenAI(openai_url)}
+    return [all_sources[name]] if name else list(all_sources.values())
 
 
 def published_size(config: GPT2Config) -> str | None:
     """Which of OpenAI's sizes a config is, or None."""
-    for name in SIZES:
-        if all(getattr(config, key) == value for key, value in published_shape(name).items()):
-            return name
+    for size in SIZES:
+        shape = published_shape(size)
+        if is_gpt2(config) and all(getattr(config, key) == shape[key] for key in shape):
+            return size
     return None
 
 
+def own_name(path: Path) -> str:
+    return path.resolve().name.removesuffix(".safetensors")
+
+
 def refuse_to_overwrite(out: Path, source: Path) -> None:
-    """UserError where `out` holds the weights at `source`, also by a link, or a training run."""
+    """UserError if `out` holds the weights at `source`, also by a link, or a training run."""
     try:
-        # What is written is a file: an OpenAI folder inside of `out` is none of it.
+        # Only files are written, so an OpenAI folder may lie inside of `out`.
         taken = [source] if source.is_dir() else [source.parent, source.resolve().parent]
         if out.resolve() in [folder.resolve() for folder in taken]:
-            raise UserError(f"{out} is where the weights come from; choose another --out")
-        if (out / STATE).exists():
-            raise UserError(f"{out} holds a training run ({STATE}); choose another --out")
+            raise UserError(f"{out} is where the weights come from: choose another --out")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    if holds_run(out):
+        raise UserError(f"{out} holds a training run ({STATE}): choose another --out")
 
 
 def tokenizer_of(weights: Weights) -> Tokenizer | None:
-    """The tokenizer these weights were trained with; None, said on stderr, if it is not known."""
+    """The tokenizer that these weights were trained with; None, and why on stderr, if unknown."""
     folder = weights.path if weights.path.is_dir() else weights.path.parent
     try:
         tokenizer = load_tokenizer(folder)
         if tokenizer.vocab_size != weights.config.vocab_size:
-            raise UserError(f"{folder}'s tokenizer has another vocab_size than the model")
+            raise UserError(f"the tokenizer in {folder} has another vocab_size than the model")
     except UserError as error:
         say(f"no tokenizer is written: {error}")
         return None
@@ -161,27 +159,11 @@ def tokenizer_of(weights: Weights) -> Tokenizer | None:
 
 
 def write_folder(model: GPT2, out: Path, tokenizer: Tokenizer | None, dtype: str | None) -> None:
-    """save_pretrained, but no file of `out` changes before all of them are written."""
-    incoming = out / f".incoming.{os.getpid()}"
-    created = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        save_pretrained(model, incoming, tokenizer, dtype)
-        # The weights first: a config.json left of another model is told by their shapes.
-        for file in sorted(incoming.iterdir(), key=lambda file: (file.name != MODEL, file.name)):
-            os.replace(file, out / file.name)
+    """Write the model into `out`, as a set that has no tokenizer of an earlier model."""
+    with written_as_set(out) as new:
+        write_model(model, new, tokenizer, dtype)
         if tokenizer is None:
-            (out / "tokenizer.json").unlink(missing_ok=True)  # of what was here before
-        incoming.rmdir()
-    except BaseException as error:
-        shutil.rmtree(incoming, ignore_errors=True)
-        for folder in created:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-        if isinstance(error, UserError):
-            raise UserError(str(error).replace(str(incoming), str(out))) from error
-        raise
+            without(new / TOKENIZER_FILE)
 
 
 def parameter_table(model: GPT2) -> list[str]:
@@ -201,12 +183,12 @@ def check(
 ) -> tuple[bool, list[str]]:
     """Continue "The dog" greedily and compare with the published ids.
 
-    Returns False if they differ, and what was found, line by line. Without published ids, or where
-    nobody said that these are OpenAI's weights (`claimed`) and they turn out not to be, there is
-    nothing to compare with, and the check says so.
+    Returns False if they differ, and the findings, line by line. There is nothing to compare with,
+    and the check says so, if no ids are published, or if nobody `claimed` that these are OpenAI's
+    weights and they turn out not to be.
     """
     if size is None:
-        return True, ["check: nothing to compare with, this is none of OpenAI's sizes"]
+        return True, ["check: nothing to compare with, this is not one of OpenAI's sizes"]
     ids = greedy(model, PROMPT, n_tokens=20)
     found = [f"greedy ids: {' '.join(map(str, ids))}"]
     if tokenizer is not None:
@@ -217,24 +199,20 @@ def check(
         verdict = f"passed, these are the ids published for OpenAI's {size}"
     elif claimed:
         published = " ".join(map(str, PUBLISHED_IDS[size]))
-        return False, [*found, f"check: FAILED, published are {published}"]
+        return False, [*found, f"check: FAILED, the published ids are {published}"]
     else:
-        verdict = f"nothing to compare with, these are other weights than OpenAI's {size}"
+        verdict = f"nothing to compare with, these are not OpenAI's weights for {size}"
     return True, [*found, f"check: {verdict}"]
 
 
 def greedy(model: GPT2, prompt: list[int], n_tokens: int) -> list[int]:
-    """`prompt` and the likeliest next token after it, again and again, up to n_tokens in all."""
+    """Extend `prompt` to n_tokens in all, always by the likeliest next token."""
     ids = list(prompt)
     with no_grad():
         while len(ids) < n_tokens:
             logits = model(np.array([ids]), last_only=True)  # (1, 1, V)
             ids.append(int(logits.data.argmax()))
     return ids
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

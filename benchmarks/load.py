@@ -16,12 +16,12 @@ import time
 from typing import Any
 
 import common
-from micrograd_gpt.weights.config import SIZES
 
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.runs.checkpoint import save_pretrained
 from micrograd_gpt.support import cli
+from micrograd_gpt.weights.config import SIZES
 from micrograd_gpt.weights.pretrained import from_pretrained
+from micrograd_gpt.weights.saving import save_pretrained
 
 
 def main() -> int:

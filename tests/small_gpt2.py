@@ -13,8 +13,8 @@ import pytest
 
 from micrograd_gpt.generation import output, sampling
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.runs.checkpoint import save_pretrained
 from micrograd_gpt.text.tokenizers import Tokenizer
+from micrograd_gpt.weights.saving import save_pretrained
 
 VOCABULARY, POSITIONS = 11, 16
 TEXT = "the quick brown fox jumps over the lazy dog.\n"  # for the vocabulary of characters

@@ -7,10 +7,9 @@ import math
 
 import numpy as np
 import pytest
+from micrograd_gpt.arrays.backend import RandomStream
 
 from micrograd_gpt import Tensor, nn, optim
-from micrograd_gpt.arrays.backend import RandomStream
-from micrograd_gpt.support.errors import UserError
 
 
 class Net(nn.Module):
@@ -125,5 +124,10 @@ def test_loss_scale_halves_at_an_overflow_and_doubles_after_enough_good_steps() 
 def test_a_loss_scale_that_collapses_says_so() -> None:
     scaler = optim.LossScaler(scale=2.0)
     assert not scaler.update(math.nan) and scaler.scale == 1
-    with pytest.raises(UserError, match=r"overflow float16 even at a loss scale of 1: try --dtype"):
+    with pytest.raises(FloatingPointError, match="overflow float16 even at a loss scale of 1"):
         scaler.update(math.nan)
+
+
+def test_a_loss_scale_that_is_not_enabled_changes_nothing() -> None:
+    scaler = optim.LossScaler(enabled=False)
+    assert scaler.update(math.nan) and scaler.update(1.0) and scaler.scale == 1.0

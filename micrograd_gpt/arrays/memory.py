@@ -10,6 +10,8 @@ from functools import cache
 
 from micrograd_gpt.support.errors import UserError
 
+LOGITS_AT_ONCE = 2**26  # how many logits of a loss exist at a time: 256 MB in float32
+
 # How the runtime, the driver and cuBLAS say that they got no memory for what they need themselves
 NO_GPU_MEMORY = (
     "cudaErrorMemoryAllocation",

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from micrograd_gpt import layers
+from micrograd_gpt.arrays.memory import LOGITS_AT_ONCE
 from micrograd_gpt.arrays.stand_ins import definition, stands_in_for
 from micrograd_gpt.functional import check_shapes, cross_entropy_forward, linear_forward
 from micrograd_gpt.tensor import Array, Tensor, is_recorded, record
-
-LOGITS_AT_ONCE = 2**26  # how many logits exist at a time: 256 MB in float32
 
 
 @definition
@@ -41,14 +40,15 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     rows, w = x.data.reshape(-1, channels), weight.data  # (N, C)
     labels, count = layers.flat_targets(targets, x, vocab_size)
     wanted = is_recorded(x, weight)
-    dx, loss = np.empty_like(rows) if wanted else None, 0.0
+    dx: Any = np.empty_like(rows) if wanted else None
     dweight: Any = None
+    loss = 0.0
     size = max(1, len(rows) // -(-len(rows) * vocab_size // LOGITS_AT_ONCE))
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         dpart, total, dw = linear_cross_entropy_forward(rows[part], w, labels[part], wanted)
         loss = loss + total
-        if dx is not None:
+        if wanted:
             dx[part] = dpart
             dweight = dw if dweight is None else np.add(dweight, dw, out=dweight)
 

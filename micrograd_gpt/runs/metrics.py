@@ -1,36 +1,33 @@
-"""What a run measures while it goes: `metrics.jsonl`, `loss.png`, and TensorBoard's event files.
+"""What a run measures as it goes: `metrics.jsonl`, `loss.png`, and TensorBoard's event files.
 
 A row is one object on one line, `{"step": 10, "train_loss": 3.2, …}`. Rows are only ever added. A
-run that was stopped and resumed does some steps again: a row replaces those before it that have its
-step or a later one.
+resumed run may take some steps again: its rows replace the earlier ones of the same or later steps.
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from micrograd_gpt.arrays.backend import array_module, device_of, to_device
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading, written_whole
 
-LOG_AXIS_FROM = 4.0  # the largest loss over the smallest from which a log axis shows more
+LOG_AXIS_FROM = 4.0  # largest loss / smallest loss; from here on a log axis shows more
 
 
 class Metrics:
     """The measurements of the run in `folder`.
 
     Args:
-        folder: where the files are; made if need be.
-        step: the step the run starts or goes on from; at 0 the files start anew.
+        folder: where the files are; it is made if it does not exist.
+        step: the step from which the run continues; at 0 the files start anew.
         tensorboard: write event files under `folder` too (needs tensorboardX).
 
-    Raises UserError where a file can't be written; what was in it is still there then.
+    Raises UserError if a file cannot be written; its old contents are still there then.
     """
 
     def __init__(self, folder: str | Path, step: int = 0, tensorboard: bool = False) -> None:
@@ -48,7 +45,7 @@ class Metrics:
             raise _cannot_write(self.path, error) from error
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row; when this returns, killing the process does not lose it."""
+        """Add a row; once this has returned, killing the process does not lose it."""
         line = (json.dumps(row) + "\n").encode("utf-8")
         try:
             with open(self.path, "ab", buffering=0) as file:
@@ -64,14 +61,14 @@ class Metrics:
             raise _cannot_write(self.path, error) from error
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows that count, in the order of their steps, without what is no row.
+        """The rows that count, in the order of their steps; damaged lines are left out.
 
-        Raises UserError where the file can't be read.
+        Raises UserError if the file cannot be read.
         """
         return current_rows(row for line in self._lines() if (row := _row(line)))
 
     def damaged_lines(self) -> list[int]:
-        """The numbers, from 1 on, of the lines that are no rows: they stay, and are passed over."""
+        """The numbers, from 1, of the lines that are not rows; they stay, and are ignored."""
         return [i for i, line in enumerate(self._lines(), 1) if _row(line) is None]
 
     def _lines(self) -> list[bytes]:
@@ -81,7 +78,7 @@ class Metrics:
     def draw(self) -> None:
         """Draw loss.png: training and validation loss over the steps, the learning rate below."""
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, ScalarFormatter
+        from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
         rows = self.rows()
         figure = Figure(figsize=(8, 6), layout="constrained")
@@ -94,8 +91,9 @@ class Metrics:
         smallest = min(train + validation, default=0)
         if smallest > 0 and max(train + validation) >= LOG_AXIS_FROM * smallest:
             losses.set_yscale("log")
+            losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             losses.yaxis.set_major_formatter(ScalarFormatter())
-            losses.yaxis.set_minor_formatter(ScalarFormatter())
+            losses.yaxis.set_minor_formatter(NullFormatter())
         losses.set_ylabel("loss (nats per token)")
         losses.legend()
         rates.plot(steps, [r["learning_rate"] for r in rows], color="grey")
@@ -108,43 +106,8 @@ class Metrics:
             figure.savefig(image, format="png", dpi=120)
 
 
-class Unread:
-    """The losses and gradient norms of steps that nobody has looked at yet.
-
-    A GPU works through what it was given while Python goes on; reading a number makes Python wait.
-    So the numbers stay where they are until they are wanted, and then all come at once.
-    """
-
-    def __init__(self) -> None:
-        self._steps: list[tuple[int, int]] = []  # each step's number, and how many losses it has
-        self._numbers: list[Any] = []  # floats or scalar arrays: of each step its losses, its norm
-
-    def add(self, step: int, losses: Sequence[Any], grad_norm: Any) -> None:
-        """Note the parts of a step's loss, one for each micro-batch, and its gradient norm."""
-        self._steps.append((step, len(losses)))
-        self._numbers += [*losses, grad_norm]
-
-    def read(self) -> list[tuple[int, float, float]]:
-        """Step, loss and gradient norm of every step since the last time."""
-        numbers, rows = iter(read_numbers(self._numbers)), []
-        for step, count in self._steps:
-            loss = sum(itertools.islice(numbers, count))
-            rows.append((step, loss, next(numbers)))
-        self._steps, self._numbers = [], []
-        return rows
-
-
-def read_numbers(numbers: Sequence[Any]) -> list[float]:
-    """Floats and scalar arrays as floats; those on the GPU are fetched together, in one wait."""
-    on_gpu = [x for x in numbers if not isinstance(x, float) and device_of(x) == "gpu"]
-    if not on_gpu:
-        return [float(x) for x in numbers]
-    fetched = iter(to_device(array_module(on_gpu[0]).stack(on_gpu), "cpu").tolist())
-    return [x if isinstance(x, float) else next(fetched) for x in numbers]
-
-
 def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without those that a later row, of the same step or one before, replaces."""
+    """The rows without those that a later one replaces: those of its own step or a later step."""
     current: list[dict[str, Any]] = []
     for row in rows:
         step = row["step"]
@@ -155,7 +118,7 @@ def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """The row on a line; None where a step, a loss or the learning rate is missing or no number."""
+    """The row on a line; None if step, loss or learning rate is missing or is not a number."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -168,7 +131,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _mend_last_line(path: Path) -> None:
-    """End the last line, or take it away where the process was stopped in the middle of it."""
+    """End the last line, or remove it if the process was stopped while writing it."""
     if not path.exists():
         return
     with open(path, "rb+") as file:

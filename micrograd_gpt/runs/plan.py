@@ -1,7 +1,7 @@
 """What a training run will take, before it takes it: parameters, FLOPs, memory, time.
 
-The formulas follow what `functional.py` saves for its backwards, and are held against the memory of
-real runs in the tests. N is the tokens of a micro-batch, B × T; the other letters are gpt2.py's.
+The formulas follow what `functional.py` saves for its backwards; the tests hold them against the
+memory and the matrix products of real runs.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import time
 import numpy as np
 
 from micrograd_gpt import optim
-from micrograd_gpt.arrays.precision import half_name, wide
-from micrograd_gpt.functional import LOGITS_AT_ONCE
+from micrograd_gpt.arrays.memory import LOGITS_AT_ONCE
+from micrograd_gpt.arrays.precision import HALF, compute_in, hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.runs.recompute import recompute_blocks
 
 PYTHON = 75_000_000  # bytes: the interpreter, NumPy and the other libraries of a run
-TIMED_TOKENS = 2048  # a micro-batch of about this many is timed, and stands for larger ones
+TIMED_TOKENS = 2048  # a micro-batch of about this many stands for larger ones when it is timed
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run's sizes. Memory is in bytes, on each device; on a CPU half precision saves none."""
+    """The sizes of a run of GPT-2 itself (a teaching variant may have a table or a norm less).
+
+    Memory is in bytes, on each device.
+    """
 
     config: GPT2Config
     batch_size: int
@@ -35,10 +39,9 @@ class Plan:
     @property
     def n_parameters(self) -> int:
         c = self.config
-        embeddings = c.vocab_size + (c.n_positions if c.position_embedding == "learned" else 0)
+        embeddings = (c.vocab_size + c.n_positions) * c.n_embd
         block = 12 * c.n_embd**2 + 13 * c.n_embd  # qkv 3, proj 1, MLP 4 + 4; biases and LayerNorms
-        final_norm = 2 * c.n_embd if c.norm_position == "pre" else 0
-        return embeddings * c.n_embd + c.n_layer * block + final_norm
+        return embeddings + c.n_layer * block + 2 * c.n_embd  # and the last LayerNorm
 
     @property
     def tokens_per_step(self) -> int:
@@ -46,16 +49,16 @@ class Plan:
 
     @property
     def flops_per_token(self) -> int:
-        """Multiplications and additions in the matrix products of a step.
+        """Multiplications and additions in the matrix products of a step, for each of its tokens.
 
-        2 for each weight in the forward, 4 in the backward; and attention's two products over the
-        causal half, of which the backward makes five, two of them again.
+        Each weight takes 2 in the forward and 4 in the backward. Attention makes two products over
+        the causal half in the forward, and five in the backward, which computes the weights again.
         """
         c = self.config
-        blocks = 12 * c.n_layer * c.n_embd**2
-        attention = c.n_layer * c.n_embd * self.block_size // 2
-        again = 2 * blocks + 2 * 2 * attention if self.recompute else 0
-        return 6 * (blocks + c.vocab_size * c.n_embd) + 7 * 2 * attention + again
+        matrices = 12 * c.n_layer * c.n_embd**2  # of the blocks
+        attention = c.n_layer * c.n_embd * self.block_size // 2  # of one product
+        again = 2 * matrices + 2 * 2 * attention if self.recompute else 0
+        return 6 * (matrices + c.vocab_size * c.n_embd) + 7 * 2 * attention + again
 
     @property
     def weights(self) -> int:
@@ -73,83 +76,84 @@ class Plan:
     def activations(self) -> int:
         """What the forward saves for the backward."""
         c = self.config
-        blocks = c.n_layer * (self._row * self._wide if self.recompute else self._block)
-        before_last_norm = self._row * self._wide * (1 + self._keeps_factors(c.embd_pdrop))
-        return blocks + before_last_norm + self._row * self._kept
+        per_block = self._stream * self._wide if self.recompute else self._saved_by_block
+        before_last_norm = self._stream * self._wide
+        return c.n_layer * per_block + before_last_norm + self._stream * self._narrow
 
     @property
     def working(self) -> int:
-        """What lives for a moment only: the logits, or one block on its way back."""
+        """What lives for a moment only: the logits, or a block that is computed again."""
         c = self.config
-        rows = self.batch_size * self.block_size
-        parts = -(-rows * c.vocab_size // LOGITS_AT_ONCE)
-        logits = max(1, rows // parts) * c.vocab_size
+        tokens = self.batch_size * self.block_size
+        parts = -(-tokens * c.vocab_size // LOGITS_AT_ONCE)
+        logits = max(1, tokens // parts) * c.vocab_size
         head = c.vocab_size * c.n_embd
-        head_gradient = head * self._wide if parts > 1 else 0  # part by part
-        rounded_head = head * self._kept if self._is_half else 0
-        loss = logits * self._kept + head_gradient + rounded_head
-        return max(loss, self._on_its_way if self.recompute else 0)
+        head_gradient = head * self._wide if parts > 1 else 0  # of one part, beside their sum
+        rounded_head = head * self._narrow if self._is_half else 0
+        logits_bytes = logits * self._narrow
+        if self._is_half and self.device == "cpu":  # which computes them in float32
+            logits_bytes, rounded_head = logits * self._wide, head * (self._narrow + self._wide)
+        loss = logits_bytes + head_gradient + rounded_head
+        return max(loss, self._block_in_backward if self.recompute else 0)
 
     @property
     def peak(self) -> int:
-        """The most that is held at once: where the backward begins, or where it ends.
+        """The most that is held at once: at the beginning of the backward, or at its end.
 
-        At its beginning all activations are there, of the gradients only the head's, and all of the
-        micro-batch's before. At its end it is the other way round.
+        At the beginning all activations are there, but only the head's gradient (or all gradients,
+        if an earlier micro-batch left them). At the end all gradients are there, but only one
+        block's activations.
         """
         c = self.config
         head = c.vocab_size * c.n_embd * self._wide
         before = self.gradients if self.grad_accum_steps > 1 else 0
         beginning = before + head + self.activations + self.working
-        end = self.gradients + self._on_its_way
+        end = self.gradients + self._block_in_backward
         host = PYTHON if self.device == "cpu" else 0
         return host + self.weights + self.moments + max(beginning, end)
 
     @property
     def _is_half(self) -> bool:
-        return half_name(self.dtype) is not None
+        return self.dtype in HALF
 
     @property
     def _wide(self) -> int:
         """Bytes of a number that is never in half precision."""
-        return np.dtype(wide(self.dtype)).itemsize
+        return np.dtype("float32" if self._is_half else self.dtype).itemsize
 
     @property
-    def _kept(self) -> int:
+    def _narrow(self) -> int:
         """Bytes of a number in the type of the matrix work."""
-        return 2 if self._is_half and self.device == "gpu" else self._wide
-
-    def _keeps_factors(self, p: float) -> bool:
-        """Whether dropout saves what it multiplied by."""
-        return p > 0 and self.device == "cpu"
+        return 2 if self._is_half else self._wide
 
     @property
-    def _row(self) -> int:
-        return self.batch_size * self.block_size * self.config.n_embd  # elements of (B, T, C)
+    def _stream(self) -> int:
+        """Numbers in the residual stream of a micro-batch, (B, T, C)."""
+        return self.batch_size * self.block_size * self.config.n_embd
 
     @property
-    def _block(self) -> int:
-        """Bytes a block saves: of the residual stream its input and its middle; in the type of the
-        matrix work two norms' results, q k v, attention's result, the MLP's hidden layer before and
-        after GELU, and half-precision weights; and dropout's factors, which a GPU draws again."""
+    def _saved_by_block(self) -> int:
+        """Bytes that the forward of a block saves."""
         c = self.config
-        stream = 2 + 2 * self._keeps_factors(c.resid_pdrop)
-        branches = 2 + 3 + 1 + 4 + 4
+        streams = 2  # the block's input and its middle
         sums = self.batch_size * self.block_size * (c.n_head + 4)  # of attention and LayerNorm
+        # In the type of the matrix work: the results of two norms, q k v, attention's result, the
+        # MLP's hidden layer before and after GELU; and weights rounded to half precision.
+        branches = 2 + 3 + 1 + 4 + 4
         weights = 12 * c.n_embd**2 if self._is_half else 0
-        return (stream * self._row + sums) * self._wide + (
-            branches * self._row + weights
-        ) * self._kept
+        wide = streams * self._stream + sums
+        return wide * self._wide + (branches * self._stream + weights) * self._narrow
 
     @property
-    def _on_its_way(self) -> int:
-        """Bytes a block holds while its backward runs: what it saved, and gradients."""
-        return self._block + 10 * self._row * self._kept
+    def _block_in_backward(self) -> int:
+        """Bytes that a block holds while its backward runs: what it saved, and gradients."""
+        return self._saved_by_block + 10 * self._stream * self._narrow
 
     def seconds_per_step(self, rate: float | None = None, devices: int = 1) -> float:
-        """Time of a step at `rate` TFLOP/s a device; None: as measured here, with smaller models.
+        """Time of a step on `devices` that reach `rate` TFLOP/s each; None: as measured here.
 
-        A step of one block and one of two are timed; the difference is what each block takes.
+        A step of a model of one block is timed, and of one with two: the difference is what each
+        further block takes.
         """
         if rate is not None:
             return self.flops_per_token * self.tokens_per_step / (rate * 1e12 * devices)
@@ -160,14 +164,17 @@ class Plan:
 
     def _timed_step(self, n_layer: int, rows: int) -> float:
         config = dataclasses.replace(self.config, n_layer=n_layer)
-        model = GPT2(config, dtype=wide(self.dtype), compute=self.dtype)
-        model.transformer.recompute = self.recompute
+        model = GPT2(config)
+        hold_in(model, "float32" if self._is_half else self.dtype)
+        if self.recompute:
+            recompute_blocks(model)
         optimizer = optim.AdamW(model.parameters())
         ids = np.zeros((rows, self.block_size), int)
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            model.loss(ids, ids).backward()
+            with compute_in(self.dtype):
+                model.loss(ids, ids).backward()
             optim.clip_grad_norm(optimizer.parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -175,13 +182,13 @@ class Plan:
         return min(times)
 
     def report(self, max_steps: int, rate: float | None = None, devices: int = 1) -> str:
-        """The plan as lines to read; `rate` and `devices` as in `seconds_per_step`."""
+        """The plan as lines to read; `rate` and `devices` are those of `seconds_per_step`."""
         c = self.config
         seconds = self.seconds_per_step(rate, devices)
         step_flops = self.flops_per_token * self.tokens_per_step
         reached = step_flops / seconds / devices / 1e12
         source = "measured here on one and two blocks" if rate is None else "given"
-        saved = "inputs of blocks" if self.recompute else "all activations"
+        saved = "the blocks' inputs only" if self.recompute else "of all blocks"
         lines = {
             "model": f"{self.n_parameters:,} parameters ({c.n_layer} layers, {c.n_head} heads, "
             f"{c.n_embd} wide, vocabulary {c.vocab_size:,})",
@@ -209,7 +216,7 @@ def _megabytes(count: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """The time in the largest unit of which it is at least two."""
+    """The time in the largest unit of which there are at least two."""
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"

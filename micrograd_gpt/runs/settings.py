@@ -1,97 +1,193 @@
-"""What a training run is told: the flags, what holds where one is left out, and what may change.
+"""What a training run is told: all its flags in one table, and what holds where one is left out.
 
-`parse_flags` reads the command line, `resolve_settings` completes it.
+`parse_flags` reads the command line and `resolve_settings` completes it. They, `--help` and every
+check read the table SETTINGS, so a flag is declared there and nowhere else.
 """
 
 from __future__ import annotations
 
 import argparse
+import enum
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from micrograd_gpt.arrays.precision import PRECISIONS
-from micrograd_gpt.gpt2 import OLDER_NAMES, SIZES, GPT2Config, size_name
+from micrograd_gpt.gpt2 import GPT2Config
 from micrograd_gpt.runs import checkpoint
-from micrograd_gpt.runs.checkpoint import load_config
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, read_config, size_name
 
 SHAPES: dict[str, dict[str, int]] = {"tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128}, **SIZES}
 
-# What is used when a flag is left out, and why.
-DEFAULTS: dict[str, Any] = {
-    "data": "pydocs",  # English that every Python carries: nothing to download
-    "encoding": "utf-8",
-    "init_from": "scratch",
-    "size": "tiny",  # learns to write words in two minutes on a laptop
-    "out": "out",
-    "seed": 1337,
-    "device": "cpu",
-    "dtype": "float32",
-    "tf32": False,  # rounds to 11 bits, which a float32 run need not expect
-    "dropout": 0.0,  # nothing to regularise while each token is seen a few times only
-    "grad_accum_steps": 1,
-    "weight_decay": 0.1,  # GPT-3's, table 2.1 and appendix B, as the next three
-    "beta1": 0.9,
-    "grad_clip": 1.0,
-    "recompute": False,  # takes a quarter more time: only where memory is short
-    "log_interval": 10,
-    "eval_batches": 40,  # enough windows that the measured loss moves little with their choice
-    "keep": 0,
-    "on_save_error": "stop",  # a full disk seldom empties itself
-    "tensorboard": False,
-}
-TINY: dict[str, Any] = {
-    "tokenizer": "char",  # a small model has no use for 50,257 tokens
-    "block_size": 64,
-    "batch_size": 12,
-    "max_steps": 4000,  # about two minutes on two cores
-    "learning_rate": 3e-3,  # small models bear large steps
-    "min_lr": 3e-4,
-    "warmup_steps": 100,
-    "beta2": 0.99,  # a small batch's gradient is noisy: average over more of them
-    "eval_interval": 500,
-    "sample_interval": 1000,
-    "save_interval": 1000,
-}
-LARGE: dict[str, Any] = {
-    "tokenizer": "gpt2",
-    "block_size": 1024,
-    "batch_size": 4,
-    "max_steps": 10000,
-    "learning_rate": 6e-4,  # GPT-3's for 125M
-    "min_lr": 6e-5,  # a tenth of it (Hoffmann et al. 2022)
-    "warmup_steps": 700,
-    "beta2": 0.95,
-    "eval_interval": 250,
-    "sample_interval": 250,
-    "save_interval": 250,
-}
-FINE_TUNING: dict[str, Any] = {
-    "learning_rate": 3e-5,  # trained weights are near a good place: stay there
-    "min_lr": 3e-6,
-    "warmup_steps": 50,
-    "max_steps": 1000,
-}
-NO_DATA: dict[str, Any] = {
-    "data_fingerprint": None,  # of both streams of tokens, once they are there
-    "training_tokens": None,  # what runs noted before there was that one
-}
-# What holds for one start of the script, and is not taken over by --resume.
-ONCE: dict[str, Any] = {
-    **dict.fromkeys(("resume", "overwrite", "allow_changes", "plan"), False),
-    "rate": None,  # measured
-    "devices": 1,
-}
-MAY_BE_0 = {"seed", "warmup_steps", "keep"}  # other whole numbers are at least 1
-# These may change when a run is resumed: they do not change what it computes.
-FREE = {
-    *("max_steps", "out", "resume", "allow_changes", "plan", "rate", "devices", "recompute"),
-    *("log_interval", "sample_interval", "save_interval", "keep", "on_save_error", "tensorboard"),
-}
-# These may not, not even with --allow-changes: they are the shape of what was saved.
-SHAPE = {"size", "n_layer", "n_head", "n_embd", "block_size", "tokenizer", "init_from", "dtype"}
+
+# ----------------------------------------------------------------------------- columns of the table
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What values a setting can have, and how argparse reads them."""
+
+    type: type
+    argument: dict[str, Any] = field(default_factory=dict)  # for argparse's add_argument
+    fits: Callable[[Any], bool] = lambda value: True
+    allowed: str = ""  # what fits, in words
+
+    def holds(self, value: Any) -> bool:
+        """Whether this is such a value; a whole number counts as a float, True not as a number."""
+        types = (int, float) if self.type is float else (self.type,)
+        return type(value) in types and self.fits(value)
+
+
+def one_of(*choices: str) -> Kind:
+    return Kind(str, {"choices": choices}, lambda value: value in choices, " or ".join(choices))
+
+
+TEXT = Kind(str, allowed="text")
+SWITCH = Kind(bool, {"action": "store_true"}, allowed="true or false")
+ON_OFF = Kind(bool, {"action": argparse.BooleanOptionalAction}, allowed="true or false")
+COUNT = Kind(int, {"type": cli.positive_int}, lambda n: n >= 1, "1 or more")
+COUNT_OR_0 = Kind(int, {"type": cli.non_negative_int}, lambda n: n >= 0, "0 or more")
+ABOVE_0 = Kind(float, {"type": float}, lambda x: 0 < x < math.inf, "above 0")
+FROM_0 = Kind(float, {"type": float}, lambda x: 0 <= x < math.inf, "0 or more")
+BELOW_1 = Kind(float, {"type": float}, lambda x: 0 <= x < 1, "in [0, 1)")
+
+
+class By(NamedTuple):
+    """A default that depends on what is trained."""
+
+    tiny: Any  # --size tiny
+    large: Any  # one of OpenAI's sizes
+    tuned: Any = None  # the weights of --init-from; None: as for `large`
+
+
+class Change(enum.Enum):
+    """May a setting change when a run is resumed?"""
+
+    FREE = enum.auto()  # yes: it does not change what the run computes
+    ASK = enum.auto()  # with --allow-changes: it makes the run another one
+    NEVER = enum.auto()  # no: it is the shape of what was saved
+    ONCE = enum.auto()  # it holds for one start of the script and is not inherited
+
+
+FREE, ASK, NEVER, ONCE = Change
+
+
+class Setting(NamedTuple):
+    """A row of the table. The flag of `batch_size` is --batch-size."""
+
+    name: str
+    kind: Kind
+    default: Any
+    change: Change
+    help: str  # --help adds the default
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def default_text(self) -> str:
+        """The default in the words of --help; empty where there is none to tell."""
+        if self.default is None or self.kind is SWITCH:
+            return ""
+        if not isinstance(self.default, By):
+            return f"({_text(self.default)})"
+        tiny, large, tuned = map(_text, self.default)
+        fine_tuning = "" if self.default.tuned is None else f"; {tuned} when fine-tuning"
+        return f"({tiny} for tiny, else {large}{fine_tuning})"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
+
+
+# --------------------------------------------------------------------------------------- the table
+
+# fmt: off
+TABLE: dict[str, list[tuple[Any, ...]]] = {
+"data": [
+    ("data", TEXT, "pydocs", ASK,  # English that every Python carries: nothing to download
+     "pydocs, shakespeare, or a path: text, .jsonl, .parquet, a folder of texts or token shards"),
+    ("encoding", TEXT, "utf-8", ASK, "of the text files"),
+    ("tokenizer", one_of("char", "byte", "word", "gpt2"),
+     By("char", "gpt2"), NEVER,  # a small model has no use for 50,257 tokens
+     "how the text is cut into tokens"),
+],
+"model": [
+    ("size", TEXT, "tiny", NEVER,  # learns to write words in two minutes on a laptop
+     f"{', '.join([*SHAPES, *OLDER_NAMES])}; tiny has "
+     "{n_layer} layers, {n_head} heads and is {n_embd} wide".format(**SHAPES["tiny"])),
+    ("n_layer", COUNT, None, NEVER, "transformer blocks (those of --size)"),
+    ("n_head", COUNT, None, NEVER, "attention heads (those of --size)"),
+    ("n_embd", COUNT, None, NEVER, "width of the residual stream (that of --size)"),
+    ("block_size", COUNT, By(64, 1024), NEVER, "context in tokens"),
+    ("dropout", BELOW_1, 0.0, ASK,  # nothing to regularise if each token is seen a few times only
+     "probability of dropping an activation"),
+    ("init_from", TEXT, "scratch", NEVER,
+     "scratch, a size (OpenAI's weights), or a checkpoint folder"),
+],
+"run": [
+    ("out", TEXT, "out", FREE, "the run's folder"),
+    ("resume", SWITCH, False, ONCE, "continue the run in --out where it stopped"),
+    ("overwrite", SWITCH, False, ONCE, "start anew even if --out already holds a run"),
+    ("allow_changes", SWITCH, False, ONCE, "resume even with other settings or data"),
+    ("seed", COUNT_OR_0, 1337, ASK, "of weights, data order and dropout"),
+    ("device", TEXT, "cpu", ASK, "cpu or gpu"),
+    ("dtype", one_of(*PRECISIONS), "float32", NEVER,
+     "number type; bfloat16 and float16 are used for the matrix work only"),
+    ("tf32", ON_OFF, False, ASK,  # 11 bits are not what a float32 run expects
+     "with --device gpu: float32 products on tensor cores, rounded to 11 bits"),
+    ("max_steps", COUNT, By(4000, 10000, 1000), FREE,  # tiny: about two minutes on two cores
+     "optimizer steps"),
+    ("batch_size", COUNT, By(12, 4), ASK, "windows in a micro-batch"),
+    ("grad_accum_steps", COUNT, 1, ASK, "micro-batches in a step"),
+    ("recompute", ON_OFF, False, FREE,  # only where memory is short
+     "compute activations again in the backward: less memory, a quarter more time"),
+],
+"optimizer": [  # weight_decay, beta1, large beta2 and grad_clip are GPT-3's: table 2.1, appendix B
+    ("learning_rate", ABOVE_0, By(3e-3,  # small models bear large steps
+                                  6e-4,  # GPT-3's for 125M
+                                  3e-5),  # trained weights are near a good place: stay there
+     ASK, "the highest"),
+    ("min_lr", FROM_0, By(3e-4, 6e-5, 3e-6), ASK,  # a tenth of it (Hoffmann et al. 2022)
+     "the last; a tenth of --learning-rate if that is given"),
+    ("warmup_steps", COUNT_OR_0, By(100, 700, 50), ASK, "linear warm-up"),
+    ("weight_decay", FROM_0, 0.1, ASK, "of matrices only"),
+    ("beta1", BELOW_1, 0.9, ASK, "decay rate of the first moment"),
+    ("beta2", BELOW_1, By(0.99, 0.95), ASK,  # a small batch's gradient is noisy: average over more
+     "decay rate of the second moment"),
+    ("grad_clip", ABOVE_0, 1.0, ASK, "largest norm of the gradient"),
+],
+"watching": [
+    ("log_interval", COUNT, 10, FREE, "steps between metrics"),
+    ("eval_interval", COUNT, By(500, 250), ASK, "steps between validations"),
+    ("eval_batches", COUNT, 40, ASK,  # enough that the choice of windows hardly moves the loss
+     "batches of a validation"),
+    ("sample_interval", COUNT, By(1000, 250), FREE, "steps between samples"),
+    ("save_interval", COUNT, By(1000, 250), FREE, "steps between checkpoints"),
+    ("keep", COUNT_OR_0, 0, FREE, "how many earlier checkpoints to keep, as step-000100/"),
+    ("on_save_error", one_of("stop", "continue"), "stop", FREE,  # a full disk seldom empties itself
+     "what to do when a checkpoint cannot be written, as on a full disk"),
+    ("tensorboard", ON_OFF, False, FREE, "write event files too"),
+],
+"planning": [
+    ("plan", SWITCH, False, ONCE, "print what the run would take, and end"),
+    ("rate", ABOVE_0, None, ONCE, "TFLOP/s that a device reaches (measured on this machine)"),
+    ("devices", COUNT, 1, ONCE, "how many devices share a step"),
+]}
+# fmt: on
+GROUPS = {title: [Setting(*row) for row in rows] for title, rows in TABLE.items()}
+SETTINGS = {row.name: row for rows in GROUPS.values() for row in rows}
+OF_THE_WEIGHTS = ("size", "n_layer", "n_head", "n_embd", "tokenizer")  # --init-from decides these
+
+
+# ------------------------------------------------------------------------- flags to settings
 
 
 def parse_flags(argv: list[str] | None) -> dict[str, Any]:
@@ -102,163 +198,124 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
         "manual, in about two minutes.",
         argument_default=argparse.SUPPRESS,
     )
-    add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        help="pydocs, shakespeare, or a path: text, .jsonl, .parquet, a folder of texts "
-        "or of token shards (pydocs)",
-    )
-    add("--encoding", help="of the text files (utf-8)")
-    add("--tokenizer", choices=["char", "byte", "word", "gpt2"], help="(char for tiny, else gpt2)")
-    add = parser.add_argument_group("model").add_argument
-    sizes = ", ".join(["tiny", *SIZES, *OLDER_NAMES])
-    add("--size", help=f"{sizes} (tiny: 4 layers, 4 heads, 128 wide)")
-    add("--n-layer", type=cli.positive_int, help="transformer blocks")
-    add("--n-head", type=cli.positive_int, help="attention heads")
-    add("--n-embd", type=cli.positive_int, help="width of the residual stream")
-    add("--block-size", type=cli.positive_int, help="context in tokens (64 for tiny, else 1024)")
-    add("--dropout", type=float, help="probability of dropping an activation (0)")
-    add("--init-from", help="scratch, a size (OpenAI's weights), or a checkpoint folder (scratch)")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", help="the run's folder (out)")
-    add("--resume", action="store_true", help="continue the run in --out where it stopped")
-    add("--overwrite", action="store_true", help="start anew where --out holds a run already")
-    add(
-        "--allow-changes",
-        action="store_true",
-        help="resume with other settings or data all the same",
-    )
-    add("--seed", type=cli.non_negative_int, help="of weights, data order and dropout (1337)")
-    add("--device", help="cpu or gpu (cpu)")
-    add(
-        "--dtype",
-        choices=PRECISIONS,
-        help="number type; of bfloat16 and float16 only the matrix work is done in it (float32)",
-    )
-    add(
-        "--tf32",
-        action=argparse.BooleanOptionalAction,
-        help="with --device gpu: float32 products on tensor cores, rounded to 11 bits (off)",
-    )
-    add("--max-steps", type=cli.positive_int, help="(4000 for tiny, else 10000; 1000 fine-tuning)")
-    add("--batch-size", type=cli.positive_int, help="windows a micro-batch (12 for tiny, else 4)")
-    add("--grad-accum-steps", type=cli.positive_int, help="micro-batches a step (1)")
-    add(
-        "--recompute",
-        action=argparse.BooleanOptionalAction,
-        help="compute activations again in the backward: less memory, a quarter more time",
-    )
-    add = parser.add_argument_group("optimizer").add_argument
-    add("--learning-rate", type=float, help="the highest (3e-3 for tiny, else 6e-4; 3e-5)")
-    add("--min-lr", type=float, help="the last (a tenth of it)")
-    add("--warmup-steps", type=cli.non_negative_int, help="linear warm-up (100; 700; 50)")
-    add("--weight-decay", type=float, help="of matrices only (0.1)")
-    add("--beta1", type=float, help="decay rate of the first moment (0.9)")
-    add("--beta2", type=float, help="decay rate of the second (0.99 for tiny, else 0.95)")
-    add("--grad-clip", type=float, help="largest norm of the gradient (1.0)")
-    add = parser.add_argument_group("watching").add_argument
-    add("--log-interval", type=cli.positive_int, help="steps between metrics (10)")
-    add("--eval-interval", type=cli.positive_int, help="between validations (500; 250)")
-    add("--eval-batches", type=cli.positive_int, help="batches of a validation (40)")
-    add("--sample-interval", type=cli.positive_int, help="between samples (1000; 250)")
-    add("--save-interval", type=cli.positive_int, help="between checkpoints (1000; 250)")
-    add("--keep", type=cli.non_negative_int, help="earlier checkpoints kept, as step-000100/ (0)")
-    add("--on-save-error", choices=["stop", "continue"], help="when the disk is full, say (stop)")
-    add("--tensorboard", action=argparse.BooleanOptionalAction, help="write event files too")
-    add = parser.add_argument_group("planning").add_argument
-    add("--plan", action="store_true", help="print what the run would take, and end")
-    add("--rate", type=float, help="TFLOP/s that a device reaches (measured on this machine)")
-    add("--devices", type=cli.positive_int, help="how many of them share a step (1)")
+    for title, rows in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for row in rows:
+            group.add_argument(
+                row.flag, help=f"{row.help} {row.default_text}".strip(), **row.kind.argument
+            )
     return vars(parser.parse_args(argv))
 
 
 def resolve_settings(flags: dict[str, Any]) -> argparse.Namespace:
-    """Complete the flags with the defaults, or with the run that is resumed; UserError if wrong."""
-    out = Path(flags.get("out", DEFAULTS["out"]))
-    if flags.get("resume"):
-        settings = {**NO_DATA, **DEFAULTS, **checkpoint.load_settings(out), **ONCE}
-        check_kinds(settings, out)
-        refuse_changes(settings, flags)
-        settings |= flags | {"out": str(out)}
-        check_ranges(settings)
-        return argparse.Namespace(**settings)
-    if not flags.get("overwrite") and not flags.get("plan"):
-        if checkpoint.holds_run(out):
-            raise UserError(f"{out} holds a run already: --resume, --overwrite, or another --out")
-        if (out / checkpoint.MODEL).exists():
-            raise UserError(f"{out} holds a model: --overwrite it, or give another --out")
+    """Complete the flags with the defaults, or with the run that is resumed; UserError if wrong.
 
-    weights = flags.get("init_from", "scratch")
-    if weights == "scratch":
-        size = flags.get("size", DEFAULTS["size"])
-        size = size if size == "tiny" else size_name(size)
-        chosen = {**(TINY if size == "tiny" else LARGE), **SHAPES[size]}
-        flags = {**flags, "size": size}
-    else:
-        for name in ("size", "n_layer", "n_head", "n_embd", "tokenizer"):
-            if name in flags:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} makes no sense with --init-from, whose weights decide it")
-        positions = positions_of(weights)
-        if flags.get("block_size", 0) > positions:
-            raise UserError(f"--block-size is at most {positions}, the positions of {weights}")
-        chosen = {**LARGE, **FINE_TUNING, "block_size": positions}
-    settings = {**NO_DATA, **DEFAULTS, **ONCE, **chosen, **flags}
-    if "learning_rate" in flags and "min_lr" not in flags:
-        settings["min_lr"] = settings["learning_rate"] / 10
-    check_ranges(settings)
+    Beside the table's settings there is `data_fingerprint`, None until the data has been read.
+    """
+    out = Path(flags.get("out", SETTINGS["out"].default))
+    if "size" in flags:
+        flags = {**flags, "size": known_size(flags["size"])}
+    settings = resumed_settings(out, flags) if flags.get("resume") else new_settings(out, flags)
+    for name, value in settings.items():
+        row = SETTINGS.get(name)
+        if row and value is not None and not row.kind.holds(value):
+            raise UserError(f"{row.flag} must be {row.kind.allowed}, not {value}")
     return argparse.Namespace(**settings)
 
 
-def check_kinds(settings: dict[str, Any], out: Path) -> None:
-    """UserError where the settings of the run in `out` lack one, or hold something else there."""
-    for name, example in {**DEFAULTS, **TINY}.items():
-        value, kind = settings.get(name), type(example)
-        fits = isinstance(value, (int, float) if kind is float else kind)
-        if kind is int and isinstance(value, int):
-            fits = value >= (0 if name in MAY_BE_0 else 1)
-        if not fits:
-            what = f"have {value!r} as {name}" if name in settings else f"lack {name}"
-            raise UserError(f"{out / checkpoint.STATE} is damaged: its settings {what}")
+def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that starts; UserError where `out` is taken or flags contradict."""
+    if not flags.get("overwrite") and not flags.get("plan"):
+        if checkpoint.holds_run(out):
+            raise UserError(
+                f"{out} holds a run already: --resume it, --overwrite it, or give another --out"
+            )
+        if (out / checkpoint.MODEL).exists():
+            raise UserError(f"{out} holds a model: --overwrite it, or give another --out")
+    weights = flags.get("init_from", "scratch")
+    if weights == "scratch":
+        size = flags.get("size", SETTINGS["size"].default)
+        chosen = defaults("tiny" if size == "tiny" else "large") | SHAPES[size]
+    else:
+        for name in OF_THE_WEIGHTS:
+            if name in flags:
+                flag = SETTINGS[name].flag
+                raise UserError(f"{flag} makes no sense with --init-from, whose weights decide it")
+        longest = config_of_weights(weights).n_positions
+        if flags.get("block_size", 0) > longest:
+            raise UserError(f"--block-size is at most {longest}, the context of {weights}")
+        chosen = defaults("tuned") | {"block_size": longest}
+    settings = {"data_fingerprint": None, **chosen, **flags}
+    if "learning_rate" in flags and "min_lr" not in flags:
+        settings["min_lr"] = settings["learning_rate"] / 10
+    return settings
 
 
-def refuse_changes(settings: dict[str, Any], flags: dict[str, Any]) -> None:
-    """UserError for a flag that would make the resumed run another one."""
-    planned, wanted = settings["max_steps"], flags.get("max_steps", settings["max_steps"])
-    if wanted < planned and not flags.get("allow_changes"):  # its learning rates would be others
+def defaults(trained: str) -> dict[str, Any]:
+    """What holds where no flag is given; what is `trained` is "tiny", "large" or "tuned"."""
+    values = {name: row.default for name, row in SETTINGS.items()}
+    for name, value in values.items():
+        if isinstance(value, By):
+            chosen = getattr(value, trained)
+            values[name] = value.large if chosen is None else chosen
+    return values
+
+
+def resumed_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the run in `out` with those flags that may change; UserError for others."""
+    if flags.get("overwrite"):
+        raise UserError("--resume continues the run that --overwrite would remove: give only one")
+    settings = saved_settings(out)
+    allowed, planned = flags.get("allow_changes"), settings["max_steps"]
+    wanted = flags.get("max_steps", planned)
+    if wanted < planned and not allowed:  # every step's learning rate would change
         raise UserError(
             f"--max-steps may grow, from {planned}, and not shrink to {wanted}: leave the flag "
             "out to resume, or add --allow-changes"
         )
-    for name in sorted(flags.keys() - FREE):
-        allowed = flags.get("allow_changes") and name not in SHAPE
-        if flags[name] != settings.get(name) and not allowed:
-            flag, out = "--" + name.replace("_", "-"), flags.get("out", DEFAULTS["out"])
-            choice = "" if name in SHAPE else "add --allow-changes, "
+    for name, value in flags.items():
+        row = SETTINGS[name]
+        may_change = row.change in (FREE, ONCE) or (allowed and row.change is ASK)
+        if value != settings[name] and not may_change:
+            choice = "add --allow-changes, " if row.change is ASK else ""
             raise UserError(
-                f"the run in {out} has {flag} {settings.get(name)}, not {flags[name]}: leave the "
-                f"flag out to resume, {choice}or start another run with --init-from {out}"
+                f"the run in {out} has {row.flag} {settings[name]}, not {value}: leave the flag "
+                f"out to resume, {choice}or start another run with --init-from {out}"
             )
+    return settings | flags | {"out": str(out)}
 
 
-def check_ranges(settings: dict[str, Any]) -> None:
-    """UserError for a setting outside its range."""
-    for name in ("learning_rate", "grad_clip", "rate"):
-        if settings[name] is not None and not 0 < settings[name] < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {settings[name]}")
-    for name in ("min_lr", "weight_decay"):
-        if not 0 <= settings[name] < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {settings[name]}")
-    for name in ("beta1", "beta2", "dropout"):
-        if not 0 <= settings[name] < 1:
-            raise UserError(f"--{name} must be in [0, 1), not {settings[name]}")
+def saved_settings(out: Path) -> dict[str, Any]:
+    """The settings of the run in `out`; UserError where one is missing or impossible."""
+    saved = checkpoint.load_settings(out)
+    settings = {"data_fingerprint": saved.get("data_fingerprint")}
+    for name, row in SETTINGS.items():
+        value = row.default if row.change is ONCE else saved.get(name, row.default)
+        if isinstance(value, By) or not (row.kind.holds(value) or value is row.default is None):
+            what = f"have {value!r} as {name}" if name in saved else f"lack {name}"
+            raise UserError(f"{out / checkpoint.STATE} is damaged: its settings {what}")
+        settings[name] = value
+    return settings
+
+
+# ------------------------------------------------------------------------- sizes and weights
+
+
+def known_size(name: str) -> str:
+    """The name in SHAPES of the --size that the user gave; UserError if there is none."""
+    if name not in SHAPES and not is_size(name):
+        raise UserError(f"unknown GPT-2 size {name!r}: --size is one of {', '.join(SHAPES)}")
+    return name if name in SHAPES else size_name(name)
 
 
 def is_size(weights: str) -> bool:
-    """True for an --init-from that names one of OpenAI's models rather than a folder."""
+    """Whether --init-from names one of OpenAI's models rather than a folder."""
     return weights in SIZES or weights in OLDER_NAMES
 
 
-def positions_of(weights: str) -> int:
-    """The longest context of the weights that --init-from names."""
-    return GPT2Config().n_positions if is_size(weights) else load_config(weights).n_positions
+def config_of_weights(weights: str) -> GPT2Config:
+    """The shape of the weights that --init-from names; UserError where there are none."""
+    if not is_size(weights):
+        return read_config(weights)
+    shape: dict[str, Any] = SIZES[size_name(weights)]
+    return GPT2Config(**shape)

@@ -1,4 +1,4 @@
-"""What the three scripts have in common: flags, one-line errors, exit statuses."""
+"""What all scripts have in common: flags, messages, one-line errors, exit statuses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from micrograd_gpt.support.errors import UserError
 
@@ -20,30 +20,47 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def positive_int(text: str) -> int:
-    """A flag's whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {value}")
-    if value >= 2**31:
+    """The whole number that a flag was given, which must be at least 1."""
+    return _whole_number(text, 1)
+
+
+def non_negative_int(text: str) -> int:
+    """The whole number that a flag was given, which must be at least 0."""
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be {least} or more, not {value}")
+    if least > 0 and value >= 2**31:
         raise argparse.ArgumentTypeError(f"must be below {2**31:,}, not {value}")
     return value
 
 
-def non_negative_int(text: str) -> int:
-    """A flag's whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {value}")
-    return value
+def say(message: str, bar: Any = None) -> None:
+    """Tell the user something that is not a result: on stderr, above the tqdm `bar` if given.
+
+    No script fails because nobody reads its messages (Ctrl-C ends `| tee` too), nor because a
+    signal handler speaks while another message is being written.
+    """
+    with suppress(OSError, RuntimeError):
+        if bar is not None:
+            bar.write(message, file=sys.stderr)
+        else:
+            print(message, file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a script and exit with its status.
 
     A UserError becomes one line, "error: …", and status 2, and so does output that can't be
-    written, on a full disk; Ctrl-C is 130. A reader that closes our output early, as `| head`
-    does, has had what it wanted: that ends the script quietly. No other status of `main` depends
-    on whether its output can be written.
+    written because the disk is full; Ctrl-C is 130. A reader that closes our output early, as
+    `| head` does, has had what it wanted, so the script ends quietly. Any other status of `main`
+    stays, whether or not its output can be written.
     """
     _open_closed_streams()
     try:
@@ -59,7 +76,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     except BrokenPipeError:
         status = 0
     except OSError as error:
-        if error.filename is not None:  # of a file; what fails in writing to one is a UserError
+        if error.filename is not None:  # not our output: a bug, since bad files are UserErrors
             raise
         status = 2
         say(f"error: cannot write output: {error.strerror or error}")
@@ -69,20 +86,14 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 def _open_closed_streams() -> None:
-    """Python has no sys.stdout where the shell closed it (`>&-`), and what prints would fail."""
+    """Replace a stream that the shell closed (`>&-`), which Python sets to None."""
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-def say(message: str) -> None:
-    """Tell the user something, on stderr; where nobody reads it (a closed pipe), go on."""
-    with suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
-
-
 def _flush(stream: TextIO) -> OSError | None:
-    """Write what a stream holds back. Where that fails, discard it: or Python would try again at
-    exit, and end with a status of its own.
+    """Write what a stream has buffered. If that fails, discard it: otherwise Python would try again
+    at exit, and end with a status of its own.
     """
     try:
         stream.flush()

@@ -6,6 +6,7 @@ import os
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from micrograd_gpt.support import files
 from micrograd_gpt.support.errors import UserError
@@ -15,7 +16,7 @@ TIMEOUT = 30  # seconds without a byte after which a connection counts as broken
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: `micrograd-gpt` in $XDG_CACHE_HOME, or else in ~/.cache."""
+    """The folder for downloads: `micrograd-gpt` in $XDG_CACHE_HOME, or else in ~/.cache."""
     # An empty XDG_CACHE_HOME counts as unset (XDG Base Directory Specification).
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "micrograd-gpt"
@@ -26,12 +27,13 @@ def cache_folder() -> Path:
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None) -> None:
     """Fetch `url` to `path`, unless a file of that `size` (in bytes) and `sha256` is there already.
 
-    The bytes go to `path`.part, which is renamed once it is verified: what is at `path` is whole.
-    A .part that an earlier try left is gone on with (HTTP Range); as long as a try brings anything,
-    a dropped connection is taken up again at once. Proxies are the environment's (HTTPS_PROXY).
+    The bytes go to `path`.part, which is renamed once it is verified, so a file at `path` is whole.
+    A .part left by an earlier try is continued (HTTP Range). A dropped connection is resumed at
+    once, as long as each try brings at least one byte. Proxies are those of the environment
+    (HTTPS_PROXY).
 
-    Raises UserError where the server can't be reached, refuses, sends a web page or another file,
-    or drops the connection and sends nothing more; and where the file can't be written.
+    Raises UserError if the server can't be reached, refuses, sends a web page or another file, or
+    drops the connection and sends nothing more; and if the file can't be written.
     """
     part = path.with_name(f"{path.name}.part")
     if _is_published(path, size, sha256):
@@ -44,12 +46,12 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
             if have <= before:
                 raise UserError(
                     f"cannot fetch {url}: the connection broke after {have:,} bytes, which are"
-                    " kept; run this again to go on from there"
+                    " kept: run this again to continue from there"
                 )
         if not _is_published(part, size, sha256):
             part.unlink()
             raise UserError(
-                f"what {url} sent was thrown away: it is not the published file (its size or"
+                f"the file from {url} was thrown away: it is not the published one (its size or"
                 " sha256 differs); run this again"
             )
         os.replace(part, path)
@@ -66,7 +68,7 @@ def _is_published(path: Path, size: int | None, sha256: str | None) -> bool:
 
 
 def _receive(url: str, part: Path, have: int, size: int | None) -> bool:
-    """One request for what `part` lacks beyond its `have` bytes; False if it broke off early."""
+    """Request the bytes after the first `have`, which `part` has; False if it broke off early."""
     from http.client import HTTPException
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen
@@ -80,34 +82,14 @@ def _receive(url: str, part: Path, have: int, size: int | None) -> bool:
         with error:
             if error.code != 416 or not have:
                 raise UserError(f"cannot fetch {url}: {reason(error)}") from error
-            # The server has nothing beyond `have`: all of it is here, or what is here is foreign.
+            # The server has nothing beyond `have`: the file is complete, or it is another file.
             if error.headers.get("Content-Range") == f"bytes */{have}":
                 return True
         return _receive(url, part, 0, size)
     except (OSError, HTTPException, ValueError) as error:
         raise UserError(f"cannot fetch {url}: {reason(error)}") from error
     with response:
-        if response.headers.get_content_type() == "text/html":
-            raise UserError(
-                f"cannot fetch {url}: the server answered with a web page instead of the file"
-                " (a login page or a proxy?)"
-            )
-        if response.status == 206:
-            sent = response.headers.get("Content-Range", "")
-            match = re.fullmatch(rf"bytes {have}-\d+/(\d+)", sent)
-            if not match:
-                raise UserError(
-                    f"cannot fetch {url}: asked from byte {have}, the server sent {sent}"
-                )
-            total: int | None = int(match[1])
-        else:  # the whole file, from its beginning; not every server says how long it is
-            length = getattr(response, "length", None)
-            have, total = 0, size if length is None else length
-        if size not in (None, total):
-            raise UserError(
-                f"cannot fetch {url}: the server has {total:,} bytes where the published file has"
-                f" {size:,}"
-            )
+        have, total = _extent(url, response, have, size)
         with (
             open(part, "ab" if have else "wb") as file,
             tqdm(
@@ -120,7 +102,7 @@ def _receive(url: str, part: Path, have: int, size: int | None) -> bool:
                 disable=None,
             ) as progress,
         ):
-            while total is None or have <= total:  # a byte too many is enough to see it is wrong
+            while total is None or have <= total:  # one byte too many shows that it is wrong
                 try:
                     block = response.read(BLOCK)
                 except (OSError, HTTPException):
@@ -135,8 +117,36 @@ def _receive(url: str, part: Path, have: int, size: int | None) -> bool:
             return True
 
 
+def _extent(url: str, response: Any, have: int, size: int | None) -> tuple[int, int | None]:
+    """The byte at which a response to _receive begins, and the file's length, if it is known.
+
+    Raises UserError for an answer that is not the file, or not the part that was asked for.
+    """
+    if response.headers.get_content_type() == "text/html":
+        raise UserError(
+            f"cannot fetch {url}: the server answered with a web page instead of the file"
+            " (a login page or a proxy?)"
+        )
+    if response.status == 206:
+        sent = response.headers.get("Content-Range", "")
+        match = re.fullmatch(rf"bytes {have}-\d+/(\d+)", sent)
+        if not match:
+            raise UserError(
+                f"cannot fetch {url}: asked for bytes from {have} on, the server sent {sent}"
+            )
+        total: int | None = int(match[1])
+    else:  # the whole file from its beginning; not every server says how long it is
+        length = getattr(response, "length", None)
+        have, total = 0, size if length is None else length
+    if size not in (None, total):
+        raise UserError(
+            f"cannot fetch {url}: the server's file has {total:,} bytes, the published one {size:,}"
+        )
+    return have, total
+
+
 def reason(error: BaseException) -> str:
-    """Why a request failed, in one short line, whichever library's error it is."""
+    """Why a request failed, in one short line, whichever library raised the error."""
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None) or getattr(error, "code", None)
     if status is not None:

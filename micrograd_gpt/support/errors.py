@@ -1,10 +1,10 @@
-"""What the user got wrong, as opposed to what the program got wrong."""
+"""Mistakes of the user, as opposed to those of the program."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake in what was asked for: a wrong setting, a damaged file, a missing device.
+    """Something the user can put right: a wrong setting, a damaged file, a missing device.
 
     The message is one line that says what is wrong and what to do. The scripts print it after
     "error: " and exit with status 2; any other exception is a bug and keeps its traceback.

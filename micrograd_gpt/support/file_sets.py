@@ -1,10 +1,11 @@
-"""Several files of a folder that change together: all of them new, or all as they were.
+"""Several files of a folder that change together: all of them are new, or all as they were.
 
-    .saving/    the new files while they are written: worth nothing until they are all there
+    .saving/    the new files while they are being written: worth nothing until all are there
     .saved/     the new files, whole and on the disk: renaming .saving to it is the decision
 
 From .saved/ they are moved one by one over the old ones. Wherever a process is stopped, the folder
-holds the old set, or the new one with its last files still in .saved/; `finish_set` moves those.
+holds the old set, or the new one with its last files still in .saved/; `finish_set` moves those. An
+empty folder in .saved/ stands for a file that the new set does not have.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ SAVING, SAVED = ".saving", ".saved"
 def written_as_set(folder: str | Path) -> Iterator[Path]:
     """Give a folder to write files into, which take their places in `folder` when the block ends.
 
-    If the block raises, `folder` stays as it was. Raises UserError where the set can't be written.
+    If the block raises, `folder` stays as it was, or absent. Raises UserError if the set can't be
+    written.
     """
     folder = Path(folder)
     finish_set(folder)
     saving = folder / SAVING
+    with _named(folder):
+        absent = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         remove_folder(saving)
         with _named(folder):
@@ -39,17 +43,28 @@ def written_as_set(folder: str | Path) -> Iterator[Path]:
             _sync(saving)
             os.rename(saving, folder / SAVED)
             _sync(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(saving, ignore_errors=True)  # its room on the disk may be what is missing
+        with suppress(OSError):  # it was not made, or something else was put into it
+            for place in absent:
+                place.rmdir()
+        if isinstance(error, UserError):  # names the file by the place it would have had
+            raise UserError(str(error).replace(str(saving), str(folder))) from error
         raise
     finish_set(folder)
 
 
-def finish_set(folder: str | Path) -> None:
-    """Complete a set that was decided on but not moved to its places before the process stopped.
+def without(file: Path) -> None:
+    """Within the block of `written_as_set`: have the set end without this file of its folder."""
+    with _named(file.parent):
+        file.mkdir()
 
-    Any process that wants to read the set may do this, even while another one does.
-    Raises UserError where the files can't be moved: they are still whole in .saved/.
+
+def finish_set(folder: str | Path) -> None:
+    """Complete a set that was decided on but not yet moved to its place when the process stopped.
+
+    Any process that wants to read the set may do this, even while another one does. Raises
+    UserError if the files can't be moved; they are then still whole in .saved/.
     """
     folder = Path(folder)
     saved = folder / SAVED
@@ -58,8 +73,12 @@ def finish_set(folder: str | Path) -> None:
             return
         for file in sorted(saved.iterdir()):
             with suppress(FileNotFoundError):
+                if file.is_dir():
+                    (folder / file.name).unlink(missing_ok=True)
+                    file.rmdir()
+                    continue
                 os.replace(file, folder / file.name)
-                # Still there: both were names of one file, and then renaming does nothing.
+                # If it is still there, both were names of one file, and renaming did nothing.
                 if file.samefile(folder / file.name):
                     file.unlink()
         _sync(folder)
@@ -67,10 +86,10 @@ def finish_set(folder: str | Path) -> None:
 
 
 def link_set(files: Iterable[Path], folder: str | Path) -> None:
-    """Make `files` the set in `folder` too, as second names of the same bytes.
+    """Make `files` the set in `folder` too, by hard links.
 
-    That takes no room and no time, and is safe because files are replaced, never changed. Where the
-    file system knows no second names, they are copied. Raises UserError where that fails.
+    Links take no room and no time, and are safe because files are replaced, never changed. On a
+    file system that has no links the files are copied. Raises UserError if that fails.
     """
     with written_as_set(folder) as saving:
         for file in files:
@@ -82,9 +101,9 @@ def link_set(files: Iterable[Path], folder: str | Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder and all in it, if it is there; UserError where that fails.
+    """Remove a folder and everything in it, if it is there; UserError if that fails.
 
-    It is renamed first: stopped on the way, it leaves no folder that looks like a whole one.
+    It is renamed first, so that a process stopped halfway leaves no folder that looks whole.
     """
     removing = folder.with_name(".removing")
     with _named(folder):
@@ -104,7 +123,7 @@ def _named(folder: Path) -> Iterator[None]:
 
 
 def _sync(folder: Path) -> None:
-    """Have the names in a folder on the disk too (Windows has no such call, nor the need)."""
+    """Flush the names in a folder to the disk (Windows has no such call, and does not need it)."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

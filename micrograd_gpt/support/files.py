@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read with an error that names the one at fault."""
+"""Files: written whole or not at all, and read with errors that name the file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
     """Open `path` for writing so that it appears complete or not at all.
 
     The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed
-    over `path` when the block ends; if the block raises, the temporary file is removed and what
-    `path` held before stays untouched. An OSError, in the block too, becomes a UserError.
+    over `path` when the block ends. If the block raises, the temporary file is removed and what
+    was at `path` stays untouched. An OSError, also one from the block, becomes a UserError.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -41,14 +41,14 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` to `path` as UTF-8, whole or not at all; UserError where it can't be written."""
+    """Write `text` to `path` as UTF-8, whole or not at all; UserError if it can't be written."""
     with written_whole(path) as file:
         file.write(text.encode("utf-8"))
 
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """An OSError in the block, in which `path` is read or looked for, becomes a UserError."""
+    """Around code that reads `path` or looks for it: an OSError becomes a UserError naming it."""
     try:
         yield
     except OSError as error:
@@ -56,7 +56,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def read_json(path: str | Path) -> dict[str, Any] | None:
-    """The object in a JSON file, None if there is no file; UserError for a damaged one."""
+    """The object in a JSON file, or None if there is no file; UserError if it is damaged."""
     with reading(path):
         try:
             content = Path(path).read_bytes()
@@ -67,12 +67,12 @@ def read_json(path: str | Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: it cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
+        raise UserError(f"{path} is damaged: it is not a JSON object")
     return value
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal; UserError where it can't be read."""
+    """The SHA-256 of a file's bytes, in hexadecimal; UserError if it can't be read."""
     digest = hashlib.sha256()
     with reading(path), open(path, "rb", buffering=0) as file:
         while block := file.read(1 << 20):

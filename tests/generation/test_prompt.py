@@ -13,7 +13,7 @@ from micrograd_gpt.generation.flags import Choices
 from micrograd_gpt.generation.output import Writer
 from micrograd_gpt.generation.prompt import converse
 from micrograd_gpt.gpt2 import GPT2
-from micrograd_gpt.text.tokenizers import load_tokenizer
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.weights.pretrained import from_pretrained
 
 Talk = Callable[..., tuple[str, str]]

@@ -26,10 +26,12 @@ from micrograd_gpt.arrays import devices
 from micrograd_gpt.arrays.memory import memory_errors
 from micrograd_gpt.arrays.precision import compute_in, hold_in
 from micrograd_gpt.arrays.stand_ins import at_most
+from micrograd_gpt.generation.context import Context
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.graph import retain_grad
 from micrograd_gpt.layers import IGNORE
+from micrograd_gpt.runs.unread import Unread
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.variants import VariantConfig, VariantGPT2
 
@@ -214,8 +216,6 @@ def test_a_step_that_nobody_looked_at_is_not_saved_if_it_was_not_finite(
 
 
 def test_unread_numbers_come_all_at_once(cupy: ModuleType) -> None:
-    from micrograd_gpt.runs.unread import Unread
-
     unread = Unread()
     for step in range(3):
         parts = [cupy.full((), step + 0.5, np.float32), cupy.full((), 1.0, np.float32)]
@@ -461,7 +461,7 @@ def test_decoding_out_of_memory_names_the_batch(
     monkeypatch.setattr(GPT2, "__call__", out_of_memory)
     with pytest.raises(UserError, match=r"3 × 8 tokens are decoded at once; lower --num-samples"):
         generate.main(flags)
-    monkeypatch.setattr("micrograd_gpt.weights.pretrained.moved", out_of_memory)
+    monkeypatch.setattr(fake_cupy.ndarray, "set", out_of_memory)  # while the weights are read
     with pytest.raises(UserError, match=r"the weights do not fit; try --dtype bfloat16"):
         generate.main(flags)
 
@@ -469,8 +469,6 @@ def test_decoding_out_of_memory_names_the_batch(
 def test_a_cache_that_does_not_fit_is_measured_in_its_own_type(
     cupy: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from micrograd_gpt.generation.context import Context
-
     model = make("gpu")
     hold_in(model, "float16")
     monkeypatch.setattr(cupy, "empty", out_of_memory)

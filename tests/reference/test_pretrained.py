@@ -20,8 +20,10 @@ import pytest
 
 from micrograd_gpt import no_grad
 from micrograd_gpt.gpt2 import GPT2
-from micrograd_gpt.runs.checkpoint import save_pretrained
-from micrograd_gpt.weights.pretrained import RELEASES, build, from_pretrained, open_weights
+from micrograd_gpt.weights.formats import open_weights
+from micrograd_gpt.weights.pretrained import build, from_pretrained
+from micrograd_gpt.weights.releases import RELEASES
+from micrograd_gpt.weights.saving import save_pretrained
 from micrograd_gpt.weights.tensor_files import TensorFile
 from micrograd_gpt.weights.tf_checkpoint import TFCheckpoint
 

@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,17 +17,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import training
-from faults import Fault, Server, fill_disk, serving
+from faults import Fault, Server, fill_disk, kill, needs_fork, run_with_fault, serving
 
-from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config
-from micrograd_gpt.runs import checkpoint
-from micrograd_gpt.runs.checkpoint import save_pretrained
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support import cli, files
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import CharTokenizer
-from micrograd_gpt.weights import pretrained
-from micrograd_gpt.weights.pretrained import OPENAI_FILES, Release
+from micrograd_gpt.weights import pretrained, releases, saving
+from micrograd_gpt.weights.config import SIZES, published_shape, read_config
+from micrograd_gpt.weights.releases import OPENAI_FILES, Release
+from micrograd_gpt.weights.saving import save_pretrained
 from micrograd_gpt.weights.tensor_files import TensorFile
 
 SCRIPT = Path(__file__).parents[2] / "load_gpt2.py"
@@ -90,7 +91,7 @@ def test_a_local_folder_is_converted(
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["transformer.wte.weight", "(50257,", "4)", "float32", "201,028"]
     assert out[-2].split() == ["16", "parameters", "201,408"]
-    assert out[-1] == "check: nothing to compare with, this is none of OpenAI's sizes"
+    assert out[-1] == "check: nothing to compare with, this is not one of OpenAI's sizes"
 
 
 def test_openai_s_folder_is_converted(script: ModuleType, here: Path) -> None:
@@ -112,7 +113,7 @@ def test_openai_s_folder_is_converted(script: ModuleType, here: Path) -> None:
 def test_dtype_is_what_is_stored(script: ModuleType, source: Path, here: Path, dtype: str) -> None:
     assert script.main(["--from", str(source), "--out", "new", "--dtype", dtype]) == 0
     entries = TensorFile("new/model.safetensors").entries.values()
-    assert {e.dtype for e in entries} == {{"float16": "F16", "bfloat16": "BF16"}[dtype]}
+    assert {e.dtype.name for e in entries} == {dtype}
     assert json.loads(Path("new/config.json").read_text())["dtype"] == dtype
     # What was stored loads, and is stored again as it is.
     assert script.main(["--from", "new", "--out", "again", "--dtype", dtype]) == 0
@@ -192,11 +193,11 @@ def test_other_ids_fail_only_if_the_weights_are_said_to_be_openai_s(
     monkeypatch.setitem(script.PUBLISHED_IDS, "124M", [*tiny_124m[:-1], 0])
     assert script.main(["--from", str(source), "--out", "new"]) == 0
     assert capsys.readouterr().out.endswith(
-        "check: nothing to compare with, these are other weights than OpenAI's 124M\n"
+        "check: nothing to compare with, these are not OpenAI's weights for 124M\n"
     )
     assert script.main(["--from", str(source), "--out", "other", "--size", "117M"]) == 1
     captured = capsys.readouterr()
-    assert "check: FAILED, published are 464 3290" in captured.out
+    assert "check: FAILED, the published ids are 464 3290" in captured.out
     assert captured.err.endswith("the check failed: other is not written\n")
     assert [p.name for p in here.iterdir()] == ["new"]
 
@@ -231,9 +232,12 @@ def test_the_check_comes_before_what_is_printed(
     ],
 )
 def test_a_published_size_is_all_of_its_shape(script: ModuleType, change: dict[str, Any]) -> None:
-    assert script.published_size(GPT2Config()) == "124M"
-    assert script.published_size(GPT2Config(48, 25, 1600)) == "1558M"
-    assert script.published_size(GPT2Config(**change)) is None
+    def size(**shape: Any) -> str | None:
+        return script.published_size(read_config({**published_shape("124M"), **shape}))
+
+    assert size() == "124M"
+    assert size(n_layer=48, n_head=25, n_embd=1600) == "1558M"
+    assert size(**change) is None
 
 
 def test_a_size_without_published_ids_says_so(
@@ -257,7 +261,7 @@ def servers(
     script: ModuleType, source: Path, tiny_124m: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Server, Server]]:
     """The Hub and OpenAI's store. What the latter has is DATA, of another vocabulary."""
-    monkeypatch.setitem(pretrained.RELEASES, "124M", Release("openai-community/gpt2"))
+    monkeypatch.setitem(releases.RELEASES, "124M", Release("openai-community/gpt2"))
     monkeypatch.setitem(SIZES, "124M", DATA_SHAPE)
     store_files = {f"/124M/{name}": (DATA / "saver" / name).read_bytes() for name in OPENAI_FILES}
     with serving({}) as hub, serving(store_files) as store:
@@ -344,7 +348,7 @@ def test_hf_hub_offline_is_obeyed(tmp_path: Path) -> None:
     [
         (["--size", "2B"], "unknown GPT-2 size '2B'"),
         (["--from", "nowhere"], "nowhere does not exist"),
-        (["--from", "x", "--source", "openai"], "give one of them"),
+        (["--from", "x", "--source", "openai"], "give only one of them"),
         (["--source", "torrent"], "invalid choice"),
         (["--dtype", "int8"], "invalid choice"),
     ],
@@ -397,7 +401,7 @@ def test_openai_s_folder_may_lie_in_out_but_not_be_it(script: ModuleType, here: 
 def test_a_training_run_is_not_overwritten(script: ModuleType, source: Path, here: Path) -> None:
     (here / "run").mkdir()
     (here / "run" / "trainer_state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"run holds a training run .*; choose another --out"):
+    with pytest.raises(UserError, match=r"run holds a training run .*: choose another --out"):
         script.main(["--from", str(source), "--out", "run"])
     assert list(tree(here)) == ["run/trainer_state.json"]
 
@@ -413,19 +417,48 @@ def test_an_older_tokenizer_does_not_stay(script: ModuleType, here: Path) -> Non
 def test_everything_is_written_inside_of_out(
     script: ModuleType, source: Path, here: Path, monkeypatch: pytest.MonkeyPatch, out: str
 ) -> None:
-    replace, moved = os.replace, []
+    moved = []
 
-    def recorded(old: Path, new: Path) -> None:
-        assert Path(out) in Path(old).parents  # so never across a mount point
-        moved.append(Path(new))
-        replace(old, new)
+    def recorded(rename: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        def move(old: Path, new: Path) -> None:
+            assert Path(out) in Path(old).parents  # so never across a mount point
+            moved.append(Path(new))
+            rename(old, new)
 
-    monkeypatch.setattr(os, "replace", recorded)
+        return move
+
+    for call in ("rename", "replace"):
+        monkeypatch.setattr(os, call, recorded(getattr(os, call)))
     assert script.main(["--from", str(source), "--out", out]) == 0
-    written = ["model.safetensors", "config.json", "tokenizer.json"]
-    assert moved[3:] == [Path(out) / name for name in written]
-    assert sorted(tree(here / out)) == sorted(written)
+    written = ["config.json", "model.safetensors", "tokenizer.json"]
+    assert {Path(out) / name for name in written} <= {*moved}
+    assert sorted(tree(here / out)) == written
     assert len(list((here / out).iterdir())) == 3
+
+
+@needs_fork
+def test_killed_at_any_moment_it_leaves_a_whole_folder(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old model with its tokenizer, or the new one, which has none; never parts of both."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # only time would be lost
+    before, after = (GPT2(GPT2Config(layers, 1, 4, 3, 8)) for layers in (1, 2))
+    found = []
+    for number in count():
+        out = tmp_path / str(number)
+        save_pretrained(before, out, CharTokenizer("abc"))
+        status = run_with_fault(
+            lambda out=out: script.write_folder(after, out, None, "float16"), kill, number
+        )
+        layers = pretrained.from_pretrained(GPT2, out).config.n_layer
+        names = sorted(p.name for p in out.iterdir() if p.name != ".saving")
+        written = ["config.json", "model.safetensors"]
+        assert names == (written if layers == 2 else [*written, "tokenizer.json"]), number
+        found.append(layers)
+        if status == 0:
+            break
+        assert status == 9
+    assert found == sorted(found) and set(found) == {1, 2} and len(found) > 12
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
@@ -460,7 +493,7 @@ def test_other_faults_of_the_system_are_not_called_output() -> None:
 def test_a_name_too_long_is_one_line(script: ModuleType, source: Path, here: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read x.*: File name too long"):
         script.main(["--from", "x" * 300])
-    with pytest.raises(UserError, match=r"cannot write x.*: File name too long"):
+    with pytest.raises(UserError, match=r"cannot write to x.*: File name too long"):
         script.main(["--from", str(source), "--out", "x" * 300])
     assert list(here.iterdir()) == []
 
@@ -470,7 +503,7 @@ def test_a_damaged_file_leaves_nothing(source: Path, tmp_path: Path) -> None:
     result = run("--from", source, "--out", tmp_path / "new")
     assert (result.returncode, result.stdout) == (2, "")
     (error,) = result.stderr.splitlines()
-    assert error.startswith(f"error: {source / 'model.safetensors'}: 1,000 bytes that are not a")
+    assert error.startswith(f"error: {source / 'model.safetensors'} has 1,000 bytes that are not a")
     assert not (tmp_path / "new").exists()
 
 
@@ -516,7 +549,7 @@ def test_a_disk_that_fills_up_at_the_last_files_changes_nothing(
             fill_disk(monkeypatch, files, 0)
         files.write_text(path, text)
 
-    for module in (checkpoint, sys.modules[CharTokenizer.__module__]):
+    for module in (saving, sys.modules[CharTokenizer.__module__]):
         monkeypatch.setattr(module, "write_text", full)
     with pytest.raises(UserError, match=rf"cannot write .*{name}: No space left on device; what"):
         script.main(["--from", str(source), "--out", "new"])

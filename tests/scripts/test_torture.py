@@ -1,6 +1,6 @@
-"""A run that is killed again and again ends with the weights of one that never was.
+"""A run that is killed again and again ends with the weights of a run that never was.
 
-`pytest tests/test_torture.py --kills 30` takes half a minute; by default it is killed three times.
+`pytest tests/scripts/test_torture.py --kills 30` takes half a minute; the default is three kills.
 """
 
 from __future__ import annotations

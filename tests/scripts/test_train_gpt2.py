@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,14 @@ from training import SCRIPT, SMALL, metrics, run, weights
 
 from micrograd_gpt import optim
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.runs import settings as train_settings
 from micrograd_gpt.support.errors import UserError
+
+FLAGS = """--data --encoding --tokenizer --size --n-layer --n-head --n-embd --block-size --dropout
+    --init-from --out --resume --overwrite --allow-changes --seed --device --dtype --tf32 --no-tf32
+    --max-steps --batch-size --grad-accum-steps --recompute --no-recompute --learning-rate --min-lr
+    --warmup-steps --weight-decay --beta1 --beta2 --grad-clip --log-interval --eval-interval
+    --eval-batches --sample-interval --save-interval --keep --on-save-error --tensorboard
+    --no-tensorboard --plan --rate --devices --help"""
 
 
 def test_a_run_from_start_to_end(text: Path, tmp_path: Path) -> None:
@@ -103,6 +110,8 @@ def test_resume_refuses_what_would_change_the_run(text: Path, tmp_path: Path) ->
         (["--learning-rate", "0.5"], "has --learning-rate 0.003, not 0.5"),
         (["--batch-size", "3"], "has --batch-size 4, not 3"),
         ([], "is complete at step 3"),
+        (["--overwrite"], "--overwrite would remove"),
+        (["--dtype", "float64", "--allow-changes"], "has --dtype float32, not float64"),
     ):
         result = run("--resume", "--out", out, *flags)
         assert result.returncode == 2 and message in result.stderr
@@ -138,13 +147,16 @@ def test_fine_tuning_starts_from_the_weights_it_is_given(text: Path, tmp_path: P
         (["--size", "2B"], "unknown GPT-2 size '2B'"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--batch-size", "0"], "must be 1 or more, not 0"),
-        (["--batch-size", "many"], "invalid"),
+        (["--batch-size", "many"], "--batch-size: must be a whole number, not 'many'"),
         (["--n-head", "3"], "must be a multiple of n_head"),
         (["--learning-rate", "0"], "--learning-rate must be above 0"),
         (["--dropout", "1"], "--dropout must be in [0, 1)"),
         (["--block-size", "1000000"], "smaller --block-size"),
         (["--init-from", "nowhere"], "nowhere holds no model"),
         (["--resume"], "holds no run to resume"),
+        (["--resume", "--overwrite"], "--overwrite would remove: give only one"),
+        (["--min-lr", "-1"], "--min-lr must be 0 or more, not -1.0"),
+        (["--grad-clip", "nan"], "--grad-clip must be above 0, not nan"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
@@ -203,14 +215,21 @@ def test_gradient_accumulation_equals_the_large_batch() -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-def test_help_names_every_setting(train_gpt2: ModuleType, capsys: pytest.CaptureFixture) -> None:
+def test_help_names_every_flag_and_its_default(
+    train_gpt2: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit) as stop:
         train_gpt2.parse_flags(["--help"])
     assert stop.value.code == 0
-    text = capsys.readouterr().out
-    flags = {*train_settings.FREE, *train_settings.SHAPE, "rate", "devices"}
-    known = {*train_settings.DEFAULTS, *train_settings.TINY, *train_settings.LARGE, *flags}
-    assert all("--" + name.replace("_", "-") in text for name in known)
+    text = " ".join(capsys.readouterr().out.split())
+    assert set(re.findall(r"--[a-z0-9-]+", text)) >= set(FLAGS.split())
+    for words in (
+        "--max-steps MAX_STEPS optimizer steps (4000 for tiny, else 10000; 1000 when fine-tuning)",
+        "the highest (0.003 for tiny, else 0.0006; 3e-5 when fine-tuning)",
+        "number type; bfloat16 and float16 are used for the matrix work only (float32)",
+        "rounded to 11 bits (off)",
+    ):
+        assert words in text
 
 
 def test_defaults_by_size(train_gpt2: ModuleType) -> None:
@@ -219,5 +238,8 @@ def test_defaults_by_size(train_gpt2: ModuleType) -> None:
     large = train_gpt2.resolve_settings({"size": "345M", "learning_rate": 1e-4})
     assert (large.n_layer, large.n_embd, large.block_size) == (24, 1024, 1024)
     assert large.tokenizer == "gpt2" and large.min_lr == 1e-5 and large.size == "355M"
+    tuned = train_gpt2.resolve_settings({"init_from": "124M"})
+    assert (tuned.max_steps, tuned.learning_rate, tuned.batch_size) == (1000, 3e-5, 4)
+    assert tuned.block_size == 1024 and tuned.min_lr == 3e-6
     with pytest.raises(UserError, match="--tokenizer makes no sense with --init-from"):
         train_gpt2.resolve_settings({"init_from": "124M", "tokenizer": "char"})

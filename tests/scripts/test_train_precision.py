@@ -64,11 +64,24 @@ def test_bfloat16_trains_beside_float32_files(
         assert said.out.startswith("The") and f"{dtype} is emulated" in said.err
 
 
+def start_from(monkeypatch: pytest.MonkeyPatch, scale: float, growth_interval: int = 2000) -> None:
+    """Let every float16 run begin with this loss scale, and double it this often."""
+    make = optim.LossScaler
+
+    def scaler(enabled: bool) -> optim.LossScaler:
+        made = make(enabled=enabled)
+        if enabled:
+            made.scale, made.growth_interval = scale, growth_interval
+        return made
+
+    monkeypatch.setattr(optim, "LossScaler", scaler)
+
+
 def test_float16_scales_its_loss_and_resumes_bit_for_bit(
     train: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From a scale that overflows at first and grows every third step, until it overflows again."""
-    monkeypatch.setattr(optim.LossScaler.__init__, "__defaults__", (2.0**30, 3, 0, 0))
+    start_from(monkeypatch, 2.0**30, growth_interval=3)
     straight = train("straight", "--dtype", "float16")
     changes = re.findall(r"step (\d+): the loss scale is now (\d+)", capsys.readouterr().err)
     scales = [2**30, *(int(scale) for _, scale in changes)]
@@ -102,8 +115,9 @@ def test_the_scale_does_not_show_in_the_losses(train: Run, monkeypatch: pytest.M
     """Powers of two change no digits: a step tried again gives what it would have given at once."""
     losses = []
     for name, scale in (("high", 2.0**30), ("low", 2.0**12)):
-        monkeypatch.setattr(optim.LossScaler.__init__, "__defaults__", (scale, 2000, 0, 0))
-        run = rows(train(name, "--dtype", "float16"))
+        with monkeypatch.context() as patch:
+            start_from(patch, scale)
+            run = rows(train(name, "--dtype", "float16"))
         losses.append([[row["train_loss"], row["grad_norm"]] for row in run])
     np.testing.assert_allclose(*losses, rtol=1e-4)  # but for gradients that rounded to zero
 
@@ -113,7 +127,7 @@ def test_a_loss_scale_that_collapses_stops_the_run(
 ) -> None:
     monkeypatch.setattr(optim, "clip_grad_norm", lambda *_: float("nan"))
     message = (
-        r"^step 0: the gradients overflow float16 even at a loss scale of 1: try --dtype bfloat16, "
+        r"^step 0: the gradients overflow float16 even at a loss scale of 1: try --dtype bfloat16 "
         r"or a smaller --learning-rate; the last good checkpoint: there is none yet$"
     )
     with pytest.raises(UserError, match=message):
@@ -121,7 +135,7 @@ def test_a_loss_scale_that_collapses_stops_the_run(
 
 
 @pytest.mark.parametrize(
-    "values", [None, {"scale": "large"}, {"scale": -1.0}, {"scale": 2.0, "more": 1}]
+    "values", [None, {}, {"scale": "large"}, {"scale": -1.0}, {"scale": 2.0, "more": 1}]
 )
 def test_a_damaged_loss_scale_is_named(train: Run, values: object) -> None:
     out = train("out", "--dtype", "float16", "--max-steps", "3")

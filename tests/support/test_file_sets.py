@@ -13,7 +13,13 @@ from faults import fail, kill, needs_fork, run_with_fault
 
 from micrograd_gpt.support import file_sets
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.file_sets import finish_set, link_set, remove_folder, written_as_set
+from micrograd_gpt.support.file_sets import (
+    finish_set,
+    link_set,
+    remove_folder,
+    without,
+    written_as_set,
+)
 from micrograd_gpt.support.files import write_text
 
 
@@ -56,6 +62,25 @@ def test_a_set_is_the_old_or_the_new_one_wherever_it_is_stopped(
     texts = [text for _, text in outcomes]
     assert texts == sorted(texts, reverse=True) and set(texts) == {"old", "new"}
     assert len(outcomes) > 12
+
+
+def test_a_new_set_may_have_fewer_files(tmp_path: Path) -> None:
+    write(tmp_path, "old")
+    (tmp_path / "d").write_text("not of the set")
+    with written_as_set(tmp_path) as new:
+        write_text(new / "a", "new")
+        for name in ("b", "e"):  # whether it is there or not
+            without(new / name)
+    assert read(tmp_path) == {"a": "new", "c": "old", "d": "not of the set"}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_folder_that_was_not_there_is_not_there_after_a_failure(tmp_path: Path) -> None:
+    deep = tmp_path / "x" / "y"
+    with pytest.raises(UserError, match=rf"^cannot write {deep}/a: "), written_as_set(deep) as new:
+        (new / "a").mkdir()
+        write_text(new / "a", "a file where a folder is")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_block_raises_leaves_the_old_set(tmp_path: Path) -> None:

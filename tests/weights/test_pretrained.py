@@ -1,102 +1,47 @@
-"""OpenAI's weights: every local format, both servers, and everything that can go wrong.
-
-The servers run on 127.0.0.1 and serve a tiny model under the name of the smallest size.
-"""
+"""Models from every local format, and everything that can be wrong with one."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 import shutil
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from faults import Fault, Server, serving
+from tiny_weights import (
+    ARRAYS,
+    CONFIG,
+    DATA,
+    TINY,
+    Arrays,
+    assert_same,
+    bare,
+    hf_folder,
+    numbers,
+    with_masks,
+)
 
 from micrograd_gpt import no_grad
-from micrograd_gpt.gpt2 import GPT2, SIZES, GPT2Config
-from micrograd_gpt.runs.checkpoint import save_pretrained
-from micrograd_gpt.support.download import download
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json
-from micrograd_gpt.weights import pretrained
-from micrograd_gpt.weights.pretrained import (
+from micrograd_gpt.variants import VariantConfig, VariantGPT2
+from micrograd_gpt.weights.config import SIZES
+from micrograd_gpt.weights.formats import open_weights
+from micrograd_gpt.weights.pretrained import build, from_pretrained
+from micrograd_gpt.weights.reading import FLOATS
+from micrograd_gpt.weights.releases import (
     OPENAI_FILES,
-    HuggingFace,
-    OpenAI,
-    Release,
-    build,
-    fetch,
-    from_pretrained,
-    open_release,
-    open_weights,
 )
+from micrograd_gpt.weights.saving import save_pretrained
 from micrograd_gpt.weights.tensor_files import write_safetensors
-
-DATA = Path(__file__).parents[1] / "data" / "tf_checkpoint"
-TINY = {"n_layer": 2, "n_head": 4, "n_embd": 16, "vocab_size": 61, "n_positions": 32}  # of DATA
-CONFIG = {"model_type": "gpt2", **TINY}
-Arrays = dict[str, np.ndarray]
-
-
-def expected_arrays() -> Arrays:
-    """The committed checkpoint's numbers under our names, without this package's reader."""
-    arrays = {}
-    for name, array in safetensors.numpy.load_file(DATA / "expected.safetensors").items():
-        name = name.replace("model/", "transformer.").replace("/h", "/h.").replace("/", ".")
-        for i in range(2):
-            name = name.replace(f"transformer.h{i}.", f"transformer.h.{i}.")
-        head, _, last = name.rpartition(".")
-        last = {"g": "weight", "w": "weight", "b": "bias"}.get(last, f"{last}.weight")
-        arrays[f"{head}.{last}"] = array[0] if array.ndim == 3 else array
-    return arrays
-
-
-ARRAYS = expected_arrays()
-
-
-def numbers(model: GPT2) -> Arrays:
-    return {name: p.data for name, p in model.named_parameters()}
-
-
-def assert_same(model: GPT2, arrays: Arrays = ARRAYS, dtype: str = "float32") -> None:
-    got = numbers(model)
-    assert got.keys() == arrays.keys()
-    for name, array in arrays.items():
-        assert got[name].dtype == dtype
-        np.testing.assert_array_equal(got[name], array, err_msg=name)
-
-
-def hf_folder(folder: Path, arrays: Arrays | None = None, config: Any = CONFIG) -> Path:
-    """A Hugging Face folder, written by the safetensors library."""
-    folder.mkdir(exist_ok=True)
-    tensors = {
-        n: np.ascontiguousarray(a) for n, a in (ARRAYS if arrays is None else arrays).items()
-    }
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
 
 # ---------------------------------------------------------------------------------------------
 # Local formats
-
-
-def with_masks(arrays: Arrays) -> Arrays:
-    # What Transformers used to save with each layer: the causal mask and a large negative number.
-    masks = {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, 32, 32), "f4")) for i in range(2)}
-    return arrays | masks | {"h.0.attn.masked_bias": np.array(-1e4, "f4")}
-
-
-def bare(arrays: Arrays) -> Arrays:
-    return {name.removeprefix("transformer."): array for name, array in arrays.items()}
 
 
 def head_for_wte(arrays: Arrays) -> Arrays:
@@ -160,14 +105,23 @@ def test_stored_dtypes_load_into_the_one_asked_for(tmp_path: Path, stored: str, 
     assert_same(from_pretrained(GPT2, tmp_path, dtype=dtype), rounded, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_held_as_such_but_for_layer_norm(tmp_path: Path, dtype: str) -> None:
+    got = numbers(from_pretrained(GPT2, hf_folder(tmp_path), dtype=dtype))
+    for name, array in ARRAYS.items():
+        held = "float32" if ".ln_" in name else dtype
+        assert got[name].dtype == held
+        np.testing.assert_array_equal(got[name], array.astype(FLOATS[held]))
+
+
 @pytest.mark.parametrize(
     "variant", [{}, {"norm_position": "post"}, {"position_embedding": "sinusoidal"}]
 )
 def test_what_we_save_comes_back_bit_for_bit(tmp_path: Path, variant: dict[str, str]) -> None:
-    model = GPT2(GPT2Config(2, 4, 16, 61, 32, **variant), seed=5)  # type: ignore[arg-type]
+    model = VariantGPT2(VariantConfig(2, 4, 16, 61, 32, **variant), seed=5)  # type: ignore[arg-type]
     save_pretrained(model, tmp_path)
     again = from_pretrained(GPT2, tmp_path)
-    assert again.config == model.config
+    assert vars(again.config) == vars(model.config) if variant else type(again) is GPT2
     assert_same(again, numbers(model))
     ids = np.arange(10).reshape(2, 5)
     with no_grad():
@@ -193,7 +147,7 @@ def test_a_bare_file_of_a_published_size_needs_no_config(
 
 def test_loading_keeps_one_copy(tmp_path: Path) -> None:
     config = GPT2Config(2, 4, 512, 8192, 128)
-    save_pretrained(GPT2(config, initialize=False), tmp_path)
+    save_pretrained(GPT2(config), tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size  # 42 MB
     tracemalloc.start()
     from_pretrained(GPT2, tmp_path)
@@ -258,7 +212,7 @@ WRONG_FOLDERS: dict[str, tuple[Arrays, Any, str]] = {
     "extra tensor": (
         ARRAYS | {"transformer.h.0.crossattention.bias": ARRAYS[SQUARE]},
         CONFIG,
-        r"no such tensor, 'transformer\.h\.0\.crossattention\.bias'",
+        r"has a tensor that the model does not have: 'transformer\.h\.0\.crossattention\.bias'",
     ),
     "foreign tensor": (ARRAYS | {"score.weight": ARRAYS[SQUARE]}, CONFIG, r"score\.weight"),
     "name of two lines": (ARRAYS | {"a\nb": ARRAYS[SQUARE]}, CONFIG, r"'transformer\.a\\nb'"),
@@ -269,7 +223,7 @@ WRONG_FOLDERS: dict[str, tuple[Arrays, Any, str]] = {
     ),
     "transposed": (ARRAYS | {QKV: ARRAYS[QKV].T}, CONFIG, rf"{QKV} has shape \(48, 16\)"),
     "extra axis": (ARRAYS | {QKV: ARRAYS[QKV][None]}, CONFIG, r"has shape \(1, 16, 48\)"),
-    "integers": (ARRAYS | {QKV: ARRAYS[QKV].view("i4")}, CONFIG, f"{QKV!r} holds I32"),
+    "integers": (ARRAYS | {QKV: ARRAYS[QKV].view("i4")}, CONFIG, f"{QKV!r} holds int32"),
     "another head": (
         ARRAYS | {"lm_head.weight": ARRAYS["transformer.wte.weight"] + 1},
         CONFIG,
@@ -299,7 +253,7 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
         from_pretrained(GPT2, "125M")
     with pytest.raises(UserError, match="does not exist"):
         open_weights(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no model"):
+    with pytest.raises(UserError, match="does not hold a model"):
         open_weights(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"neither a \.safetensors file nor a folder"):
@@ -326,9 +280,9 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
     ("hparams", "message"),
     [
         ("{", " is damaged: it cannot be read as JSON"),
-        ("[]", " is damaged: it holds no JSON object"),
-        ('{"n_vocab": 61, "n_ctx": 32, "n_embd": 16, "n_head": 4}', ": lacks n_layer$"),
-        ('{"n_ctx": 32, "n_embd": 16, "n_head": 4, "n_layer": 2}', ": lacks n_vocab$"),
+        ("[]", " is damaged: it is not a JSON object"),
+        ('{"n_vocab": 61, "n_ctx": 32, "n_embd": 16, "n_head": 4}', " lacks n_layer$"),
+        ('{"n_ctx": 32, "n_embd": 16, "n_head": 4, "n_layer": 2}', " lacks n_vocab$"),
         ('{"n_vocab": 61, "n_ctx": 0, "n_embd": 16, "n_head": 4, "n_layer": 2}', ": n_ctx must be"),
         (
             '{"n_vocab": 61, "n_ctx": 32, "n_embd": 16, "n_head": 4, "n_layer": 3}',
@@ -448,344 +402,3 @@ def test_fuzz_a_shard_index_and_a_config(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(got[1][parameter], array)
         (folder / name).write_bytes(wholes[name])
     assert 300 < errors < 600
-
-
-# ---------------------------------------------------------------------------------------------
-# OpenAI's store
-
-
-@pytest.fixture
-def tiny_124m(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the committed model pass for 124M."""
-    monkeypatch.setitem(SIZES, "124M", TINY)
-    data = DATA / "saver" / OPENAI_FILES[-1]
-    with serving(hub_files()) as s:
-        sha256 = hashlib.sha256(s.files[HUB_MODEL]).hexdigest()
-    release = Release("openai-community/gpt2", sha256, data.stat().st_size)
-    monkeypatch.setitem(pretrained.RELEASES, "124M", release)
-
-
-@pytest.fixture
-def store(tiny_124m: None) -> Iterator[Server]:
-    files = {f"/124M/{name}": (DATA / "saver" / name).read_bytes() for name in OPENAI_FILES}
-    with serving(files) as server:
-        yield server
-
-
-STORE_DATA = f"/124M/{OPENAI_FILES[-1]}"
-
-
-def test_openai_s_files_are_fetched_once(store: Server, tmp_path: Path) -> None:
-    source = OpenAI(store.url, tmp_path)
-    assert source.cached("124M") is None
-    for name in ("124M", "117M", "124M"):
-        assert_same(build(open_release(name, [source])))
-    assert sorted(p.name for p in (tmp_path / "124M").iterdir()) == sorted(OPENAI_FILES)
-    assert [p.name for p in tmp_path.iterdir()] == ["124M"]
-    assert [path for _, path, _ in store.requests] == [f"/124M/{n}" for n in OPENAI_FILES]
-
-
-def test_a_broken_download_is_not_taken_for_whole(store: Server, tmp_path: Path) -> None:
-    source = OpenAI(store.url, tmp_path)
-    store.faults[STORE_DATA] = [Fault(drop_after=25_000), Fault(status=500)]
-    with pytest.raises(UserError, match="500"):
-        fetch("124M", [source])
-    assert [p.name for p in tmp_path.iterdir()] == ["124M.part"]
-    assert source.cached("124M") is None
-    assert_same(build(open_release("124M", [source])))
-    assert store.ranges(STORE_DATA) == [None, "bytes=25000-", "bytes=25000-"]
-    assert store.ranges("/124M/model.ckpt.index") == [None]  # was kept from the first try
-
-
-@pytest.mark.parametrize("name", OPENAI_FILES)
-def test_what_is_damaged_on_the_way_is_thrown_away(
-    store: Server, tmp_path: Path, name: str
-) -> None:
-    source = OpenAI(store.url, tmp_path)
-    good = store.files[f"/124M/{name}"]
-    bad = bytes([good[0] ^ 1]) + good[1:]
-    store.files[f"/124M/{name}"] = bad
-    with pytest.raises(UserError, match=r"thrown away: .*(checksum|damaged|names no checkpoint)"):
-        fetch("124M", [source])
-    assert list(tmp_path.iterdir()) == []
-    store.files[f"/124M/{name}"] = good
-    assert_same(build(open_release("124M", [source])))
-
-
-def test_a_data_file_of_the_wrong_length_is_refused(store: Server, tmp_path: Path) -> None:
-    store.files[STORE_DATA] = store.files[STORE_DATA][:-4]
-    with pytest.raises(UserError, match="32,316 bytes where the published file has 32,320"):
-        fetch("124M", [OpenAI(store.url, tmp_path)])
-
-
-def test_another_size_under_the_name_is_refused(
-    store: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(SIZES, "124M", TINY | {"n_head": 2})
-    with pytest.raises(UserError, match="is not GPT-2 124M: its n_head is 4, not 2"):
-        open_release("124M", [OpenAI(store.url, tmp_path)])
-
-
-@pytest.mark.parametrize("name", OPENAI_FILES[:3])
-def test_a_file_of_unknown_length_that_is_cut_is_thrown_away(
-    store: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    # As from a server that tells no length and breaks off: taken for whole until it is read.
-    def cut(url: str, path: Path, *known: Any) -> None:
-        download(url, path, *known)
-        if path.name == name:
-            os.truncate(path, 20)
-
-    source = OpenAI(store.url, tmp_path)
-    with monkeypatch.context() as patched:
-        patched.setattr(pretrained, "download", cut)
-        with pytest.raises(UserError, match="thrown away"):
-            fetch("124M", [source])
-    assert list(tmp_path.iterdir()) == []
-    assert_same(build(open_release("124M", [source])))
-
-
-def flip_last_bit(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-
-
-def replace_by_a_file(path: Path) -> None:
-    shutil.rmtree(path.parent)
-    path.parent.write_text("x")
-
-
-OPENAI_DAMAGE: dict[str, tuple[str, Any, bool]] = {
-    "flipped bit in a tensor": (OPENAI_FILES[-1], flip_last_bit, True),
-    "flipped bit in the index": (
-        OPENAI_FILES[2],
-        lambda p: p.write_bytes(p.read_bytes()[1:]),
-        False,
-    ),
-    "missing data": (OPENAI_FILES[-1], Path.unlink, False),
-    "missing hparams": ("hparams.json", Path.unlink, False),
-    "another size": (
-        "hparams.json",
-        lambda p: p.write_text(p.read_text().replace("4", "2")),
-        False,
-    ),
-    "empty folder": ("", lambda p: [file.unlink() for file in p.iterdir()], False),
-    "no folder": ("checkpoint", replace_by_a_file, False),
-}
-
-
-@pytest.mark.parametrize("damage", OPENAI_DAMAGE)
-def test_a_damaged_cached_checkpoint_is_fetched_again(
-    store: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
-) -> None:
-    name, spoil, verify = OPENAI_DAMAGE[damage]
-    source = OpenAI(store.url, tmp_path)
-    folder = fetch("124M", [source])
-    spoil(folder / name)
-    capsys.readouterr()
-    assert_same(build(open_release("124M", [source], verify)))
-    said = capsys.readouterr().err.splitlines()
-    assert str(folder) in said[0] and said[0].endswith(": this copy is removed")
-    assert said[1:] == ["fetching GPT-2 124M from OpenAI"]
-
-
-def test_a_damaged_copy_that_stays_is_named(
-    store: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = OpenAI(store.url, tmp_path)
-    folder = fetch("124M", [source])
-    flip_last_bit(folder / OPENAI_FILES[-1])
-    # Without the verification it is found while it is read.
-    with pytest.raises(UserError, match=f"checksum of .* is wrong; remove {folder} and fetch"):
-        build(open_release("124M", [source]))
-
-    def forbidden(path: Path) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(shutil, "rmtree", forbidden)
-    with pytest.raises(UserError, match=rf"^{folder} is damaged: remove it \(Permission denied\)"):
-        open_release("124M", [source], verify=True)
-
-
-def test_the_cache_is_where_the_user_keeps_caches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "micrograd-gpt" / "openai" / "355M"
-    folder.mkdir(parents=True)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert OpenAI().cached("355M") == folder
-
-
-# ---------------------------------------------------------------------------------------------
-# The Hugging Face Hub
-
-HUB_MODEL = "/openai-community/gpt2/resolve/main/model.safetensors"
-HUB_CONFIG = "/openai-community/gpt2/resolve/main/config.json"
-
-
-def hub_files() -> dict[str, bytes]:
-    model = safetensors.numpy.save(with_masks(bare(ARRAYS)), {"format": "pt"})
-    return {HUB_MODEL: model, HUB_CONFIG: json.dumps(CONFIG).encode()}
-
-
-@pytest.fixture
-def hub(tiny_124m: None) -> Iterator[Server]:
-    with serving(hub_files()) as server:
-        yield server
-
-
-def test_the_hub_s_files_are_fetched_once(hub: Server, tmp_path: Path) -> None:
-    source = HuggingFace(hub.url, tmp_path)
-    for _ in range(2):
-        assert_same(build(open_release("124M", [source])))
-    assert hub.ranges(HUB_MODEL) == [None]
-    asked = len(hub.requests)
-    assert source.cached("124M") and len(hub.requests) == asked  # the cache needs no network
-
-
-def test_the_hub_s_dropped_connection_is_resumed(
-    hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = HuggingFace(hub.url, tmp_path)
-    hub.faults[HUB_MODEL] = [Fault(drop_after=20_000)]
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub's, before it retries
-    for place in (
-        "constants",
-        "file_download",
-    ):  # how little it keeps; where, depends on its version
-        name = f"huggingface_hub.{place}.DOWNLOAD_CHUNK_SIZE"
-        monkeypatch.setattr(name, 5000, raising=False)
-    try:
-        fetch("124M", [source])
-    except UserError:  # versions that leave the next try to the user
-        assert source.cached("124M") is None
-        fetch("124M", [source])
-    assert_same(build(open_release("124M", [source])))
-    assert hub.ranges(HUB_MODEL) == [None, "bytes=20000-"]
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (Fault(status=404), "answered 404"),
-        (Fault(status=403), "answered 403"),
-        (Fault(status=500), "answered 500"),
-        (Fault(status=200), "cannot fetch openai-community/gpt2"),
-    ],
-)
-def test_the_hub_s_refusals(hub: Server, tmp_path: Path, fault: Fault, message: str) -> None:
-    for path in (HUB_MODEL, HUB_CONFIG):
-        hub.head_faults[path] = [fault] * 9
-        hub.faults[path] = [fault] * 9
-    source = HuggingFace(hub.url, tmp_path)
-    with pytest.raises(UserError, match=message) as caught:
-        fetch("124M", [source])
-    assert "--source openai" in str(caught.value) and "--from" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert source.cached("124M") is None
-
-
-def test_a_hub_file_that_is_not_the_published_one_is_thrown_away(
-    hub: Server, tmp_path: Path
-) -> None:
-    source = HuggingFace(hub.url, tmp_path)
-    good = hub.files[HUB_MODEL]
-    hub.files[HUB_MODEL] = good[:-1] + bytes([good[-1] ^ 1])
-    with pytest.raises(UserError, match=r"thrown away: .*sha256"):
-        fetch("124M", [source])
-    assert source.cached("124M") is None
-    assert not any(blob.stat().st_size > 30_000 for blob in tmp_path.rglob("blobs/*"))
-    hub.files[HUB_MODEL] = good
-    assert_same(build(open_release("124M", [source])))
-
-
-def test_a_hub_file_that_is_damaged_is_thrown_away(
-    hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # As for the sizes whose checksum is not known here: the length must be the header's.
-    release = Release("openai-community/gpt2")
-    monkeypatch.setitem(pretrained.RELEASES, "124M", release)
-    hub.files[HUB_MODEL] = hub.files[HUB_MODEL][:-1]
-    source = HuggingFace(hub.url, tmp_path)
-    with pytest.raises(UserError, match=r"thrown away: .*not a whole safetensors file"):
-        fetch("124M", [source])
-    assert source.cached("124M") is None
-
-
-def test_a_hub_config_that_is_damaged_is_thrown_away(hub: Server, tmp_path: Path) -> None:
-    source = HuggingFace(hub.url, tmp_path)
-    good = hub.files[HUB_CONFIG]
-    for bad in (
-        b"<html>",
-        good.replace(b"61", b"62"),
-        good.replace(b'"n_head": 4', b'"n_head": 2'),
-    ):
-        hub.files[HUB_CONFIG] = bad
-        with pytest.raises(UserError, match="thrown away"):
-            fetch("124M", [source])
-        assert source.cached("124M") is None
-    hub.files[HUB_CONFIG] = good
-    assert_same(build(open_release("124M", [source])))
-
-
-@pytest.mark.parametrize("damage", ["flipped bit", "cut short", "config"])
-def test_a_damaged_hub_cache_is_fetched_again(
-    hub: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
-) -> None:
-    source = HuggingFace(hub.url, tmp_path)
-    folder = fetch("124M", [source])
-    match damage:
-        case "flipped bit":
-            flip_last_bit(folder / "model.safetensors")
-            build(open_release("124M", [source]))  # not looked for, unless asked to
-        case "cut short":
-            os.truncate(folder / "model.safetensors", 20_000)
-        case "config":
-            (folder / "config.json").write_text("{")
-    capsys.readouterr()
-    assert_same(build(open_release("124M", [source], verify=damage == "flipped bit")))
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and said[0].endswith(": this copy is removed")
-    assert_same(build(open_release("124M", [HuggingFace(gone(), tmp_path)], verify=True)))
-
-
-# ---------------------------------------------------------------------------------------------
-# One source after the other
-
-
-def gone() -> str:
-    with serving({}) as server:
-        return server.url
-
-
-def test_openai_stands_in_for_hugging_face(
-    store: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hugging_face = HuggingFace(gone(), tmp_path / "hub")
-    sources = [hugging_face, OpenAI(store.url, tmp_path / "openai")]
-    assert_same(build(open_release("124M", sources)))
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == "fetching GPT-2 124M from Hugging Face"
-    assert said[1].startswith("cannot fetch openai-community/gpt2: ")
-    assert said[2:] == ["fetching GPT-2 124M from OpenAI"]
-    # Once it is here, nobody is asked again, and nothing is said.
-    assert_same(build(open_release("124M", [hugging_face, OpenAI(gone(), tmp_path / "openai")])))
-    assert capsys.readouterr().err == ""
-
-
-def test_with_no_network_both_reasons_and_from_are_named(tmp_path: Path) -> None:
-    sources = [HuggingFace(gone(), tmp_path), OpenAI(gone(), tmp_path)]
-    with pytest.raises(UserError) as caught:
-        fetch("1558M", sources)
-    message = str(caught.value)
-    assert "openai-community/gpt2-xl" in message and "1558M/checkpoint" in message
-    assert "--from" in message and "--source" not in message and "\n" not in message
-    with pytest.raises(UserError, match="try --source huggingface, or --from"):
-        fetch("1558M", sources[1:])
-    with pytest.raises(UserError, match="unknown GPT-2 size '2B'"):
-        fetch("2B", sources)
-
-
-def test_every_release_has_a_size() -> None:
-    assert pretrained.RELEASES.keys() == SIZES.keys()
-    assert pretrained.RELEASES["124M"].openai_data_bytes == 497_759_232

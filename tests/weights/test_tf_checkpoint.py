@@ -18,15 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.weights import tensor_files
-from micrograd_gpt.weights.tf_checkpoint import (
-    LANES,
-    POLYNOMIAL,
-    TABLE_MAGIC,
-    TFCheckpoint,
-    crc32c,
-    mask,
-)
+from micrograd_gpt.weights import reading
+from micrograd_gpt.weights.crc32c import LANES, POLYNOMIAL, crc32c, mask
+from micrograd_gpt.weights.tf_checkpoint import TABLE_MAGIC, TFCheckpoint
 
 DATA = Path(__file__).parents[1] / "data" / "tf_checkpoint"
 
@@ -118,7 +112,7 @@ def test_tensorflow_s_numbers_bit_for_bit(kind: str) -> None:
 
 
 def test_tensors_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_files, "CHUNK", 100)
+    monkeypatch.setattr(reading, "CHUNK", 100)
     test_tensorflow_s_numbers_bit_for_bit("saver")
 
 
@@ -265,7 +259,7 @@ def test_which_checkpoint_is_never_guessed(folder: Path) -> None:
         b'model_checkpoint_path: "a\rb"',
     ):
         (folder / "checkpoint").write_bytes(content)
-        with pytest.raises(UserError, match="names no checkpoint"):
+        with pytest.raises(UserError, match="does not name a checkpoint"):
             TFCheckpoint(folder)
     (folder / "checkpoint").unlink()
     with pytest.raises(UserError, match="holds 2 TensorFlow checkpoints"):

@@ -1,0 +1,43 @@
+"""Is the data of a resumed run still the data it was started on?"""
+
+from __future__ import annotations
+
+import argparse
+import zlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.corpus import Corpus
+from micrograd_gpt.text.shards import Shards, slices
+
+
+def check_same_data(settings: argparse.Namespace, corpus: Corpus) -> None:
+    """UserError if a run would resume on other data; the settings note which data this is."""
+    found = " and ".join(map(fingerprint, (corpus.train, corpus.validation)))
+    before = settings.data_fingerprint
+    if settings.resume and found != before and not settings.allow_changes:
+        raise UserError(
+            f"{settings.data} is no longer the data of the run in {settings.out} "
+            f"({before}; now {found}): give the same data, or add --allow-changes"
+        )
+    settings.data_fingerprint = found
+
+
+def fingerprint(tokens: np.ndarray | Shards, whole_up_to: int = 50_000_000) -> str:
+    """What tells two token streams (N,) apart: their length, and a checksum.
+
+    The checksum covers all of at most `whole_up_to` tokens. Of more, it covers 256 pieces of 4,096
+    tokens, evenly spaced: a change between the pieces is seen only if it moves what follows.
+    """
+    if len(tokens) <= whole_up_to:
+        parts: Iterable[np.ndarray] = slices(tokens)
+    else:
+        starts = np.linspace(0, max(0, len(tokens) - 4096), 256).astype(np.int64)
+        places = np.minimum(starts[:, None] + np.arange(4096), len(tokens) - 1)  # (256, 4096)
+        parts = [tokens[places]]
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part.astype("<u4").tobytes(), checksum)
+    return f"{len(tokens)} tokens, CRC-32 {checksum:08x}"

@@ -1,0 +1,277 @@
+"""What surrounds the training loop: what a run says, measures and saves, and how it survives.
+
+The loop in train_gpt2.py computes. Its `Recorder` reads the numbers, writes them down, saves, and
+decides what happens when the disk is full or a number is not finite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from micrograd_gpt.arrays.devices import resolve_device
+from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.optim import AdamW
+from micrograd_gpt.runs import checkpoint
+from micrograd_gpt.runs.loss_scaler import LossScaler
+from micrograd_gpt.runs.metrics import Metrics
+from micrograd_gpt.runs.signals import StopSignals
+from micrograd_gpt.runs.unread import Unread, read_numbers
+from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.corpus import Corpus
+
+
+class Due(NamedTuple):
+    """What happens after a step, as the flags --log-interval and so on have it."""
+
+    log: bool
+    evaluation: bool
+    sample: bool
+    save: bool
+
+
+class Recorder:
+    """Keeps the record of one run, in the folder `settings.out`.
+
+    Creating one opens the folder (which removes an earlier run for --overwrite) and announces the
+    run on stderr; `start()` then starts the clock, the progress bar and the signal handlers. Raises
+    UserError if a resumed run is complete already, or if the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        settings: argparse.Namespace,
+        corpus: Corpus,
+        model: GPT2,
+        optimizer: AdamW,
+        scaler: LossScaler,
+    ) -> None:
+        self.settings, self.corpus = settings, corpus
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.out = Path(settings.out)
+        if settings.resume:
+            checkpoint.keep_best(self.out)
+            if optimizer.steps >= settings.max_steps:
+                raise UserError(
+                    f"the run in {self.out} is complete at step {optimizer.steps}; "
+                    "give a larger --max-steps to continue it"
+                )
+        self.metrics = Metrics(self.out, optimizer.steps, settings.tensorboard)
+        if settings.overwrite:
+            checkpoint.remove_run(self.out)
+        self.best_loss = checkpoint.best_loss(self.out)
+        self.val_loss: float | None = None  # of the latest step, if it was measured
+        self._on_cpu = resolve_device(settings.device) == "cpu"
+        self._unread = Unread()
+        self._train_loss = self._grad_norm = math.nan  # of the step that was looked at last
+        self._saved_step = optimizer.steps
+        self._tokens_per_step = (
+            settings.batch_size * settings.grad_accum_steps * settings.block_size
+        )
+        self._announce()
+
+    def _announce(self) -> None:
+        if damaged := self.metrics.damaged_lines():
+            say(
+                f"warning: {self.metrics.path}: {len(damaged)} lines are damaged and will be "
+                f"ignored, the first is line {damaged[0]}"
+            )
+        count = sum(parameter.size for parameter in self.model.parameters())
+        say(
+            f"training {count:,} parameters on {len(self.corpus.train):,} tokens "
+            f"of {self.corpus.name} ({self._tokens_per_step:,} a step) from step "
+            f"{self.optimizer.steps}; writing to {self.out}/"
+        )
+
+    def start(self) -> None:
+        """The loop begins: start the clock and the progress bar, and let Ctrl-C stop it gently."""
+        self._bar = tqdm(
+            total=self.settings.max_steps,
+            initial=self.optimizer.steps,
+            unit="step",
+            disable=None,
+            smoothing=0.05,
+        )
+        self._signals = StopSignals()
+        self._started = self._last_time = time.perf_counter()
+        self._last_step = self.optimizer.steps
+
+    @property
+    def stopped(self) -> int:
+        """The number of the signal that asked the run to stop; 0 as long as none has."""
+        return self._signals.requested
+
+    def say(self, message: str) -> None:
+        """Tell the user something, above the progress bar."""
+        say(message, self._bar)
+
+    # ------------------------------------------------------------------- one step, in order
+
+    def due_after(self, step: int) -> Due:
+        """What happens once `step`, counted from 0, has been taken."""
+        s, done = self.settings, step + 1
+        last = done == s.max_steps  # whose sample and checkpoint are the run's own
+        evaluation = done % s.eval_interval == 0 or last
+        return Due(
+            log=done % s.log_interval == 0 or evaluation,
+            evaluation=evaluation,
+            sample=done % s.sample_interval == 0 and not last,
+            save=done % s.save_interval == 0 and not last,
+        )
+
+    def accepts(self, step: int, losses: Sequence[Any], grad_norm: Any) -> bool:
+        """Whether the optimizer may take this step, given its losses and its gradient norm.
+
+        False if float16 overflowed: the loss scale is lower now, and the step must be tried again.
+        Reading numbers from a GPU means waiting for it, so they are read only when something is due
+        (in float16 at every step). Raises UserError if a number that is read is not finite, also
+        one of an earlier step.
+        """
+        if self.scaler.enabled:
+            *losses, grad_norm = read_numbers([*losses, grad_norm])
+            if not self._fits_float16(step, grad_norm):
+                return False
+        self._unread.add(step, losses, grad_norm)
+        self.val_loss = None
+        due = self.due_after(step)
+        if self._on_cpu or due.log or due.sample or due.save or self.stopped:
+            self._look()
+        self._bar.update()
+        return True
+
+    def _fits_float16(self, step: int, grad_norm: float) -> bool:
+        before = self.scaler.scale
+        try:
+            fits = self.scaler.update(grad_norm)
+        except FloatingPointError:
+            raise UserError(
+                f"step {step}: the gradients overflow float16 even at a loss scale of {before:g}: "
+                "try --dtype bfloat16 or a smaller --learning-rate; the last good checkpoint: "
+                f"{checkpoint.last_good(self.out, step)}"
+            ) from None
+        if self.scaler.scale != before:
+            self.say(f"step {step}: the loss scale is now {self.scaler.scale:.0f}")
+        return fits
+
+    def _look(self) -> None:
+        for step, loss, norm in self._unread.read():
+            self._train_loss, self._grad_norm = loss, norm
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                batches = micro_batches(step, self.settings)
+                numbers = "-".join(map(str, sorted({batches[0], batches[-1]})))
+                raise UserError(
+                    f"step {step}: the loss is {loss}, the gradient norm {norm}, in batch "
+                    f"{numbers} of seed {self.settings.seed}; the last good checkpoint: "
+                    f"{checkpoint.last_good(self.out, step)}; try a smaller --learning-rate"
+                )
+
+    def measure(self) -> dict[str, Any]:
+        """A row of metrics.jsonl for the step just taken, shown on the progress bar too."""
+        now, done = time.perf_counter(), self.optimizer.steps
+        steps, seconds = done - self._last_step, now - self._last_time
+        row = {
+            "step": done,
+            "train_loss": self._train_loss,
+            "learning_rate": self.optimizer.lr,
+            "grad_norm": self._grad_norm,
+            "tokens_per_second": round(steps * self._tokens_per_step / seconds, 1),
+            "elapsed_seconds": round(now - self._started, 2),
+        }
+        if self.scaler.enabled:
+            row |= {"loss_scale": self.scaler.scale, "skipped_steps": self.scaler.skipped_steps}
+        self._bar.set_postfix_str(
+            f"loss {self._train_loss:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+        )
+        return row
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Add a row to metrics.jsonl; with a `val_loss`, say it and redraw loss.png too."""
+        self.val_loss = row.get("val_loss")
+        if self.val_loss is not None:
+            self.say(
+                f"step {row['step']:5d}   train loss {row['train_loss']:.3f}   validation loss "
+                f"{self.val_loss:.3f}   {row['tokens_per_second']:,.0f} tokens/s"
+            )
+        self._attempt(self._append, row)
+        self._last_step, self._last_time = self.optimizer.steps, time.perf_counter()
+        if self.val_loss is not None:
+            self._attempt(self.metrics.draw, needed=False)
+
+    def save_if_due(self) -> None:
+        """Save if --save-interval says so, or the validation loss is the lowest so far."""
+        done = self.optimizer.steps
+        best = self.val_loss is not None and self.val_loss < self.best_loss
+        if self.due_after(done - 1).save or (best and done < self.settings.max_steps):
+            self._attempt(self._save)
+
+    def finish(self) -> int:
+        """The loop is over: save what is not saved yet and draw loss.png; returns `stopped`.
+
+        A first signal that comes meanwhile is heeded only after that. Raises UserError if the run
+        cannot be saved.
+        """
+        self._bar.close()
+        if self._saved_step < self.optimizer.steps:
+            self._save()
+        self._attempt(self.metrics.draw, needed=False)
+        if self.stopped:
+            done = self.optimizer.steps
+            can_resume = 0 < done < self.settings.max_steps
+            how = f"; continue with --resume --out {self.out}" if can_resume else ""
+            say(f"stopped after step {done}{how}")
+        return self.stopped
+
+    # -------------------------------------------------------------------- writing to the disk
+
+    def _save(self) -> None:
+        self._look()  # nothing is saved that is not known to be good
+        done = self.optimizer.steps
+        try:
+            checkpoint.save_run(
+                self.out,
+                self.model,
+                self.corpus.tokenizer,
+                self.optimizer,
+                vars(self.settings),
+                self.val_loss,
+                self.settings.keep,
+                self.scaler,
+            )
+        except UserError as error:
+            latest = checkpoint.last_good(self.out, done + 1)
+            raise UserError(f"{error}; the last checkpoint: {latest}") from error
+        self._saved_step = done
+        if self.val_loss is not None:
+            self.best_loss = min(self.best_loss, self.val_loss)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        """Add a row to metrics.jsonl; if that fails and stops the run, save the run first."""
+        try:
+            self.metrics.append(row)
+        except UserError as error:
+            if self.settings.on_save_error == "continue":
+                raise
+            self._save()
+            raise UserError(f"{error}; the run is saved after step {row['step']}") from error
+
+    def _attempt(self, write: Callable[..., None], *args: Any, needed: bool = True) -> None:
+        """Write to the disk; on failure stop if it was `needed` and --on-save-error says stop."""
+        try:
+            write(*args)
+        except UserError as error:
+            if needed and self.settings.on_save_error == "stop":
+                raise
+            self.say(f"warning: {error}; the run goes on")
+
+
+def micro_batches(step: int, settings: argparse.Namespace) -> range:
+    """The numbers of the micro-batches that make up a step."""
+    count = settings.grad_accum_steps
+    return range(step * count, (step + 1) * count)

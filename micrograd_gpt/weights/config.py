@@ -1,0 +1,154 @@
+"""config.json: the shape of a GPT-2 as its folder states it, read, checked and written.
+
+The keys are those of Transformers' GPT2Config. OpenAI's own hparams.json says the same under
+slightly different names.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.file_sets import finish_set
+from micrograd_gpt.support.files import read_json
+from micrograd_gpt.variants import CHOICES, VariantConfig, VariantGPT2
+
+CONFIG = "config.json"
+SIZES = {  # OpenAI's four models
+    "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "355M": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "774M": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "1558M": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+OLDER_NAMES = {"117M": "124M", "345M": "355M", "762M": "774M", "1.5B": "1558M"}
+
+REQUIRED = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
+DROPOUTS, EPSILON = ("embd_pdrop", "attn_pdrop", "resid_pdrop"), "layer_norm_epsilon"
+OPTIONAL = (*DROPOUTS, EPSILON)
+HPARAMS = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}  # OpenAI's names that differ
+
+
+def size_name(name: str) -> str:
+    """The name in SIZES of a size the user gave, older names included; UserError if unknown."""
+    name = OLDER_NAMES.get(name, name)
+    if name not in SIZES:
+        raise UserError(f"unknown GPT-2 size {name!r}: choose one of {', '.join(SIZES)}")
+    return name
+
+
+def published_shape(size: str) -> dict[str, int]:
+    """The keys REQUIRED of a config.json, for OpenAI's model of this size."""
+    return SIZES[size] | {
+        key: value
+        for key, value in (("vocab_size", 50257), ("n_positions", 1024))
+        if key not in SIZES[size]
+    }
+
+
+def read_values(folder: str | Path) -> dict[str, Any]:
+    """Everything that a folder's config.json says; UserError if it is missing or damaged."""
+    finish_set(folder)
+    values = read_json(Path(folder) / CONFIG)
+    if values is None:
+        raise UserError(f"{folder} holds no model: there is no {CONFIG}")
+    return values
+
+
+def read_config(source: str | Path | Mapping[str, Any], file: str | Path = CONFIG) -> GPT2Config:
+    """The model's shape, from a folder with a config.json or from that file's contents.
+
+    It is a VariantConfig for a teaching variant, whose config.json says so by two keys of its own.
+    Raises UserError, naming the file (`file`, where `source` is its contents), if it is missing or
+    damaged, or describes a model that is not a GPT-2.
+    """
+    if not isinstance(source, Mapping):
+        file, source = Path(source) / CONFIG, read_values(source)
+    n_embd = source.get("n_embd")
+    supported = {
+        "model_type": ("gpt2", "micrograd-gpt"),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "tie_word_embeddings": (True,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "n_inner": (None, 4 * n_embd if isinstance(n_embd, int) else None),
+    }
+    for key, allowed in supported.items():
+        if key in source and source[key] not in allowed:
+            raise UserError(f"{file}: {key} is {source[key]!r}; only {allowed[0]!r} is supported")
+    missing = sorted(set(REQUIRED) - source.keys())
+    if missing:
+        raise UserError(f"{file} lacks {', '.join(missing)}")
+    values = {key: source[key] for key in (*REQUIRED, *OPTIONAL) if key in source}
+    variant = {key: source[key] for key in CHOICES if key in source}
+    try:
+        _check_numbers(values)
+        config = VariantConfig(**values, **variant)
+        return GPT2Config(**values) if is_gpt2(config) else config
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    for key in REQUIRED:
+        value = values[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{key} must be a whole number of at least 1, not {value!r}")
+    for key in values.keys() & set(DROPOUTS):
+        value = values[key]
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f"{key} must be a probability in [0, 1), not {value!r}")
+    value = values.get(EPSILON, GPT2Config.layer_norm_epsilon)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{EPSILON} must be a finite number above 0, not {value!r}")
+
+
+def read_hparams(hparams: Mapping[str, Any], file: str | Path) -> GPT2Config:
+    """The model's shape from the contents of OpenAI's hparams.json, which is at `file`.
+
+    Raises UserError, in the names that the file uses, if it describes no GPT-2.
+    """
+    try:
+        return read_config({HPARAMS.get(key, key): hparams[key] for key in hparams}, file)
+    except UserError as error:
+        problem = str(error).removeprefix(str(file))
+        for theirs, ours in HPARAMS.items():
+            problem = problem.replace(ours, theirs)
+        raise UserError(f"{file}{problem}") from None
+
+
+def config_json(config: GPT2Config, dtype: str, end_of_text: int | None = None) -> dict[str, Any]:
+    """The contents of config.json, as Transformers reads it.
+
+    `dtype` names the type that the weights are stored in, `end_of_text` is the tokenizer's id of
+    that token. A teaching variant does not say that it is a GPT-2: Transformers would load it, and
+    compute something else.
+    """
+    shape = {key: getattr(config, key) for key in (*REQUIRED, *OPTIONAL)}
+    if not is_gpt2(config):
+        variant = {key: getattr(config, key) for key in CHOICES}
+        values = {"model_type": "micrograd-gpt", **shape, **variant}
+    else:
+        values = {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "activation_function": "gelu_new",
+            "n_ctx": config.n_positions,
+            "tie_word_embeddings": True,
+            **shape,
+        }
+    return values | {"dtype": dtype, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
+
+
+def is_gpt2(config: GPT2Config) -> bool:
+    """True for GPT-2's own architecture, False for a teaching variant."""
+    return all(getattr(config, key, own) == own for key, (own, _) in CHOICES.items())
+
+
+def model_class(config: GPT2Config, cls: type[GPT2] = GPT2) -> type[GPT2]:
+    """The class of the model with this config: `cls`, unless it is a teaching variant."""
+    return cls if is_gpt2(config) else VariantGPT2

@@ -1,0 +1,166 @@
+"""What a local file or folder holds: its config, and its tensors under our names.
+
+Weights come as a safetensors file, a set of them, or OpenAI's TensorFlow checkpoint; with a config
+beside them or, for OpenAI's sizes, without. `open_weights` recognises all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from micrograd_gpt.gpt2 import GPT2Config
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.file_sets import finish_set
+from micrograd_gpt.support.files import read_json
+from micrograd_gpt.weights.config import (
+    CONFIG,
+    SIZES,
+    published_shape,
+    read_config,
+    read_hparams,
+)
+from micrograd_gpt.weights.reading import StoredTensor
+from micrograd_gpt.weights.tensor_files import TensorFile
+from micrograd_gpt.weights.tf_checkpoint import TFCheckpoint
+
+MODEL, INDEX, HPARAMS = "model.safetensors", "model.safetensors.index.json", "hparams.json"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model as its files describe it, whatever their format.
+
+    `path` is the file or folder, `tensors` maps each of GPT-2's parameter names to where its
+    numbers are.
+    """
+
+    path: Path
+    config: GPT2Config
+    tensors: dict[str, StoredTensor]
+
+
+def open_weights(path: str | Path) -> Weights:
+    """Recognise a local file or folder and read what it says of itself, but no tensor yet.
+
+    `path` is a safetensors file (with config.json beside it, or one of OpenAI's four sizes), the
+    *.safetensors.index.json of a sharded set, a Hugging Face folder or a checkpoint of ours
+    (config.json with model.safetensors or its index), or OpenAI's folder (hparams.json with a
+    TensorFlow checkpoint). Raises UserError for anything else, and for a config that the shapes of
+    the tensors contradict, naming what is wrong.
+    """
+    try:
+        return _open(Path(path))
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _open(path: Path) -> Weights:
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    finish_set(path if path.is_dir() else path.parent)
+    if path.is_dir():
+        for name in (MODEL, INDEX):
+            if (path / name).exists():
+                if not (path / CONFIG).exists():
+                    raise UserError(f"{path} has {name} but no {CONFIG}, which belongs to it")
+                return _open_safetensors(path / name)
+        if (hparams := read_json(path / HPARAMS)) is not None:
+            return _open_openai(path, hparams)
+        pickles = sorted(path.glob("*.bin"))
+        if not pickles:
+            raise UserError(
+                f"{path} does not hold a model: it needs {MODEL} and {CONFIG},"
+                f" or OpenAI's {HPARAMS} and model.ckpt.*"
+            )
+        path = pickles[0]
+    if path.suffix in (".bin", ".pt", ".pth"):
+        raise UserError(
+            f"{path} is a Python pickle, which can run any code when it is read: get the model's"
+            f" {MODEL}, or convert it with Transformers' save_pretrained"
+        )
+    if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
+        return _open_safetensors(path)
+    raise UserError(f"{path} is neither a .safetensors file nor a folder that holds a model")
+
+
+def _open_safetensors(path: Path) -> Weights:
+    tensors = _gpt2_tensors(TensorFile(path))
+    if not path.with_name(CONFIG).exists():
+        return Weights(path, _published_config(path, tensors), tensors)
+    config = read_config(path.parent)
+    _check_agreement(path, config, CONFIG, tensors)
+    return Weights(path, config, tensors)
+
+
+def _gpt2_tensors(file: TensorFile) -> dict[str, StoredTensor]:
+    # GPT2LMHeadModel is saved with `transformer.` before the names, the bare GPT2Model without.
+    names: dict[str, str] = {}
+    for name in file.entries:
+        short = name.removeprefix("transformer.")
+        if name == "lm_head.weight" or re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", short):
+            continue  # the tied head, and the causal mask that old files hold too
+        ours = f"transformer.{short}"
+        if ours in names:
+            raise UserError(f"{file.path} holds both {names[ours]!r} and {name!r}")
+        names[ours] = name
+    if "lm_head.weight" in file.entries:
+        # The head is the token embedding: files may have either name, or both.
+        wte = names.setdefault("transformer.wte.weight", "lm_head.weight")
+        if not file.same_bytes(wte, "lm_head.weight"):
+            raise UserError(
+                f"{file.path}: lm_head.weight differs from {wte}, but GPT-2 ties the two"
+            )
+    return {ours: file.entries[name] for ours, name in names.items()}
+
+
+def _open_openai(folder: Path, hparams: dict[str, Any]) -> Weights:
+    checkpoint = TFCheckpoint(folder)
+    tensors: dict[str, StoredTensor] = {}
+    for ours, name in checkpoint.gpt2_names().items():
+        variable = checkpoint.variables[name]
+        if len(variable.shape) == 3 and variable.shape[0] == 1:
+            # A convolution of width 1, (1, n_in, n_out), is a matrix to the model.
+            variable = dataclasses.replace(variable, shape=variable.shape[1:])
+        tensors[ours] = variable
+    config = read_hparams(hparams, folder / HPARAMS)
+    _check_agreement(folder, config, HPARAMS, tensors)
+    return Weights(folder, config, tensors)
+
+
+def _published_config(path: Path, tensors: Mapping[str, StoredTensor]) -> GPT2Config:
+    # No shape tells the number of heads, but for OpenAI's sizes it is known.
+    found = _implied_by(tensors)
+    for shape in map(published_shape, SIZES):
+        if "n_embd" in found and all(shape[key] == found[key] for key in found):
+            return read_config(shape)
+    raise UserError(f"{path} has no {CONFIG} beside it, and is not one of OpenAI's four sizes")
+
+
+def _check_agreement(
+    path: Path, config: GPT2Config, file: str, tensors: Mapping[str, StoredTensor]
+) -> None:
+    # Before a model is made, which a wrong config could make larger than the memory.
+    wte = tensors.get("transformer.wte.weight")
+    if wte is None or len(wte.shape) != 2:
+        raise UserError(f"{path} lacks transformer.wte.weight of shape (vocab_size, n_embd)")
+    for key, value in _implied_by(tensors).items():
+        if getattr(config, key) != value:
+            raise UserError(
+                f"{path}: {file} says {key} {getattr(config, key)}, the tensors {value}"
+            )
+
+
+def _implied_by(tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
+    # What the tensors' names and shapes say of the config, as far as they do.
+    layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
+    implied = {"n_layer": len(layers)}
+    for name, rows in (("wte", "vocab_size"), ("wpe", "n_positions")):
+        tensor = tensors.get(f"transformer.{name}.weight")
+        if tensor and len(tensor.shape) == 2:
+            implied |= {rows: tensor.shape[0], "n_embd": tensor.shape[1]}
+    return implied

@@ -1,0 +1,49 @@
+"""The one loop that fills a model, or an optimizer, with the tensors of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from micrograd_gpt.arrays.devices import Array
+from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.weights.reading import StoredTensor
+
+
+def fill(arrays: Mapping[str, Array], tensors: Mapping[str, StoredTensor], path: Path) -> None:
+    """Read each of `tensors`, which are in `path`, into the array of the same name, in place.
+
+    Each number is read once, so memory holds the arrays and one chunk, or on a GPU and for a matrix
+    in another order one tensor. NaN and infinity are warned of on stderr. Raises UserError, naming
+    the tensor, unless names and shapes are the same on both sides, and if the file can't be read.
+    """
+    from tqdm import tqdm
+
+    check_fit({name: array.shape for name, array in arrays.items()}, tensors, path)
+    size = sum(array.nbytes for array in arrays.values())
+    with tqdm(
+        total=size, desc="loading", unit="B", unit_scale=True, delay=1, disable=None
+    ) as progress:
+        for name, array in arrays.items():
+            if not tensors[name].read_into(array):
+                say(f"warning: {path}: {name} holds NaN or infinity")
+            progress.update(array.nbytes)
+
+
+def check_fit(
+    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, StoredTensor], path: Path
+) -> None:
+    """Raise UserError, naming the first that differs, unless names and shapes are the same."""
+    for problem, names in (
+        ("lacks", shapes.keys() - tensors.keys()),
+        ("has a tensor that the model does not have:", tensors.keys() - shapes.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{path} {problem} {min(names)!r}{more}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{path}: {name} has shape {tensors[name].shape}, the model needs {shape}"
+            )

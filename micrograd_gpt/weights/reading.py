@@ -1,0 +1,120 @@
+"""From a file into the array that keeps the numbers: the one reader, whatever the file's format.
+
+A tensor in a file is numbers of one dtype, end to end in C order. They are read a chunk at a time,
+straight into the array where it has that dtype and order, so that a model is in memory once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from micrograd_gpt.arrays.devices import Array
+from micrograd_gpt.support.errors import UserError
+
+CHUNK = 1 << 20  # bytes read and converted at a time: few enough to stay in the processor's cache
+
+FLOATS = {
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype("<f4"),
+    "float64": np.dtype("<f8"),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: numbers of `dtype`, from byte `offset` of `path` on."""
+
+    name: str
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+    def read_into(self, out: Array) -> bool:
+        """Fill `out`, an array of this shape on any device; returns whether all numbers are finite.
+
+        Floats are converted to `out`'s dtype; one that is too large for it becomes infinity. Raises
+        ValueError for an `out` of another shape, and UserError if the file can't be read or holds
+        integers where floats are needed, or the reverse.
+        """
+        if out.shape != self.shape:
+            raise ValueError(f"{self.name}: need an array of shape {self.shape}, not {out.shape}")
+        same = out.dtype == self.dtype
+        if not same and not (is_float(self.dtype) and is_float(out.dtype)):
+            raise UserError(
+                f"{self.path}: {self.name!r} holds {self.dtype}, where {out.dtype} is needed"
+            )
+        if not isinstance(out, np.ndarray) or not out.flags.c_contiguous:
+            # On a GPU, or in another order than the file, as a Linear layer's weight is
+            finite = self.read_into(copy := np.empty(out.shape, out.dtype))
+            if isinstance(out, np.ndarray):
+                out[...] = copy
+            else:
+                out.set(copy)
+            return finite
+        flat = out.reshape(-1)
+        finite = True
+        for start, chunk in self.chunks(flat if same else None):
+            numbers = flat[start : start + chunk.size]
+            if not same:
+                with np.errstate(over="ignore"):
+                    numbers[:] = chunk
+            finite &= bool(np.isfinite(numbers).all())
+        return finite
+
+    def chunks(self, into: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """Read the numbers, CHUNK bytes at a time, and yield each chunk with where it starts.
+
+        The chunks are pieces of `into` (flat, of this dtype) if given, else one buffer used again.
+        """
+        step = CHUNK // self.dtype.itemsize
+        buffer = np.empty(min(self.count, step), self.dtype) if into is None else into
+        with open_unbuffered(self.path) as file:
+            file.seek(self.offset)
+            for start in range(0, self.count, step):
+                first = 0 if into is None else start
+                chunk = buffer[first : first + min(step, self.count - start)]
+                _fill(file, chunk)
+                yield start, chunk
+
+
+def is_float(dtype: np.dtype) -> bool:
+    return dtype.name in FLOATS
+
+
+def open_unbuffered(path: Path) -> FileIO:
+    """Open for reading with no buffer between the file and the array; UserError if it can't be."""
+    try:
+        return open(path, "rb", buffering=0)
+    except (OSError, ValueError) as error:  # ValueError: no file can have that name
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {why}") from error
+
+
+def _fill(file: FileIO, out: np.ndarray) -> None:
+    # Exactly the bytes of `out`, which is flat.
+    remaining = out.view(np.uint8).data
+    while len(remaining):  # one read may give less than asked for
+        try:
+            got = file.readinto(remaining)
+        except OSError as error:
+            raise UserError(f"cannot read {file.name}: {error.strerror or error}") from error
+        if not got:
+            raise UserError(f"{file.name} ended early: it was changed while it was being read")
+        remaining = remaining[got:]

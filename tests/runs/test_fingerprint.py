@@ -1,0 +1,29 @@
+"""A stream of tokens is told apart from one that differs anywhere it is looked at."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from micrograd_gpt.runs.fingerprint import fingerprint
+from micrograd_gpt.text.shards import Shards
+
+
+def test_token_streams_are_told_apart() -> None:
+    tokens = np.arange(5_000_000) % 50_000
+    same = fingerprint(tokens.astype(np.uint16))
+    assert same == fingerprint(tokens) and same.startswith("5000000 tokens, CRC-32 ")
+    shifted = np.concatenate([tokens[:3_000_000], tokens[3_000_001:], [7]])
+    assert fingerprint(shifted) != same
+    short = fingerprint(tokens[:10])
+    assert short != fingerprint(tokens[:11]) != fingerprint(tokens[1:12])
+
+
+def test_every_token_of_a_stream_is_told_apart_but_of_a_very_long_one() -> None:
+    tokens = (np.arange(5_000_000) % 50_000).astype(np.uint16)
+    shards = Shards([tokens[:10], tokens[10:10], tokens[10:]])
+    assert fingerprint(shards) == fingerprint(tokens)
+    assert fingerprint(shards, 0) == fingerprint(tokens, 0)
+    before, before_of_pieces = fingerprint(tokens), fingerprint(tokens, 10)
+    tokens[10_000] = 7  # in no piece of those 256, which are 19,600 apart
+    assert fingerprint(tokens) != before
+    assert fingerprint(tokens, 10) == before_of_pieces

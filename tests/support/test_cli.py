@@ -1,0 +1,45 @@
+"""What the scripts have in common."""
+
+from __future__ import annotations
+
+import errno
+import io
+import sys
+
+import pytest
+from tqdm import tqdm
+
+from micrograd_gpt.support.cli import say
+
+
+def test_what_is_said_is_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    say("hello ü")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "hello ü\n")
+
+
+def test_what_is_said_stands_above_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with tqdm(total=2, file=terminal) as bar:
+        say("the run goes on", bar)
+        written = terminal.getvalue()
+    assert "the run goes on\n" in written
+    assert written.rindex("the run goes on") < written.rindex("0/2")  # the bar is drawn below it
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [BrokenPipeError(), OSError(errno.ENOSPC, "full"), RuntimeError("reentrant call")],
+)
+def test_that_nobody_reads_it_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    class Unwritable(io.StringIO):
+        def write(self, text: str) -> int:
+            raise problem
+
+    monkeypatch.setattr(sys, "stderr", Unwritable())
+    say("nobody reads this")
+    with tqdm(total=1, file=io.StringIO()) as bar:
+        say("nor this", bar)

@@ -1,0 +1,102 @@
+"""Files are written whole or not at all, and what cannot be read is named."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import fill_disk
+
+from micrograd_gpt.support import files
+from micrograd_gpt.support.errors import UserError
+
+UNCHANGED = "; what was there before is unchanged$"
+
+
+def test_what_is_read_is_all_of_it_or_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    assert files.read_json(path) is None
+    path.write_text('{"ü": [1, null]}', encoding="utf-8")
+    assert files.read_json(path) == files.read_json(str(path)) == {"ü": [1, None]}
+    assert files.read_json(path / "inside of a file") is None
+    for read in (files.read_json, files.sha256):
+        with pytest.raises(UserError, match=f"cannot read {re.escape(str(tmp_path))}: "):
+            read(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "file.txt"
+    files.write_text(target, "old")
+    with pytest.raises(ZeroDivisionError), files.written_whole(target) as file:
+        file.write(b"half")
+        assert target.read_text() == "old"
+        _ = 1 / 0
+    assert target.read_text() == "old" and [f.name for f in target.parent.iterdir()] == ["file.txt"]
+    files.write_text(target, "new ü")
+    assert target.read_text("utf-8") == "new ü"
+    assert [f.name for f in target.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+@pytest.mark.parametrize("room", [0, 3])
+def test_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, before: bytes | None
+) -> None:
+    path = tmp_path / "file.txt"
+    if before is not None:
+        path.write_bytes(before)
+    fill_disk(monkeypatch, files, room)
+    message = f"^cannot write {re.escape(str(path))}: No space left on device{UNCHANGED}"
+    with pytest.raises(UserError, match=message) as caught:
+        files.write_text(path, "more than there is room for")
+    assert "\n" not in str(caught.value)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == (
+        {} if before is None else {path.name: before}
+    )
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_disk_that_fails_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    files.write_text(tmp_path / "file.txt", "old")
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(UserError, match=rf"file\.txt: Input/output error{UNCHANGED}"):
+        files.write_text(tmp_path / "file.txt", "new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file.txt": "old"}
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=f"cannot write .*folder: .*{UNCHANGED}"):
+        files.write_text(tmp_path / "folder", "a file where a folder is: renaming fails")
+    (tmp_path / "plain").write_text("old")
+    for path in (tmp_path / "plain" / "x", tmp_path / "plain" / "deep" / "x"):
+        with pytest.raises(UserError, match=f"cannot write {re.escape(str(path))}: .*{UNCHANGED}"):
+            files.write_text(path, "a folder where a file is: none can be made")
+
+    def forbidden(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files, "open", forbidden, raising=False)
+    with pytest.raises(UserError, match=f"cannot write .*plain: Permission denied{UNCHANGED}"):
+        files.write_text(tmp_path / "plain", "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "plain"]
+    assert (tmp_path / "plain").read_text() == "old"
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError, UserError])
+def test_what_is_no_oserror_stays_what_it_is(tmp_path: Path, failure: type[BaseException]) -> None:
+    path = tmp_path / "file.txt"
+    files.write_text(path, "old")
+    with pytest.raises(failure, match=r"^mine$"), files.written_whole(path) as file:
+        file.write(b"half")
+        raise failure("mine")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file.txt": "old"}

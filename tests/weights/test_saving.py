@@ -1,0 +1,44 @@
+"""A model's folder is written whole, wherever the process is stopped."""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faults import kill, needs_fork, run_with_fault
+
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizers import CharTokenizer
+from micrograd_gpt.weights.pretrained import from_pretrained
+from micrograd_gpt.weights.saving import save_pretrained
+
+
+@needs_fork
+def test_killed_at_any_moment_it_leaves_the_old_model_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # only time would be lost
+    texts = {1: "abc", 2: "abcd"}
+    models = {n: GPT2(GPT2Config(n, 1, 4, len(texts[n]), 8)) for n in texts}
+    tokenizers = {n: CharTokenizer(text) for n, text in texts.items()}
+    found = []
+    for number in count():
+        folder = tmp_path / str(number)
+        save_pretrained(models[1], folder, tokenizers[1])
+        status = run_with_fault(
+            lambda folder=folder: save_pretrained(models[2], folder, tokenizers[2]), kill, number
+        )
+        model = from_pretrained(GPT2, folder)
+        layers = model.config.n_layer
+        assert load_tokenizer(folder).to_dict() == tokenizers[layers].to_dict(), number
+        for ours, theirs in zip(model.parameters(), models[layers].parameters(), strict=True):
+            np.testing.assert_array_equal(ours.data, theirs.data)
+        found.append(layers)
+        if status == 0:
+            break
+        assert status == 9
+    assert found == sorted(found) and set(found) == {1, 2} and len(found) > 12
