@@ -60,7 +60,8 @@ def main() -> int:
     def run(prompt: np.ndarray, **settings: Any) -> Callable[[], object]:
         return lambda: generate(model, prompt, new, end_of_text=None, **settings)
 
-    print(f"{model.n_parameters:,} parameters, prompts of {length} tokens, {new} new ones")
+    count = sum(p.size for p in model.parameters())
+    print(f"{count:,} parameters, prompts of {length} tokens, {new} new ones")
     alone = [run(ordinary, temperature=0.8, seed=i) for i in range(8)]
     batch = run(ordinary, temperature=0.8, num_samples=8)
     compare(

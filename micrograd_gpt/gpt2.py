@@ -150,8 +150,8 @@ class GPT2(Module):
 
         return from_pretrained(cls, name, device, dtype)
 
-    def save_pretrained(self, folder: Any, **options: Any) -> None:
+    def save_pretrained(self, folder: Any, tokenizer: Any = None, dtype: Any = None) -> None:
         """Write a folder that Transformers loads (weights/saving.py)."""
         from micrograd_gpt.weights.saving import save_pretrained
 
-        save_pretrained(self, folder, **options)
+        save_pretrained(self, folder, tokenizer, dtype)

@@ -143,8 +143,9 @@ def plus(total: Array | None, part: Array | Picked, node: Node, made: set[Node])
 
 def fit(grad: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """Undo broadcasting and type promotion: sum `grad` down to `shape`, and give it `dtype`."""
+    wide = np.result_type(grad.dtype, np.float32)  # for sums of many numbers
     if grad.shape != shape:
-        grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))))
+        grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))), dtype=wide)
         stretched = tuple(i for i, n in enumerate(shape) if n == 1 and grad.shape[i] != 1)
         grad = grad.sum(axis=stretched, keepdims=True)
     grad = np.asarray(grad) if isinstance(grad, np.generic) else grad  # NumPy's single numbers
@@ -242,13 +243,12 @@ class Tensor:
         if not self.requires_grad:
             raise RuntimeError("backward() on a tensor that no leaf with requires_grad led to")
         if grad is None and self.size != 1:
-            raise RuntimeError(
-                f"backward() from shape {self.shape} needs a gradient, or .sum() first"
-            )
+            raise RuntimeError(f"backward() from shape {self.shape}: give a gradient, or .sum() it")
         start = np.ones_like(self.data) if grad is None else Tensor(grad).data.astype(self.dtype)
         if start.shape != self.shape:
             raise ValueError(f"backward(): a gradient of shape {start.shape} for {self.shape}")
-        walk_back(node_of(self), start)
+        node = node_of(self)
+        walk_back(node, start.astype(node.dtype, copy=False))
 
     def _accumulate(self, part: Array | Picked) -> tuple[()]:
         """Add to `.grad`, in place where there is one; a view of another gradient is copied."""
@@ -283,7 +283,7 @@ class Tensor:
     def __pow__(self, n: float) -> Tensor:
         if isinstance(n, Tensor | np.ndarray):
             raise TypeError("an exponent must be a number; for x ** y write (y * x.log()).exp()")
-        x = self.data
+        x, n = self.data, n.item() if isinstance(n, np.generic) else n
         return record("pow", x**n, [self], lambda grad: (grad * n * x ** (n - 1 if n else 0),))
 
     def __neg__(self) -> Tensor:

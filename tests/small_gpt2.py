@@ -14,6 +14,7 @@ import pytest
 from micrograd_gpt.generation import output, sampling
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.text.tokenizers import Tokenizer
+from micrograd_gpt.variants import CHOICES, VariantConfig, VariantGPT2
 from micrograd_gpt.weights.saving import save_pretrained
 
 VOCABULARY, POSITIONS = 11, 16
@@ -23,7 +24,13 @@ TEXT = "the quick brown fox jumps over the lazy dog.\n"  # for the vocabulary of
 def make_model(seed: int = 3, factor: float = 12, **config: Any) -> GPT2:
     """A model whose weights are `factor` times as large as usual."""
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": VOCABULARY}
-    model = GPT2(GPT2Config(**{**shape, "n_positions": POSITIONS, **config}), seed=seed)
+    settings = {**shape, "n_positions": POSITIONS, **config}
+    is_variant = not settings.keys().isdisjoint(CHOICES)
+    model = (
+        VariantGPT2(VariantConfig(**settings), seed)
+        if is_variant
+        else GPT2(GPT2Config(**settings), seed)
+    )
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data *= factor

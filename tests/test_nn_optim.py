@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from micrograd_gpt.arrays.backend import RandomStream
 
 from micrograd_gpt import Tensor, nn, optim
+from micrograd_gpt.arrays.precision import HALF
+from micrograd_gpt.arrays.stand_ins import at_most
+from micrograd_gpt.runs.loss_scaler import LossScaler
 
 
 class Net(nn.Module):
     def __init__(self) -> None:
-        init = nn.Init(seed=1)
+        init = nn.normal(seed=1)
         self.first = nn.Linear(3, 4, init)
-        self.blocks = [nn.LayerNorm(4, init), nn.Dropout(0.5, RandomStream(2))]
+        self.blocks = [nn.LayerNorm(4), nn.Dropout(0.5, nn.Draws(2))]
         self.table = nn.Embedding(5, 3, init)
 
     def __call__(self, ids: np.ndarray) -> Tensor:
@@ -24,6 +27,12 @@ class Net(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x
+
+
+@pytest.fixture(params=["definitions", "numpy", "c"])
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    with at_most(request.param):
+        yield request.param
 
 
 def test_parameters_are_named_after_where_they_are() -> None:
@@ -42,7 +51,10 @@ def test_parameters_are_named_after_where_they_are() -> None:
 def test_a_shared_parameter_counts_once() -> None:
     net = Net()
     net.again = net.first
-    assert len(net.parameters()) == 5 and "again.weight" not in dict(net.named_parameters())
+    net.head = nn.Embedding(5, 3, nn.normal(0))
+    net.head.weight = net.table.weight
+    assert len(net.parameters()) == 5
+    assert len({id(p) for p in net.parameters()}) == 5
 
 
 def test_train_and_eval_reach_every_part() -> None:
@@ -61,7 +73,7 @@ def test_to_moves_parameters_in_place() -> None:
     assert net.to("cpu") is net and net.first.weight is parameter and parameter.grad is not None
 
 
-def test_adamw_decays_matrices_only_and_skips_what_has_no_gradient() -> None:
+def test_adamw_decays_matrices_only_and_skips_what_has_no_gradient(level: str) -> None:
     matrix, vector, idle = (nn.Parameter(np.ones(s, np.float32)) for s in ((2, 2), (2,), (2, 2)))
     optimizer = optim.AdamW([matrix, vector, idle], lr=0.5, weight_decay=0.1)
     matrix.grad, vector.grad = np.zeros((2, 2), np.float32), np.zeros(2, np.float32)
@@ -74,14 +86,14 @@ def test_adamw_decays_matrices_only_and_skips_what_has_no_gradient() -> None:
     np.testing.assert_allclose(matrix.data, 0.95)
 
 
-def test_the_first_step_of_adam_has_the_size_of_the_learning_rate() -> None:
+def test_the_first_step_of_adam_has_the_size_of_the_learning_rate(level: str) -> None:
     p = nn.Parameter(np.zeros((2, 2)))
     p.grad = np.array([[1e-3, -1e3], [5.0, -7.0]])
     optim.AdamW([p], lr=0.01, weight_decay=0).step()
     np.testing.assert_allclose(p.data, -0.01 * np.sign(p.grad), rtol=1e-4)
 
 
-def test_clip_grad_norm() -> None:
+def test_clip_grad_norm(level: str) -> None:
     a, b, c = (nn.Parameter(np.zeros(2)) for _ in range(3))
     a.grad, b.grad = np.array([3.0, 0.0]), np.array([0.0, 4.0])
     assert optim.clip_grad_norm([a, b, c], 10.0) == 5
@@ -89,9 +101,10 @@ def test_clip_grad_norm() -> None:
     assert optim.clip_grad_norm([a, b, c], 1.0) == 5
     np.testing.assert_allclose(np.hypot(a.grad, b.grad), [0.6, 0.8])
     assert optim.clip_grad_norm([c], 1.0) == 0
-    a.grad = np.array([np.nan, 1.0])
-    assert math.isnan(optim.clip_grad_norm([a, b], 1.0))
-    assert b.grad[1] == pytest.approx(0.8)
+    for bad in (np.nan, np.inf):
+        a.grad = np.array([bad, 1.0])
+        assert not math.isfinite(optim.clip_grad_norm([a, b], 1.0, loss_scale=2.0))
+        assert b.grad[1] == pytest.approx(0.8) and a.grad[1] == 1
 
 
 def test_cosine_schedule() -> None:
@@ -103,7 +116,7 @@ def test_cosine_schedule() -> None:
     assert optim.cosine_schedule(0, 1, 0, 1.0, 0.1) == 1
 
 
-def test_clip_grad_norm_undoes_the_loss_scale_first() -> None:
+def test_clip_grad_norm_undoes_the_loss_scale_first(level: str) -> None:
     a, b = (nn.Parameter(np.zeros(2)) for _ in range(2))
     a.grad, b.grad = np.array([3.0, 0.0]) * 1024, np.array([0.0, 4.0]) * 1024
     assert optim.clip_grad_norm([a, b], 10.0, loss_scale=1024) == 5
@@ -114,20 +127,69 @@ def test_clip_grad_norm_undoes_the_loss_scale_first() -> None:
 
 
 def test_loss_scale_halves_at_an_overflow_and_doubles_after_enough_good_steps() -> None:
-    scaler = optim.LossScaler(growth_interval=3)
+    scaler = LossScaler(growth_interval=3)
     norms = [1.0, math.inf, math.nan, 1.0, 1.0, 1.0, 1.0, 1.0, math.inf, 2.0]
     taken = [scaler.update(norm) for norm in norms]
     assert taken == [math.isfinite(norm) for norm in norms]
-    assert scaler == optim.LossScaler(16384.0, 3, good_steps=1, skipped_steps=3)
+    assert scaler == LossScaler(True, 16384.0, 3, good_steps=1, skipped_steps=3)
 
 
 def test_a_loss_scale_that_collapses_says_so() -> None:
-    scaler = optim.LossScaler(scale=2.0)
+    scaler = LossScaler(scale=2.0)
     assert not scaler.update(math.nan) and scaler.scale == 1
-    with pytest.raises(FloatingPointError, match="overflow float16 even at a loss scale of 1"):
+    with pytest.raises(FloatingPointError, match="overflow float16 even at a loss scale of 1: try"):
         scaler.update(math.nan)
 
 
-def test_a_loss_scale_that_is_not_enabled_changes_nothing() -> None:
-    scaler = optim.LossScaler(enabled=False)
-    assert scaler.update(math.nan) and scaler.update(1.0) and scaler.scale == 1.0
+def test_a_loss_scaler_that_is_not_enabled_lets_every_step_pass() -> None:
+    scaler = LossScaler(enabled=False)
+    unread = object()  # on a GPU, reading the norm would mean waiting for it
+    assert scaler.scale == 1 and scaler.update(unread) and scaler.update(math.nan)
+    assert scaler.scale == 1 and scaler.skipped_steps == 0
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_parameters_of_16_bits_are_not_trained(half: str) -> None:
+    wide, narrow = nn.Parameter(np.ones(2, np.float32)), nn.Parameter(np.ones(2, np.float32))
+    narrow.data = narrow.data.astype(half)
+    with pytest.raises(ValueError, match=f"parameters of {half} cannot be trained"):
+        optim.AdamW([wide, narrow])
+
+
+def test_adamw_follows_its_formula(level: str) -> None:
+    """Algorithm 2 of Loshchilov & Hutter, one number at a time."""
+    rng = np.random.default_rng(0)
+    p = nn.Parameter(rng.standard_normal((3, 2)))
+    optimizer = optim.AdamW([p], lr=0.02, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.3)
+    theta, m, v = p.data.copy(), np.zeros((3, 2)), np.zeros((3, 2))
+    for t in range(1, 6):
+        p.grad = rng.standard_normal((3, 2))
+        for at in np.ndindex(3, 2):
+            g = float(p.grad[at])
+            theta[at] -= 0.02 * 0.3 * theta[at]
+            m[at] = 0.8 * m[at] + 0.2 * g
+            v[at] = 0.9 * v[at] + 0.1 * g * g
+            m_hat, v_hat = m[at] / (1 - 0.8**t), v[at] / (1 - 0.9**t)
+            theta[at] -= 0.02 * m_hat / (math.sqrt(v_hat) + 1e-3)
+        optimizer.step()
+        np.testing.assert_allclose(p.data, theta, rtol=1e-12)
+    np.testing.assert_allclose([*optimizer.m, *optimizer.v], [m, v], rtol=1e-12)
+
+
+def test_moments_of_float32_parameters_are_float32_and_updates_in_place(level: str) -> None:
+    p = nn.Parameter(np.ones((2, 2), np.float32))
+    data, optimizer = p.data, optim.AdamW([p])
+    p.grad = np.ones((2, 2), np.float32)
+    assert optim.clip_grad_norm([p], 1.0) == 2
+    optimizer.step()
+    assert p.data is data and data.dtype == p.grad.dtype == np.float32 and (data != 1).all()
+    assert optimizer.m[0].dtype == optimizer.v[0].dtype == np.float32
+
+
+def test_draws_are_named_after_their_seed_and_number() -> None:
+    draws = nn.Draws(7)
+    assert [draws.next_key() for _ in range(3)] == [(7, 1), (7, 2), (7, 3)]
+    draws.reseed(7, 5)
+    assert draws.next_key() == (7, 5, 1)
+    draws.reseed(7)
+    assert draws.next_key() == (7, 1)

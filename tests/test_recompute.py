@@ -7,35 +7,60 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from micrograd_gpt import no_grad
-from micrograd_gpt.arrays.backend import RandomStream
+from micrograd_gpt import Tensor, no_grad
+from micrograd_gpt.arrays.precision import compute_in
+from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.tensor import Tensor, recompute
+from micrograd_gpt.nn import Draws
+from micrograd_gpt.runs.dropout import set_dropout
+from micrograd_gpt.runs.recompute import recompute, recompute_blocks
+from micrograd_gpt.variants import VariantConfig, VariantGPT2
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
-def test_recomputed_activations_give_the_same_gradients(norm_position: str) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_recomputed_activations_give_the_same_gradients(norm_position: str, dtype: str) -> None:
     """Bit for bit, with dropout, over two micro-batches that accumulate."""
-    config = GPT2Config(
+    config = VariantConfig(
         **{"n_layer": 3, "n_head": 2, "n_embd": 16, "vocab_size": 11, "n_positions": 8},
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.2),
         norm_position=norm_position,
     )
     ids = np.random.default_rng(0).integers(0, 11, (2, 2, 3, 8))
-    grads, positions = [], []
+    grads, draws = [], []
     for again in (False, True):
-        model = GPT2(config)
-        model.transformer.recompute = again
+        model = VariantGPT2(config)
+        if again:
+            recompute_blocks(model)
         for step, batch in enumerate(ids):
-            model.random.reseed(5, step)
-            loss = model.loss(*batch)
-            positions.append(model.random.position)
-            loss.backward()
-            positions.append(model.random.position)
+            model.draws.reseed(5, step)
+            with compute_in(dtype):
+                loss = model.loss(*batch)
+                draws.append(model.draws.latest)
+                loss.backward()
+            draws.append(model.draws.latest)
+        assert all(p.grad.any() for p in model.parameters())
         grads.append([p.grad for p in model.parameters()] + [np.asarray(loss.item())])
     for plain, recomputed in zip(*grads, strict=True):
         np.testing.assert_array_equal(plain, recomputed)
-    assert positions[:4] == positions[4:] and positions[0] == positions[1] != positions[2]
+    assert draws[:4] == draws[4:] and draws[0] == draws[1] != draws[2]
+
+
+def test_names_and_parameters_stay_the_same() -> None:
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=11, n_positions=8)
+    model = GPT2(config)
+    before = dict(model.named_parameters())
+    recompute_blocks(model)
+    after = dict(model.named_parameters())
+    assert list(before) == list(after) and all(after[name] is before[name] for name in before)
+    set_dropout(model, 0.3)
+    assert model.transformer.h[0].block.attn.attn_dropout.p == 0.3
+    assert not model.eval().transformer.h[0].block.mlp.resid_dropout.training
+    ids = np.array([[1, 2, 3, 4]])
+    with no_grad():
+        whole, cache = model(ids).data, KVCache(model)
+        parts = [model(ids[:, :3], cache).data, model(ids[:, 3:], cache).data]
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=0, atol=1e-6)
 
 
 def test_recomputation_keeps_only_the_inputs_of_blocks() -> None:
@@ -44,7 +69,8 @@ def test_recomputation_keeps_only_the_inputs_of_blocks() -> None:
     peaks = []
     for again in (False, True):
         model = GPT2(config)
-        model.transformer.recompute = again
+        if again:
+            recompute_blocks(model)
         model.loss(*ids).backward()
         for p in model.parameters():
             p.grad[:] = 0  # there already, so not counted
@@ -62,9 +88,9 @@ def test_recomputation_keeps_only_the_inputs_of_blocks() -> None:
 
 def test_frozen_inputs_do_not_hide_the_parameters() -> None:
     """No gradient flows into x, and yet those of the parameters must be computed."""
-    weight, random = Tensor([[2.0]], requires_grad=True), RandomStream(0)
-    y = recompute(lambda x: x @ weight, Tensor([[3.0]]), [weight], random)
+    weight, draws = Tensor([[2.0]], requires_grad=True), Draws(0)
+    y = recompute(lambda x: x @ weight, Tensor([[3.0]]), [weight], draws)
     with no_grad():
-        assert not recompute(lambda x: x @ weight, Tensor([[3.0]]), [weight], random).requires_grad
+        assert not recompute(lambda x: x @ weight, Tensor([[3.0]]), [weight], draws).requires_grad
     y.backward()
     assert weight.grad.item() == 3.0

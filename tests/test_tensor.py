@@ -13,7 +13,8 @@ from gradcheck import check_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from micrograd_gpt import Tensor, concatenate, draw_graph, no_grad, where
+from micrograd_gpt import Tensor, concatenate, no_grad, where
+from micrograd_gpt.graph import retain_grad
 from micrograd_gpt.tensor import record
 
 SHAPES = st.lists(st.integers(1, 4), max_size=3).map(tuple)
@@ -59,7 +60,7 @@ ONE_INPUT: dict[str, Callable[[Tensor], Tensor]] = {
     "new axis": lambda x: x[None, ..., None],
     "concatenate": lambda x: concatenate([x[None], x[None] * 2, -x[None]]),
     "where": lambda x: where(x > 0, x * 2, -3.0),
-    "masked_fill": lambda x: (x * x).masked_fill(x < 0, 7.0),
+    "a mask": lambda x: where(x < 0, 7.0, x * x),
     "astype": lambda x: x.astype("float64") * 2,
     "used twice": lambda x: x * x + x.exp() * x,
 }
@@ -205,18 +206,106 @@ def test_dtypes() -> None:
         Tensor(np.arange(3), requires_grad=True)
 
 
-def test_gradients_accumulate_into_leaves_and_into_arrays_of_their_own() -> None:
+# ------------------------------------------------- two rules: who may change a gradient, and which
+
+
+def watched(x: Tensor, seen: list[tuple[np.ndarray, np.ndarray]]) -> Tensor:
+    """x itself as an operation, which hands its gradient on as it is and remembers how it was."""
+
+    def backward(grad: np.ndarray) -> tuple[np.ndarray]:
+        seen.append((grad, grad.copy()))
+        return (grad,)
+
+    return record("watched", x.data, [x], backward)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), dtype=st.sampled_from(["float64", "float32", "float16", "bfloat16"]))
+def test_a_backward_never_sees_its_gradient_change(data: st.DataObject, dtype: str) -> None:
+    """Random graphs in which most gradients are one and the same array, or parts of it.
+
+    All numbers are small and whole, so sums are exact in every type: the gradient is how many ways
+    lead from a leaf's element to the results, which is counted by hand beside the tape.
+    """
+    leaves = [Tensor(np.ones(4), requires_grad=True, dtype=dtype) for _ in range(2)]
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+    # Beside each tensor: for each of its elements, how often it contains each leaf's elements.
+    stack = [(x, np.eye(4, 8, 4 * i)) for i, x in enumerate(leaves)]
+    for _ in range(data.draw(st.integers(1, 8))):
+        x, ways = stack[data.draw(st.integers(0, len(stack) - 1))]
+        y, others = stack[data.draw(st.integers(0, len(stack) - 1))]
+        match data.draw(st.sampled_from(["add", "watched", "view", "index", "pick", "join"])):
+            case "add":
+                stack.append((watched(x, seen) + y, ways + others))
+            case "watched":
+                stack.append((watched(x, seen), ways))
+            case "view":
+                stack.append((x.reshape(2, 2).T.reshape(4), ways[[0, 2, 1, 3]]))
+            case "index":
+                stack.append((watched(x[::-1], seen), ways[::-1]))
+            case "pick":
+                stack.append((x[np.array([0, 0, 1, 3])] + y, ways[[0, 0, 1, 3]] + others))
+            case "join":
+                parts = concatenate([x[:2], watched(y, seen)[2:]])
+                stack.append((parts, np.concatenate([ways[:2], others[2:]])))
+    total, ways = stack[-1]
+    cotangent = np.array([1.0, 2.0, 3.0, 4.0])
+    total.backward(cotangent)
+    np.testing.assert_array_equal(cotangent, [1, 2, 3, 4])
+    for grad, before in seen:
+        np.testing.assert_array_equal(grad.astype(float), before.astype(float))
+    expected = (cotangent @ ways).reshape(2, 4)
+    for leaf, of_leaf in zip(leaves, expected, strict=True):
+        if leaf.grad is not None and np.abs(of_leaf).max() <= 128:  # whole numbers in bfloat16
+            np.testing.assert_array_equal(leaf.grad.astype(float), of_leaf)
+    grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    for i, grad in enumerate(grads):
+        assert grad.dtype == dtype and grad.flags.writeable
+        for other in [*grads[:i], *(array for array, _ in seen)]:
+            assert not np.shares_memory(grad, other)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x, y: x + y,
+        lambda x, y: x - y,
+        lambda x, y: concatenate([x, y]),
+        lambda x, y: concatenate([x.reshape(2, 1), y.reshape(2, 1)], axis=1),
+        lambda x, y: (x[None] + y[None]).T,
+        lambda x, y: where(np.array([True, False]), x, y),
+        lambda x, y: x.reshape(1, 2) + y.T,
+        lambda x, y: x + y.to("cpu").astype("float32"),
+    ],
+)
+def test_a_leafs_gradient_is_its_own(operation: Callable[..., Tensor]) -> None:
+    x, y = Tensor([1.0, 2.0], requires_grad=True), Tensor([3.0, 4.0], requires_grad=True)
+    cotangent = np.ones(operation(x, y).shape, np.float32)
+    operation(x, y).backward(cotangent)
+    assert not np.shares_memory(x.grad, y.grad)
+    for grad in (x.grad, y.grad):
+        assert not np.shares_memory(grad, cotangent) and grad.flags.writeable
+    kept = x.grad
+    x.grad += 100
+    assert (y.grad <= 1).all() and (cotangent == 1).all()
+    operation(x, y).backward(cotangent)
+    assert x.grad is kept  # added to in place: an optimizer may hold on to it
+
+
+def test_gradients_accumulate_over_backwards() -> None:
     x = Tensor([1.0, 2.0], requires_grad=True)
     y = Tensor([3.0, 4.0], requires_grad=True)
-    total = x + y  # hands one and the same gradient to both
     cotangent = np.array([1.0, 10.0], np.float32)
-    total.backward(cotangent)
+    (x + y).backward(cotangent)
     (x * 1.0).backward(cotangent)
     np.testing.assert_array_equal(x.grad, [2, 20])
     np.testing.assert_array_equal(y.grad, [1, 10])
     np.testing.assert_array_equal(cotangent, [1, 10])
-    x.backward(cotangent)
+    x.backward(cotangent)  # a leaf itself
     np.testing.assert_array_equal(x.grad, [3, 30])
+    x[1].backward()
+    x[np.array([0, 0])].sum().backward()
+    np.testing.assert_array_equal(x.grad, [5, 31])
 
 
 def test_a_gradient_shared_by_add_is_never_added_into() -> None:
@@ -226,6 +315,20 @@ def test_a_gradient_shared_by_add_is_never_added_into() -> None:
     w = Tensor([0.0], requires_grad=True)
     (z + w).backward(np.array([1.0]))
     assert x.grad[0] == 10 and w.grad[0] == 1
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_a_part_that_was_picked_joins_others_in_either_order(dtype: str) -> None:
+    """x's gradient comes through indices and whole, for an intermediate and for a leaf."""
+    for make in (lambda leaf: leaf, lambda leaf: leaf * 1):
+        for picks_first in (True, False):
+            leaf = Tensor(np.ones((3, 2)), requires_grad=True, dtype=dtype)
+            x = make(leaf)
+            picked = x[np.array([0, 0, 2])].sum() + x[1:, 0].sum()
+            whole = (x * 2).sum()
+            (picked + whole if picks_first else whole + picked).backward()
+            assert leaf.grad.dtype == dtype
+            np.testing.assert_array_equal(leaf.grad.astype(float), [[4, 4], [3, 2], [4, 3]])
 
 
 def test_a_graph_50_000_operations_deep() -> None:
@@ -290,7 +393,7 @@ def test_no_grad_builds_no_tape() -> None:
 
 def test_retain_grad_keeps_an_intermediate_gradient() -> None:
     x = Tensor([2.0], requires_grad=True)
-    y = (x * 3).retain_grad()
+    y = retain_grad(x * 3)
     z = x * 5
     (y * y + z).sum().backward()
     assert y.grad[0] == 12 and z.grad is None and x.grad[0] == 41
@@ -298,24 +401,27 @@ def test_retain_grad_keeps_an_intermediate_gradient() -> None:
 
 def test_errors_name_the_mistake() -> None:
     x = Tensor(np.ones((2, 3)), requires_grad=True)
-    with pytest.raises(ValueError, match=r"add: shapes \(2, 3\) and \(4,\) do not broadcast"):
+    with pytest.raises(ValueError, match=r"add: .*\(2, 3\).*\(4,\)"):
         x + Tensor(np.ones(4))
-    with pytest.raises(ValueError, match=r"matmul: shapes \(2, 3\) and \(2, 3\) do not fit"):
+    with pytest.raises(ValueError, match=r"^matmul: .*mismatch"):
         x @ x
-    with pytest.raises(ValueError, match=r"where: shapes \(4,\), \(2, 3\) and \(\)"):
+    with pytest.raises(ValueError, match=r"\(4,\) \(2,3\)"):
         where(np.ones(4, bool), x, 0.0)
-    with pytest.raises(ValueError, match=r"shapes \(2, 3\), \(2, 4\) do not line up on axis 0"):
+    with pytest.raises(ValueError, match="along dimension 1, the array at index 0 has size 3"):
         concatenate([x, Tensor(np.ones((2, 4)))])
-    with pytest.raises(RuntimeError, match=r"shape \(2, 3\) needs a cotangent"):
+    with pytest.raises(RuntimeError, match=r"shape \(2, 3\) needs a gradient of that shape"):
         (x * 2).backward()
-    with pytest.raises(ValueError, match=r"cotangent of shape \(3,\) for \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"gradient of shape \(3,\) for \(2, 3\)"):
         (x * 2).backward(np.ones(3))
     with pytest.raises(RuntimeError, match="needs no gradient"):
         Tensor(1.0).backward()
-    with pytest.raises(ValueError, match=r"a tensor of one element; this one has shape \(2, 3\)"):
+    with pytest.raises(RuntimeError, match="needs no gradient"), no_grad():
+        (x * 2).sum().backward()
+    with pytest.raises(ValueError, match="size 1"):
         x.item()
-    with pytest.raises(TypeError, match="only a number can be an exponent"):
+    with pytest.raises(TypeError, match="an exponent must be a number"):
         x**x
+    assert x.grad is None
 
 
 def test_backward_twice_is_an_error_and_changes_nothing() -> None:
@@ -325,7 +431,7 @@ def test_backward_twice_is_an_error_and_changes_nothing() -> None:
     first.backward()
     before = x.grad.copy()
     for spent in (first, second):
-        with pytest.raises(RuntimeError, match="freed by a backward"):
+        with pytest.raises(RuntimeError, match=r"already gone through .* compute the result again"):
             spent.backward()
     np.testing.assert_array_equal(x.grad, before)
 
@@ -338,7 +444,7 @@ class FakeGPUArray:
 
 def test_mixing_devices_is_an_error_that_names_both() -> None:
     here, there = Tensor([1.0, 2.0]), Tensor(FakeGPUArray())
-    with pytest.raises(ValueError, match=r"mul: .*\(2,\) on cpu, \(2,\) on gpu.*\.to\(\)"):
+    with pytest.raises(ValueError, match=r"mul: .* on the cpu, .* on the gpu.*\.to\(\)"):
         here * there
 
 
@@ -375,6 +481,15 @@ def test_a_cotangent_may_be_a_leafs_own_gradient() -> None:
     assert x.grad[0] == 3
 
 
+@pytest.mark.parametrize("number", [np.int64(2), np.float64(2), np.float32(2)])
+def test_an_exponent_of_numpys_leaves_the_type(number: np.number) -> None:
+    x = Tensor(np.ones(2, np.float32), requires_grad=True)
+    y = x**number
+    assert y.dtype == np.float32
+    y.sum().backward()
+    np.testing.assert_array_equal(x.grad, [2, 2])
+
+
 def test_equal_maxima_share_the_gradient() -> None:
     x = Tensor([1.0, 3.0, 3.0, 2.0, 3.0], requires_grad=True)
     (x.max() * 6).backward()
@@ -395,7 +510,7 @@ def test_comparisons_and_truth() -> None:
 
 def test_numbers_of_other_kinds() -> None:
     x = Tensor(np.ones(2, np.float32), requires_grad=True)
-    assert (x ** np.int64(2)).dtype == np.float32 and (np.float64(2) * x).dtype == np.float32
+    assert (np.float64(2) * x).dtype == (x / np.int64(2)).dtype == np.float32
     whole = Tensor(np.array([16777217, 1]))
     assert (whole + 16777217).data[0] == 33554434 and (whole * 0.5).dtype.kind == "f"
     assert Tensor(np.full(3, 100000001)).mean().item() == 100000001
@@ -405,27 +520,8 @@ def test_numbers_of_other_kinds() -> None:
         with pytest.raises(TypeError, match="combines with tensors, arrays and numbers"):
             x + wrong
     for axes in ((0, 3), (0, 0), (0,)):
-        with pytest.raises(ValueError, match="do not permute"):
+        with pytest.raises(ValueError, match=r"ax[ei]s"):
             Tensor(np.zeros((2, 3))).transpose(*axes)
-
-
-def test_draw_graph_draws_scalars_and_says_when_it_is_too_late() -> None:
-    x = Tensor(2.0, requires_grad=True)
-    loss = x * x
-    assert draw_graph(loss).count("n0 -> n1") == 2 and "leaf" in draw_graph(x)
-    loss.backward()
-    with pytest.raises(RuntimeError, match="before drawing it"):
-        draw_graph(loss)
-
-
-def test_draw_graph_names_operations_shapes_and_dtypes() -> None:
-    x = Tensor(np.ones((2, 3), np.float32), requires_grad=True)
-    w = Tensor(np.ones((3, 1), np.float32), requires_grad=True)
-    dot = draw_graph(((x @ w).tanh() + (x @ w)).sum())
-    assert dot.startswith("digraph") and dot.rstrip().endswith("}")
-    for label in ("matmul", "tanh", "add", "sum", r"(2, 1) float32", r"leaf\n(2, 3) float32"):
-        assert label in dot
-    assert dot.count("leaf") == 2 and dot.count("->") == 2 * 2 + 1 + 2 + 1
 
 
 def test_a_tensor_shows_itself() -> None:

@@ -89,24 +89,30 @@ def rounded(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, .
     dtype = compute_dtype(args[1])
     if dtype not in _HALF_DTYPES:
         return args
-    return tuple(arg.astype(dtype) if hasattr(arg, "requires_grad") else arg for arg in args)
+    return tuple(arg.astype(dtype) if _is_float_tensor(arg) else arg for arg in args)
+
+
+def _is_float_tensor(value: Any) -> bool:
+    return hasattr(value, "requires_grad") and value.dtype.kind not in "iub"
 
 
 def computed_wide(
-    function: Callable[..., Any],
-    again: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    function: Callable[..., Any], again: Callable[..., Any], args: tuple[Any, ...]
 ) -> Any:
     """function(*args); of half-precision arguments, again(*args) in float32, the result rounded.
 
-    `again` is the function with its stand-ins, which may take the wide arguments.
+    `again` is the function with its stand-ins, which may take the wide arguments. One that returns
+    nothing has changed its first argument.
     """
     if not any(map(is_half, args)):
-        return function(*args, **kwargs)
+        return function(*args)
     if function.__name__ in LOOK_UPS:
-        return function(*args, **kwargs).astype(np.float32)
-    results = again(*(arg.astype(np.float32) if is_half(arg) else arg for arg in args), **kwargs)
+        return function(*args).astype(np.float32)
+    wide = [arg.astype(np.float32) if is_half(arg) else arg for arg in args]
+    results = again(*wide)
+    if results is None:
+        args[0][...] = wide[0]
+        return None
     first, *others = results if isinstance(results, tuple) else (results,)
     if is_half(args[0]) and first is not None and first.ndim:  # a single number stays float32
         first = first.astype(args[0].dtype)

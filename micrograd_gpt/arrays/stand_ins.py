@@ -50,26 +50,31 @@ def definition(function: F) -> F:
     there.
     """
 
+    signature = inspect.signature(function)
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return choose(*precision.rounded(function, args), **kwargs)
+        if kwargs:  # from here on arguments go by their places
+            args = signature.bind(*args, **kwargs).args
+        return choose(*precision.rounded(function, args))
 
-    def choose(*args: Any, **kwargs: Any) -> Any:
+    def choose(*args: Any) -> Any:
         for stand_in in choices(_HIGHEST.get() or _from_environment(), _on_gpu(args[0])):
             try:
-                return stand_in(*args, **kwargs)
+                return stand_in(*args)
             except NotForMe:
                 continue
-        return precision.computed_wide(named, choose, args, kwargs)
+        return precision.computed_wide(named, choose, args)
 
     @functools.wraps(function)
-    def named(*args: Any, **kwargs: Any) -> Any:
+    def named(*args: Any) -> Any:
         try:
-            return function(*args, **kwargs)
+            return function(*args)
         except ValueError as error:  # the array library's own words, and what they are about
-            if type(error) is not ValueError:
+            name = function.__name__.strip("_")
+            if type(error) is not ValueError or str(error).startswith(f"{name}: "):
                 raise
-            raise ValueError(f"{function.__name__.strip('_')}: {error}") from error
+            raise ValueError(f"{name}: {error}") from error
 
     @functools.cache
     def choices(highest: str, on_gpu: bool) -> list[Callable[..., Any]]:
@@ -84,15 +89,24 @@ def definition(function: F) -> F:
 
 
 def stands_in_for(definition: Callable[..., Any], level: str) -> Callable[[F], F]:
-    """Register the decorated function for `definition`; TypeError unless it takes the same."""
+    """Register the decorated function for `definition`; TypeError unless it takes the same.
+
+    The name of a fused layer then stands for its definition, whichever function computes it.
+    """
+
+    if level not in (*LEVELS[1:], CUDA):
+        raise ValueError(f"there is no level {level!r}: use {', '.join((*LEVELS[1:], CUDA))}")
 
     def register(stand_in: F) -> F:
         theirs, ours = (_parameters(function) for function in (definition, stand_in))
         if theirs != ours:
-            raise TypeError(f"{stand_in.__qualname__} takes {ours}, its definition takes {theirs}")
+            raise TypeError(
+                f"{stand_in.__module__}.{stand_in.__qualname__} takes {ours}, but its definition "
+                f"{definition.__module__}.{definition.__qualname__} takes {theirs}"
+            )
         definition.stand_ins[level] = stand_in  # type: ignore[attr-defined]
         definition.choices.cache_clear()  # type: ignore[attr-defined]
-        return stand_in
+        return definition if level == "fused" else stand_in  # type: ignore[return-value]
 
     return register
 

@@ -37,7 +37,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     """
     vocab_size, channels = weight.shape
     check_shapes(x.shape[-1] == channels, "linear_cross_entropy", x, weight)
-    rows, w = x.data.reshape(-1, channels), weight.data  # (N, C)
+    rows, w, shape = x.data.reshape(-1, channels), weight.data, x.shape  # (N, C)
     labels, count = layers.flat_targets(targets, x, vocab_size)
     wanted = is_recorded(x, weight)
     dx: Any = np.empty_like(rows) if wanted else None
@@ -54,6 +54,6 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
 
     def backward(grad: Array) -> tuple[Array, Array]:
         factor = grad / count
-        return (dx * factor).reshape(x.shape), np.multiply(dweight, factor, out=dweight)
+        return (dx * factor).reshape(shape), np.multiply(dweight, factor, out=dweight)
 
     return record("linear_cross_entropy", loss / count, [x, weight], backward)

@@ -10,8 +10,9 @@ from small_gpt2 import POSITIONS, VOCABULARY, make_model, random_prompts
 
 from micrograd_gpt import no_grad
 from micrograd_gpt.generation.context import Context, window_start
+from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.generation.sampling import generate
-from micrograd_gpt.gpt2 import GPT2, KVCache
+from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 
 

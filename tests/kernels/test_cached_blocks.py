@@ -1,28 +1,29 @@
-"""Few tokens through all blocks at once (`gpt2.cached_blocks`, decode.c), and block by block."""
+"""Few tokens through all blocks in one call of C (decode.c), and block by block."""
 
 from __future__ import annotations
 
 import copy
 import threading
 import weakref
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
 
-from micrograd_gpt import Tensor, kernels, nn, no_grad
-from micrograd_gpt.gpt2 import GPT2, GPT2Config, KVCache, cached_blocks
-from micrograd_gpt.kernels.in_c import arguments as c_arguments
-from micrograd_gpt.kernels.in_c import compiler
-from micrograd_gpt.kernels.in_c import kernels as compiled
+from micrograd_gpt import Tensor, nn, no_grad
+from micrograd_gpt.arrays.precision import compute_in, hold_in
+from micrograd_gpt.arrays.stand_ins import NotForMe, at_most
+from micrograd_gpt.generation.kv_cache import KVCache
+from micrograd_gpt.gpt2 import GPT2, GPT2Config, through_blocks
+from micrograd_gpt.kernels.in_c import compiler, token_step
+from micrograd_gpt.variants import VariantConfig, VariantGPT2
 
 needs_compiler = pytest.mark.skipif(
     compiler.library() is None, reason=f"no compiled kernels: {compiler.report()}"
 )
 pytestmark = needs_compiler
 
-one_by_one = cached_blocks.__wrapped__
+one_by_one = through_blocks.definition  # type: ignore[attr-defined]
 
 
 def make(**changes: Any) -> GPT2:
@@ -47,12 +48,20 @@ def filled_cache(model: GPT2, lengths: list[int], capacity: int = 40) -> KVCache
     return cache
 
 
-def runs_in_c(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the C functions that are called from Python, as they are called."""
-    called: list[str] = []
-    call = c_arguments.call
-    monkeypatch.setattr(compiled, "call", lambda name, a: (called.append(name), call(name, a)))
-    return called
+def in_c(x: np.ndarray, model: GPT2, cache: KVCache) -> np.ndarray:
+    """The step in C itself; NotForMe where it does not take these."""
+    with no_grad():
+        return token_step.through_blocks(Tensor(x), model.transformer.h, cache).data
+
+
+def block_by_block(x: np.ndarray, model: GPT2, cache: KVCache) -> np.ndarray:
+    with no_grad():
+        return one_by_one(Tensor(x), model.transformer.h, cache).data
+
+
+def whatever_stands_in(x: np.ndarray, model: GPT2, cache: KVCache) -> np.ndarray:
+    with no_grad():
+        return through_blocks(Tensor(x), model.transformer.h, cache).data
 
 
 @pytest.mark.parametrize(
@@ -60,21 +69,18 @@ def runs_in_c(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     [([0], 1), ([0], 5), ([7], 3), ([39], 1), ([4, 4, 4], 1), ([4, 4, 4], 5), ([0, 9, 3], 5)]
     + [([11] * 16, 1), ([0], 16)],
 )
-def test_equal_to_block_by_block_bit_for_bit(
-    lengths: list[int], tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_to_block_by_block_bit_for_bit(lengths: list[int], tokens: int) -> None:
     model, x = make(), numbers(len(lengths), tokens, 51)
-    ours, theirs = (filled_cache(model, lengths) for _ in range(2))
+    ours, theirs, by_choice = (filled_cache(model, lengths) for _ in range(3))
     given = x.copy()
-    called = runs_in_c(monkeypatch)
-    with no_grad():
-        y = cached_blocks(x, model.transformer.h, ours)
-        assert called == ["decode"]
-        expected = one_by_one(x, model.transformer.h, theirs)
+    y = in_c(x, model, ours)
+    expected = block_by_block(x, model, theirs)
     np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(y, whatever_stands_in(x, model, by_choice))
     assert np.isfinite(y).all()
-    np.testing.assert_array_equal(ours.data, theirs.data)
-    np.testing.assert_array_equal(ours.lengths, theirs.lengths)
+    for cache in (ours, by_choice):
+        np.testing.assert_array_equal(cache.data, theirs.data)
+        np.testing.assert_array_equal(cache.lengths, theirs.lengths)
     np.testing.assert_array_equal(x, given)  # what came in is left as it was
 
 
@@ -82,21 +88,20 @@ def test_equal_to_block_by_block_bit_for_bit(
 def test_near_the_definitions(n_embd: int) -> None:
     model, x = make(n_embd=n_embd), numbers(2, 4, n_embd)
     ours, theirs = (filled_cache(model, [5, 8]) for _ in range(2))
-    with no_grad():
-        y = cached_blocks(x, model.transformer.h, ours)
-        with kernels.definitions_only():
-            expected = cached_blocks(x, model.transformer.h, theirs)
+    y = in_c(x, model, ours)
+    with at_most("definitions"):
+        expected = whatever_stands_in(x, model, theirs)
     np.testing.assert_allclose(y, expected, rtol=2e-4, atol=2e-4)
     np.testing.assert_allclose(ours.data, theirs.data, rtol=2e-4, atol=2e-4)
+    np.testing.assert_array_equal(ours.lengths, theirs.lengths)
 
 
 def test_some_rows_of_a_larger_cache() -> None:
     model, x = make(), numbers(2, 1, 51)
     whole = filled_cache(model, [3, 6, 2, 9])
     before, apart = whole.data.copy(), copy.deepcopy(whole)
-    with no_grad():
-        y = cached_blocks(x, model.transformer.h, whole.rows(1, 3))
-        expected = one_by_one(x, model.transformer.h, apart.rows(1, 3))
+    y = in_c(x, model, whole.rows(1, 3))
+    expected = block_by_block(x, model, apart.rows(1, 3))
     np.testing.assert_array_equal(y, expected)
     assert list(whole.lengths) == [3, 7, 3, 9]
     np.testing.assert_array_equal(whole.data[:, :, [0, 3]], before[:, :, [0, 3]])
@@ -107,10 +112,8 @@ def test_parameters_that_are_replaced_or_changed_are_noticed() -> None:
     results = []
 
     def step() -> None:
-        with no_grad():
-            y = cached_blocks(x, model.transformer.h, filled_cache(model, [5]))
-            expected = one_by_one(x, model.transformer.h, filled_cache(model, [5]))
-        np.testing.assert_array_equal(y, expected)
+        y = in_c(x, model, filled_cache(model, [5]))
+        np.testing.assert_array_equal(y, block_by_block(x, model, filled_cache(model, [5])))
         results.append(y)
 
     step()
@@ -125,52 +128,66 @@ def test_parameters_that_are_replaced_or_changed_are_noticed() -> None:
 class Scaled(nn.Linear):
     """A linear layer with something of its own, as fine-tuning methods have it."""
 
-    def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
-        return super().__call__(x, gelu) * 0.5
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 0.5
+
+
+def post_norm() -> GPT2:
+    config = VariantConfig(**vars(make().config), norm_position="post")
+    return VariantGPT2(config, seed=1).eval()
 
 
 def refusals() -> dict[str, tuple[GPT2, int]]:
     """Models, and numbers of tokens, that decode.c does not compute."""
-    dropping, dropping_in_part, c_order = (
-        make(attn_pdrop=0.5).train(),
-        make(resid_pdrop=0.5),
-        make(),
-    )
+    dropping = make(attn_pdrop=0.5).train()
+    dropping_in_part, c_order = make(resid_pdrop=0.5), make()
     dropping_in_part.transformer.h[1].mlp.train()
     weight = c_order.transformer.h[2].attn.c_proj.weight
     weight.data = np.ascontiguousarray(weight.data)
-    with_own_layer, with_own_eps = make(), make()
+    with_own_layer, with_own_eps, in_float64, in_bfloat16 = (make() for _ in range(4))
     with_own_layer.transformer.h[0].mlp.c_fc.__class__ = Scaled
     with_own_eps.transformer.h[2].ln_2.eps = 0.5
+    hold_in(in_float64, "float64")
+    hold_in(in_bfloat16, "bfloat16")
     return {
-        "post-norm": (make(norm_position="post"), 1),
+        "post-norm": (post_norm(), 1),
         "dropout": (dropping, 1),
         "dropout in one place": (dropping_in_part, 1),
         "C order": (c_order, 1),
         "many tokens": (make(), 17),
         "a layer of one's own": (with_own_layer, 1),
         "a LayerNorm's own epsilon": (with_own_eps, 1),
-        "float64": (GPT2(make().config, dtype="float64").eval(), 1),
-        "bfloat16": (GPT2(make().config, compute="bfloat16").eval(), 1),
+        "float64": (in_float64, 1),
+        "bfloat16": (in_bfloat16, 1),
     }
 
 
 @pytest.mark.parametrize("which", refusals())
-def test_what_it_does_not_compute_is_left_to_the_blocks(
-    which: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_it_does_not_compute_is_left_to_the_blocks(which: str) -> None:
     model, tokens = refusals()[which]
-    x = numbers(1, tokens, 51).astype(model.transformer.wte.weight.data.dtype)
+    x = numbers(1, tokens, 51).astype("float64" if which == "float64" else "float32")
     ours, theirs = (filled_cache(model, [5]) for _ in range(2))
-    called = runs_in_c(monkeypatch)
-    with no_grad():
-        model.random.reseed(0)
-        y = cached_blocks(x, model.transformer.h, ours)
-        model.random.reseed(0)
-        expected = one_by_one(x, model.transformer.h, theirs)
-    assert "decode" not in called
-    np.testing.assert_array_equal(y, expected)
+    before = ours.data.tobytes()
+    with pytest.raises(NotForMe):
+        in_c(x, model, ours)
+    assert ours.data.tobytes() == before and list(ours.lengths) == [5]
+    model.draws.reseed(0)
+    y = whatever_stands_in(x, model, ours)
+    model.draws.reseed(0)
+    np.testing.assert_array_equal(y, block_by_block(x, model, theirs))
     assert list(ours.lengths) == [5 + tokens]
+
+
+def test_half_precision_in_this_block_is_not_for_c() -> None:
+    model, x = make(), numbers(1, 1, 51)
+    with compute_in("bfloat16"):
+        ours, theirs = (filled_cache(model, [5]) for _ in range(2))
+        with pytest.raises(NotForMe):
+            in_c(x, model, ours)
+        y = whatever_stands_in(x, model, ours)
+        np.testing.assert_array_equal(y, block_by_block(x, model, theirs))
+    wide = in_c(x, model, filled_cache(model, [5]))
+    assert y.dtype == np.float32 and (y != wide).any()  # the residual stream, of rounded branches
 
 
 def misfits() -> dict[str, tuple[GPT2, KVCache, int]]:
@@ -194,47 +211,60 @@ def misfits() -> dict[str, tuple[GPT2, KVCache, int]]:
 
 
 @pytest.mark.parametrize("which", misfits())
-def test_what_does_not_fit_is_not_for_c(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_not_for_c(which: str) -> None:
     model, cache, width = misfits()[which]
-    with no_grad():
-        cached_blocks(numbers(1, 1, 51), make().transformer.h, filled_cache(make(), [5]))
-        called = runs_in_c(monkeypatch)
-        with suppress(ValueError, IndexError):  # the definition refuses most of these
-            cached_blocks(numbers(1, 1, width), model.transformer.h, cache)
-    assert "decode" not in called
+    before, lengths = cache.data.copy(), cache.lengths.copy()
+    in_c(numbers(1, 1, 51), make(), filled_cache(make(), [5]))  # a step that fits has gone before
+    with pytest.raises(NotForMe):
+        in_c(numbers(1, 1, width), model, cache)
+    np.testing.assert_array_equal(cache.data, before)
+    np.testing.assert_array_equal(cache.lengths, lengths)
 
 
 def test_a_full_cache_is_named_and_left_as_it_was() -> None:
     model = make()
     cache = filled_cache(model, [5], capacity=6)
     before = cache.data.copy()
-    with no_grad(), pytest.raises(ValueError, match="holds 6 positions"):
-        cached_blocks(numbers(1, 2, 51), model.transformer.h, cache)
+    with pytest.raises(ValueError, match="holds 6 positions"):
+        whatever_stands_in(numbers(1, 2, 51), model, cache)
     np.testing.assert_array_equal(cache.data, before)
     assert list(cache.lengths) == [5]
 
 
-def test_generating_goes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make()
-    called = runs_in_c(monkeypatch)
-    tokens = model.generate(np.arange(9), max_new_tokens=20, temperature=0)
-    assert called.count("decode") == 20  # the prompt of nine tokens, and nineteen more
-    monkeypatch.setattr("micrograd_gpt.gpt2.cached_blocks", one_by_one)
-    np.testing.assert_array_equal(
-        tokens, model.generate(np.arange(9), max_new_tokens=20, temperature=0)
-    )
+def test_a_model_with_a_cache_goes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make(), np.arange(12).reshape(1, 12)
+    step, steps = token_step.through_blocks, []
+
+    def counted(x: Tensor, blocks: list[Any], cache: Any = None) -> Tensor:
+        y = step(x, blocks, cache)
+        steps.append(x.shape[1])
+        return y
+
+    monkeypatch.setitem(through_blocks.stand_ins, "c", counted)  # type: ignore[attr-defined]
+    through_blocks.choices.cache_clear()  # type: ignore[attr-defined]
+    try:
+        with no_grad():
+            cache, parts = KVCache(model), (ids[:, :9], ids[:, 9:10], ids[:, 10:])
+            logits = [model(part, cache).data for part in parts]
+            assert steps == [9, 1, 2]
+            whole = model(ids).data  # without a cache it is a forward as in training
+            assert steps == [9, 1, 2]
+    finally:
+        monkeypatch.undo()
+        through_blocks.choices.cache_clear()  # type: ignore[attr-defined]
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), whole, rtol=0, atol=1e-4)
 
 
-def test_what_stands_in_a_blocks_place_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = make(), numbers(1, 1, 51)
+def test_what_stands_in_a_blocks_place_is_called() -> None:
+    model, x = make(), Tensor(numbers(1, 1, 51))
     block = model.transformer.h[1]
     blocks = [model.transformer.h[0], lambda x, past: block(block(x, past), past)]
-    called = runs_in_c(monkeypatch)
     with no_grad():
-        y = cached_blocks(x, blocks, filled_cache(model, [5]))
+        y = through_blocks(x, blocks, filled_cache(model, [5]))
         expected = one_by_one(x, blocks, filled_cache(model, [5]))
-    np.testing.assert_array_equal(y, expected)
-    assert "decode" not in called
+        with pytest.raises(NotForMe):
+            token_step.through_blocks(x, blocks, filled_cache(model, [5]))
+    np.testing.assert_array_equal(y.data, expected.data)
 
 
 def test_frozen_embeddings_do_not_hide_that_a_gradient_is_wanted() -> None:
@@ -250,8 +280,7 @@ def test_frozen_embeddings_do_not_hide_that_a_gradient_is_wanted() -> None:
 
 def test_arrays_that_were_replaced_are_let_go_of() -> None:
     model, x = make(), numbers(1, 1, 51)
-    with no_grad():
-        cached_blocks(x, model.transformer.h, filled_cache(model, [5]))
+    in_c(x, model, filled_cache(model, [5]))
     old = [weakref.ref(parameter.data) for parameter in model.transformer.h[0].parameters()]
     for parameter in model.parameters():
         parameter.data = parameter.data.copy(order="F")
@@ -270,10 +299,8 @@ def test_an_array_replaced_by_another_thread_is_not_read_after_it_is_freed() -> 
             np.full(weight.data.size, np.nan, np.float32)  # takes the place that became free
 
     def decode() -> None:
-        with no_grad():
-            for _ in range(400):
-                y = cached_blocks(x, model.transformer.h, filled_cache(model, [5]))
-                bad.append(not np.isfinite(y).all())
+        for _ in range(400):
+            bad.append(not np.isfinite(in_c(x, model, filled_cache(model, [5]))).all())
 
     threads = [threading.Thread(target=decode) for _ in range(2)]
     replacing = threading.Thread(target=replace)

@@ -75,7 +75,7 @@ def test_small_logits_loss_and_gradients(
 
 def test_ten_adamw_steps() -> None:
     theirs = their_model(seed=1, **SMALL)
-    ours = GPT2(GPT2Config(**SMALL), initialize=False)
+    ours = GPT2(GPT2Config(**SMALL))
     for name, p in ours.named_parameters():
         p.data[...] = theirs.get_parameter(name).detach().numpy()
     matrices = [p for p in theirs.parameters() if p.ndim >= 2]

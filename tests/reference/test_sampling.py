@@ -32,6 +32,7 @@ from micrograd_gpt.generation.settings import Settings  # noqa: E402
 from micrograd_gpt.gpt2 import GPT2, GPT2Config  # noqa: E402
 from micrograd_gpt.text.corpus import Corpus, load_corpus  # noqa: E402
 from micrograd_gpt.text.windows import Windows  # noqa: E402
+from micrograd_gpt.weights.config import config_json  # noqa: E402
 
 NEW = 24  # tokens a continuation
 
@@ -63,7 +64,7 @@ def model(corpus: Corpus) -> GPT2:
 
 @pytest.fixture(scope="module")
 def theirs(model: GPT2) -> Iterator[Any]:
-    twin = GPT2LMHeadModel(TheirConfig(**model.config.to_dict()))
+    twin = GPT2LMHeadModel(TheirConfig(**config_json(model.config, "float32")))
     weights = {name: torch.from_numpy(p.data) for name, p in model.named_parameters()}
     missing, unexpected = twin.load_state_dict(weights, strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected

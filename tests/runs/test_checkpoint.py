@@ -294,7 +294,7 @@ def test_stopped_at_any_operation_a_run_is_whole(
 def test_saving_and_loading_copy_no_arrays(tmp_path: Path) -> None:
     model = GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=512, vocab_size=5, n_positions=6))
     optimizer = optim.AdamW(model.parameters())
-    size = 3 * 4 * model.n_parameters
+    size = 3 * 4 * sum(parameter.size for parameter in model.parameters())
     peaks = []
     for action in (
         lambda: checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, 1.0),

@@ -15,6 +15,7 @@ import pytest
 from micrograd_gpt import optim
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.runs import recorder as module
+from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.recorder import Recorder
 from micrograd_gpt.runs.settings import resolve_settings
 from micrograd_gpt.support.errors import UserError
@@ -31,7 +32,7 @@ def recorder(folder: Path, **flags: object) -> Recorder:
     ids = np.zeros(20, np.uint16)
     corpus = Corpus(ids, ids, CharTokenizer.from_text("abc"), "three letters")
     optimizer = optim.AdamW(model.parameters())
-    scaler = optim.LossScaler(enabled=settings.dtype == "float16")
+    scaler = LossScaler(enabled=settings.dtype == "float16")
     made = Recorder(settings, corpus, model, optimizer, scaler)
     made.start()
     return made

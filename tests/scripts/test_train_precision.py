@@ -16,6 +16,7 @@ import pytest
 from training import everything, in_this_process, script
 
 from micrograd_gpt import optim
+from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.support.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def test_bfloat16_trains_beside_float32_files(
     exact, out = train("exact"), train("out", "--dtype", "bfloat16")
     notes = [line for line in capsys.readouterr().err.splitlines() if "note:" in line]
     assert notes == [
-        "note: on the CPU bfloat16 is emulated, by rounding float32 numbers: it is not faster"
+        "note: bfloat16 on the CPU is computed in float32 and rounded: it is not faster"
     ]
     assert all(a.dtype == np.float32 for a in everything(out).values())
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
@@ -61,27 +62,37 @@ def test_bfloat16_trains_beside_float32_files(
     for dtype in ("bfloat16", "float16"):
         assert generate.main([*flags, "--dtype", dtype]) == 0
         said = capsys.readouterr()
-        assert said.out.startswith("The") and f"{dtype} is emulated" in said.err
+        assert (
+            said.out.startswith("The") and f"{dtype} on the CPU is computed in float32" in said.err
+        )
 
 
-def start_from(monkeypatch: pytest.MonkeyPatch, scale: float, growth_interval: int = 2000) -> None:
+def start_from(
+    train_gpt2: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    scale: float,
+    growth_interval: int = 2000,
+) -> None:
     """Let every float16 run begin with this loss scale, and double it this often."""
-    make = optim.LossScaler
+    make = LossScaler
 
-    def scaler(enabled: bool) -> optim.LossScaler:
+    def scaler(enabled: bool) -> LossScaler:
         made = make(enabled=enabled)
         if enabled:
             made.scale, made.growth_interval = scale, growth_interval
         return made
 
-    monkeypatch.setattr(optim, "LossScaler", scaler)
+    monkeypatch.setattr(train_gpt2, "LossScaler", scaler)
 
 
 def test_float16_scales_its_loss_and_resumes_bit_for_bit(
-    train: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    train: Run,
+    train_gpt2: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """From a scale that overflows at first and grows every third step, until it overflows again."""
-    start_from(monkeypatch, 2.0**30, growth_interval=3)
+    start_from(train_gpt2, monkeypatch, 2.0**30, growth_interval=3)
     straight = train("straight", "--dtype", "float16")
     changes = re.findall(r"step (\d+): the loss scale is now (\d+)", capsys.readouterr().err)
     scales = [2**30, *(int(scale) for _, scale in changes)]
@@ -111,12 +122,12 @@ def test_float16_scales_its_loss_and_resumes_bit_for_bit(
         np.testing.assert_array_equal(everything(stopped)[name], array, err_msg=name)
 
 
-def test_the_scale_does_not_show_in_the_losses(train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scale_does_not_show_in_the_losses(train: Run, train_gpt2: ModuleType) -> None:
     """Powers of two change no digits: a step tried again gives what it would have given at once."""
     losses = []
     for name, scale in (("high", 2.0**30), ("low", 2.0**12)):
-        with monkeypatch.context() as patch:
-            start_from(patch, scale)
+        with pytest.MonkeyPatch.context() as patch:
+            start_from(train_gpt2, patch, scale)
             run = rows(train(name, "--dtype", "float16"))
         losses.append([[row["train_loss"], row["grad_norm"]] for row in run])
     np.testing.assert_allclose(*losses, rtol=1e-4)  # but for gradients that rounded to zero

@@ -1,0 +1,61 @@
+"""A tape as a drawing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from micrograd_gpt import Tensor, draw_graph
+from micrograd_gpt.arrays.stand_ins import at_most
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+
+
+def test_draw_graph_draws_scalars_and_says_when_it_is_too_late() -> None:
+    x = Tensor(2.0, requires_grad=True)
+    loss = x * x
+    assert draw_graph(loss).count("n0 -> n1") == 2 and "leaf" in draw_graph(x)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="already gone through"):
+        draw_graph(loss)
+
+
+def test_draw_graph_names_operations_shapes_and_dtypes() -> None:
+    x = Tensor(np.ones((2, 3), np.float32), requires_grad=True)
+    w = Tensor(np.ones((3, 1), np.float32), requires_grad=True)
+    dot = draw_graph(((x @ w).tanh() + (x @ w)).sum())
+    assert dot.startswith("digraph") and dot.rstrip().endswith("}")
+    for label in ("matmul", "tanh", "add", "sum", r"(2, 1) float32", r"leaf\n(2, 3) float32"):
+        assert label in dot
+    assert dot.count("leaf") == 2 and dot.count("->") == 2 * 2 + 1 + 2 + 1
+
+
+def test_a_drawing_tells_the_precision() -> None:
+    x = Tensor([1.0], requires_grad=True, dtype="bfloat16")
+    assert draw_graph(x * 2).count("bfloat16") == 2
+
+
+def test_what_is_off_the_tape_is_a_leaf() -> None:
+    dot = draw_graph(Tensor([1.0]) * 2)
+    assert dot.count("leaf") == 1 and "->" not in dot
+
+
+def test_drawing_leaves_the_tape_as_it_is() -> None:
+    x = Tensor(2.0, requires_grad=True)
+    loss = (x * x).tanh()
+    assert draw_graph(loss) == draw_graph(loss)
+    loss.backward()
+    assert x.grad is not None
+
+
+def test_a_model_drawn_at_two_levels() -> None:
+    """Fused, a layer is one box; from `layers.py` alone it is its operations."""
+    model = GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=4))
+    ids = np.array([[1, 2, 3]])
+    with at_most("fused"):
+        fused = draw_graph(model.loss(ids, ids))
+    with at_most("definitions"):
+        composed = draw_graph(model.loss(ids, ids))
+    for label in ("layer_norm", "attention", "gelu", "linear_cross_entropy"):
+        assert label in fused and label not in composed
+    assert fused.count("leaf") == composed.count("leaf") == len(model.parameters())
+    assert composed.count("matmul") > fused.count("linear")

@@ -1,0 +1,254 @@
+"""The layers: one table against central differences, and each level against `layers.py`."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from gradcheck import check_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_cases import CASES, LEVELS, numbers
+
+from micrograd_gpt import Tensor, layers
+from micrograd_gpt import functional as F
+from micrograd_gpt.arrays.stand_ins import at_most
+from micrograd_gpt.graph import retain_grad
+from micrograd_gpt.layers import IGNORE
+
+LEADING = st.lists(st.integers(1, 3), max_size=2).map(tuple)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> str:
+    """Run the test once at each level; float64 with the kernels in C is NumPy's."""
+    with at_most(request.param):
+        yield request.param
+
+
+def test_every_layer_has_a_case() -> None:
+    of_the_house = {f for f in vars(layers).values() if hasattr(f, "stand_ins")}
+    assert of_the_house == {case.layer for case in CASES.values()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(name: str, level: str) -> None:
+    case = CASES[name]
+    for seed in range(3):
+        arrays = [x.data for x in case.inputs("float64", seed=10 * seed)]
+        check_gradients(case, *arrays, seed=seed)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("faster", LEVELS[1:])
+def test_each_level_equals_the_composed_layer(name: str, dtype: str, faster: str) -> None:
+    results = []
+    for level in ("definitions", faster):
+        inputs = CASES[name].inputs(dtype)
+        with at_most(level):
+            out = CASES[name](*inputs)
+            out.backward(numbers(*out.shape, seed=1))
+        results.append([out.data, *(x.grad for x in inputs)])
+    # Two orders of the same few roundings: some units in the last place of the largest element.
+    tolerance = {"float64": 1e-13, "float32": 3e-6}[dtype]
+    for composed, ours in zip(*results, strict=True):
+        assert ours.dtype == dtype and ours.shape == composed.shape
+        atol = tolerance * np.abs(composed).max()
+        np.testing.assert_allclose(ours, composed, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_layer_changes_what_it_is_given(name: str, level: str) -> None:
+    inputs = CASES[name].inputs("float32")
+    before = [x.data.copy() for x in inputs]
+    out = CASES[name](*inputs)
+    cotangent = numbers(*out.shape, seed=1, dtype="float32")
+    given_before = cotangent.copy()
+    out.backward(cotangent)
+    np.testing.assert_array_equal(cotangent, given_before)
+    for x, old in zip(inputs, before, strict=True):
+        np.testing.assert_array_equal(x.data, old)
+
+
+@pytest.mark.parametrize("name", ["definitions", "c"])
+@settings(max_examples=15, deadline=None)
+@given(leading=LEADING, channels=st.integers(1, 6), out=st.integers(1, 4))
+def test_gradients_over_shapes(
+    name: str, leading: tuple[int, ...], channels: int, out: int
+) -> None:
+    x = numbers(*leading, channels)
+    with at_most(name):
+        check_gradients(layers.linear, x, numbers(channels, out), numbers(out))
+        check_gradients(layers.gelu, x)
+        check_gradients(layers.softmax, x)
+        check_gradients(layers.log_softmax, x)
+        if channels > 1:  # one channel is always normalised to 0
+            spread = x + 3 * np.arange(channels)
+            weight, bias = numbers(channels), numbers(channels)
+            check_gradients(layers.layer_norm, spread, weight, bias, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["definitions", "c"])
+@settings(max_examples=15, deadline=None)
+@given(
+    heads=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    t=st.integers(1, 6),
+    older=st.integers(0, 3),
+    size=st.integers(1, 3),
+)
+def test_gradient_of_attention_over_shapes(
+    name: str, heads: tuple[int, int], t: int, older: int, size: int
+) -> None:
+    q = numbers(*heads, t, size)
+    k, v = (numbers(*heads, older + t, size, seed=seed) for seed in (1, 2))
+    with at_most(name):
+        check_gradients(layers.attention, q, k, v)
+
+
+def test_embedding_adds_the_gradients_of_a_repeated_token(level: str) -> None:
+    ids = np.array([[1, 1, 2], [0, 1, 3]])
+    weight = Tensor(numbers(5, 4), requires_grad=True)
+    layers.embedding(Tensor(ids), weight).sum().backward()
+    np.testing.assert_array_equal(weight.grad[:, 0], [1, 3, 1, 1, 0])
+    both = weight * 1  # not a leaf, and used in two ways: the same gradient, whichever comes first
+    (layers.embedding(ids, both) + 0).sum().backward()
+    np.testing.assert_array_equal(weight.grad[:, 0], [2, 6, 2, 2, 0])
+    retain_grad(both := weight * 1)
+    (layers.embedding(ids, both).sum() + both.sum()).backward()
+    np.testing.assert_array_equal(both.grad[:, 0], [2, 4, 2, 2, 1])
+    both = weight * 1
+    (both.sum() + layers.embedding(ids, both).sum()).backward()
+    np.testing.assert_array_equal(weight.grad[:, 0], [6, 14, 6, 6, 2])
+
+
+@pytest.mark.parametrize("t", [1, 63, 64, 65, 130])
+def test_attention_looks_only_back(t: int, level: str) -> None:
+    q, k, v = (numbers(1, 2, t, 3, seed=seed) for seed in range(3))
+    before = layers.attention(Tensor(q), Tensor(k), Tensor(v)).data.copy()
+    for array in (q, k, v):
+        array[:, :, t // 2 :] = 1e3
+    after = layers.attention(Tensor(q), Tensor(k), Tensor(v)).data
+    np.testing.assert_allclose(after[:, :, : t // 2], before[:, :, : t // 2], rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_large_scores_and_logits_do_not_overflow(size: float, dtype: str, level: str) -> None:
+    same = Tensor(np.full((1, 1, 4, 2), size, dtype))
+    with np.errstate(over="raise", invalid="raise"):
+        out = layers.attention(same, same, same)
+        loss = layers.cross_entropy(Tensor(np.array([[size, 0.0]], dtype)), np.array([0]))
+        probabilities = layers.softmax(Tensor(np.array([size, 0.0], dtype)))
+    assert np.isfinite(out.data).all() and np.isfinite(probabilities.data).all()
+    assert loss.item() == pytest.approx(max(0.0, -size))
+
+
+def test_softmax_is_a_distribution_and_log_softmax_its_logarithm() -> None:
+    x = Tensor(numbers(3, 7) * 5)
+    probabilities = layers.softmax(x).data
+    np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-12)
+    np.testing.assert_allclose(np.exp(layers.log_softmax(x).data), probabilities, rtol=1e-12)
+    far = layers.log_softmax(Tensor([0.0, -1e4], dtype="float64"))  # whose softmax is 0
+    assert far.data[1] == -1e4
+
+
+def test_dropout_is_a_function_of_its_key_and_keeps_the_mean(level: str) -> None:
+    x = Tensor(np.ones((100, 100)), requires_grad=True)
+    y = layers.dropout(x, 0.25, (1, 2))
+    np.testing.assert_array_equal(y.data, layers.dropout(x, 0.25, (1, 2)).data)
+    assert (y.data != layers.dropout(x, 0.25, (1, 3)).data).any()
+    assert set(np.unique(y.data)) == {0, np.float32(1 / 0.75)}
+    # 10,000 draws: the standard deviation of the mean is 0.006.
+    assert abs(y.data.mean() - 1) < 0.03
+    np.testing.assert_array_equal(layers.dropout(x, 0.0, (1,)).data, x.data)
+    with pytest.raises(ValueError, match=r"probability must be in \[0, 1\), not 1"):
+        layers.dropout(x, 1.0, (1,))
+
+
+def test_every_level_drops_the_same_elements() -> None:
+    """So that a run may be stepped through in `layers.py` from the same seed."""
+    x = Tensor(np.ones((40, 50), np.float32))
+    drawn = []
+    for name in LEVELS:
+        with at_most(name):
+            drawn.append(layers.dropout(x, 0.25, (1, 2)).data)
+    for other in drawn[1:]:
+        np.testing.assert_array_equal(other, drawn[0])
+
+
+@pytest.mark.parametrize("t", [5, 64, 100])
+def test_attention_dropout(t: int, level: str) -> None:
+    """softmax(scores) times factors that the key alone decides, and about 70% of them are kept."""
+    key, p = (3, 1), 0.3
+    # With the identity as values the result is the weights themselves, dropped out.
+    q, k = (Tensor(numbers(2, 2, t, t, seed=seed)) for seed in range(2))
+    identity = Tensor(np.broadcast_to(np.eye(t), q.shape))
+    whole = layers.attention(q, k, identity).data
+    dropped = layers.attention(q, k, identity, p, key).data
+    seen = whole > 0
+    kept = dropped[seen] != 0
+    assert abs(kept.mean() - 0.7) < 4 * math.sqrt(0.21 / kept.size)
+    np.testing.assert_allclose(dropped[seen][kept], whole[seen][kept] / 0.7, rtol=1e-6)
+    again = layers.attention(q, k, identity, p, key).data
+    np.testing.assert_array_equal(again, dropped)
+    assert (layers.attention(q, k, identity, p, (3, 2)).data != dropped).any()
+
+
+def test_ignored_targets_count_for_nothing(level: str) -> None:
+    logits, targets = numbers(5, 7), np.array([1, IGNORE, 6, IGNORE, 0])
+    x, counted = (Tensor(a, requires_grad=True) for a in (logits, logits[[0, 2, 4]]))
+    loss, alone = (
+        layers.cross_entropy(x, targets),
+        layers.cross_entropy(counted, targets[[0, 2, 4]]),
+    )
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-14)
+    loss.backward()
+    alone.backward()
+    assert not x.grad[[1, 3]].any()
+    np.testing.assert_allclose(x.grad[[0, 2, 4]], counted.grad, rtol=1e-13)
+
+
+def test_errors_name_the_layer_and_the_mistake(level: str) -> None:
+    x, w = Tensor(numbers(2, 3)), Tensor(numbers(4, 5))
+    with pytest.raises(ValueError, match=r"^linear: "):
+        layers.linear(x, w)
+    with pytest.raises(ValueError, match=r"^linear: "):
+        layers.linear(x, Tensor(numbers(3, 5)), Tensor(numbers(4)))
+    with pytest.raises(ValueError, match=r"^layer_norm: "):
+        layers.layer_norm(x, Tensor(np.ones(4)), Tensor(np.ones(4)))
+    heads = [Tensor(numbers(1, 2, t, d)) for t, d in ((3, 4), (3, 5), (3, 4))]
+    with pytest.raises(ValueError, match=r"^attention: "):
+        layers.attention(*heads)
+    for ids, message in (
+        ([0, 4], "token id 4 is outside the vocabulary of 4"),
+        ([0, -1], "token id -1 is outside"),
+        ([0.0], "token ids must be integers, not float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layers.embedding(ids, w)
+    for targets, message in (
+        ([0, 1, 2], r"targets of shape \(3,\) for rows of shape \(2,\)"),
+        ([0, 3], "token id 3 is outside the vocabulary of 3"),
+        ([0, -1], "token id -1 is outside"),
+        ([IGNORE, IGNORE], "every target is ignored"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layers.cross_entropy(x, targets)
+        with pytest.raises(ValueError, match=message):
+            layers.linear_cross_entropy(x, Tensor(numbers(3, 3)), targets)
+
+
+def test_the_names_of_functional_are_those_of_layers() -> None:
+    """`functional as F` is the public name; every layer is there, whether it is fused or not."""
+    for case in CASES.values():
+        name = case.layer.__name__
+        assert getattr(F, name) in (case.layer, case.layer.stand_ins.get("fused"))
+
+
+def test_arguments_may_be_given_by_name(level: str) -> None:
+    x, w, b = (Tensor(numbers(*s)) for s in ((2, 3), (3, 4), (4,)))
+    expected = layers.linear(x, w, b).data
+    np.testing.assert_array_equal(layers.linear(x, weight=w, bias=b).data, expected)
+    np.testing.assert_array_equal(layers.linear(x=x, weight=w, bias=b).data, expected)
