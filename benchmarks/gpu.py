@@ -29,13 +29,10 @@ from micrograd_gpt.support.files import written_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_FOR_TESTS = 200  # seconds: a test that hangs must not take the measurements' time
-TESTS = ["tests/test_gpu_compiles.py", "tests/test_gpu_launches.py", "tests/test_gpu_kernels.py"]
-TESTS += [
-    "tests/test_gpu_model.py",
-    "tests/test_gpu_graph.py",
-    "tests/test_gpu.py",
-    "tests/test_cuda_emulator.py",
-]
+NAMES = ("compiles", "launches", "kernels", "model", "graph")
+TESTS = [f"tests/kernels/test_gpu_{name}.py" for name in NAMES]
+TESTS += ["tests/kernels/test_gpu.py", "tests/kernels/test_cuda_emulator.py"]
+TESTS += ["tests/arrays/test_real_cupy.py"]
 
 # The model and the amounts of work; a rehearsal is about whether everything runs
 FULL = {

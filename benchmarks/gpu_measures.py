@@ -16,7 +16,8 @@ from common import median, peak_megabytes
 from train import flops_per_token
 
 from micrograd_gpt import gpt2, no_grad, optim
-from micrograd_gpt.arrays.devices import library_for, set_tf32
+from micrograd_gpt.arrays.devices import library_for, move, set_tf32
+from micrograd_gpt.arrays.precision import compute_in, hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.text.documents import load_documents
 from micrograd_gpt.text.windows import Windows
@@ -72,15 +73,22 @@ def _flops_per_token(config: dict[str, int]) -> float:
     return float("nan")  # of a rehearsal's model nobody asks
 
 
+def our_model(sizes: dict[str, int], device: str) -> GPT2:
+    model = GPT2(GPT2Config(**sizes), seed=0)
+    move(model, device)
+    return model
+
+
 def our_step(task: dict[str, Any], ids: np.ndarray) -> tuple[Callable[[], Any], Callable[[], Any]]:
     device = task["device"]
     set_tf32(device == "gpu" and task["dtype"] == "float32", device)
-    model = GPT2(GPT2Config(**task["model"]), device=device, compute=task["dtype"])
+    model = our_model(task["model"], device)
     optimizer = optim.AdamW(model.parameters(), lr=6e-4)
 
     def step() -> None:
-        model.loss(ids[:, :-1], ids[:, 1:]).backward()
-        optimizer.clip(1.0)
+        with compute_in(task["dtype"]):
+            model.loss(ids[:, :-1], ids[:, 1:]).backward()
+        optim.clip_grad_norm(optimizer.parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -155,9 +163,10 @@ def decoding(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def our_generate(task: dict[str, Any]) -> Callable[[np.ndarray, int], Any]:
-    model = GPT2(GPT2Config(**task["model"]), dtype="bfloat16", device=task["device"]).eval()
-    if not task.get("graph", True):
-        gpt2.cached_blocks = gpt2.cached_blocks.__wrapped__  # the blocks' own kernels, one by one
+    model = our_model(task["model"], task["device"]).eval()
+    hold_in(model, "bfloat16")
+    if not task.get("graph", True):  # the blocks' own kernels, one by one
+        gpt2.through_blocks = gpt2.through_blocks.definition  # type: ignore[attr-defined]
 
     def generate(ids: np.ndarray, count: int) -> Any:
         with no_grad():
@@ -196,13 +205,14 @@ def losses(task: dict[str, Any]) -> dict[str, Any]:
     set_tf32(False, device)
     text = "\n".join(load_documents("pydocs")).encode()
     windows = Windows(np.frombuffer(text, np.uint8).astype(np.uint16), config["n_positions"])
-    model = GPT2(GPT2Config(**config), seed=0, device=device, compute=task["dtype"])
+    model = our_model(config, device)
     optimizer = optim.AdamW(model.parameters(), lr=1e-3)
     found = []
     for step in range(task["loss_steps"]):
-        loss = model.loss(*windows.batch(0, step, 4))
-        loss.backward()
-        optimizer.clip(1.0)
+        with compute_in(task["dtype"]):
+            loss = model.loss(*windows.batch(0, step, 4))
+            loss.backward()
+        optim.clip_grad_norm(optimizer.parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         found.append(loss.data)

@@ -14,9 +14,9 @@ import numpy as np
 from common import median
 
 from micrograd_gpt import functional as F
-from micrograd_gpt import optim, tensor
-from micrograd_gpt.arrays import precision
+from micrograd_gpt import layers, optim, tensor
 from micrograd_gpt.arrays.devices import library_for, set_tf32
+from micrograd_gpt.kernels import linear_cross_entropy as loss
 
 
 class Timer:
@@ -52,15 +52,14 @@ class Timer:
 
 
 def numbers(device: str, dtype: str, *shape: int) -> Any:
-    """Random numbers on the device, in `dtype` (on a CPU in float32, rounded)."""
+    """Random numbers on the device, in `dtype`."""
     array = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    array = library_for(device).asarray(array)
-    return precision.kept(array, dtype) if dtype != "float32" else array
+    return library_for(device).asarray(array).astype(dtype, copy=False)
 
 
 def product(n: int, k: int, m: int, dtype: str, device: str) -> Callable[[], Any]:
     a, b = numbers(device, dtype, n, k), numbers(device, dtype, k, m)
-    return lambda: F.matmul(a, b)
+    return lambda: F.linear_forward(a, b, None)
 
 
 class Profile:
@@ -124,41 +123,41 @@ class Profile:
 
     def gelu(self) -> None:
         x = self.numbers(self.half, self.tokens, 4 * self.width)
-        before = self.numbers(self.half, self.tokens, self.width)
-        weight = self.numbers(self.half, self.width, 4 * self.width)
-        bias = self.numbers(self.half, 4 * self.width)
-        self.measure(
-            f"linear_gelu_forward {self.width} → {4 * self.width}",
-            lambda: F.linear_gelu_forward(before, weight, bias),
-            [before, weight, x, x],
-            2e-9 * self.tokens * self.width * 4 * self.width,
-        )
+        self.measure("gelu_forward", lambda: F.gelu_forward(x), [x, x])
         self.measure("gelu_backward", lambda: F.gelu_backward(x, x), [x, x, x])
 
     def attention(self) -> None:
         qkv = self.numbers(self.half, self.batch, self.time, 3 * self.width)
-        dqkv, parts = self.timer.xp.empty_like(qkv), F.split_heads(qkv, self.heads)
+        parts = self.heads_of(qkv)
         work = 2 * 2e-9 * self.tokens * (self.time / 2) * self.width  # over the causal half
         out, log_total = self.measure(
-            "attention_forward", lambda: F.attention_forward(*parts), [qkv, qkv[..., ::3]], work
+            "attention_forward",
+            lambda: F.attention_forward(*parts, 0.0, ()),
+            [qkv, qkv[..., ::3]],
+            work,
         )
-        grad, grads = self.numbers(self.half, *out.shape), F.split_heads(dqkv, self.heads)
+        grad = self.numbers(self.half, *out.swapaxes(1, 2).shape).swapaxes(1, 2)
         self.measure(
             "attention_backward",
-            lambda: F.attention_backward(grad, *parts, out, log_total, *grads),
-            [qkv, dqkv, grad, out],
+            lambda: F.attention_backward(grad, *parts, out, log_total, 0.0, ()),
+            [qkv, qkv, grad, out],
             2.5 * work,
         )
+
+    def heads_of(self, qkv: Any) -> list[Any]:
+        """(B, T, 3C) -> queries, keys and values, each (B, H, T, D): views, as the model makes."""
+        parts = qkv.reshape(*qkv.shape[:2], 3, self.heads, -1)
+        return [parts[:, :, i].swapaxes(1, 2) for i in range(3)]
 
     def attention_in_tf32(self) -> None:
         """Float32, as --tf32 has it; the profile's other kernels do not look at that setting."""
         set_tf32(self.timer.device == "gpu", self.timer.device)
         qkv = self.numbers("float32", self.batch, self.time, 3 * self.width)
-        parts = F.split_heads(qkv, self.heads)
+        parts = self.heads_of(qkv)
         work = 2 * 2e-9 * self.tokens * (self.time / 2) * self.width  # over the causal half
         self.measure(
             "attention_forward, TF32",
-            lambda: F.attention_forward(*parts),
+            lambda: F.attention_forward(*parts, 0.0, ()),
             [qkv, qkv[..., ::3]],
             work,
             limit="TF32 GFLOP/s",
@@ -169,50 +168,59 @@ class Profile:
         branch = self.numbers(self.half, self.tokens, self.width)
         stream = self.numbers("float32", self.tokens, self.width)
         self.measure(
-            "dropout_forward", lambda: F.dropout_forward(branch, 0.1, (1,)), [branch, branch]
+            "dropout_forward", lambda: layers.dropout_forward(branch, 0.1, (1,)), [branch, branch]
         )
-        self.measure(
-            "residual addition", lambda: tensor.add(stream, branch), [stream, branch, stream]
-        )
+        self.measure("residual addition", lambda: stream + branch, [stream, branch, stream])
 
     def ends(self) -> None:
         """The loss and the embedding."""
-        some = min(self.tokens, max(1, F.LOGITS_AT_ONCE // self.vocabulary))
+        some = min(self.tokens, max(1, loss.LOGITS_AT_ONCE // self.vocabulary))
         logits = self.numbers(self.half, some, self.vocabulary)
-        targets = self.timer.xp.arange(some) % self.vocabulary
+        labels = self.timer.xp.arange(some) % self.vocabulary
         self.measure(
             "cross_entropy_forward",
-            lambda: F.cross_entropy_forward(logits, targets, 1e-3, out=logits),
+            lambda: F.cross_entropy_forward(logits, labels),
             [logits, logits],
+        )
+        rows = self.numbers(self.half, some, self.width)
+        head = self.numbers(self.half, self.vocabulary, self.width)
+        self.measure(
+            "linear_cross_entropy_forward",
+            lambda: loss.linear_cross_entropy_forward(rows, head, labels, True),
+            [rows, head, *[logits] * 5, head, rows, rows, head, head],
+            3 * 2e-9 * some * self.width * self.vocabulary,
         )
         ids = np.random.default_rng(0).integers(0, self.vocabulary, self.tokens)
         ids, grad = self.timer.xp.asarray(ids), self.numbers("float32", self.tokens, self.width)
         table = self.numbers("float32", self.vocabulary, self.width)
-        self.measure(
-            "embedding_backward", lambda: F.embedding_backward(grad, ids, table), [grad] * 3
-        )
+        self.measure("rows added up", lambda: tensor.add_at(table, ids, grad), [grad] * 3)
 
     def optimizer(self) -> None:
         shapes = [(self.vocabulary, self.width), *[(self.width, 4 * self.width)] * 36]
         p, m = ([self.numbers("float32", *shape) for shape in shapes] for _ in range(2))
         v = [self.timer.xp.ones_like(array) for array in p]
-        self.measure("sum_of_squares", lambda: optim.sum_of_squares(p), p)
-        settings = (0.0, 0.9, 0.95, 1e-8, [0.1] * len(p), 1)
-        self.measure("adamw_update", lambda: optim.adamw_update(p, m, m, v, *settings), p * 7)
+        parameters = [tensor.Tensor(array, requires_grad=True) for array in p]
+        for parameter, grad in zip(parameters, m, strict=True):
+            parameter.grad = grad
+        self.measure("clip_grad_norm", lambda: optim.clip_grad_norm(parameters, 1.0), m * 3)
+        rows = [(*arrays, 0.1) for arrays in zip(p, m, m, v, strict=True)]
+        settings = (0.0, 0.9, 0.95, 1e-8, 1)
+        self.measure("adamw_update", lambda: optim.adamw_update(rows, *settings), p * 7)
 
     def one_token(self) -> None:
         row = self.numbers(self.half, 1, self.width)
         head = self.numbers(self.half, self.vocabulary, self.width)
         weight = self.numbers(self.half, self.width, 4 * self.width)
         bias = self.numbers(self.half, 4 * self.width)
-        self.measure("matmul, one row, the head", lambda: F.matmul(row, head.T), [head])
+        name = "linear_forward, one row, the head"
+        self.measure(name, lambda: F.linear_forward(row, head.T, None), [head])
         name = f"linear_forward, one row, {self.width} → {4 * self.width}"
         self.measure(name, lambda: F.linear_forward(row, weight, bias), [weight])
         size = self.width // self.heads
         cache = self.numbers(self.half, 2, 1, self.heads, self.time, size)
         query = self.numbers(self.half, 1, self.heads, 1, size)
         name = "attention_forward, one query"
-        self.measure(name, lambda: F.attention_forward(query, *cache), [cache])
+        self.measure(name, lambda: F.attention_forward(query, *cache, 0.0, ()), [cache])
 
 
 def kernels(task: dict[str, Any]) -> list[dict[str, Any]]:

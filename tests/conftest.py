@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     except UserError as problem:
         reason = pytest.mark.skip(reason=f"no GPU here: {problem}")
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):
                 item.add_marker(reason)
 
 

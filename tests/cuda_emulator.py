@@ -1,7 +1,8 @@
 """The CUDA kernels on the CPU: compiled by g++ with tests/cuda_on_cpu/ in CUDA's place.
 
-`Emulator.run` stands in for `cuda_modules.run`: then the functions of kernels/gpu.py work on NumPy
-arrays, host code and device code alike. See cuda_on_cpu.h for what is and is not the same.
+`Emulator.run` stands in for `run` in kernels/in_cuda/modules.py: then the functions of
+kernels/in_cuda/ work on NumPy arrays, host code and device code alike. See cuda_on_cpu.h for what
+is and is not the same.
 """
 
 from __future__ import annotations

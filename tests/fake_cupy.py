@@ -2,10 +2,11 @@
 
 Its arrays hold NumPy's, but are none: like CuPy's they refuse to become NumPy arrays by themselves
 and do not combine with them, and their elements are read by `.get()`, `.item()`, `float()` and the
-like alone, each of which is counted in `synchronizations`: there a GPU would have to be waited for.
-Only functions are here that CuPy has, with the arguments it takes (test_real_cupy.py compares the
-two where CuPy is installed), and what CuPy 14 cannot do is refused: indexing by lists and NumPy
-arrays, and products of batches of bfloat16.
+like alone, each of which is counted in `counts.reads`: there a GPU would have to be waited for.
+NumPy's functions work on them as on CuPy's, which have the protocols of NEP 13, 18 and 35: a
+function that CuPy does not have, or arguments that its own does not take, are refused
+(test_real_cupy.py compares the two where CuPy is installed). So is what CuPy 14 cannot do: indexing
+by lists and NumPy arrays, and products of batches of bfloat16.
 
     with fake_cupy.installed() as cupy: ...        # `import cupy` gives this module
 """
@@ -22,8 +23,16 @@ import numpy as np
 
 # What is taken over from NumPy, with the arguments of CuPy 14 (test_real_cupy.py compares them).
 UFUNCS = {
-    **dict.fromkeys(("abs", "exp", "isfinite", "log", "sqrt", "tanh"), "x out casting dtype"),
-    **dict.fromkeys(("add", "maximum", "multiply"), "x1 x2 out casting dtype"),
+    **dict.fromkeys(
+        ("absolute", "exp", "isfinite", "log", "negative", "sqrt", "tanh"), "x out casting dtype"
+    ),
+    **dict.fromkeys(
+        ("add", "divide", "maximum", "multiply", "power", "subtract"), "x1 x2 out casting dtype"
+    ),
+    **dict.fromkeys(
+        ("equal", "greater", "greater_equal", "less", "less_equal", "not_equal"),
+        "x1 x2 out casting dtype",
+    ),
 }
 FUNCTIONS = {
     "arange": "start stop step dtype",
@@ -34,18 +43,21 @@ FUNCTIONS = {
     "broadcast_to": "array shape",
     "concatenate": "tup axis out",
     "empty": "shape dtype order",
-    "empty_like": "prototype dtype order",
+    "empty_like": "prototype dtype order subok shape",
+    "expand_dims": "a axis",
+    "flatnonzero": "a",
     "full": "shape fill_value dtype order",
-    "may_share_memory": "a b max_work",
+    "full_like": "a fill_value dtype order subok shape",
     "ones": "shape dtype order",
-    "ones_like": "a dtype order",
+    "ones_like": "a dtype order subok shape",
     "split": "ary indices_or_sections axis",
     "stack": "tup axis out",
     "tri": "N M k dtype",
     "where": "condition x y",
     "zeros": "shape dtype order",
-    "zeros_like": "a dtype order",
+    "zeros_like": "a dtype order subok shape",
 }
+WAITING = ("flatnonzero",)  # functions whose result has a shape that the device must tell
 METHODS = {
     "all": "axis out keepdims",
     "any": "axis out keepdims",
@@ -166,6 +178,15 @@ def wrap(value: Any, *sources: Any) -> Any:
     return array
 
 
+def numbers_of(value: Any, operation: str) -> Any:
+    """An operand of a ufunc: a device array's numbers, or a number of Python's or NumPy's."""
+    if isinstance(value, ndarray | np.ndarray):
+        return unwrap(value, operation)
+    if not isinstance(value, bool | int | float | np.generic):
+        raise TypeError(f"{operation}: Unsupported type {type(value)}")
+    return value
+
+
 def index_of(index: Any) -> Any:
     """An index as CuPy takes it: integers, slices, None, Ellipsis, and arrays on the device."""
     parts = index if isinstance(index, tuple) else (index,)
@@ -190,9 +211,20 @@ class ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed: use .get()")
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        capture.forbids(f"{ufunc.__name__}, which is not recorded here")
-        numbers = [unwrap(x, f"numpy.{ufunc.__name__}") for x in inputs]
-        return wrap(getattr(ufunc, method)(*numbers, **kwargs))
+        """NEP 13: CuPy's ufunc of the same name, whose `at` only `add` has here."""
+        function = globals().get(ufunc.__name__) if ufunc.__name__ in UFUNCS else None
+        if function is None or method not in ("__call__", "at"):
+            return NotImplemented
+        if "out" in kwargs:
+            (kwargs["out"],) = kwargs["out"]
+        return (function if method == "__call__" else function.at)(*inputs, **kwargs)
+
+    def __array_function__(self, function: Any, types: Any, args: tuple, kwargs: dict) -> Any:
+        """NEP 18 and 35: CuPy's function of the same name, which takes or refuses the arguments."""
+        here = function.__module__ == "numpy" and function.__name__ in FUNCTIONS
+        if not here or not all(issubclass(t, ndarray | np.ndarray) for t in types):
+            return NotImplemented
+        return globals()[function.__name__](*args, **kwargs)
 
     def get(self, stream: None = None, order: Any = "C") -> np.ndarray:
         capture.forbids("get()")
@@ -295,19 +327,38 @@ def _function(name: str, accepted: str) -> Any:
     def function(*args: Any, **kwargs: Any) -> Any:
         check_arguments(name, accepted, args, kwargs)
         capture.forbids(f"{name}, which is not recorded here")
-        uploads = name in ("array", "asarray") and isinstance(args[0], np.ndarray | list)
+        counts.reads += name in WAITING
+        uploads = name in ("array", "asarray") and isinstance(args[0], np.ndarray | list | tuple)
         counts.uploads += uploads
         sources = [*args, *kwargs.values()]
         args = args if uploads else unwrap(args, f"cupy.{name}")
         kwargs = {key: unwrap(value, f"cupy.{name}") for key, value in kwargs.items()}
+        if kwargs.get("shape") == ():  # which CuPy's *_like() take for no shape at all
+            del kwargs["shape"]
         return wrap(getattr(np, name)(*args, **kwargs), *sources)
 
     function.__name__ = name
     return function
 
 
-for _name, _accepted in {**UFUNCS, **FUNCTIONS}.items():
+def _ufunc(name: str, accepted: str) -> Any:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        check_arguments(name, accepted, args, kwargs)
+        capture.forbids(f"{name}, which is not recorded here")
+        out = kwargs.get("out")
+        numbers = [numbers_of(value, f"cupy.{name}") for value in args]
+        if out is not None:
+            kwargs["out"] = numbers_of(out, f"cupy.{name}")
+        return wrap(getattr(np, name)(*numbers, **kwargs), out)
+
+    function.__name__ = name
+    return function
+
+
+for _name, _accepted in FUNCTIONS.items():
     globals()[_name] = _function(_name, _accepted)
+for _name, _accepted in UFUNCS.items():
+    globals()[_name] = _ufunc(_name, _accepted)
 
 
 def matmul(a: Any, b: Any, out: Any = None) -> ndarray:
@@ -334,20 +385,11 @@ def scatter_add(target: ndarray, index: Any, values: Any) -> None:
 globals()["add"].at = scatter_add
 
 
-class Generator:
-    def __init__(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
-
-    def random(self, size: Any = None, dtype: Any = np.float64, out: Any = None) -> ndarray:
-        return ndarray(self._rng.random(size, dtype=dtype))
-
-
 class OutOfMemoryError(MemoryError):
     pass
 
 
 OutOfMemoryError.__module__ = "cupy.cuda.memory"
-random = SimpleNamespace(default_rng=Generator)
 cuda = SimpleNamespace(
     memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
     Stream=Stream,

@@ -1,4 +1,4 @@
-"""Where the tests of kernels/gpu.py run: emulated on the CPU, or on a GPU."""
+"""Where the tests of the CUDA kernels run: emulated on the CPU, or on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An array library under kernels/gpu.py whose new arrays are poisoned, their ends watched."""
+"""An array library for the CUDA kernels whose new arrays are poisoned, their ends watched."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class GuardedArrays:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.library, name)
 
-    def empty(self, shape: Any, dtype: Any = float) -> Any:
+    def empty(self, shape: Any, dtype: Any = float, order: str = "C") -> Any:
+        if order == "F":
+            return self.empty(shape[::-1], dtype).T
         dtype = np.dtype(dtype)
         size = int(np.prod(shape)) * dtype.itemsize
         memory = self.library.full(size + 3 * GUARD, CANARY, np.uint8)

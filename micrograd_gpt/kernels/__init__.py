@@ -7,4 +7,6 @@ alone.
 
 import micrograd_gpt.kernels.in_c.kernels
 import micrograd_gpt.kernels.in_c.token_step
+import micrograd_gpt.kernels.in_cuda.kernels
+import micrograd_gpt.kernels.in_cuda.token_step
 import micrograd_gpt.kernels.in_numpy.kernels  # noqa: F401

@@ -11,7 +11,6 @@ import pytest
 
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 
-pytest.importorskip("ml_dtypes", reason="ml_dtypes, NumPy's bfloat16, is not installed")
 pytestmark = pytest.mark.skipif(cuda_emulator.COMPILER is None, reason=cuda_emulator.MISSING)
 
 

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from micrograd_gpt import gpt2, kernels, no_grad, optim
-from micrograd_gpt.arrays import backend
+from micrograd_gpt import gpt2, no_grad, optim
+from micrograd_gpt.arrays.devices import move, set_tf32
+from micrograd_gpt.arrays.precision import compute_in, hold_in
+from micrograd_gpt.arrays.stand_ins import at_most
+from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.kernels.in_cuda import token_step as decode_graph
+from micrograd_gpt.kernels.in_cuda import token_step
 
 pytestmark = pytest.mark.gpu
 
@@ -26,7 +29,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
 
 @pytest.fixture(autouse=True)
 def no_tf32() -> None:
-    backend.set_tf32(False, "gpu")
+    set_tf32(False, "gpu")
 
 
 def batch() -> tuple[np.ndarray, np.ndarray]:
@@ -34,16 +37,23 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
     return ids[:, :-1], ids[:, 1:]
 
 
+def make(device: str, config: GPT2Config = CONFIG) -> GPT2:
+    model = GPT2(config, seed=1)
+    move(model, device)
+    return model
+
+
 def train(device: str, dtype: str, config: GPT2Config = CONFIG, steps: int = 20) -> list[float]:
-    model = GPT2(config, seed=1, device=device, compute=dtype)
+    model = make(device, config)
     optimizer, losses = optim.AdamW(model.parameters(), lr=1e-3), []
-    for _ in range(steps):
-        loss = model.loss(*batch())
-        loss.backward()
-        optimizer.clip(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    with compute_in(dtype):
+        for _ in range(steps):
+            loss = model.loss(*batch())
+            loss.backward()
+            optim.clip_grad_norm(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
     return losses
 
 
@@ -61,14 +71,15 @@ def test_the_same_seed_gives_the_same_bits(dtype: str) -> None:
     assert train("gpu", dtype, config, 5) == train("gpu", dtype, config, 5)
 
 
-def test_gradients_are_those_of_the_definitions() -> None:
+@pytest.mark.parametrize("level", ["fused", "definitions"])
+def test_gradients_are_those_of_the_definitions(level: str) -> None:
     def gradients() -> dict[str, Any]:
-        model = GPT2(CONFIG, seed=1, device="gpu")
+        model = make("gpu")
         model.loss(*batch()).backward()
         return {name: p.grad.get() for name, p in model.named_parameters()}
 
     ours = gradients()
-    with kernels.definitions_only():
+    with at_most(level):
         reference = gradients()
     for name, gradient in reference.items():
         size = np.abs(gradient).max()
@@ -81,7 +92,7 @@ def test_greedy_tokens_are_the_cpus(rows: int) -> None:
     found = []
     prompt = batch()[0][:rows, :9]
     for device in ("cpu", "gpu"):
-        model = GPT2(CONFIG, seed=1, device=device)
+        model = make(device)
         optimizer = optim.AdamW(model.parameters(), lr=3e-3)
         for _ in range(30):
             model.loss(*batch()).backward()
@@ -97,17 +108,19 @@ def test_the_token_step_is_captured_and_gives_the_same_logits(
     lengths: list[int], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A capture that fails would be a warning, which is an error here."""
-    model, found = GPT2(CONFIG, seed=1, device="gpu", dtype=dtype).eval(), []
+    model, found = make("gpu").eval(), []
+    hold_in(model, dtype)
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (20, len(lengths), 1))
-    for blocks in (gpt2.cached_blocks, gpt2.cached_blocks.__wrapped__):
-        monkeypatch.setattr(gpt2, "cached_blocks", blocks)
-        cache = gpt2.KVCache(model, len(lengths))
+    for blocks in (gpt2.through_blocks, gpt2.through_blocks.definition):
+        monkeypatch.setattr(gpt2, "through_blocks", blocks)
+        cache = KVCache(model, len(lengths))
         with no_grad(), warnings.catch_warnings():
             warnings.simplefilter("error")
             for row, length in enumerate(lengths):
                 model.hidden(batch()[0][:1, :length], cache.rows(row, row + 1))
-            found.append(np.stack([model(step, cache).numpy() for step in ids]))
-    *_, step = decode_graph._STEPS[model.transformer.h[0]].values()  # the latest used comes last
+            logits = [model(step, cache).numpy().astype(np.float32) for step in ids]
+            found.append(np.stack(logits))
+    *_, step = token_step._STEPS[model.transformer.h[0]].values()  # the latest used comes last
     assert step.graph is not None
     size = np.abs(found[1]).max()
     np.testing.assert_allclose(*found, rtol=0, atol=TOLERANCE[dtype] * size)

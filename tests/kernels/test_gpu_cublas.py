@@ -1,4 +1,4 @@
-"""How a row-major product is put to cuBLAS, which thinks in columns: gemmEx as documented."""
+"""How a row-major product is put to cuBLAS, which reads columns: gemmEx as documented."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from micrograd_gpt.kernels.in_cuda import cublas
-
-pytest.importorskip("ml_dtypes", reason="ml_dtypes, NumPy's bfloat16, is not installed")
 
 TYPES = {0: "float32", 2: "float16", 14: "bfloat16"}  # cudaDataType_t in library_types.h
 

@@ -16,18 +16,22 @@ import numpy as np
 import pytest
 from gpu_machine import emulated_cupy
 
-from micrograd_gpt import gpt2, no_grad
-from micrograd_gpt.gpt2 import GPT2, GPT2Config, KVCache
-from micrograd_gpt.kernels.in_cuda import kernels as gpu
+from micrograd_gpt import Tensor, gpt2, no_grad
+from micrograd_gpt.arrays.devices import move
+from micrograd_gpt.arrays.precision import compute_in, hold_in
+from micrograd_gpt.arrays.stand_ins import NotForMe
+from micrograd_gpt.generation.kv_cache import KVCache
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
-from micrograd_gpt.kernels.in_cuda import token_step as decode_graph
+from micrograd_gpt.kernels.in_cuda import token_step
+from micrograd_gpt.tensor import recording
+from micrograd_gpt.variants import VariantConfig, VariantGPT2
 
-pytest.importorskip("ml_dtypes", reason="ml_dtypes, NumPy's bfloat16, is not installed")
 fake_cupy = pytest.importorskip("fake_cupy")
 pytestmark = pytest.mark.skipif(cuda_emulator.COMPILER is None, reason=cuda_emulator.MISSING)
 
 CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=53, n_positions=48)
-one_by_one = gpt2.cached_blocks.__wrapped__
+one_by_one = gpt2.through_blocks.definition
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> cuda_emulator.Emulator
 
 @pytest.fixture(autouse=True)
 def device(emulator: cuda_emulator.Emulator) -> Iterator[None]:
-    decode_graph._warn.cache_clear()
+    token_step._warn.cache_clear()
     with emulated_cupy(emulator), no_grad():
         yield
 
@@ -57,8 +61,14 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def make(dtype: str = "float32", **changes: Any) -> GPT2:
-    config = GPT2Config(**{**vars(CONFIG), **changes})
-    model = GPT2(config, seed=1, dtype=dtype, device="gpu").eval()
+    model = GPT2(GPT2Config(**{**vars(CONFIG), **changes}), seed=1)
+    return on_gpu(model, dtype)
+
+
+def on_gpu(model: GPT2, dtype: str) -> GPT2:
+    hold_in(model, dtype)
+    move(model, "gpu")
+    model.eval()
     for parameter in model.parameters():
         parameter.data *= fake_cupy.full((), 3, parameter.dtype)  # attention far from uniform
     return model
@@ -81,7 +91,7 @@ def logits_of(model: GPT2, cache: KVCache, steps: int, seed: int = 1) -> np.ndar
 def uncaptured(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **more: Any) -> np.ndarray:
     """The same logits block by block, by the kernels one after another."""
     with monkeypatch.context() as patch:
-        patch.setattr(gpt2, "cached_blocks", one_by_one)
+        patch.setattr(gpt2, "through_blocks", one_by_one)
         return logits_of(*arguments, **more)
 
 
@@ -132,7 +142,7 @@ def test_a_second_prompt_and_rows_that_end(
     for a, b in zip(*found, strict=True):
         assert_same(a, b)
     assert len(replays) == 2 + 2 + 1 + 1 + 2
-    assert len(decode_graph._STEPS[model.transformer.h[0]]) == 3
+    assert len(token_step._STEPS[model.transformer.h[0]]) == 3
 
 
 def test_parameters_that_are_replaced_or_changed_are_noticed(
@@ -172,7 +182,7 @@ def test_a_model_and_a_cache_go_with_their_owners() -> None:
     block.attn.c_attn.weight.data = block.attn.c_attn.weight.data.copy()
     gc.collect()
     assert weight() is None
-    step = weakref.ref(next(iter(decode_graph._STEPS[block].values())))
+    step = weakref.ref(next(iter(token_step._STEPS[block].values())))
     whole, begun = weakref.ref(model), weakref.ref(block)
     del model, block
     gc.collect()
@@ -180,13 +190,13 @@ def test_a_model_and_a_cache_go_with_their_owners() -> None:
 
 
 def test_only_so_many_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_graph, "MOST_STEPS", 2)
+    monkeypatch.setattr(token_step, "MOST_STEPS", 2)
     model = make()
     caches = [KVCache(model) for _ in range(3)]
     for cache in (*caches, caches[1]):
         prefill(model, cache, [2])
         logits_of(model, cache, 2)
-    steps = decode_graph._STEPS[model.transformer.h[0]]
+    steps = token_step._STEPS[model.transformer.h[0]]
     places = [cuda_modules.address(caches[i].data) for i in (2, 1)]
     assert [place[0] for place in steps] == places  # the latest used comes last
 
@@ -197,27 +207,27 @@ def test_what_cannot_be_captured_is_launched_and_said_once(
 ) -> None:
     model = make()
     ours, theirs = (KVCache(model) for _ in range(2))
-    launch = decode_graph.TokenStep.launch
+    launch = token_step.TokenStep.launch
 
     def spoiled(step: Any, *arguments: Any) -> None:
         launch(step, *arguments)
         _ = step.lengths.get() if problem == "a read" else fake_cupy.empty(3)
 
     with monkeypatch.context() as patch:
-        patch.setattr(decode_graph.TokenStep, "launch", spoiled)
+        patch.setattr(token_step.TokenStep, "launch", spoiled)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = logits_of(model, ours, 6)
             logits_of(model, KVCache(model), 3)
     assert [w.category for w in caught] == [RuntimeWarning]
-    assert "launches its kernels one by one" in str(caught[0].message)
+    assert "kernels of decoding are launched one by one" in str(caught[0].message)
     assert "cudaErrorStreamCaptureUnsupported" in str(caught[0].message) and replays == []
     assert_same(found, uncaptured(monkeypatch, model, theirs, 6))
     assert fake_cupy.capture.launches is None  # the capture was ended
 
 
 def test_an_error_of_ours_is_no_problem_of_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, launch = make(), decode_graph.TokenStep.launch
+    model, launch = make(), token_step.TokenStep.launch
     cache = KVCache(model)
 
     def broken(step: Any, *arguments: Any) -> None:
@@ -225,7 +235,7 @@ def test_an_error_of_ours_is_no_problem_of_the_capture(monkeypatch: pytest.Monke
         if fake_cupy.capture.launches is not None:
             raise TypeError("a launch that does not fit")
 
-    monkeypatch.setattr(decode_graph.TokenStep, "launch", broken)
+    monkeypatch.setattr(token_step.TokenStep, "launch", broken)
     with pytest.raises(TypeError, match="does not fit"):
         logits_of(model, cache, 2)
     assert fake_cupy.capture.launches is None and cache.length == 1
@@ -233,14 +243,15 @@ def test_an_error_of_ours_is_no_problem_of_the_capture(monkeypatch: pytest.Monke
 
 def refusals() -> dict[str, tuple[GPT2, int, int]]:
     """Models, rows and tokens that no graph is made for."""
+    post = VariantGPT2(VariantConfig(**vars(CONFIG), norm_position="post"), seed=1)
     return {
-        "post-norm": (make(norm_position="post"), 1, 1),
+        "post-norm": (on_gpu(post, "float32"), 1, 1),
         "dropout": (make(attn_pdrop=0.5).train(), 1, 1),
         "head size": (make(n_head=4), 1, 1),
         "many rows": (make(), 9, 1),
         "several tokens": (make(), 1, 2),
         "float64": (make("float64"), 1, 1),
-        "rounded weights": (GPT2(CONFIG, device="gpu", compute="bfloat16").eval(), 1, 1),
+        "rounded weights": (make(), 1, 1),
     }
 
 
@@ -251,14 +262,27 @@ def refusals() -> dict[str, tuple[GPT2, int, int]]:
 )
 def test_what_it_does_not_do_is_refused_before_anything_is_written(which: str) -> None:
     model, rows, tokens = refusals()[which]
-    cache = KVCache(model, rows)
-    cache.data.fill(0)
-    x = fake_cupy.ones((rows, tokens, 32), model.transformer.wte(np.zeros((1, 1), int)).dtype)
-    with pytest.raises(gpu.Unsupported):
-        gpu.cached_blocks(x, model.transformer.h, cache)
-    assert cache.length == 0 and not cache.data.get().astype(float).any()
-    model(np.zeros((rows, tokens), int), cache)  # block by block it goes
+    with compute_in("bfloat16" if which == "rounded weights" else "float32"):
+        cache = KVCache(model, rows)
+        cache.data.fill(0)
+        kind = model.transformer.wte(np.zeros((1, 1), int)).dtype
+        x = Tensor(fake_cupy.ones((rows, tokens, 32), kind))
+        with pytest.raises(NotForMe):
+            token_step.through_blocks(x, model.transformer.h, cache)
+        assert cache.length == 0 and not cache.data.get().astype(float).any()
+        model(np.zeros((rows, tokens), int), cache)  # block by block it goes
     assert cache.length == tokens
+
+
+def test_without_a_cache_or_where_a_gradient_is_wanted_it_is_refused() -> None:
+    model = make()
+    x = Tensor(fake_cupy.ones((1, 1, 32), "float32"))
+    with pytest.raises(NotForMe):
+        token_step.through_blocks(x, model.transformer.h)
+    with recording(True), pytest.raises(NotForMe):
+        token_step.through_blocks(x, model.transformer.h, KVCache(model))
+    with recording(True), pytest.raises(RuntimeError, match="use it within no_grad"):
+        model(np.zeros((1, 1), int), KVCache(model))
 
 
 def test_a_full_cache_is_named(replays: list[int]) -> None:
@@ -276,7 +300,7 @@ def test_a_cache_of_another_model_is_not_read(
 ) -> None:
     """A graph would read and write beside it; the definition refuses it, or does what it can."""
     model, cache = make(), KVCache(make(**other))
-    monkeypatch.setattr(decode_graph, "TokenStep", lambda *args: pytest.fail("not refused"))
+    monkeypatch.setattr(token_step, "TokenStep", lambda *args: pytest.fail("not refused"))
     with pytest.raises((ValueError, IndexError)):
         logits_of(model, cache, 3)
     assert replays == []

@@ -6,7 +6,6 @@ waits for it, but where it must; that only what CuPy has is called; that files a
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -22,15 +21,19 @@ import numpy as np
 import pytest
 from training import everything, in_this_process, script
 
-from micrograd_gpt import Tensor, nn, optim
-from micrograd_gpt import functional as F
-from micrograd_gpt.arrays import backend
-from micrograd_gpt.arrays.precision import array_dtype
+from micrograd_gpt import Tensor, layers, nn, optim
+from micrograd_gpt.arrays import devices
+from micrograd_gpt.arrays.memory import memory_errors
+from micrograd_gpt.arrays.precision import compute_in, hold_in
+from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.generation.context import Context
-from micrograd_gpt.gpt2 import GPT2, GPT2Config, KVCache
-from micrograd_gpt.kernels import definitions_only
+from micrograd_gpt.generation.kv_cache import KVCache
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.graph import retain_grad
+from micrograd_gpt.layers import IGNORE
 from micrograd_gpt.runs.unread import Unread
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.variants import VariantConfig, VariantGPT2
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 61, "n_positions": 16}
@@ -41,14 +44,8 @@ RUN = [
 ]
 
 
-def half_precision(name: str) -> Any:
-    """A parameter that is skipped where the dtype of CuPy's bfloat16 is not installed."""
-    there = importlib.util.find_spec("ml_dtypes") is not None
-    reason = "ml_dtypes, the dtype of CuPy's bfloat16, is not installed"
-    return pytest.param(name, marks=pytest.mark.skipif(not there, reason=reason))
-
-
-DTYPES = ("float32", half_precision("bfloat16"), "float16")
+DTYPES = ("float32", "bfloat16", "float16")
+LEVELS = ("definitions", "fused", "c")
 
 
 @pytest.fixture
@@ -70,82 +67,77 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
 # ----------------------------------------------------------------------------------------- training
 
 
-def steps(device: str, dtype: str, count: int = 3, **more: Any) -> tuple[GPT2, list[Any]]:
-    model = GPT2(GPT2Config(**SMALL, **more), seed=3, device=device, compute=dtype)
+def make(device: str, **variant: str) -> GPT2:
+    if variant:
+        model: GPT2 = VariantGPT2(VariantConfig(**SMALL, **variant), seed=3)
+    else:
+        model = GPT2(GPT2Config(**SMALL), seed=3)
+    devices.move(model, device)
+    return model
+
+
+def steps(device: str, dtype: str, count: int = 3, **variant: str) -> tuple[GPT2, list[Any]]:
+    model = make(device, **variant)
     optimizer, results = optim.AdamW(model.parameters()), []
     ids = np.random.default_rng(0).integers(0, 61, (2, 4, 16))
-    ids[1, :, 3] = F.IGNORE
-    for _ in range(count):
-        loss = model.loss(np.abs(ids[0]), ids[1])
-        loss.backward()
-        results += [loss.data, optimizer.clip(0.5)]
-        optimizer.step()
-        optimizer.zero_grad()
+    ids[1, :, 3] = IGNORE
+    with compute_in(dtype):
+        for _ in range(count):
+            loss = model.loss(np.abs(ids[0]), ids[1])
+            loss.backward()
+            results += [loss.data, optim.clip_grad_norm(model.parameters(), 0.5)]
+            optimizer.step()
+            optimizer.zero_grad()
     return model, results
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "variant", [{}, {"norm_position": "post", "position_embedding": "sinusoidal"}]
 )
 def test_steps_wait_for_nothing_and_compute_what_the_cpu_does(
-    dtype: str, variant: dict[str, str], cupy: ModuleType
+    dtype: str, variant: dict[str, str], level: str, cupy: ModuleType
 ) -> None:
-    with definitions_only():
-        _, expected = steps("cpu", dtype, **variant)
-    uploads = sum(p.ndim > 1 for p in GPT2(GPT2Config(**SMALL, **variant)).parameters())
-    uploads += "position_embedding" in variant
-    _, results = steps("gpu", dtype, **variant)
-    assert fake_cupy.counts.reads == 0
-    assert fake_cupy.counts.uploads == uploads + 2 * 3  # the weights once, each step's batch
+    """The loss of layers.py looks for the targets that count, which takes a wait in each step."""
+    with at_most("fused"):
+        model, expected = steps("cpu", dtype, **variant)
+    uploads = len(model.parameters()) + len(variant) // 2  # the waves of the variant's positions
+    with at_most(level):
+        _, results = steps("gpu", dtype, **variant)
+    assert fake_cupy.counts.reads == (3 if level == "definitions" else 0)
+    # The weights once; in each step its batch and the positions
+    assert fake_cupy.counts.uploads == uploads + 3 * 3
     rtol = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}[dtype]
     np.testing.assert_allclose([float(x) for x in results], expected, rtol=rtol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_half_precision_arrays_are_2_bytes_wide(dtype: str, cupy: ModuleType) -> None:
-    model = GPT2(GPT2Config(**SMALL), device="gpu", compute=dtype)
-    kept = array_dtype(dtype, "gpu")
+    model = make("gpu")
+    kept = np.dtype(dtype)
     assert kept.itemsize == (4 if dtype == "float32" else 2)
-    x = model.transformer.wte(np.arange(8)[None])
-    block = model.transformer.h[0]
-    qkv = block.attn.c_attn(block.ln_1(x))
-    hidden = block.mlp.c_fc(block.ln_2(x), gelu=True)
-    attended = F.causal_attention(qkv, 2)
-    dropped = F.dropout(attended, 0.5, (1,))
-    for tensor in (qkv, hidden, attended, dropped, model(np.arange(8)[None])):
-        assert tensor.dtype == kept and tensor.numpy().dtype == np.float32
-    assert (x + dropped).dtype == np.float32
-    assert KVCache(model).data.dtype == kept
-    hidden.retain_grad()
-    (hidden.sum() * 2).backward()
+    with compute_in(dtype):
+        x = model.transformer.wte(np.arange(8)[None])
+        block = model.transformer.h[0]
+        qkv = block.attn.c_attn(block.ln_1(x))
+        hidden = layers.gelu(block.mlp.c_fc(block.ln_2(x)))
+        q, k, v = (qkv[:, :, i * 32 : i * 32 + 32].reshape(1, 8, 2, 16) for i in range(3))
+        attended = layers.attention(q, k, v)
+        dropped = layers.dropout(attended, 0.5, (1,))
+        for tensor in (qkv, hidden, attended, dropped, model(np.arange(8)[None])):
+            assert tensor.dtype == tensor.numpy().dtype == kept
+        assert (x + dropped.reshape(1, 8, 32)).dtype == np.float32
+        assert KVCache(model).data.dtype == kept
+        retain_grad(hidden)
+        (hidden.sum() * 2).backward()
     assert hidden.grad.dtype == kept
     assert all(p.grad.dtype == np.float32 for p in model.parameters() if p.grad is not None)
-    held = GPT2(GPT2Config(**SMALL), device="gpu", dtype=dtype)
-    sizes = {p.dtype.itemsize for name, p in held.named_parameters() if ".ln_" not in name}
+    hold_in(model, dtype)
+    sizes = {p.dtype.itemsize for name, p in model.named_parameters() if ".ln_" not in name}
     assert sizes == {kept.itemsize}
-    moved = held.to("cpu")
-    assert all(isinstance(p.data, np.ndarray) and p.dtype == np.float32 for p in moved.parameters())
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
-def test_linear_and_gelu_as_one_operation_are_the_two(dtype: str, cupy: ModuleType) -> None:
-    """Bit for bit, the gradients too, and its errors are linear's."""
-    shapes, results = ((2, 3, 8), (8, 5), (5,)), []
-    rng = np.random.default_rng(0)
-    arrays = [rng.standard_normal(shape) for shape in (*shapes, (2, 3, 5))]
-    for function in (F.linear_gelu, lambda *inputs: F.gelu(F.linear(*inputs))):
-        *inputs, cotangent = (Tensor(a, dtype=dtype, device="gpu") for a in arrays)
-        for tensor in inputs:
-            tensor.requires_grad = True
-        y = function(*inputs)
-        y.backward(cotangent.data)
-        results.append([y.data.get(), *(x.grad.get() for x in inputs)])
-    for ours, two in zip(*results, strict=True):
-        assert ours.dtype == two.dtype
-        np.testing.assert_array_equal(ours, two)
-    with pytest.raises(ValueError, match=r"linear_gelu: shapes do not fit: \(2, 3, 8\) @ \(5, 8\)"):
-        F.linear_gelu(inputs[0], inputs[1].T, inputs[2])
+    devices.move(model, "cpu")
+    assert all(isinstance(p.data, np.ndarray) for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -154,7 +146,7 @@ def test_the_training_script_reads_once_a_logged_step(
 ) -> None:
     """float16 reads once every step, since it must know whether the step may be taken."""
     flags = ["--dtype", dtype, "--dropout", "0"]  # which a GPU draws in its own way
-    with definitions_only():
+    with at_most("fused"):
         expected = losses(train("cpu", *flags))
     before: list[tuple[int, int]] = []
     step = optim.AdamW.step
@@ -168,7 +160,7 @@ def test_the_training_script_reads_once_a_logged_step(
     reads, uploads = (np.diff(column).tolist() for column in zip(*before, strict=True))
     each = 1 if dtype == "float16" else 0
     assert reads == [max(each, int(done % 4 == 0)) for done in range(2, 13)]
-    assert set(uploads) == {4}  # ids and targets of two micro-batches
+    assert set(uploads) == {6}  # ids, positions and targets of two micro-batches
     rtol = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 2e-2}[dtype]
     for ours, theirs in zip(losses(out), expected, strict=True):
         assert ours == pytest.approx(theirs, rel=rtol)
@@ -240,7 +232,7 @@ def test_clipping_on_the_gpu_does_what_it_does_on_the_cpu(
 ) -> None:
     with np.errstate(invalid="ignore"):  # 0 × infinity
         grad = np.array([[0.6, 0.0], [0.0, 0.8]], np.float32) * np.float32(norm * scale)
-    parameters = [nn.Parameter(np.zeros((2, 2), np.float32), device=d) for d in ("cpu", "gpu")]
+    parameters = [nn.Parameter(Tensor(np.zeros((2, 2), "f")).to(d)) for d in ("cpu", "gpu")]
     parameters[0].grad, parameters[1].grad = grad.copy(), cupy.asarray(grad)
     ours, theirs = (optim.clip_grad_norm([p], 1.0, scale) for p in parameters)
     assert fake_cupy.counts.reads == 0
@@ -255,15 +247,15 @@ def test_clipping_on_the_gpu_does_what_it_does_on_the_cpu(
 def test_a_clipped_step_is_the_cpus_and_leaves_nothing_behind(
     norm: float, cupy: ModuleType
 ) -> None:
-    """The factor counts for one step: not for one whose gradients were thrown away before it."""
+    """Clipping is over once it is done: the next step's gradients know nothing of it."""
     grad = np.array([[0.6, 0.0], [0.0, 0.8]], np.float32) * np.float32(norm * 1024)
     weights = []
     for device in ("cpu", "gpu"):
-        parameter = nn.Parameter(np.ones((2, 2), np.float32), device=device)
+        parameter = nn.Parameter(Tensor(np.ones((2, 2), np.float32)).to(device))
         optimizer = optim.AdamW([parameter], lr=0.1)
         for clipped, taken in ((True, True), (False, True), (True, False), (False, True)):
             parameter.grad = parameter.data * 0 + (grad if device == "cpu" else cupy.asarray(grad))
-            length = optimizer.clip(1.0, 1024.0) if clipped else None
+            length = optim.clip_grad_norm([parameter], 1.0, 1024.0) if clipped else None
             assert length is None or float(length) == pytest.approx(norm, nan_ok=True)
             if taken:
                 optimizer.step()
@@ -277,33 +269,28 @@ def test_a_clipped_step_is_the_cpus_and_leaves_nothing_behind(
 def test_a_clip_that_finds_no_gradients_forgets_the_one_before(cupy: ModuleType) -> None:
     moments = []
     for clipped in (False, True):
-        parameter = nn.Parameter(np.ones(4, np.float32), device="gpu")
+        parameter = nn.Parameter(Tensor(np.ones(4, np.float32)).to("gpu"))
         optimizer = optim.AdamW([parameter])
         if clipped:
             parameter.grad = cupy.full(4, 100, "float32")
-            optimizer.clip(1.0)
+            optim.clip_grad_norm([parameter], 1.0)
             parameter.grad = None
-            optimizer.clip(1.0)
+            assert optim.clip_grad_norm([parameter], 1.0) == 0
         parameter.grad = cupy.full(4, 0.1, "float32")
         optimizer.step()
         moments.append(optimizer.m[0].get())
     np.testing.assert_array_equal(*moments)
 
 
-def test_dropout_by_a_kernel_has_no_backward_by_its_definition() -> None:
-    with pytest.raises(RuntimeError, match="outside of definitions_only"):
-        F.dropout_backward.__wrapped__(np.ones(3), None, 0.5, (1,))
-
-
 def test_what_comes_from_the_host_is_checked_there(cupy: ModuleType) -> None:
-    model = GPT2(GPT2Config(**SMALL), device="gpu")
+    model = make("gpu")
     ids = np.zeros((1, 4), int)
     with pytest.raises(ValueError, match="token id 61 is outside the vocabulary of 61"):
         model.loss(ids + 61, ids)
     with pytest.raises(ValueError, match="token id -1 is outside the vocabulary of 61"):
         model.loss(ids, ids - 1)
     with pytest.raises(ValueError, match="every target is ignored"):
-        model.loss(ids, ids + F.IGNORE)
+        model.loss(ids, ids + IGNORE)
     assert fake_cupy.counts.reads == 0
     on_gpu = cupy.asarray(ids)  # these are not looked at: the GPU would have to be waited for
     assert model.loss(on_gpu, on_gpu).device == "gpu" and fake_cupy.counts.reads == 0
@@ -343,7 +330,7 @@ def test_decoding_reads_the_logits_and_nothing_else(
     ours = gpu.generate(prompt, max_new_tokens=12, **choices)  # past the context of 16
     reads = fake_cupy.counts.reads
     assert 0 < reads <= 12  # once a step of decoding, whatever the number of texts
-    with definitions_only():
+    with at_most("fused"):
         np.testing.assert_array_equal(ours, cpu.generate(prompt, max_new_tokens=12, **choices))
 
 
@@ -378,13 +365,13 @@ def test_a_gpu_that_cannot_be_used_is_one_line(
 ) -> None:
     fails(monkeypatch, cupy, **versions)
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        backend.library_for("gpu")
+        devices.library_for("gpu")
 
 
 def test_no_gpu_is_one_line(cupy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 0)
     with pytest.raises(UserError, match=r"^CuPy finds no NVIDIA GPU; use --device cpu$"):
-        backend.library_for("cuda")
+        devices.library_for("cuda")
 
 
 @pytest.mark.parametrize(
@@ -412,18 +399,10 @@ def test_cupy_that_is_missing_or_broken_is_one_line(
 
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
-    backend._usable_cupy.cache_clear()
+    devices._usable_cupy.cache_clear()
     with pytest.raises(UserError, match=f"^{re.escape(message)}") as caught:
-        backend.library_for("gpu")
+        devices.library_for("gpu")
     assert "pip install -e '.[cuda13]'" in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_bfloat16_without_its_dtype_is_one_line(
-    cupy: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    with pytest.raises(UserError, match=r"^bfloat16 on a GPU needs ml_dtypes: pip install"):
-        GPT2(GPT2Config(**SMALL), device="gpu", compute="bfloat16").loss([[1]], [[1]])
 
 
 def out_of_memory(*_: Any, **__: Any) -> None:
@@ -463,12 +442,12 @@ def test_a_library_out_of_memory_is_one_line_too(message: str) -> None:
         pytest.raises(
             UserError, match=rf"^the GPU is out of memory \({message}\): buy more$"
         ) as caught,
-        backend.memory_errors("buy more"),
+        memory_errors("buy more"),
     ):
         raise fake_cupy.CUDARuntimeError(message)
     assert isinstance(caught.value.__cause__, fake_cupy.CUDARuntimeError)
     other = "CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"
-    with pytest.raises(fake_cupy.CUDARuntimeError, match=other), backend.memory_errors("no"):
+    with pytest.raises(fake_cupy.CUDARuntimeError, match=other), memory_errors("no"):
         raise fake_cupy.CUDARuntimeError(other)
 
 
@@ -490,7 +469,8 @@ def test_decoding_out_of_memory_names_the_batch(
 def test_a_cache_that_does_not_fit_is_measured_in_its_own_type(
     cupy: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = GPT2(GPT2Config(**SMALL), device="gpu", compute="float16")
+    model = make("gpu")
+    hold_in(model, "float16")
     monkeypatch.setattr(cupy, "empty", out_of_memory)
     numbers = 2 * 2 * 32 * 16 * 500_000  # n_layer, keys and values, n_embd, positions, texts
     with pytest.raises(UserError, match=f"KV cache of {2 * numbers / 1e9:.1f} GB: lower num_samp"):

@@ -1,4 +1,4 @@
-"""What stands between a function of kernels/gpu.py and the device: declarations and checks."""
+"""What stands between a function of kernels/in_cuda/ and the device: declarations and checks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from micrograd_gpt import functional as F
-from micrograd_gpt import gpt2, kernels, optim
-from micrograd_gpt.kernels.in_cuda import kernels as gpu
+from micrograd_gpt import functional, gpt2, layers, optim, tensor
+from micrograd_gpt.arrays.stand_ins import CUDA, NotForMe, at_most, definition, stands_in_for
+from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.modules import Parameter
 
@@ -101,31 +101,36 @@ class OnGPU:
     """What dispatch takes for a CuPy array: no NumPy array."""
 
 
-def test_the_gpu_runs_its_kernel_and_else_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_runs_its_kernel_and_else_the_definition() -> None:
     array, calls = OnGPU(), []
 
-    def gelu_forward(x: Any) -> str:
+    @definition
+    def layer(x: Any) -> str:
+        return "definition"
+
+    def kernel(x: Any) -> str:
         calls.append(x)
         return "kernel"
 
-    def unsupported(x: Any) -> str:
-        raise gpu.Unsupported
+    def not_for_me(x: Any) -> str:
+        raise NotForMe
 
-    def definition(x: Any) -> str:
-        return "definition"
-
-    definition.__name__ = "gelu_forward"
-    dispatch = kernels.accelerated(definition)
-    monkeypatch.setattr(gpu, "gelu_forward", gelu_forward)
-    assert dispatch(array) == "kernel" and calls == [array]
-    with kernels.definitions_only():
-        assert dispatch(array) == "definition"
-    monkeypatch.setattr(gpu, "gelu_forward", unsupported)
-    assert dispatch(array) == "definition"
+    stands_in_for(layer, "numpy")(lambda x: pytest.fail("a kernel of the CPU"))
+    stands_in_for(layer, "c")(lambda x: pytest.fail("a kernel of the CPU"))
+    stands_in_for(layer, CUDA)(kernel)
+    assert layer(array) == layer([array]) == "kernel" and calls == [array, [array]]
+    with at_most("fused"):
+        assert layer(array) == "definition"
+    stands_in_for(layer, CUDA)(not_for_me)
+    assert layer(array) == "definition"
 
 
-def test_every_accelerated_definition_has_a_kernel() -> None:
-    marked = [f for m in (F, optim, gpt2) for f in vars(m).values() if hasattr(f, "__wrapped__")]
-    names = {f.__name__ for f in marked}
-    assert {name for name in names if not hasattr(gpu, name)} == set()
-    assert len(names) >= 11
+def test_every_definition_that_the_cpu_has_a_kernel_for_has_one_here() -> None:
+    marked = [
+        function
+        for module in (tensor, layers, functional, linear_cross_entropy, optim, gpt2)
+        for function in vars(module).values()
+        if {"numpy", "c"} & set(getattr(function, "stand_ins", ()))
+    ]
+    assert [f.__name__ for f in marked if CUDA not in f.stand_ins] == []
+    assert len(marked) >= 13

@@ -1,4 +1,4 @@
-"""Which arrays the kernels of gpu.py take, and how many blocks of threads share them."""
+"""Which arrays the CUDA kernels take, and how many blocks of threads share them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from functools import cache
 
 import numpy as np
 
-from micrograd_gpt.arrays.backend import Array, array_module
+from micrograd_gpt.arrays.devices import Array, array_module
+from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.modules import ACTIVATIONS
 
@@ -16,28 +17,31 @@ HEAD_SIZES = range(16, 129, 16)  # that the attention kernels are compiled for
 MAX_BLOCKS = 1024  # of a kernel that walks over its elements: several for each multiprocessor
 
 
-class Unsupported(Exception):
-    """No kernel does this: the definition has to."""
-
-
 @cache
 def name_of(dtype: np.dtype) -> str:
     return str(dtype)
 
 
 def activation(*arrays: Array) -> str:
-    """The one type of all these arrays, contiguous each; Unsupported if there is none."""
-    first = arrays[0].dtype
-    alike = all(array.dtype == first and array.flags.c_contiguous for array in arrays)
-    dtype = name_of(first)
-    if dtype not in ACTIVATIONS or not alike or not arrays[0].size or not cuda_modules.usable():
-        raise Unsupported
+    """The one type that all these arrays have; NotForMe unless the kernels can read them.
+
+    They must be float32, float16 or bfloat16, contiguous, not empty, and all on the same device.
+    """
+    first = arrays[0]
+    dtype = name_of(first.dtype)
+    alike = all(
+        type(array) is type(first) and array.dtype == first.dtype and array.flags.c_contiguous
+        for array in arrays
+    )
+    if dtype not in ACTIVATIONS or not alike or not first.size or not cuda_modules.usable():
+        raise NotForMe
     return dtype
 
 
 def float32(*arrays: Array) -> None:
+    """NotForMe unless the kernels can read these arrays as float32."""
     if activation(*arrays) != "float32":
-        raise Unsupported
+        raise NotForMe
 
 
 def pack(dtype: str) -> int:
@@ -50,7 +54,7 @@ def itemsize(dtype: str) -> int:
 
 
 def blocks(n: int, dtype: str) -> tuple[int]:
-    """Blocks of THREADS threads for n elements that threads take in packs and turns."""
+    """Blocks of THREADS threads for n elements, which the threads take in packs and turns."""
     return (min(MAX_BLOCKS, -(-n // (THREADS * pack(dtype)))),)
 
 
@@ -60,7 +64,7 @@ def strips(width: int, dtype: str, threads: int = 32) -> int:
 
 
 def rows_in_memory(array: Array) -> Array:
-    """The array, or its transpose, whichever lies in memory row by row; a copy if neither does."""
+    """The array or its transpose, whichever lies in memory row by row; a copy if neither does."""
     if array.flags.c_contiguous:
         return array
     return array_module(array).ascontiguousarray(array.T)

@@ -1,7 +1,7 @@
 """Matrix products of two-byte arrays by cuBLAS: tensor cores, float32 sums, any result type.
 
-CuPy's own product gives the type of its operands; the gradient of a float32 weight is to be
-float32 without having been rounded on the way.
+CuPy's own product has the type of its operands, but the gradient of a float32 weight must be
+float32 and must not have been rounded on the way.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from micrograd_gpt.arrays.backend import Array
+from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.kernels.in_cuda.modules import address
 
 CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType_t in library_types.h
@@ -20,14 +20,14 @@ ONE, ZERO = (np.array(value, np.float32) for value in (1, 0))
 def product(a: Array, b: Array, out: Array) -> Array:
     """out (n, m) = a (n, k) @ b (k, m); a and b float16 or bfloat16, out of their type or float32.
 
-    Each of a and b is C-contiguous or the transpose of what is; `out` is C-contiguous.
+    Each of a and b is C-contiguous or F-contiguous; `out` is C-contiguous.
     """
     import cupy
     from cupy_backends.cuda.libs import cublas
 
     n, m, k = len(a), b.shape[1], a.shape[1]
     kind = CUDA_TYPES[str(a.dtype)]
-    # cuBLAS thinks in columns, where a row-major matrix is its own transpose: outᵀ = bᵀ aᵀ
+    # cuBLAS reads columns, so that a matrix stored in rows looks transposed to it: outᵀ = bᵀ aᵀ
     cublas.gemmEx(
         cupy.cuda.device.get_cublas_handle(),
         *(_transposed(b), _transposed(a), m, n, k, ONE.ctypes.data),
@@ -39,7 +39,7 @@ def product(a: Array, b: Array, out: Array) -> Array:
 
 
 def _transposed(matrix: Any) -> int:
-    """cuBLAS's CUBLAS_OP_N (0) for rows stored together, CUBLAS_OP_T (1) for columns."""
+    """CUBLAS_OP_N (0) for a matrix stored in rows, CUBLAS_OP_T (1) for one stored in columns."""
     return 0 if matrix.flags.c_contiguous else 1
 
 

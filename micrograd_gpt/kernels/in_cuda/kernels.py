@@ -1,14 +1,14 @@
-"""Kernels for NVIDIA GPUs: the definitions of `functional.py` and `optim.py` in CUDA (cuda/*.cu).
+"""Kernels for NVIDIA GPUs in CUDA (sources/), which stand in for the definitions on CuPy arrays.
 
-Compiled and emulated; not yet run on a GPU.
+They have been compiled and emulated, but not yet run on a GPU.
 
-Every function here that has a definition takes the same arguments, as CuPy arrays. Arrays are
-float32 or, what linear, gelu and attention work on, float16 or bfloat16. What a kernel does not do
-(another type, a GPU older than Ampere) raises Unsupported before anything is written, and the
-definition does it. Nothing here waits for the device, and no result depends on the order in which
+Arrays are float32. Linear, gelu, attention, dropout and the loss also take float16 or bfloat16: the
+first result is then kept in the type of the first argument, and the others are float32. A kernel
+that does not take its arguments (another type, a GPU older than Ampere) raises NotForMe before it
+has written anything. Nothing here waits for the device, and no result depends on the order in which
 threads finish.
 
-Dropout draws Philox numbers from the key, so its masks are others than on the CPU.
+Dropout draws Philox numbers from its key, so its masks differ from those on the CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from micrograd_gpt.arrays.backend import Array, Key, array_module
+from micrograd_gpt import functional, layers, optim, tensor
+from micrograd_gpt.arrays.devices import Array, array_module
+from micrograd_gpt.arrays.precision import is_half
+from micrograd_gpt.arrays.stand_ins import CUDA, NotForMe, stands_in_for
+from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_cuda import cublas
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.arguments import (
@@ -27,7 +31,6 @@ from micrograd_gpt.kernels.in_cuda.arguments import (
     MAX_BLOCKS,
     THREADS,
     WARPS,
-    Unsupported,
     activation,
     blocks,
     float32,
@@ -37,55 +40,46 @@ from micrograd_gpt.kernels.in_cuda.arguments import (
 )
 from micrograd_gpt.kernels.in_cuda.matvec import FEW_ROWS, multiply_few_rows
 from micrograd_gpt.kernels.in_cuda.modules import ACTIVATIONS, TENSOR_TABLE, TENSORS_AT_ONCE, launch
-from micrograd_gpt.kernels.in_cuda.token_step import cached_blocks
-
-__all__ = ["Unsupported", "cached_blocks"]  # which others look for here
+from micrograd_gpt.kernels.in_numpy.kernels import gradients
+from micrograd_gpt.layers import Key
+from micrograd_gpt.tensor import Tensor
 
 ROWS_AT_ONCE = 128  # that one block adds up, column by column
 
 
 def _seed(key: Key) -> int:
-    """64 bits of Philox's key for a draw."""
+    """The 64 bits of Philox's key for a draw."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
-# ------------------------------------------------------------------------------ matrix products
-
-
-def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
-    if len(a) <= FEW_ROWS and b.flags.f_contiguous and out is None:
-        return _product_of_few_rows(a, b, None)
-    if not cuda_modules.usable():
-        raise Unsupported
-    return _product(a, b, out)
+# ------------------------------------------------------------------------------- matrix products
 
 
 def _product(a: Array, b: Array, out: Array | None = None) -> Array:
-    """a @ b, in `out` or in the type of a; float32 by CuPy, which knows whether TF32 was asked."""
+    """a @ b, in `out` or in the type of a; float32 by CuPy, which knows whether TF32 is wanted."""
     xp, dtype = array_module(a), name_of(a.dtype)
     two_bytes = a.dtype == b.dtype and dtype in ("float16", "bfloat16")
     if not two_bytes or not cuda_modules.usable():
         if out is not None and out.dtype != a.dtype:
-            raise Unsupported
+            raise NotForMe
         return xp.matmul(a, b, out=out)
     a, b = (x if x.flags.c_contiguous or x.flags.f_contiguous else x.copy() for x in (a, b))
     if out is None:
         out = xp.empty((len(a), b.shape[1]), a.dtype)
     if not a.size or not b.size or not out.flags.c_contiguous:
-        raise Unsupported
+        raise NotForMe
     return cublas.product(a, b, out)
 
 
-def _product_of_few_rows(x: Array, weight: Array, bias: Array | None) -> Array:
-    y = array_module(x).empty((len(x), weight.shape[1]), x.dtype)
-    multiply_few_rows(x, weight, bias, y)
-    return y
-
-
+@stands_in_for(functional.linear_forward, CUDA)
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
-    n, m = len(x), weight.shape[1]
+    (n, k), m = x.shape, weight.shape[1]
+    if k != len(weight):
+        raise NotForMe  # CuPy says what is wrong
     if n <= FEW_ROWS:
-        return _product_of_few_rows(x, weight, bias)
+        y = array_module(x).empty((n, m), x.dtype)
+        multiply_few_rows(x, weight, bias, y)
+        return y
     dtype = activation(x, *([] if bias is None else [bias]))
     y = _product(x, weight)
     if bias is not None:
@@ -94,15 +88,18 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
     return y
 
 
+@stands_in_for(functional.linear_backward, CUDA)
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
     """As the definition; the weight's gradient lies in memory as the weight does."""
     dtype, xp = activation(grad, x), array_module(x)
-    if str(weight.dtype) != dtype:
-        raise Unsupported
-    if weight.flags.c_contiguous:
-        dweight = _product(x.T, grad, xp.empty(weight.shape, np.float32))
+    if name_of(weight.dtype) != dtype:
+        raise NotForMe
+    order = "C" if weight.flags.c_contiguous else "F"
+    dweight = xp.empty(weight.shape, np.float32, order)
+    if order == "C":
+        _product(x.T, grad, dweight)
     else:
-        dweight = _product(grad.T, x, xp.empty(weight.shape[::-1], np.float32)).T
+        _product(grad.T, x, dweight.T)
     return _product(grad, weight.T), dweight, _column_sums(grad, dtype)
 
 
@@ -125,61 +122,79 @@ def _sum_partials(partials: Array) -> Array:
 
 
 def _total(numbers: Array) -> Array:
-    """The sum of float32 numbers, a scalar that stays on the device."""
+    """The sum of float32 numbers: a scalar, which stays on the device."""
     total = array_module(numbers).empty((), np.float32)
     launch("sums", "total", "float32", (1,), (1024,), numbers, total, numbers.size)
     return total
 
 
-# ------------------------------------------------------------------------------------ embedding
+@stands_in_for(tensor.add_at, CUDA)
+def add_at(total: Array, index: Any, part: Array) -> None:
+    """As the definition, of any types and indices; rows of a table are added in a fixed order."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if all(isinstance(p, int | slice | type(None) | type(...)) for p in parts):
+        here = total[index]  # a view, even of a single number
+        here += part
+    elif is_half(total):
+        wide = total.astype(np.float32)
+        add_at(wide, index, part)
+        total[...] = wide
+    else:
+        try:
+            _add_rows(total, index, part)
+        except NotForMe:
+            array_module(total).add.at(total, index, part)
 
 
-def embedding_forward(weight: Array, ids: Array, dtype: Any = np.float32) -> Array:
-    """Rows of weight (V, C), float32, by ids (…) -> (…, C) of the given type."""
-    float32(weight)
-    width, ids = weight.shape[1], array_module(weight).ascontiguousarray(ids, dtype=np.int64)
-    y = array_module(weight).empty((*ids.shape, width), dtype)
-    kind = str(y.dtype)
-    grid = (ids.size, strips(width, kind, 128))
-    launch("embedding", "embedding_forward", kind, grid, (128,), weight, ids, y, width)
-    return y
-
-
-def embedding_backward(grad: Array, ids: Array, dweight: Array) -> None:
-    dtype, width = activation(grad), grad.shape[-1]
-    float32(dweight)
-    ids = array_module(grad).ascontiguousarray(ids.reshape(-1), dtype=np.int64)
-    order = array_module(grad).argsort(ids, kind="stable").astype(np.int64, copy=False)
+def _add_rows(total: Array, index: Any, part: Array) -> None:
+    """Add the rows of part (…, C) to those of total (V, C) that an array of integers (…) names."""
+    xp = array_module(total)
+    if not isinstance(index, xp.ndarray) or index.dtype.kind not in "iu" or total.ndim != 2:
+        raise NotForMe
+    float32(total)
+    dtype, width = activation(part), total.shape[1]
+    if part.shape != (*index.shape, width):
+        raise NotForMe
+    ids = xp.ascontiguousarray(index.reshape(-1) % len(total), dtype=np.int64)  # -1 is the last
+    order = xp.argsort(ids, kind="stable").astype(np.int64, copy=False)
     rows, grid = ids.size, (ids.size, strips(width, dtype))
     launch(
         *("embedding", "embedding_backward", dtype, grid, (32, 8)),
-        *(grad, ids, order, dweight, rows, width),
+        *(part, ids, order, total, rows, width),
     )
 
 
-# ----------------------------------------------------------------------------------- layer norm
+# ------------------------------------------------------------------------------------ layer norm
 
 
+@stands_in_for(functional.layer_norm_forward, CUDA)
 def layer_norm_forward(
-    x: Array, weight: Array, bias: Array, eps: float, dtype: Any = None
+    x: Array, weight: Array, bias: Array, eps: float
 ) -> tuple[Array, Array, Array]:
-    """As the definition; with `dtype` y is of that type, so that it need not be converted after."""
-    dtype = np.float32 if dtype is None else dtype
     float32(x, weight, bias)
-    (n, width), xp = x.shape, array_module(x)
-    y, mean, rstd = xp.empty(x.shape, dtype), *(xp.empty((n, 1), np.float32) for _ in range(2))
-    launch(
-        *("layer_norm", "layer_norm_forward", str(y.dtype), (-(-n // WARPS),), (THREADS,)),
-        *(x, weight, bias, y, mean, rstd, n, width, eps),
-    )
+    (n, _), xp = x.shape, array_module(x)
+    y, mean, rstd = xp.empty_like(x), *(xp.empty((n, 1), np.float32) for _ in range(2))
+    normalise(x, weight, bias, eps, y, mean, rstd)
     return y, mean, rstd
 
 
+def normalise(
+    x: Array, weight: Array, bias: Array, eps: float, y: Array, mean: Array, rstd: Array
+) -> None:
+    """The normalised rows of x (N, C), float32, into y of any type; their mean, rstd (N, 1)."""
+    n, width = x.shape
+    launch(
+        *("layer_norm", "layer_norm_forward", name_of(y.dtype), (-(-n // WARPS),), (THREADS,)),
+        *(x, weight, bias, y, mean, rstd, n, width, eps),
+    )
+
+
+@stands_in_for(functional.layer_norm_backward, CUDA)
 def layer_norm_backward(
     grad: Array, x: Array, weight: Array, mean: Array, rstd: Array
 ) -> tuple[Array, Array, Array]:
-    float32(x, weight, mean, rstd)
-    dtype, (n, width), xp = activation(grad), x.shape, array_module(x)
+    float32(grad, x, weight, mean, rstd)
+    dtype, (n, width), xp = "float32", x.shape, array_module(x)
     dx, parts = xp.empty_like(x), -(-n // ROWS_AT_ONCE)
     partials = xp.empty((parts, 2 * width), np.float32)
     launch(
@@ -194,26 +209,17 @@ def layer_norm_backward(
     return dx, sums[:width], sums[width:]
 
 
-# ----------------------------------------------------------------------------------------- gelu
+# ------------------------------------------------------------------------------------------ gelu
 
 
+@stands_in_for(functional.gelu_forward, CUDA)
 def gelu_forward(x: Array) -> Array:
     dtype, y = activation(x), array_module(x).empty_like(x)
     launch("gelu", "gelu_forward", dtype, blocks(x.size, dtype), (THREADS,), x, y, x.size)
     return y
 
 
-def linear_gelu_forward(x: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
-    n, m = len(x), weight.shape[1]
-    if n <= FEW_ROWS:
-        raise Unsupported
-    dtype = activation(x, bias)
-    before = _product(x, weight)
-    y, grid = array_module(x).empty_like(before), (strips(m, dtype, 128), min(n, MAX_BLOCKS))
-    launch("gelu", "bias_gelu_forward", dtype, grid, (128,), before, bias, y, n, m)
-    return before, y
-
-
+@stands_in_for(functional.gelu_backward, CUDA)
 def gelu_backward(grad: Array, x: Array) -> Array:
     dtype, dx = activation(grad, x), array_module(x).empty_like(x)
     grid = blocks(x.size, dtype)
@@ -221,84 +227,86 @@ def gelu_backward(grad: Array, x: Array) -> Array:
     return dx
 
 
-# ------------------------------------------------------------------------------------ attention
+# ------------------------------------------------------------------------------------- attention
 
 
-def attention_forward(
-    q: Array, k: Array, v: Array, dropout: float = 0.0, key: Key = ()
-) -> tuple[Array, Array]:
+@stands_in_for(functional.attention_forward, CUDA)
+def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple[Array, Array]:
+    """As the definition; the result lies in memory as (B, T, H, D), so that heads join for free."""
     dtype, (b, h, t, d), xp = _heads(q, k, v), q.shape, array_module(q)
+    _check_probability(p)
     q, (k, v), keys = *_aligned(q), _aligned(k, v), k.shape[2]
     out, log_total = xp.empty((b, t, h, d), q.dtype), xp.empty((b, h, t), np.float32)
+    mixed = out.swapaxes(1, 2)  # (B, H, T, D)
     q_batch, q_head, q_row = _strides(q)
     scale = 1 / math.sqrt(d)
-    if t == 1 and not dropout:
+    if t == 1 and not p:
         launch(
             *("attention_decode", "attention_decode", dtype, (b * h,), (128,), q, k, v, out),
             *(log_total, h, keys, q_batch, q_head, *_strides(k), scale),
             head_size=d,
         )
-        return out, log_total
+        return mixed, log_total
     tf32 = _in_tf32(dtype)
     rows, threads = cuda_modules.attention_block(dtype, d, tf32)
     launch(
         *("attention", "attention_forward", dtype, (-(-t // rows), b * h), (threads,)),
         *(q, k, v, out, log_total, h, t, keys, q_batch, q_head, q_row, *_strides(k)),
-        *(scale, _seed(key) if dropout else 0, dropout),
+        *(scale, _seed(key) if p else 0, p),
         head_size=d,
-        dropout=bool(dropout),
+        dropout=bool(p),
         tf32=tf32,
     )
-    return out, log_total
+    return mixed, log_total
 
 
+@stands_in_for(functional.attention_backward, CUDA)
 def attention_backward(
-    grad: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    out: Array,
-    log_total: Array,
-    dq: Array,
-    dk: Array,
-    dv: Array,
-    dropout: float = 0.0,
-    key: Key = (),
-) -> None:
+    grad: Array, q: Array, k: Array, v: Array, out: Array, log_total: Array, p: float, key: Key
+) -> tuple[Array, Array, Array]:
+    """As the definition; the gradients lie in memory as (B, T, H, D), all in the type of q."""
     dtype, (b, h, t, d), xp = _heads(q, k, v), q.shape, array_module(q)
+    _check_probability(p)
     float32(log_total)
-    if activation(grad, out) != dtype or k.shape != q.shape:
-        raise Unsupported
+    # The kernels read these two as (B, T, H, D) without gaps, as the forward and the tape lay them
+    grad, out = (xp.ascontiguousarray(x.swapaxes(1, 2)) for x in (grad, out))
+    if activation(grad, out) != dtype or k.shape != q.shape or grad.shape != (b, t, h, d):
+        raise NotForMe
     q, k, v = _aligned(q, k, v)
-    in_place = _are_aligned(dq, dk, dv)
-    results = (dq, dk, dv) if in_place else xp.empty((3, *q.shape), q.dtype)
+    dq, dk, dv = (xp.empty((b, t, h, d), q.dtype).swapaxes(1, 2) for _ in range(3))
     delta = xp.empty((b, h, t), np.float32)
     grid, block = (-(-(b * t * h) // WARPS),), (THREADS,)
-    variant = {"head_size": d, "dropout": bool(dropout), "tf32": _in_tf32(dtype)}
+    variant = {"head_size": d, "dropout": bool(p), "tf32": _in_tf32(dtype)}
     launch(
         *("attention", "attention_delta", dtype, grid, block, out, grad, delta, h, t, b * t * h),
         **variant,
     )
     rows, threads = cuda_modules.attention_block(dtype, d, variant["tf32"])
-    seed = _seed(key) if dropout else 0
-    for kernel, written in (("queries", results[:1]), ("keys", results[1:])):
+    seed = _seed(key) if p else 0
+    for kernel, written in (("queries", [dq]), ("keys", [dk, dv])):
         launch(
             *("attention", f"attention_backward_{kernel}", dtype, (-(-t // rows), b * h)),
             *((threads,), grad, q, k, v, log_total, delta, *written, h, t, *_strides(q)),
-            *(*_strides(written[0]), 1 / math.sqrt(d), seed, dropout),
+            *(*_strides(written[0]), 1 / math.sqrt(d), seed, p),
             **variant,
         )
-    if not in_place:
-        dq[...], dk[...], dv[...] = results
+    return dq, dk, dv
 
 
 def _heads(q: Array, k: Array, v: Array) -> str:
-    """The type of queries, keys and values; Unsupported where no kernel takes them."""
+    """The type of queries, keys and values; NotForMe where no kernel takes them."""
     dtype, (b, h, _, d) = name_of(q.dtype), q.shape
-    alike = q.dtype == k.dtype == v.dtype and dtype in ACTIVATIONS and cuda_modules.usable()
-    if not alike or not q.size or d not in HEAD_SIZES or b * h > 65535:
-        raise Unsupported
+    alike = q.dtype == k.dtype == v.dtype and type(q) is type(k) is type(v)
+    usable = dtype in ACTIVATIONS and cuda_modules.usable()
+    if not alike or not usable or not q.size or d not in HEAD_SIZES or b * h > 65535:
+        raise NotForMe
     return dtype
+
+
+def _check_probability(p: float) -> None:
+    """The definition says what is wrong with one that is not in [0, 1)."""
+    if not 0 <= p < 1:
+        raise NotForMe
 
 
 def _in_tf32(dtype: str) -> bool:
@@ -328,65 +336,69 @@ def _aligned(*arrays: Array) -> list[Array]:
     return [array_module(x).array(x, order="C") for x in arrays]
 
 
-# ------------------------------------------------------------------------- dropout and residual
+# --------------------------------------------------------------------------------------- dropout
 
 
-def dropout_forward(x: Array, p: float, key: Key) -> tuple[Array, None]:
-    """As the definition, but no factors: the backward draws them again."""
-    return _dropped_out(x, p, key), None
-
-
-def dropout_backward(grad: Array, factors: Array | None, p: float, key: Key) -> Array:
-    if factors is not None:  # the forward was the definition's
-        raise Unsupported
-    return _dropped_out(array_module(grad).ascontiguousarray(grad), p, key)
-
-
-def _dropped_out(x: Array, p: float, key: Key) -> Array:
+@stands_in_for(layers.dropout_forward, CUDA)
+def dropout_forward(x: Array, p: float, key: Key) -> Array:
+    """As the definition; nothing is kept for the backward, which draws the same numbers again."""
+    _check_probability(p)
+    x = array_module(x).ascontiguousarray(x)
     dtype, y = activation(x), array_module(x).empty_like(x)
     grid = blocks(x.size, dtype)
-    launch("residual", "dropout", dtype, grid, (THREADS,), x, y, x.size, _seed(key), p)
+    launch("dropout", "dropout", dtype, grid, (THREADS,), x, y, x.size, _seed(key), p)
     return y
 
 
-def add(a: Array, b: Array, out: Array | None = None) -> Array:
-    """As the definition, of a float32 array and one of any type."""
-    float32(a)
-    dtype = activation(b)
-    if a.shape != b.shape:
-        raise Unsupported
-    if out is None:
-        out = array_module(a).empty_like(a)
-    float32(out)
-    grid = blocks(a.size, dtype)
-    launch("residual", "residual_add", dtype, grid, (THREADS,), a, b, out, a.size)
-    return out
+# --------------------------------------------------------------------------------- cross-entropy
 
 
-# -------------------------------------------------------------------------------- cross-entropy
+@stands_in_for(functional.cross_entropy_forward, CUDA)
+def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
+    activation(logits)
+    dlogits = array_module(logits).empty_like(logits)
+    return dlogits, _cross_entropy(logits, labels, dlogits)
 
 
-def cross_entropy_forward(
-    logits: Array, targets: Array, scale: Any = 1.0, out: Array | None = None
-) -> tuple[Array, Array]:
-    """As the definition; `scale` is a number, or a scalar on the device."""
-    dtype, (n, vocab_size), xp = activation(logits), logits.shape, array_module(logits)
-    dlogits = xp.empty_like(logits) if out is None else out
-    if activation(dlogits) != dtype:
-        raise Unsupported
-    scale = xp.full((), scale, np.float32)
-    losses = xp.empty(n, np.float32)
+@stands_in_for(linear_cross_entropy.linear_cross_entropy_forward, CUDA)
+def linear_cross_entropy_forward(
+    x: Array, weight: Array, labels: Array, with_gradients: bool
+) -> tuple[Array | None, Array, Array | None]:
+    """As the definition; the logits become their own gradient in place."""
+    activation(x, weight)
+    logits = linear_forward(x, weight.T, None)
+    loss = _cross_entropy(logits, labels, logits)
+    if not with_gradients:
+        return None, loss, None
+    dweight = array_module(weight).empty(weight.shape, np.float32)
+    return _product(logits, weight), loss, _product(logits.T, x, dweight)
+
+
+def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
+    """The summed loss; the gradient goes into `dlogits`, which may be `logits` itself."""
+    (n, vocab_size), xp = logits.shape, array_module(logits)
+    labels, losses = xp.ascontiguousarray(labels, dtype=np.int64), xp.empty(n, np.float32)
     launch(
-        *("cross_entropy", "cross_entropy_forward", dtype, (n,), (THREADS,), logits),
-        *(xp.ascontiguousarray(targets, dtype=np.int64), dlogits, losses, vocab_size, scale),
+        *("cross_entropy", "cross_entropy_forward", name_of(logits.dtype), (n,), (THREADS,)),
+        *(logits, labels, dlogits, losses, vocab_size),
     )
-    return _total(losses), dlogits
+    return _total(losses)
 
 
-# ------------------------------------------------------------------------------------ optimizer
+# ------------------------------------------------------------------------------------- optimizer
 
 
-def sum_of_squares(arrays: Sequence[Array]) -> Array:
+@stands_in_for(optim.clip_grad_norm, CUDA)
+def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> Array:
+    """As the definition; where the norm is not finite, every gradient is multiplied by 1."""
+    grads = gradients(parameters)
+    norm, factor = _norm_and_factor(_sum_of_squares(grads), max_norm, loss_scale)
+    for grad in grads:
+        grad *= factor
+    return norm
+
+
+def _sum_of_squares(arrays: Sequence[Array]) -> Array:
     arrays = [rows_in_memory(array) for array in arrays]
     float32(*arrays)
     (across,) = blocks(max(a.size for a in arrays), "float32")
@@ -399,43 +411,35 @@ def sum_of_squares(arrays: Sequence[Array]) -> Array:
     return _total(partials)
 
 
-def clip_scale(squares: Array, max_norm: float, loss_scale: float) -> tuple[Array, Array]:
+def _norm_and_factor(squares: Array, max_norm: float, loss_scale: float) -> tuple[Array, Array]:
+    """The norm before clipping, and what to multiply the gradients by: scalars on the device."""
     float32(squares)
-    norm, scale = (array_module(squares).empty((), np.float32) for _ in range(2))
-    arguments = (squares, norm, scale, max_norm, loss_scale)
+    norm, factor = (array_module(squares).empty((), np.float32) for _ in range(2))
+    arguments = (squares, norm, factor, max_norm, loss_scale)
     launch("optimizer", "clip_scale", "float32", (1,), (1,), *arguments)
-    return norm, scale
+    return norm, factor
 
 
+@stands_in_for(optim.adamw_update, CUDA)
 def adamw_update(
-    parameters: Sequence[Array],
-    grads: Sequence[Array],
-    ms: Sequence[Array],
-    vs: Sequence[Array],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decays: Sequence[float],
-    step: int,
-    gradient_scale: Array | None = None,
+    rows: list[Any], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
-    columns = [not p.flags.c_contiguous for p in parameters]  # what is stored so is transposed
-    parameters, grads, ms, vs = (
-        [array.T if column else array for array, column in zip(arrays, columns, strict=True)]
-        for arrays in (parameters, grads, ms, vs)
-    )
-    grads = [array_module(grad).ascontiguousarray(grad) for grad in grads]
-    float32(*parameters, *grads, *ms, *vs)
+    in_memory = []
+    for *arrays, decay in rows:  # those that are stored in columns go as their transposes
+        p, grad, m, v = arrays if arrays[0].flags.c_contiguous else [a.T for a in arrays]
+        in_memory.append((p, array_module(grad).ascontiguousarray(grad), m, v, decay))
+    float32(*(array for row in in_memory for array in row[:4]))
     corrections = 1 - beta1**step, 1 - beta2**step
-    for start in range(0, len(parameters), TENSORS_AT_ONCE):
-        some = slice(start, start + TENSORS_AT_ONCE)
-        table = _table(parameters[some], grads[some], ms[some], vs[some], decays[some])
-        (across,) = blocks(max(p.size for p in parameters[some]), "float32")
-        grid = (across, len(parameters[some]))
+    for start in range(0, len(rows), TENSORS_AT_ONCE):
+        parameters, grads, ms, vs, decays = zip(
+            *in_memory[start : start + TENSORS_AT_ONCE], strict=True
+        )
+        table = _table(parameters, grads, ms, vs, decays)
+        (across,) = blocks(max(p.size for p in parameters), "float32")
+        grid = (across, len(parameters))
         launch(
             *("optimizer", "adamw_update", "float32", grid, (THREADS,)),
-            *(table, gradient_scale, lr, beta1, beta2, eps, *corrections),
+            *(table, lr, beta1, beta2, eps, *corrections),
         )
 
 

@@ -1,8 +1,8 @@
-"""Products of a few rows with a matrix, which decoding is made of: bound by reading the matrix."""
+"""Products of a few rows with a matrix, which decoding consists of: bound by reading the matrix."""
 
 from __future__ import annotations
 
-from micrograd_gpt.arrays.backend import Array
+from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.kernels.in_cuda.arguments import THREADS, WARPS, activation, float32, strips
 from micrograd_gpt.kernels.in_cuda.modules import launch
 
@@ -17,10 +17,11 @@ def multiply_few_rows(
     stream: Array | None = None,
     gelu: bool = False,
 ) -> None:
-    """y (N, M) = x (N, K) @ weight (K, M) + bias, of GELU if so wanted; or added to `stream`.
+    """y (N, M) = x (N, K) @ weight (K, M) + bias, through GELU if wanted; or added to `stream`.
 
-    N is at most FEW_ROWS; the weight is stored either way around; `stream` (N, M) is float32, and
-    `y` is None where there is one. Raises Unsupported for arrays of several or other types.
+    N is at most FEW_ROWS, and the weight may be stored in rows or in columns. Where `stream` (N, M)
+    is given, which is float32, `y` is None. Raises NotForMe unless the other arrays are of one type
+    that the kernels take.
     """
     n, (k, m) = len(x), weight.shape
     stored = weight if weight.flags.c_contiguous else weight.T

@@ -1,9 +1,9 @@
-"""The CUDA sources of kernels/cuda/: what they declare, how they are compiled, how one is launched.
+"""The CUDA sources in sources/: what they declare, how they are compiled, how one is launched.
 
-A source is compiled by CuPy, through NVRTC, when a kernel of it is first launched, once for each
-activation type (and head size, for attention), and CuPy keeps the result in its own cache. No
-compiler has to be installed. A launch is checked against the kernel's declaration, which is read
-from the source: a wrong number or type of arguments is a TypeError, not garbage on the device.
+CuPy compiles a source through NVRTC when one of its kernels is first launched, once for each
+activation type (and head size, for attention), and keeps the result in its own cache. No compiler
+has to be installed. A launch is checked against the kernel's declaration, which is read from the
+source: a wrong number or type of arguments is a TypeError, not garbage on the device.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from micrograd_gpt.arrays.backend import Array
+from micrograd_gpt.arrays.devices import Array
 
 FOLDER = Path(__file__).parent / "sources"
 FILES = tuple(sorted(path.stem for path in FOLDER.glob("*.cu")))
 
 ACTIVATIONS = {"float32": "Float", "float16": "Half", "bfloat16": "BFloat16"}
-# By value: the C type and the NumPy type that goes there
+# What is passed by value: its type in C, and NumPy's type of the same size
 SCALARS = {
     "int": np.int32,
     "long long": np.int64,
     "unsigned long long": np.uint64,
     "float": np.float32,
 }
-TENSORS_AT_ONCE = 48  # in one launch over many tensors: all kernels' arguments must fit 4 KB
+TENSORS_AT_ONCE = 48  # in one launch over many tensors: a launch takes 4 KB of arguments
 TENSOR_TABLE = np.dtype(
     [
         ("sizes", np.int64, TENSORS_AT_ONCE),
@@ -58,13 +58,13 @@ def usable() -> bool:
 
 
 def tf32_wanted() -> bool:
-    """Whether float32 may be rounded to TF32 in products: what `backend.set_tf32` was told."""
+    """Whether products may round float32 to TF32: what `set_tf32` in arrays/devices.py set."""
     return os.environ.get("CUPY_TF32") == "1"
 
 
 @cache
 def source(file: str) -> str:
-    """The text of kernels/cuda/`file`.cu, with the files it includes in their places."""
+    """The text of sources/`file`.cu, with the text of the files that it includes."""
 
     def included(match: re.Match[str]) -> str:
         return (FOLDER / match[1]).read_text("utf-8").replace("#pragma once\n", "")
@@ -79,9 +79,9 @@ def source(file: str) -> str:
 def options(
     dtype: str, head_size: int = 0, dropout: bool = False, tf32: bool = False
 ) -> tuple[str, ...]:
-    """What the compiler is told, but for the device: CuPy adds that, and -ftz=true.
+    """The compiler's options, to which CuPy adds the device and -ftz=true.
 
-    The last three are for attention alone; `tf32` is for float32.
+    The last three arguments are for attention alone, `tf32` for float32 alone.
     """
     name = ACTIVATIONS[dtype]
     of_type = ("-std=c++17", f"-DACTIVATION={name}", f"-DACTIVATION_IS_{name.upper()}")
@@ -93,9 +93,9 @@ def options(
 
 
 def attention_block(dtype: str, head_size: int, tf32: bool = False) -> tuple[int, int]:
-    """How many rows of queries or keys a block of attention.cu works on, with how many threads.
+    """How many rows of queries or keys a block of attention.cu works on, and with how many threads.
 
-    In float32 without TF32 four tiles of so many rows lie in a block's 48 KB of shared memory.
+    In float32 without TF32, four tiles of that many rows fit a block's 48 KB of shared memory.
     """
     if dtype == "float32" and not tf32:
         rows = 32 if head_size <= 64 else 16
@@ -105,7 +105,7 @@ def attention_block(dtype: str, head_size: int, tf32: bool = False) -> tuple[int
 
 @cache
 def declarations(file: str) -> dict[str, tuple[Parameter, ...]]:
-    """The kernels of a source, each with its parameters."""
+    """The kernels in a source, each with its parameters."""
     text = re.sub(r"//.*", "", source(file))
     kernels = re.findall(r'extern "C" __global__ void (\w+)\(([^)]*)\)', text)
     return {name: tuple(map(_parameter, arguments.split(","))) for name, arguments in kernels}
@@ -113,7 +113,7 @@ def declarations(file: str) -> dict[str, tuple[Parameter, ...]]:
 
 def _parameter(text: str) -> Parameter:
     match = re.fullmatch(r"\s*(?:const )?([\w ]+?)\s*(\*?)\s*(\w+)\s*", text)
-    assert match, f"a kernel's parameter this cannot read: {text!r}"
+    assert match, f"cannot read this parameter of a kernel: {text!r}"
     return Parameter(match[1], bool(match[2]), match[3])
 
 
@@ -128,10 +128,10 @@ def launch(
     dropout: bool = False,
     tf32: bool = False,
 ) -> None:
-    """Start `kernel` of kernels/cuda/`file`.cu on the current stream; does not wait for it.
+    """Start `kernel` of sources/`file`.cu on the current stream, without waiting for it.
 
-    `dtype` is the activation type, "float32", "float16" or "bfloat16". An argument is an array or
-    None (a null pointer) where the kernel takes a pointer, else a number or a structured array.
+    `dtype` is the activation type: "float32", "float16" or "bfloat16". Where the kernel takes a
+    pointer the argument is an array or None (a null pointer), else a number or a structured array.
     Raises TypeError where the arguments are not what the kernel declares.
     """
     parameters, types = declarations(file)[kernel], _argument_types(file, kernel, dtype)
@@ -159,13 +159,13 @@ def launch(
 
 @cache
 def _argument_types(file: str, kernel: str, dtype: str) -> tuple[np.dtype, ...]:
-    """NumPy's type of each argument: of what a pointer points to, of a number, of a structure."""
+    """NumPy's type for each argument: what a pointer points to, a number, or a structure."""
     types: dict[str, Any] = {"Activation": dtype, **SCALARS, **STRUCTURES}
     return tuple(np.dtype(types[parameter.type]) for parameter in declarations(file)[kernel])
 
 
 def _is_number(argument: Any, expected: np.dtype) -> bool:
-    """Whether an argument can be passed as a number of this type: no fraction as an integer."""
+    """Whether an argument can be passed as a number of this type; a fraction is no integer."""
     if expected.kind == "f":
         return isinstance(argument, int | float | np.integer | np.floating)
     return isinstance(argument, int | np.integer)
@@ -184,7 +184,7 @@ def run(
     block: tuple[int, ...],
     values: list[Any],
 ) -> None:
-    """Launch on the GPU through CuPy: `values` are NumPy scalars and structures, by value."""
+    """Launch on the GPU through CuPy; `values`, NumPy scalars and structures, go by value."""
     _function(file, kernel, options)(grid, block, tuple(values))
 
 

@@ -2,11 +2,11 @@
 
 A step is seven short kernels a block. Launched from Python one by one, each takes longer to start
 than to run; so they are captured once, and started together from then on (CUDA C++ Programming
-Guide, "CUDA Graphs"). A graph repeats its launches with the arguments they had: it reads and writes
-arrays that stay where they are, and what changes from step to step, the tokens and how many the
-cache holds, is copied into such arrays before.
+Guide, "CUDA Graphs"). A graph repeats its launches with the arguments they had. So it reads and
+writes arrays that stay where they are, and what changes from step to step (the tokens, and how many
+of them the cache holds) is copied into such arrays first.
 
-Compiled and emulated; not yet run on a GPU.
+It has been compiled and emulated, but not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -22,50 +22,51 @@ from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
-from micrograd_gpt.arrays.backend import Array, array_module
+from micrograd_gpt import gpt2
+from micrograd_gpt.arrays.devices import Array, array_module
+from micrograd_gpt.arrays.stand_ins import CUDA, NotForMe, stands_in_for
+from micrograd_gpt.gpt2 import Block
 from micrograd_gpt.kernels.blocks import IN_LAYER_NORM, parameters_of
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
-from micrograd_gpt.kernels.in_cuda.arguments import (
-    HEAD_SIZES,
-    THREADS,
-    WARPS,
-    Unsupported,
-    activation,
-    float32,
-)
+from micrograd_gpt.kernels.in_cuda.arguments import HEAD_SIZES, activation, float32
+from micrograd_gpt.kernels.in_cuda.kernels import normalise
 from micrograd_gpt.kernels.in_cuda.matvec import FEW_ROWS, multiply_few_rows
 from micrograd_gpt.kernels.in_cuda.modules import launch
+from micrograd_gpt.tensor import Tensor, is_recorded
 
-MOST_STEPS = 2 * FEW_ROWS  # kept for a model: of a batch whose rows end one after another, say
+MOST_STEPS = 2 * FEW_ROWS  # kept for a model: say, for a batch whose rows end one after another
 
 
-def cached_blocks(x: Array, blocks: Sequence[Any], cache: Any) -> Array:
-    """As the definition, of one token a row: launch by launch the first time, then by a graph."""
-    rows, tokens, _ = x.shape
-    if tokens != 1 or rows > FEW_ROWS or not len(blocks) or not cuda_modules.usable():
-        raise Unsupported
-    layers = parameters_of(blocks)
+@stands_in_for(gpt2.through_blocks, CUDA)
+def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
+    """One token a row through all blocks: launch by launch the first time, then by a graph."""
+    rows, tokens, width = x.shape
+    few = tokens == 1 and rows <= FEW_ROWS and cache is not None
+    layers = parameters_of(blocks) if few and blocks and cuda_modules.usable() else None
     if layers is None:
-        raise Unsupported
-    data, width = cache.data, x.shape[2]
+        raise NotForMe
+    parameters = [parameter for layer in layers for parameter in layer]
+    if is_recorded(x, *parameters):
+        raise NotForMe
+    data = cache.data
     fits = data.shape[:3] == (len(blocks), 2, rows) and data.shape[3] * data.shape[5] == width
     fits = fits and cache.lengths.min() >= 0 and cache.lengths.max() < data.shape[4]
     if not fits or any(block.attn.n_head != data.shape[3] for block in blocks):
-        raise Unsupported  # the definition says what is wrong
-    arrays = [array for layer in layers for array in layer]
-    # A graph knows addresses alone: whatever cache lies at this one, so laid out, is served by it
+        raise NotForMe  # the definition says what is wrong
+    arrays = [parameter.data for parameter in parameters]
+    # A graph knows addresses alone: it serves any cache that lies at this one in the same layout
     place = (cuda_modules.address(data), data.shape, data.strides, data.dtype, len(blocks))
     steps = _STEPS.setdefault(blocks[0], {})
     step = steps.pop(place, None)
     if step is None or not step.reads(arrays):
-        step = TokenStep(x, arrays, data)
+        step = TokenStep(x.data, arrays, data)
     steps[place] = step  # the latest used comes last
     if len(steps) > MOST_STEPS:
         del steps[next(iter(steps))]
-    return step(x, blocks, cache)
+    return Tensor(step(x.data, blocks, cache))
 
 
-# The steps of a model, under its first block: they go when it does, and do not keep it or a cache.
+# The steps of a model, under its first block: they go when it goes, and keep no model and no cache.
 _STEPS: WeakKeyDictionary[Any, dict[tuple[Any, ...], TokenStep]] = WeakKeyDictionary()
 
 
@@ -75,20 +76,19 @@ class TokenStep:
     Args:
         x: new tokens (B, 1, C), float32.
         parameters: the arrays of all blocks' parameters, which are not kept alive.
-        data: that of the cache.
+        data: the cache's array, in the type of the matrices.
 
-    Raises Unsupported where a kernel does not take one of them.
+    Raises NotForMe where a kernel does not take one of them.
     """
 
     def __init__(self, x: Array, parameters: Sequence[Array], data: Array) -> None:
         (rows, _, width), xp = x.shape, array_module(x)
         float32(x, *(a for i, a in enumerate(parameters) if i % 12 in IN_LAYER_NORM))
         matrices = [a for i, a in enumerate(parameters) if i % 12 not in IN_LAYER_NORM]
-        self.dtype = activation(*(a if a.flags.c_contiguous else a.T for a in matrices))
-        if str(data.dtype) != self.dtype or data.strides[-1] != data.itemsize:
-            raise Unsupported
-        if data.shape[-1] not in HEAD_SIZES:
-            raise Unsupported
+        dtype = activation(*(a if a.flags.c_contiguous else a.T for a in matrices))
+        alike = str(data.dtype) == dtype and type(data) is type(x) is type(matrices[0])
+        if not alike or data.strides[-1] != data.itemsize or data.shape[-1] not in HEAD_SIZES:
+            raise NotForMe
         self.parameters = [ref(array) for array in parameters]
         self.lengths = xp.empty(rows, np.int64)  # of the rows, before the new token
         self.stream = xp.empty((rows, width), np.float32)
@@ -99,12 +99,12 @@ class TokenStep:
         self.steps, self.graph = 0, None
 
     def reads(self, parameters: Sequence[Array]) -> bool:
-        """Whether these are the very arrays that the launches read, whatever is in them."""
+        """Whether these are the same arrays that the launches read, whatever they hold now."""
         return all(map(operator.is_, (array() for array in self.parameters), parameters))
 
     def __call__(self, x: Array, blocks: Sequence[Any], cache: Any) -> Array:
         float32(x)
-        # Through memory of CuPy's own: the numbers are changed below, before the GPU may read them
+        # CuPy copies the lengths on the host first: they change below, before the GPU may read them
         self.lengths[...] = array_module(x).asarray(cache.lengths.astype(np.int64))
         self.stream[...] = x.reshape(self.stream.shape)
         if self.steps == 1:  # all kernels have been loaded by the first step's launches
@@ -118,18 +118,18 @@ class TokenStep:
         return self.stream.copy().reshape(x.shape)
 
     def _captured(self, blocks: Sequence[Any], data: Array) -> Any:
-        """The graph; None, after a warning, where the launches could not be captured."""
+        """The graph; where the launches could not be captured, None after a warning."""
         import cupy
 
         stream = cupy.cuda.Stream(non_blocking=True)  # the default one cannot be captured
         try:
             with stream:
-                # Nothing is allocated or read in between, and this mode would not allow it
+                # Nothing may be allocated or read in between, and in this mode that is an error
                 stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
                 try:
                     self.launch(blocks, data)
                 except BaseException:
-                    with suppress(RuntimeError):  # what went wrong is on its way already
+                    with suppress(RuntimeError):  # the first error is on its way already
                         stream.end_capture()
                     raise
                 return stream.end_capture()
@@ -151,12 +151,8 @@ class TokenStep:
             self._linear(self.hidden, mlp.c_proj, stream=stream)
 
     def _norm(self, norm: Any) -> None:
-        rows, width = self.stream.shape
-        launch(
-            *("layer_norm", "layer_norm_forward", self.dtype, (-(-rows // WARPS),), (THREADS,)),
-            *(self.stream, norm.weight.data, norm.bias.data, self.normed, self.mean, self.rstd),
-            *(rows, width, norm.eps),
-        )
+        weight, bias = norm.weight.data, norm.bias.data
+        normalise(self.stream, weight, bias, norm.eps, self.normed, self.mean, self.rstd)
 
     @staticmethod
     def _linear(x: Array, layer: Any, y: Array | None = None, **then: Any) -> None:
@@ -166,8 +162,8 @@ class TokenStep:
 def attend(qkv: Array, keys: Array, values: Array, lengths: Array, out: Array) -> None:
     """Attention of one new token a row, qkv (B, 3C), over itself and all before it -> out (B, C).
 
-    `keys` and `values` (B, H, capacity, D) hold `lengths[b]` tokens in row b, int64 on the device;
-    the new one's are written behind them.
+    `keys` and `values` (B, H, capacity, D) hold `lengths[b]` tokens in row b, where `lengths` is an
+    int64 array on the device; those of the new token are written behind them.
     """
     (b, heads, _, size), dtype = keys.shape, activation(qkv, out)
     strides = (stride // keys.itemsize for stride in keys.strides[:3])
@@ -182,7 +178,7 @@ def attend(qkv: Array, keys: Array, values: Array, lengths: Array, out: Array) -
 def _warn(problem: str) -> None:
     """Once for each problem."""
     warnings.warn(
-        f"decoding launches its kernels one by one, since they could not be captured: {problem}",
+        f"the kernels of decoding are launched one by one: they could not be captured ({problem})",
         RuntimeWarning,
         stacklevel=2,
     )

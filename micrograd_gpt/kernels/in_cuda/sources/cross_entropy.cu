@@ -2,18 +2,18 @@
 //
 // One block takes one row and reads it twice: once for the maximum and the sum of exponentials,
 // each thread keeping its own and correcting its sum when its maximum grows; once to write the
-// gradient, (softmax - 1 at the target) * scale, where the row's logits may stand. A row of an odd
-// V begins anywhere, so the packs are counted from the last aligned address at or before it.
+// gradient, softmax - 1 at the target, where the row's logits may stand. A row of an odd V begins
+// anywhere, so the packs are counted from the last aligned address at or before it.
 
 #include "common.cuh"
 
-// What target counts for nothing.
+// A target that counts for nothing.
 constexpr long long IGNORE = -100;
 
 // Block: any number of whole warps, grid: N. dlogits may be logits.
 extern "C" __global__ void cross_entropy_forward(
     const Activation* logits, const long long* targets, Activation* dlogits, float* losses,
-    int vocab_size, const float* scale
+    int vocab_size
 ) {
     long long start = (long long)blockIdx.x * vocab_size, target = targets[blockIdx.x];
     const Activation* row = logits + start;
@@ -46,11 +46,11 @@ extern "C" __global__ void cross_entropy_forward(
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) - (to_float(row[target]) - of_row);
     __syncthreads();
 
-    float scaled = *scale, factor = scaled / total;
+    float factor = 1.0f / total;
     for (int i = first; i < vocab_size; i += stride) {
         load_pack(row, i, vocab_size, values);
         for (int j = 0; j < PACK; j++) {
-            values[j] = expf(values[j] - of_row) * factor - (i + j == target ? scaled : 0.0f);
+            values[j] = expf(values[j] - of_row) * factor - (i + j == target ? 1.0f : 0.0f);
         }
         store_pack(out, i, vocab_size, values);
     }

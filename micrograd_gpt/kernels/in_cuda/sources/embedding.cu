@@ -1,17 +1,6 @@
-// Rows of a table (V, C) by their ids, and the sum of gradients back into the table.
+// The backward of picking rows of a table (V, C): gradients are added to the rows they came from.
 
 #include "common.cuh"
-
-// y (N, C) = weight[ids]. Block: 1-D; grid: (N, columns / (threads * PACK)).
-extern "C" __global__ void embedding_forward(
-    const float* weight, const long long* ids, Activation* y, int width
-) {
-    int column = (blockIdx.y * blockDim.x + threadIdx.x) * PACK;
-    if (column >= width) return;
-    float values[PACK];
-    load_pack(weight + ids[blockIdx.x] * width, column, width, values);
-    store_pack(y + (long long)blockIdx.x * width, column, width, values);
-}
 
 // dweight[id] += the rows of grad (N, C) whose id it is. `order` sorts the ids, so that equal ones
 // are neighbours: the block at the first of them adds them all, in that order, without atomics;

@@ -1,7 +1,7 @@
 // GELU and its backward.
 //
-// Element-wise over n activations, but for bias_gelu_forward: a thread takes PACK neighbours, then
-// the next ones a whole grid further on. Block: 1-D of any size.
+// Element-wise over n activations: a thread takes PACK neighbours, then the next ones a whole grid
+// further on. Block: 1-D of any size.
 
 #include "common.cuh"
 #include "gelu.cuh"
@@ -13,27 +13,6 @@ extern "C" __global__ void gelu_forward(const Activation* x, Activation* y, long
         load_pack(x, i, n, values);
         for (float& value : values) value = gelu(value);
         store_pack(y, i, n, values);
-    }
-}
-
-// bias (M) onto each row of x (N, M), in place, and y = gelu of that: as if gelu_forward read what
-// add_bias in sums.cu has written, rounding included. Block and grid as there.
-extern "C" __global__ void bias_gelu_forward(
-    Activation* x, const Activation* bias, Activation* y, int rows, int width
-) {
-    int column = (blockIdx.x * blockDim.x + threadIdx.x) * PACK;
-    if (column >= width) return;
-    float values[PACK], shift[PACK];
-    load_pack(bias, column, width, shift);
-    for (int row = blockIdx.y; row < rows; row += gridDim.y) {
-        long long start = (long long)row * width;
-        load_pack(x + start, column, width, values);
-        for (int j = 0; j < PACK; j++) {
-            values[j] = to_float(rounded<Activation>(values[j] + shift[j]));
-        }
-        store_pack(x + start, column, width, values);
-        for (float& value : values) value = gelu(value);
-        store_pack(y + start, column, width, values);
     }
 }
 

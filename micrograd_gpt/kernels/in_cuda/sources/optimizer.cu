@@ -15,11 +15,10 @@ struct TensorTable {
     float decays[TENSORS_AT_ONCE];
 };
 
-// Algorithm 2 of Loshchilov & Hutter 2019, as PyTorch orders it. `gradient_scale` (one number on
-// the device, or null) multiplies every gradient: that is how clipping costs no pass of its own.
+// Algorithm 2 of Loshchilov & Hutter 2019, as PyTorch orders it.
 extern "C" __global__ void adamw_update(
-    TensorTable tensors, const float* gradient_scale, float lr, float beta1, float beta2, float eps,
-    float correction1, float correction2
+    TensorTable tensors, float lr, float beta1, float beta2, float eps, float correction1,
+    float correction2
 ) {
     int tensor = blockIdx.y;
     long long n = tensors.sizes[tensor];
@@ -28,7 +27,6 @@ extern "C" __global__ void adamw_update(
     float* first = reinterpret_cast<float*>(tensors.arrays[FIRST_MOMENT][tensor]);
     float* second = reinterpret_cast<float*>(tensors.arrays[SECOND_MOMENT][tensor]);
     float kept = 1.0f - lr * tensors.decays[tensor];
-    float scale = gradient_scale ? *gradient_scale : 1.0f;
 
     long long stride = (long long)gridDim.x * blockDim.x * PACK;
     for (long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * PACK; i < n; i += stride) {
@@ -38,9 +36,8 @@ extern "C" __global__ void adamw_update(
         load_pack(first, i, n, m);
         load_pack(second, i, n, v);
         for (int j = 0; j < PACK; j++) {
-            float grad = g[j] * scale;
-            m[j] = beta1 * m[j] + (1.0f - beta1) * grad;
-            v[j] = beta2 * v[j] + (1.0f - beta2) * grad * grad;
+            m[j] = beta1 * m[j] + (1.0f - beta1) * g[j];
+            v[j] = beta2 * v[j] + (1.0f - beta2) * g[j] * g[j];
             float step = lr * (m[j] / correction1) / (sqrtf(v[j] / correction2) + eps);
             p[j] = p[j] * kept - step;
         }

@@ -1,4 +1,4 @@
-// What ends a residual branch: dropout, and the addition to the residual stream.
+// Dropout.
 //
 // Element i draws number i of the key, so the backward makes the mask again: it is `dropout` of
 // the gradient with the same key. A thread takes PACK neighbours; block: 1-D of any size.
@@ -23,19 +23,5 @@ extern "C" __global__ void dropout(
         load_pack(x, i, n, values);
         drop(values, i, key, p);
         store_pack(y, i, n, values);
-    }
-}
-
-// sum = stream + branch, where the residual stream, float32, meets a branch that may be kept in half.
-extern "C" __global__ void residual_add(
-    const float* stream, const Activation* branch, float* sum, long long n
-) {
-    long long stride = (long long)gridDim.x * blockDim.x * PACK;
-    for (long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * PACK; i < n; i += stride) {
-        float values[PACK], others[PACK];
-        load_pack(branch, i, n, values);
-        load_pack(stream, i, n, others);
-        for (int j = 0; j < PACK; j++) values[j] += others[j];
-        store_pack(sum, i, n, values);
     }
 }
