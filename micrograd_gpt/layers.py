@@ -142,8 +142,7 @@ def flat_targets(targets: Any, rows: Tensor, vocab_size: int) -> tuple[Array, Ar
     labels = checked_ids(targets, vocab_size, or_ignore=True)
     if labels.shape != rows.shape[:-1]:
         raise ValueError(f"targets of shape {labels.shape} for rows of shape {rows.shape[:-1]}")
-    labels = np.asarray(labels.reshape(-1), like=rows.data)
     count = (labels != IGNORE).sum(dtype=np.float32)
     if isinstance(labels, np.ndarray) and count == 0:
         raise ValueError(f"every target is ignored ({IGNORE})")
-    return labels, count
+    return np.asarray(labels.reshape(-1), like=rows.data), count

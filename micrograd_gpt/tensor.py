@@ -436,7 +436,7 @@ def as_tensor(value: Any, like: Tensor) -> Tensor:
     if not isinstance(value, int | float | np.number):
         raise TypeError(f"a tensor combines with tensors, arrays and numbers, not with {value!r}")
     fits = like.dtype.kind not in "iub" or isinstance(value, int | np.integer)
-    return Tensor(np.full_like(like.data, value, like.dtype if fits else np.float32, shape=()))
+    return Tensor(np.asarray(value, like.dtype if fits else np.float32, like=like.data))
 
 
 def with_axes(y: Array, axis: Any, keepdims: bool) -> Array:
