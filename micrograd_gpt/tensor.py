@@ -401,9 +401,7 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
     a, b = operands("where", a, b)
     mask = np.asarray(condition.data if isinstance(condition, Tensor) else condition, like=a.data)
     y = np.where(mask, a.data, b.data)
-    return record(
-        "where", y, [a, b], lambda grad: (np.where(mask, grad, 0), np.where(mask, 0, grad))
-    )
+    return record("where", y, [a, b], lambda g: (np.where(mask, g, 0), np.where(mask, 0, g)))
 
 
 def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:

@@ -50,7 +50,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
         loss = loss + total
         if wanted:
             dx[part] = dpart
-            dweight = dw if dweight is None else np.add(dweight, dw, out=dweight)
+            if dweight is None:
+                dweight = dw
+            else:
+                dweight += dw
 
     def backward(grad: Array) -> tuple[Array, Array]:
         factor = grad / count

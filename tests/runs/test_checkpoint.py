@@ -25,6 +25,7 @@ from micrograd_gpt.support.file_sets import SAVED
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import CharTokenizer
 from micrograd_gpt.weights.config import read_config
+from micrograd_gpt.weights.saving import save_pretrained
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 5, "n_positions": 6}
@@ -87,7 +88,7 @@ def test_weights_may_be_stored_smaller(tmp_path: Path, dtype: str) -> None:
 def test_a_set_of_two_steps_is_named(tmp_path: Path) -> None:
     model, optimizer = trained()
     checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
-    model.save_pretrained(tmp_path, metadata={"step": "3"})
+    save_pretrained(model, tmp_path, metadata={"step": "3"})
     with pytest.raises(UserError, match=r"model\.safetensors is from step 3, .* from step 2"):
         checkpoint.load_run(tmp_path, model, optimizer)
 
