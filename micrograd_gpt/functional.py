@@ -1,9 +1,8 @@
 """The layers of `layers.py` fused: under the same names, each forward beside its backward.
 
-`x_forward` takes arrays and returns the result, and what the backward needs of it. `x_backward`
-takes the gradient of the result and returns those of the inputs; its docstring says what was saved
-and what is computed again. Then comes the layer on tensors, which runs the forward and puts the
-backward on the tape. Here they are written to be read; `kernels/` has each of them faster.
+`x_forward` returns the result, and what the backward needs of it. `x_backward` takes the gradient
+of the result and returns those of the inputs; it says what was saved. The layer on tensors runs the
+forward and puts the backward on the tape. `kernels/` has the same faster, and harder to read.
 
     B batch   T time (tokens)   C channels   H heads   D head size   V vocabulary   N rows: B × T
 """
@@ -16,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from micrograd_gpt import layers
-from micrograd_gpt.arrays.stand_ins import definition, stands_in_for
+from micrograd_gpt.arrays.stand_ins import NotForMe, definition, stands_in_for
 from micrograd_gpt.layers import GELU_CUBIC, GELU_SCALE, IGNORE, Key, causal_mask, dropout_factors
-from micrograd_gpt.tensor import Array, Tensor, record
+from micrograd_gpt.tensor import Array, Tensor, is_recorded, record
 
 dropout, embedding, softmax = layers.dropout, layers.embedding, layers.softmax  # as they are
 log_softmax, linear_cross_entropy = layers.log_softmax, layers.linear_cross_entropy
@@ -146,40 +145,46 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
 @definition
 def attention_backward(
     grad: Array, q: Array, k: Array, v: Array, out: Array, log_total: Array, p: float, key: Key
-) -> tuple[Array, Array, Array]:
-    """Gradients of q, k and v, each (B, H, T, D). Saved: q, k, v, the output and log_total.
-
-    The weights are computed again: exp(score - log_total). The softmax's backward needs the sum of
-    weight × dweight along each row, which equals output · grad, with dropout and without (Dao et
-    al. 2022, arXiv:2205.14135, appendix B.2).
-    """
+) -> Array:
+    """Gradients of q, k and v, as one array (B, T, 3, H, D). Saved: q, k, v, out and log_total,
+    from which the weights are computed again. The softmax's backward needs each row's sum of weight
+    × dweight, which equals output · grad (Dao et al. 2022, arXiv:2205.14135, appendix B.2)."""
     scale = 1 / math.sqrt(q.shape[-1])
-    scores = q @ k.swapaxes(-1, -2) * scale  # (B, H, T, S)
+    scores = q @ k.swapaxes(-1, -2) * scale  # (B, H, T, T)
     weights = np.exp(scores - log_total[..., None])
     weights = np.where(causal_mask(q.shape[-2], k.shape[-2], q), weights, 0)
-    dweights = grad @ v.swapaxes(-1, -2)  # (B, H, T, S)
+    dweights = grad @ v.swapaxes(-1, -2)  # (B, H, T, T)
     dropped = weights
     if p:
         factors = dropout_factors(weights, p, key)
         dropped, dweights = weights * factors, dweights * factors
     row_sums = (grad * out).sum(axis=-1, keepdims=True)  # (B, H, T, 1)
     dscores = weights * (dweights - row_sums) * scale
-    dq, dk = dscores @ k, dscores.swapaxes(-1, -2) @ q
-    return dq, dk, dropped.swapaxes(-1, -2) @ grad
+    dq, dk = dscores @ k, dscores.swapaxes(-1, -2) @ q  # (B, H, T, D)
+    dv = dropped.swapaxes(-1, -2) @ grad
+    return np.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4)
+
+
+@stands_in_for(layers.self_attention, "fused")
+def self_attention(qkv: Tensor, p: float = 0.0, key: Key = ()) -> Tensor:
+    """Each token's attention to itself and all before it: (B, T, 3, H, D) -> (B, T, H, D)."""
+    q, k, v = qkv.data.transpose(2, 0, 3, 1, 4)  # each (B, H, T, D)
+    out, log_total = attention_forward(q, k, v, p, key)
+
+    def backward(grad: Array) -> tuple[Array]:
+        return (attention_backward(grad.swapaxes(1, 2), q, k, v, out, log_total, p, key),)
+
+    return record("self_attention", out.swapaxes(1, 2), [qkv], backward)
 
 
 @stands_in_for(layers.attention, "fused")
 def attention(q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, key: Key = ()) -> Tensor:
-    """Causal attention: queries (B, H, T, D) over keys and values (B, H, S, D) -> (B, H, T, D)."""
+    """Causal attention, (B, H, T, D) over (B, H, S, D), where no gradient is wanted of it."""
     fits = k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
     check_shapes(fits and q.shape[2] <= k.shape[2], "attention", q, k, v)
-    x, y, z = q.data, k.data, v.data
-    out, log_total = attention_forward(x, y, z, p, key)
-
-    def backward(grad: Array) -> tuple[Array, ...]:
-        return attention_backward(grad, x, y, z, out, log_total, p, key)
-
-    return record("attention", out, [q, k, v], backward)
+    if is_recorded(q, k, v):
+        raise NotForMe
+    return Tensor(attention_forward(q.data, k.data, v.data, p, key)[0])
 
 
 @definition

@@ -48,12 +48,11 @@ class CausalSelfAttention(Module):
     def __call__(self, x: Tensor, past: Any = None) -> Tensor:
         b, t, c = x.shape
         qkv = self.c_attn(x).reshape(b, t, 3, self.n_head, c // self.n_head)
-        q, k, v = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))  # each (B, H, T, D)
         if past is None:
-            mixed = layers.attention(q, k, v, *self.attn_dropout.draw())  # (B, H, T, D)
+            mixed = layers.self_attention(qkv, *self.attn_dropout.draw())  # (B, T, H, D)
         else:
-            mixed = past.attention(q, k, v)  # the same, over older keys and values too
-        mixed = mixed.swapaxes(1, 2).reshape(b, t, c)  # the heads side by side again
+            mixed = past.attention(qkv)  # the same, over older keys and values too
+        mixed = mixed.reshape(b, t, c)  # the heads side by side again
         return self.resid_dropout(self.c_proj(mixed))  # (B, T, C)
 
 

@@ -69,14 +69,19 @@ def log_softmax(x: Tensor) -> Tensor:
 @definition
 def attention(q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, key: Key = ()) -> Tensor:
     """Causal attention, softmax(q kᵀ / √D) v: queries (B, H, T, D), keys and values (B, H, S, D).
-
     The last query stands at the last key, and each sees the keys up to its own place. Attention
-    weights are dropped with probability p. Vaswani et al. 2017 (arXiv:1706.03762).
-    """
+    weights are dropped with probability p. Vaswani et al. 2017 (arXiv:1706.03762)."""
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, T, S)
     may_look = causal_mask(q.shape[-2], k.shape[-2], q.data)  # (T, S)
     weights = softmax(where(may_look, scores, -np.inf))
     return (dropout(weights, p, key) if p else weights) @ v  # (B, H, T, D)
+
+
+@definition
+def self_attention(qkv: Tensor, p: float = 0.0, key: Key = ()) -> Tensor:
+    """Each token's attention to itself and all before it: (B, T, 3, H, D) -> (B, T, H, D)."""
+    q, k, v = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))  # each (B, H, T, D)
+    return attention(q, k, v, p, key).swapaxes(1, 2)
 
 
 @definition
@@ -86,9 +91,8 @@ def dropout_forward(x: Array, p: float, key: Key) -> Array:
 
 
 def dropout(x: Tensor, p: float, key: Key) -> Tensor:
-    """Zero each element of x with probability p and divide the others by 1 - p. Which ones is a
-    function of `key`, on each device its own: for the gradient they are drawn again. Srivastava et
-    al. 2014."""
+    """Zero each element of x with probability p and divide the others by 1 - p (Srivastava et al.
+    2014). Which ones is a function of `key`, on each device its own: the backward draws again."""
     y = dropout_forward(x.data, p, key)
     return record("dropout", y, [x], lambda grad: (dropout_forward(grad, p, key),))
 

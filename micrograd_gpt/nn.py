@@ -84,11 +84,8 @@ class Module:
 
 
 class Linear(Module):
-    """x (…, n_in) -> x @ weight + bias (…, n_out); weight (n_in, n_out) as GPT-2 stores it.
-
-    In memory the weights of one output lie side by side (Fortran order), since decoding multiplies
-    one row at a time: each output is then a product of two rows of adjacent numbers.
-    """
+    """x (…, n_in) -> x @ weight + bias (…, n_out); weight (n_in, n_out) as GPT-2 stores it, but in
+    Fortran order: decoding multiplies one row at a time, and then reads adjacent numbers."""
 
     def __init__(self, n_in: int, n_out: int, init: Init, std: float = 0.02) -> None:
         self.weight = Parameter(np.asfortranarray(init((n_in, n_out), std)))

@@ -30,7 +30,6 @@ def adamw_update(
 
 class AdamW:
     """Adam with decoupled weight decay, in place; a tensor whose `.grad` is None is left alone.
-
     `lr` may be changed between steps. `weight_decay` applies to tensors of two or more dimensions
     only: not to biases and LayerNorm's, as GPT-2 and GPT-3 were trained. The moments `m` and `v`
     are in the order of `parameters`. ValueError for 16 bits, where most updates round to nothing.
@@ -72,11 +71,9 @@ class AdamW:
 @definition
 def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> Any:
     """Scale all gradients in place so that their joint Euclidean norm is at most `max_norm`; those
-    of a loss that was multiplied by `loss_scale` are divided by it first.
-
-    Returns the norm before clipping (Pascanu et al. 2013, arXiv:1211.5063): a float, or on a GPU an
-    array that nobody has waited for yet. Where it is not finite nothing is scaled.
-    """
+    of a loss that was multiplied by `loss_scale` are divided by it first. Returns the norm before
+    clipping (Pascanu et al. 2013, arXiv:1211.5063): a float, or on a GPU an array that nobody has
+    waited for yet. Where it is not finite nothing is scaled."""
     grads: list[Any] = [p.grad for p in parameters if p.grad is not None]
     norm = np.sqrt(sum((grad * grad).sum() for grad in grads)) / loss_scale
     factor = max_norm / np.maximum(norm, max_norm) / loss_scale

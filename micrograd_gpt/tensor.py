@@ -204,9 +204,8 @@ class Tensor:
         return len(self.data)
 
     def __repr__(self) -> str:
-        made_by = f", made by {self._node.name}" if self._node else ""
-        leaf = ", requires_grad=True" if self.requires_grad and not self._node else ""
-        return f"Tensor({self.data!r}{leaf}{made_by})"
+        leaf = ", requires_grad=True" if self.requires_grad else ""
+        return f"Tensor({self.data!r}{f', made by {self._node.name}' if self._node else leaf})"
 
     def numpy(self) -> np.ndarray:
         """The data as a NumPy array: itself on the CPU, a copy from the GPU."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from micrograd_gpt.arrays.memory import keep_freed_memory
 from micrograd_gpt.arrays.precision import widened
 from micrograd_gpt.generation.kv_cache import KVCache, bytes_of_cache
 from micrograd_gpt.gpt2 import GPT2
@@ -76,6 +77,7 @@ class Context:
     """
 
     def __init__(self, model: GPT2, rows: int, longest: int, use_cache: bool = True) -> None:
+        keep_freed_memory()  # a long prompt allocates the same large arrays in every block
         self.model, self.n_positions = model, model.config.n_positions
         capacity = min(longest, self.n_positions)
         self.cache = _allocate(model, rows, capacity) if use_cache else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import numpy as np
 
@@ -82,30 +81,31 @@ class Past:
     def __init__(self, keys: Array, values: Array, lengths: np.ndarray) -> None:
         self.keys, self.values, self.lengths = keys, values, lengths
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of new tokens, each (B, H, T, D), over the older ones and themselves.
+    def attention(self, qkv: Tensor) -> Tensor:
+        """Causal attention of new tokens, (B, T, 3, H, D), over the older ones and themselves.
 
-        The new keys and values are written behind the older ones. Raises ValueError where they do
-        not fit, RuntimeError where a gradient is wanted, which a cache cannot give.
+        Returns (B, T, H, D). The new keys and values are written behind the older ones. Raises
+        ValueError where they do not fit, RuntimeError where a gradient is wanted, which a cache
+        cannot give.
         """
-        if is_recorded(q, k, v):
+        if is_recorded(qkv):
             raise RuntimeError("a KV cache is for decoding: use it within no_grad()")
-        starts, t = self.lengths, q.shape[2]
+        starts, t = self.lengths, qkv.shape[1]
         if starts.max() + t > self.keys.shape[2]:
             room = self.keys.shape[2]
             raise ValueError(f"the KV cache holds {room} positions, not {starts.max() + t}")
+        q, k, v = qkv.data.transpose(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if (starts == starts[0]).all():  # rows of one length go together, others one by one
             return Tensor(self._attention(slice(None), int(starts[0]), q, k, v))
-        rows = [slice(row, row + 1) for row in range(len(starts))]
         parts = [
-            self._attention(row, int(start), q, k, v)
-            for row, start in zip(rows, starts, strict=True)
+            self._attention(slice(row, row + 1), int(start), q, k, v)
+            for row, start in enumerate(starts)
         ]
         return Tensor(np.concatenate(parts))
 
-    def _attention(self, rows: slice, start: int, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    def _attention(self, rows: slice, start: int, q: Array, k: Array, v: Array) -> Array:
         end = start + q.shape[2]
-        self.keys[rows, :, start:end] = k.data[rows]
-        self.values[rows, :, start:end] = v.data[rows]
+        self.keys[rows, :, start:end], self.values[rows, :, start:end] = k[rows], v[rows]
         keys, values = self.keys[rows, :, :end], self.values[rows, :, :end]
-        return layers.attention(Tensor(q.data[rows]), Tensor(keys), Tensor(values)).data
+        mixed = layers.attention(Tensor(q[rows]), Tensor(keys), Tensor(values))
+        return mixed.data.swapaxes(1, 2)  # (B, T, H, D)

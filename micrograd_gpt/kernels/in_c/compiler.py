@@ -16,7 +16,6 @@ import subprocess
 import tempfile
 import threading
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 from micrograd_gpt.arrays.stand_ins import described_by
@@ -36,6 +35,7 @@ TARGETS = ("-march=native -mprefer-vector-width=512", "-march=native", "-mcpu=na
 PATIENCE = 120  # seconds for one call of the compiler; it takes a few
 
 _LOADING = threading.Lock()
+_READY: dict[int, tuple[ctypes.CDLL | None, str]] = {}  # by the number of the process
 
 
 def library() -> ctypes.CDLL | None:
@@ -50,12 +50,15 @@ def report() -> str:
 
 
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
-    with _LOADING:  # of two that compile at once, each would write over the other's file
-        return _load(os.getpid())
+    process = os.getpid()
+    if process not in _READY:
+        with _LOADING:  # of two that compile at once, each would write over the other's file
+            if process not in _READY:
+                _READY[process] = _load()
+    return _READY[process]
 
 
-@cache
-def _load(process: int) -> tuple[ctypes.CDLL | None, str]:
+def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library and the report, for this process: a forked child has to start threads anew."""
     try:
         compiler = _compiler()

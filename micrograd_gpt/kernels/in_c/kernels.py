@@ -264,14 +264,15 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
 @in_c(functional.attention_backward)
 def attention_backward(
     grad: Array, q: Array, k: Array, v: Array, out: Array, log_total: Array, p: float, key: Key
-) -> tuple[Array, Array, Array]:
+) -> Array:
     check(grad, q, k, v)
     if p or k.shape != q.shape:
         raise NotForMe
     b, h, t, d = q.shape
     # The C code reads these two as (B, T, H, D) without gaps, which the forward made them.
     grad, out, log_total = contiguous(grad.swapaxes(1, 2), out.swapaxes(1, 2), log_total)
-    dq, dk, dv = (np.empty((b, t, h, d), np.float32).swapaxes(1, 2) for _ in range(3))
+    dqkv = np.empty((b, t, 3, h, d), np.float32)
+    dq, dk, dv = dqkv.transpose(2, 0, 3, 1, 4)  # views, each (B, H, T, D)
     call(
         "attention_backward",
         _AttentionBackward(
@@ -280,7 +281,7 @@ def attention_backward(
             *map(_head_strides, (dq, dk, dv)),
         ),
     )
-    return dq, dk, dv
+    return dqkv
 
 
 # -------------------------------------------------------------------------------- cross-entropy

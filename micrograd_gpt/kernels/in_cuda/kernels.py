@@ -263,8 +263,8 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
 @stands_in_for(functional.attention_backward, CUDA)
 def attention_backward(
     grad: Array, q: Array, k: Array, v: Array, out: Array, log_total: Array, p: float, key: Key
-) -> tuple[Array, Array, Array]:
-    """As the definition; the gradients lie in memory as (B, T, H, D), all in the type of q."""
+) -> Array:
+    """As the definition; the kernels write straight into the one array where its rows allow it."""
     dtype, (b, h, t, d), xp = _heads(q, k, v), q.shape, array_module(q)
     _check_probability(p)
     float32(log_total)
@@ -273,7 +273,9 @@ def attention_backward(
     if activation(grad, out) != dtype or k.shape != q.shape or grad.shape != (b, t, h, d):
         raise NotForMe
     q, k, v = _aligned(q, k, v)
-    dq, dk, dv = (xp.empty((b, t, h, d), q.dtype).swapaxes(1, 2) for _ in range(3))
+    dqkv = xp.empty((b, t, 3, h, d), q.dtype)
+    parts = dqkv.transpose(2, 0, 3, 1, 4)  # views, each (B, H, T, D)
+    dq, dk, dv = parts if _are_aligned(*parts) else xp.empty((3, b, h, t, d), q.dtype)
     delta = xp.empty((b, h, t), np.float32)
     grid, block = (-(-(b * t * h) // WARPS),), (THREADS,)
     variant = {"head_size": d, "dropout": bool(p), "tf32": _in_tf32(dtype)}
@@ -290,7 +292,9 @@ def attention_backward(
             *(*_strides(written[0]), 1 / math.sqrt(d), seed, p),
             **variant,
         )
-    return dq, dk, dv
+    if not _are_aligned(*parts):
+        parts[0], parts[1], parts[2] = dq, dk, dv
+    return dqkv
 
 
 def _heads(q: Array, k: Array, v: Array) -> str:

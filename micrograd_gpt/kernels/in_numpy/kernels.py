@@ -294,12 +294,13 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
 @stands_in_for(functional.attention_backward, "numpy")
 def attention_backward(
     grad: Array, q: Array, k: Array, v: Array, out: Array, log_total: Array, p: float, key: Key
-) -> tuple[Array, Array, Array]:
+) -> Array:
     check(grad, q, k, v, out, log_total)
     b, h, t, d = q.shape
     if k.shape != q.shape:
         raise NotForMe
-    dq, dk, dv = (np.empty((b, t, h, d), q.dtype).swapaxes(1, 2) for _ in range(3))
+    dqkv = np.empty((b, t, 3, h, d), q.dtype)
+    dq, dk, dv = dqkv.transpose(2, 0, 3, 1, 4)  # views, each (B, H, T, D)
     scale = 1 / math.sqrt(d)
     groups = _head_groups(b, h, _block_count(b * h * min(t, ROWS) * t))
 
@@ -330,7 +331,7 @@ def attention_backward(
                 dk[seen] += dscores.swapaxes(-1, -2) @ scaled_q
 
     parallel(group, len(groups))
-    return dq, dk, dv
+    return dqkv
 
 
 def _scores(q: Array, k: Array) -> tuple[Array, Array]:
