@@ -122,8 +122,7 @@ def test_half_precision_arrays_are_2_bytes_wide(dtype: str, cupy: ModuleType) ->
         block = model.transformer.h[0]
         qkv = block.attn.c_attn(block.ln_1(x))
         hidden = layers.gelu(block.mlp.c_fc(block.ln_2(x)))
-        q, k, v = (qkv[:, :, i * 32 : i * 32 + 32].reshape(1, 8, 2, 16) for i in range(3))
-        attended = layers.attention(q, k, v)
+        attended = layers.self_attention(qkv.reshape(1, 8, 3, 2, 16))
         dropped = layers.dropout(attended, 0.5, (1,))
         for tensor in (qkv, hidden, attended, dropped, model(np.arange(8)[None])):
             assert tensor.dtype == tensor.numpy().dtype == kept
