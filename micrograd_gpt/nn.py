@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -56,26 +56,26 @@ class Module:
             elif isinstance(value, list):
                 yield from ((f"{name}.{i}", part) for i, part in enumerate(value))
 
-    def modules(self) -> Iterator[Module]:
-        """This module and all below it."""
-        yield self
-        for _, part in self.children():
-            yield from part.modules()
-
-    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
-        """All parameters in the order they were made, with names like `h.0.attn.c_attn.weight`."""
-        for name, value in vars(self).items():
-            if isinstance(value, Parameter):
-                yield prefix + name, value
+    def modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """This module and all below it, each with what the names of its parameters begin with."""
+        yield prefix, self
         for name, part in self.children():
-            yield from part.named_parameters(f"{prefix}{name}.")
+            yield from part.modules(f"{prefix}{name}.")
+
+    def named_parameters(self) -> Iterable[tuple[str, Parameter]]:
+        """All parameters, each once, in the order of their making, as `h.0.attn.c_attn.weight`."""
+        found: dict[int, tuple[str, Parameter]] = {}
+        for prefix, part in self.modules():
+            for name, value in vars(part).items():
+                if isinstance(value, Parameter):
+                    found.setdefault(id(value), (prefix + name, value))
+        return found.values()
 
     def parameters(self) -> list[Parameter]:
-        """All parameters; one that stands in several places comes once."""
-        return list({id(parameter): parameter for _, parameter in self.named_parameters()}.values())
+        return [parameter for _, parameter in self.named_parameters()]
 
     def train(self, mode: bool = True) -> Any:
-        for part in self.modules():
+        for _, part in self.modules():
             part.training = mode
         return self
 

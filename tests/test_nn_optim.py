@@ -58,6 +58,15 @@ def test_a_shared_parameter_counts_once() -> None:
     assert len({id(p) for p in net.parameters()}) == 5
 
 
+def test_a_parameter_that_stands_in_several_places_comes_once_under_its_first_name() -> None:
+    net = Net()
+    names = [name for name, _ in net.named_parameters()]
+    net.blocks[0].weight = net.first.weight
+    tied = dict(net.named_parameters())
+    assert list(tied) == [name for name in names if name != "blocks.0.weight"]
+    assert len(net.parameters()) == len(names) - 1
+
+
 def test_train_and_eval_reach_every_part() -> None:
     net = Net()
     ids = np.array([0, 1, 2])

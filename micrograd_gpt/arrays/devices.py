@@ -106,7 +106,7 @@ def to_device(array: Array, device: str) -> Array:
 def move(model: Any, device: str) -> None:
     """Move all tensors of a model (nn.Module), and their gradients, to "cpu" or "gpu"; make the
     optimizer after this."""
-    for part in model.modules():
+    for _, part in model.modules():
         for tensor in vars(part).values():
             if hasattr(tensor, "requires_grad"):
                 tensor.data = to_device(tensor.data, device)

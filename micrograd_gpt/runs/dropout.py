@@ -10,6 +10,6 @@ def set_dropout(model: GPT2, p: float) -> None:
     """Drop embeddings, attention weights and residual branches with probability p."""
     c = model.config
     c.embd_pdrop = c.attn_pdrop = c.resid_pdrop = p
-    for part in model.modules():
+    for _, part in model.modules():
         if isinstance(part, Dropout):
             part.p = p
