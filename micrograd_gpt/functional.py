@@ -1,8 +1,8 @@
 """The layers of `layers.py` fused: under the same names, each forward beside its backward.
 
-`x_forward` returns the result, and what the backward needs of it. `x_backward` takes the gradient
-of the result and returns those of the inputs; it says what was saved. The layer on tensors runs the
-forward and puts the backward on the tape. `kernels/` has the same faster, and harder to read.
+`linear_forward` and the like return the result, then what their backward needs; `linear_backward`
+takes the gradient of the result, returns those of the inputs, and says what was saved. The layer on
+tensors puts both on the tape; its name here and in `layers` is one, whichever of them computes.
 
     B batch   T time (tokens)   C channels   H heads   D head size   V vocabulary   N rows: B × T
 """
@@ -19,7 +19,7 @@ from micrograd_gpt.arrays.stand_ins import NotForMe, definition, stands_in_for
 from micrograd_gpt.layers import GELU_CUBIC, GELU_SCALE, IGNORE, Key, causal_mask, dropout_factors
 from micrograd_gpt.tensor import Array, Tensor, is_recorded, record
 
-dropout, embedding, softmax = layers.dropout, layers.embedding, layers.softmax  # as they are
+dropout, embedding, softmax = layers.dropout, layers.embedding, layers.softmax  # not fused
 log_softmax, linear_cross_entropy = layers.log_softmax, layers.linear_cross_entropy
 
 
@@ -78,7 +78,7 @@ def layer_norm_forward(
 def layer_norm_backward(
     grad: Array, x: Array, weight: Array, mean: Array, rstd: Array
 ) -> tuple[Array, Array, Array]:
-    """Gradients of x, weight, bias. Saved: x, mean, rstd, which give the normalised rows n again.
+    """Gradients of x, weight, bias. Saved: x, mean, rstd (the normalised rows n again), weight.
     Mean and deviation move with x, which takes away the parts of dn = grad * weight along 1 and
     along n: dx = rstd * (dn - mean(dn) - n * mean(dn * n))."""
     normed = (x - mean) * rstd  # (N, C)
@@ -151,8 +151,8 @@ def attention_backward(
     × dweight, which equals output · grad (Dao et al. 2022, arXiv:2205.14135, appendix B.2)."""
     scale = 1 / math.sqrt(q.shape[-1])
     scores = q @ k.swapaxes(-1, -2) * scale  # (B, H, T, T)
+    scores = np.where(causal_mask(q.shape[-2], k.shape[-2], q), scores, -np.inf)
     weights = np.exp(scores - log_total[..., None])
-    weights = np.where(causal_mask(q.shape[-2], k.shape[-2], q), weights, 0)
     dweights = grad @ v.swapaxes(-1, -2)  # (B, H, T, T)
     dropped = weights
     if p:
@@ -179,26 +179,26 @@ def self_attention(qkv: Tensor, p: float = 0.0, key: Key = ()) -> Tensor:
 
 @stands_in_for(layers.attention, "fused")
 def attention(q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, key: Key = ()) -> Tensor:
-    """Causal attention, (B, H, T, D) over (B, H, S, D), where no gradient is wanted of it."""
-    fits = k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
-    check_shapes(fits and q.shape[2] <= k.shape[2], "attention", q, k, v)
+    """Causal attention, (B, H, T, D) over (B, H, S, D), when decoding: without a backward."""
+    alike = q.ndim == 4 and q.shape[:2] + q.shape[3:] == k.shape[:2] + k.shape[3:]
+    check_shapes(alike and k.shape == v.shape and q.shape[2] <= k.shape[2], "attention", q, k, v)
     if is_recorded(q, k, v):
-        raise NotForMe
+        raise NotForMe  # the definition takes it: this has no backward
     return Tensor(attention_forward(q.data, k.data, v.data, p, key)[0])
 
 
 @definition
 def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """Gradient of logits (N, V), and the sum over the rows of -log softmax(row)[label]. The former
+    """Gradient of logits (N, V), then the sum over the rows of -log softmax(row)[label]. The former
     is softmax(row), minus 1 at the label: computed here, where the exponentials are at hand."""
-    counted, rows = labels != IGNORE, np.arange(len(labels), like=labels)
+    counted, places = labels != IGNORE, np.arange(len(labels), like=labels)
     label = np.where(counted, labels, 0)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     dlogits = np.exp(shifted)
     total = dlogits.sum(axis=-1, keepdims=True)  # (N, 1)
-    losses = np.where(counted, np.log(total[:, 0]) - shifted[rows, label], 0)
+    losses = np.where(counted, np.log(total[:, 0]) - shifted[places, label], 0)
     dlogits /= total
-    dlogits[rows, label] -= 1
+    dlogits[places, label] -= 1
     dlogits *= counted[:, None]
     return dlogits, losses.sum()
 
@@ -208,9 +208,9 @@ def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
     """Mean of -log softmax(logits (…, V))[target] over the targets (…) that count: a scalar."""
     labels, count = layers.flat_targets(targets, logits, logits.shape[-1])
     rows, shape = logits.data.reshape(len(labels), -1), logits.shape
-    dlogits, total = cross_entropy_forward(rows, labels)
+    dlogits, loss_sum = cross_entropy_forward(rows, labels)
 
     def backward(grad: Array) -> tuple[Array]:
         return ((dlogits * (grad / count)).reshape(shape),)
 
-    return record("cross_entropy", total / count, [logits], backward)
+    return record("cross_entropy", loss_sum / count, [logits], backward)

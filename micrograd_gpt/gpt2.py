@@ -46,13 +46,13 @@ class CausalSelfAttention(Module):
         self.resid_dropout = Dropout(c.resid_pdrop, draws)
 
     def __call__(self, x: Tensor, past: Any = None) -> Tensor:
-        b, t, c = x.shape
-        qkv = self.c_attn(x).reshape(b, t, 3, self.n_head, c // self.n_head)
+        b, t, width = x.shape
+        qkv = self.c_attn(x).reshape(b, t, 3, self.n_head, -1)  # (B, T, 3, H, D)
         if past is None:
             mixed = layers.self_attention(qkv, *self.attn_dropout.draw())  # (B, T, H, D)
         else:
-            mixed = past.attention(qkv)  # the same, over older keys and values too
-        mixed = mixed.reshape(b, t, c)  # the heads side by side again
+            mixed = past.attention(qkv)  # generation/kv_cache.py: over older keys and values too
+        mixed = mixed.reshape(b, t, width)  # the heads side by side again
         return self.resid_dropout(self.c_proj(mixed))  # (B, T, C)
 
 
@@ -76,7 +76,7 @@ class Block(Module):
 
     def __call__(self, x: Tensor, past: Any = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), past)  # (B, T, C)
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp(self.ln_2(x))  # 2 sums a block, hence √(2 n_layer) in c_proj's std
 
 
 class Transformer(Module):
@@ -97,7 +97,7 @@ class Transformer(Module):
 
 @definition
 def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
-    """The residual stream x (B, T, C) through all blocks; the cache takes the new tokens in."""
+    """The residual stream x (B, T, C) through all blocks; a cache then counts T tokens more."""
     for i, block in enumerate(blocks):
         x = block(x, None if cache is None else cache.layer(i))  # (B, T, C)
     if cache is not None:
@@ -106,8 +106,8 @@ def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
 
 
 class GPT2(Module):
-    """A GPT-2 language model. `seed` is that of the initial weights, unless `init` makes them, and
-    of dropout, until `draws.reseed()` is called."""
+    """A GPT-2 language model. `seed` draws the initial weights, unless `init` gives them, and seeds
+    dropout, unless `draws.reseed()` does later."""
 
     def __init__(self, config: GPT2Config, seed: int = 0, init: Init | None = None) -> None:
         self.config, self.draws = dataclasses.replace(config), Draws(seed)
@@ -125,15 +125,15 @@ class GPT2(Module):
 
     def __call__(self, ids: Any, cache: Any = None, last_only: bool = False) -> Tensor:
         """Logits of the next token at every position, or with `last_only` at the last: ids (B, T)
-        -> (B, T or 1, V). Ids continue, and are added to, the tokens in a `cache`
-        (generation/kv_cache.py). ValueError for ids that are not (B, T), or do not fit."""
+        -> (B, T or 1, V). Given a `cache` (generation/kv_cache.py), the ids continue its tokens and
+        are added to it. ValueError for ids that are not (B, T), or do not fit."""
         x = self.hidden(ids, cache)  # (B, T, C)
         x = x[:, -1:] if last_only else x
         return layers.linear(x, self.transformer.wte.weight.T)  # the head is the embedding again
 
     def loss(self, ids: Any, targets: Any) -> Tensor:
         """Mean cross-entropy of targets (B, T) given ids (B, T), in nats per token: a scalar.
-        Targets of -100 are ignored, and the logits are never held all at once."""
+        Targets of -100 are ignored. Kernels never hold all logits at once; the definition does."""
         return layers.linear_cross_entropy(self.hidden(ids), self.transformer.wte.weight, targets)
 
     def generate(self, ids: Any, **settings: Any) -> Any:

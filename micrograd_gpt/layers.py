@@ -1,4 +1,4 @@
-"""The layers of GPT-2 as mathematics: composed of operations whose backwards the tape finds.
+"""The layers of GPT-2 as mathematics: operations whose backwards the tape finds, dropout apart.
 
 `functional.py` has the same layers with forward and backward worked out by hand. Those run in place
 of these, equal within rounding, unless MICROGRAD_GPT_KERNELS=definitions.
@@ -55,7 +55,7 @@ def gelu(x: Tensor) -> Tensor:
 @definition
 def softmax(x: Tensor) -> Tensor:
     """exp(x) / sum(exp(x)) over the last axis; the largest is taken off so that none overflows."""
-    exp = (x - x.detach().max(-1, keepdims=True)).exp()
+    exp = (x - x.detach().max(-1, keepdims=True)).exp()  # a constant off changes no softmax
     return exp / exp.sum(-1, keepdims=True)
 
 
@@ -92,7 +92,7 @@ def dropout_forward(x: Array, p: float, key: Key) -> Array:
 
 def dropout(x: Tensor, p: float, key: Key) -> Tensor:
     """Zero each element of x with probability p and divide the others by 1 - p (Srivastava et al.
-    2014). Which ones is a function of `key`, on each device its own: the backward draws again."""
+    2014). `key` decides which (on each device others), so that the backward can draw them again."""
     y = dropout_forward(x.data, p, key)
     return record("dropout", y, [x], lambda grad: (dropout_forward(grad, p, key),))
 
@@ -103,8 +103,8 @@ def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
     ValueError where the shapes differ, a target is outside the vocabulary, or none counts."""
     labels, _ = flat_targets(targets, logits, logits.shape[-1])  # (N,)
     log_probs = log_softmax(logits.reshape(len(labels), -1))  # (N, V)
-    counted = np.flatnonzero(labels != IGNORE)
-    return -log_probs[counted, labels[counted]].mean()
+    places = np.flatnonzero(labels != IGNORE)
+    return -log_probs[places, labels[places]].mean()
 
 
 @definition
@@ -142,11 +142,11 @@ def checked_ids(ids: Any, vocab_size: int, or_ignore: bool = False) -> Array:
 
 
 def flat_targets(targets: Any, rows: Tensor, vocab_size: int) -> tuple[Array, Array]:
-    """Targets (…) of rows (…, width) as (N,) beside them, and how many are not IGNORE."""
+    """Targets (…) of logits or hidden rows, flat (N,) on their device; how many are not IGNORE."""
     labels = checked_ids(targets, vocab_size, or_ignore=True)
     if labels.shape != rows.shape[:-1]:
         raise ValueError(f"targets of shape {labels.shape} for rows of shape {rows.shape[:-1]}")
-    count = (labels != IGNORE).sum(dtype=np.float32)
+    count = (labels != IGNORE).sum(dtype=np.float32)  # a float32, so that a mean is one
     if isinstance(labels, np.ndarray) and count == 0:
         raise ValueError(f"every target is ignored ({IGNORE})")
     return np.asarray(labels.reshape(-1), like=rows.data), count

@@ -63,7 +63,7 @@ class Module:
             yield from part.modules(f"{prefix}{name}.")
 
     def named_parameters(self) -> Iterable[tuple[str, Parameter]]:
-        """All parameters, each once, in the order of their making, as `h.0.attn.c_attn.weight`."""
+        """Each parameter once, a module's own before its parts', as `h.0.attn.c_attn.weight`."""
         found: dict[int, tuple[str, Parameter]] = {}
         for prefix, part in self.modules():
             for name, value in vars(part).items():
@@ -84,8 +84,8 @@ class Module:
 
 
 class Linear(Module):
-    """x (…, n_in) -> x @ weight + bias (…, n_out); weight (n_in, n_out) as GPT-2 stores it, but in
-    Fortran order: decoding multiplies one row at a time, and then reads adjacent numbers."""
+    """x (…, n_in) -> x @ weight + bias (…, n_out); weight (n_in, n_out) as GPT-2 stores it, but
+    column after column in memory (Fortran order), as decoding, one row @ weight, reads it."""
 
     def __init__(self, n_in: int, n_out: int, init: Init, std: float = 0.02) -> None:
         self.weight = Parameter(np.asfortranarray(init((n_in, n_out), std)))

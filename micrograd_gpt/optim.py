@@ -16,7 +16,7 @@ from micrograd_gpt.tensor import Tensor
 def adamw_update(
     rows: list[Any], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
-    """One step (counted from 1) of AdamW, in place; a row is p, its gradient, moments m, v, decay.
+    """One step (counted from 1) of AdamW, in place; a row is p, grad, its moments m and v, decay.
     Algorithm 2 of Loshchilov & Hutter 2019 (arXiv:1711.05101), as PyTorch orders it."""
     for p, grad, m, v, decay in rows:
         m *= beta1
@@ -32,7 +32,7 @@ class AdamW:
     """Adam with decoupled weight decay, in place; a tensor whose `.grad` is None is left alone.
     `lr` may be changed between steps. `weight_decay` applies to tensors of two or more dimensions
     only: not to biases and LayerNorm's, as GPT-2 and GPT-3 were trained. The moments `m` and `v`
-    are in the order of `parameters`. ValueError for 16 bits, where most updates round to nothing.
+    are in the order of `parameters`. ValueError for parameters of 16 bits: updates round to 0.
     """
 
     def __init__(
@@ -88,6 +88,6 @@ def cosine_schedule(
     """Learning rate of `step` (from 0): linear warm-up, then half a cosine down to `min_lr`, where
     it stays (Loshchilov & Hutter 2017, arXiv:1608.03983, one period)."""
     if step < warmup_steps:
-        return learning_rate * (step + 1) / (warmup_steps + 1)
+        return learning_rate * (step + 1) / (warmup_steps + 1)  # never 0
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)

@@ -8,7 +8,7 @@ those of the inputs. `Tensor.backward()` walks that tape once, from the loss dow
     ((x @ x.T).tanh() * 0.5).sum().backward()
     x.grad                              # an array of x's shape
 
-An array is NumPy's, or on a GPU CuPy's, which answers NumPy's functions too (NEP 13 and NEP 18).
+An array is NumPy's, or on a GPU CuPy's, which answers NumPy's functions too (NEP 13, 18, 35).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from micrograd_gpt.arrays.stand_ins import definition
+from micrograd_gpt.arrays.stand_ins import definition  # marks what faster code may replace
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
 
@@ -42,33 +42,25 @@ def recording(on: bool) -> Iterator[None]:
 no_grad = functools.partial(recording, False)  # with no_grad(): operations build no tape
 
 
-class Picked(NamedTuple):
-    """The gradient of x that came through x[index]: `grad` there, zero everywhere else."""
-
-    index: Any
-    grad: Array
-
-
-Part: TypeAlias = Array | Picked | None
-Backward: TypeAlias = Callable[[Array], Sequence[Part]]
+Backward: TypeAlias = "Callable[[Array], Sequence[Array | Picked | None]]"
 
 
 class Node:
     """One operation on the tape, or a leaf, whose `backward` adds to the leaf's `.grad`.
 
-    It refers to its inputs' nodes, never to its result: so the tape has no cycles, and an array
-    lives only as long as a backward needs it.
+    It refers to its inputs' nodes, never to its result's tensor: so the tape has no cycles, and an
+    array lives only as long as a backward needs it.
     """
 
-    __slots__ = ("backward", "depth", "dtype", "name", "parents", "shape")
+    __slots__ = ("backward", "dtype", "height", "name", "parents", "shape")
 
     def __init__(
         self, name: str, data: Array, parents: tuple[Node | None, ...], backward: Any
     ) -> None:
         self.name, self.shape, self.dtype = name, data.shape, data.dtype
         self.parents, self.backward = parents, backward
-        # Every parent is less deep than its child: sorting by depth is a topological order.
-        self.depth: int = 1 + max((parent.depth for parent in parents if parent), default=0)
+        # A parent is lower than its child, a leaf lowest: sorting by height is a topological order.
+        self.height: int = 1 + max((parent.height for parent in parents if parent), default=0)
 
 
 def is_recorded(*inputs: Tensor) -> bool:
@@ -79,8 +71,8 @@ def is_recorded(*inputs: Tensor) -> bool:
 def record(name: str, data: Array, inputs: Sequence[Tensor], backward: Backward) -> Tensor:
     """The result of an operation as a tensor, on the tape if a gradient may be wanted.
 
-    `backward(grad)` gets the gradient of the loss with respect to `data`, and returns one gradient
-    (or None) for each input: a new array or a view of `grad`, of the broadcast shape or its own.
+    `backward(grad)` gets the gradient of the loss for `data` and returns, for each input, None, a
+    `Picked`, or an array (`grad`, a view of it, a new one) of its shape or what that broadcast to.
     """
     result = Tensor(data)
     if is_recorded(*inputs):
@@ -90,77 +82,10 @@ def record(name: str, data: Array, inputs: Sequence[Tensor], backward: Backward)
 
 
 def node_of(x: Tensor) -> Any:
-    """Where the gradient of `x` goes: to the operation that made it, or into its own `.grad`."""
+    """The operation that made `x`, or a new leaf that adds to `x.grad`; None: no gradient goes."""
     if x._node is None and x.requires_grad:
         return Node(LEAF, x.data, (), x._accumulate)
     return x._node
-
-
-def tape_below(root: Node) -> list[Node]:
-    """All nodes that `root` was computed from, each after its parents, and `root` itself."""
-    seen, stack = {root: None}, [root]  # a dict keeps its order, so that sums are reproducible
-    while stack:
-        node = stack.pop()
-        if node.backward is None:
-            raise RuntimeError(f"backward() has freed the tape at {node.name!r}: compute it again")
-        for parent in node.parents:
-            if parent and parent not in seen:
-                seen[parent] = None
-                stack.append(parent)
-    return sorted(seen, key=lambda node: node.depth)
-
-
-def walk_back(root: Node, grad: Array) -> None:
-    """Send `grad` from `root` down the tape to the leaves; an operation is spent once it is done.
-    Two rules: nobody changes a gradient that is on its way; and a leaf owns its `.grad`."""
-    tape, grads, made = tape_below(root), {root: grad}, set[Node]()
-    while tape:
-        node = tape.pop()
-        if node in grads:
-            grad = grads.pop(node)
-            for parent, part in zip(node.parents, node.backward(grad), strict=True):
-                if part is not None and parent and parent.name == LEAF:
-                    parent.backward(part.copy() if part is grad else part)
-                elif part is not None and parent:
-                    grads[parent] = plus(grads.get(parent), part, parent, made)
-        if node.name != LEAF:
-            node.backward, node.parents = None, ()
-
-
-def plus(total: Array | None, part: Array | Picked, node: Node, made: set[Node]) -> Array:
-    """The gradient of `node` so far (None: nothing yet) and one part more. Of nodes in `made` the
-    sum was made here, and elements can be added to it in place."""
-    if isinstance(part, Picked):
-        if node not in made:
-            empty = np.zeros(node.shape, node.dtype, like=part.grad)
-            total = empty if total is None else total + empty
-            made.add(node)
-        add_at(total, part.index, part.grad)
-        return total
-    part = fit(part, node.shape, node.dtype)
-    return part if total is None else total + part
-
-
-def fit(grad: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Undo broadcasting and type promotion: sum `grad` down to `shape`, and give it `dtype`."""
-    wide = np.result_type(grad.dtype, np.float32)  # for sums of many numbers
-    if grad.shape != shape:
-        grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))), dtype=wide)
-        stretched = tuple(i for i, n in enumerate(shape) if n == 1 and grad.shape[i] != 1)
-        grad = grad.sum(axis=stretched, keepdims=True)
-    grad = np.asarray(grad) if isinstance(grad, np.generic) else grad  # NumPy's single numbers
-    return grad.astype(dtype, copy=False)
-
-
-@definition
-def add_at(total: Array, index: Any, part: Array) -> None:
-    """Add `part` to total[index], in place; an element picked several times gets every part."""
-    parts = index if isinstance(index, tuple) else (index,)
-    is_basic = all(isinstance(p, int | slice | type(None) | type(...)) for p in parts)
-    if is_basic and isinstance(here := total[index], type(total)):
-        here += part  # a view, in which each element is picked once
-    else:
-        np.add.at(total, index, part)
 
 
 def comparison(name: str) -> Any:
@@ -223,11 +148,11 @@ class Tensor:
         """The tensor on another device, "cpu" or "gpu"; gradients flow back across."""
         from micrograd_gpt.arrays.devices import to_device
 
-        data, here = to_device(self.data, device), self.device if self.requires_grad else ""
+        data, here = to_device(self.data, device), self.device
         return record("to", data, [self], lambda grad: (to_device(grad, here),))
 
     def astype(self, dtype: Any) -> Tensor:
-        """The tensor in another type. A float's gradient goes on to this tensor, in its type."""
+        """This tensor in another type; a float's gradient comes back in the type of this tensor."""
         result = Tensor(self.data.astype(dtype, copy=False))
         if is_recorded(self) and result.dtype.kind not in "iub":
             result.requires_grad, result._node = True, node_of(self)
@@ -241,7 +166,7 @@ class Tensor:
         """
         if not self.requires_grad:
             raise RuntimeError(
-                "backward() on a tensor that needs no gradient: no leaf that does led to it"
+                "backward() on a tensor that needs no gradient: no leaf that requires one led to it"
             )
         if grad is None and self.size != 1:
             raise RuntimeError(f"backward() from shape {self.shape}: give a gradient, or .sum() it")
@@ -253,14 +178,15 @@ class Tensor:
 
     def _accumulate(self, part: Array | Picked) -> tuple[()]:
         """Add to `.grad`, in place where there is one; a view of another gradient is copied."""
-        if self.grad is None:
-            new = plus(None, part, Node(LEAF, self.data, (), self._accumulate), set())
-            self.grad = new if new.base is None else new.copy()
-        elif isinstance(part, Picked):
+        if isinstance(part, Picked):
+            self.grad = np.zeros_like(self.data) if self.grad is None else self.grad
             add_at(self.grad, part.index, part.grad)
+        elif self.grad is None:
+            new = fit(part, self.shape, self.dtype)
+            self.grad = new if new.base is None else new.copy()
         else:
             self.grad += fit(part, self.shape, self.dtype)
-        return ()
+        return ()  # a leaf has no parents to send parts to
 
     def __add__(self, other: Any) -> Tensor:
         a, b = operands("add", self, other)
@@ -315,7 +241,7 @@ class Tensor:
         return record("tanh", y, [self], lambda grad: (grad * (1 - y * y),))
 
     def sigmoid(self) -> Tensor:
-        """1 / (1 + exp(-x)), so that no x overflows and small results keep their digits."""
+        """1 / (1 + exp(-x)), computed so that no x overflows and small results keep digits."""
         small = np.exp(-np.abs(self.data))  # in (0, 1]
         y = np.where(self.data >= 0, 1, small) / (1 + small)
         return record("sigmoid", y, [self], lambda grad: (grad * y * (1 - y),))
@@ -344,16 +270,16 @@ class Tensor:
 
     @definition
     def sum(self, axis: Any = None, keepdims: bool = False) -> Tensor:
-        x = self.data
+        shape = self.shape  # all that the backward keeps of x
 
         def backward(grad: Array) -> tuple[Array]:
-            return (np.broadcast_to(with_axes(grad, axis, keepdims), x.shape),)
+            return (np.broadcast_to(with_axes(grad, axis, keepdims), shape),)
 
-        return record("sum", x.sum(axis=axis, keepdims=keepdims), [self], backward)
+        return record("sum", self.data.sum(axis=axis, keepdims=keepdims), [self], backward)
 
     def mean(self, axis: Any = None, keepdims: bool = False) -> Tensor:
         total = self.sum(axis, keepdims)
-        return total / (self.size / max(1, total.size))
+        return total / (self.size / max(1, total.size))  # by how many went into each sum
 
     def max(self, axis: Any = None, keepdims: bool = False) -> Tensor:
         """The largest element along `axis`; equal ones share the gradient equally."""
@@ -367,15 +293,15 @@ class Tensor:
         return record("max", y, [self], backward)
 
     def reshape(self, *shape: Any) -> Tensor:
-        x = self.data
-        return record("reshape", x.reshape(*shape), [self], lambda grad: (grad.reshape(x.shape),))
+        y, old = self.data.reshape(*shape), self.shape
+        return record("reshape", y, [self], lambda grad: (grad.reshape(old),))
 
     def transpose(self, *axes: Any) -> Tensor:
         """Permute the axes; without arguments, reverse them."""
         order = axes[0] if axes and not isinstance(axes[0], int) else axes
-        back = np.argsort([i % self.ndim for i in order or range(self.ndim)[::-1]]).tolist()
+        inverse = np.argsort([i % self.ndim for i in order or range(self.ndim)[::-1]]).tolist()
         y = self.data.transpose(*axes)
-        return record("transpose", y, [self], lambda grad: (grad.transpose(back),))
+        return record("transpose", y, [self], lambda grad: (grad.transpose(inverse),))
 
     def swapaxes(self, a: int, b: int) -> Tensor:
         y = self.data.swapaxes(a, b)
@@ -396,7 +322,7 @@ class Tensor:
 
 
 def where(condition: Any, a: Any, b: Any) -> Tensor:
-    """`a` where `condition` (an array or tensor of booleans) is true, else `b`; broadcasts."""
+    """`a` where `condition` (array or tensor of booleans) is true, else `b`; one is a tensor."""
     a, b = operands("where", a, b)
     mask = np.asarray(condition.data if isinstance(condition, Tensor) else condition, like=a.data)
     y = np.where(mask, a.data, b.data)
@@ -408,6 +334,80 @@ def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     y = np.concatenate([t.data for t in tensors], axis=axis)
     ends = np.cumsum([t.shape[axis] for t in tensors]).tolist()
     return record("concatenate", y, tensors, lambda grad: np.split(grad, ends[:-1], axis=axis))
+
+
+class Picked(NamedTuple):
+    """The gradient of x that came through x[index]: `grad` there, zero everywhere else."""
+
+    index: Any
+    grad: Array
+
+
+def tape_below(root: Node) -> list[Node]:
+    """All nodes that `root` was computed from, each after its parents, and `root` itself."""
+    seen, stack = {root: None}, [root]  # a dict keeps its order, so that sums are reproducible
+    while stack:
+        node = stack.pop()
+        if node.backward is None:
+            raise RuntimeError(f"backward() has freed the tape at {node.name!r}: compute it again")
+        for parent in node.parents:
+            if parent and parent not in seen:
+                seen[parent] = None
+                stack.append(parent)
+    return sorted(seen, key=lambda node: node.height)
+
+
+def walk_back(root: Node, grad: Array) -> None:
+    """Send `grad` from `root` down the tape to the leaves; an operation is spent once it is done.
+    Two rules: nobody changes a gradient on its way; a leaf owns its `.grad`, so it gets copies."""
+    tape, grads, made = tape_below(root), {root: grad}, set[Node]()
+    while tape:
+        node = tape.pop()
+        if node in grads:
+            grad = grads.pop(node)
+            for parent, part in zip(node.parents, node.backward(grad), strict=True):
+                if part is not None and parent and parent.name == LEAF:  # at once: nothing to hold
+                    parent.backward(part.copy() if part is grad else part)
+                elif part is not None and parent:
+                    grads[parent] = plus(grads.get(parent), part, parent, made)
+        if node.name != LEAF:
+            node.backward, node.parents = None, ()
+
+
+def plus(total: Array | None, part: Array | Picked, node: Node, made: set[Node]) -> Array:
+    """The gradient of `node` so far (None: nothing yet) and one part more. Nodes in `made` have a
+    sum that no one else holds: to it a `Picked` is added in place."""
+    if isinstance(part, Picked):
+        if node not in made:
+            zeros = functools.partial(np.zeros, node.shape, node.dtype, like=part.grad)
+            total = zeros() if total is None else total.copy()
+            made.add(node)
+        add_at(total, part.index, part.grad)
+        return total
+    part = fit(part, node.shape, node.dtype)
+    return part if total is None else total + part
+
+
+def fit(grad: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Undo broadcasting and type promotion: sum `grad` down to `shape`, and give it `dtype`."""
+    wide = np.result_type(grad.dtype, np.float32)  # float32 at least, to sum in
+    if grad.shape != shape:
+        grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))), dtype=wide)
+        stretched = tuple(i for i, n in enumerate(shape) if n == 1)
+        grad = grad.sum(axis=stretched, keepdims=True)
+    grad = np.asarray(grad) if isinstance(grad, np.generic) else grad  # a sum to () is no array
+    return grad.astype(dtype, copy=False)
+
+
+@definition
+def add_at(total: Array, index: Any, part: Array) -> None:
+    """Add `part` to total[index], in place; an element picked several times gets every part."""
+    parts = index if isinstance(index, tuple) else (index,)
+    is_basic = all(type(p) in (int, slice, type(None), type(...)) for p in parts)  # bool is not
+    if is_basic and isinstance(here := total[index], type(total)):
+        here += part  # a view, not a scalar; each element is picked once
+    else:
+        np.add.at(total, index, part)
 
 
 def operands(name: str, a: Any, b: Any, broadcast: bool = True) -> tuple[Tensor, Tensor]:
@@ -425,7 +425,7 @@ def operands(name: str, a: Any, b: Any, broadcast: bool = True) -> tuple[Tensor,
 
 
 def as_tensor(value: Any, like: Tensor) -> Tensor:
-    """`value` as a tensor; a Python number takes the dtype and device of `like`."""
+    """`value` as a tensor; a number gets the device and dtype of `like` (0.5 no integer dtype)."""
     if isinstance(value, Tensor):
         return value
     if hasattr(value, "dtype") and not isinstance(value, np.number):
@@ -442,7 +442,7 @@ def with_axes(y: Array, axis: Any, keepdims: bool) -> Array:
 
 
 def plain_index(index: Any, like: Array) -> Any:
-    """An index with arrays beside `like` in place of tensors, lists and arrays elsewhere."""
+    """The index, with its tensors and lists as arrays, and every array on the device of `like`."""
     if isinstance(index, tuple):
         return tuple(plain_index(part, like) for part in index)
     index = index.data if isinstance(index, Tensor) else index

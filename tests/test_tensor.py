@@ -529,3 +529,9 @@ def test_a_tensor_shows_itself() -> None:
     assert "requires_grad=True" in repr(x) and "made by mul" in repr(x * 2)
     assert len(x) == 1 and x.ndim == 1 and x.size == 1 and x.device == "cpu"
     assert x.numpy() is x.data and Tensor(x).data is x.data
+
+
+def test_a_truth_value_as_an_index_picks_a_copy() -> None:
+    x = Tensor(np.arange(3.0), requires_grad=True)
+    (x[True] * 2).sum().backward()
+    np.testing.assert_array_equal(x.grad, [2, 2, 2])

@@ -82,6 +82,11 @@ def emulation_note(dtype: str, device: str) -> str | None:
 # ------------------------------------------------------------------------- what definitions meet
 
 
+def is_needed(args: tuple[Any, ...]) -> bool:
+    """Whether half precision plays any part in a call with these arguments."""
+    return _COMPUTE.get() is not None or any(map(is_half, args))
+
+
 def rounded(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of a layer that begins matrix work in half precision, rounded to its type."""
     if function.__name__ not in MATRIX_WORK:

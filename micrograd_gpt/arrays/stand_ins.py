@@ -1,4 +1,4 @@
-"""How a faster function stands in for a readable one: the only thing the learner's files import.
+"""How a faster function stands in for a readable one: the one import of the learner's files.
 
 A readable function is marked `@definition`. A function that computes the same, faster, registers
 itself with `@stands_in_for(the_definition, level)`, must take the same arguments, and may raise
@@ -56,10 +56,12 @@ def definition(function: F) -> F:
     def call(*args: Any, **kwargs: Any) -> Any:
         if kwargs:  # from here on arguments go by their places
             args = signature.bind(*args, **kwargs).args
+        if highest_level() == "definitions" and not precision.is_needed(args):
+            return named(*args)
         return choose(*precision.rounded(function, args))
 
     def choose(*args: Any) -> Any:
-        for stand_in in choices(_HIGHEST.get() or _from_environment(), _on_gpu(args[0])):
+        for stand_in in choices(highest_level(), _on_gpu(args[0])):
             try:
                 return stand_in(*args)
             except NotForMe:
