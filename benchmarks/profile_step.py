@@ -17,13 +17,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from micrograd_gpt.weights.config import SIZES
 
 from micrograd_gpt import functional as F
 from micrograd_gpt import optim, tensor
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.kernels import linear_cross_entropy as loss
 from micrograd_gpt.text.windows import Windows
+from micrograd_gpt.weights.config import SIZES
 
 SHAPES = {**SIZES, "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 65}}
 

@@ -29,9 +29,9 @@ from common import (
     processor,
     seconds,
 )
-from micrograd_gpt.weights.config import SIZES
 
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.weights.config import SIZES
 
 SHAPES = {
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 65, "n_positions": 64},
