@@ -273,9 +273,9 @@ INLINE void dots_of_rows(Int rows, int side, Int columns, Int k, const float *x,
 
 #define IN_NEAREST_CACHE 4096 /* floats of x that stay in it while weights pass by */
 
-/* Columns first … end - 1 of y. While x stays in the first-level cache, memory sets the pace, and is
-   read fastest in one stream. Where x does not stay there, four rows of weights share one reading
-   of it. */
+/* Columns first … end - 1 of y. While x stays in the first-level cache, memory sets the pace and
+   is read fastest in one stream. Where x does not stay there, four rows of weights share one
+   reading of it. */
 static void few_rows_columns(const FewRows *f, Int first, Int end) {
   int in_one_stream = f->n <= TOGETHER && f->n * f->k <= IN_NEAREST_CACHE;
   for (Int j = first; j < end; j += LANES)
