@@ -162,7 +162,7 @@ class Run:
             file.write(json.dumps(document, indent=1).encode())
 
     def tests(self) -> dict[str, str]:
-        """On a GPU, run the tests that need one; elsewhere the others, which emulate the kernels."""
+        """On a GPU, run the tests that need one; elsewhere those that emulate the kernels."""
         command = [sys.executable, "-m", "pytest", "-q", "-rs", *TESTS]
         command += ["-m", "gpu" if has_gpu() else "not gpu"]
         said = self.out.with_suffix(".tests.txt")  # has all the output, whatever happens
