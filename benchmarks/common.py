@@ -1,8 +1,8 @@
-"""What the benchmarks share: children that measure, the machine's limits, and the table.
+"""What the benchmarks share: child processes that measure, the machine's limits, and tables.
 
-Every side runs in a process of its own, one after another in turns, so that each meets the machine
-in the same states; the figures are medians. Children start without the environment's settings for
-BLAS, which then chooses its kernels for the processor, as on a user's machine.
+Each side runs in a process of its own, and the sides take turns, so that each meets the machine in
+the same states; figures are medians. Children start without the environment's settings for BLAS,
+which then chooses its kernels for the processor, as on a user's machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an install, too
 
-# As on a processor without AVX-512: NumPy's BLAS, the compiler of our kernels, and PyTorch's parts.
+# As if without AVX-512: settings of NumPy's BLAS, of our kernels' compiler, of PyTorch's libraries.
 AVX2 = {
     "OPENBLAS_CORETYPE": "Haswell",
     "CC": "cc -mno-avx512f",
@@ -32,11 +32,11 @@ AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
 }
 PINS = (*AVX2, "OPENBLAS_L2_SIZE", "MKL_CBWR", "MICROGRAD_GPT_KERNELS")
-IN_NUMPY = {"MICROGRAD_GPT_KERNELS": "numpy"}  # ours, as where there is no C compiler
+IN_NUMPY = {"MICROGRAD_GPT_KERNELS": "numpy"}  # our side as it runs without a C compiler
 
 
 def installed(name: str) -> bool:
-    """Whether a package is there; says so on stderr if not."""
+    """Whether a package is installed; prints a line on stderr if not."""
     found = importlib.util.find_spec(name) is not None
     if not found:
         print(f"{name} is not installed: its side is left out", file=sys.stderr)
@@ -46,10 +46,10 @@ def installed(name: str) -> bool:
 def child(
     task: dict[str, Any], pins: dict[str, str] | None = None, timeout: float | None = None
 ) -> dict[str, Any]:
-    """Run this very script as a child on `task`, and return what it measured.
+    """Run this very script as a child process on `task`, and return what it measured.
 
-    Its environment has no settings for BLAS but `pins` and the task's own, under "env". Raises
-    subprocess.CalledProcessError where it fails, TimeoutExpired after `timeout` seconds.
+    Of the settings in PINS, its environment has only those in `pins` and in the task's "env".
+    Raises subprocess.CalledProcessError where it fails, TimeoutExpired after `timeout` seconds.
     """
     env = {k: v for k, v in os.environ.items() if k not in PINS}
     env |= (pins or {}) | task.get("env", {})
@@ -78,7 +78,7 @@ def median(values: Any) -> float:
 
 
 def seconds(function: Callable[[], Any], repeats: int) -> list[float]:
-    """How long each of `repeats` calls takes, after one that is not counted."""
+    """The seconds that each of `repeats` calls takes, after one that is not counted."""
     function()
     times = []
     for _ in range(repeats):
@@ -89,15 +89,17 @@ def seconds(function: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def peak_megabytes() -> float:
-    """The most memory this process has had resident so far."""
+    """The most memory that this process has had resident so far, in MB of 2**20 bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage() also counts what the parent held when it started this one
+    if status.exists():  # getrusage() would also count what the parent held when it started this
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def machine_limits() -> dict[str, Any]:
-    """float32 rates of NumPy's matrix product and matrix-vector product; which BLAS kernels."""
+    """NumPy's float32 rates: "gflops" (GFLOP/s) of a matrix product, "bandwidth" (GB/s) of a
+    matrix-vector product; and which BLAS and which kernels of ours run.
+    """
     from threadpoolctl import threadpool_info
 
     import micrograd_gpt  # registers the kernels  # noqa: F401
@@ -129,7 +131,7 @@ def processor() -> str:
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """A Markdown table: the first column to the left, the others to the right."""
+    """Print a Markdown table: the first column aligned left, the others right."""
     print("| " + " | ".join(header) + " |")
     print("| --- " + "| ---: " * (len(header) - 1) + "|")
     for row in rows:

@@ -1,9 +1,10 @@
-"""What decoding together and guessing ahead save: ratios of runs that alternate in one process.
+"""What batching and speculation save in decoding: ratios of runs that alternate in one process.
 
     python benchmarks/decoding.py                    # a small model, trained on the spot
     python benchmarks/decoding.py --model 124M       # or any checkpoint folder
 
-A ratio is the median time of one kind of run over that of the other; the range of each is given.
+A ratio is the median time of one kind of run divided by that of the other; the range of each is
+printed beside it.
 """
 
 from __future__ import annotations
@@ -39,10 +40,14 @@ def main() -> int:
     parser = cli.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="a checkpoint folder or a size (a small one, trained here)")
-    parser.add_argument("--steps", type=cli.positive_int, default=300, help="to train it for (300)")
-    parser.add_argument("--runs", type=cli.positive_int, default=7, help="of each kind (7)")
-    parser.add_argument("--new-tokens", type=cli.positive_int, default=150, help="of a run (150)")
+    parser.add_argument(
+        "--model", help="a checkpoint folder or a size (a small model, trained here)"
+    )
+    parser.add_argument("--steps", type=cli.positive_int, default=300, help="training steps (300)")
+    parser.add_argument("--runs", type=cli.positive_int, default=7, help="runs of each kind (7)")
+    parser.add_argument(
+        "--new-tokens", type=cli.positive_int, default=150, help="new tokens a run (150)"
+    )
     flags = parser.parse_args()
     if flags.model is None:
         model, tokenizer = train(flags.steps)
@@ -81,7 +86,7 @@ def main() -> int:
 
 
 def train(steps: int) -> tuple[GPT2, Tokenizer]:
-    """A small character-level model of Python's manual and, in half of its windows, of records."""
+    """A small character-level model, trained half on Python's manual and half on records."""
     manual = "\n\n".join(load_documents("pydocs"))
     tokenizer = make_tokenizer("char", manual + RECORDS)
     shape: dict[str, Any] = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 256}
@@ -105,7 +110,7 @@ def compare(
     second: tuple[str, Callable[[], object]],
     runs: int,
 ) -> None:
-    """Time both in turn, after a run of each to warm up, and print the ratio of the medians."""
+    """Time both in turns, after one run of each to warm up, and print the ratio of the medians."""
     seconds: dict[str, list[float]] = {}
     for _ in range(runs + 1):
         for name, run in (first, second):

@@ -1,10 +1,10 @@
 """Decoding speed beside Transformers', on this machine, in one run, with random weights.
 
-    python benchmarks/generate.py                   # 124M: one token after another; a long prompt
+    python benchmarks/generate.py                   # 124M: token by token, and a long prompt
     python benchmarks/generate.py --rounds 5
 
 "limit" is the measured rate at which NumPy's matrix-vector product reads a matrix, divided by the
-bytes of the weights, each of which has to be read for every token.
+bytes of the weights, all of which have to be read for every token.
 """
 
 from __future__ import annotations

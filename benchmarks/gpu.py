@@ -1,12 +1,12 @@
-"""The GPU path: built, checked, timed beside PyTorch and Transformers, and profiled, in one run.
+"""The GPU path in one run: compiled, tested, timed beside PyTorch and Transformers, and profiled.
 
     python benchmarks/gpu.py                     # on an NVIDIA GPU: under nine minutes
-    python benchmarks/gpu.py --check-only        # that it compiles and computes rightly
-    python benchmarks/gpu.py --rehearse          # tiny shapes on the CPU: that the benchmark works
+    python benchmarks/gpu.py --check-only        # only tests: that it compiles, and is correct
+    python benchmarks/gpu.py --rehearse          # tiny shapes on the CPU, to test the benchmark
 
-Every measurement is a process of its own. One that fails or takes too long is reported, the others
-go on, and the exit status is 1. The table comes last; the full numbers go into the file of --out,
-after every part, so that nothing measured is lost.
+Every measurement is a process of its own. If one fails or takes too long, that is reported, the
+others go on, and the exit status is 1. The table comes last. The full numbers are written to the
+file of --out after every part, so that nothing measured is lost.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import written_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-MOST_FOR_TESTS = 200  # seconds: a test that hangs must not take the measurements' time
+MOST_FOR_TESTS = 200  # seconds; a test that hangs must not use up the measurements' time
 NAMES = ("compiles", "launches", "kernels", "model", "graph")
 TESTS = [f"tests/kernels/test_gpu_{name}.py" for name in NAMES]
 TESTS += ["tests/kernels/test_gpu.py", "tests/kernels/test_cuda_emulator.py"]
 TESTS += ["tests/arrays/test_real_cupy.py"]
 
-# The model and the amounts of work; a rehearsal is about whether everything runs
+# The model and the amounts of work; a rehearsal only shows whether everything runs
 FULL = {
     "device": "gpu",
     "model": {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1024},
@@ -57,7 +57,7 @@ REHEARSAL = {
 }
 EAGER, COMPILED = "PyTorch eager", "PyTorch compiled"
 
-# name: (measurement, what it is given), the most important first
+# name: (measurement, its settings), the most important first
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "limits": ("limits", {}),
     "training bfloat16, ours": ("training", {"side": "ours", "dtype": "bfloat16"}),
@@ -81,21 +81,29 @@ def main() -> int:
     parser = cli.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check-only", action="store_true", help="compile and test, time nothing")
-    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
-    parser.add_argument("--minutes", type=float, default=8.5, help="to stop after (8.5)")
-    parser.add_argument("--part", action="append", choices=PARTS, metavar="NAME", help="only this")
+    parser.add_argument(
+        "--check-only", action="store_true", help="compile and test, but time nothing"
+    )
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes, on the CPU")
+    parser.add_argument("--minutes", type=float, default=8.5, help="minutes to stop after (8.5)")
+    parser.add_argument(
+        "--part",
+        action="append",
+        choices=PARTS,
+        metavar="NAME",
+        help="only this part; may be repeated",
+    )
     parser.add_argument("--out", metavar="JSON", help="the full numbers ($OUT/gpu.json, gpu.json)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
-        import gpu_measures  # only here: --help is to answer at once
+        import gpu_measures  # only here, so that --help answers at once
 
         task = json.loads(flags.child)
         print(json.dumps(getattr(gpu_measures, task["measure"])(task)))
         return 0
     if not flags.rehearse and not flags.check_only:
-        library_for("gpu")  # a UserError where there is none, before anything takes time
+        library_for("gpu")  # where there is no GPU, a UserError before anything takes time
     out = Path(flags.out or Path(os.environ.get("OUT", "."), "gpu.json"))
     return Run(flags, out).go()
 
@@ -109,7 +117,7 @@ def has_gpu() -> bool:
 
 
 class Run:
-    """The parts one after another; `results` by part, `failures` what went wrong in which."""
+    """Runs the parts one after another; `results` and `failures` (messages) are by part."""
 
     def __init__(self, flags: argparse.Namespace, out: Path) -> None:
         self.flags, self.out = flags, out
@@ -146,7 +154,7 @@ class Run:
             self.failures[name] = f"exit status {problem.returncode}, see above"
         except subprocess.TimeoutExpired:
             self.failures[name] = "it took longer than was left (see --minutes)"
-        except (TimeoutError, ValueError, IndexError) as problem:  # of the time, or its output
+        except (TimeoutError, ValueError, IndexError) as problem:  # no time left, or bad output
             self.failures[name] = str(problem)
         print(f"    {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         with written_whole(self.out) as file:
@@ -154,10 +162,10 @@ class Run:
             file.write(json.dumps(document, indent=1).encode())
 
     def tests(self) -> dict[str, str]:
-        """On a GPU the tests that need one; elsewhere the others, with the kernels emulated."""
+        """On a GPU, run the tests that need one; elsewhere those that emulate the kernels."""
         command = [sys.executable, "-m", "pytest", "-q", "-rs", *TESTS]
         command += ["-m", "gpu" if has_gpu() else "not gpu"]
-        said = self.out.with_suffix(".tests.txt")  # complete, whatever happens
+        said = self.out.with_suffix(".tests.txt")  # has all the output, whatever happens
         with open(said, "w", encoding="utf-8") as file:
             done = subprocess.run(
                 command, cwd=ROOT, stdout=file, timeout=min(self.seconds_left(), MOST_FOR_TESTS)
@@ -187,7 +195,7 @@ class Run:
         return [title, f"{a:,.4g}", peer.split(", ")[1], f"{b:,.4g}", f"**{share}**", must]
 
 
-# (title, what is compared, our part, the peer's, what ours must be)
+# (title, field compared, our part, the peer's part, what the ratio must be)
 COMPARISONS = [
     *(
         (
@@ -228,7 +236,7 @@ COMPARISONS = [
 
 
 def _profile_row(row: dict[str, Any], limits: dict[str, float]) -> list[str]:
-    """One kernel: of the two limits, the percentage of the one it is nearer to."""
+    """A row of the table for one kernel; the last cell is the share of its nearer limit."""
     bandwidth, rate = row["gigabytes"] / row["seconds"], row["gigaflops"] / row["seconds"]
     shares = [
         (bandwidth / limits[name] if name == "copy GB/s" else rate / limits[name], name)

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py measures, one function a kind of part, each in a process of its own.
+"""What benchmarks/gpu.py measures: one function for each kind of part, run in its own process.
 
 A `task` is the part's settings: "device" is "gpu", or "cpu" in a rehearsal.
 """
@@ -22,12 +22,12 @@ from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.text.documents import load_documents
 from micrograd_gpt.text.windows import Windows
 
-BLOCKS = 3  # of steps, each timed as a whole: the device is waited for at its end alone
-SIDE = 8192  # of the square matrices that measure the matrix rate, on a GPU
+BLOCKS = 3  # of steps, each timed as a whole: only at its end do we wait for the device
+SIDE = 8192  # of the square matrices whose product measures the matrix rate on a GPU
 
 
 def limits(task: dict[str, Any]) -> dict[str, float]:
-    """What the machine does at best: a large copy, bytes read and written, and large products."""
+    """The machine's best rates: of a large copy, bytes read plus written, and of large products."""
     timer = gpu_profile.Timer(task["device"])
     xp, n = timer.xp, SIDE if task["device"] == "gpu" else 256
     found = {}
@@ -43,7 +43,7 @@ def limits(task: dict[str, Any]) -> dict[str, float]:
 
 
 def training(task: dict[str, Any]) -> dict[str, Any]:
-    """Tokens per second and the memory a training step takes, at the model's longest context."""
+    """Tokens per second and memory of training steps at the model's longest context."""
     config, context = task["model"], task["model"]["n_positions"]
     rng = np.random.default_rng(0)
     ids = rng.integers(0, config["vocab_size"], (task["batch"], context + 1))
@@ -70,7 +70,7 @@ def training(task: dict[str, Any]) -> dict[str, Any]:
 def _flops_per_token(config: dict[str, int]) -> float:
     if config["n_embd"] == 768:
         return flops_per_token("124M", config["n_positions"])
-    return float("nan")  # of a rehearsal's model nobody asks
+    return float("nan")  # a rehearsal's model, for which nobody asks
 
 
 def our_model(sizes: dict[str, int], device: str) -> GPT2:
@@ -122,12 +122,12 @@ def peer_step(task: dict[str, Any], ids: np.ndarray) -> tuple[Callable[[], Any],
 
 
 def _memory(device: str, torch: bool) -> dict[str, float]:
-    """Megabytes: the most that arrays took at once, and all that is in use on the device.
+    """Megabytes (of 2**20 bytes): the most that arrays took at once, and all in use on the device.
 
-    Of arrays PyTorch's allocator keeps a peak. CuPy's pool has none, but returns nothing to the
-    device: what it holds in the end is the most its arrays ever took, and what lies in gaps between
-    them; so ours is counted high. What is in use on the device includes CUDA itself, and on both
-    sides all that the allocator once needed.
+    PyTorch's allocator keeps the peak of its arrays. CuPy's pool does not, but it returns nothing
+    to the device: in the end it holds the most its arrays ever took plus the gaps between them, so
+    our figure is on the high side. What is in use on the device includes CUDA itself and, on both
+    sides, everything the allocator ever needed.
     """
     if device == "cpu":
         return dict.fromkeys(("peak_allocated_megabytes", "device_megabytes"), peak_megabytes())
@@ -146,7 +146,7 @@ def _memory(device: str, torch: bool) -> dict[str, float]:
 
 
 def decoding(task: dict[str, Any]) -> dict[str, Any]:
-    """Greedy tokens per second over the whole batch, with random weights; the prompt left out."""
+    """Greedy tokens per second over the whole batch, with random weights, without the prompt."""
     vocabulary = task["model"]["vocab_size"]
     ids = np.random.default_rng(0).integers(0, vocabulary, (task["batch"], task["prompt"]))
     generate = (our_generate if task["side"] == "ours" else their_generate)(task)
@@ -165,7 +165,7 @@ def decoding(task: dict[str, Any]) -> dict[str, Any]:
 def our_generate(task: dict[str, Any]) -> Callable[[np.ndarray, int], Any]:
     model = our_model(task["model"], task["device"]).eval()
     hold_in(model, "bfloat16")
-    if not task.get("graph", True):  # the blocks' own kernels, one by one
+    if not task.get("graph", True):  # the kernels of each block, launched one by one
         gpt2.through_blocks = gpt2.through_blocks.definition  # type: ignore[attr-defined]
 
     def generate(ids: np.ndarray, count: int) -> Any:

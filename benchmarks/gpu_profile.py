@@ -1,7 +1,7 @@
-"""Each kernel of a training step and of decoding alone: its time, bytes and operations.
+"""Each kernel of a training step and of decoding on its own: its time, bytes and operations.
 
-Bytes are those that must pass through the device's memory, each input read once and each output
-written once; operations are the multiplications and additions of matrix products.
+Bytes are those that must pass through the device's memory, with each input read once and each
+output written once. Operations are the multiplications and additions of matrix products.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def product(n: int, k: int, m: int, dtype: str, device: str) -> Callable[[], Any
 
 
 class Profile:
-    """`rows` has one for each kernel: "kernel", "seconds", "gigabytes", "gigaflops", "limit"."""
+    """Measures kernels, one row each in `rows`: kernel, seconds, gigabytes, gigaflops, limit."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         c = task["model"]
@@ -145,12 +145,12 @@ class Profile:
         )
 
     def heads_of(self, qkv: Any) -> list[Any]:
-        """(B, T, 3C) -> queries, keys and values, each (B, H, T, D): views, as the model makes."""
+        """(B, T, 3C) -> queries, keys and values, each (B, H, T, D): views, as in the model."""
         parts = qkv.reshape(*qkv.shape[:2], 3, self.heads, -1)
         return [parts[:, :, i].swapaxes(1, 2) for i in range(3)]
 
     def attention_in_tf32(self) -> None:
-        """Float32, as --tf32 has it; the profile's other kernels do not look at that setting."""
+        """Attention in float32 with --tf32; the other kernels profiled do not use that setting."""
         set_tf32(self.timer.device == "gpu", self.timer.device)
         qkv = self.numbers("float32", self.batch, self.time, 3 * self.width)
         parts = self.heads_of(qkv)

@@ -1,10 +1,10 @@
-"""How long loading a model takes, and how much memory: random weights of OpenAI's sizes.
+"""How much time and memory loading a model takes, with random weights of OpenAI's sizes.
 
     python benchmarks/load.py                 # 124M
-    python benchmarks/load.py --size 1558M    # that too: 6.2 GB of disk and of memory
+    python benchmarks/load.py --size 1558M    # that size too: 6.2 GB of disk and of memory
 
 Writing and loading run in processes of their own. The file is loaded twice, and the second time
-counts: the system then has the file in its cache, as far as its memory goes.
+counts: by then it is in the system's file cache, if it fits there.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def write(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(task: dict[str, Any]) -> dict[str, Any]:
-    """Megabytes (of 1,048,576 bytes) of the model and at the peak, and seconds."""
+    """The seconds to load the model, its size and the peak of memory, in MB of 2**20 bytes."""
     start = time.perf_counter()
     model = from_pretrained(GPT2, task["folder"])
     seconds = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""The peer: a plain GPT-2 in PyTorch, as its users write it, for the benchmarks to run against."""
+"""The peer that the benchmarks compare with: a plain GPT-2 in PyTorch, as its users write it."""
 
 from __future__ import annotations
 

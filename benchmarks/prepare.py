@@ -1,11 +1,11 @@
-"""Preparing a large text: rate and memory, beside tiktoken alone in as many processes.
+"""Rate and memory of preparing a large text, beside tiktoken alone in as many processes.
 
     python benchmarks/prepare.py --text tinyshakespeare.txt --megabytes 2000
 
-The text is made by repeating a small one with its paragraphs shuffled. All sides count from the
-start of their processes. tiktoken's only cut the text at every megabyte, encode it, to a list or to
-an array, and forget the ids. CPU time, of all processes, suffers less than the rate does from what
-else the machine is doing.
+The text is a small one repeated with its paragraphs shuffled. Every side is timed from the start of
+its processes. The sides of tiktoken only cut the text at every megabyte, encode it to a list or an
+array, and discard the ids. Other work on the machine disturbs the CPU time, which is that of all
+processes, less than the rate.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, help="the text to repeat")
     parser.add_argument("--megabytes", type=int, default=200, help="of text to prepare (200)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(one a core)")
-    parser.add_argument("--rounds", type=int, default=3, help="(3)")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="how many (one a core)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side (3)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -129,9 +131,9 @@ def encode_part(part: tuple[dict[str, Any], int]) -> None:
 
 
 class Memory:
-    """Looks at the memory of this process and its children until `stop`; Linux only, else 0.
+    """Watches the memory of this process and its children until `stop`; 0 except on Linux.
 
-    Each process counts with what it holds alone and its share of what it shares (PSS).
+    For each process it counts what that holds alone and a share of what it shares (PSS).
     """
 
     def __init__(self) -> None:
@@ -141,7 +143,7 @@ class Memory:
         self._thread.start()
 
     def stop(self) -> float:
-        """The most that was seen, in MB."""
+        """Stop watching; returns the most that was seen, in MB."""
         self._stopped.set()
         self._thread.join()
         return self._peak
@@ -152,7 +154,7 @@ class Memory:
 
 
 def tree_megabytes(pid: int) -> float:
-    """The memory of a process and of those it started."""
+    """The memory, in MB, of a process and of those it started."""
     total = 0.0
     try:
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -161,7 +163,7 @@ def tree_megabytes(pid: int) -> float:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 total += int(line.split()[1]) * 1024 / MEGABYTE
-    except OSError:  # it has ended meanwhile, or this is no Linux
+    except OSError:  # the process has ended, or this is not Linux
         pass
     return total
 

@@ -3,9 +3,9 @@
     python benchmarks/profile_step.py                              # GPT-2 124M, 2 × 512 tokens
     python benchmarks/profile_step.py --size tiny --batch 12 --context 64
 
-Times every kernel of the product's own training step from outside, forward and backward, and sets
-it against the work it does: floating-point operations for what multiplies matrices, bytes that have
-to be read and written at least once for the rest.
+Times every kernel of the package's own training step from outside, forward and backward, and
+divides the work it does by that time: floating-point operations where it multiplies matrices, else
+the bytes that have to be read and written at least once.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from micrograd_gpt.weights.config import SIZES
 
 from micrograd_gpt import functional as F
 from micrograd_gpt import optim, tensor
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.kernels import linear_cross_entropy as loss
 from micrograd_gpt.text.windows import Windows
+from micrograd_gpt.weights.config import SIZES
 
 SHAPES = {**SIZES, "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 65}}
 
 
 def attention_flops(products: int, q: np.ndarray) -> float:
-    """Of `products` causal T × T × D matrix products in every head."""
+    """The operations of `products` causal T × T × D matrix products in every head."""
     b, h, t, d = q.shape
     return products * 2 * b * h * t * t * d / 2
 
 
-# (module, function): work of a call, in floating-point operations (flops) or bytes
+# (module or class, function): the work of a call, in floating-point operations (flops) or bytes
 WORK: dict[tuple[Any, str], tuple[str, Callable[..., float]]] = {
     (F, "linear_forward"): ("flops", lambda x, w, b: 2 * len(x) * w.size),
     (F, "linear_backward"): ("flops", lambda g, x, w: 4 * len(x) * w.size),
@@ -85,7 +85,7 @@ def main() -> None:
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 10**6)
     windows = Windows(tokens.astype(np.uint16), args.context)
     phases: dict[str, list[float]] = defaultdict(list)
-    for step in range(args.steps + 1):  # the first one fetches the memory, and is not counted
+    for step in range(args.steps + 1):  # the first one fetches memory, and is not counted
         now["step"] = step
         times = [time.perf_counter()]
         ids, targets = windows.batch(0, step, args.batch)

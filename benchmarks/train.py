@@ -4,8 +4,8 @@
     python benchmarks/train.py --work tiny --rounds 5
     python benchmarks/train.py --growth growth.png      # tokens/s by context and size
 
-A step is what users run: forward, backward, clipping, AdamW. "limit" is how many tokens/s the
-measured rate of NumPy's matrix product would allow if nothing else took time.
+A step is the one that users run: forward, backward, clipping, AdamW. "limit" is how many tokens/s
+the measured rate of NumPy's matrix product would allow if nothing else took time.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from common import (
     processor,
     seconds,
 )
-from micrograd_gpt.weights.config import SIZES
 
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.weights.config import SIZES
 
 SHAPES = {
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 65, "n_positions": 64},
@@ -91,7 +91,7 @@ def main() -> None:
 def table_rows(
     name: str, results: dict[str, list[dict[str, Any]]], limits: dict[str, Any], shape: dict
 ) -> list[list[str]]:
-    """One row a side: the median over the rounds of each round's median step."""
+    """One row a side: the median, over the rounds, of the median step of each."""
     speed = {side: median(r["tokens_per_second"] for r in runs) for side, runs in results.items()}
     limit = limits["gflops"] * 1e9 / flops_per_token(shape["size"], shape["context"])
     return [
@@ -110,8 +110,8 @@ def table_rows(
 def flops_per_token(size: str, context: int) -> float:
     """Multiplications and additions in the matrix products of a training step, per token.
 
-    2 for each weight in the forward, 4 in the backward; and attention's products over the causal
-    half: 2 in the forward, 5 in the backward (two of them made again).
+    Each weight takes 2 in the forward and 4 in the backward. Attention's products, over the causal
+    half, are 2 in the forward and 5 in the backward, of which one recomputes the scores.
     """
     s = SHAPES[size]
     weights = 12 * s["n_layer"] * s["n_embd"] ** 2 + s["vocab_size"] * s["n_embd"]
@@ -177,7 +177,7 @@ def peer_step(config: dict[str, int], ids: np.ndarray, side: str) -> Any:
 
 
 def plot_growth(path: str) -> None:
-    """tokens/s of 124M and 355M at contexts of 128 to 1024 (1,024 tokens a step), as a picture."""
+    """Plot tokens/s of 124M and 355M at contexts of 128 to 1024, with 1,024 tokens a step."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()

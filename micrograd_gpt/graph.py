@@ -1,4 +1,4 @@
-"""A tape to look at: the operations below a result as a drawing, and gradients on their way."""
+"""Looking at a tape: the operations below a result as a drawing, and the gradients in between."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from micrograd_gpt.tensor import LEAF, Array, Node, Tensor, node_of, tape_below
 def draw_graph(result: Tensor) -> str:
     """The tape below `result` as Graphviz DOT text: operation names, shapes and dtypes.
 
-    Draw it before backward(), which frees the tape; `dot -Tsvg` turns the text into a picture.
+    `dot -Tsvg` turns the text into a picture. Draw before backward(), which frees the tape;
+    afterwards this raises RuntimeError.
     """
     root = node_of(result) or Node(LEAF, result.data, (), lambda grad: ())
     names: dict[Any, str] = {}
     lines = ["digraph tape {", "  rankdir=LR;"]
     for node in tape_below(root):
-        key = node.backward if node.name == LEAF else node  # a leaf has a node for each of its uses
+        key = node.backward if node.name == LEAF else node  # a leaf has a node for each use
         is_new = key not in names
         names[node] = names[key] = name = names.get(key, f"n{len(set(names.values()))}")
         if is_new:
@@ -29,7 +30,10 @@ def draw_graph(result: Tensor) -> str:
 
 
 def retain_grad(result: Tensor) -> Tensor:
-    """Let backward() fill the `.grad` of an intermediate result too, as long as it is alive."""
+    """Let backward() also fill the `.grad` of this intermediate result, and return the result.
+
+    Its gradient is kept only while the tensor itself is alive.
+    """
     node, this = node_of(result), weakref.ref(result)
     if node is None or node.name == LEAF or node.backward is None:
         return result

@@ -1,9 +1,9 @@
-"""Two architectures that texts about Transformers teach beside GPT-2's, as small subclasses of it.
+"""Two variants of GPT-2 that texts about Transformers teach, as small subclasses of it.
 
-`norm_position="post"` puts each LayerNorm behind its residual addition, as the first Transformer
-did, and has no final one; `position_embedding="sinusoidal"` adds fixed waves instead of a learned
-table (Vaswani et al. 2017, arXiv:1706.03762). Both are for learning: OpenAI's weights are "pre" and
-"learned".
+`norm_position="post"` puts each LayerNorm after its residual addition, as the first Transformer
+did, and leaves out the final one. `position_embedding="sinusoidal"` adds fixed waves instead of a
+learned table (Vaswani et al. 2017, arXiv:1706.03762). Both are for learning: OpenAI's weights are
+"pre" and "learned".
 
     model = VariantGPT2(VariantConfig(norm_position="post", n_layer=4, n_head=4, n_embd=128))
 """
@@ -24,7 +24,7 @@ CHOICES = {"norm_position": ("pre", "post"), "position_embedding": ("learned", "
 
 @dataclasses.dataclass
 class VariantConfig(GPT2Config):
-    """The shape of a GPT-2, and where it differs from OpenAI's; ValueError for unknown choices."""
+    """The shape of a GPT-2 and its two choices; ValueError for a choice that is not in CHOICES."""
 
     norm_position: str = "pre"
     position_embedding: str = "learned"
@@ -59,15 +59,18 @@ class PostNormBlock(Block):
 
 
 class Identity(Module):
-    """In place of a LayerNorm: x as it is."""
+    """Stands in place of a LayerNorm and returns x as it is."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return x
 
 
 class SinusoidalPositions(Module):
-    """Fixed position vectors: sines and cosines, interleaved, whose wavelengths grow from 2π to
-    10000 · 2π along the channels (Vaswani et al. 2017, section 3.5)."""
+    """Fixed position vectors: positions (…) -> (…, C), float32.
+
+    Sines and cosines, interleaved, whose wavelengths grow from 2π towards 10000 · 2π along the
+    channels (Vaswani et al. 2017, section 3.5).
+    """
 
     def __init__(self, n_positions: int, n_embd: int) -> None:
         position = np.arange(n_positions)[:, None]  # (n_positions, 1)

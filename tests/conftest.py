@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Options, fixtures and skips that all tests share."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from micrograd_gpt.support.errors import UserError
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long test_torture.py tortures."""
+    """How often test_torture.py kills its run, and when."""
     parser.addoption("--kills", type=int, default=3, help="how often to kill the run (3)")
-    parser.addoption("--kill-seed", type=int, default=0, help="of the random moments (0)")
+    parser.addoption("--kill-seed", type=int, default=0, help="seed of the random moments (0)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,7 +47,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def restore_signals() -> Iterator[None]:
-    """Training answers signals its own way."""
+    """Restore the signal handlers that training replaces."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():

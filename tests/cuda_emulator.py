@@ -1,8 +1,8 @@
-"""The CUDA kernels on the CPU: compiled by g++ with tests/cuda_on_cpu/ in CUDA's place.
+"""The CUDA kernels on the CPU, compiled by g++ with tests/cuda_on_cpu/ in CUDA's place.
 
-`Emulator.run` stands in for `run` in kernels/in_cuda/modules.py: then the functions of
-kernels/in_cuda/ work on NumPy arrays, host code and device code alike. See cuda_on_cpu.h for what
-is and is not the same.
+`Emulator.run` takes the place of `run` in kernels/in_cuda/modules.py. Then the functions of
+kernels/in_cuda/ work on NumPy arrays, host code and device code alike. cuda_on_cpu.h says what is
+the same as on a GPU and what is not.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 
 HEADERS = Path(__file__).parent / "cuda_on_cpu"
 NEEDED = "#include <bit>\n#include <ucontext.h>\n_Float16 x = std::bit_cast<_Float16>((short)0);\n"
-MISSING = "there is no g++ with C++20 and _Float16 to run the CUDA kernels on the CPU with"
+MISSING = "there is no g++ with C++20 and _Float16, which runs the CUDA kernels on the CPU"
 
 
 def _compiler() -> str | None:
-    """A g++ that can compile the emulator: GCC 12 or newer, on Linux."""
+    """A g++ that can compile the emulator (GCC 12 or newer, on Linux), or None."""
     found = shutil.which("g++")
     command = [str(found), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
     if sys.platform != "linux" or found is None:
@@ -37,10 +37,10 @@ COMPILER = _compiler()
 
 
 class Emulator:
-    """Compiles each source and option set once, into `folder`.
+    """Compiles each source with each set of options once, into `folder`.
 
-    `order` is how the threads of a block take turns: 0 upwards, 1 downwards, else shuffled by it.
-    `launched` lists (file, kernel, options) of every launch.
+    `order` says in which order the threads of a block take turns: 0 upwards, 1 downwards, any other
+    number shuffled with that seed. `launched` lists (file, kernel, options) of every launch.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,7 +60,7 @@ class Emulator:
         self.launched.append((file, kernel, options))
         launch = getattr(self.library(file, options), f"launch_{kernel}")
         launch.restype = ctypes.c_char_p
-        held = [np.asarray(value) for value in values]  # each where it stays until the end
+        held = [np.asarray(value) for value in values]  # each stays where it is until the end
         pointers = (ctypes.c_void_p * len(held))(*(value.ctypes.data for value in held))
         sizes = [(ctypes.c_uint * 3)(*(*size, 1, 1)[:3]) for size in (grid, block)]
         problem = launch(*sizes, pointers, ctypes.c_uint(self.order))
@@ -72,7 +72,7 @@ class Emulator:
             path.write_text(self._program(file))
             defines = [option for option in options if option.startswith("-D")]
             command = [str(COMPILER), "-std=c++20", "-O1", "-fno-strict-aliasing", "-shared"]
-            # Else libraries share what inline functions hold, shared memory of other sizes included
+            # Else libraries share the statics of inline functions: shared memory of wrong sizes
             command += ["-fno-gnu-unique"]
             command += ["-fPIC", "-w", *defines, f"-I{HEADERS}", str(path), "-o", f"{path}.so"]
             done = subprocess.run(command, capture_output=True, text=True)

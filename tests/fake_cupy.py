@@ -1,10 +1,11 @@
-"""A stand-in for CuPy on a machine without a GPU, as far as the GPU path uses it.
+"""A replacement for the parts of CuPy that the GPU path uses, on a machine without a GPU.
 
-Its arrays hold NumPy's, but are none: like CuPy's they refuse to become NumPy arrays by themselves
-and do not combine with them, and their elements are read by `.get()`, `.item()`, `float()` and the
-like alone, each of which is counted in `counts.reads`: there a GPU would have to be waited for.
-NumPy's functions work on them as on CuPy's, which have the protocols of NEP 13, 18 and 35: a
-function that CuPy does not have, or arguments that its own does not take, are refused
+Its arrays hold NumPy arrays but are not NumPy arrays. Like CuPy's, they refuse to be converted to
+NumPy arrays implicitly and do not combine with them. Only `.get()`, `.item()`, `float()` and the
+like read their elements; `counts.reads` counts each read, since each would wait for a GPU.
+
+NumPy's functions work on them as they do on CuPy's arrays, by the protocols of NEP 13, 18 and 35. A
+function that CuPy does not have is refused, and so are arguments that CuPy's own does not take
 (test_real_cupy.py compares the two where CuPy is installed). So is what CuPy 14 cannot do: indexing
 by lists and NumPy arrays, and products of batches of bfloat16.
 
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-# What is taken over from NumPy, with the arguments of CuPy 14 (test_real_cupy.py compares them).
+# Taken over from NumPy, with the arguments of CuPy 14 (test_real_cupy.py compares them).
 UFUNCS = {
     **dict.fromkeys(
         ("absolute", "exp", "isfinite", "log", "negative", "sqrt", "tanh"), "x out casting dtype"
@@ -57,7 +58,7 @@ FUNCTIONS = {
     "zeros": "shape dtype order",
     "zeros_like": "a dtype order subok shape",
 }
-WAITING = ("flatnonzero",)  # functions whose result has a shape that the device must tell
+WAITING = ("flatnonzero",)  # functions whose result has a shape that only the device knows
 METHODS = {
     "all": "axis out keepdims",
     "any": "axis out keepdims",
@@ -71,7 +72,7 @@ METHODS = {
     "sum": "axis dtype out keepdims",
     "swapaxes": "axis1 axis2",
 }
-ANY_NUMBER = ("reshape", "transpose")  # methods that take a shape or axes one by one
+ANY_NUMBER = ("reshape", "transpose")  # methods that take a shape or axes as several arguments
 READS = ("__bool__", "__float__", "__int__", "item", "tolist")  # each waits
 ATTRIBUTES = ("dtype", "flags", "itemsize", "nbytes", "ndim", "shape", "size", "strides")
 OPERATORS = (
@@ -81,7 +82,7 @@ OPERATORS = (
 
 
 class SyncCount:
-    """How often numbers were read from the device, and how many times arrays came or went."""
+    """How often numbers were read from the device, and how often arrays were copied to it."""
 
     def __init__(self) -> None:
         self.reads = self.uploads = 0
@@ -95,14 +96,14 @@ class CUDARuntimeError(RuntimeError):
 
 
 class Capture:
-    """What a stream records instead of running it; `launches` is None while none captures."""
+    """The launches that a stream records instead of running; None while nothing is captured."""
 
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] | None = None
         self.broken = False
 
     def forbids(self, what: str) -> None:
-        """CUDARuntimeError if a capture goes on, which that spoils."""
+        """Raise CUDARuntimeError during a capture, which `what` makes invalid."""
         if self.launches is not None:
             self.broken = True
             raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {what}")
@@ -112,7 +113,7 @@ capture = Capture()
 
 
 def launch(kernel: Any, *arguments: Any) -> None:
-    """Run kernel(*arguments), or record it: what a test puts around the emulator's `run`."""
+    """Run kernel(*arguments), or record it; a test wraps the emulator's `run` in this."""
     if capture.launches is None:
         kernel(*arguments)
     else:
@@ -129,7 +130,7 @@ class Graph:
 
 
 class Stream:
-    """One that is not the default one, so that it can be captured."""
+    """A stream that is not the default one, so that it can be captured."""
 
     def __init__(self, null: bool = False, non_blocking: bool = False, ptds: bool = False) -> None:
         self.is_current = False
@@ -153,7 +154,7 @@ class Stream:
 
 
 def unwrap(value: Any, operation: str) -> Any:
-    """A device array's numbers; Python's own numbers pass, NumPy's arrays are refused."""
+    """A device array's numbers; other values pass as they are, but NumPy arrays are refused."""
     if isinstance(value, ndarray):
         return value._numbers
     if isinstance(value, np.ndarray):
@@ -164,7 +165,7 @@ def unwrap(value: Any, operation: str) -> Any:
 
 
 def wrap(value: Any, *sources: Any) -> Any:
-    """NumPy's result as a device array: one of the sources themselves, a view of one, or a new."""
+    """NumPy's result as a device array: one of the sources, a view of one, or a new array."""
     if isinstance(value, list | tuple):
         return type(value)(wrap(part, *sources) for part in value)
     if not isinstance(value, np.ndarray | np.generic):
@@ -179,7 +180,7 @@ def wrap(value: Any, *sources: Any) -> Any:
 
 
 def numbers_of(value: Any, operation: str) -> Any:
-    """An operand of a ufunc: a device array's numbers, or a number of Python's or NumPy's."""
+    """An operand of a ufunc: a device array's numbers, or a Python or NumPy number."""
     if isinstance(value, ndarray | np.ndarray):
         return unwrap(value, operation)
     if not isinstance(value, bool | int | float | np.generic):
@@ -211,7 +212,7 @@ class ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed: use .get()")
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        """NEP 13: CuPy's ufunc of the same name, whose `at` only `add` has here."""
+        """NEP 13: call CuPy's ufunc of the same name; of the `at` methods there is only add's."""
         function = globals().get(ufunc.__name__) if ufunc.__name__ in UFUNCS else None
         if function is None or method not in ("__call__", "at"):
             return NotImplemented
@@ -220,7 +221,7 @@ class ndarray:
         return (function if method == "__call__" else function.at)(*inputs, **kwargs)
 
     def __array_function__(self, function: Any, types: Any, args: tuple, kwargs: dict) -> Any:
-        """NEP 18 and 35: CuPy's function of the same name, which takes or refuses the arguments."""
+        """NEP 18 and 35: call CuPy's function of the same name, which may refuse the arguments."""
         here = function.__module__ == "numpy" and function.__name__ in FUNCTIONS
         if not here or not all(issubclass(t, ndarray | np.ndarray) for t in types):
             return NotImplemented
@@ -333,7 +334,7 @@ def _function(name: str, accepted: str) -> Any:
         sources = [*args, *kwargs.values()]
         args = args if uploads else unwrap(args, f"cupy.{name}")
         kwargs = {key: unwrap(value, f"cupy.{name}") for key, value in kwargs.items()}
-        if kwargs.get("shape") == ():  # which CuPy's *_like() take for no shape at all
+        if kwargs.get("shape") == ():  # CuPy's *_like() ignore an empty shape
             del kwargs["shape"]
         return wrap(getattr(np, name)(*args, **kwargs), *sources)
 
@@ -362,7 +363,7 @@ for _name, _accepted in UFUNCS.items():
 
 
 def matmul(a: Any, b: Any, out: Any = None) -> ndarray:
-    """CuPy's: half precision is summed in float32, and rounded; batches of bfloat16 it refuses."""
+    """CuPy's: sums half precision in float32, then rounds it; refuses batches of bfloat16."""
     capture.forbids("a library's product")
     x, y = unwrap(a, "cupy.matmul"), unwrap(b, "cupy.matmul")
     dtype = np.result_type(x, y)
@@ -400,7 +401,7 @@ cuda = SimpleNamespace(
         driverGetVersion=lambda: 13000,
         runtimeGetVersion=lambda: 13000,
     ),
-    # A card too old for our kernels: the definitions do all the work.
+    # A card too old for our kernels, so that the fused layers or the definitions do all the work.
     Device=lambda: SimpleNamespace(compute_capability="70"),
 )
 

@@ -1,5 +1,5 @@
-"""Things that fail on demand: a web server on 127.0.0.1 that answers like the Hugging Face Hub and
-like OpenAI's store, a full disk, and a process that is killed."""
+"""Things that fail on demand: a web server on 127.0.0.1 that answers as the Hugging Face Hub and
+OpenAI's store do, a full disk, and a process that is killed."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ LOGIN_PAGE = b"<!DOCTYPE html><html><body>Please log in to the hotel's network.<
 
 @dataclass(frozen=True)
 class Fault:
-    """What a GET meets with instead of the file."""
+    """How a request goes wrong."""
 
     status: int | None = None  # an error, or 200 for a login page
-    drop_after: int | None = None  # bytes of the body that are sent before the connection ends …
-    reset: bool = False  # … with a reset, not an orderly close
-    ignore_range: bool = False  # the whole file to a request for its rest …
-    other_range: bool = False  # … or another part than asked for
+    drop_after: int | None = None  # the connection ends after this many bytes of the body,
+    reset: bool = False  # with a reset, not an orderly close
+    ignore_range: bool = False  # a request for the rest of a file gets all of it,
+    other_range: bool = False  # or another part than it asked for
 
 
 class Server:
-    """`files` maps paths to bodies; `faults[path]` is worked off first, one at each GET.
+    """`files` maps paths to bodies; each GET of a path first uses up one of `faults[path]`.
 
     `head_faults[path]` does the same for HEAD. `requests` lists (method, path, Range header).
     """
@@ -153,7 +153,7 @@ class FullDiskFile:
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, module: ModuleType, room: int) -> None:
-    """Give each file that `module` opens from now on `room` bytes."""
+    """Let each file that `module` opens from now on have room for only `room` bytes."""
 
     def open_full(*args: Any, **kwargs: Any) -> FullDiskFile:
         return FullDiskFile(builtins.open(*args, **kwargs), room)
@@ -174,10 +174,10 @@ def fail() -> None:
 
 
 def run_with_fault(action: Callable[[], None], fault: Callable[[], None], number: int) -> int:
-    """Run `action` in a child process whose file operation `number` meets with `fault`.
+    """Run `action` in a child process, and call `fault` at its file operation `number`.
 
-    Every later operation fails too where the fault is an error. Returns the child's status: 0 done,
-    1 a UserError, 9 killed, 7 anything else.
+    Where the fault is an error, every later operation fails too. Returns the child's status: 0 if
+    done, 1 for a UserError, 9 if killed, 7 for anything else.
     """
     process = os.fork()
     if process:

@@ -1,4 +1,4 @@
-"""Where the tests of the CUDA kernels run: emulated on the CPU, or on a GPU."""
+"""The machines on which the tests of the CUDA kernels run: emulated on the CPU, or a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 
 
 class Machine(ABC):
-    """`put` takes NumPy arrays to it, `get` brings one back, `repeated` computes there."""
+    """`put` copies NumPy arrays to the machine, `get` one back; `repeated` computes there."""
 
     def __init__(self, library: Any) -> None:
         self.arrays = GuardedArrays(library)
@@ -42,7 +42,7 @@ class Machine(ABC):
         """Called before each run of `repeated`."""
 
     def repeated(self, function: Callable[[], Any]) -> Any:
-        """function()'s arrays, as NumPy's, after three runs that have to agree bit for bit."""
+        """The arrays that function() returns, as NumPy's; three runs must agree bit for bit."""
         runs = []
         for repetition in range(3):
             self.prepare(repetition)
@@ -57,7 +57,7 @@ class Machine(ABC):
 
 
 class EmulatedGPU(Machine):
-    """Kernels under g++, whose threads take turns in another order each time."""
+    """Kernels compiled by g++, whose threads take turns in another order each time."""
 
     ORDERS = (0, 1, 7)  # upwards, downwards, shuffled
 
@@ -82,14 +82,14 @@ class EmulatedGPU(Machine):
 
 
 def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """What cuBLAS does for cublas.product: float32 sums, rounded once."""
+    """Does what cuBLAS does in cublas.product: float32 sums, rounded once."""
     out[...] = a.astype(np.float32) @ b.astype(np.float32)
     return out
 
 
 @contextmanager
 def emulated_cupy(emulator: Emulator) -> Iterator[None]:
-    """Within this block a model on "gpu" computes: fake_cupy's arrays, and the kernels emulated."""
+    """Within this block a model on "gpu" computes, with fake_cupy's arrays and emulated kernels."""
 
     def product(a: fake_cupy.ndarray, b: fake_cupy.ndarray, out: fake_cupy.ndarray) -> Any:
         out[...] = fake_cupy.matmul(a.astype(np.float32), b.astype(np.float32))
@@ -111,7 +111,7 @@ class RealGPU(Machine):
         super().__init__(cupy)
 
     def put(self, *arrays: np.ndarray) -> list[Any]:
-        """Views stay views: what an array is a part of goes along, as far as it is one."""
+        """Copy to the GPU; a view stays a view, as the array it is part of is copied as well."""
         return [self._moved(array) for array in arrays]
 
     def _moved(self, array: np.ndarray) -> Any:
@@ -125,7 +125,7 @@ class RealGPU(Machine):
         )
 
     def prepare(self, repetition: int) -> None:
-        """A GPU orders its threads itself, and each time anew."""
+        """Nothing to do: a GPU orders its threads anew each time."""
 
     def get(self, array: Any) -> np.ndarray:
         return array.get(order="A")

@@ -19,11 +19,11 @@ def check_gradients(
 ) -> None:
     """Assert that the backward of `function(*tensors)` agrees with central differences.
 
-    In float64. The cotangent is random, so that a permuted or transposed gradient shows, and the
-    derivative is taken along random directions in the space of all inputs: its central difference,
-    (f(x + h u) - f(x - h u)) / 2h, must equal the gradient's component along u. The error of the
-    difference itself is about step² (truncation) plus 1e-16 / step (rounding), relative to the
-    sum of the magnitudes that go into the component.
+    It computes in float64. The cotangent is random, so that a permuted or transposed gradient
+    shows. The derivative is taken along random directions u in the space of all inputs: the central
+    difference (f(x + h u) - f(x - h u)) / 2h must equal the gradient's component along u. The error
+    of the difference itself is about step² (truncation) plus 1e-16 / step (rounding), relative to
+    the sum of the magnitudes that go into the component.
     """
     rng = np.random.default_rng(seed)
     tensors = [Tensor(a.astype(np.float64), requires_grad=True) for a in arrays]

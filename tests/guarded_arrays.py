@@ -1,4 +1,4 @@
-"""An array library for the CUDA kernels whose new arrays are poisoned, their ends watched."""
+"""An array library for tests of the CUDA kernels: new arrays hold NaN, and have guards around."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CANARY = 0xA5
 
 
 class GuardedArrays:
-    """Like numpy or cupy, but `empty` and `empty_like` give arrays full of NaN.
+    """Like numpy or cupy, but `empty` and `empty_like` return arrays full of NaN.
 
-    They are aligned as CuPy's are; `check()` finds what was written outside of them.
+    The arrays are aligned as CuPy's are. `check()` finds what was written outside of them.
     """
 
     def __init__(self, library: ModuleType) -> None:
@@ -42,7 +42,7 @@ class GuardedArrays:
         return self.empty(array.shape, array.dtype)
 
     def check(self) -> None:
-        """AssertionError where a byte before or behind one of the arrays was written."""
+        """Raise AssertionError where a byte before or after one of the arrays was written."""
         for memory, start, end in self.buffers:
             intact = (memory[:start] == CANARY).all() and (memory[end:] == CANARY).all()
             assert bool(intact), "something was written outside of an array"

@@ -1,7 +1,7 @@
-"""What each kernel is called with: sizes that fit no block, some layouts, in both float types.
+"""Cases for each kernel on the CPU: sizes that fit no block, several layouts, both float types.
 
-A kernel may turn arguments down by raising NotForMe; a case says at which levels that is expected,
-so that one which quietly stands aside is noticed.
+A kernel may refuse arguments by raising NotForMe. A case says at which levels that is expected, so
+that a kernel that refuses others is noticed.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ TOLERANCE = {"float32": 2e-5, "float64": 1e-13}  # a few hundred roundings
 @dataclasses.dataclass
 class Case:
     arguments: tuple[Any, ...]
-    not_for: tuple[str, ...] = ()  # levels that leave these arguments to the next
+    not_for: tuple[str, ...] = ()  # levels that refuse these arguments
     changes: tuple[int, ...] = ()  # which arguments are written to
     tolerance: float = 1.0  # in units of TOLERANCE
     together: bool = False  # errors are relative to the largest of all results, not of each
 
     def run(self, function: Callable[..., Any]) -> list[Any]:
-        """The arrays that the function returns and those that it may write to, as they are then.
+        """The arrays that the function returns, and those that it may write to, after the call.
 
-        All other arguments must be as they were, and so must those, where it raises NotForMe.
+        Asserts that all other arguments are as they were; where it raises NotForMe, all arguments.
         """
         arguments = list(self.arguments)
         for i in self.changes:
@@ -93,7 +93,7 @@ def _(dtype: str) -> Iterator[Case]:
     yield Case((total, from_the_end, part[0]), not_for=("c",), changes=(0,))
     across = numbers(4, 11, dtype=dtype).T
     yield Case((across, three, part), not_for=("c",), changes=(0,))
-    # Anything but rows by their numbers is for NumPy's own indexing.
+    # Anything but picking rows by number is left to NumPy's own indexing.
     for index, shape in (((slice(None), 1), (11,)), (np.arange(11) % 2 == 0, (6, 4))):
         part = numbers(*shape, dtype=dtype)
         yield Case((total, index, part), not_for=("numpy", "c"), changes=(0,))
@@ -122,7 +122,7 @@ def _(dtype: str) -> Iterator[Case]:
         yield Case((grad, x, w))
         yield Case((grad, x, np.asfortranarray(w)))
         yield Case((np.asfortranarray(grad), np.asfortranarray(x), w))
-        yield Case((np.broadcast_to(grad[:, :1], (n, m)), x, w))  # as the gradient of a sum is
+        yield Case((np.broadcast_to(grad[:, :1], (n, m)), x, w))  # like the gradient of a sum
 
 
 # ------------------------------------------------------------------- layer norm, gelu, row by row
@@ -140,7 +140,7 @@ def _(dtype: str) -> Iterator[Case]:
 @cases_of(functional.layer_norm_backward)
 def _(dtype: str) -> Iterator[Case]:
     for n, width in ROWS:
-        if width > 1:  # one channel is always 0: the gradient is all cancellation
+        if width > 1:  # one channel is always 0: its gradient is all cancellation
             x, w = numbers(n, width, dtype=dtype) * 3 + 1, numbers(width, dtype=dtype)
             _, mean, rstd = functional.layer_norm_forward.definition(x, w, w, 1e-5)
             grad = numbers(n, width, dtype=dtype, seed=1)
@@ -170,7 +170,7 @@ KEY = (1, 2)
 
 
 def heads(b: int, h: int, t: int, d: int, dtype: str, seed: int = 0) -> list[np.ndarray]:
-    """q, k and v (B, H, T, D) as the model has them: views of one array (B, T, 3, H, D)."""
+    """q, k and v (B, H, T, D) as in the model: views of one array (B, T, 3, H, D)."""
     qkv = numbers(b, t, 3, h, d, dtype=dtype, seed=seed) * 2
     return [qkv[:, :, i].swapaxes(1, 2) for i in range(3)]
 
@@ -187,7 +187,7 @@ def _(dtype: str) -> Iterator[Case]:
         k, v = (numbers(2, 3, keys, 4, dtype=dtype, seed=s) for s in (1, 2))
         yield Case((q, k, v, 0.0, ()))
         yield Case((q, k, v, 0.4, KEY), not_for=("c",))
-        room = np.full((2, 2, 3, keys + 7, 4), np.nan, dtype)  # a cache is longer than it is full
+        room = np.full((2, 2, 3, keys + 7, 4), np.nan, dtype)  # a cache has room to spare
         room[:, :, :, :keys] = k, v
         yield Case((q, *room[:, :, :, :keys], 0.0, ()))
     by_channel = [x.swapaxes(2, 3).copy().swapaxes(2, 3) for x in heads(2, 3, 7, 5, dtype)]
@@ -274,7 +274,7 @@ def _(dtype: str) -> Iterator[Case]:
     p, m, v = (beside(grads, seed) for seed in (1, 2, 3))
     rows = list(zip(p, grads, m, [np.square(x, out=x) for x in v], decays, strict=True))
     for step in (1, 3, 1000):
-        # What the moments lead to is a quotient and a root away: some roundings more.
+        # The updates come from the moments by a root and a quotient: some roundings more.
         yield Case((rows, 1e-2, 0.9, 0.95, 1e-8, step), changes=(0,), tolerance=10)
     across = [(p.copy(order="C"), grad.copy(order="F"), *rest) for p, grad, *rest in rows]
     yield Case((across, 1e-2, 0.9, 0.95, 1e-8, 2), ("c",), changes=(0,), tolerance=10)

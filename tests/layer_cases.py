@@ -1,4 +1,4 @@
-"""The table of cases that every layer runs through, in `layers.py`, fused, and with each kernel."""
+"""The table of cases for every layer: from `layers.py` alone, fused, and with each kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVELS = ("definitions", "fused", "numpy", "c")
 
 
 def numbers(*shape: int, seed: int = 0, dtype: Any = "float64") -> np.ndarray:
-    """Random numbers of this shape; the same ones each time."""
+    """Random numbers of this shape, the same each time."""
     return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(dtype)
 
 
@@ -29,7 +29,7 @@ def of(*shape: int) -> Input:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A layer, and what it is called with: shapes of tensors, and anything else as it is."""
+    """A layer and its arguments: the shapes of tensors, and anything else as it is."""
 
     layer: Callable[..., Tensor]
     arguments: tuple[Any, ...]
@@ -39,7 +39,7 @@ class Case:
         return [a for a in self.arguments if isinstance(a, Input)]
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        """The layer of these tensors, which stand where the shapes do."""
+        """Call the layer with these tensors in place of the shapes."""
         rest = iter(tensors)
         return self.layer(*(next(rest) if isinstance(a, Input) else a for a in self.arguments))
 

@@ -1,4 +1,4 @@
-"""NVIDIA's run-time compiler, called through ctypes: it needs no GPU and no driver.
+"""NVIDIA's run-time compiler, called through ctypes; it needs neither a GPU nor a driver.
 
 It comes as a Python package, `nvidia-cuda-nvrtc`, which the `test` extra installs on Linux.
 """
@@ -10,12 +10,12 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
-MISSING = "nvidia-cuda-nvrtc is not installed: on Linux pip install -e '.[test]' does"
+MISSING = "nvidia-cuda-nvrtc is not installed: on Linux, pip install -e '.[test]' installs it"
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """libnvrtc out of the installed package, or None."""
+    """The library libnvrtc from the installed package, or None."""
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations or [] if spec else []:
         for path in sorted(Path(folder).glob("*/lib/libnvrtc.so.*")):
@@ -24,7 +24,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def compile_to_ptx(source: str, name: str, options: list[str]) -> tuple[str, str]:
-    """A source's PTX and the compiler's log; AssertionError with it where it does not compile."""
+    """A source's PTX and the compiler's log; AssertionError with the log if it does not compile."""
     nvrtc = library()
     assert nvrtc is not None, MISSING
     program = ctypes.c_void_p()

@@ -1,5 +1,5 @@
-"""Small models for the tests of decoding, untrained, with large weights: what they say is nonsense,
-but their distributions have clear favourites.
+"""Small untrained models for the tests of decoding. Their weights are large: what they say is
+nonsense, but their distributions have clear favourites.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def random_prompts(count: int, longest: int = 30, seed: int = 0) -> list[np.ndar
 
 
 def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make Ctrl-C come when this many tokens of a prompt are decided."""
+    """Raise KeyboardInterrupt, as Ctrl-C does, once this many tokens of a prompt are decided."""
 
     def interrupted(*args: Any) -> Iterator[sampling.Sample]:
         for count, sample in enumerate(sampling.decode(*args)):

@@ -1,4 +1,4 @@
-"""What is asked of the fused layers alone; test_layers.py holds them to the composed ones."""
+"""Tests of the fused layers alone; test_layers.py compares them with the composed ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.kernels import linear_cross_entropy as in_parts
 from micrograd_gpt.layers import IGNORE
 
-FUSED = {  # with a backward; attention's stand-in has none, for a KV cache wants none
+FUSED = {  # those with a backward; attention's stand-in has none, since a KV cache needs none
     name: case
     for name, case in CASES.items()
     if "fused" in getattr(case.layer, "stand_ins", {}) and case.layer is not layers.attention
@@ -77,7 +77,7 @@ def test_cross_entropy_takes_the_memory_of_some_rows(
 def test_dropout_in_a_backward_is_drawn_again_and_not_kept() -> None:
     x = Tensor(np.ones((200, 100), np.float32), requires_grad=True)
     (y := F.dropout(x, 0.5, (4,))).sum().backward()
-    np.testing.assert_array_equal(x.grad, y.data)  # of ones the result is the factors
+    np.testing.assert_array_equal(x.grad, y.data)  # of ones, the result is the factors
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
@@ -96,7 +96,7 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 
 @pytest.mark.parametrize("name", FUSED)
 def test_two_types_of_float_give_the_wider_one(name: str) -> None:
-    """As NumPy has it, and each gradient has its input's type."""
+    """As in NumPy; and each gradient has its input's type."""
     results = []
     for level in ("definitions", "c"):
         inputs = FUSED[name].inputs("float64")

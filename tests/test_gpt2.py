@@ -1,4 +1,4 @@
-"""GPT-2: against what Transformers computed, and against itself."""
+"""GPT-2: compared with numbers that Transformers computed, and with itself."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def reference() -> dict[str, np.ndarray]:
 
 @pytest.fixture(params=["definitions", "fused", "numpy", "c"])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The model from `layers.py` alone, and with what stands in."""
+    """The model from `layers.py` alone, and with the stand-ins of each level."""
     with at_most(request.param):
         yield request.param
 
@@ -119,7 +119,7 @@ SIZES = {  # n_layer, n_head, n_embd, as in the paper's table 2, and how many pa
 def test_parameter_counts(size: str) -> None:
     n_layer, n_head, n_embd, count = SIZES[size]
     config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    # Memory that is never written to takes no room, if it is laid out as it is kept.
+    # Memory that is never written to takes no room; this layout spares Linear a copy.
     model = GPT2(config, init=lambda shape, std: np.empty(shape[::-1], np.float32).T)
     assert sum(p.size for p in model.parameters()) == count
 
@@ -288,7 +288,7 @@ def test_a_config_no_model_can_have() -> None:
         GPT2Config(**SMALL | {"n_head": 3})
 
 
-# -------------------------------------------------------------------- the idea alone, and made fast
+# ----------------------------------------------------------------- from layers.py alone, and fast
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

@@ -1,4 +1,4 @@
-"""A tape as a drawing."""
+"""The tape as a drawing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_drawing_leaves_the_tape_as_it_is() -> None:
 
 
 def test_a_model_drawn_at_two_levels() -> None:
-    """Fused, a layer is one box; from `layers.py` alone it is its operations."""
+    """A fused layer is one box; from `layers.py` alone, it is a box for each operation."""
     model = GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=4))
     ids = np.array([[1, 2, 3]])
     with at_most("fused"):

@@ -1,4 +1,4 @@
-"""The layers: one table against central differences, and each level against `layers.py`."""
+"""The layers: one table of cases, checked by central differences, and each level by `layers.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEADING = st.lists(st.integers(1, 3), max_size=2).map(tuple)
 
 @pytest.fixture(params=LEVELS)
 def level(request: pytest.FixtureRequest) -> str:
-    """Run the test once at each level; float64 with the kernels in C is NumPy's."""
+    """Run the test once at each level; the kernels in C leave float64 to those in NumPy."""
     with at_most(request.param):
         yield request.param
 
@@ -52,7 +52,7 @@ def test_each_level_equals_the_composed_layer(name: str, dtype: str, faster: str
             out = CASES[name](*inputs)
             out.backward(numbers(*out.shape, seed=1))
         results.append([out.data, *(x.grad for x in inputs)])
-    # Two orders of the same few roundings: some units in the last place of the largest element.
+    # The same few roundings in another order: some units in the last place of the largest element.
     tolerance = {"float64": 1e-13, "float32": 3e-6}[dtype]
     for composed, ours in zip(*results, strict=True):
         assert ours.dtype == dtype and ours.shape == composed.shape
@@ -169,7 +169,7 @@ def test_dropout_is_a_function_of_its_key_and_keeps_the_mean(level: str) -> None
 
 
 def test_every_level_drops_the_same_elements() -> None:
-    """So that a run may be stepped through in `layers.py` from the same seed."""
+    """So that a run can be stepped through in `layers.py` from the same seed."""
     x = Tensor(np.ones((40, 50), np.float32))
     drawn = []
     for name in LEVELS:
@@ -181,9 +181,9 @@ def test_every_level_drops_the_same_elements() -> None:
 
 @pytest.mark.parametrize("t", [5, 64, 100])
 def test_attention_dropout(t: int, level: str) -> None:
-    """softmax(scores) times factors that the key alone decides, and about 70% of them are kept."""
+    """The weights are multiplied by factors that only the key decides, and about 70% are kept."""
     key, p = (3, 1), 0.3
-    # With the identity as values the result is the weights themselves, dropped out.
+    # With the identity as values, the result is the weights themselves, after dropout.
     q, k = (Tensor(numbers(2, 2, t, t, seed=seed)) for seed in range(2))
     identity = Tensor(np.broadcast_to(np.eye(t), q.shape))
     whole = layers.attention(q, k, identity).data

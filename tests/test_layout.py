@@ -1,4 +1,4 @@
-"""The house's layout: who may import whom, in what order it is read, and how long the idea is."""
+"""The package's layout: what may import what, the reading order, and how long the six files are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOOK = "arrays.stand_ins"
 ON_THE_SIX = ("variants", "graph")
 SCRIPTS = sorted(ROOT.glob("*.py"))
 
-# What each part of the house may import besides itself; a file of the six those above it, too.
+# What each part may import besides itself; each of the six may import those before it.
 BELOW = {
     "support": (),
     "arrays": ("support",),
@@ -44,9 +44,9 @@ MODULES = frozenset(SOURCES)
 
 
 def imports(source: str, everywhere: bool = True) -> set[str]:
-    """All that a source imports, by module; not `everywhere`: only when it is itself imported.
+    """The modules that a source imports; unless `everywhere`, without those inside functions.
 
-    Of the package, `micrograd_gpt.nn` is "nn", and the package itself is "".
+    `micrograd_gpt.nn` is named "nn", the package itself "", and anything else "other …".
     """
     found, tree = set(), ast.parse(source)
     inside_functions = {
@@ -85,14 +85,14 @@ def part_of(module: str) -> str:
 
 
 def forbidden(module: str, source: str) -> list[str]:
-    """What this module imports and may not."""
+    """The modules that this one imports but may not."""
     part = part_of(module)
-    # In the six a method may import what stands on them, where it is called: that is honest.
+    # In the six, a method may import what stands above them at the moment it is called.
     found = ours(source, everywhere=module not in SIX)
     return sorted(name for name in found if part_of(name) not in (part, *BELOW[part]))
 
 
-# ------------------------------------------------------------------------------ who imports whom
+# ----------------------------------------------------------------------------- what imports what
 
 
 def test_every_file_has_its_place() -> None:
@@ -152,7 +152,7 @@ def test_beside_the_six_stand_numpy_and_one_hook(module: str) -> None:
 
 
 def test_nothing_imports_itself_in_a_circle() -> None:
-    """Of files, one by one, as Python imports them."""
+    """File by file, as Python imports them."""
     graph = {m: ours(s, everywhere=False) - {m} for m, s in SOURCES.items() if m}
     list(TopologicalSorter(graph).static_order())  # CycleError names the circle
 
@@ -175,11 +175,11 @@ def test_no_run_time_import_of_a_framework() -> None:
         assert not roots & frameworks
 
 
-# ---------------------------------------------------------------------- the order it is read in
+# -------------------------------------------------------------------------- the reading order
 
 
 def reading_order(readme: str) -> list[str]:
-    """The files of the package that the tables of "Reading …" link to, in order, as modules."""
+    """The modules that the README's section "Reading …" links to, in order."""
     section = re.search(r"^## Reading.*?(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
     assert section, "the README has no section on reading the code"
     links = re.findall(r"\]\((micrograd_gpt/[\w/]+\.py)\)", section[0])
@@ -187,7 +187,7 @@ def reading_order(readme: str) -> list[str]:
 
 
 def not_yet_read(order: list[str], sources: dict[str, str]) -> dict[str, list[str]]:
-    """For each file of the list, the imports of files that are not above it in the list."""
+    """For each module of the list, those that it imports and that do not come before it there."""
     found = {}
     for i, module in enumerate(order):
         needed = ours(sources[module], everywhere=False) - {module, *order[:i]}

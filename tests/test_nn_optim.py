@@ -1,4 +1,4 @@
-"""Modules, and the optimizer; test_gpt2.py holds ten of its steps to PyTorch's."""
+"""Modules and the optimizer; test_gpt2.py compares ten of its steps with PyTorch's."""
 
 from __future__ import annotations
 

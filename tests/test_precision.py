@@ -1,4 +1,4 @@
-"""Half precision: which type results and gradients have, how far rounding goes, how it learns."""
+"""Half precision: the types of results and gradients, the size of rounding errors, and training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rounded(array: np.ndarray, half: str) -> np.ndarray:
 
 
 def distance(ours: Any, exact: Any) -> float:
-    """Relative to the exact one's size; where that is 0, the difference itself."""
+    """The norm of the difference relative to that of `exact`; where that is 0, itself."""
     ours, exact = np.asarray(ours, np.float64), np.asarray(exact, np.float64)
     return float(np.linalg.norm(ours - exact) / (np.linalg.norm(exact) or 1))
 
@@ -53,7 +53,7 @@ def test_bfloat16_is_two_bytes_of_ml_dtypes() -> None:
 
 @pytest.mark.parametrize("half", HALF)
 def test_every_number_of_16_bits_survives_being_widened(half: str) -> None:
-    bits = np.arange(2**16, dtype=np.uint16).view(half)  # all there are
+    bits = np.arange(2**16, dtype=np.uint16).view(half)  # all numbers of this type
     wide = widened(bits)
     assert wide.dtype == np.float32 and widened(wide) is wide
     finite = np.isfinite(wide)
@@ -67,7 +67,7 @@ def test_the_note_is_for_the_cpu_alone() -> None:
     assert emulation_note("float32", "cpu") is emulation_note("bfloat16", "gpu") is None
 
 
-# --------------------------------------------------------------------------- what is rounded, where
+# ------------------------------------------------------------------- what is rounded, and where
 
 FLOATS = {name: case for name, case in CASES.items() if case.layer is not layers.embedding}
 
@@ -79,7 +79,7 @@ def level(request: pytest.FixtureRequest) -> Any:
 
 
 def in_type(name: str, dtypes: Any) -> tuple[Tensor, list[Tensor]]:
-    """A case of the table, its inputs rounded to these types; and those inputs."""
+    """The result of a case whose inputs are rounded to these types, and the inputs."""
     inputs = CASES[name].inputs("float32")
     inputs = [Tensor(x.data.astype(t), True) for x, t in zip(inputs, dtypes, strict=True)]
     return CASES[name](*inputs), inputs
@@ -90,7 +90,7 @@ def in_type(name: str, dtypes: Any) -> tuple[Tensor, list[Tensor]]:
 def test_results_and_gradients_keep_the_type_of_their_input(
     name: str, half: str, level: str
 ) -> None:
-    """Computed wide from the same numbers and rounded once or twice: so near, and no nearer."""
+    """Computed wide from the same numbers, they differ by one or two roundings."""
     count = len(CASES[name].shapes)
     out, inputs = in_type(name, [half] * count)
     assert out.dtype == (np.float32 if out.size == 1 else half)  # a loss is not rounded
@@ -149,7 +149,7 @@ def test_an_operation_of_the_tensor_keeps_the_type(name: str, half: str) -> None
 
 
 def test_sums_of_many_numbers_are_not_lost() -> None:
-    """Added up in bfloat16 itself, ones would stay at 256."""
+    """Added up in bfloat16, ones would stop at 256."""
     ones = Tensor(np.ones((2, 3000)), dtype="bfloat16")
     np.testing.assert_allclose(ones.sum(-1).data.astype("f4"), 3000, rtol=2**-8)
     product = ones @ ones.T
@@ -175,7 +175,7 @@ def test_with_a_float32_tensor_the_result_is_float32(half: str) -> None:
     assert total.dtype == (y + x).dtype == (x * y).dtype == (y * x).dtype == np.float32
     np.testing.assert_array_equal(total.data, x.data.astype("f4") + y.data)
     (total * y).sum().backward()
-    assert x.grad.dtype == half  # a gradient has the type of what it is the gradient of
+    assert x.grad.dtype == half  # a gradient has the type of its tensor
 
 
 @pytest.mark.parametrize("half", HALF)
@@ -190,7 +190,7 @@ def test_matrix_work_begins_where_linear_is_given_a_wide_array(half: str, level:
         with compute_in("float32"):
             assert layers.linear(x, w, b).dtype == np.float32
     assert compute_dtype(w) == np.float32
-    # A weight that is held in half precision asks for it too.
+    # A weight that is held in half precision has the same effect.
     np.testing.assert_array_equal(layers.linear(x, narrow[1], narrow[2]).data, expected)
     with compute_in(half):
         assert layers.embedding([0, 1], w).dtype == np.float32
@@ -241,7 +241,7 @@ def test_the_loss_of_many_tokens_does_not_underflow() -> None:
     narrow = weight.grad
     weight.grad = None
     layers.linear_cross_entropy(Tensor(x.data.astype("f4")), weight, targets).backward()
-    # The logits' and the gradients' own rounding
+    # The rounding of the logits and of the gradients
     assert distance(narrow, weight.grad) < 4 * UNIT["float16"]
 
 
@@ -273,7 +273,7 @@ def test_a_model_trains_in_half_precision_beside_float32_parameters(
 
 @pytest.mark.parametrize("half", HALF)
 def test_each_parameter_s_gradient_is_near_the_exact_one(half: str) -> None:
-    """One by one, so that a small gradient that is lost is not hidden behind larger ones."""
+    """Each alone, so that larger gradients do not hide a small one that is lost."""
     config = GPT2Config(**SMALL)
     ids = np.random.default_rng(0).integers(0, 61, (2, 4, 16))
     exact, narrow = GPT2(config), GPT2(config)
@@ -302,7 +302,7 @@ def test_the_residual_stream_stays_in_float32(half: str) -> None:
 
 @pytest.mark.parametrize("half", HALF)
 def test_weights_held_in_half_precision(half: str) -> None:
-    """Rounded once: the same logits as rounding them at each use, to the bit."""
+    """Rounding them once gives the same logits, to the bit, as rounding them at each use."""
     ids = np.random.default_rng(0).integers(0, 61, (2, 9))
     model, trained = (GPT2(GPT2Config(**SMALL), seed=1).eval() for _ in range(2))
     for a, b in zip(model.parameters(), trained.parameters(), strict=True):
@@ -338,13 +338,13 @@ def test_cached_decoding_gives_the_full_forward_s_logits(half: str, held: bool) 
         for start, end in ((0, 5), (5, 6), (6, 12)):
             part = model(ids[:, start:end], cache).data
             assert part.dtype == half
-            # The sums' order differs, so a number may round to its neighbour, and carry that on
+            # Sums go in another order, so a number may round to its neighbour, and others follow
             error = np.abs(part.astype("f4") - full[:, start:end].astype("f4")).max()
             assert error <= 4 * UNIT[half] * np.abs(full.astype("f4")).max()
 
 
 def final_loss(compute: str, ids: np.ndarray, steps: int = 200) -> float:
-    """Mean loss over the last 20 steps of a small run on English, none of which is seen twice."""
+    """Mean loss over the last 20 steps of a small run on English text; no window is seen twice."""
     config = GPT2Config(
         n_layer=2, n_head=4, n_embd=64, vocab_size=int(ids.max()) + 1, n_positions=32
     )
@@ -364,10 +364,10 @@ def final_loss(compute: str, ids: np.ndarray, steps: int = 200) -> float:
 
 
 def test_200_steps_in_bfloat16_end_within_1_percent_of_float32() -> None:
-    topics = pydoc_data.topics.topics  # the manual that every Python carries
+    topics = pydoc_data.topics.topics  # the manual that comes with every Python
     text = "".join(topics[name] for name in sorted(topics))
     _, ids = np.unique(np.array(list(text)), return_inverse=True)
     exact, narrow = final_loss("float32", ids), final_loss("bfloat16", ids)
     shares = np.bincount(ids) / len(ids)
-    assert exact < -(shares * np.log(shares)).sum() - 0.5  # it has learnt more than letters' shares
+    assert exact < -(shares * np.log(shares)).sum() - 0.5  # more than letters' frequencies
     assert narrow != exact and narrow == pytest.approx(exact, rel=0.01)

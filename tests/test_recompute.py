@@ -1,4 +1,4 @@
-"""Gradients from activations computed again: the same gradients, from less memory."""
+"""Computing activations again in the backward: the same gradients, from less memory."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_recomputation_keeps_only_the_inputs_of_blocks() -> None:
             recompute_blocks(model)
         model.loss(*ids).backward()
         for p in model.parameters():
-            p.grad[:] = 0  # there already, so not counted
+            p.grad[:] = 0  # they exist already, so they are not counted
         tracemalloc.start()
         loss = model.loss(*ids)
         held, _ = tracemalloc.get_traced_memory()
@@ -87,7 +87,7 @@ def test_recomputation_keeps_only_the_inputs_of_blocks() -> None:
 
 
 def test_frozen_inputs_do_not_hide_the_parameters() -> None:
-    """No gradient flows into x, and yet those of the parameters must be computed."""
+    """No gradient flows into x, but those of the parameters must be computed all the same."""
     weight, draws = Tensor([[2.0]], requires_grad=True), Draws(0)
     y = recompute(lambda x: x @ weight, Tensor([[3.0]]), [weight], draws)
     with no_grad():

@@ -32,7 +32,7 @@ def broadcastable(draw: st.DrawFn, count: int) -> list[tuple[int, ...]]:
 
 
 def away_from_zero(x: np.ndarray) -> np.ndarray:
-    """Numbers of size 0.5 and more: no kink and no pole within a difference's reach."""
+    """Numbers of size 0.5 or more, so that differences meet no kink and no pole."""
     return np.where(x < 0, x - 0.5, x + 0.5)
 
 
@@ -115,7 +115,7 @@ def test_gradient_of_reductions(name: str, data: st.DataObject, shape: tuple[int
     axes = st.integers(-len(shape), len(shape) - 1)
     axis = data.draw(st.none() | axes | st.just(tuple(range(len(shape)))))
     keepdims = data.draw(st.booleans())
-    # Distinct numbers, far apart: a difference must not change which one is largest.
+    # Distinct numbers, far apart, so that a difference does not change which one is largest.
     x = np.random.default_rng(0).permutation(math.prod(shape)).reshape(shape) / 3.0
     check_gradients(lambda t: getattr(t, name)(axis, keepdims), x)
 
@@ -178,7 +178,7 @@ def test_values_of_everything_micrograd_has() -> None:
     e = c - d
     g = e**2 / 2.0 + 10.0 / (e**2)
     g.backward()
-    # The expression of micrograd's README, whose figures PyTorch confirms.
+    # The expression and the figures are those of micrograd's README, which PyTorch confirms.
     assert g.item() == pytest.approx(24.70408163265306, rel=1e-12)
     assert a.grad == pytest.approx(138.83381924198252, rel=1e-12)
     assert b.grad == pytest.approx(645.5772594752186, rel=1e-12)
@@ -206,11 +206,11 @@ def test_dtypes() -> None:
         Tensor(np.arange(3), requires_grad=True)
 
 
-# ------------------------------------------------- two rules: who may change a gradient, and which
+# -------------------------------------------------- two rules: which gradients may change, and when
 
 
 def watched(x: Tensor, seen: list[tuple[np.ndarray, np.ndarray]]) -> Tensor:
-    """x itself as an operation, which hands its gradient on as it is and remembers how it was."""
+    """x as the result of an operation that passes its gradient on and records a copy of it."""
 
     def backward(grad: np.ndarray) -> tuple[np.ndarray]:
         seen.append((grad, grad.copy()))
@@ -222,14 +222,14 @@ def watched(x: Tensor, seen: list[tuple[np.ndarray, np.ndarray]]) -> Tensor:
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from(["float64", "float32", "float16", "bfloat16"]))
 def test_a_backward_never_sees_its_gradient_change(data: st.DataObject, dtype: str) -> None:
-    """Random graphs in which most gradients are one and the same array, or parts of it.
+    """In random graphs where most gradients are one and the same array, or parts of it.
 
-    All numbers are small and whole, so sums are exact in every type: the gradient is how many ways
-    lead from a leaf's element to the results, which is counted by hand beside the tape.
+    All numbers are small and whole, so sums are exact in every type. A gradient is the number of
+    ways that lead from a leaf's element to the results, which is counted beside the tape.
     """
     leaves = [Tensor(np.ones(4), requires_grad=True, dtype=dtype) for _ in range(2)]
     seen: list[tuple[np.ndarray, np.ndarray]] = []
-    # Beside each tensor: for each of its elements, how often it contains each leaf's elements.
+    # Beside each tensor: how often each of its elements contains each element of the leaves.
     stack = [(x, np.eye(4, 8, 4 * i)) for i, x in enumerate(leaves)]
     for _ in range(data.draw(st.integers(1, 8))):
         x, ways = stack[data.draw(st.integers(0, len(stack) - 1))]
@@ -289,7 +289,7 @@ def test_a_leafs_gradient_is_its_own(operation: Callable[..., Tensor]) -> None:
     x.grad += 100
     assert (y.grad <= 1).all() and (cotangent == 1).all()
     operation(x, y).backward(cotangent)
-    assert x.grad is kept  # added to in place: an optimizer may hold on to it
+    assert x.grad is kept  # added to in place, so that an optimizer may keep a reference
 
 
 def test_gradients_accumulate_over_backwards() -> None:
@@ -319,7 +319,7 @@ def test_a_gradient_shared_by_add_is_never_added_into() -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_a_part_that_was_picked_joins_others_in_either_order(dtype: str) -> None:
-    """x's gradient comes through indices and whole, for an intermediate and for a leaf."""
+    """Part of x's gradient comes through indices, part whole; x is a leaf or an intermediate."""
     for make in (lambda leaf: leaf, lambda leaf: leaf * 1):
         for picks_first in (True, False):
             leaf = Tensor(np.ones((3, 2)), requires_grad=True, dtype=dtype)
@@ -341,7 +341,7 @@ def test_a_graph_50_000_operations_deep() -> None:
     z = x * 1.0
     for _ in range(200_000):
         z = z * 1.0
-    del z  # a deep tape that is dropped unused must not overflow the stack either
+    del z  # nor may a deep tape that is dropped unused overflow the stack
 
 
 def test_backward_frees_the_tape_and_leaves_no_cycles() -> None:
@@ -437,7 +437,7 @@ def test_backward_twice_is_an_error_and_changes_nothing() -> None:
 
 
 class FakeGPUArray:
-    """Something that lives elsewhere: no NumPy array, yet with a shape and a dtype."""
+    """An array on another device: not a NumPy array, but with a shape and a dtype."""
 
     shape, dtype, base, ndim = (2,), np.dtype("float32"), None, 1
 

@@ -1,4 +1,4 @@
-"""The two architectures that texts teach beside GPT-2's."""
+"""The two variants of GPT-2, each alone and both together."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_sinusoidal_positions_are_the_papers() -> None:
         expected = np.cos(angle) if channel % 2 else np.sin(angle)
         assert waves[position, channel] == pytest.approx(expected, abs=1e-6)
     assert not any("wpe" in name for name, _ in model.named_parameters())
-    rows = model.transformer.wpe(np.array([[3, 4], [0, 1]]))  # of texts of different lengths
+    rows = model.transformer.wpe(np.array([[3, 4], [0, 1]]))  # for texts of different lengths
     assert isinstance(rows, Tensor)
     expected = concatenate([rows[1], rows[0]]).data
     np.testing.assert_array_equal(expected, waves[[0, 1, 3, 4]])

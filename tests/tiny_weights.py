@@ -18,7 +18,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def expected_arrays() -> Arrays:
-    """The committed checkpoint's numbers under our names, without this package's reader."""
+    """The committed checkpoint's arrays under our names, read without this package."""
     arrays = {}
     for name, array in safetensors.numpy.load_file(DATA / "expected.safetensors").items():
         name = name.replace("model/", "transformer.").replace("/h", "/h.").replace("/", ".")
@@ -57,7 +57,7 @@ def hf_folder(folder: Path, arrays: Arrays | None = None, config: Any = CONFIG) 
 
 
 def with_masks(arrays: Arrays) -> Arrays:
-    # What Transformers used to save with each layer: the causal mask and a large negative number.
+    # Transformers used to save these with each layer: the causal mask, and a large negative number.
     masks = {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, 32, 32), "f4")) for i in range(2)}
     return arrays | masks | {"h.0.attn.masked_bias": np.array(-1e4, "f4")}
 

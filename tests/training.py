@@ -1,4 +1,4 @@
-"""A training run for the tests: the script, a model of a few parameters, what it leaves behind."""
+"""Training runs for the tests: the script, flags for a tiny model, and the files of a run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def script(name: str) -> ModuleType:
 def in_this_process(
     train_gpt2: ModuleType, text: Path, folder: Path, settings: Sequence[str]
 ) -> Callable[..., Path]:
-    """`train(out, *flags, resume=False)` trains with these settings; returns the run's folder."""
+    """Returns train(out, *flags, resume=False), which trains here and returns the run's folder."""
 
     def train(out: str, *flags: str, resume: bool = False) -> Path:
         start = ["--resume"] if resume else ["--data", str(text), *settings]
@@ -60,7 +60,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 def everything(folder: Path) -> dict[str, np.ndarray]:
-    """Weights and moments."""
+    """A run's weights and the optimizer's moments, by name."""
     moments = TensorFile(folder / "optimizer.safetensors")
     return weights(folder) | {name: moments.read(name) for name in moments.shapes}
 

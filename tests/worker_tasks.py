@@ -1,4 +1,4 @@
-"""What tests/text/test_workers.py has its workers do, in a module that they can import."""
+"""The tasks of the workers in tests/text/test_workers.py, in a module that they can import."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Which array library, which number type, where the memory is, and how a kernel stands in."""
+"""Array libraries, number types and memory, and how a kernel stands in for a definition."""

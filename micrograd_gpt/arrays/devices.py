@@ -1,8 +1,8 @@
 """Which array library an array belongs to, and what its device is called.
 
 An array is a NumPy array ("cpu") or a CuPy array ("gpu"). Code that works on either asks
-`array_module(array)` for the library and calls it `xp`. CuPy is imported when a GPU is first asked
-for, and never before.
+`array_module(array)` for the library and calls it `xp`. CuPy is not imported until a GPU is asked
+for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INSTALL_CUPY = "pip install -e '.[cuda13]' (or '.[cuda12]')"
 
 
 def resolve_device(name: str) -> str:
-    """Return "cpu" or "gpu" for a name the user gave; raises UserError for any other name."""
+    """Return "cpu" or "gpu" for "cpu", "gpu" or "cuda"; raises UserError for any other name."""
     if name not in DEVICES:
         raise UserError(f"unknown device {name!r}: choose one of {', '.join(DEVICES)}")
     return DEVICES[name]
@@ -49,14 +49,14 @@ def library_for(device: str) -> ModuleType:
 
 @functools.cache
 def _usable_cupy() -> ModuleType:
-    # CuPy, if it is there and has a GPU; else UserError. A failure is not remembered.
+    # CuPy if it is installed and finds a GPU, else UserError. The cache does not hold failures.
     try:
         import cupy
     except ModuleNotFoundError as problem:
         if problem.name != "cupy":
             raise UserError(f"CuPy cannot be imported ({problem}): {INSTALL_CUPY}") from None
         raise UserError(f"--device gpu needs CuPy: {INSTALL_CUPY}") from None
-    except ImportError as problem:  # a library of CUDA's that is missing, say
+    except ImportError as problem:  # such as a missing CUDA library
         reason = " ".join(str(problem).split())
         raise UserError(f"CuPy cannot be imported ({reason}): {INSTALL_CUPY}") from None
     runtime = cupy.cuda.runtime
@@ -83,11 +83,11 @@ def _cuda(version: int) -> str:
 
 
 def set_tf32(on: bool, device: str) -> None:
-    """Let float32 matrix products on the GPU round what they multiply to TF32, or forbid it.
+    """Let float32 matrix products on the GPU round their operands to TF32, or forbid it.
 
     TF32 has float32's exponent and float16's precision of 11 bits, and runs on tensor cores. CuPy
-    reads CUPY_TF32 at its first float32 product, so this must come before. Raises UserError for the
-    CPU, which has no such thing.
+    reads CUPY_TF32 at its first float32 product, so call this before it. Raises UserError when TF32
+    is asked for on the CPU, which does not have it.
     """
     if resolve_device(device) == "gpu":
         os.environ["CUPY_TF32"] = "1" if on else "0"
@@ -96,7 +96,10 @@ def set_tf32(on: bool, device: str) -> None:
 
 
 def to_device(array: Array, device: str) -> Array:
-    """`array` on `device`: itself if it is there already, else a copy."""
+    """`array` on `device` ("cpu", "gpu"): the array itself if it is there already, else a copy.
+
+    Raises UserError where there is no such device.
+    """
     device = resolve_device(device)
     if device_of(array) == device:
         return array
@@ -104,8 +107,10 @@ def to_device(array: Array, device: str) -> Array:
 
 
 def move(model: Any, device: str) -> None:
-    """Move all tensors of a model (nn.Module), and their gradients, to "cpu" or "gpu"; make the
-    optimizer after this."""
+    """Move all tensors of a model (an nn.Module), and their gradients, to "cpu" or "gpu".
+
+    Make the optimizer after this: its moments are made where the parameters are.
+    """
     for _, part in model.modules():
         for tensor in vars(part).values():
             if hasattr(tensor, "requires_grad"):

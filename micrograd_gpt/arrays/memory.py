@@ -10,9 +10,9 @@ from functools import cache
 
 from micrograd_gpt.support.errors import UserError
 
-LOGITS_AT_ONCE = 2**26  # how many logits of a loss exist at a time: 256 MB in float32
+LOGITS_AT_ONCE = 2**26  # the most logits that a loss holds at a time: 256 MB in float32
 
-# How the runtime, the driver and cuBLAS say that they got no memory for what they need themselves
+# What the runtime, the driver and cuBLAS say when they get no memory for their own needs
 NO_GPU_MEMORY = (
     "cudaErrorMemoryAllocation",
     "CUDA_ERROR_OUT_OF_MEMORY",
@@ -22,13 +22,13 @@ NO_GPU_MEMORY = (
 
 @contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Within this block, to run out of memory is a UserError that ends in `advice`."""
+    """Within this block, running out of memory is a UserError that ends in `advice`."""
     try:
         yield
     except MemoryError as error:
         place = "the GPU" if type(error).__module__ == "cupy.cuda.memory" else "this machine"
         raise UserError(f"{place} is out of memory ({error}): {advice}") from error
-    except RuntimeError as error:  # what CuPy makes of the errors of CUDA's libraries
+    except RuntimeError as error:  # CuPy raises the errors of CUDA's libraries as these
         if not str(error).startswith(NO_GPU_MEMORY):
             raise
         raise UserError(f"the GPU is out of memory ({error}): {advice}") from error
@@ -39,7 +39,7 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for the next array instead of giving it back to the system.
 
     A training step allocates and frees the same large arrays again and again, and fetching their
-    pages anew each time took a quarter of it. Does nothing where the C library is another one.
+    pages anew each time took a quarter of its time. With any other C library this does nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -1,20 +1,20 @@
-"""Half precision: the two 16-bit types, which parts of a model compute in them, and how.
+"""Half precision: its two 16-bit types, which parts of a model compute in them, and how.
 
-    float16    5 bits of exponent, 11 of precision: beyond 65504 it is infinity, below 6e-8 zero
-    bfloat16   8 bits of exponent, 8 of precision: the upper half of a float32, and as wide
+    float16    5 bits of exponent, 11 of precision: infinite beyond 65504, zero below 3e-8
+    bfloat16   8 bits of exponent, 8 of precision: the upper half of a float32, with its range
 
-The dtype of an array says it all. bfloat16 is ml_dtypes' on the CPU as on the GPU.
+The dtype of an array says it all. On the CPU and on the GPU, bfloat16 is ml_dtypes' type.
 
-"Compute wide, keep narrow" (Micikevicius et al. 2018, arXiv:1710.03740) is done here, where a
-definition meets its arrays, so that no readable definition mentions it: a definition is given
-half-precision arrays as float32, and of its results the first is kept in the type of its first
-argument. What comes with it (statistics, a loss, the gradients of parameters) stays float32.
+"Compute wide, keep narrow" (Micikevicius et al. 2018, arXiv:1710.03740) happens here, where a
+definition meets its arrays, so that no readable definition mentions it. A definition gets
+half-precision arrays as float32, and its first result is rounded to the type of its first argument.
+Its other results (statistics, a loss, the gradients of parameters) stay float32.
 
-Two rules say which parts of a GPT-2 that concerns. Matrix work begins where `linear` is given a
-wide array: within `compute_in("bfloat16")`, or where the weight is half precision, what goes in is
-rounded, and what follows (attention, GELU, dropout) keeps that type. What is looked up in an
-embedding is wide, and so is the residual stream, which starts there. LayerNorm, softmax, the loss
-and the gradients of parameters are computed in float32 in any case.
+Two rules say which parts of a GPT-2 this affects. Matrix work begins at `linear`: within
+`compute_in("bfloat16")`, or where the weight is half precision, its inputs are rounded, and what
+follows (attention, GELU, dropout) keeps that type. An embedding returns float32 rows, and so the
+residual stream, which starts there, is float32. LayerNorm, softmax, the loss and the gradients of
+parameters are always computed in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HALF = ("bfloat16", "float16")
 PRECISIONS = ("float32", "float64", *HALF)
 
 MATRIX_WORK = ("linear", "linear_cross_entropy")  # layers whose inputs are rounded
-LOOK_UPS = ("embedding",)  # layers that give float32 rows of a table, whatever it is held in
+LOOK_UPS = ("embedding",)  # layers that return float32 rows, whatever type their table is held in
 
 _HALF_DTYPES = frozenset((np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)))
 _COMPUTE: ContextVar[np.dtype | None] = ContextVar("the type of the matrix work", default=None)
@@ -39,8 +39,10 @@ _COMPUTE: ContextVar[np.dtype | None] = ContextVar("the type of the matrix work"
 
 @contextmanager
 def compute_in(dtype: str) -> Iterator[None]:
-    """Within this block the matrix work is done in `dtype`: "bfloat16", "float16", or any other
-    type, which changes nothing. Parameters stay what they are."""
+    """Within this block matrix work is done in `dtype`, "bfloat16" or "float16".
+
+    Any other type leaves it in the type of the weights. The parameters themselves do not change.
+    """
     token = _COMPUTE.set(np.dtype(dtype) if dtype in HALF else None)
     try:
         yield
@@ -49,7 +51,7 @@ def compute_in(dtype: str) -> Iterator[None]:
 
 
 def compute_dtype(weight: Any) -> np.dtype:
-    """The type in which matrix work with this weight (a tensor or an array) is done."""
+    """The type in which matrix work with this weight, a tensor or an array, is done now."""
     asked = _COMPUTE.get()
     return weight.dtype if asked is None else asked
 
@@ -60,26 +62,28 @@ def is_half(value: Any) -> bool:
 
 
 def widened(array: Any) -> Any:
-    """Half precision as float32, to compute with; any other array as it is."""
+    """A half-precision array as float32, to compute with; any other array itself."""
     return array.astype(np.float32) if is_half(array) else array
 
 
 def hold_in(model: Any, dtype: str) -> None:
-    """Hold a model's parameters in `dtype`. In half precision all but LayerNorm's, which are few,
-    and are used in float32."""
+    """Convert a model's parameters to `dtype`.
+
+    In half precision LayerNorm's stay float32: they are few, and are used in float32.
+    """
     for name, parameter in model.named_parameters():
         stays_wide = dtype in HALF and ".ln_" in name
         parameter.data = parameter.data.astype("float32" if stays_wide else dtype, copy=False)
 
 
 def emulation_note(dtype: str, device: str) -> str | None:
-    """What a user should know who asks for this type on this device; None if nothing."""
+    """What a user who asks for this type on this device should know; None if there is nothing."""
     if dtype not in HALF or device == "gpu":
         return None
     return f"note: {dtype} on the CPU is computed in float32 and rounded: it is not faster"
 
 
-# ------------------------------------------------------------------------- what definitions meet
+# ----------------------------------------------------------------- what definitions are called with
 
 
 def is_needed(args: tuple[Any, ...]) -> bool:
@@ -88,7 +92,7 @@ def is_needed(args: tuple[Any, ...]) -> bool:
 
 
 def rounded(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a layer that begins matrix work in half precision, rounded to its type."""
+    """The arguments, rounded where `function` begins matrix work in half precision."""
     if function.__name__ not in MATRIX_WORK:
         return args
     dtype = compute_dtype(args[1])
@@ -104,10 +108,10 @@ def _is_float_tensor(value: Any) -> bool:
 def computed_wide(
     function: Callable[..., Any], again: Callable[..., Any], args: tuple[Any, ...]
 ) -> Any:
-    """function(*args); of half-precision arguments, again(*args) in float32, the result rounded.
+    """function(*args); where arguments are half precision, again(*args) in float32, then rounded.
 
-    `again` is the function with its stand-ins, which may take the wide arguments. One that returns
-    nothing has changed its first argument.
+    `again` is the function with its stand-ins, which may take the float32 arguments. A function
+    that returns nothing has changed its first argument, which is then rounded in place.
     """
     if not any(map(is_half, args)):
         return function(*args)
@@ -119,6 +123,6 @@ def computed_wide(
         args[0][...] = wide[0]
         return None
     first, *others = results if isinstance(results, tuple) else (results,)
-    if is_half(args[0]) and first is not None and first.ndim:  # a single number stays float32
+    if is_half(args[0]) and first is not None and first.ndim:  # a scalar stays float32
         first = first.astype(args[0].dtype)
     return (first, *others) if isinstance(results, tuple) else first

@@ -1,17 +1,18 @@
-"""How a faster function stands in for a readable one: the one import of the learner's files.
+"""How a faster function stands in for a readable one.
 
-A readable function is marked `@definition`. A function that computes the same, faster, registers
-itself with `@stands_in_for(the_definition, level)`, must take the same arguments, and may raise
-`NotForMe` before it has written anything. A call tries the stand-ins of its device, the fastest
-first, and runs the definition where none of them takes it:
+Besides each other and NumPy, the six files at the top import only this module. A readable function
+is marked `@definition`. A function that computes the same result faster registers with
+`@stands_in_for(the_definition, level)`. It must take the same arguments, and may raise `NotForMe`
+before it has written anything. A call tries the stand-ins for its device, fastest first, and runs
+the definition where none of them takes the arguments. The levels:
 
-    definitions   nothing stands in: `layers.py` alone, so that a debugger steps through mathematics
+    definitions   nothing stands in: `layers.py` alone, for stepping through with a debugger
     fused         the layers of `functional.py`, each forward and backward worked out by hand
-    numpy         ... with the kernels in NumPy (on a GPU: those in CUDA)
-    c             ... with the kernels in C, where there is a compiler
+    numpy         the same, with the kernels in NumPy (on a GPU, those in CUDA)
+    c             the same, with the kernels in C where there is a compiler
 
-The environment variable MICROGRAD_GPT_KERNELS (definitions, numpy or c) sets the highest level;
-without it everything stands in.
+The environment variable MICROGRAD_GPT_KERNELS (definitions, numpy or c) sets the highest level.
+Without it, everything may stand in.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from micrograd_gpt.support.errors import UserError
 F = TypeVar("F", bound=Callable[..., Any])
 
 LEVELS = ("definitions", "fused", "numpy", "c")
-CUDA = "cuda"  # kernels of a GPU's arrays, wherever those in NumPy may stand in on a CPU
+CUDA = "cuda"  # the kernels for a GPU's arrays; they stand in wherever "numpy" may on a CPU
 IN_THE_ENVIRONMENT = ("definitions", "numpy", "c")
 
 _IN_C: list[Callable[[], str]] = []
@@ -40,21 +41,21 @@ _HIGHEST: ContextVar[str | None] = ContextVar("highest level", default=None)
 
 
 class NotForMe(Exception):
-    """A stand-in does not take these arguments: the next one does, or the definition."""
+    """A stand-in does not take these arguments: the next one is tried, or the definition runs."""
 
 
 def definition(function: F) -> F:
-    """Let faster functions stand in for `function`, which is called where none of them does.
+    """Let faster functions stand in for `function`, which runs where none of them does.
 
-    `call.definition` is `function` itself; `call.stand_ins` maps each level to what is registered
-    there.
+    On the result, `.definition` is `function` itself, and `.stand_ins` maps each level to the
+    function registered there.
     """
 
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if kwargs:  # from here on arguments go by their places
+        if kwargs:  # from here on arguments are positional
             args = signature.bind(*args, **kwargs).args
         if highest_level() == "definitions" and not precision.is_needed(args):
             return named(*args)
@@ -72,7 +73,7 @@ def definition(function: F) -> F:
     def named(*args: Any) -> Any:
         try:
             return function(*args)
-        except ValueError as error:  # the array library's own words, and what they are about
+        except ValueError as error:  # the array library's message, with the layer's name before it
             name = function.__name__.strip("_")
             if type(error) is not ValueError or str(error).startswith(f"{name}: "):
                 raise
@@ -91,9 +92,11 @@ def definition(function: F) -> F:
 
 
 def stands_in_for(definition: Callable[..., Any], level: str) -> Callable[[F], F]:
-    """Register the decorated function for `definition`; TypeError unless it takes the same.
+    """Register the decorated function as the stand-in for `definition` at this level.
 
-    The name of a fused layer then stands for its definition, whichever function computes it.
+    Raises TypeError unless both have the same parameters and defaults, ValueError for an unknown
+    level. At level "fused" the decorated name becomes the definition, whichever function computes
+    it: `functional.linear` is `layers.linear`.
     """
 
     if level not in (*LEVELS[1:], CUDA):
@@ -115,7 +118,7 @@ def stands_in_for(definition: Callable[..., Any], level: str) -> Callable[[F], F
 
 @contextmanager
 def at_most(level: str) -> Iterator[None]:
-    """Within this block only stand-ins up to this level are used."""
+    """Within this block only stand-ins up to this level are used; ValueError for an unknown one."""
     token = _HIGHEST.set(LEVELS[LEVELS.index(level)])
     try:
         yield
@@ -124,7 +127,7 @@ def at_most(level: str) -> Iterator[None]:
 
 
 def highest_level() -> str:
-    """The highest level whose functions may stand in now; UserError if the environment is wrong."""
+    """The highest level that may stand in now; UserError if the environment names none."""
     return _HIGHEST.get() or _from_environment()
 
 
@@ -140,13 +143,13 @@ def _from_environment() -> str:
 
 
 def described_by(function: Callable[[], str]) -> Callable[[], str]:
-    """Register what says whether the kernels in C can be had, and if not, why."""
+    """Register the function that says whether there are kernels in C, and if not, why."""
     _IN_C.append(function)
     return function
 
 
 def report() -> str:
-    """What computes on the CPU, in words."""
+    """Which kernels compute on the CPU, in words."""
     level = highest_level()
     if level == LEVELS[-1] and _IN_C:
         return _IN_C[-1]()
@@ -160,7 +163,7 @@ def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any]]:
 
 
 def _on_gpu(first: Any) -> bool:
-    """Whether a function's first argument, an array, a tensor or a list of them, is on a GPU."""
+    """Whether a first argument (an array, a tensor, or a list of them) is on a GPU."""
     while isinstance(first, list | tuple) and first:
         first = first[0]
     if isinstance(first, np.ndarray):

@@ -1,4 +1,4 @@
-"""The KV cache: what a model has read already, so that decoding computes only the new tokens."""
+"""The KV cache: keys and values of the tokens read so far, so that only new ones are computed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from micrograd_gpt.tensor import Array, Tensor, is_recorded
 
 
 class KVCache:
-    """The keys and values of every token so far, of several texts: one to a row.
+    """The keys and values of every token so far, for several texts, one text a row.
 
     `data` is one array (n_layer, 2, B, H, capacity, D), allocated once and written in place: it
     takes 2 × n_layer × n_embd × capacity × B numbers of the type that the model computes in. Row b
-    holds `lengths[b]` tokens; setting that back forgets the latest. `length` stands for all rows'
-    lengths where they agree.
+    holds `lengths[b]` tokens; to forget the latest ones, lower that number. `length` is the length
+    of all rows where they agree, and raises ValueError where they do not; setting it sets them all.
     """
 
     def __init__(self, model: GPT2, batch_size: int = 1, capacity: int | None = None) -> None:
@@ -41,7 +41,10 @@ class KVCache:
         self.lengths[:] = length
 
     def positions(self, batch_size: int, count: int) -> np.ndarray:
-        """Where in their texts the next `count` tokens of each row stand: (B, count)."""
+        """The positions in their texts of the next `count` tokens of each row: (B, count).
+
+        Raises ValueError unless the cache has `batch_size` rows.
+        """
         if len(self.lengths) != batch_size:
             raise ValueError(f"a KV cache of {len(self.lengths)} rows for a batch of {batch_size}")
         return self.lengths[:, None] + np.arange(count)
@@ -52,13 +55,13 @@ class KVCache:
         return Past(keys, values, self.lengths)
 
     def rows(self, first: int, end: int) -> KVCache:
-        """Rows first … end-1 as a cache of their own, which is a view: nothing is copied."""
+        """Rows first … end-1 as a cache of their own: a view, so nothing is copied."""
         part = copy.copy(self)
         part.data, part.lengths = self.data[:, :, first:end], self.lengths[first:end]
         return part
 
     def copy_rows(self, sources: list[int], since: int = 0) -> None:
-        """Row i goes on from what row sources[i] holds; the first `since` tokens agree already."""
+        """Let row i go on from row sources[i]; their first `since` tokens already agree."""
         moves = [(source, row) for row, source in enumerate(sources) if source != row]
         if moves:
             old, new = zip(*moves, strict=True)
@@ -70,7 +73,7 @@ class KVCache:
 
 
 def bytes_of_cache(model: GPT2, batch_size: int, capacity: int) -> int:
-    """How much memory a KVCache of these sizes takes."""
+    """How many bytes the array of a KVCache of these sizes takes."""
     c, dtype = model.config, compute_dtype(model.transformer.h[0].attn.c_attn.weight)
     return 2 * c.n_layer * c.n_embd * capacity * batch_size * dtype.itemsize
 
@@ -84,9 +87,9 @@ class Past:
     def attention(self, qkv: Tensor) -> Tensor:
         """Causal attention of new tokens, (B, T, 3, H, D), over the older ones and themselves.
 
-        Returns (B, T, H, D). The new keys and values are written behind the older ones. Raises
-        ValueError where they do not fit, RuntimeError where a gradient is wanted, which a cache
-        cannot give.
+        Returns (B, T, H, D). The new keys and values are written after the older ones. Raises
+        ValueError where they do not fit, and RuntimeError where a gradient is wanted, since none
+        can flow back through a cache.
         """
         if is_recorded(qkv):
             raise RuntimeError("a KV cache is for decoding: use it within no_grad()")
@@ -95,7 +98,7 @@ class Past:
             room = self.keys.shape[2]
             raise ValueError(f"the KV cache holds {room} positions, not {starts.max() + t}")
         q, k, v = qkv.data.transpose(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if (starts == starts[0]).all():  # rows of one length go together, others one by one
+        if (starts == starts[0]).all():  # rows of equal length go together, others one by one
             return Tensor(self._attention(slice(None), int(starts[0]), q, k, v))
         parts = [
             self._attention(slice(row, row + 1), int(start), q, k, v)

@@ -1,4 +1,4 @@
-"""Generation in ten lines: what sampling.py does, and no more."""
+"""Generation in ten lines: the core of what sampling.py does."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from micrograd_gpt.tensor import no_grad
 def sample(
     model: GPT2, ids: np.ndarray, n: int, temperature: float = 1.0, seed: int = 0
 ) -> np.ndarray:
-    """Continue ids (B, T), on the CPU, by n tokens each -> (B, T + n); temperature 0 is greedy.
+    """Continue integer ids (B, T) by n tokens each -> (B, T + n); temperature 0 is greedy.
 
-    The whole window is read again for each token; the KV cache of `model.generate` saves that.
+    The model reads the whole window again for each token; the KV cache of `model.generate` avoids
+    that.
     """
     rng = np.random.default_rng(seed)
     for _ in range(n):

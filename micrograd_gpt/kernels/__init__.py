@@ -1,8 +1,8 @@
 """The same arithmetic made fast: in NumPy, in C, and in CUDA.
 
-Importing this package registers its functions with the definitions they stand in for
-(arrays/stand_ins.py); only the package's own `__init__.py` imports it. Nothing is defined here
-alone.
+Importing this package registers its functions as stand-ins for their definitions
+(arrays/stand_ins.py). Only micrograd_gpt/__init__.py imports it. Every function here has a readable
+definition that it can be compared with.
 """
 
 import micrograd_gpt.kernels.in_c.kernels

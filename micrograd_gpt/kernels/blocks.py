@@ -1,4 +1,4 @@
-"""What the kernels that compute whole blocks of GPT-2 ask of them."""
+"""The check shared by the kernels that compute whole blocks of GPT-2."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from micrograd_gpt.arrays.precision import compute_dtype
 from micrograd_gpt.gpt2 import MLP, Block, CausalSelfAttention
 from micrograd_gpt.nn import Dropout, LayerNorm, Linear, Parameter
 
-IN_LAYER_NORM = (0, 1, 6, 7)  # which of a block's twelve parameters are LayerNorms'
+IN_LAYER_NORM = (0, 1, 6, 7)  # which of a block's twelve parameters belong to a LayerNorm
 
 
 def parameters_of(blocks: Sequence[Block]) -> list[list[Parameter]] | None:
-    """Each block's twelve parameters, as they are used.
+    """Each block's twelve parameters, in the order in which the block uses them.
 
-    None unless all blocks do just what GPT-2's do: nothing is dropped out, no part was replaced,
-    and they compute in the type that their weights are held in.
+    Returns None unless every block does exactly what GPT-2's does: nothing is dropped out, no part
+    has been replaced, and it computes in the type that its weights are held in.
     """
     layers = []
     for block in blocks:

@@ -1,4 +1,4 @@
-"""The loss of a language model without its logits: of 1,024 tokens of GPT-2 they would be 200 MB.
+"""The loss of a language model without all of its logits: for 1,024 tokens of GPT-2, 200 MB.
 
 C channels   V vocabulary   N rows: any leading dimensions, flattened
 """
@@ -20,7 +20,10 @@ from micrograd_gpt.tensor import Array, Tensor, is_recorded, record
 def linear_cross_entropy_forward(
     x: Array, weight: Array, labels: Array, with_gradients: bool
 ) -> tuple[Array | None, Array, Array | None]:
-    """Gradient of x (N, C), summed loss, gradient of weight (V, C); of x @ weight.T as above."""
+    """Gradient of x (N, C), the summed loss of logits x @ weight.T, and gradient of weight (V, C).
+
+    The gradients are None unless `with_gradients`. Labels (N,) of -100 are ignored.
+    """
     dlogits, loss = cross_entropy_forward(linear_forward(x, weight.T, None), labels)  # (N, V)
     if not with_gradients:
         return None, loss, None
@@ -31,9 +34,9 @@ def linear_cross_entropy_forward(
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     """cross_entropy(x @ weight.T, targets) for x (…, C), weight (V, C), without keeping the logits.
 
-    It works through some rows at a time: their logits, losses, and at once the gradients that these
-    lead to, so that at most LOGITS_AT_ONCE logits exist at any moment. The backward only scales
-    what the forward found.
+    The forward works through some rows at a time. It computes their logits and losses and, while it
+    has them, their gradients, so that at most LOGITS_AT_ONCE logits (or one row's) exist at any
+    moment. The backward only scales those gradients.
     """
     vocab_size, channels = weight.shape
     check_shapes(x.shape[-1] == channels, "linear_cross_entropy", x, weight)

@@ -1,4 +1,4 @@
-"""Dropout, changed on a model that is there already."""
+"""Changing the dropout of a model that already exists."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from micrograd_gpt.nn import Dropout
 
 
 def set_dropout(model: GPT2, p: float) -> None:
-    """Drop embeddings, attention weights and residual branches with probability p."""
+    """Drop embeddings, attention weights and residual branches with probability p, in [0, 1).
+
+    Sets the model's config too.
+    """
     c = model.config
     c.embd_pdrop = c.attn_pdrop = c.resid_pdrop = p
     for _, part in model.modules():

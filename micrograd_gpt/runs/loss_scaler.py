@@ -9,28 +9,29 @@ from typing import Any
 
 @dataclasses.dataclass
 class LossScaler:
-    """The factor that keeps the gradients of a float16 model within float16's range.
+    """The factor that keeps the gradients of a float16 run within float16's range.
 
-    The loss is multiplied by `scale` before its backward, so that gradients that would round to
-    zero do not, and the parameters' gradients are divided by it (`clip_grad_norm` does). Where they
-    are not finite the scale was too large: the step must not be taken, and half the scale is tried.
-    After `growth_interval` steps in a row that were taken it is doubled. Micikevicius et al. 2018
+    The loss is multiplied by `scale` before its backward, so that small gradients do not round to
+    zero, and `clip_grad_norm` divides the parameters' gradients by it. Where they are not finite,
+    the scale was too large: the step must not be taken, and the scale is halved. After
+    `growth_interval` steps in a row that were taken, it is doubled. Micikevicius et al. 2018
     (arXiv:1710.03740), section 3.2; the defaults are those of PyTorch's GradScaler.
     """
 
     enabled: bool = True  # False: the scale stays 1, and every step may be taken
     scale: float = 65536.0
     growth_interval: int = 2000
-    good_steps: int = 0  # taken since the scale last changed
-    skipped_steps: int = 0  # tries that came to nothing, in all
+    good_steps: int = 0  # how many were taken since the scale last changed
+    skipped_steps: int = 0  # how many were not taken, in all
 
     def __post_init__(self) -> None:
         self.scale = self.scale if self.enabled else 1.0
 
     def update(self, grad_norm: Any) -> bool:
-        """Whether the step with this gradient norm may be taken; adapts the scale either way.
+        """Whether the step with this gradient norm may be taken; adjusts the scale accordingly.
 
-        Raises FloatingPointError where the scale would fall below 1: then it is not to blame.
+        A norm is not read unless scaling is enabled. Raises FloatingPointError where the scale
+        would fall below 1, since then the scale is not what makes the gradients overflow.
         """
         if not self.enabled:
             return True

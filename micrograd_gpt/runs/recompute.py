@@ -1,7 +1,7 @@
-"""Memory for time: a training step that keeps only what goes into each block of the model.
+"""Trading time for memory: a training step that keeps only the input of each block of the model.
 
-The backward computes the block again, this time with a tape: the same gradients from less memory,
-in about a quarter more time. Chen et al. 2016 (arXiv:1604.06174).
+The backward computes each block again, this time with a tape. The gradients are the same, from less
+memory, in about a quarter more time. Chen et al. 2016 (arXiv:1604.06174).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from micrograd_gpt.tensor import Array, Tensor, no_grad, record, recording
 
 
 def recompute_blocks(model: GPT2) -> None:
-    """Let a training step of `model` compute its blocks again in the backward."""
+    """Make the blocks of `model`, while it trains, compute again in the backward."""
     for block in model.transformer.h:
         kind = type(block)
         block.__class__ = type(f"Recomputed{kind.__name__}", (Recomputed, kind), {})
 
 
 class Recomputed(Module):
-    """Put before a block's own class: while it trains, the block keeps nothing but its input."""
+    """Mixed in before a block's own class; while it trains, the block keeps only its input."""
 
     attn: Any
 
@@ -36,10 +36,10 @@ class Recomputed(Module):
 def recompute(
     function: Callable[[Tensor], Tensor], x: Tensor, leaves: Sequence[Tensor], draws: Draws
 ) -> Tensor:
-    """function(x), with nothing kept but x: the backward computes it again.
+    """function(x), of which only x is kept: the backward computes the function again.
 
-    `leaves` are the parameters that the function reads besides x, and `draws` names the random
-    numbers it draws, which are drawn again. Gradients are those of function(x), bit for bit.
+    `leaves` are the parameters that the function reads besides x. `draws` names its random numbers,
+    so that the backward draws the same ones. The gradients are those of function(x), bit for bit.
     """
     data, before = x.data, draws.latest
     with no_grad():

@@ -1,4 +1,4 @@
-"""The arguments that fake_cupy.py lets pass, against CuPy's own; runs without a GPU."""
+"""What fake_cupy.py accepts, compared with CuPy itself; most of it runs without a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ cupy = pytest.importorskip("cupy", reason="CuPy is not installed: pip install -e
 
 
 def parameters(function: Any) -> list[str]:
-    """The names of a function's arguments: from its signature, or the first line of its text."""
+    """The names of a function's parameters: from its signature, else from its docstring."""
     try:
         return list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
@@ -40,13 +40,13 @@ def test_a_method_takes_these_arguments(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(fake_cupy.FUNCTIONS))
 def test_numpys_function_is_found_by_its_name(name: str) -> None:
-    """As CuPy's __array_function__ looks for it (NEP 18)."""
+    """CuPy's __array_function__ looks for it in this way (NEP 18)."""
     assert getattr(np, name).__module__ == "numpy" and getattr(cupy, name) is not getattr(np, name)
 
 
 @pytest.mark.gpu
 def test_numpys_functions_work_on_cupys_arrays() -> None:
-    """Those of NEP 13, 18 and 35 that the core relies on, as the stand-in has them."""
+    """Those of NEP 13, 18 and 35 that the core relies on and fake_cupy.py has."""
     x = cupy.arange(6, dtype="float32").reshape(2, 3)
     results = [
         *(np.exp(x), np.add(x, x, out=x.copy()), np.where(x > 2, x, -np.inf), np.zeros_like(x)),

@@ -1,4 +1,4 @@
-"""How a faster function stands in for a definition: registration, choice, the environment."""
+"""How faster functions stand in for definitions: registration, choice and the environment."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from micrograd_gpt.arrays.stand_ins import (
 
 
 def all_definitions() -> Iterator[Callable[..., Any]]:
-    """Every definition of the package, once: functions of its modules, methods of its classes."""
+    """Every definition of the package, once: functions of modules and methods of classes."""
     modules = [m for name, m in sys.modules.items() if name.startswith("micrograd_gpt.")]
     owners = modules + [c for m in modules for c in vars(m).values() if inspect.isclass(c)]
     found = [value for owner in owners for value in list(vars(owner).values())]
@@ -57,8 +57,8 @@ def test_everything_that_stands_in_has_a_case_and_takes_the_same(
     assert ours == theirs
     if level == "fused":
         assert of in {case.layer for case in layer_cases.CASES.values()}
-    elif level in ("numpy", "c"):  # CUDA's have their own table, beside the GPU's tests
-        whole_models = {gpt2.through_blocks}  # kernels/test_cached_blocks.py
+    elif level in ("numpy", "c"):  # those in CUDA are tested in kernels/test_gpu_kernels.py
+        whole_models = {gpt2.through_blocks}  # kernels/test_token_step.py
         assert of in kernel_cases.CASES or of in whole_models
 
 
@@ -66,7 +66,7 @@ def test_everything_that_stands_in_has_a_case_and_takes_the_same(
 
 
 def a_definition() -> Any:
-    """A definition that says who answered; nothing stands in for it yet."""
+    """A definition that says which function answered; nothing stands in for it yet."""
 
     @definition
     def who(x: Any, factor: float = 1.0) -> str:
@@ -108,7 +108,7 @@ def test_what_is_not_for_one_goes_on_to_the_next() -> None:
     assert who(X) == "definition"
     register(who, "numpy")
     assert who(X) == "numpy"
-    register(who, "numpy", takes=False)  # takes the place of the one before
+    register(who, "numpy", takes=False)  # replaces the one before
     assert who(X) == "definition"
 
 
@@ -149,7 +149,7 @@ def test_a_wrong_signature_is_a_type_error_that_names_both() -> None:
         with pytest.raises(TypeError, match=wrong.__name__) as caught:
             stands_in_for(who, "numpy")(wrong)
         both = str(caught.value)
-        assert "('factor', (1.0,))" in both  # the definition's, and the stand-in's:
+        assert "('factor', (1.0,))" in both  # the definition's; and the stand-in's:
         assert all(name in both for name in inspect.signature(wrong).parameters)
     assert who.stand_ins == {} and who(X) == "definition"
 
@@ -213,7 +213,7 @@ def in_a_child(level: str, code: str = SAY) -> subprocess.CompletedProcess[str]:
 def test_the_environment_chooses(level: str) -> None:
     result = in_a_child(level)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == [level or "c"] * 2  # left out: the fastest there is
+    assert result.stdout.split() == [level or "c"] * 2  # without it: the fastest there is
 
 
 @pytest.mark.parametrize("level", ["fused", "C", "cuda", "fast", "numpy "])

@@ -1,4 +1,4 @@
-// What the sources write in PTX, for a CPU. Included behind the source.
+// The functions that the sources write in PTX, for a CPU. Included after the source.
 
 #pragma once
 

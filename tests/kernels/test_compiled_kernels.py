@@ -1,4 +1,4 @@
-"""The C kernels: how they are compiled and kept, and what only they can get wrong."""
+"""The C kernels: how they are compiled and kept, and mistakes that only they can make."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(
     compiler.library() is None, reason=f"no compiled kernels: {compiler.report()}"
 )
 
-# A training step's operations in C against their definitions, for a process of its own.
+# Compares training steps in C with those in the definitions; run in a process of its own.
 COMPARE = """if True:
     import numpy as np
     from micrograd_gpt import optim
@@ -52,7 +52,7 @@ COMPARE = """if True:
 
 
 def run_apart(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own, with these settings besides the environment's."""
+    """Run code in a process of its own, with these settings added to the environment."""
     return subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | environment,
@@ -160,7 +160,7 @@ def test_a_damaged_library_is_made_anew(tmp_path: Path) -> None:
 
 @needs_compiler
 def test_a_failure_that_passes_does_not_leave_slow_code(tmp_path: Path) -> None:
-    """Code for any processor is not taken for that for this one, once the compiler recovers."""
+    """Once the compiler recovers, code for any processor does not stand for code for this one."""
     (command,) = compiler._compiler() or [""]
     flaky = tmp_path / "flaky-cc"
     flaky.write_text(
@@ -225,7 +225,7 @@ def test_callers_in_several_threads_get_their_own_results() -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 96, 385])
 @pytest.mark.parametrize("k", [1, 31, 384, 385, 800])
 def test_products_of_every_layout(n: int, k: int) -> None:
-    """Rows and columns side by side, every second number, a result laid out across."""
+    """Operands in C order, in Fortran order and with gaps; results in both orders."""
     m = 67
     for a in (numbers(n, k), numbers(k, n).T, numbers(n, 2 * k)[:, ::2]):
         for b in (numbers(k, m), numbers(m, k).T, numbers(2 * k, m)[::2]):
@@ -254,7 +254,7 @@ def test_what_does_not_fit_is_refused_as_numpy_refuses_it() -> None:
 @needs_compiler
 @pytest.mark.parametrize("n", [6, 96, 200])
 def test_nothing_is_read_beyond_a_broadcast_input(n: int) -> None:
-    """Stride 0: all columns are one. A guard page behind it ends the process if it is read."""
+    """Stride 0 makes all columns one. Reading the guard page after it would end the process."""
     page = mmap.PAGESIZE
     memory = mmap.mmap(-1, 2 * page)
     at_end = np.frombuffer(memory, "float32", n, page - 4 * n)
@@ -267,7 +267,7 @@ def test_nothing_is_read_beyond_a_broadcast_input(n: int) -> None:
 
 
 def guard(memory: mmap.mmap, offset: int) -> None:
-    """Take the right to read the page at `offset` away."""
+    """Forbid reading the page at `offset`."""
     mprotect = getattr(ctypes.CDLL(None), "mprotect", None)
     if mprotect is None:
         pytest.skip("this system has no mprotect")
@@ -293,12 +293,12 @@ def test_a_thread_that_ends_gives_its_memory_back() -> None:
         caller.start()
         caller.join()
         seen.append(resident())
-    assert seen[-1] - seen[10] < 10_000  # it was 500 KiB a thread
+    assert seen[-1] - seen[10] < 10_000  # without freeing, 500 KiB a thread
 
 
 @needs_compiler
 def test_many_chunks_of_many_arrays() -> None:
-    """The optimizer's chunks: arrays larger than one, smaller than one, and exactly one."""
+    """The optimizer works in chunks: these arrays are larger, smaller and exactly one chunk."""
     sizes = [1, compiled.CHUNK, 3 * compiled.CHUNK + 5, 7]
     grads = [numbers(size) for size in sizes]
     exact = np.sqrt(sum(float((g.astype("float64") ** 2).sum()) for g in grads))
@@ -317,7 +317,7 @@ def test_many_chunks_of_many_arrays() -> None:
 @needs_compiler
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_number_that_is_none_is_not_lost(bad: float) -> None:
-    """A run stops at a loss that is not finite, so kernels must not make it finite."""
+    """A run stops at a loss that is not finite, so no kernel may make it finite."""
     x = numbers(40, 50)
     x[7, 33] = bad
     targets = np.zeros(40, int)
@@ -337,7 +337,7 @@ def test_a_number_that_is_none_is_not_lost(bad: float) -> None:
 
 @needs_compiler
 def test_exp_is_exact_to_a_few_roundings() -> None:
-    """Through gelu, which is x / (1 + exp(-2u)): the exponent's rounding grows with it."""
+    """Tested through gelu, x / (1 + exp(-2u)); the rounding error of the exponent grows with it."""
     x = np.linspace(-6, 12, 100_001).astype("float32")
     u = F.GELU_SCALE * (x + F.GELU_CUBIC * x.astype("float64") ** 3)
     np.testing.assert_allclose(F.gelu_forward(x), x / (1 + np.exp(-2 * u)), rtol=5e-6)

@@ -1,4 +1,4 @@
-"""That the emulator would notice: mistakes that are undefined on a GPU, and how numbers round."""
+"""Tests of the emulator: it reports what is undefined on a GPU, and rounds as NumPy does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(
     dtype: str = "float32",
     order: int = 0,
 ) -> None:
-    """Run the one kernel of a source, by one block."""
+    """Run f, the only kernel of a source, in one block."""
     name, whole = f"{folder.name}-{dtype}", '#include "common.cuh"\n' + text
     (folder / f"{name}.cu").write_text(whole)
     (folder / "common.cuh").write_text((cuda_modules.FOLDER / "common.cuh").read_text())
@@ -78,7 +78,7 @@ def test_a_missing_barrier_shows_in_one_order(
 def test_numbers_round_as_numpys(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All there are of the type, what lies halfway between them, and others."""
+    """All numbers of the type, those halfway between two of them, and random ones."""
     source = """extern "C" __global__ void f(const float* x, Activation* y, float* z, int n) {
         for (int i = threadIdx.x; i < n; i += blockDim.x) {
             y[i] = rounded<Activation>(x[i]);

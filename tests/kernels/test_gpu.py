@@ -1,6 +1,6 @@
-"""The whole model on a GPU against the CPU: losses, gradients, generated tokens.
+"""The whole model on a GPU, compared with the CPU: losses, gradients and generated tokens.
 
-The kernels one by one are in test_gpu_kernels.py, which runs on a GPU too.
+test_gpu_kernels.py, which runs on a GPU too, tests the kernels one by one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from micrograd_gpt.kernels.in_cuda import token_step
 pytestmark = pytest.mark.gpu
 
 CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=128, vocab_size=211, n_positions=80)
-# Of the losses: float32 sums in another order, or products of two-byte numbers
+# For the losses: float32 sums in another order, or products of two-byte numbers
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
 
 
@@ -88,7 +88,7 @@ def test_gradients_are_those_of_the_definitions(level: str) -> None:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_greedy_tokens_are_the_cpus(rows: int) -> None:
-    """Those of a model trained for a moment: at random, two logits may be all but equal."""
+    """The model is trained for a moment, since at random two logits may be almost equal."""
     found = []
     prompt = batch()[0][:rows, :9]
     for device in ("cpu", "gpu"):
@@ -107,7 +107,7 @@ def test_greedy_tokens_are_the_cpus(rows: int) -> None:
 def test_the_token_step_is_captured_and_gives_the_same_logits(
     lengths: list[int], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A capture that fails would be a warning, which is an error here."""
+    """A capture that fails gives a warning, which is an error here."""
     model, found = make("gpu").eval(), []
     hold_in(model, dtype)
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (20, len(lengths), 1))

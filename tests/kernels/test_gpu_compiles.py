@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles, with the compiler and the options that CuPy uses on a GPU."""
+"""Every CUDA kernel compiles with the compiler and the options that CuPy uses on a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 if nvrtc.library() is None:
     pytest.skip(nvrtc.MISSING, allow_module_level=True)
 
-ARCHITECTURES = (80, 90)  # Ampere, Hopper: a kernel that needs more would not compile for the first
+ARCHITECTURES = (80, 90)  # Ampere, Hopper; a kernel that needs more than Ampere fails on the first
 BY_HEAD_SIZE = ("attention", "attention_decode")
 INSTANCES = [
     (file, dtype, size, dropout, tf32)
@@ -25,7 +25,7 @@ INSTANCES = [
 
 
 def compiled(file: str, options: tuple[str, ...], arch: str) -> tuple[str, str]:
-    """PTX and log; -ftz=true is what CuPy adds."""
+    """PTX and log, with -ftz=true, which CuPy adds."""
     flags = [*options, "-ftz=true", f"-arch={arch}", "--ptxas-options=-v"]
     return nvrtc.compile_to_ptx(cuda_modules.source(file), f"{file}.cu", flags)
 
@@ -38,7 +38,7 @@ def test_it_compiles(
     options = cuda_modules.options(dtype, head_size, dropout, tf32)
     ptx, _ = compiled(file, options, f"compute_{architecture}")
     entries = set(re.findall(r"\.visible \.entry (\w+)\(", ptx))
-    assert entries == set(cuda_modules.declarations(file)), "a kernel without a declaration, or so"
+    assert entries == set(cuda_modules.declarations(file)), "kernels and declarations differ"
     assert "ld.global.v4" in ptx, "nothing is loaded 16 bytes at a time"
     on_tensor_cores = file == "attention" and dtype != "float32"
     assert ("mma.sync.aligned.m16n8k16" in ptx) == on_tensor_cores
@@ -60,7 +60,7 @@ def test_it_compiles(
 def test_nothing_spills_into_local_memory(
     file: str, dtype: str, tf32: bool, architecture: int
 ) -> None:
-    """Down to machine code, at GPT-2's head size: registers hold all that they are meant to."""
+    """Compiled to machine code at GPT-2's head size, each kernel fits in registers."""
     options = cuda_modules.options(dtype, 64 if file in BY_HEAD_SIZE else 0, False, tf32)
     _, log = compiled(file, options, f"sm_{architecture}")
     frames = re.findall(r"Function properties for (\w+)\nptxas\W+(\d+) bytes stack", log)

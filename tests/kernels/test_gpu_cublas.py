@@ -1,4 +1,4 @@
-"""How a row-major product is put to cuBLAS, which reads columns: gemmEx as documented."""
+"""How a row-major product is passed to cuBLAS, which reads columns: gemmEx as documented."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def gemm_ex(
     a: int, a_kind: int, lda: int, b: int, b_kind: int, ldb: int, beta: int,
     c: int, c_kind: int, ldc: int, compute: str, algorithm: str,
 ) -> None:  # fmt: skip
-    """C (m, n) = alpha op(A) op(B) + beta C, as the cuBLAS documentation has it."""
+    """C (m, n) = alpha op(A) op(B) + beta C, as the cuBLAS documentation describes it."""
     assert (handle, compute, algorithm) == (1234, "32F", "tensor op")
     matrix_a = column_major(a, a_kind, *((k, m) if op_a else (m, k)), lda)
     matrix_b = column_major(b, b_kind, *((n, k) if op_b else (k, n)), ldb)
     matrix_a, matrix_b = (matrix_a.T if op_a else matrix_a), (matrix_b.T if op_b else matrix_b)
     factors = [ctypes.c_float.from_address(address).value for address in (alpha, beta)]
-    assert factors == [1.0, 0.0]  # at beta 0 what C holds is not read: it may be NaN
+    assert factors == [1.0, 0.0]  # with beta 0, C is not read: it may hold NaN
     result = column_major(c, c_kind, m, n, ldc)
     result[...] = matrix_a.astype(np.float32) @ matrix_b.astype(np.float32)
 

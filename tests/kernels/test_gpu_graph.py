@@ -1,6 +1,6 @@
 """The token step as a CUDA graph: recorded and replayed by fake_cupy.py, the kernels emulated.
 
-The fake fails where CUDA would: on an allocation, a copy or a read while launches are captured.
+The fake fails where CUDA would: at an allocation, a copy or a read while launches are captured.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def on_gpu(model: GPT2, dtype: str) -> GPT2:
 
 
 def prefill(model: GPT2, cache: KVCache, lengths: list[int], seed: int = 0) -> None:
-    """Prompts of these lengths into the rows of a cache."""
+    """Read prompts of these lengths into the rows of a cache."""
     rng = np.random.default_rng(seed)
     for row, length in enumerate(lengths):
         part = cache.rows(row, row + 1)
@@ -89,7 +89,7 @@ def logits_of(model: GPT2, cache: KVCache, steps: int, seed: int = 1) -> np.ndar
 
 
 def uncaptured(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **more: Any) -> np.ndarray:
-    """The same logits block by block, by the kernels one after another."""
+    """The logits computed block by block, each kernel launched on its own."""
     with monkeypatch.context() as patch:
         patch.setattr(gpt2, "through_blocks", one_by_one)
         return logits_of(*arguments, **more)
@@ -111,7 +111,7 @@ def test_tokens_are_those_of_the_launches_one_by_one(
     replays: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bit for bit; the first token by launches, the others by the graph, and the cache too."""
+    """Bit for bit, the cache too; the first token by launches, the others by the graph."""
     model = make(dtype)
     ours, theirs = (KVCache(model, len(lengths)) for _ in range(2))
     for cache in (ours, theirs):
@@ -242,7 +242,7 @@ def test_an_error_of_ours_is_no_problem_of_the_capture(monkeypatch: pytest.Monke
 
 
 def refusals() -> dict[str, tuple[GPT2, int, int]]:
-    """Models, rows and tokens that no graph is made for."""
+    """Models, rows and tokens for which no graph is made."""
     post = VariantGPT2(VariantConfig(**vars(CONFIG), norm_position="post"), seed=1)
     return {
         "post-norm": (on_gpu(post, "float32"), 1, 1),
@@ -270,7 +270,7 @@ def test_what_it_does_not_do_is_refused_before_anything_is_written(which: str) -
         with pytest.raises(NotForMe):
             token_step.through_blocks(x, model.transformer.h, cache)
         assert cache.length == 0 and not cache.data.get().astype(float).any()
-        model(np.zeros((rows, tokens), int), cache)  # block by block it goes
+        model(np.zeros((rows, tokens), int), cache)  # block by block it works
     assert cache.length == tokens
 
 
@@ -298,7 +298,7 @@ def test_a_full_cache_is_named(replays: list[int]) -> None:
 def test_a_cache_of_another_model_is_not_read(
     other: dict[str, int], replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A graph would read and write beside it; the definition refuses it, or does what it can."""
+    """A graph would read and write outside of it; the definition raises an error instead."""
     model, cache = make(), KVCache(make(**other))
     monkeypatch.setattr(token_step, "TokenStep", lambda *args: pytest.fail("not refused"))
     with pytest.raises((ValueError, IndexError)):

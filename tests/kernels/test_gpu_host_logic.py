@@ -1,7 +1,8 @@
 """The GPU path without a GPU, on arrays that behave like CuPy's (fake_cupy.py).
 
-What is tested is the Python around the arithmetic: that nothing moves between host and device, or
-waits for it, but where it must; that only what CuPy has is called; that files and errors are right.
+These tests are about the Python around the arithmetic. It must copy between host and device, or
+wait for the device, only where it has to; it must call only what CuPy has; and files and errors
+must be right.
 """
 
 from __future__ import annotations
@@ -99,14 +100,14 @@ def steps(device: str, dtype: str, count: int = 3, **variant: str) -> tuple[GPT2
 def test_steps_wait_for_nothing_and_compute_what_the_cpu_does(
     dtype: str, variant: dict[str, str], level: str, cupy: ModuleType
 ) -> None:
-    """The loss of layers.py looks for the targets that count, which takes a wait in each step."""
+    """Only the loss of layers.py waits, once a step: it looks for the targets that count."""
     with at_most("fused"):
         model, expected = steps("cpu", dtype, **variant)
     uploads = len(model.parameters()) + len(variant) // 2  # the waves of the variant's positions
     with at_most(level):
         _, results = steps("gpu", dtype, **variant)
     assert fake_cupy.counts.reads == (3 if level == "definitions" else 0)
-    # The weights once; in each step its batch and the positions
+    # The weights once; in each step ids, targets and positions
     assert fake_cupy.counts.uploads == uploads + 3 * 3
     rtol = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}[dtype]
     np.testing.assert_allclose([float(x) for x in results], expected, rtol=rtol)
@@ -143,8 +144,8 @@ def test_half_precision_arrays_are_2_bytes_wide(dtype: str, cupy: ModuleType) ->
 def test_the_training_script_reads_once_a_logged_step(
     dtype: str, train: Callable[..., Path], cupy: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """float16 reads once every step, since it must know whether the step may be taken."""
-    flags = ["--dtype", dtype, "--dropout", "0"]  # which a GPU draws in its own way
+    """float16 reads once each step, since it must know whether the step may be taken."""
+    flags = ["--dtype", dtype, "--dropout", "0"]  # since a GPU draws dropout differently
     with at_most("fused"):
         expected = losses(train("cpu", *flags))
     before: list[tuple[int, int]] = []
@@ -200,7 +201,7 @@ def test_a_step_that_nobody_looked_at_is_not_saved_if_it_was_not_finite(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Noticed at the next log, and named: the step itself, not the one that was logged."""
+    """It is noticed at the next log, and the error names the step itself, not the one logged."""
     clip, calls = optim.clip_grad_norm, iter(range(100))
 
     def broken(*args: Any) -> Any:
@@ -246,7 +247,7 @@ def test_clipping_on_the_gpu_does_what_it_does_on_the_cpu(
 def test_a_clipped_step_is_the_cpus_and_leaves_nothing_behind(
     norm: float, cupy: ModuleType
 ) -> None:
-    """Clipping is over once it is done: the next step's gradients know nothing of it."""
+    """Clipping has no effect on the gradients of the next step."""
     grad = np.array([[0.6, 0.0], [0.0, 0.8]], np.float32) * np.float32(norm * 1024)
     weights = []
     for device in ("cpu", "gpu"):
@@ -291,7 +292,7 @@ def test_what_comes_from_the_host_is_checked_there(cupy: ModuleType) -> None:
     with pytest.raises(ValueError, match="every target is ignored"):
         model.loss(ids, ids + IGNORE)
     assert fake_cupy.counts.reads == 0
-    on_gpu = cupy.asarray(ids)  # these are not looked at: the GPU would have to be waited for
+    on_gpu = cupy.asarray(ids)  # these are not checked: that would wait for the GPU
     assert model.loss(on_gpu, on_gpu).device == "gpu" and fake_cupy.counts.reads == 0
 
 
@@ -328,7 +329,7 @@ def test_decoding_reads_the_logits_and_nothing_else(
     prompt = [1, 2, 3, 1, 2, 3, 1, 2, 3]
     ours = gpu.generate(prompt, max_new_tokens=12, **choices)  # past the context of 16
     reads = fake_cupy.counts.reads
-    assert 0 < reads <= 12  # once a step of decoding, whatever the number of texts
+    assert 0 < reads <= 12  # once for each step of decoding, however many texts there are
     with at_most("fused"):
         np.testing.assert_array_equal(ours, cpu.generate(prompt, max_new_tokens=12, **choices))
 
@@ -337,7 +338,7 @@ def test_decoding_reads_the_logits_and_nothing_else(
 
 
 def fails(monkeypatch: pytest.MonkeyPatch, module: Any, **versions: int) -> None:
-    """Let CuPy find no usable GPU, with these CUDA versions of the driver and of CuPy."""
+    """Make CuPy find no usable GPU, with these CUDA versions of the driver and of CuPy."""
 
     def no_device() -> int:
         raise fake_cupy.CUDARuntimeError("cudaErrorInsufficientDriver: …")
@@ -479,7 +480,7 @@ def test_a_cache_that_does_not_fit_is_measured_in_its_own_type(
 def test_tf32_is_for_the_gpu_and_only_when_asked_for(
     train: Callable[..., Path], cupy: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUPY_TF32", "1")  # of another program's
+    monkeypatch.setenv("CUPY_TF32", "1")  # as if for another program
     for flags, expected in (([], "0"), (["--tf32"], "1")):
         train("out", "--device", "gpu", "--max-steps", "1", "--overwrite", *flags)
         assert os.environ["CUPY_TF32"] == expected

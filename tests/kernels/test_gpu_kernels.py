@@ -1,8 +1,8 @@
-"""Every CUDA kernel against its definition in float64: emulated on the CPU, and on a GPU.
+"""Every CUDA kernel against its definition in float64, emulated on the CPU and on a GPU.
 
-Host code and device code run together, at sizes that fit no tile and no vector. What a kernel gives
-must be the same bits in whichever order threads take turns, must fill every new array, which was
-poisoned, and must stay inside it.
+Host code and device code run together, at sizes that fit no tile and no vector. In whichever order
+threads take turns, a kernel must give the same bits. It must also fill every new array, which holds
+NaN at first, and must not write outside of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from micrograd_gpt.kernels.in_cuda.matvec import multiply_few_rows
 from micrograd_gpt.kernels.in_cuda.token_step import attend
 from micrograd_gpt.layers import IGNORE
 
-# Of the largest element: a few hundred float32 roundings, or two of the type a result is kept in
+# Of the largest element: a few hundred float32 roundings, or two roundings to the result's type
 TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2, "TF32": 2e-3}
 DTYPES = ["float32", "float16", "bfloat16"]
 WHERE = [
@@ -77,7 +77,7 @@ SHAPES = [(1, 1), (3, 37), (9, 64), (5, 300), (130, 72)]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_layer_norm(shape: tuple[int, int], dtype: str, on: Machine) -> None:
-    """The token step has the rows written in the type of its matrices."""
+    """The rows are also written in two bytes, as the token step needs them for its matrices."""
     x, w, b = numbers(*shape) * 3 + 1, numbers(shape[1]), numbers(shape[1], seed=2)
 
     def forward() -> Any:
@@ -99,7 +99,7 @@ def test_layer_norm(shape: tuple[int, int], dtype: str, on: Machine) -> None:
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] > 1])
 def test_layer_norm_backward(shape: tuple[int, int], on: Machine) -> None:
-    """Not of a single channel: that is always 0, and the gradient is all cancellation."""
+    """Without a single channel, which is always 0: its gradient is all cancellation."""
     x, grad, w = numbers(*shape) * 3 + 1, numbers(*shape, seed=1), numbers(shape[1])
     _, mean, rstd = F.layer_norm_forward.definition(x, w, w, 1e-5)
     ours = on.repeated(lambda: gpu.layer_norm_backward(*on.put(grad, x, w, mean, rstd)))
@@ -143,7 +143,7 @@ def test_cross_entropy(shape: tuple[int, int], dtype: str, on: Machine) -> None:
 def test_linear_cross_entropy(
     n: int, channels: int, vocab_size: int, dtype: str, on: Machine
 ) -> None:
-    """With few rows and with many; the weight's gradient has not been rounded on the way."""
+    """With few rows and with many; the weight's gradient is not rounded on the way."""
     x, weight = numbers(n, channels, dtype=dtype), numbers(vocab_size, channels, dtype=dtype)
     labels = np.random.default_rng(0).integers(0, vocab_size, n)
     labels[1] = IGNORE
@@ -192,7 +192,7 @@ def test_rows_added_to_a_table(rows: int, width: int, dtype: str, on: Machine) -
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
 def test_additions_at_any_index(dtype: str, on: Machine) -> None:
-    """Those that no kernel adds are CuPy's, in half precision through float32."""
+    """Where no kernel does it, CuPy adds: in half precision by way of float32."""
     ids, places = np.array([3, 0, 3]), (np.array([3, 0, 3]), np.array([1, 1, -1]))
     for index in (2, slice(1, 3), (slice(None), None, slice(2)), (..., 1), ids, places):
         part = numbers(*numbers(4, 5)[index].shape, dtype=dtype, seed=1)
@@ -229,7 +229,7 @@ def test_products_of_few_rows(n: int, k: int, m: int, dtype: str, on: Machine) -
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_what_may_follow_a_product_of_few_rows(order: str, dtype: str, on: Machine) -> None:
-    """GELU, or the addition to the residual stream: the same bits as from a kernel of its own."""
+    """GELU, or the addition to the residual stream: the same bits as from a separate kernel."""
     x, weight, bias = (numbers(*s, dtype=dtype) for s in ((3, 70), (70, 129), (129,)))
     x, weight, bias = on.put(x, np.asarray(weight, order=order), bias)
     y, stream = gpu.linear_forward(x, weight, bias), numbers(3, 129, seed=4)
@@ -274,7 +274,7 @@ def test_linear(n: int, k: int, m: int, order: str, dtype: str, on: Machine) -> 
 
 
 def split_heads(qkv: np.ndarray, n_head: int) -> tuple[np.ndarray, ...]:
-    """(B, T, 3C) -> queries, keys and values, each (B, H, T, D): views, as the model makes them."""
+    """(B, T, 3C) -> queries, keys and values, each (B, H, T, D): views, as in the model."""
     b, t, width = qkv.shape
     q, k, v = qkv.reshape(b, t, 3, n_head, width // 3 // n_head).transpose(2, 0, 3, 1, 4)
     return q, k, v
@@ -316,7 +316,7 @@ def test_attention(
     largest = max(np.abs(other).max() for other in oracle)
     for a, other, name in zip(ours, oracle, ("dq", "dk", "dv"), strict=True):
         assert a.dtype == dtype
-        if t == 1 and name != "dv":  # a single weight is always 1: dq and dk are all cancellation
+        if t == 1 and name != "dv":  # a single weight is always 1, so dq and dk cancel out
             assert np.abs(a.astype(float)).max() <= TOLERANCE[precision] * max(largest, 1)
         else:
             assert_close(a, other, 2 * TOLERANCE[precision], name)
@@ -338,7 +338,7 @@ def test_attention_over_a_cache(t: int, keys: int, d: int, dtype: str, on: Machi
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [16, 64])
 def test_attention_of_one_token_a_row(d: int, dtype: str, on: Machine) -> None:
-    """Rows of different lengths, of a larger cache; keys and values go where they belong alone."""
+    """Rows of different lengths in part of a larger cache; nothing else in it is written."""
     lengths, h, capacity = [0, 40, 7], 2, 41
     cache, qkv = numbers(2, 5, h, capacity, d, dtype=dtype), numbers(3, 3 * h * d, dtype=dtype)
     expected = cache.copy()
@@ -361,7 +361,7 @@ def test_attention_of_one_token_a_row(d: int, dtype: str, on: Machine) -> None:
 
 
 def test_attention_of_arrays_that_no_kernel_reads_as_they_are(on: Machine) -> None:
-    """Rows that begin anywhere, strides that differ, gradients with gaps: these are copied."""
+    """Unaligned rows, strides that differ and gradients with gaps: these arrays are copied."""
     whole = numbers(1, 2, 20, 3 * 32 + 1)
     q, k, v = whole[..., 1:33], whole[..., 33:65], np.asfortranarray(whole[..., 65:])
     out, log_total = on.repeated(lambda: gpu.attention_forward(*on.put(q, k, v), 0.0, ()))
@@ -377,7 +377,7 @@ def test_attention_of_arrays_that_no_kernel_reads_as_they_are(on: Machine) -> No
 
 
 def philox(counters: np.ndarray, key: int) -> np.ndarray:
-    """Philox 4x32-10 of counters (n, 4), as the paper's section 3 has it."""
+    """Philox 4x32-10 of counters (n, 4), as in section 3 of the paper."""
     mask, (low, high) = np.uint64(0xFFFFFFFF), (key & 0xFFFFFFFF, key >> 32)
     c = [column.astype(np.uint64) for column in counters.T]
     for _ in range(10):
@@ -417,7 +417,7 @@ def test_the_reference_draws_the_published_numbers() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 50, 5000])
 def test_dropout(size: int, dtype: str, on: Machine) -> None:
-    """Of an array with gaps too, as a gradient may be."""
+    """Of contiguous arrays, and of one with gaps, as a gradient may have."""
     x, grad = numbers(size, dtype=dtype), numbers(size, 2, dtype=dtype, seed=1)[:, 1]
     counters = np.zeros((-(-size // 4), 4), np.uint64)
     counters[:, 0] = np.arange(len(counters))
@@ -456,7 +456,7 @@ def test_clipping(norm: float, loss_scale: float, on: Machine) -> None:
 
 
 def with_gradients(grads: list[Any]) -> list[Tensor]:
-    """A tensor that has no gradient, and one for each of these."""
+    """A tensor without a gradient, and then one with each of these."""
     tensors = [Tensor(1.0), *map(Tensor, grads)]
     for x, grad in zip(tensors[1:], grads, strict=True):
         x.grad = grad
@@ -519,8 +519,8 @@ def test_what_no_kernel_does_is_refused_before_anything_is_written(on: Machine) 
         lambda: gpu.linear_forward(*on.put(numbers(4, 24), numbers(23, 5)), None),
         lambda: gpu.cross_entropy_forward(x, labels),
         lambda: gpu.linear_cross_entropy_forward(x, x, labels, True),
-        lambda: gpu.attention_forward(q, q, q, 0.0, ()),  # 24 channels are no multiple of 16
-        lambda: gpu.attention_forward(fine, fine, fine, 1.0, (1,)),  # no probability
+        lambda: gpu.attention_forward(q, q, q, 0.0, ()),  # 24 channels are not a multiple of 16
+        lambda: gpu.attention_forward(fine, fine, fine, 1.0, (1,)),  # not in [0, 1)
         lambda: gpu.clip_grad_norm(with_gradients([x]), 1.0),
         lambda: gpu.clip_grad_norm([Tensor(1.0)], 1.0),
         lambda: gpu.adamw_update([(x, x, x, x, 0.1)], 1e-2, 0.9, 0.95, 1e-8, 1),
@@ -532,10 +532,10 @@ def test_what_no_kernel_does_is_refused_before_anything_is_written(on: Machine) 
 
 
 def test_every_kernel_was_run(on: Machine) -> None:
-    """Last in this file: no kernel is written that no function launches, or no test runs."""
+    """The last test of this file: every kernel has been launched by some test above."""
     if not isinstance(on, EmulatedGPU):
         return
     run = {(file, kernel) for file, kernel, _ in on.emulator.launched}
     all_of_them = {(f, k) for f in cuda_modules.FILES for k in cuda_modules.declarations(f)}
-    if len(run) > 10:  # when this file runs as a whole
+    if len(run) > 10:  # only when the whole file runs
         assert run == all_of_them

@@ -1,4 +1,4 @@
-"""What stands between a function of kernels/in_cuda/ and the device: declarations and checks."""
+"""Between a function of kernels/in_cuda/ and the device: declarations, checks and dispatch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_launch_passes_values_of_the_declared_types(launched: list[tuple[Any, 
 
 @pytest.mark.parametrize("file", cuda_modules.FILES)
 def test_a_launch_that_does_not_fit_is_refused(file: str, launched: list[tuple[Any, ...]]) -> None:
-    """Of every kernel: one argument too few, one too many, and each one of another type."""
+    """For every kernel: one argument too few, one too many, and each of a wrong type."""
     for kernel, parameters in cuda_modules.declarations(file).items():
         good = [_fitting(parameter) for parameter in parameters]
 
@@ -88,7 +88,7 @@ def _fitting(parameter: Parameter) -> Any:
 
 
 def test_the_arguments_fit_into_a_launch() -> None:
-    """CUDA takes 4 KB of them."""
+    """CUDA takes at most 4 KB of them."""
     for file in cuda_modules.FILES:
         for parameters in cuda_modules.declarations(file).values():
             by_value = [cuda_modules.STRUCTURES.get(p.type) for p in parameters]
@@ -98,7 +98,7 @@ def test_the_arguments_fit_into_a_launch() -> None:
 
 
 class OnGPU:
-    """What dispatch takes for a CuPy array: no NumPy array."""
+    """Something that dispatch takes for a CuPy array, since it is not a NumPy array."""
 
 
 def test_the_gpu_runs_its_kernel_and_else_the_definition() -> None:

@@ -1,7 +1,7 @@
-"""The whole model with device="gpu" on the CPU: the host's code, and the kernels emulated.
+"""The whole model on "gpu", without one: the host's code, with emulated kernels.
 
-What test_gpu_kernels.py shows of each kernel is shown here of their being put together: the arrays
-they are handed in a training step and in decoding are those they take, and none is left out.
+test_gpu_kernels.py tests each kernel alone, and this file tests them together: in a training step
+and in decoding each gets arrays that it takes, and none is left out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ fake_cupy = pytest.importorskip("fake_cupy")
 pytestmark = pytest.mark.skipif(cuda_emulator.COMPILER is None, reason=cuda_emulator.MISSING)
 
 CONFIG = GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=53, n_positions=40)
-# Of the losses: float32 sums in another order, or products of two-byte numbers
+# For the losses: float32 sums in another order, or products of two-byte numbers
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 
 
@@ -83,10 +83,10 @@ def test_training(dtype: str, emulator: cuda_emulator.Emulator) -> None:
 
 
 def test_training_with_dropout(emulator: cuda_emulator.Emulator) -> None:
-    """The backward drops what the forward dropped: along a direction the loss falls as it says.
+    """The backward drops what the forward dropped: the loss changes along the gradient as it says.
 
-    So it does with a block computed again in the backward. The gradients are in float32, the step
-    small: what a second difference leaves is a few thousandths.
+    The same holds for blocks that are computed again in the backward. In float32 and with this
+    step, the error of the central difference is a few thousandths.
     """
     dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.2)
     gradients = []
@@ -118,7 +118,7 @@ def test_training_with_dropout(emulator: cuda_emulator.Emulator) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_decoding(dtype: str, emulator: cuda_emulator.Emulator) -> None:
-    """Greedy, by a model trained for a moment: at random, two logits may be all but equal."""
+    """Greedy; the model is trained for a moment, since at random two logits may be almost equal."""
     model = GPT2(CONFIG, seed=1)
     train(model, steps=30)
     prompt = batch()[0][:1, :5]

@@ -1,4 +1,4 @@
-"""Each kernel against its definition, at sizes that do not fit its blocks, and with many blocks."""
+"""Each CPU kernel against its definition, at sizes that fit no block, and with many blocks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMED = {definition.__name__: definition for definition in CASES}
 
 
 class Poisoned:
-    """NumPy, but what is new and not yet written to is NaN: every element must be written."""
+    """NumPy, but new arrays hold NaN until they are written: a kernel must write every element."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
@@ -56,7 +56,7 @@ REGISTERED = [
 
 @pytest.fixture(params=KINDS)
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every kind of kernel, with and without a second thread, and cut in very small blocks."""
+    """Every kind of kernel, with one thread and several, and with very small blocks."""
     for kernels in (in_c, in_numpy):
         monkeypatch.setattr(kernels, "np", Poisoned())
     if request.param.startswith("C"):
@@ -104,7 +104,7 @@ def largest(array: Any) -> float:
 
 @pytest.mark.parametrize(("level", "name"), REGISTERED, indirect=["level"])
 def test_integers_and_mixed_types_are_left_to_the_definition(name: str, level: str) -> None:
-    """A kernel reads memory as one type of float: anything else must not reach it."""
+    """A kernel reads memory as one type of float, so it must refuse anything else."""
     kernel = NAMED[name].stand_ins[level]
     case = next(iter(CASES[NAMED[name]]("float32")))
     first, *others = case.arguments
@@ -117,8 +117,7 @@ def test_integers_and_mixed_types_are_left_to_the_definition(name: str, level: s
 
 
 def as_type(value: Any, dtype: str) -> Any:
-    """An array, or each array in a list of them or of rows of them, in another type; the gradients
-    of parameters."""
+    """The value with its arrays in another type: in nested lists too, and tensors' gradients."""
     if isinstance(value, Tensor):
         changed = Tensor(value.data)
         changed.grad = None if value.grad is None else value.grad.astype(dtype)
@@ -129,7 +128,7 @@ def as_type(value: Any, dtype: str) -> Any:
 
 
 def test_attention_memory_grows_with_t_not_its_square(level: str) -> None:
-    """The largest array a kernel makes while it works on one head."""
+    """Compares the peaks of memory for one head at two lengths."""
     peaks = []
     for t in (512, 2048):
         q, k, v = numbers(3, 1, 1, t, 16, dtype="float32")
@@ -213,7 +212,7 @@ def test_parallel_within_parallel_does_its_tasks_in_turn(outer: int, inner: int)
 
 
 def test_first_use_from_several_threads_makes_one_pool() -> None:
-    """In a process of its own, since here the pool was made long ago."""
+    """In a process of its own, since this one already has its pool."""
     code = """if True:
         import os, threading
         from micrograd_gpt.kernels.in_numpy import threads

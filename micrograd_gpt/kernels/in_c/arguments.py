@@ -1,4 +1,4 @@
-"""What the C kernels take: structures of sizes, numbers and addresses of float32 arrays."""
+"""Arguments of the C kernels: structures of sizes, numbers and the addresses of float32 arrays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def in_c(definition: Callable[..., Any]) -> Callable[[F], F]:
-    """Register a kernel in C for `definition`; it is not for C where nothing could be compiled."""
+    """Register a kernel in C for `definition`; it raises NotForMe where none could be compiled."""
 
     def register(kernel: F) -> F:
         @functools.wraps(kernel)
@@ -32,6 +32,7 @@ def in_c(definition: Callable[..., Any]) -> Callable[[F], F]:
 
 
 def call(name: str, arguments: ctypes.Structure) -> None:
+    """Call the compiled function of this name with a pointer to its arguments."""
     loaded = library()
     assert loaded is not None
     getattr(loaded, name)(ctypes.byref(arguments))
@@ -50,20 +51,20 @@ def pointers(*names: str) -> list[tuple[str, Any]]:
 
 
 def check(*arrays: Array | None) -> None:
-    """Only float32 arrays that hold something are for C."""
+    """Raise NotForMe unless all arrays are float32 and have elements."""
     for array in arrays:
         if array is not None and (array.dtype != np.float32 or not array.size):
             raise NotForMe
 
 
 def contiguous(*arrays: Array) -> list[Array]:
-    """The arrays without gaps: themselves where they are so already."""
+    """The float32 arrays without gaps: themselves where they have none, else copies."""
     check(*arrays)
     return [a if a.flags.c_contiguous else np.ascontiguousarray(a) for a in arrays]
 
 
 def strides_of(array: Array) -> list[int]:
-    """How many elements apart neighbours along each axis lie."""
+    """How many float32 elements apart neighbours along each axis are."""
     if any(stride % 4 for stride in array.strides):
         raise NotForMe
     return [stride // 4 for stride in array.strides]

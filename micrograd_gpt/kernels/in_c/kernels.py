@@ -1,8 +1,8 @@
 """Kernels for the CPU in C (sources/), called through ctypes: float32 arrays only.
 
-Each stands in for a definition and takes the same arguments; where those are of another type or
-layout than the C code reads, or nothing could be compiled, a kernel in NumPy does it. A structure
-below is the C structure of the same name, field by field.
+Each stands in for a definition and takes the same arguments. Where those have a type or layout that
+the C code cannot read, or nothing could be compiled, it raises NotForMe and a kernel in NumPy does
+the work. A structure below is the C structure of the same name, field by field.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from micrograd_gpt.tensor import Tensor
 Array = np.ndarray
 
 MANY_ELEMENTS = 2**14  # with fewer, another thread is not worth waking
-FEW_ROWS = 16  # a product of at most so many rows is bound by reading the matrix
+FEW_ROWS = 16  # a product of at most this many rows is bound by reading the matrix
 
 
 # ------------------------------------------------------------------------------ matrix products
@@ -68,9 +68,9 @@ class _FewRows(ctypes.Structure):
 
 
 def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _Product:
-    """c = a @ b + bias for the C code; a c whose columns have no gaps goes as its transpose."""
+    """c = a @ b + bias for the C code; where c is stored by columns, its transpose is computed."""
     if a.shape[1] != b.shape[0] or c.shape != (a.shape[0], b.shape[1]):
-        raise NotForMe  # NumPy says what is wrong
+        raise NotForMe  # NumPy raises the error
     if c.strides[1] != 4:
         if c.strides[0] != 4 or bias is not None:
             raise NotForMe
@@ -232,7 +232,7 @@ class _AttentionBackward(ctypes.Structure):
 
 
 def _head_strides(array: Array) -> Any:
-    """How far batches, heads and tokens of a (B, H, T, D) array lie apart; D must have no gaps."""
+    """How far apart batches, heads and tokens of a (B, H, T, D) array are; D must have no gaps."""
     *strides, last = strides_of(array)
     if last != 1 and array.shape[-1] > 1:
         raise NotForMe
@@ -251,7 +251,7 @@ def _attention(q: Array, k: Array, v: Array, out: Array, log_total: Array) -> _A
 
 @in_c(functional.attention_forward)
 def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple[Array, Array]:
-    """As the definition; the result lies in memory as (B, T, H, D), so that heads join for free."""
+    """As the definition; the result lies in memory as (B, T, H, D), so joining heads is free."""
     check(q, k, v)
     if p:
         raise NotForMe
@@ -269,7 +269,7 @@ def attention_backward(
     if p or k.shape != q.shape:
         raise NotForMe
     b, h, t, d = q.shape
-    # The C code reads these two as (B, T, H, D) without gaps, which the forward made them.
+    # The C code reads grad and out as (B, T, H, D) without gaps, the layout the forward writes.
     grad, out, log_total = contiguous(grad.swapaxes(1, 2), out.swapaxes(1, 2), log_total)
     dqkv = np.empty((b, t, 3, h, d), np.float32)
     dq, dk, dv = dqkv.transpose(2, 0, 3, 1, 4)  # views, each (B, H, T, D)
@@ -320,7 +320,7 @@ def linear_cross_entropy_forward(
 
 
 def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
-    """The summed loss; the gradient goes into `dlogits`, which may be `logits` itself."""
+    """The summed loss; writes the gradient into `dlogits`, which may be `logits` itself."""
     labels, losses = np.ascontiguousarray(labels, np.int64), np.empty(len(logits), np.float32)
     places = losses.ctypes.data, dlogits.ctypes.data
     arguments = (*logits.shape, logits.ctypes.data, labels.ctypes.data, 1.0, *places)
@@ -343,7 +343,7 @@ class _Squares(ctypes.Structure):
     _fields_ = [*ints("count"), *pointers("sizes", "arrays", "sums")]
 
 
-CHUNK = 65536  # optimizer.c's
+CHUNK = 65536  # elements; the same as in optimizer.c
 
 
 def _places(arrays: Sequence[Array]) -> Array:
@@ -375,7 +375,7 @@ def adamw_update(
         if not in_order and not all(a.flags.f_contiguous for a in arrays):
             raise NotForMe
     correction = float(np.sqrt(1 - beta2**step))
-    rate = lr * correction / (1 - beta1**step)  # the bias corrections, drawn together in front
+    rate = lr * correction / (1 - beta1**step)  # with both bias corrections in one factor
     *columns, decays = zip(*rows, strict=True)
     sizes = np.array([p.size for p in columns[0]], np.int64)
     kept = np.array([1 - lr * decay for decay in decays], np.float32)

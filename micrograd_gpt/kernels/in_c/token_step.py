@@ -46,7 +46,7 @@ class _Decode(ctypes.Structure):
 
 @in_c(gpt2.through_blocks)
 def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
-    """A few new tokens through all blocks in one call of C."""
+    """As the definition, in one call of C; NotForMe unless few new tokens meet a float32 cache."""
     layers = None if cache is None else parameters_of(blocks)
     if layers is None or is_recorded(x, *(p for block in blocks for p in block.parameters())):
         raise NotForMe
@@ -81,12 +81,12 @@ def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
     return Tensor(y)
 
 
-# Where the parameters of each block lie, with the arrays that were asked: asking takes a while.
+# The addresses of each block's parameters, and the arrays they are of: reading them takes a while.
 _BLOCKS: WeakKeyDictionary[Any, tuple[list[ref[Array]], _Block]] = WeakKeyDictionary()
 
 
 def _block(block: Any, arrays: list[Array], width: int) -> _Block:
-    """Where a block's parameters lie; NotForMe where decode.c cannot read them."""
+    """The addresses of a block's parameters; NotForMe where decode.c cannot read them."""
     if len(arrays[0]) != width:
         raise NotForMe
     asked, places = _BLOCKS.get(block, ((), None))

@@ -1,4 +1,4 @@
-"""Which arrays the CUDA kernels take, and how many blocks of threads share them."""
+"""Arguments of the CUDA kernels: which arrays they take, and how many blocks share the work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from micrograd_gpt.kernels.in_cuda.modules import ACTIVATIONS
 THREADS = 256  # of a block, unless a kernel asks for others
 WARPS = THREADS // 32
 HEAD_SIZES = range(16, 129, 16)  # that the attention kernels are compiled for
-MAX_BLOCKS = 1024  # of a kernel that walks over its elements: several for each multiprocessor
+MAX_BLOCKS = 1024  # of a kernel that loops over its elements: several for each multiprocessor
 
 
 @cache
@@ -25,7 +25,8 @@ def name_of(dtype: np.dtype) -> str:
 def activation(*arrays: Array) -> str:
     """The one type that all these arrays have; NotForMe unless the kernels can read them.
 
-    They must be float32, float16 or bfloat16, contiguous, not empty, and all on the same device.
+    They must all be float32, all float16 or all bfloat16, C-contiguous, of one array library, and
+    the first not empty.
     """
     first = arrays[0]
     dtype = name_of(first.dtype)
@@ -39,13 +40,13 @@ def activation(*arrays: Array) -> str:
 
 
 def float32(*arrays: Array) -> None:
-    """NotForMe unless the kernels can read these arrays as float32."""
+    """Raise NotForMe unless the kernels can read these arrays as float32."""
     if activation(*arrays) != "float32":
         raise NotForMe
 
 
 def pack(dtype: str) -> int:
-    """How many neighbouring elements a thread takes at once."""
+    """How many neighbouring elements a thread loads at once: 16 bytes of them."""
     return 16 // itemsize(dtype)
 
 
@@ -54,17 +55,17 @@ def itemsize(dtype: str) -> int:
 
 
 def blocks(n: int, dtype: str) -> tuple[int]:
-    """Blocks of THREADS threads for n elements, which the threads take in packs and turns."""
+    """The grid for n elements, which blocks of THREADS threads take in packs, in turns."""
     return (min(MAX_BLOCKS, -(-n // (THREADS * pack(dtype)))),)
 
 
 def strips(width: int, dtype: str, threads: int = 32) -> int:
-    """Blocks side by side for rows of `width`, `threads` packs wide each."""
+    """How many blocks stand side by side on a row of `width`, each `threads` packs wide."""
     return -(-width // (threads * pack(dtype)))
 
 
 def rows_in_memory(array: Array) -> Array:
-    """The array or its transpose, whichever lies in memory row by row; a copy if neither does."""
+    """The array if it is C-contiguous, else its transpose, copied unless that is."""
     if array.flags.c_contiguous:
         return array
     return array_module(array).ascontiguousarray(array.T)

@@ -1,7 +1,7 @@
-"""Matrix products of two-byte arrays by cuBLAS: tensor cores, float32 sums, any result type.
+"""Matrix products of two-byte arrays by cuBLAS: tensor cores, float32 sums, a chosen result type.
 
-CuPy's own product has the type of its operands, but the gradient of a float32 weight must be
-float32 and must not have been rounded on the way.
+CuPy's own product has the type of its operands. The gradient of a float32 weight must be float32,
+and must not be rounded on the way.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ ONE, ZERO = (np.array(value, np.float32) for value in (1, 0))
 
 
 def product(a: Array, b: Array, out: Array) -> Array:
-    """out (n, m) = a (n, k) @ b (k, m); a and b float16 or bfloat16, out of their type or float32.
+    """Write a (n, k) @ b (k, m) into out (n, m), and return it.
 
-    Each of a and b is C-contiguous or F-contiguous; `out` is C-contiguous.
+    a and b are both float16 or both bfloat16, each C-contiguous or F-contiguous. `out` has their
+    type or is float32, and is C-contiguous.
     """
     import cupy
     from cupy_backends.cuda.libs import cublas
 
     n, m, k = len(a), b.shape[1], a.shape[1]
     kind = CUDA_TYPES[str(a.dtype)]
-    # cuBLAS reads columns, so that a matrix stored in rows looks transposed to it: outᵀ = bᵀ aᵀ
+    # cuBLAS reads columns, so it sees a matrix stored in rows as its transpose: outᵀ = bᵀ aᵀ
     cublas.gemmEx(
         cupy.cuda.device.get_cublas_handle(),
         *(_transposed(b), _transposed(a), m, n, k, ONE.ctypes.data),
@@ -44,5 +45,5 @@ def _transposed(matrix: Any) -> int:
 
 
 def _leading(matrix: Any) -> int:
-    """How many elements lie between the starts of two stored rows (or columns)."""
+    """How many elements separate the starts of two stored rows (or columns)."""
     return matrix.shape[1] if matrix.flags.c_contiguous else matrix.shape[0]

@@ -2,8 +2,8 @@
 
 They have been compiled and emulated, but not yet run on a GPU.
 
-Arrays are float32. Linear, gelu, attention, dropout and the loss also take float16 or bfloat16: the
-first result is then kept in the type of the first argument, and the others are float32. A kernel
+Arrays are float32. Linear, gelu, attention, dropout and the loss also take float16 or bfloat16:
+their first result then has the type of the first argument, and the others are float32. A kernel
 that does not take its arguments (another type, a GPU older than Ampere) raises NotForMe before it
 has written anything. Nothing here waits for the device, and no result depends on the order in which
 threads finish.
@@ -44,11 +44,11 @@ from micrograd_gpt.kernels.in_numpy.kernels import gradients
 from micrograd_gpt.layers import Key
 from micrograd_gpt.tensor import Tensor
 
-ROWS_AT_ONCE = 128  # that one block adds up, column by column
+ROWS_AT_ONCE = 128  # how many rows one block adds up, column by column
 
 
 def _seed(key: Key) -> int:
-    """The 64 bits of Philox's key for a draw."""
+    """The 64-bit key of Philox for a draw."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
@@ -56,7 +56,7 @@ def _seed(key: Key) -> int:
 
 
 def _product(a: Array, b: Array, out: Array | None = None) -> Array:
-    """a @ b, in `out` or in the type of a; float32 by CuPy, which knows whether TF32 is wanted."""
+    """a @ b, in `out` or in the type of a. CuPy does float32, since it knows if TF32 is wanted."""
     xp, dtype = array_module(a), name_of(a.dtype)
     two_bytes = a.dtype == b.dtype and dtype in ("float16", "bfloat16")
     if not two_bytes or not cuda_modules.usable():
@@ -75,7 +75,7 @@ def _product(a: Array, b: Array, out: Array | None = None) -> Array:
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
     (n, k), m = x.shape, weight.shape[1]
     if k != len(weight):
-        raise NotForMe  # CuPy says what is wrong
+        raise NotForMe  # CuPy raises the error
     if n <= FEW_ROWS:
         y = array_module(x).empty((n, m), x.dtype)
         multiply_few_rows(x, weight, bias, y)
@@ -90,7 +90,7 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
 
 @stands_in_for(functional.linear_backward, CUDA)
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
-    """As the definition; the weight's gradient lies in memory as the weight does."""
+    """As the definition; the weight's gradient has the weight's layout in memory."""
     dtype, xp = activation(grad, x), array_module(x)
     if name_of(weight.dtype) != dtype:
         raise NotForMe
@@ -114,6 +114,7 @@ def _column_sums(x: Array, dtype: str) -> Array:
 
 
 def _sum_partials(partials: Array) -> Array:
+    """Sums of float32 partials (parts, width) along the first axis: (width,)."""
     parts, width = partials.shape
     sums = array_module(partials).empty(width, np.float32)
     grid = (-(-width // THREADS),)
@@ -130,7 +131,7 @@ def _total(numbers: Array) -> Array:
 
 @stands_in_for(tensor.add_at, CUDA)
 def add_at(total: Array, index: Any, part: Array) -> None:
-    """As the definition, of any types and indices; rows of a table are added in a fixed order."""
+    """As the definition, for any types and indices; rows of a table are added in a fixed order."""
     parts = index if isinstance(index, tuple) else (index,)
     if all(isinstance(p, int | slice | type(None) | type(...)) for p in parts):
         here = total[index]  # a view, even of a single number
@@ -181,7 +182,7 @@ def layer_norm_forward(
 def normalise(
     x: Array, weight: Array, bias: Array, eps: float, y: Array, mean: Array, rstd: Array
 ) -> None:
-    """The normalised rows of x (N, C), float32, into y of any type; their mean, rstd (N, 1)."""
+    """Write the normalised rows of float32 x (N, C) into y, of any type; mean and rstd (N, 1)."""
     n, width = x.shape
     launch(
         *("layer_norm", "layer_norm_forward", name_of(y.dtype), (-(-n // WARPS),), (THREADS,)),
@@ -232,7 +233,7 @@ def gelu_backward(grad: Array, x: Array) -> Array:
 
 @stands_in_for(functional.attention_forward, CUDA)
 def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple[Array, Array]:
-    """As the definition; the result lies in memory as (B, T, H, D), so that heads join for free."""
+    """As the definition; the result lies in memory as (B, T, H, D), so joining heads is free."""
     dtype, (b, h, t, d), xp = _heads(q, k, v), q.shape, array_module(q)
     _check_probability(p)
     q, (k, v), keys = *_aligned(q), _aligned(k, v), k.shape[2]
@@ -264,11 +265,11 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
 def attention_backward(
     grad: Array, q: Array, k: Array, v: Array, out: Array, log_total: Array, p: float, key: Key
 ) -> Array:
-    """As the definition; the kernels write straight into the one array where its rows allow it."""
+    """As the definition; the kernels write straight into its array where that is aligned."""
     dtype, (b, h, t, d), xp = _heads(q, k, v), q.shape, array_module(q)
     _check_probability(p)
     float32(log_total)
-    # The kernels read these two as (B, T, H, D) without gaps, as the forward and the tape lay them
+    # The kernels read these two as (B, T, H, D) without gaps, the layout they usually have
     grad, out = (xp.ascontiguousarray(x.swapaxes(1, 2)) for x in (grad, out))
     if activation(grad, out) != dtype or k.shape != q.shape or grad.shape != (b, t, h, d):
         raise NotForMe
@@ -308,7 +309,7 @@ def _heads(q: Array, k: Array, v: Array) -> str:
 
 
 def _check_probability(p: float) -> None:
-    """The definition says what is wrong with one that is not in [0, 1)."""
+    """NotForMe for a p outside [0, 1): the definition raises the error."""
     if not 0 <= p < 1:
         raise NotForMe
 
@@ -318,12 +319,15 @@ def _in_tf32(dtype: str) -> bool:
 
 
 def _strides(x: Array) -> list[int]:
-    """Elements between neighbouring batches, heads and rows of x (B, H, T, D)."""
+    """How many elements apart batches, heads and rows of x (B, H, T, D) are."""
     return [stride // x.itemsize for stride in x.strides[:3]]
 
 
 def _are_aligned(*arrays: Array) -> bool:
-    """Whether these (B, H, T, D) share strides, with rows that start at multiples of 16 bytes."""
+    """Whether these arrays (B, H, T, D) have the same strides, and rows as 16-byte loads need them.
+
+    Each row must start at a multiple of 16 bytes, and its D numbers must have no gaps.
+    """
     first = arrays[0]
     starts = [cuda_modules.address(x) for x in arrays]
     return (
@@ -345,7 +349,7 @@ def _aligned(*arrays: Array) -> list[Array]:
 
 @stands_in_for(layers.dropout_forward, CUDA)
 def dropout_forward(x: Array, p: float, key: Key) -> Array:
-    """As the definition; nothing is kept for the backward, which draws the same numbers again."""
+    """As the definition, without keeping the mask: the backward draws the same numbers again."""
     _check_probability(p)
     x = array_module(x).ascontiguousarray(x)
     dtype, y = activation(x), array_module(x).empty_like(x)
@@ -379,7 +383,7 @@ def linear_cross_entropy_forward(
 
 
 def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
-    """The summed loss; the gradient goes into `dlogits`, which may be `logits` itself."""
+    """The summed loss; writes the gradient into `dlogits`, which may be `logits` itself."""
     (n, vocab_size), xp = logits.shape, array_module(logits)
     labels, losses = xp.ascontiguousarray(labels, dtype=np.int64), xp.empty(n, np.float32)
     launch(
@@ -403,6 +407,7 @@ def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float 
 
 
 def _sum_of_squares(arrays: Sequence[Array]) -> Array:
+    """The sum of the squares of all elements: a scalar, which stays on the device."""
     arrays = [rows_in_memory(array) for array in arrays]
     float32(*arrays)
     (across,) = blocks(max(a.size for a in arrays), "float32")
@@ -429,7 +434,7 @@ def adamw_update(
     rows: list[Any], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
     in_memory = []
-    for *arrays, decay in rows:  # those that are stored in columns go as their transposes
+    for *arrays, decay in rows:  # arrays stored in columns are passed as their transposes
         p, grad, m, v = arrays if arrays[0].flags.c_contiguous else [a.T for a in arrays]
         in_memory.append((p, array_module(grad).ascontiguousarray(grad), m, v, decay))
     float32(*(array for row in in_memory for array in row[:4]))
@@ -454,7 +459,7 @@ def _table(
     vs: Sequence[Array] = (),
     decays: Sequence[float] = (),
 ) -> np.ndarray:
-    """The TensorTable of optimizer.cu, which travels with the launch."""
+    """The TensorTable of optimizer.cu, which is passed with the launch."""
     table = np.zeros((), TENSOR_TABLE)
     table["sizes"][: len(gradients)] = [gradient.size for gradient in gradients]
     for role, arrays in enumerate((parameters, gradients, ms, vs)):

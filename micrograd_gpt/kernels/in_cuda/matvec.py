@@ -1,4 +1,4 @@
-"""Products of a few rows with a matrix, which decoding consists of: bound by reading the matrix."""
+"""Products of a few rows with a matrix, the bulk of decoding: bound by reading the matrix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.kernels.in_cuda.arguments import THREADS, WARPS, activation, float32, strips
 from micrograd_gpt.kernels.in_cuda.modules import launch
 
-FEW_ROWS = 8  # a product of at most so many rows is bound by reading the matrix
+FEW_ROWS = 8  # a product of at most this many rows is bound by reading the matrix
 
 
 def multiply_few_rows(
@@ -17,11 +17,11 @@ def multiply_few_rows(
     stream: Array | None = None,
     gelu: bool = False,
 ) -> None:
-    """y (N, M) = x (N, K) @ weight (K, M) + bias, through GELU if wanted; or added to `stream`.
+    """Write x (N, K) @ weight (K, M) + bias (M,) into y (N, M), or add it to `stream` (N, M).
 
-    N is at most FEW_ROWS, and the weight may be stored in rows or in columns. Where `stream` (N, M)
-    is given, which is float32, `y` is None. Raises NotForMe unless the other arrays are of one type
-    that the kernels take.
+    With `gelu`, GELU of the product goes into y. N is at most FEW_ROWS, and the weight may be
+    stored in rows or in columns. Where `stream`, which is float32, is given, `y` is None. Raises
+    NotForMe unless the other arrays are of one type that the kernels take.
     """
     n, (k, m) = len(x), weight.shape
     stored = weight if weight.flags.c_contiguous else weight.T

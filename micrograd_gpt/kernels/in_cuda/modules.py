@@ -2,8 +2,8 @@
 
 CuPy compiles a source through NVRTC when one of its kernels is first launched, once for each
 activation type (and head size, for attention), and keeps the result in its own cache. No compiler
-has to be installed. A launch is checked against the kernel's declaration, which is read from the
-source: a wrong number or type of arguments is a TypeError, not garbage on the device.
+has to be installed. Each launch is checked against the kernel's declaration, which is read from the
+source: arguments of a wrong number or type are a TypeError, not garbage on the device.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ FOLDER = Path(__file__).parent / "sources"
 FILES = tuple(sorted(path.stem for path in FOLDER.glob("*.cu")))
 
 ACTIVATIONS = {"float32": "Float", "float16": "Half", "bfloat16": "BFloat16"}
-# What is passed by value: its type in C, and NumPy's type of the same size
+# Types passed by value: each name in C, and NumPy's type of the same size
 SCALARS = {
     "int": np.int32,
     "long long": np.int64,
     "unsigned long long": np.uint64,
     "float": np.float32,
 }
-TENSORS_AT_ONCE = 48  # in one launch over many tensors: a launch takes 4 KB of arguments
+TENSORS_AT_ONCE = 48  # in one launch over many tensors: a launch takes at most 4 KB of arguments
 TENSOR_TABLE = np.dtype(
     [
         ("sizes", np.int64, TENSORS_AT_ONCE),
@@ -58,13 +58,13 @@ def usable() -> bool:
 
 
 def tf32_wanted() -> bool:
-    """Whether products may round float32 to TF32: what `set_tf32` in arrays/devices.py set."""
+    """Whether products may round float32 to TF32: the setting of `set_tf32` (arrays/devices.py)."""
     return os.environ.get("CUPY_TF32") == "1"
 
 
 @cache
 def source(file: str) -> str:
-    """The text of sources/`file`.cu, with the text of the files that it includes."""
+    """The text of sources/`file`.cu, with the files that it includes in place."""
 
     def included(match: re.Match[str]) -> str:
         return (FOLDER / match[1]).read_text("utf-8").replace("#pragma once\n", "")
@@ -79,9 +79,9 @@ def source(file: str) -> str:
 def options(
     dtype: str, head_size: int = 0, dropout: bool = False, tf32: bool = False
 ) -> tuple[str, ...]:
-    """The compiler's options, to which CuPy adds the device and -ftz=true.
+    """The compiler's options, to which CuPy adds the device's architecture and -ftz=true.
 
-    The last three arguments are for attention alone, `tf32` for float32 alone.
+    The last three arguments are only for attention, and `tf32` only for float32.
     """
     name = ACTIVATIONS[dtype]
     of_type = ("-std=c++17", f"-DACTIVATION={name}", f"-DACTIVATION_IS_{name.upper()}")
@@ -93,7 +93,7 @@ def options(
 
 
 def attention_block(dtype: str, head_size: int, tf32: bool = False) -> tuple[int, int]:
-    """How many rows of queries or keys a block of attention.cu works on, and with how many threads.
+    """How many rows of queries or keys a block of attention.cu works on, and its number of threads.
 
     In float32 without TF32, four tiles of that many rows fit a block's 48 KB of shared memory.
     """
@@ -130,9 +130,9 @@ def launch(
 ) -> None:
     """Start `kernel` of sources/`file`.cu on the current stream, without waiting for it.
 
-    `dtype` is the activation type: "float32", "float16" or "bfloat16". Where the kernel takes a
-    pointer the argument is an array or None (a null pointer), else a number or a structured array.
-    Raises TypeError where the arguments are not what the kernel declares.
+    `dtype` is the activation type: "float32", "float16" or "bfloat16". For a pointer the argument
+    is an array or None (a null pointer); for anything else, a number or a structured array. Raises
+    TypeError where the arguments do not fit the kernel's declaration.
     """
     parameters, types = declarations(file)[kernel], _argument_types(file, kernel, dtype)
     if len(arguments) != len(parameters):
@@ -165,14 +165,14 @@ def _argument_types(file: str, kernel: str, dtype: str) -> tuple[np.dtype, ...]:
 
 
 def _is_number(argument: Any, expected: np.dtype) -> bool:
-    """Whether an argument can be passed as a number of this type; a fraction is no integer."""
+    """Whether an argument can be passed as a number of this type; a float is not an integer."""
     if expected.kind == "f":
         return isinstance(argument, int | float | np.integer | np.floating)
     return isinstance(argument, int | np.integer)
 
 
 def address(array: Array) -> int:
-    """Where an array's first element lies in its device's memory."""
+    """The address of an array's first element in its device's memory."""
     return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
 
 
@@ -184,7 +184,7 @@ def run(
     block: tuple[int, ...],
     values: list[Any],
 ) -> None:
-    """Launch on the GPU through CuPy; `values`, NumPy scalars and structures, go by value."""
+    """Launch on the GPU through CuPy, with NumPy scalars and structures as `values`."""
     _function(file, kernel, options)(grid, block, tuple(values))
 
 

@@ -1,10 +1,10 @@
 """The token step as a CUDA graph: one new token in each of a few rows, through all blocks.
 
 A step is seven short kernels a block. Launched from Python one by one, each takes longer to start
-than to run; so they are captured once, and started together from then on (CUDA C++ Programming
-Guide, "CUDA Graphs"). A graph repeats its launches with the arguments they had. So it reads and
-writes arrays that stay where they are, and what changes from step to step (the tokens, and how many
-of them the cache holds) is copied into such arrays first.
+than to run, so they are captured once and started together from then on (CUDA C++ Programming
+Guide, "CUDA Graphs"). A graph repeats its launches with the arguments they had when captured. It
+therefore reads and writes arrays that stay where they are. What changes from step to step (the
+tokens, and how many of them the cache holds) is copied into such arrays first.
 
 It has been compiled and emulated, but not yet run on a GPU.
 """
@@ -34,12 +34,12 @@ from micrograd_gpt.kernels.in_cuda.matvec import FEW_ROWS, multiply_few_rows
 from micrograd_gpt.kernels.in_cuda.modules import launch
 from micrograd_gpt.tensor import Tensor, is_recorded
 
-MOST_STEPS = 2 * FEW_ROWS  # kept for a model: say, for a batch whose rows end one after another
+MOST_STEPS = 2 * FEW_ROWS  # kept for each model; a batch whose rows end in turn needs several
 
 
 @stands_in_for(gpt2.through_blocks, CUDA)
 def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
-    """One token a row through all blocks: launch by launch the first time, then by a graph."""
+    """As the definition, for one token a row: launch by launch the first time, then by a graph."""
     rows, tokens, width = x.shape
     few = tokens == 1 and rows <= FEW_ROWS and cache is not None
     layers = parameters_of(blocks) if few and blocks and cuda_modules.usable() else None
@@ -52,9 +52,9 @@ def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
     fits = data.shape[:3] == (len(blocks), 2, rows) and data.shape[3] * data.shape[5] == width
     fits = fits and cache.lengths.min() >= 0 and cache.lengths.max() < data.shape[4]
     if not fits or any(block.attn.n_head != data.shape[3] for block in blocks):
-        raise NotForMe  # the definition says what is wrong
+        raise NotForMe  # the definition raises the error
     arrays = [parameter.data for parameter in parameters]
-    # A graph knows addresses alone: it serves any cache that lies at this one in the same layout
+    # A graph knows only addresses: it serves any cache at this address with the same layout
     place = (cuda_modules.address(data), data.shape, data.strides, data.dtype, len(blocks))
     steps = _STEPS.setdefault(blocks[0], {})
     step = steps.pop(place, None)
@@ -66,7 +66,7 @@ def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
     return Tensor(step(x.data, blocks, cache))
 
 
-# The steps of a model, under its first block: they go when it goes, and keep no model and no cache.
+# The steps of each model, by its first block. They are freed with it, and keep no cache alive.
 _STEPS: WeakKeyDictionary[Any, dict[tuple[Any, ...], TokenStep]] = WeakKeyDictionary()
 
 
@@ -74,11 +74,11 @@ class TokenStep:
     """The launches of a token step for certain parameters and a certain cache, and their graph.
 
     Args:
-        x: new tokens (B, 1, C), float32.
+        x: the new tokens' residual stream (B, 1, C), float32.
         parameters: the arrays of all blocks' parameters, which are not kept alive.
         data: the cache's array, in the type of the matrices.
 
-    Raises NotForMe where a kernel does not take one of them.
+    Raises NotForMe where a kernel does not take one of these.
     """
 
     def __init__(self, x: Array, parameters: Sequence[Array], data: Array) -> None:
@@ -90,7 +90,7 @@ class TokenStep:
         if not alike or data.strides[-1] != data.itemsize or data.shape[-1] not in HEAD_SIZES:
             raise NotForMe
         self.parameters = [ref(array) for array in parameters]
-        self.lengths = xp.empty(rows, np.int64)  # of the rows, before the new token
+        self.lengths = xp.empty(rows, np.int64)  # of the rows, without the new token
         self.stream = xp.empty((rows, width), np.float32)
         self.mean, self.rstd = (xp.empty((rows, 1), np.float32) for _ in range(2))
         self.normed, self.mixed, self.qkv, self.hidden = (
@@ -99,15 +99,15 @@ class TokenStep:
         self.steps, self.graph = 0, None
 
     def reads(self, parameters: Sequence[Array]) -> bool:
-        """Whether these are the same arrays that the launches read, whatever they hold now."""
+        """Whether these are the arrays that the launches read, whatever numbers they hold."""
         return all(map(operator.is_, (array() for array in self.parameters), parameters))
 
     def __call__(self, x: Array, blocks: Sequence[Any], cache: Any) -> Array:
         float32(x)
-        # CuPy copies the lengths on the host first: they change below, before the GPU may read them
+        # CuPy makes its own host copy of the lengths, which change below before the GPU may read
         self.lengths[...] = array_module(x).asarray(cache.lengths.astype(np.int64))
         self.stream[...] = x.reshape(self.stream.shape)
-        if self.steps == 1:  # all kernels have been loaded by the first step's launches
+        if self.steps == 1:  # the first step's launches have loaded all kernels
             self.graph = self._captured(blocks, cache.data)
         if self.graph is None:
             self.launch(blocks, cache.data)
@@ -118,27 +118,27 @@ class TokenStep:
         return self.stream.copy().reshape(x.shape)
 
     def _captured(self, blocks: Sequence[Any], data: Array) -> Any:
-        """The graph; where the launches could not be captured, None after a warning."""
+        """The graph; None, after a warning, where the launches cannot be captured."""
         import cupy
 
         stream = cupy.cuda.Stream(non_blocking=True)  # the default one cannot be captured
         try:
             with stream:
-                # Nothing may be allocated or read in between, and in this mode that is an error
+                # Meanwhile nothing may be allocated or read; in this mode that is an error
                 stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
                 try:
                     self.launch(blocks, data)
                 except BaseException:
-                    with suppress(RuntimeError):  # the first error is on its way already
+                    with suppress(RuntimeError):  # the first error is the one to raise
                         stream.end_capture()
                     raise
                 return stream.end_capture()
-        except RuntimeError as problem:  # CuPy's errors of the driver and of the runtime
+        except RuntimeError as problem:  # how CuPy raises the driver's and the runtime's errors
             _warn(str(problem))
             return None
 
     def launch(self, blocks: Sequence[Any], data: Array) -> None:
-        """One token through the blocks: from `stream` into `stream`, and into the cache."""
+        """Take one token a row through the blocks: `stream` changes in place, the cache grows."""
         stream = self.stream
         for block, (keys, values) in zip(blocks, data, strict=False):
             attn, mlp = block.attn, block.mlp
@@ -160,10 +160,10 @@ class TokenStep:
 
 
 def attend(qkv: Array, keys: Array, values: Array, lengths: Array, out: Array) -> None:
-    """Attention of one new token a row, qkv (B, 3C), over itself and all before it -> out (B, C).
+    """Attention of one new token a row, qkv (B, 3C), over it and all before it, into out (B, C).
 
-    `keys` and `values` (B, H, capacity, D) hold `lengths[b]` tokens in row b, where `lengths` is an
-    int64 array on the device; those of the new token are written behind them.
+    `keys` and `values` (B, H, capacity, D) hold `lengths[b]` tokens in row b, where `lengths` (B,)
+    is an int64 array on the device. The new token's are written after them.
     """
     (b, heads, _, size), dtype = keys.shape, activation(qkv, out)
     strides = (stride // keys.itemsize for stride in keys.strides[:3])
@@ -176,7 +176,7 @@ def attend(qkv: Array, keys: Array, values: Array, lengths: Array, out: Array) -
 
 @functools.cache
 def _warn(problem: str) -> None:
-    """Once for each problem."""
+    """Warn, once for each problem."""
     warnings.warn(
         f"the kernels of decoding are launched one by one: they could not be captured ({problem})",
         RuntimeWarning,

@@ -1,10 +1,12 @@
-"""Kernels for the CPU in NumPy: the definitions of `functional.py` and `optim.py`, made fast.
+"""Kernels for the CPU in NumPy: the array functions of the layers and the optimizer, made fast.
 
-Three ideas carry all of it. A matrix product is cut in parts, one for each core. Element-wise work
-goes through memory once: a block that fits a core's cache is taken through all its operations, in
-place, before the next one. And attention never holds all T × T weights, only those of some rows.
+Three ideas carry all of it. A matrix product is cut into parts, one for each core. Element-wise
+work makes one pass over memory: a block that fits a core's cache goes through all its operations,
+in place, before the next block begins. Attention never holds all T × T weights, only those of some
+rows.
 
-float32 and float64 arrays, all of one type.
+The kernels take float32 or float64 arrays, all of one type; for any others they raise NotForMe.
+Shapes and results are those of the definitions.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from micrograd_gpt.tensor import Tensor
 Array = np.ndarray
 
 # Elements worked on at a time: few enough to stay in the cache through several operations, and
-# enough that the threads, who hand the interpreter's lock around between them, seldom meet.
+# enough that the threads, which pass the interpreter's lock around, seldom wait for one another.
 BLOCK = 2**18  # 1 MB in float32
 # With less work than this, waking another thread takes longer than it saves.
 FEW_ELEMENTS = 2**17
@@ -34,14 +36,14 @@ FEW_PRODUCTS = 2**21  # multiplications and additions
 
 
 def check(*arrays: Array | None) -> None:
-    """Only arrays of one type, which is float32 or float64, are for these kernels."""
+    """Raise NotForMe unless all arrays have the same type, float32 or float64."""
     dtypes = {array.dtype for array in arrays if array is not None}
     if len(dtypes) != 1 or dtypes.pop() not in (np.float32, np.float64):
         raise NotForMe
 
 
 def _row_blocks(rows: int, width: int) -> list[slice]:
-    """Cut `rows` rows of `width` elements into blocks that fit the cache, as many for each core."""
+    """Cut `rows` rows of `width` elements into blocks that fit the cache, equally many a core."""
     return _cut(rows, _block_count(rows * width))
 
 
@@ -84,9 +86,10 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
 
 
 def _product_parts(n: int, m: int, k: int) -> list[slice]:
-    """The longer side of an (n, m) product of k terms each, cut for the cores if it is worth it.
+    """The longer side of an (n, m) product of k terms each, cut for the cores where that pays.
 
-    If not, it is left to BLAS's own threads. So is a product of few rows: it is bound by memory.
+    Where it does not, one part is left to BLAS's own threads. So is a product of few rows or
+    columns, whose speed is bound by memory.
     """
     return _cut(max(n, m), cores() if min(n, m) >= 16 and n * m * k > FEW_PRODUCTS else 1)
 
@@ -133,7 +136,7 @@ def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array,
 
 @stands_in_for(tensor.add_at, "numpy")
 def add_at(total: Array, index: Any, part: Array) -> None:
-    """Rows are sorted by the row of `total` they go to, and those of one row added up first."""
+    """As the definition, for rows of a table: rows that go to one place are added up first."""
     check(total, part)
     if not isinstance(index, np.ndarray) or index.dtype.kind not in "iu" or total.ndim != 2:
         raise NotForMe
@@ -263,7 +266,7 @@ ROWS = 128  # queries at a time
 
 @stands_in_for(functional.attention_forward, "numpy")
 def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple[Array, Array]:
-    """As the definition; the result lies in memory as (B, T, H, D), so that heads join for free."""
+    """As the definition; the result lies in memory as (B, T, H, D), so joining heads is free."""
     check(q, k, v)
     b, h, t, d = q.shape
     past = k.shape[2] - t  # keys that stand before the first query
@@ -323,7 +326,7 @@ def attention_backward(
             dscores *= weights
             np.matmul(dscores, k[seen], out=dq[here])
             dq[here] *= scale
-            if end == t:  # the last rows see every key: they write, the others add
+            if end == t:  # the last rows come first, and see every key
                 np.matmul(dropped.swapaxes(-1, -2), dmix, out=dv[seen])
                 np.matmul(dscores.swapaxes(-1, -2), scaled_q, out=dk[seen])
             else:
@@ -335,7 +338,7 @@ def attention_backward(
 
 
 def _scores(q: Array, k: Array) -> tuple[Array, Array]:
-    """Masked scores (b, h, R, end) of queries (b, h, R, D) and keys (b, h, end, D), and q/sqrt(D).
+    """Masked scores (b, h, R, end) of queries (b, h, R, D) and keys (b, h, end, D), and q / √D.
 
     The last query stands at the last key.
     """
@@ -352,7 +355,7 @@ def _query_blocks(t: int) -> list[slice]:
 
 
 def _head_groups(b: int, h: int, count: int) -> list[tuple[slice, slice]]:
-    """Cut B batches of H heads into `count` groups or a few more: whole batches or heads of one."""
+    """Cut B batches of H heads into about `count` groups: whole batches, or heads of one batch."""
     if count <= b:
         return [(batches, slice(0, h)) for batches in _cut(b, count)]
     return [(slice(i, i + 1), heads) for i in range(b) for heads in _cut(h, -(-count // b))]
@@ -366,9 +369,9 @@ def _dropout_factors(
     like: Array,
     p: float,
 ) -> Array:
-    """Part of layers.dropout_factors(weights (B, H, T, S)), for these queries of these heads.
+    """A part of layers.dropout_factors(weights (B, H, T, S)): these queries of these heads.
 
-    `sizes` are H, T and S. The generator jumps to where the part begins; each 64-bit number of it
+    `sizes` are H, T and S. The generator jumps to where the part begins; each of its 64-bit numbers
     makes two factors.
     """
     (h, t, s), end = sizes, like.shape[3]
@@ -408,7 +411,7 @@ def linear_cross_entropy_forward(
 
 
 def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
-    """The summed loss; the gradient goes into `dlogits`, which may be `logits` itself."""
+    """The summed loss; writes the gradient into `dlogits`, which may be `logits` itself."""
     n, vocab_size = logits.shape
     losses = np.zeros(n, logits.dtype)
     blocks = _row_blocks(n, vocab_size)
@@ -416,7 +419,7 @@ def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
     def block(i: int) -> None:
         rows = blocks[i]
         part, label = dlogits[rows], labels[rows]
-        counted = np.flatnonzero(label >= 0)  # a label below 0 is an ignored one
+        counted = np.flatnonzero(label >= 0)  # a label below 0 is ignored
         at_label = counted, label[counted]
         np.subtract(logits[rows], logits[rows].max(axis=-1, keepdims=True), out=part)
         label_logits = part[at_label]
@@ -442,7 +445,7 @@ def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float 
 
 
 def gradients(parameters: list[Tensor]) -> list[Array]:
-    """The gradients there are; NotForMe without any."""
+    """The gradients that exist; NotForMe where there are none."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
         raise NotForMe
@@ -450,7 +453,10 @@ def gradients(parameters: list[Tensor]) -> list[Array]:
 
 
 def scale_to_norm(grads: list[Array], norm: float, max_norm: float, loss_scale: float) -> float:
-    """The clipping once the norm is known; arrays that stay as they are are not touched."""
+    """Clip gradients of this norm, in place; returns their norm without the loss scale.
+
+    Where nothing is to be scaled, or the norm is not finite, no array is touched.
+    """
     norm /= loss_scale
     factor = (max_norm / norm if norm > max_norm else 1.0) / loss_scale
     for grad in grads if math.isfinite(norm) and factor != 1 else ():
@@ -459,6 +465,7 @@ def scale_to_norm(grads: list[Array], norm: float, max_norm: float, loss_scale: 
 
 
 def sum_of_squares(arrays: Sequence[Array]) -> float:
+    """The sum of the squares of all elements; the sums of blocks are added up in float64."""
     chunks = [chunk for array in arrays for (chunk,) in _chunks([array])]
     sums = np.zeros(len(chunks))
     groups = _cut(len(chunks), cores() if sum(a.size for a in arrays) > FEW_ELEMENTS else 1)
@@ -479,7 +486,7 @@ def adamw_update(
         check(*row[:4])
     keep_freed_memory()  # a run has begun: the next step allocates the same arrays again
     correction = math.sqrt(1 - beta2**step)
-    # lr * m_hat / (sqrt(v_hat) + eps), its two bias corrections drawn together in front
+    # lr * m_hat / (sqrt(v_hat) + eps), with its two bias corrections combined in one factor
     rate = lr * correction / (1 - beta1**step)
     jobs = [(chunk, decay) for *arrays, decay in rows for chunk in _chunks(arrays)]
     together = sum(row[0].size for row in rows) <= FEW_ELEMENTS
@@ -506,7 +513,7 @@ def adamw_update(
 
 
 def _chunks(arrays: Sequence[Array]) -> Iterator[tuple[Array, ...]]:
-    """Equally shaped arrays, cut alongside each other into pieces that stay in the cache.
+    """Arrays of one shape, cut at the same places into pieces that stay in the cache.
 
     The pieces are views. Arrays that are not all contiguous in the same order come whole.
     """

@@ -1,9 +1,9 @@
-"""The cores of this machine, put to work from Python: NumPy lets go of the interpreter's lock while
-it computes, so plain threads run NumPy side by side.
+"""Running NumPy on all cores: it releases the interpreter's lock while it computes, so that plain
+threads run side by side.
 
-BLAS, the library behind NumPy's matrix product, has threads of its own, which after each product
-spin for a while and would take the cores from ours. So within `parallel` BLAS runs on one thread in
-each of our threads; outside it keeps all of its own.
+BLAS, the library behind NumPy's matrix product, has threads of its own, which keep spinning for a
+while after each product and would take the cores from ours. So within `parallel`, BLAS runs on a
+single thread in each of our threads; outside, it uses all of its own.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from threadpoolctl import ThreadpoolController
 
 Task = Callable[[int], object]
 
-_WITHIN = threading.local()  # .a_task is true in a thread that is in one
+_WITHIN = threading.local()  # .a_task is true in a thread that is running a task
 _MAKING_POOL = threading.Lock()
 
 
 def parallel(task: Task, count: int) -> None:
-    """Call task(0) … task(count - 1), on all cores, and return when all are done.
+    """Call task(0) … task(count - 1) on all cores, and return when all are done.
 
-    Which thread runs which task is left to chance, so a task must write to places of its own, and
-    then results do not depend on it. An exception in a task is raised here once all have ended.
-    Called within a task, it does its own tasks one after another.
+    Which thread runs which task is left to chance. Each task must therefore write to places of its
+    own, so that results do not depend on it. An exception in a task is raised here once all threads
+    have stopped. Called within a task, this runs its tasks one after another.
     """
     if getattr(_WITHIN, "a_task", False):
         for i in range(count):
@@ -44,7 +44,7 @@ def cores() -> int:
 
 
 class _Pool:
-    """Threads that wait for work: size - 1 of them, the caller being the last."""
+    """`size` threads that share work: size - 1 that wait for it, and the caller's own."""
 
     def __init__(self) -> None:
         self.blas = ThreadpoolController().select(user_api="blas").lib_controllers
@@ -60,7 +60,7 @@ class _Pool:
             self.work.get()()
 
     def run(self, task: Task, count: int) -> None:
-        if count == 1:  # nothing to share: decoding does this a hundred times a token
+        if count == 1:  # nothing to share, which decoding meets a hundred times a token
             with self.lock, self._one_blas_thread():
                 task(0)
             return
@@ -68,7 +68,7 @@ class _Pool:
         ended: SimpleQueue[BaseException | None] = SimpleQueue()
 
         def share() -> None:
-            """Do tasks until none is left, and report how it ended."""
+            """Do tasks until none is left, then report the failure, or None."""
             _WITHIN.a_task = True
             try:
                 while (i := next(counter)) < count:
@@ -104,8 +104,8 @@ class _Pool:
 
 
 def _pool(process: int) -> _Pool:
-    """The threads of this process; a forked child has none of its parent's and makes its own."""
-    with _MAKING_POOL:  # of two made at once, each would take the other's 1 for BLAS's own number
+    """The threads of this process; a forked child inherits none and makes its own."""
+    with _MAKING_POOL:  # two pools made at once would each read the 1 that the other set in BLAS
         return _make_pool(process)
 
 

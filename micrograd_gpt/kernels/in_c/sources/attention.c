@@ -1,23 +1,23 @@
-/* Causal attention, a head at a time and in it a strip of queries at a time: of the T × T weights
-   only STRIP × T exist at any moment (for each thread).
+/* Causal attention, one head at a time, and in a head one strip of queries at a time: of the T × T
+   weights, each thread holds at most STRIP × T at any moment.
 
-   A strip's products run over the keys that its queries may see: nothing above the diagonal is
-   computed, but for the tiles that the diagonal cuts. */
+   A strip's products run only over the keys that its queries may see: above the diagonal nothing is
+   computed except in the tiles that the diagonal cuts. */
 
 #include "layers.h"
 #include "matmul.h"
 
 #define STRIP (12 * ROWS) /* queries at a time */
-#define FEW_QUERIES 4     /* at most as many, as in decoding, go one by one */
+#define FEW_QUERIES 4     /* at most this many, as in decoding, go one by one */
 
-/* What scratch() is for. */
+/* The purposes of scratch() here. */
 enum { KEYS, KEYS_ACROSS, VALUES, QUERIES, QUERY_ROWS, GRAD, GRAD_ROWS, SCORES, DSCORES, TILES };
 
 static const float *head_of(const float *x, Strides s, Int batch, Int head) {
   return x + batch * s.batch + head * s.head;
 }
 
-/* All n rows of x (n, d) packed for multiply_tile as the right factor: panels of `columns`. */
+/* x (n, d) packed as multiply_tile's right factor, in panels of `columns` of its columns. */
 INLINE float *panels(int purpose, const float *x, Int stride, Int n, Int d, Int columns) {
   float *packed = scratch(purpose, n * round_up(d, columns));
   for (Int c = 0; c < d; c += columns)
@@ -25,7 +25,7 @@ INLINE float *panels(int purpose, const float *x, Int stride, Int n, Int d, Int 
   return packed;
 }
 
-/* x (n, d) transposed and packed: panels of COLUMNS of its rows. */
+/* x (n, d) transposed and packed likewise, in panels of COLUMNS of its rows. */
 INLINE float *panels_across(int purpose, const float *x, Int stride, Int n, Int d) {
   float *packed = scratch(purpose, round_up(n, COLUMNS) * d);
   for (Int j = 0; j < n; j += COLUMNS)
@@ -33,7 +33,7 @@ INLINE float *panels_across(int purpose, const float *x, Int stride, Int n, Int 
   return packed;
 }
 
-/* Rows of x (rows, d) times `factor`, side by side, with rows of zeros up to a multiple of ROWS. */
+/* x (rows, d) times `factor`, without gaps, and rows of zeros up to a multiple of ROWS. */
 INLINE float *rows_of(int purpose, const float *x, Int stride, Int rows, Int d, float factor) {
   float *copy = scratch(purpose, STRIP * d);
   for (Int i = 0; i < rows; i++)
@@ -50,8 +50,9 @@ INLINE void dot_products(const float *x, const float *y, Int n, Int d, float *re
 
 /* ------------------------------------------------------------------------------------- forward */
 
-/* Scores x[0] … x[n-1] become exp(score - the largest), zeros follow up to a multiple of LANES and
-   to x[end-1]. All of it in whole registers: a row has room for them, and exp(-87) is nothing. */
+/* Scores x[0] … x[n-1] become exp(score - the largest); zeros follow, up to a multiple of LANES and
+   up to x[end-1]. It works in whole registers: a row has room for them, and what they hold beyond n
+   adds only exp(-87) each. */
 INLINE void softmax_row(float *x, Int n, Int end, float *total, float *log_total) {
   Int whole = round_up(n, LANES);
   for (Int j = n; j < whole; j++) x[j] = -INFINITY;
@@ -90,7 +91,7 @@ INLINE void forward_head(int vectors, const Attention *a, Int batch, Int head) {
   }
 }
 
-/* The same for a few queries: packing the keys would take longer than using them. */
+/* The same for a few queries, where packing the keys would take longer than using them. */
 static void forward_few(const Attention *a, Int batch, Int head) {
   Int d = a->d;
   const float *k = head_of(a->k, a->k_strides, batch, head);
@@ -132,7 +133,7 @@ typedef struct {
   Strides dq_strides, dk_strides, dv_strides;
 } AttentionBackward;
 
-/* From a strip's scores and dweights, row by row: weights and dscores, zero where not seen. */
+/* A strip's scores become weights and its dweights dscores, row by row: zero where not seen. */
 INLINE void backward_rows(Int rows, Int first, Int end, Int d, const float *grad, const float *out,
                           Int stride, const float *log_total, float *weights, float *dscores,
                           Int width) {
@@ -140,7 +141,7 @@ INLINE void backward_rows(Int rows, Int first, Int end, Int d, const float *grad
     Int n = i < rows ? first + i + 1 : 0; /* keys that query i sees */
     float *w = weights + i * width, *dw = dscores + i * width;
     float along = n ? dot(grad + i * d, out + i * stride, d) : 0, log_sum = n ? log_total[i] : 0;
-    for (Int j = 0; j < round_up(n, LANES); j++) { /* whole registers: there is room for them */
+    for (Int j = 0; j < round_up(n, LANES); j++) { /* whole registers; there is room for them */
       w[j] = exp_of(w[j] - log_sum);
       dw[j] = w[j] * (dw[j] - along);
     }
@@ -148,8 +149,8 @@ INLINE void backward_rows(Int rows, Int first, Int end, Int d, const float *grad
   }
 }
 
-/* sums (end, d) += w.T @ x for the weights w (rows, end) of queries first … and their rows x, which
-   are packed. Of the keys behind the first query, each only meets the queries that see it. */
+/* sums (end, d) += w.T @ x for the weights w (rows, end) of the queries from `first` on, and their
+   rows x, which are packed. A key after the first query only meets the queries that see it. */
 INLINE void add_to_keys(int vectors, const float *w, Int width, Int rows, Int first, Int end, Int d,
                         const float *x, float *sums, Int wide) {
   Int columns = vectors * LANES;

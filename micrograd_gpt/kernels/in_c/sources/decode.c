@@ -1,12 +1,12 @@
 /* A few tokens through every block of GPT-2, as in decoding.
 
-   The same kernels in the same order as gpt2.py has them. Called from here they follow one another
-   at once; called from Python they took a fifth longer for a token of GPT-2 124M. */
+   It calls the same kernels in the same order as the blocks of gpt2.py. Called from here, each
+   follows the last at once; called from Python, a token of GPT-2 124M took a fifth longer. */
 
 #include "layers.h"
 #include "matmul.h"
 
-/* Weights of linear layers (out, in), without gaps. */
+/* Weights of linear layers lie in memory as (out, in), without gaps. */
 typedef struct {
   const float *ln_1_weight, *ln_1_bias, *c_attn_weight, *c_attn_bias;
   const float *attn_c_proj_weight, *attn_c_proj_bias, *ln_2_weight, *ln_2_bias;
@@ -19,8 +19,8 @@ typedef struct {
   const Block *blocks;
   float *cache; /* (layers, 2, rows, heads, capacity, head size) */
   Int layer_stride, value_stride, row_stride, head_stride; /* of the cache */
-  const Int *lengths;                                      /* of what each row holds in the cache */
-  float *x;    /* (rows, tokens, width): what comes in, and goes out */
+  const Int *lengths;                                      /* how many tokens each row holds */
+  float *x;    /* (rows, tokens, width): the residual stream, changed in place */
   float *room; /* rows × tokens × (6 width + heads + 2) floats */
 } Decode;
 
@@ -29,7 +29,7 @@ static void linear(const Decode *d, const float *weight, const float *bias, Int 
   few_rows(&(FewRows){d->rows * d->tokens, k, m, x, weight, bias, y});
 }
 
-/* Of d->x; the statistics, which no backward will need, take 2 floats a row. */
+/* Normalise d->x; the statistics, which no backward needs, take 2 floats a row. */
 static void normalize(const Decode *d, const float *weight, const float *bias, float *y,
                       float *statistics) {
   Int n = d->rows * d->tokens;
@@ -37,7 +37,7 @@ static void normalize(const Decode *d, const float *weight, const float *bias, f
       &(LayerNorm){n, d->width, d->x, weight, bias, d->eps, y, statistics, statistics + n});
 }
 
-/* New keys and values go into the cache, behind what it holds. */
+/* Write the new keys and values into the cache, after what it holds. */
 static void remember(const Decode *d, const float *qkv, float *keys) {
   Int size = d->width / d->heads;
   for (Int row = 0; row < d->rows; row++)
@@ -51,7 +51,7 @@ static void remember(const Decode *d, const float *qkv, float *keys) {
       }
 }
 
-/* Rows of one length go together, others one by one. */
+/* Rows of equal length go together, others one by one. */
 static void attend(const Decode *d, const float *qkv, const float *keys, float *mixed,
                    float *log_total) {
   Int width = d->width, size = width / d->heads, together = d->rows;
@@ -68,7 +68,7 @@ static void attend(const Decode *d, const float *qkv, const float *keys, float *
 
 void decode(const Decode *d) {
   Int n = d->rows * d->tokens, width = d->width;
-  float *branch = d->room;          /* (n, width): what a branch begins and ends with */
+  float *branch = d->room;          /* (n, width): a branch's normalised input, its output */
   float *wide = branch + n * width; /* (n, 3 width) queries, keys, values; (n, 4 width) the MLP's */
   float *mixed = wide + n * 4 * width; /* (n, width) */
   float *unused = mixed + n * width;   /* LayerNorm's statistics, attention's log totals */

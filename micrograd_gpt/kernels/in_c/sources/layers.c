@@ -1,11 +1,11 @@
-/* Addition, LayerNorm, GELU, cross-entropy and the embedding's gradient: each forward beside its
-   backward.
+/* Addition, LayerNorm, GELU, cross-entropy and the embedding's gradient; where there are both, each
+   forward beside its backward.
 
-   functional.py derives the formulas. Rows (and elements) are shared among the threads. */
+   functional.py derives the formulas. The threads share the rows (or elements). */
 
 #include "layers.h"
 
-#define FEW_ELEMENTS 16384 /* with fewer, another thread is not worth waking */
+#define FEW_ELEMENTS 16384 /* with fewer, waking another thread does not pay */
 
 static Int parts_for(Int elements) { return elements < FEW_ELEMENTS ? 1 : thread_count(); }
 
@@ -44,7 +44,7 @@ void layer_norm_forward(const LayerNorm *l) {
 typedef struct {
   Int n, width, parts;
   const float *grad, *x, *weight, *mean, *rstd;
-  float *dx, *dweights, *dbiases; /* the last two (parts, width): sums over each part's rows */
+  float *dx, *dweights, *dbiases; /* dweights, dbiases (parts, width): sums over each part's rows */
 } LayerNormBackward;
 
 static void layer_norm_backward_task(const void *arguments, Int part, Int parts) {
@@ -115,7 +115,7 @@ void gelu_backward(const Gelu *g) { run_parts(gelu_backward_task, g, parts_for(g
 typedef struct {
   Int n, vocab_size;
   const float *logits;
-  const int64_t *targets; /* below 0: the row counts for nothing */
+  const int64_t *targets; /* below 0: the row is ignored */
   float scale;
   float *losses, *dlogits; /* dlogits may be logits */
 } CrossEntropy;
@@ -156,7 +156,8 @@ typedef struct {
   float *dweight;
 } Embedding;
 
-/* Each thread adds a slice of every row: two rows of one id never meet, and a sum's order stays. */
+/* Each thread adds its columns of every row, so no two threads add to one place, and the order of
+   every sum stays the same. */
 static void embedding_task(const void *arguments, Int part, Int parts) {
   const Embedding *e = arguments;
   Int first, end = cut(e->width, parts, LANES, part, &first);

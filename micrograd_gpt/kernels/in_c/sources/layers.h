@@ -1,4 +1,4 @@
-/* The forwards of layers.c and attention.c; decode.c puts them together. */
+/* The forwards of layers.c and attention.c, which decode.c puts together. */
 
 #pragma once
 #include "threads.h"
@@ -25,7 +25,7 @@ typedef struct {
 } Gelu;
 void gelu_forward(const Gelu *g);
 
-/* (B, H, T, D) arrays whose last axis has no gaps: how far apart batches, heads and tokens lie. */
+/* How far apart batches, heads and tokens of a (B, H, T, D) array are; D must have no gaps. */
 typedef struct {
   Int batch, head, token;
 } Strides;

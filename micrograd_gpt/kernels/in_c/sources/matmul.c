@@ -1,33 +1,33 @@
-/* Matrix products, cut so that each piece of them works on numbers that are near.
+/* Matrix products, cut into pieces whose numbers stay in the caches.
 
-   After Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication": a part of b,
-   DEPTH rows of it, is laid out in the order it will be read and stays in the second-level cache
-   while all of a passes by, ROWS rows at a time; those stay in the first-level cache; a tile of c
-   stays in registers for DEPTH steps. */
+   After Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication". A part of b,
+   DEPTH rows of it, is packed in the order it will be read, and stays in the second-level cache
+   while all of a passes by, ROWS rows at a time. Those rows stay in the first-level cache, and a
+   tile of c stays in registers for DEPTH steps. */
 
 #include "matmul.h"
 
 #include <unistd.h>
 
 #define DEPTH 384
-#define MOST_COLUMNS 1024 /* of b that are packed together */
-#define SAME_PLACE 1024 /* floats: rows so far apart share a few places of the first-level cache */
-#define STRIPS 16 /* of ROWS rows each, packed together: a's memory is read in whole cache lines */
+#define MOST_COLUMNS 1024 /* of b, packed together */
+#define SAME_PLACE 1024 /* floats: rows this far apart share few places of the first-level cache */
+#define STRIPS 16 /* of ROWS rows each, packed together, so that a is read in whole cache lines */
 
-enum { PACKED_A, PACKED_B }; /* what scratch() is for */
+enum { PACKED_A, PACKED_B }; /* the purposes of scratch() here */
 
 /* packed[p][q] = b[q][p] for a square of LANES × LANES numbers. */
 INLINE void transpose_block(const float *b, Int stride, Int columns, float *packed) {
   vec rows[LANES];
   for (int i = 0; i < LANES; i++) rows[i] = *(const vec *)(b + i * stride);
-#ifdef __clang__ /* has no shuffle by a vector of places, and finds its own */
+#ifdef __clang__ /* it has no shuffle by a vector of places, but finds one for this loop */
   for (int p = 0; p < LANES; p++)
     for (int i = 0; i < LANES; i++) packed[p * columns + i] = rows[i][p];
 #else
-  /* In each round the rows i and i + step exchange every second run of `step` numbers. */
-#pragma GCC unroll 4 /* or else `upper` and `lower` would be computed, not constants */
+  /* In each round, rows i and i + step exchange every second run of `step` numbers. */
+#pragma GCC unroll 4 /* so that `upper` and `lower` are constants and not computed */
   for (int step = LANES / 2; step; step /= 2) {
-    places upper, lower; /* below LANES in the one row, above in the other */
+    places upper, lower; /* below LANES: a number of `row`; else one of `other` */
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) {
       upper[i] = i & step ? LANES + i - step : i;
@@ -45,7 +45,7 @@ INLINE void transpose_block(const float *b, Int stride, Int columns, float *pack
 #endif
 }
 
-/* Reading b is what takes long: the rows (or columns) that come next are fetched ahead. */
+/* Reading b takes most of the time, so the next rows (or columns) are fetched ahead. */
 void pack_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int columns,
                   float *packed) {
   Int done = 0;
@@ -69,13 +69,13 @@ void pack_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int
       packed[p * columns + q] = q < width ? b[p * b_row + q * b_column] : 0;
 }
 
-/* Strips of ROWS rows of a (n, k), each laid out column after column, zeros for missing rows. */
+/* Strips of ROWS rows of a (n, k), each stored column after column; missing rows are zeros. */
 static void pack_rows(const float *a, Int a_row, Int a_column, Int n, Int k, float *packed) {
   Int whole = a_row == 1 && a_column >= ROWS + 2 ? n / ROWS * ROWS : 0;
-  for (Int p = 0; p < k; p++) /* all strips together: a's columns are what lies in one piece */
+  for (Int p = 0; p < k; p++) /* all strips together, since a's columns have no gaps */
     for (Int i = 0; i < whole; i += ROWS) {
       float *strip = packed + i * k + p * ROWS;
-      /* Two numbers more make it one register; the next step writes over them. */
+      /* Two extra numbers make it one register; the next step writes over them. */
       if (p + 1 < k)
         memcpy(strip, a + i + p * a_column, (ROWS + 2) * sizeof(float));
       else
@@ -99,7 +99,7 @@ static void tile_of_packed_rows(Int k, const float *a, const float *b, float *c,
   multiply_tile(VECTORS, k, a, 1, ROWS, b, c, c_row, add);
 }
 
-/* c (n, m) = or += a (n, k) @ b, for an a whose rows go as they are or packed, and a packed b. */
+/* c (n, m) = a (n, k) @ b, or += with `add`; b is packed, and a packed or as it is. */
 static void multiply_strip(Int n, Int m, Int k, const float *a, Int a_row, int a_is_packed,
                            const float *b, const float *bias, float *c, Int c_row, int add) {
   float apart[ROWS * COLUMNS];
@@ -121,16 +121,16 @@ static void multiply_strip(Int n, Int m, Int k, const float *a, Int a_row, int a
   }
 }
 
-/* How many columns of b are packed together: DEPTH rows of them take about half the second-level
-   cache. */
+/* How many columns of b are packed together: as many as fill, DEPTH rows deep, about half of the
+   second-level cache. */
 static Int columns_together(void) {
-  static _Atomic Int columns = 0; /* asking may take a while */
+  static _Atomic Int columns = 0; /* kept, since asking may take a while */
   if (!columns) {
     Int cache = 0;
 #ifdef _SC_LEVEL2_CACHE_SIZE
     cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
-    if (cache <= 0) cache = 512 * 1024; /* the system does not tell */
+    if (cache <= 0) cache = 512 * 1024; /* the system does not say */
     columns = min(round_up(cache / 2 / (DEPTH * sizeof(float)), COLUMNS), MOST_COLUMNS);
   }
   return columns;
@@ -163,10 +163,11 @@ void multiply_part(const Product *p, Int first_row, Int end_row, Int first_colum
   }
 }
 
-#define MUCH_TO_PACK 262144 /* numbers: more than this takes longer than moving rows among cores */
+#define MUCH_TO_PACK 262144 /* numbers: packing more costs more than moving rows among cores */
 
-/* Whether to cut c's rows for the threads, or its columns: the way in which each packs less. But
-   while b is small, rows: then what a thread works on is in its core's cache from the last task. */
+/* Whether to cut c's rows for the threads, or its columns: whichever makes each thread pack less.
+   While b is small, the longer side is cut: that is mostly the rows, and a thread's own are often
+   still in its core's cache from the last task. */
 static int cut_rows(const Product *p, Int parts) {
   Int b = p->k * p->m, a = p->a_column == 1 ? 0 : p->k * p->n;
   if (b < MUCH_TO_PACK || p->m < parts * COLUMNS) return p->n >= p->m;
@@ -185,7 +186,7 @@ static void multiply_slice(const Product *p, Int i, Int parts) {
   }
 }
 
-#define FEW_PRODUCTS 300000 /* with fewer multiplications another thread is not worth waking */
+#define FEW_PRODUCTS 300000 /* with fewer multiplications, waking another thread does not pay */
 
 static Int parts_for(const Product *p) {
   return p->n * p->k * p->m < FEW_PRODUCTS ? 1 : thread_count();
@@ -197,7 +198,7 @@ static void multiply_task(const void *product, Int part, Int parts) {
 
 void matmul(const Product *p) { run_parts(multiply_task, p, parts_for(p)); }
 
-/* ------------------------------------------------------------------------- a linear layer back */
+/* -------------------------------------------------------------------- a linear layer's backward */
 
 typedef struct {
   Product dx, dweight;
@@ -206,7 +207,7 @@ typedef struct {
   Int n, m;
 } LinearBackward;
 
-/* Parts 2i and 2i + 1 are slice i of dx and of dweight: a thread's own rows stay its own. */
+/* Parts 2i and 2i + 1 are slice i of dx and of dweight, so that a thread keeps its own rows. */
 static void linear_backward_task(const void *arguments, Int part, Int parts) {
   const LinearBackward *l = arguments;
   Int i = part / 2, slices = parts / 2;
@@ -221,7 +222,7 @@ static void linear_backward_task(const void *arguments, Int part, Int parts) {
     add_scaled(l->dbias + first, 1, l->grad + row * l->m + first, end - first);
 }
 
-/* dx = grad @ weight.T, dweight = x.T @ grad, dbias = the sums of grad's columns. */
+/* dx = grad @ weight.T, dweight = x.T @ grad, and dbias is the sums of grad's columns. */
 void linear_backward(const LinearBackward *l) {
   Int dx_parts = parts_for(&l->dx), dweight_parts = parts_for(&l->dweight);
   run_parts(linear_backward_task, l, 2 * (dx_parts > dweight_parts ? dx_parts : dweight_parts));
@@ -229,11 +230,11 @@ void linear_backward(const LinearBackward *l) {
 
 /* ------------------------------------------------------------- few rows, as in decoding a token */
 
-#define TOGETHER 4 /* rows of x, at most, that meet a row of weights at once */
+#define TOGETHER 4 /* how many rows of x, at most, share one reading of the weights */
 
 /* y (rows, columns) = x (rows, k) @ weight (columns, k).T for at most LANES columns, `side` of them
-   side by side. While weights are read nothing else is done: what the lanes of a sum and the last
-   k % LANES products add up to comes after. */
+   at a time. While the weights are read, nothing else is done: adding up the lanes of each sum, and
+   the last k % LANES products, come afterwards. */
 INLINE void dots(int rows, int side, Int columns, Int k, const float *x, const float *weight,
                  float *y, Int m) {
   float sums[TOGETHER][LANES * LANES] __attribute__((aligned(64))), across[LANES * LANES];
@@ -270,10 +271,11 @@ INLINE void dots_of_rows(Int rows, int side, Int columns, Int k, const float *x,
   }
 }
 
-#define IN_NEAREST_CACHE 4096 /* floats of x that may stay there while weights pass by */
+#define IN_NEAREST_CACHE 4096 /* floats of x that stay in it while weights pass by */
 
-/* Columns first … end - 1 of y. While x stays in the first-level cache memory sets the pace, which
-   is fastest read from one end to the other; if it does not, four weights share a look at it. */
+/* Columns first … end - 1 of y. While x stays in the first-level cache, memory sets the pace and
+   is read fastest in one stream. Where x does not stay there, four rows of weights share one
+   reading of it. */
 static void few_rows_columns(const FewRows *f, Int first, Int end) {
   int in_one_stream = f->n <= TOGETHER && f->n * f->k <= IN_NEAREST_CACHE;
   for (Int j = first; j < end; j += LANES)
@@ -290,7 +292,7 @@ static void few_rows_columns(const FewRows *f, Int first, Int end) {
     add_scaled(f->y + r * f->m + first, 1, f->bias + first, end - first);
 }
 
-#define FEW_WEIGHTS 20000 /* with fewer, another thread is not worth waking */
+#define FEW_WEIGHTS 20000 /* with fewer, waking another thread does not pay */
 
 static Int few_rows_parts(const FewRows *f) {
   return f->k * f->m < FEW_WEIGHTS ? 1 : 4 * thread_count();

@@ -12,8 +12,8 @@
 #endif
 #define COLUMNS (VECTORS * LANES)
 
-/* c = a @ b + bias for a (n, k), b (k, m), c (n, m) and bias (m) or NULL. Element (i, j) of a lies
-   at a[i * a_row + j * a_column]; c's columns lie side by side. */
+/* c = a @ b + bias for a (n, k), b (k, m), c (n, m) and bias (m) or NULL. Element (i, j) of a is
+   a[i * a_row + j * a_column]; the elements of a row of c have no gaps. */
 typedef struct {
   Int n, k, m;
   const float *a;
@@ -36,13 +36,14 @@ void few_rows(const FewRows *f);
 /* Rows first_row … end_row - 1 and columns first_column … end_column - 1 of c, on this thread. */
 void multiply_part(const Product *p, Int first_row, Int end_row, Int first_column, Int end_column);
 
-/* Columns of b (k, width <= columns) laid one row after another, `columns` wide, zeros behind. */
+/* Copies b (k, width), width <= columns, row by row to `packed`, each row filled up to `columns`
+   with zeros. */
 void pack_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int columns,
                   float *packed);
 
-/* c (ROWS, columns) = or += a (ROWS, k) @ b (k, columns), b being packed and its columns filling
-   `vectors` registers. All loops but the one over k are of constant length when `vectors` is a
-   constant: then the compiler keeps `sums` in registers. */
+/* c (ROWS, columns) = a (ROWS, k) @ b (k, columns), or += with `add`. b is packed, and its columns
+   fill `vectors` registers. When `vectors` is a constant, all loops but the one over k have a
+   constant length, and the compiler keeps `sums` in registers. */
 INLINE void multiply_tile(int vectors, Int k, const float *a, Int a_row, Int a_column,
                           const float *b, float *c, Int c_row, int add) {
   vec sums[ROWS][VECTORS];

@@ -4,7 +4,7 @@
 
 #define CHUNK 65536 /* elements a thread takes at a time */
 
-/* Which array chunk i of all arrays' chunks is in, and the first of its elements there. */
+/* The array that chunk i is in, counted through all arrays; *first is its first element there. */
 static Int find_chunk(Int i, const Int *sizes, Int *first) {
   Int array = 0;
   for (Int chunks; i >= (chunks = (sizes[array] + CHUNK - 1) / CHUNK); array++) i -= chunks;
@@ -48,7 +48,7 @@ typedef struct {
   const float *const *grad;
   float *const *m, *const *v;
   const float *kept;                /* 1 - learning rate × weight decay, for each array */
-  float beta1, rest1, beta2, rest2; /* rest: 1 - beta, which float32 alone cannot tell well */
+  float beta1, rest1, beta2, rest2; /* rest: 1 - beta, too inexact in float32 */
   float rate, eps;
 } AdamW;
 

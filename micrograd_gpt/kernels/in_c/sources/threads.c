@@ -1,7 +1,7 @@
 /* A handful of threads that wait for work.
 
-   Between two tasks of a training step lie microseconds, and waking a sleeping thread takes longer
-   than that. So a thread without work looks for more for a moment before it goes to sleep. */
+   Only microseconds pass between two tasks of a training step, and waking a sleeping thread takes
+   longer than that. So a thread without work looks for more for a moment before it falls asleep. */
 
 #include "threads.h"
 
@@ -11,19 +11,19 @@
 #include <time.h>
 
 #define MOST_THREADS 256
-#define PATIENCE 200e-6 /* seconds a thread without work stays awake */
+#define PATIENCE 200e-6 /* seconds that a thread without work stays awake */
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards what follows */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards the variables below */
 static pthread_cond_t opened = PTHREAD_COND_INITIALIZER;
-static Int threads = 1; /* that may work, the caller's included */
-static Int started = 0; /* that were started */
-static Int helping = 0; /* that are in the task now */
-static Int asleep = 0;
-static Task task; /* NULL while none is open */
+static Int threads = 1; /* how many may work, the caller's included */
+static Int started = 0; /* how many were started */
+static Int helping = 0; /* how many are in the task now */
+static Int asleep = 0;  /* how many wait to be woken */
+static Task task;       /* NULL while none is open */
 static const void *arguments;
 static Int parts;
-static atomic_llong taken[MOST_THREADS]; /* of each thread's own parts, by whomever */
-static atomic_llong tasks_opened; /* looked at without the lock, by threads that stay awake */
+static atomic_llong taken[MOST_THREADS]; /* how many of each thread's own parts anyone has taken */
+static atomic_llong tasks_opened; /* read without the lock, by threads that are still awake */
 
 static pthread_mutex_t one_task = PTHREAD_MUTEX_INITIALIZER; /* held from opening to closing */
 static _Thread_local int within = 0;                         /* this thread is in a part */
@@ -34,8 +34,8 @@ static double seconds(void) {
   return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-/* Do this thread's own parts, then what is left of the others'. From task to task a thread's own
-   are the same rows, and so still in its core's cache. */
+/* Do this thread's own parts, then what is left of the others'. A thread's own parts are the same
+   rows in every task, and so are still in its core's cache. */
 static void do_parts(Task task, const void *arguments, Int parts, Int sharers, Int me) {
   within = 1;
   for (Int turn = 0; turn < sharers; turn++) {
@@ -55,7 +55,7 @@ static void *help(void *number) {
     while (atomic_load(&tasks_opened) == seen) pthread_cond_wait(&opened, &lock);
     asleep--;
     seen = atomic_load(&tasks_opened);
-    if (task && me < threads) { /* it may be closed again already */
+    if (task && me < threads) { /* the task may be closed again already */
       Task mine = task;
       const void *its_arguments = arguments;
       Int its_parts = parts, sharers = threads;
@@ -75,7 +75,7 @@ static void one_after_another(Task task, const void *arguments, Int parts) {
 }
 
 void run_parts(Task new_task, const void *new_arguments, Int new_parts) {
-  /* Within a part, and beside another caller's task, the parts are done right here. */
+  /* Within a part, or while another caller's task runs, do all parts on this thread. */
   if (new_parts <= 1 || threads <= 1 || within || pthread_mutex_trylock(&one_task)) {
     one_after_another(new_task, new_arguments, new_parts);
     return;
@@ -136,7 +136,7 @@ typedef struct {
   Int room[SCRATCHES];
 } Scratches;
 
-static pthread_key_t scratches_key; /* of each thread's own, freed when it ends */
+static pthread_key_t scratches_key; /* each thread has its own, freed when it ends */
 static pthread_once_t key_made = PTHREAD_ONCE_INIT;
 
 static void free_scratches(void *of_thread) {

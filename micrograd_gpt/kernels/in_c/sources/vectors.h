@@ -1,6 +1,6 @@
 /* Vectors of floats as wide as the processor's registers, and a few loops over floats.
 
-   `vec` is GCC's and Clang's vector extension: v + w, v * w work lane by lane, on any processor. */
+   `vec` is a vector type of GCC and Clang: v + w and v * w work lane by lane, on any processor. */
 
 #pragma once
 #include <math.h>
@@ -28,12 +28,12 @@ typedef int64_t Int;
 INLINE Int min(Int a, Int b) { return a < b ? a : b; }
 INLINE Int round_up(Int x, Int step) { return (x + step - 1) / step * step; }
 
-/* exp(x), to about 1e-7 of itself; below -87 it is what it is there, above 88 infinity.
-   x = n ln 2 + r gives 2^n e^r, and a Taylor series does for |r| <= ln 2 / 2. Branch-free, so the
-   compiler computes a register of them at once. NaN gives NaN. */
+/* exp(x), with a relative error of about 1e-7; exp(-87) for all x below -87, infinity above 88.4.
+   With x = n ln 2 + r it is 2^n e^r, and for |r| <= ln 2 / 2 a Taylor series gives e^r. There is no
+   branch, so the compiler computes a whole register at once. NaN gives NaN. */
 INLINE float exp_of(float x) {
   x = x < -87 ? -87 : x;
-  x = x > 89 ? 89 : x; /* whose n, 128, makes 2^n infinity */
+  x = x > 89 ? 89 : x; /* at 89 n is 128, and 2^n infinity */
   float n = rintf(x * 1.44269504f);
   float r = x - n * 0.693359375f; /* ln 2 in two parts: n times the first is exact */
   r += n * 2.12194440e-4f;

@@ -1,19 +1,21 @@
 // Causal attention in memory that grows with T: no T × T matrix is ever stored.
 //
-// After FlashAttention-2 (Dao 2023, arXiv:2307.08691). A block owns ROWS rows of one head, in
-// registers, and walks over the other side in tiles through shared memory. The forward corrects
-// what it has mixed so far whenever a row's maximum grows. The backward makes the weights again
-// from log_total, once for the queries' gradients and once for the keys' and values': no block adds
-// to what another one writes, so there are no atomics and the same bits come out every time.
+// After FlashAttention-2 (Dao 2023, arXiv:2307.08691). A block owns ROWS queries (or keys) of one
+// head, and loops over the keys (or queries) in tiles that pass through shared memory. Whenever a
+// row's maximum grows, the forward rescales what it has summed so far. The backward computes the
+// weights again from log_total, once for the queries' gradients and once for the keys' and values'.
+// No block adds to what another one writes, so there are no atomics, and the bits are the same
+// every time.
 //
-// q, k, v are (B, H, T, D) at strides given in elements, a row's D values together, each row at a
-// multiple of 16 bytes; out and grad are (B, T, H, D); log_total and delta are (B, H, T).
+// q, k, v are (B, H, T, D) with strides given in elements; a row's D values have no gaps, and each
+// row starts at a multiple of 16 bytes. out and grad are (B, T, H, D), and
+// log_total and delta are (B, H, T).
 // The host chooses ROWS (-DROWS). Block: THREADS. Grid: (rows / ROWS, B * H).
 
 #include "common.cuh"
 #include "random.cuh"
 
-constexpr bool DROPS = DROPOUT;  // without it the kernels need not hold the code that draws
+constexpr bool DROPS = DROPOUT;  // if false, the kernels are compiled without the code that draws
 
 #ifndef ACTIVATION_IS_FLOAT
 #include "tiles_mma.cuh"
@@ -23,7 +25,7 @@ constexpr bool DROPS = DROPOUT;  // without it the kernels need not hold the cod
 #include "tiles_fma.cuh"
 #endif
 
-// Of the weight with which `query` sees `key` in a head: number 4 * word + i of its counter.
+// The dropout factor of the weight with which `query` sees `key`: word key % 4 of counter key / 4.
 __device__ inline float weight_dropout(
     int head, int query, int key, unsigned long long seed, float p
 ) {
@@ -33,7 +35,8 @@ __device__ inline float weight_dropout(
     return dropout_factor(number, p);
 }
 
-// The last query stands at the last key; with more keys than queries the first are a KV cache's.
+// The last query stands at the last key. Where there are more keys than queries, the first ones
+// come from a KV cache.
 extern "C" __global__ void attention_forward(
     const Activation* q, const Activation* k, const Activation* v, Activation* out,
     float* log_total, int heads, int queries, int keys, long long q_batch, long long q_head,
@@ -52,7 +55,7 @@ extern "C" __global__ void attention_forward(
 
     float mixed[2][CHANNELS] = {}, largest[2] = {-infinity(), -infinity()}, total[2] = {};
     for (int start = 0; start < end; start += TILE) {
-        __syncthreads();  // all have done with the tiles before
+        __syncthreads();  // all threads are done with the last tiles
         load_tile(k_tile, k + start * k_row, k_row, keys - start);
         load_tile(v_tile, v + start * k_row, k_row, keys - start);
         __syncthreads();
@@ -101,8 +104,8 @@ extern "C" __global__ void attention_forward(
     }
 }
 
-// delta = the sum of out * grad over each row: what the softmax's backward takes off every weight's
-// gradient. One warp a row (b, t, h). Grid: enough for B * T * H warps.
+// delta = the sum of out * grad over each row, which the softmax's backward subtracts from the
+// gradient of every weight. One warp takes one row (b, t, h). Grid: enough for B * T * H warps.
 extern "C" __global__ void attention_delta(
     const Activation* out, const Activation* grad, float* delta, int heads, int queries, int rows
 ) {
@@ -119,7 +122,8 @@ extern "C" __global__ void attention_delta(
     if (lane == 0) delta[((long long)batch * heads + head) * queries + query] = sum;
 }
 
-// dq = dscores · k, a block for ROWS queries. q, k, v share their strides, and dq, dk, dv theirs.
+// dq = dscores · k; each block has ROWS queries. q, k, v share their strides, and dq, dk, dv
+// theirs.
 extern "C" __global__ void attention_backward_queries(
     const Activation* grad, const Activation* q, const Activation* k, const Activation* v,
     const float* log_total, const float* delta, Activation* dq, int heads, int length,
@@ -174,7 +178,8 @@ extern "C" __global__ void attention_backward_queries(
     }
 }
 
-// dk = dscoresᵀ · q and dv = weightsᵀ · grad, a block for ROWS keys and all queries that see them.
+// dk = dscoresᵀ · q and dv = weightsᵀ · grad; each block has ROWS keys and all queries that see
+// them.
 extern "C" __global__ void attention_backward_keys(
     const Activation* grad, const Activation* q, const Activation* k, const Activation* v,
     const float* log_total, const float* delta, Activation* dk, Activation* dv, int heads,
@@ -199,7 +204,7 @@ extern "C" __global__ void attention_backward_keys(
         __syncthreads();
         float scores[2][COLUMNS], weights[2][COLUMNS];  // (keys, queries)
         multiply(k_rows, q_tile, scores);
-        multiply(v_rows, grad_tile, weights);  // first the weights' gradients
+        multiply(v_rows, grad_tile, weights);  // these are the weights' gradients at first
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
             int query = start + column_of(c);

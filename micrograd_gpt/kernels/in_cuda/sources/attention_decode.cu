@@ -1,16 +1,17 @@
-// Attention of one new token over all keys and values so far: bound by reading them, each once.
+// Attention of one new token over all keys and values so far, each of which is read once: reading
+// them sets the pace.
 //
-// One block takes one head. Eight neighbouring lanes take a key together, 16 bytes each at a time;
-// the block's 16 such groups take turns at the keys, each with a maximum, a sum and mixed values of
-// its own, which are joined at the end. Shapes as in attention.cu, with one query.
+// One block takes one head. Eight neighbouring lanes share a key, each reading 16 bytes at a time.
+// The block's 16 such groups take turns at the keys, each with a maximum, a sum and mixed values of
+// its own, which are joined at the end. Shapes are those of attention.cu, with one query.
 
 #include "common.cuh"
 
 constexpr int LANES = 8, GROUPS = 16;  // 128 threads
 constexpr int PACKS = (HEAD_SIZE / PACK + LANES - 1) / LANES;  // of a key, in one lane
 
-// One query q over `keys` rows of k and v, k_row elements apart, into the D elements of out; where
-// log_total is not null, the log of the softmax's denominator goes there.
+// Attention of one query q over `keys` rows of k and v, k_row elements apart, into the D elements
+// of out. Where log_total is not null, the log of the softmax's denominator is written there.
 __device__ inline void attend(
     const Activation* q, const Activation* k, const Activation* v, Activation* out,
     float* log_total, int keys, long long k_row, float scale
@@ -69,8 +70,8 @@ extern "C" __global__ void attention_decode(
     attend(q, k + here, v + here, out, log_total + blockIdx.x, keys, k_row, scale);
 }
 
-// The same of queries, keys and values (B, 3, H, D) of new tokens, over a cache that holds
-// lengths[b] tokens in row b: the new ones are written behind them first.
+// The same for new tokens' queries, keys and values (B, 3, H, D), over a cache that holds
+// lengths[b] tokens in row b. First the new keys and values are written after those.
 extern "C" __global__ void attention_token(
     const Activation* qkv, Activation* k, Activation* v, const long long* lengths, Activation* out,
     int heads, long long k_batch, long long k_head, long long k_row, float scale

@@ -1,9 +1,9 @@
 // What all kernels share: the activation type, 16-byte loads, sums over a warp and over a block.
 //
-// A source is compiled once for each activation type (-DACTIVATION=Float, Half or BFloat16): the
-// type of what linear, gelu and attention take and give. Arithmetic is float32 throughout; a value
-// is rounded to the activation type only where it is stored. The two-byte types are bits and two
-// conversions, so that no header of the CUDA toolkit is needed.
+// A source is compiled once for each activation type (-DACTIVATION=Float, Half or BFloat16), the
+// type that linear, gelu and attention take and return. Arithmetic is float32 throughout; a value
+// is rounded to the activation type only where it is stored. The two-byte types are plain bits with
+// two conversions, so that no header of the CUDA toolkit is needed.
 
 #pragma once
 
@@ -19,7 +19,7 @@ struct BFloat16 {
 };
 using Activation = ACTIVATION;
 
-// What is written in PTX; tests/cuda_on_cpu defines the same for a CPU.
+// These are written in PTX; tests/cuda_on_cpu defines the same for a CPU.
 #ifndef CUDA_ON_CPU
 __device__ inline float to_float(Half x) {
     float result;
@@ -48,9 +48,9 @@ template <> __device__ inline BFloat16 rounded<BFloat16>(float x) { return to_bf
 
 __device__ inline float infinity() { return __uint_as_float(0x7f800000u); }
 
-// ---------------------------------------------------------------- rows of memory, 16 bytes a time
+// -------------------------------------------------------------- rows of memory, 16 bytes at a time
 
-// PACK neighbouring elements are what one thread loads at once: 16 bytes of activations.
+// One thread loads PACK neighbouring elements at once: 16 bytes of activations.
 constexpr int PACK = 16 / sizeof(Activation);
 
 struct alignas(16) SixteenBytes {
@@ -61,8 +61,8 @@ __device__ inline bool is_aligned(const void* p) {
     return reinterpret_cast<unsigned long long>(p) % 16 == 0;
 }
 
-// Elements first … first + PACK - 1 of a row as float32; `outside` stands for those the row does
-// not have. In vectors of 16 bytes where all are there and aligned, else one by one.
+// Elements first … first + PACK - 1 of a row as float32; those outside the row read as `outside`.
+// They are loaded 16 bytes at a time where all are in the row and aligned, else one by one.
 template <class T>
 __device__ inline void load_pack(
     const T* row, long long first, long long width, float (&values)[PACK], float outside = 0.0f
@@ -113,7 +113,7 @@ struct Max {
     __device__ static float join(float a, float b) { return fmaxf(a, b); }
 };
 
-// Over `lanes` neighbouring lanes of a warp (a power of two); each of them gets the result.
+// Joins a value of each of `lanes` neighbouring lanes (a power of two); all of them get the result.
 template <class How> __device__ inline float over_lanes(float value, int lanes = WARP) {
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
         value = How::join(value, __shfl_xor_sync(ALL_LANES, value, distance));
@@ -121,7 +121,8 @@ template <class How> __device__ inline float over_lanes(float value, int lanes =
     return value;
 }
 
-// Over a block of up to 32 whole warps; each thread gets the result, always in the same order.
+// Joins a value of each thread of a block, up to 32 whole warps, always in the same order; every
+// thread gets the result.
 template <class How> __device__ inline float over_block(float value) {
     __shared__ float of_warp[WARP];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;

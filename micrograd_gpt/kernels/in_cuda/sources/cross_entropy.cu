@@ -1,13 +1,14 @@
 // Softmax cross-entropy of logits (N, V), and its gradient in the same launch.
 //
-// One block takes one row and reads it twice: once for the maximum and the sum of exponentials,
-// each thread keeping its own and correcting its sum when its maximum grows; once to write the
-// gradient, softmax - 1 at the target, where the row's logits may stand. A row of an odd V begins
-// anywhere, so the packs are counted from the last aligned address at or before it.
+// One block takes one row and reads it twice. First it finds the maximum and the sum of
+// exponentials: each thread keeps its own, and rescales its sum when its maximum grows. Then it
+// writes the gradient, softmax minus 1 at the target, possibly over the logits. With an odd V a row
+// may begin at an unaligned address, so packs are counted from the last aligned address at or
+// before it.
 
 #include "common.cuh"
 
-// A target that counts for nothing.
+// A target to ignore.
 constexpr long long IGNORE = -100;
 
 // Block: any number of whole warps, grid: N. dlogits may be logits.
@@ -42,7 +43,8 @@ extern "C" __global__ void cross_entropy_forward(
     float of_row = over_block<Max>(largest);
     total = over_block<Sum>(largest == -infinity() ? 0.0f : total * expf(largest - of_row));
 
-    // Read before any thread overwrites it: over_block above has kept all of them together.
+    // No thread has overwritten the target's logit yet: over_block above holds all of them
+    // together.
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) - (to_float(row[target]) - of_row);
     __syncthreads();
 

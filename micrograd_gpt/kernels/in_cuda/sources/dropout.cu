@@ -1,7 +1,8 @@
 // Dropout.
 //
-// Element i draws number i of the key, so the backward makes the mask again: it is `dropout` of
-// the gradient with the same key. A thread takes PACK neighbours; block: 1-D of any size.
+// Element i draws number i of the key, so that the backward makes the same mask again: it is
+// `dropout` of the gradient with the same key. A thread takes PACK neighbours, then those a whole
+// grid further on. Block: 1-D, of any size.
 
 #include "common.cuh"
 #include "random.cuh"

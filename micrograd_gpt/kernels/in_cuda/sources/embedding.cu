@@ -2,10 +2,10 @@
 
 #include "common.cuh"
 
-// dweight[id] += the rows of grad (N, C) whose id it is. `order` sorts the ids, so that equal ones
-// are neighbours: the block at the first of them adds them all, in that order, without atomics;
-// the others return. Block: 32 × 8; a column of threads owns PACK columns, its eight threads take
-// turns at the rows. Grid: (N, columns / (32 * PACK)).
+// dweight[id] += the sum of the rows of grad (N, C) that have this id. `order` sorts the ids, so
+// that equal ones are neighbours. The block at the first of them adds all of them, in that order,
+// without atomics; the blocks at the others return. Block: 32 × 8. Each column of threads owns PACK
+// columns, and its eight threads take turns at the rows. Grid: (N, columns / (32 * PACK)).
 extern "C" __global__ void embedding_backward(
     const Activation* grad, const long long* ids, const long long* order, float* dweight,
     int rows, int width

@@ -1,5 +1,5 @@
-// Which numbers of a product by tensor cores a thread holds: with every type of operands the sums
-// (16 × 8) of a warp lie alike, lane 4g + t having rows g and g + 8 and columns 2t and 2t + 1.
+// Which numbers of a product on tensor cores a thread holds. With every type of operands, a warp's
+// sums (16 × 8) are laid out alike: lane 4g + t holds rows g and g + 8, columns 2t and 2t + 1.
 
 #pragma once
 

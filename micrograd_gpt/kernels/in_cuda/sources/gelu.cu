@@ -1,7 +1,7 @@
 // GELU and its backward.
 //
-// Element-wise over n activations: a thread takes PACK neighbours, then the next ones a whole grid
-// further on. Block: 1-D of any size.
+// Element-wise over n activations: a thread takes PACK neighbours, then those a whole grid further
+// on. Block: 1-D, of any size.
 
 #include "common.cuh"
 #include "gelu.cuh"

@@ -1,8 +1,10 @@
-// Layer normalisation of the rows of x (N, C), float32, into activations y (N, C), and its backward.
+// Layer normalisation of the rows of x (N, C), float32, into activations y (N, C), and its
+// backward.
 //
-// One warp takes one row: its lanes read PACK neighbouring elements each, 32 * PACK at a time, and
-// come back to the row from the cache. Column sums, which the weight and bias need, go over blocks
-// of rows first and are joined by sum_partials in sums.cu: in a fixed order, without atomics.
+// One warp takes one row. Its lanes read PACK neighbouring elements each, 32 * PACK in all at a
+// time, and find the row in the cache when they read it again. The column sums that the weight and
+// bias need go over parts of the rows first; sum_partials in sums.cu joins them in a fixed order,
+// without atomics.
 
 #include "common.cuh"
 
@@ -26,7 +28,7 @@ extern "C" __global__ void layer_norm_forward(
 
     float squares = 0.0f;
     for (int i = lane * PACK; i < width; i += WARP * PACK) {
-        load_pack(in, i, width, values, centre);  // what lies outside adds nothing
+        load_pack(in, i, width, values, centre);  // elements outside add nothing
         for (float value : values) squares += (value - centre) * (value - centre);
     }
     float scale_of_row = 1.0f / sqrtf(over_lanes<Sum>(squares) / width + eps);
@@ -81,9 +83,9 @@ extern "C" __global__ void layer_norm_backward(
     }
 }
 
-// Sums of grad * n (for the weight) and of grad (for the bias) over a part of the rows:
-// partials (gridDim.y, 2, C). Block: 32 × 8; a column of threads owns PACK columns of the matrix,
-// its eight threads take turns at the rows. Grid: (columns / (32 * PACK), parts).
+// Sums of grad * n (for the weight) and of grad (for the bias) over a part of the rows: partials
+// (gridDim.y, 2, C). Block: 32 × 8. Each column of threads owns PACK columns of the matrix, and its
+// eight threads take turns at the rows. Grid: (columns / (32 * PACK), parts).
 extern "C" __global__ void layer_norm_backward_weight(
     const Activation* grad, const float* x, const float* mean, const float* rstd,
     float* partials, int rows, int width

@@ -1,13 +1,13 @@
-// Products of a few rows x (B, K), B <= 8, with a matrix, for decoding: bound by reading the matrix,
-// which is read once for all B rows.
+// Products of a few rows x (B, K), B <= 8, with a matrix, for decoding. Reading the matrix sets the
+// pace, and it is read once for all B rows.
 
 #include "common.cuh"
 #include "gelu.cuh"
 
 constexpr int MAX_BATCH = 8;
 
-// What becomes of element i of the product: y[i], or gelu of it, or an addition to stream[i] if that
-// is not null. Rounded on the way as if kernels of their own followed.
+// Stores element i of the product: in y[i], through gelu if wanted, or added to stream[i] where
+// stream is not null. Rounds in between, just as separate kernels would.
 __device__ inline void finish(float sum, long long i, Activation* y, float* stream, bool with_gelu) {
     Activation result = rounded<Activation>(sum);
     if (stream) {
@@ -17,9 +17,9 @@ __device__ inline void finish(float sum, long long i, Activation* y, float* stre
     }
 }
 
-// y (B, M) = x · weightᵀ + bias, weight (M, K), bias may be null: one warp a row of the weight, its
-// lanes along the row. So are a column-major linear layer and the head, whose weight is the token
-// table.
+// y (B, M) = x · weightᵀ + bias, where weight is (M, K) and bias may be null: each warp takes one
+// row of the weight, with its lanes along the row. This is for linear layers stored by columns, and
+// for the head, whose weight is the token table.
 extern "C" __global__ void matvec_rows(
     const Activation* x, const Activation* weight, const Activation* bias, Activation* y,
     float* stream, int batch, int inputs, int outputs, int with_gelu
@@ -43,9 +43,9 @@ extern "C" __global__ void matvec_rows(
     }
 }
 
-// y (B, M) = x · weight + bias, weight (K, M), bias may be null: a block owns 4 * PACK columns.
-// Of its 256 threads four stand side by side, 16 bytes each, and 64 take turns at the K rows; then
-// the 64 sums of each column are joined.
+// y (B, M) = x · weight + bias, where weight is (K, M) and bias may be null: a block owns 4 * PACK
+// columns. Its 256 threads are 64 groups that take turns at the K rows; the four of a group stand
+// side by side and read 16 bytes each. Then the 64 sums of each column are joined.
 constexpr int SIDE_BY_SIDE = 4, TURNS = 64;
 
 extern "C" __global__ void matvec_columns(

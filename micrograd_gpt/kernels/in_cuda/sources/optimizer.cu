@@ -1,7 +1,7 @@
 // AdamW over many tensors in one launch, the squared norm of many gradients, and clipping.
 //
-// The table of tensors goes with the launch, by value. gridDim.y counts the tensors, gridDim.x the
-// blocks that share each of them, PACK neighbouring elements a thread and turn.
+// The table of tensors is passed by value with the launch. gridDim.y counts the tensors, gridDim.x
+// the blocks that share each of them; a thread takes PACK neighbouring elements at each turn.
 
 #include "common.cuh"
 
@@ -47,8 +47,8 @@ extern "C" __global__ void adamw_update(
     }
 }
 
-// First stage: partials (tensors, gridDim.x), each block's sum of squares of its part of a tensor;
-// `total` in sums.cu is the second stage. The tensors stand in the table as gradients.
+// First stage: partials (tensors, gridDim.x), each block's sum of squares of its part of a tensor.
+// The second stage is `total` in sums.cu. The tensors are the table's gradients.
 extern "C" __global__ void sum_of_squares(TensorTable tensors, float* partials) {
     long long n = tensors.sizes[blockIdx.y];
     const float* gradient = reinterpret_cast<const float*>(tensors.arrays[GRADIENT][blockIdx.y]);
@@ -63,8 +63,8 @@ extern "C" __global__ void sum_of_squares(TensorTable tensors, float* partials) 
     if (threadIdx.x == 0) partials[blockIdx.y * gridDim.x + blockIdx.x] = mine;
 }
 
-// The norm of gradients that were multiplied by loss_scale, and the factor that undoes that and
-// brings the norm down to max_norm. Where the norm is not finite the factor is 1.
+// The norm of gradients that were multiplied by loss_scale, and the factor that divides that out
+// and brings the norm down to max_norm. Where the norm is not finite, the factor is 1.
 extern "C" __global__ void clip_scale(
     const float* sum_of_squares, float* norm, float* scale, float max_norm, float loss_scale
 ) {

@@ -1,5 +1,5 @@
 // Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): random
-// numbers that are a function of a counter and a key, so that a mask need not be kept.
+// numbers that are a function of a counter and a key, so that no mask has to be kept.
 
 #pragma once
 
@@ -20,7 +20,7 @@ __device__ inline FourNumbers philox(FourNumbers counter, unsigned long long key
     return counter;
 }
 
-// 0 with probability p, else 1 / (1 - p): 24 random bits against p.
+// 0 with probability p, else 1 / (1 - p); compares 24 random bits with p.
 __device__ inline float dropout_factor(unsigned random, float p) {
     return (random >> 8) * 0x1p-24f < p ? 0.0f : 1.0f / (1.0f - p);
 }

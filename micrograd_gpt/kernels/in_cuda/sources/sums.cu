@@ -2,8 +2,8 @@
 
 #include "common.cuh"
 
-// First stage, down the columns of x (N, M): partials (gridDim.y, M). Block: 32 × 8; a column of
-// threads owns PACK columns of x, its eight threads take turns at the rows.
+// First stage, down the columns of x (N, M): partials (gridDim.y, M). Block: 32 × 8. Each column of
+// threads owns PACK columns of x, and its eight threads take turns at the rows.
 extern "C" __global__ void column_sums(const Activation* x, float* partials, int rows, int width) {
     __shared__ float of_thread[8][WARP][PACK];
     int column = (blockIdx.x * WARP + threadIdx.x) * PACK;
@@ -22,7 +22,7 @@ extern "C" __global__ void column_sums(const Activation* x, float* partials, int
     store_pack(partials + (long long)blockIdx.y * width, column, width, total);
 }
 
-// Second stage: sums (width) of partials (parts, width). A thread a column.
+// Second stage: sums (width) of partials (parts, width). One thread a column.
 extern "C" __global__ void sum_partials(
     const float* partials, float* sums, int parts, long long width
 ) {
@@ -41,8 +41,8 @@ extern "C" __global__ void total(const float* numbers, float* sum, long long n) 
     if (threadIdx.x == 0) *sum = mine;
 }
 
-// bias (M) onto each row of y (N, M), in place. A thread takes PACK elements of a row; block: 1-D,
-// grid: (columns / (threads * PACK), rows in turns).
+// Adds bias (M) to each row of y (N, M), in place. A thread takes PACK columns. Block: 1-D.
+// Grid: (columns / (threads * PACK), any number of blocks, which take turns at the rows).
 extern "C" __global__ void add_bias(
     Activation* y, const Activation* bias, int rows, int width
 ) {

@@ -1,7 +1,8 @@
 // Products of small matrices in shared memory with plain multiply-adds, float32.
 //
-// A block works on ROWS rows (-DROWS), 16 threads to a pair of rows; a thread holds, of a product of them
-// with a tile, two rows and every 16th column. tiles_mma.cuh offers the same on tensor cores.
+// A block works on ROWS rows (-DROWS), with 16 threads to a pair of rows. Of their product with a
+// tile, a thread holds two rows and every 16th column. tiles_mma.cuh offers the same functions on
+// tensor cores.
 
 #pragma once
 
@@ -15,12 +16,12 @@ __device__ inline int column_of(int c) { return threadIdx.x % LANES_PER_ROW + c 
 __device__ inline int channel_of(int c) { return column_of(c); }
 
 struct Tile {
-    float at[TILE][HEAD_SIZE + 1];  // one more, so that a column lies in different banks
+    float at[TILE][HEAD_SIZE + 1];  // one more, so that a column is spread over banks
 };
 using RowsInShared = Tile;
 using Rows = const Tile*;
 
-// Rows 0 … count-1 from `first` on, `stride` elements apart; zeros behind them.
+// Loads `count` rows from `first` on, `stride` elements apart, and zeros after them.
 __device__ inline void load_tile(Tile& tile, const float* first, long long stride, int count) {
     constexpr int PACKS = HEAD_SIZE / PACK;
     for (int i = threadIdx.x; i < TILE * PACKS; i += THREADS) {
@@ -52,8 +53,8 @@ __device__ inline void multiply(Rows rows, const Tile& tile, float (&scores)[2][
     }
 }
 
-// sums (ROWS, HEAD_SIZE) += weights (ROWS, TILE) · tile. The threads of a row, which are of one
-// warp, show each other their weights.
+// sums (ROWS, HEAD_SIZE) += weights (ROWS, TILE) · tile. The threads of a row, which belong to one
+// warp, exchange their weights through shared memory.
 __device__ inline void accumulate(
     float (&sums)[2][CHANNELS], const float (&weights)[2][COLUMNS], const Tile& tile
 ) {

@@ -1,16 +1,17 @@
 // Products of small matrices on tensor cores: mma.sync m16n8k16, two-byte operands, float32 sums.
 //
-// A block works on ROWS rows (-DROWS), a warp on 16 of them. Who holds what is the PTX ISA's choice
+// A block works on ROWS rows (-DROWS), a warp on 16 of them. The PTX ISA says which lane holds what
 // ("Matrix Fragments for mma.m16n8k16"): lane = 4 g + t holds
 //     of A (16 × 16)  rows g and g + 8, columns 2t, 2t + 1 and the same + 8: words {g, g+8} × {2t, 2t+8}
 //     of B (16 × 8)   rows 2t, 2t + 1 and the same + 8, column g
 //     of C (16 × 8)   rows g and g + 8, columns 2t, 2t + 1
-// two neighbours to a word, the first in its lower half. So a thread holds two rows of a product,
-// and pairs of columns 8 apart. tiles_fma.cuh offers the same without tensor cores.
+// with two neighbours in a word, the first in its lower half. So a thread holds two rows of a
+// product, and pairs of columns 8 apart. tiles_fma.cuh offers the same functions without tensor
+// cores.
 
 #pragma once
 
-constexpr int TILE = HEAD_SIZE <= 64 ? 64 : 32;  // rows of a tile, which registers must hold
+constexpr int TILE = HEAD_SIZE <= 64 ? 64 : 32;  // rows of a tile; registers must hold its scores
 #include "fragments.cuh"
 
 struct Tile {
@@ -21,7 +22,7 @@ struct Rows {
     unsigned words[HEAD_SIZE / 16][4];  // A's fragments, 16 channels each
 };
 
-// What is written in PTX; tests/cuda_on_cpu defines the same for a CPU.
+// These are written in PTX; tests/cuda_on_cpu defines the same for a CPU.
 #ifdef CUDA_ON_CPU
 void mma(float& d0, float& d1, float& d2, float& d3, const unsigned (&a)[4], unsigned b0, unsigned b1);
 void load_matrices(unsigned (&words)[4], const Activation* row);
@@ -41,8 +42,8 @@ __device__ inline void mma(
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four 8 × 8 matrices from shared memory: lane 8 i + j says where row j of matrix i begins. Of each
-// matrix a lane gets the elements (g, 2t) and (g, 2t + 1) in a word or, transposed, (2t, g) and
+// Loads four 8 × 8 matrices from shared memory; lane 8 i + j says where row j of matrix i begins. A
+// lane gets a word of each matrix: elements (g, 2t) and (g, 2t + 1) or, transposed, (2t, g) and
 // (2t + 1, g).
 __device__ inline void load_matrices(unsigned (&words)[4], const Activation* row) {
     unsigned address = unsigned(__cvta_generic_to_shared(row));
@@ -65,8 +66,8 @@ __device__ inline unsigned pair(float first, float second) {
     return rounded<Activation>(first).bits | unsigned(rounded<Activation>(second).bits) << 16;
 }
 
-// Rows 0 … count-1 from `first` on, `stride` elements apart; zeros behind them. Every row starts
-// at a multiple of 16 bytes.
+// Loads `count` rows from `first` on, `stride` elements apart, and zeros after them. Every row must
+// start at a multiple of 16 bytes.
 __device__ inline void load_tile(Tile& tile, const Activation* first, long long stride, int count) {
     constexpr int PACKS = HEAD_SIZE / PACK;
     for (int i = threadIdx.x; i < TILE * PACKS; i += THREADS) {
@@ -111,8 +112,8 @@ __device__ inline void multiply(const Rows& rows, const Tile& tile, float (&scor
     }
 }
 
-// sums (ROWS, HEAD_SIZE) += weights (ROWS, TILE) · tile. The weights a lane holds as C are what it
-// must hold as A, rounded.
+// sums (ROWS, HEAD_SIZE) += weights (ROWS, TILE) · tile. The weights that a lane holds as C are,
+// once rounded, exactly those it must hold as A.
 __device__ inline void accumulate(
     float (&sums)[2][CHANNELS], const float (&weights)[2][COLUMNS], const Tile& tile
 ) {

@@ -1,7 +1,8 @@
 // Products of small matrices on tensor cores: mma.sync m16n8k8, float32 rounded to TF32 (8 bits of
-// exponent, 11 of precision), float32 sums. For those who ask for TF32; tiles_fma.cuh rounds nothing.
+// exponent, 11 of precision), float32 sums. Used only where TF32 is asked for; tiles_fma.cuh does
+// not round.
 //
-// A block works on ROWS rows (-DROWS), a warp on 16 of them. Who holds what is the PTX ISA's choice
+// A block works on ROWS rows (-DROWS), a warp on 16 of them. The PTX ISA says which lane holds what
 // ("Matrix Fragments for mma.m16n8k8"): lane = 4 g + t holds
 //     of A (16 × 8)   (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
 //     of B (8 × 8)    (t, g), (t + 4, g)
@@ -9,11 +10,11 @@
 
 #pragma once
 
-constexpr int TILE = 32;  // rows of a tile: with more the backward lacks registers, at 128 channels already
+constexpr int TILE = 32;  // rows of a tile; with more, the backward of 128 channels lacks registers
 #include "fragments.cuh"
 
 struct Tile {
-    // TF32. Four words more to a row: both products then read 32 different banks at a time
+    // In TF32. With four words more to a row, both products read 32 different banks at a time
     alignas(16) unsigned at[TILE][HEAD_SIZE + 4];
 };
 struct RowsInShared {};  // they are in registers
@@ -21,7 +22,7 @@ struct Rows {
     unsigned words[HEAD_SIZE / 8][4];  // A's fragments, 8 channels each
 };
 
-// What is written in PTX; tests/cuda_on_cpu defines the same for a CPU.
+// These are written in PTX; tests/cuda_on_cpu defines the same for a CPU.
 #ifdef CUDA_ON_CPU
 unsigned to_tf32(float x);
 void mma(float& d0, float& d1, float& d2, float& d3, const unsigned (&a)[4], unsigned b0, unsigned b1);
@@ -42,7 +43,7 @@ __device__ inline void mma(
 }
 #endif
 
-// Rows 0 … count-1 from `first` on, `stride` elements apart; zeros behind them.
+// Loads `count` rows from `first` on, `stride` elements apart, and zeros after them.
 __device__ inline void load_tile(Tile& tile, const float* first, long long stride, int count) {
     constexpr int PACKS = HEAD_SIZE / PACK;
     for (int i = threadIdx.x; i < TILE * PACKS; i += THREADS) {
@@ -82,9 +83,9 @@ __device__ inline void multiply(const Rows& rows, const Tile& tile, float (&scor
     }
 }
 
-// sums (ROWS, HEAD_SIZE) += weights (ROWS, TILE) · tile. In whichever order a sum over eight rows of
-// the tile goes: a lane's weights for rows 2t and 2t + 1, which it holds as C, stand as columns t
-// and t + 4 of A, and B's rows follow them.
+// sums (ROWS, HEAD_SIZE) += weights (ROWS, TILE) · tile. A sum over eight rows of the tile may go
+// in any order. So the weights for rows 2t and 2t + 1, which a lane holds as C, become columns t
+// and t + 4 of A, and B's rows are permuted likewise.
 __device__ inline void accumulate(
     float (&sums)[2][CHANNELS], const float (&weights)[2][COLUMNS], const Tile& tile
 ) {

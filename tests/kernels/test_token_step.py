@@ -1,4 +1,4 @@
-"""Few tokens through all blocks in one call of C (decode.c), and block by block."""
+"""A few tokens through all blocks in one call of C (decode.c), compared with block by block."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def filled_cache(model: GPT2, lengths: list[int], capacity: int = 40) -> KVCache:
-    """A cache with random keys and values before `lengths`, and NaN where none were written."""
+    """A cache whose rows hold random keys and values up to `lengths`, and NaN beyond."""
     cache = KVCache(model, len(lengths), capacity)
     cache.data[:] = np.nan
     for row, length in enumerate(lengths):
@@ -49,7 +49,7 @@ def filled_cache(model: GPT2, lengths: list[int], capacity: int = 40) -> KVCache
 
 
 def in_c(x: np.ndarray, model: GPT2, cache: KVCache) -> np.ndarray:
-    """The step in C itself; NotForMe where it does not take these."""
+    """Call the step in C itself; NotForMe where it does not take the arguments."""
     with no_grad():
         return token_step.through_blocks(Tensor(x), model.transformer.h, cache).data
 
@@ -81,7 +81,7 @@ def test_equal_to_block_by_block_bit_for_bit(lengths: list[int], tokens: int) ->
     for cache in (ours, by_choice):
         np.testing.assert_array_equal(cache.data, theirs.data)
         np.testing.assert_array_equal(cache.lengths, theirs.lengths)
-    np.testing.assert_array_equal(x, given)  # what came in is left as it was
+    np.testing.assert_array_equal(x, given)  # the input is left as it was
 
 
 @pytest.mark.parametrize("n_embd", [3, 48, 192])
@@ -126,7 +126,7 @@ def test_parameters_that_are_replaced_or_changed_are_noticed() -> None:
 
 
 class Scaled(nn.Linear):
-    """A linear layer with something of its own, as fine-tuning methods have it."""
+    """A linear layer that computes something else, as in fine-tuning methods."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return super().__call__(x) * 0.5
@@ -138,7 +138,7 @@ def post_norm() -> GPT2:
 
 
 def refusals() -> dict[str, tuple[GPT2, int]]:
-    """Models, and numbers of tokens, that decode.c does not compute."""
+    """Models and numbers of tokens that decode.c does not compute."""
     dropping = make(attn_pdrop=0.5).train()
     dropping_in_part, c_order = make(resid_pdrop=0.5), make()
     dropping_in_part.transformer.h[1].mlp.train()
@@ -155,8 +155,8 @@ def refusals() -> dict[str, tuple[GPT2, int]]:
         "dropout in one place": (dropping_in_part, 1),
         "C order": (c_order, 1),
         "many tokens": (make(), 17),
-        "a layer of one's own": (with_own_layer, 1),
-        "a LayerNorm's own epsilon": (with_own_eps, 1),
+        "another layer": (with_own_layer, 1),
+        "another epsilon": (with_own_eps, 1),
         "float64": (in_float64, 1),
         "bfloat16": (in_bfloat16, 1),
     }
@@ -191,7 +191,7 @@ def test_half_precision_in_this_block_is_not_for_c() -> None:
 
 
 def misfits() -> dict[str, tuple[GPT2, KVCache, int]]:
-    """A model, a cache and the width of x, of which something does not fit the rest."""
+    """A model, a cache and the width of x, one of which does not fit the others."""
     model, shortened = make(), make()
     bias = shortened.transformer.h[1].mlp.c_fc.bias
     bias.data = bias.data[:-1].copy()
@@ -214,7 +214,7 @@ def misfits() -> dict[str, tuple[GPT2, KVCache, int]]:
 def test_what_does_not_fit_is_not_for_c(which: str) -> None:
     model, cache, width = misfits()[which]
     before, lengths = cache.data.copy(), cache.lengths.copy()
-    in_c(numbers(1, 1, 51), make(), filled_cache(make(), [5]))  # a step that fits has gone before
+    in_c(numbers(1, 1, 51), make(), filled_cache(make(), [5]))  # after a step that fits
     with pytest.raises(NotForMe):
         in_c(numbers(1, 1, width), model, cache)
     np.testing.assert_array_equal(cache.data, before)
@@ -247,7 +247,7 @@ def test_a_model_with_a_cache_goes_through_it(monkeypatch: pytest.MonkeyPatch) -
             cache, parts = KVCache(model), (ids[:, :9], ids[:, 9:10], ids[:, 10:])
             logits = [model(part, cache).data for part in parts]
             assert steps == [9, 1, 2]
-            whole = model(ids).data  # without a cache it is a forward as in training
+            whole = model(ids).data  # without a cache, this is a forward as in training
             assert steps == [9, 1, 2]
     finally:
         monkeypatch.undo()
@@ -288,7 +288,7 @@ def test_arrays_that_were_replaced_are_let_go_of() -> None:
 
 
 def test_an_array_replaced_by_another_thread_is_not_read_after_it_is_freed() -> None:
-    """NaN takes the place of what was freed: none may appear in a result."""
+    """NaN overwrites the memory that was freed: none may appear in a result."""
     model, x = make(n_layer=6, n_embd=192), numbers(1, 1, 192)
     weight, ended, bad = model.transformer.h[3].mlp.c_fc.weight, threading.Event(), []
 
@@ -296,7 +296,7 @@ def test_an_array_replaced_by_another_thread_is_not_read_after_it_is_freed() -> 
         while not ended.is_set():
             old, weight.data = weight.data, weight.data.copy(order="F")
             del old
-            np.full(weight.data.size, np.nan, np.float32)  # takes the place that became free
+            np.full(weight.data.size, np.nan, np.float32)  # reuses the memory that was freed
 
     def decode() -> None:
         for _ in range(400):
