@@ -33,8 +33,9 @@ DEFAULTS: flags.Defaults = {
 
 def main(argv: list[str] | None = None) -> int:
     given = make_parser().parse_args(argv)
-
-    from micrograd_gpt.generation.output import Writer  # not for --help, which is to be quick
+    # Not for --help, which is to be quick
+    from micrograd_gpt.arrays.stand_ins import highest_level
+    from micrograd_gpt.generation.output import Writer
     from micrograd_gpt.generation.prompt import converse
 
     if sys.stdout is None:
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     decoding = {name: value for name, value in vars(given).items() if name in flags.NAMES}
     choices = flags.Choices(decoding, DEFAULTS)
     choices.settings()  # what is wrong with them is said before a large model is loaded
+    highest_level()  # and so is a mistake in MICROGRAD_GPT_KERNELS
     prompt = read_prompt(given.prompt)
     model, tokenizer = load(given.model, given.device, given.dtype, given.tf32)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]

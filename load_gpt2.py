@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from micrograd_gpt import no_grad
+from micrograd_gpt.arrays import stand_ins
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.runs.checkpoint import STATE, holds_run
 from micrograd_gpt.support import cli
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     whether, and how far, somebody reads the output.
     """
     args = parse_args(argv)
+    stand_ins.highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
     claimed = size_name(args.size) if args.size else None
     if args.from_path is None:
         size = claimed = claimed or "124M"

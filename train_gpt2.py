@@ -45,7 +45,9 @@ from micrograd_gpt.weights.pretrained import unwritten
 def main(argv: list[str] | None = None) -> int:
     # Settings: the defaults, then what a resumed run was started with, then the flags
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # samples may need it
-    settings = resolve_settings(parse_flags(argv))
+    given = parse_flags(argv)
+    stand_ins.highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
+    settings = resolve_settings(given)
     device = resolve_device(settings.device)
     if settings.plan:
         print(plan_of(settings, device))

@@ -26,8 +26,7 @@ log_softmax, linear_cross_entropy = layers.log_softmax, layers.linear_cross_entr
 def check_shapes(fits: bool, name: str, *tensors: Tensor | None) -> None:
     """ValueError, with the tensors' shapes, unless they fit."""
     if not fits:
-        shapes = ", ".join(str(t.shape) for t in tensors if t is not None)
-        raise ValueError(f"{name}: shapes {shapes} do not fit")
+        raise ValueError(f"{name}: shapes {[t.shape for t in tensors if t is not None]} do not fit")
 
 
 @definition
@@ -154,10 +153,8 @@ def attention_backward(
     scores = np.where(causal_mask(q.shape[-2], k.shape[-2], q), scores, -np.inf)
     weights = np.exp(scores - log_total[..., None])
     dweights = grad @ v.swapaxes(-1, -2)  # (B, H, T, T)
-    dropped = weights
-    if p:
-        factors = dropout_factors(weights, p, key)
-        dropped, dweights = weights * factors, dweights * factors
+    factors = dropout_factors(weights, p, key) if p else 1
+    dropped, dweights = weights * factors, dweights * factors
     row_sums = (grad * out).sum(axis=-1, keepdims=True)  # (B, H, T, 1)
     dscores = weights * (dweights - row_sums) * scale
     dq, dk = dscores @ k, dscores.swapaxes(-1, -2) @ q  # (B, H, T, D)

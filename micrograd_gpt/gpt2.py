@@ -33,7 +33,7 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.n_embd % self.n_head:
+        if self.n_head < 1 or self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
 
 
@@ -110,6 +110,8 @@ class GPT2(Module):
     dropout, unless `draws.reseed()` does later."""
 
     def __init__(self, config: GPT2Config, seed: int = 0, init: Init | None = None) -> None:
+        if type(self) is GPT2 and type(config) is not GPT2Config:
+            raise ValueError(f"a {type(config).__name__} is for a model class of its own")
         self.config, self.draws = dataclasses.replace(config), Draws(seed)
         self.transformer = Transformer(config, init or normal(seed), self.draws)
 

@@ -32,7 +32,8 @@ def draw_graph(result: Tensor) -> str:
 def retain_grad(result: Tensor) -> Tensor:
     """Let backward() also fill the `.grad` of this intermediate result, and return the result.
 
-    Its gradient is kept only while the tensor itself is alive.
+    Its gradient is kept only while the tensor itself is alive. A cast (`astype`) has no gradient of
+    its own: what arrives there is that of the tensor that was cast.
     """
     node, this = node_of(result), weakref.ref(result)
     if node is None or node.name == LEAF or node.backward is None:

@@ -51,10 +51,10 @@ class Module:
     def children(self) -> Iterator[tuple[str, Module]]:
         """Direct parts with their names; those of a list are called `name.0`, `name.1`, …"""
         for name, value in vars(self).items():
-            if isinstance(value, Module):
-                yield name, value
-            elif isinstance(value, list):
-                yield from ((f"{name}.{i}", part) for i, part in enumerate(value))
+            listed = enumerate(value) if isinstance(value, list) else ()
+            for full_name, part in [(name, value), *((f"{name}.{i}", x) for i, x in listed)]:
+                if isinstance(part, Module):
+                    yield full_name, part
 
     def modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """This module and all below it, each with what the names of its parameters begin with."""

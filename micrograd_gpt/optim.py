@@ -76,7 +76,7 @@ def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float 
     waited for yet. Where it is not finite nothing is scaled."""
     grads: list[Any] = [p.grad for p in parameters if p.grad is not None]
     norm = np.sqrt(sum((grad * grad).sum() for grad in grads)) / loss_scale
-    factor = max_norm / np.maximum(norm, max_norm) / loss_scale
+    factor = np.minimum(1.0, max_norm / np.maximum(norm, 1e-30)) / loss_scale
     for grad in grads:
         grad *= np.where(np.isfinite(norm), factor, 1.0).astype(grad.dtype)
     return float(norm) if isinstance(norm, np.generic) else norm

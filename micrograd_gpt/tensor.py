@@ -207,8 +207,9 @@ class Tensor:
         quotient = x / y
         return record("div", quotient, [a, b], lambda grad: (grad / y, -grad * quotient / y))
 
+    @definition
     def __pow__(self, n: float) -> Tensor:
-        if isinstance(n, Tensor | np.ndarray):
+        if not isinstance(n, int | float | np.number):
             raise TypeError("an exponent must be a number; for x ** y write (y * x.log()).exp()")
         x, n = self.data, n.item() if isinstance(n, np.generic) else n
         return record("pow", x**n, [self], lambda grad: (grad * n * x ** (n - 1 if n else 0),))
@@ -277,6 +278,7 @@ class Tensor:
 
         return record("sum", self.data.sum(axis=axis, keepdims=keepdims), [self], backward)
 
+    @definition
     def mean(self, axis: Any = None, keepdims: bool = False) -> Tensor:
         total = self.sum(axis, keepdims)
         return total / (self.size / max(1, total.size))  # by how many went into each sum
@@ -298,7 +300,7 @@ class Tensor:
 
     def transpose(self, *axes: Any) -> Tensor:
         """Permute the axes; without arguments, reverse them."""
-        order = axes[0] if axes and not isinstance(axes[0], int) else axes
+        order = axes[0] if axes and np.ndim(axes[0]) else axes
         inverse = np.argsort([i % self.ndim for i in order or range(self.ndim)[::-1]]).tolist()
         y = self.data.transpose(*axes)
         return record("transpose", y, [self], lambda grad: (grad.transpose(inverse),))
@@ -385,7 +387,7 @@ def plus(total: Array | None, part: Array | Picked, node: Node, made: set[Node])
         add_at(total, part.index, part.grad)
         return total
     part = fit(part, node.shape, node.dtype)
-    return part if total is None else total + part
+    return part if total is None else fit(total + part, node.shape, node.dtype)
 
 
 def fit(grad: Array, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -430,9 +432,9 @@ def as_tensor(value: Any, like: Tensor) -> Tensor:
         return value
     if hasattr(value, "dtype") and not isinstance(value, np.number):
         return Tensor(value)
-    if not isinstance(value, int | float | np.number):
+    if not isinstance(value, int | float | np.number) or not isinstance(like, Tensor):
         raise TypeError(f"a tensor combines with tensors, arrays and numbers, not with {value!r}")
-    fits = like.dtype.kind not in "iub" or isinstance(value, int | np.integer)
+    fits = like.dtype.kind not in ("b" if isinstance(value, int | np.integer) else "iub")
     return Tensor(np.asarray(value, like.dtype if fits else np.float32, like=like.data))
 
 
@@ -446,6 +448,5 @@ def plain_index(index: Any, like: Array) -> Any:
     if isinstance(index, tuple):
         return tuple(plain_index(part, like) for part in index)
     index = index.data if isinstance(index, Tensor) else index
-    if isinstance(index, list):
-        index = np.asarray(index, None if index else int)
-    return np.asarray(index, like=like) if isinstance(index, np.ndarray) else index
+    is_array = isinstance(index, list | np.ndarray)
+    return np.asarray(index, None if np.size(index) else int, like=like) if is_array else index

@@ -204,3 +204,34 @@ def test_draws_are_named_after_their_seed_and_number() -> None:
     assert draws.next_key() == (7, 5, 1)
     draws.reseed(7)
     assert draws.next_key() == (7, 1)
+
+
+def test_clipping_at_infinity_only_measures(level: str) -> None:
+    for max_norm, values in ((np.inf, [3.0, 4.0]), (1.0, [0.0, 0.0])):
+        p = nn.Parameter(np.zeros(2, np.float32))
+        p.grad = np.array(values, np.float32)
+        assert optim.clip_grad_norm([p], max_norm) == np.hypot(*values)
+        np.testing.assert_array_equal(p.grad, values)
+
+
+def test_parameters_that_can_be_gone_through_only_once_are_clipped(level: str) -> None:
+    p = nn.Parameter(np.zeros(2))
+    p.grad = np.array([300.0, 400.0])
+    assert optim.clip_grad_norm((q for q in [p]), 1.0) == pytest.approx(500)
+    np.testing.assert_allclose(p.grad, [0.6, 0.8])
+
+
+def test_moments_of_another_size_are_refused_before_anything_is_written(level: str) -> None:
+    p = nn.Parameter(np.zeros(4, np.float32))
+    optimizer = optim.AdamW([p])
+    p.data, p.grad = np.zeros(5000, np.float32), np.ones(5000, np.float32)
+    with pytest.raises(ValueError):
+        optimizer.step()
+
+
+def test_a_list_of_something_else_is_no_part_of_a_module() -> None:
+    net = Net()
+    net.sizes = [3, 4]
+    assert [name for name, _ in net.named_parameters()] == [
+        name for name, _ in Net().named_parameters()
+    ]

@@ -94,3 +94,18 @@ def test_frozen_inputs_do_not_hide_the_parameters() -> None:
         assert not recompute(lambda x: x @ weight, Tensor([[3.0]]), [weight], draws).requires_grad
     y.backward()
     assert weight.grad.item() == 3.0
+
+
+def test_a_backward_outside_the_context_computes_again_as_the_forward_did() -> None:
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=11, n_positions=8)
+    ids = np.random.default_rng(0).integers(0, 11, (2, 8))
+    found = []
+    for again in (False, True):
+        model = GPT2(config)
+        if again:
+            recompute_blocks(model)
+        with compute_in("bfloat16"):
+            loss = model.loss(ids, ids)
+        loss.backward()
+        found.append(np.concatenate([p.grad.ravel() for p in model.parameters()]))
+    np.testing.assert_array_equal(*found)

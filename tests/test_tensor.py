@@ -535,3 +535,36 @@ def test_a_truth_value_as_an_index_picks_a_copy() -> None:
     x = Tensor(np.arange(3.0), requires_grad=True)
     (x[True] * 2).sum().backward()
     np.testing.assert_array_equal(x.grad, [2, 2, 2])
+
+
+def test_keywords_are_kept_whatever_stands_before_them() -> None:
+    x = Tensor(np.ones((2, 3)))
+    assert x.sum(keepdims=True).shape == x.mean(keepdims=True).shape == (1, 1)
+    assert x.sum(axis=1, keepdims=True).shape == (2, 1)
+
+
+def test_gradients_of_single_numbers_add_up() -> None:
+    """NumPy gives sums of arrays of no dimensions as scalars, which cannot be written to."""
+    x = Tensor(2.0, requires_grad=True)
+    y = x * 1
+    (y + y[()] + y[...] + y[None].sum()).backward()
+    assert x.grad == 4
+    a, b = (Tensor(values, requires_grad=True) for values in ([1.0, 2.0], [3.0, 4.0]))
+    y = a @ b  # 11
+    (y * y + y).backward()
+    np.testing.assert_array_equal(a.grad, [3 * 23, 4 * 23])
+
+
+def test_numbers_beside_truth_values_are_numbers() -> None:
+    mask = Tensor([1.0, -1.0]) > 0
+    np.testing.assert_array_equal((mask * 3).data, [3, 0])
+    np.testing.assert_array_equal((mask + 1).data, [2, 1])
+    np.testing.assert_array_equal((1 - mask).data, [0, 1])
+    np.testing.assert_array_equal((mask < 2).data, [True, True])
+
+
+def test_powers_and_means_keep_half_precision_and_do_not_overflow_in_between() -> None:
+    for dtype in ("float16", "bfloat16"):
+        x = Tensor(np.full(70_000, 2.0), dtype=dtype)
+        assert (x**2).dtype == x.sqrt().dtype == x.dtype
+        assert x.reshape(1, -1).mean(-1).data == 2 and x.reshape(1, -1).mean(-1).dtype == x.dtype

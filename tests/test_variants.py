@@ -122,3 +122,9 @@ def test_dropout_can_be_set() -> None:
     set_dropout(model, 0.5)
     assert (model(ids).data != quiet).any()
     np.testing.assert_array_equal(model.eval()(ids).data, quiet)
+
+
+def test_a_variant_s_config_is_not_for_the_plain_model() -> None:
+    config = VariantConfig(n_layer=1, n_head=1, n_embd=4, vocab_size=5, norm_position="post")
+    with pytest.raises(ValueError, match="VariantConfig is for a model class of its own"):
+        GPT2(config)

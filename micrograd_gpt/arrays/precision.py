@@ -43,6 +43,8 @@ def compute_in(dtype: str) -> Iterator[None]:
 
     Any other type leaves it in the type of the weights. The parameters themselves do not change.
     """
+    if dtype not in PRECISIONS:
+        raise ValueError(f"cannot compute in {dtype!r}: choose from {', '.join(PRECISIONS)}")
     token = _COMPUTE.set(np.dtype(dtype) if dtype in HALF else None)
     try:
         yield
@@ -93,7 +95,7 @@ def is_needed(args: tuple[Any, ...]) -> bool:
 
 def rounded(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments, rounded where `function` begins matrix work in half precision."""
-    if function.__name__ not in MATRIX_WORK:
+    if function.__name__ not in MATRIX_WORK or len(args) < 2:
         return args
     dtype = compute_dtype(args[1])
     if dtype not in _HALF_DTYPES:

@@ -56,7 +56,9 @@ def definition(function: F) -> F:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if kwargs:  # from here on arguments are positional
-            args = signature.bind(*args, **kwargs).args
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            args = bound.args
         if highest_level() == "definitions" and not precision.is_needed(args):
             return named(*args)
         return choose(*precision.rounded(function, args))

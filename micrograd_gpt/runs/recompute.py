@@ -6,12 +6,13 @@ memory, in about a quarter more time. Chen et al. 2016 (arXiv:1604.06174).
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.nn import Draws, Module
-from micrograd_gpt.tensor import Array, Tensor, no_grad, record, recording
+from micrograd_gpt.tensor import Array, Tensor, no_grad, record
 
 
 def recompute_blocks(model: GPT2) -> None:
@@ -41,15 +42,14 @@ def recompute(
     `leaves` are the parameters that the function reads besides x. `draws` names its random numbers,
     so that the backward draws the same ones. The gradients are those of function(x), bit for bit.
     """
-    data, before = x.data, draws.latest
+    data, before, context = x.data, draws.latest, contextvars.copy_context()
     with no_grad():
         y = function(x)
 
     def backward(grad: Array) -> list[Array | None]:
         again = Tensor(data, requires_grad=True)
         after, draws.latest = draws.latest, before
-        with recording(True):
-            result = function(again)
+        result = context.run(function, again)  # in the precision of the forward, with a tape
         draws.latest = after
         result.backward(grad)  # fills the leaves' gradients itself
         return [again.grad, *(None for _ in leaves)]

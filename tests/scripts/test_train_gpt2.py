@@ -54,6 +54,27 @@ def test_a_run_from_start_to_end(text: Path, tmp_path: Path) -> None:
     assert anew.returncode == 0 and [row["step"] for row in metrics(out)] == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["train_gpt2.py", "generate.py", "load_gpt2.py"])
+def test_unknown_kernels_are_refused_before_anything_is_lost(
+    name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert run("--data", text, "--out", out, *SMALL, "--max-steps", 1).returncode == 0
+    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    flags = {
+        "train_gpt2.py": ["--data", text, "--out", out, "--overwrite", *SMALL],
+        "generate.py": ["--model", out, "--prompt", "A", "--json"],
+        "load_gpt2.py": ["--from", out, "--out", tmp_path / "loaded"],
+    }[name]
+    monkeypatch.setenv("MICROGRAD_GPT_KERNELS", "fast")
+    command = [sys.executable, str(SCRIPT.parent / name), *map(str, flags)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and result.stdout == ""
+    assert "MICROGRAD_GPT_KERNELS is 'fast'" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
+
+
 def test_resumed_equals_never_stopped(text: Path, tmp_path: Path) -> None:
     flags = ["--data", text, *SMALL, "--dropout", 0.1, "--grad-accum-steps", 2, "--seed", 5]
     flags += ["--max-steps", 12]

@@ -371,6 +371,8 @@ def adamw_update(
     for row in rows:
         arrays = row[:4]
         check(*arrays)
+        if len({array.shape for array in arrays}) != 1 or not arrays[0].flags.writeable:
+            raise NotForMe
         in_order = all(a.flags.c_contiguous for a in arrays)
         if not in_order and not all(a.flags.f_contiguous for a in arrays):
             raise NotForMe

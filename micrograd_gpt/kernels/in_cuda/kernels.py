@@ -133,7 +133,7 @@ def _total(numbers: Array) -> Array:
 def add_at(total: Array, index: Any, part: Array) -> None:
     """As the definition, for any types and indices; rows of a table are added in a fixed order."""
     parts = index if isinstance(index, tuple) else (index,)
-    if all(isinstance(p, int | slice | type(None) | type(...)) for p in parts):
+    if all(type(p) in (int, slice, type(None), type(...)) for p in parts):  # a bool is an array
         here = total[index]  # a view, even of a single number
         here += part
     elif is_half(total):

@@ -140,6 +140,8 @@ def add_at(total: Array, index: Any, part: Array) -> None:
     check(total, part)
     if not isinstance(index, np.ndarray) or index.dtype.kind not in "iu" or total.ndim != 2:
         raise NotForMe
+    if not part.size:
+        return
     rows, ids = part.reshape(-1, part.shape[-1]), index.reshape(-1) % max(1, len(total))
     order = np.argsort(ids, kind="stable")
     picked, first = np.unique(ids[order], return_index=True)
@@ -446,6 +448,8 @@ def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float 
 
 def gradients(parameters: list[Tensor]) -> list[Array]:
     """The gradients that exist; NotForMe where there are none."""
+    if not isinstance(parameters, list | tuple):  # what can be gone through only once
+        raise NotForMe
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
         raise NotForMe
@@ -482,8 +486,10 @@ def sum_of_squares(arrays: Sequence[Array]) -> float:
 def adamw_update(
     rows: list[Any], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
-    for row in rows:
-        check(*row[:4])
+    for *arrays, _ in rows:
+        check(*arrays)
+        if len({array.shape for array in arrays}) != 1:
+            raise NotForMe  # the definition says what does not fit
     keep_freed_memory()  # a run has begun: the next step allocates the same arrays again
     correction = math.sqrt(1 - beta2**step)
     # lr * m_hat / (sqrt(v_hat) + eps), with its two bias corrections combined in one factor
