@@ -69,14 +69,14 @@ class AdamW:
 
 
 @definition
-def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> Any:
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, loss_scale: float = 1.0) -> Any:
     """Scale all gradients in place so that their joint Euclidean norm is at most `max_norm`; those
     of a loss that was multiplied by `loss_scale` are divided by it first. Returns the norm before
     clipping (Pascanu et al. 2013, arXiv:1211.5063): a float, or on a GPU an array that nobody has
     waited for yet. Where it is not finite nothing is scaled."""
     grads: list[Any] = [p.grad for p in parameters if p.grad is not None]
     norm = np.sqrt(sum((grad * grad).sum() for grad in grads)) / loss_scale
-    factor = np.minimum(1.0, max_norm / np.maximum(norm, 1e-30)) / loss_scale
+    factor = np.minimum(max_norm / np.maximum(norm, 1e-30), 1.0) / loss_scale
     for grad in grads:
         grad *= np.where(np.isfinite(norm), factor, 1.0).astype(grad.dtype)
     return float(norm) if isinstance(norm, np.generic) else norm

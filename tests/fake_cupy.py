@@ -28,7 +28,8 @@ UFUNCS = {
         ("absolute", "exp", "isfinite", "log", "negative", "sqrt", "tanh"), "x out casting dtype"
     ),
     **dict.fromkeys(
-        ("add", "divide", "maximum", "multiply", "power", "subtract"), "x1 x2 out casting dtype"
+        ("add", "divide", "maximum", "minimum", "multiply", "power", "subtract"),
+        "x1 x2 out casting dtype",
     ),
     **dict.fromkeys(
         ("equal", "greater", "greater_equal", "less", "less_equal", "not_equal"),
