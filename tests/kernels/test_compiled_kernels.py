@@ -17,6 +17,7 @@ from kernel_cases import parameters
 
 from micrograd_gpt import functional as F
 from micrograd_gpt import optim
+from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels.in_c import compiler
 from micrograd_gpt.kernels.in_c import kernels as compiled
 from micrograd_gpt.kernels.linear_cross_entropy import linear_cross_entropy_forward
@@ -237,6 +238,40 @@ def test_products_of_every_layout(n: int, k: int) -> None:
                 assert results[-1].flags[f"{order}_CONTIGUOUS"]
             for result in results:
                 np.testing.assert_allclose(result, exact, rtol=0, atol=3e-6 * k**0.5 * 4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("n", [1, 3, 16])
+@pytest.mark.parametrize(("k", "m"), [(1, 1), (31, 5), (768, 401)])
+def test_a_matrix_in_half_precision_is_read_as_it_is(n: int, k: int, m: int, dtype: str) -> None:
+    x, w, bias = (numbers(*s).astype(dtype) for s in ((n, k), (m, k), (m,)))
+    for b in (bias, None):
+        y = compiled.linear_forward(x, w.T, b)
+        exact = x.astype("float64") @ w.T.astype("float64")
+        exact += 0 if b is None else b.astype("float64")
+        assert y.dtype == dtype
+        one_bit = {"bfloat16": 2**-8, "float16": 2**-11}[dtype]
+        np.testing.assert_allclose(y.astype("float64"), exact, rtol=one_bit, atol=1e-5 * k**0.5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_number_of_16_bits_is_read_right(dtype: str) -> None:
+    """Subnormal numbers, infinities and NaN among them."""
+    w = np.arange(2**16, dtype=np.uint16).view(dtype)[None, :]
+    y = compiled.linear_forward(np.ones((1, 1), dtype), w, None)
+    np.testing.assert_array_equal(y.astype("float32"), w.astype("float32"))
+
+
+@needs_compiler
+def test_other_products_in_half_precision_are_left_to_float32() -> None:
+    x, w, many = (numbers(*s).astype("bfloat16") for s in ((2, 30), (30, 5), (17, 30)))
+    columns = np.asfortranarray(w)
+    others = [(x, w), (x[:0], columns), (many, columns), (x[:, :7], columns)]
+    for a, b in [*others, (x.astype("float32"), columns), (x.astype("float16"), columns)]:
+        with pytest.raises(NotForMe):
+            compiled.linear_forward(a, b, None)
 
 
 @needs_compiler

@@ -1,4 +1,5 @@
-"""Kernels for the CPU in C (sources/), called through ctypes: float32 arrays only.
+"""Kernels for the CPU in C (sources/), called through ctypes: float32 arrays only,
+but for a few rows times a matrix in half precision, as in decoding.
 
 Each stands in for a definition and takes the same arguments. Where those have a type or layout that
 the C code cannot read, or nothing could be compiled, it raises NotForMe and a kernel in NumPy does
@@ -16,6 +17,7 @@ import numpy as np
 
 from micrograd_gpt import functional, optim, tensor
 from micrograd_gpt.arrays.memory import keep_freed_memory
+from micrograd_gpt.arrays.precision import is_half
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_c.arguments import (
@@ -87,6 +89,8 @@ def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _Produc
 
 @in_c(functional.linear_forward)
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
+    if is_half(weight):
+        return _multiply_half(x, weight, bias)
     check(x, weight, bias)
     return _multiply(x, weight, None if bias is None else np.ascontiguousarray(bias))
 
@@ -101,6 +105,20 @@ def _multiply(a: Array, b: Array, bias: Array | None) -> Array:
     else:
         call("matmul", _product(a, b, y, bias))
     return y
+
+
+def _multiply_half(x: Array, weight: Array, bias: Array | None) -> Array:
+    """A few rows times a matrix in half precision, which is read as it is: half the bytes."""
+    (n, k), m = x.shape, weight.shape[1]
+    fits = weight.flags.f_contiguous and k == weight.shape[0] and weight.size
+    if x.dtype != weight.dtype or not fits or not 0 < n <= FEW_ROWS:
+        raise NotForMe
+    wide, y = np.ascontiguousarray(x, np.float32), np.empty((n, m), np.float32)
+    places = wide.ctypes.data, weight.ctypes.data, None, y.ctypes.data
+    call(f"few_rows_{weight.dtype}", _FewRows(n, k, m, *places))
+    if bias is not None:
+        y += bias.astype(np.float32)
+    return y.astype(x.dtype)
 
 
 @in_c(functional.linear_backward)

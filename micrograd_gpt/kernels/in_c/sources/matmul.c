@@ -305,3 +305,50 @@ static void few_rows_task(const void *arguments, Int part, Int parts) {
 }
 
 void few_rows(const FewRows *f) { run_parts(few_rows_task, f, few_rows_parts(f)); }
+
+/* ------------------------------------------- few rows, and weights in half precision, read as such */
+
+typedef union {
+  uint32_t bits;
+  float number;
+} Float;
+
+/* bfloat16 is the upper half of a float32. */
+INLINE float from_bfloat16(uint16_t x) { return (Float){(uint32_t)x << 16}.number; }
+
+/* float16 has 5 bits of exponent, which count from 15: where float32 has 8, which count from 127.
+   The product with 2^112 makes up for that, below the smallest normal number too. */
+INLINE float from_float16(uint16_t x) {
+  uint32_t sign = (uint32_t)(x & 0x8000) << 16, size = (uint32_t)(x & 0x7fff) << 13;
+  Float wide = {size};
+  wide.number *= 0x1p112f;
+  wide.bits |= sign | (size >= 31u << 23 ? 0xffu << 23 : 0); /* infinity and NaN stay so */
+  return wide.number;
+}
+
+/* As few_rows, with weights that `convert` makes floats of. */
+INLINE void few_rows_half(const FewRows *f, Int part, Int parts, float (*convert)(uint16_t)) {
+  const uint16_t *weights = (const uint16_t *)f->weight;
+  Int first, end = cut(f->m, parts, LANES, part, &first);
+  for (Int j = first; j < end; j++)
+    for (Int r = 0; r < f->n; r++) {
+      const float *x = f->x + r * f->k;
+      const uint16_t *weight = weights + j * f->k;
+      float sum = 0;
+      SIMD_SUM(sum)
+      for (Int i = 0; i < f->k; i++) sum += x[i] * convert(weight[i]);
+      f->y[r * f->m + j] = sum;
+    }
+}
+
+static void bfloat16_task(const void *arguments, Int part, Int parts) {
+  few_rows_half(arguments, part, parts, from_bfloat16);
+}
+
+static void float16_task(const void *arguments, Int part, Int parts) {
+  few_rows_half(arguments, part, parts, from_float16);
+}
+
+void few_rows_bfloat16(const FewRows *f) { run_parts(bfloat16_task, f, few_rows_parts(f)); }
+
+void few_rows_float16(const FewRows *f) { run_parts(float16_task, f, few_rows_parts(f)); }

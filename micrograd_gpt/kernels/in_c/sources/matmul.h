@@ -33,6 +33,10 @@ typedef struct {
 } FewRows;
 void few_rows(const FewRows *f);
 
+/* The same, where `weight` is the address of numbers of 16 bits, and bias NULL. */
+void few_rows_bfloat16(const FewRows *f);
+void few_rows_float16(const FewRows *f);
+
 /* Rows first_row … end_row - 1 and columns first_column … end_column - 1 of c, on this thread. */
 void multiply_part(const Product *p, Int first_row, Int end_row, Int first_column, Int end_column);
 
