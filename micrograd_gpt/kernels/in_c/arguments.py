@@ -1,4 +1,4 @@
-"""Arguments of the C kernels: structures of sizes, numbers and the addresses of float32 arrays."""
+"""Arguments of the C kernels: structures of sizes, numbers and the addresses of arrays."""
 
 from __future__ import annotations
 

@@ -39,6 +39,7 @@ Array = np.ndarray
 
 MANY_ELEMENTS = 2**14  # with fewer, another thread is not worth waking
 FEW_ROWS = 16  # a product of at most this many rows is bound by reading the matrix
+FEW_ROWS_HALF = 8  # with more, converting the matrix once is faster than once a row
 
 
 # ------------------------------------------------------------------------------ matrix products
@@ -111,7 +112,7 @@ def _multiply_half(x: Array, weight: Array, bias: Array | None) -> Array:
     """A few rows times a matrix in half precision, which is read as it is: half the bytes."""
     (n, k), m = x.shape, weight.shape[1]
     fits = weight.flags.f_contiguous and k == weight.shape[0] and weight.size
-    if x.dtype != weight.dtype or not fits or not 0 < n <= FEW_ROWS:
+    if x.dtype != weight.dtype or not fits or not 0 < n <= FEW_ROWS_HALF:
         raise NotForMe
     wide, y = np.ascontiguousarray(x, np.float32), np.empty((n, m), np.float32)
     places = wide.ctypes.data, weight.ctypes.data, None, y.ctypes.data
