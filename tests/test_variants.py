@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from learning import assert_learns
 
-from micrograd_gpt import Tensor, no_grad, optim
+from micrograd_gpt import Tensor, no_grad
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
@@ -35,17 +36,7 @@ def random_ids(*shape: int, seed: int = 0) -> np.ndarray:
 
 @EVERY
 def test_every_architecture_learns(choice: dict[str, str]) -> None:
-    model, ids = variant(choice), random_ids(4, 13)
-    optimizer = optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
-    losses = []
-    for _ in range(40):
-        loss = model.loss(ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(np.log(23), rel=0.05) and losses[-1] < 0.5 * losses[0]
+    assert_learns(variant(choice), random_ids(4, 13))
 
 
 @EVERY
