@@ -96,7 +96,7 @@ class Arguments:
         self.leaves: list[Tensor] = []
         self.notes: list[str] = []
 
-    # ------------------------------------------------------------------------------- what is asked
+    # --------------------------------------------------------------------------- what is asked for
 
     def pick(self, choices: Any) -> Any:
         return choices[self.rng.integers(len(choices))]
@@ -190,7 +190,7 @@ class Arguments:
         if self.disturbs:
             change()
 
-    # -------------------------------------------------------------------------------- how it is made
+    # ---------------------------------------------------------------------------- how it is made
 
     def note(self, what: Any, kind: str = "") -> Any:
         self.notes.append(f"{kind} {what!r}"[:120].strip())
@@ -291,7 +291,7 @@ class Arguments:
             self.written.append(other)
         return self.note(other, f"{how}:")
 
-    # ------------------------------------------------------------------------------------- afterwards
+    # -------------------------------------------------------------------------------- afterwards
 
     def check(self) -> None:
         """AssertionError where anything was written that may not be."""

@@ -3,8 +3,9 @@
     python tests/fuzz_child.py PROGRAMS SEED FIRST COUNT
 
 Before each case comes a line "case N", so that it is known which one ended the process. After one
-that goes wrong comes a line of JSON; after one that returned, "returned" and the program's name. Case N runs program N modulo the number of programs: first with the
-definitions alone, which says what is right, then with the kernels of each level.
+that goes wrong comes a line of JSON; after one that returned, "returned" and the program's name.
+Case N runs program N modulo the number of programs: first with the definitions alone, which says
+what is right, then with the kernels of each level.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from micrograd_gpt.tensor import Picked
 NEVER = (SystemError, MemoryError, AssertionError, NotForMe)  # no answer to wrong arguments
 TOLERANCE = {2: 0.1, 4: 1e-3, 8: 1e-8}  # by the bytes of a float; of the largest element
 HALF = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+
+LONGEST = 30  # seconds for one case; it ends the process
 
 
 class Wrong(Exception):
@@ -138,6 +142,7 @@ def main(programs: dict[str, Any], seed: int, first: int, count: int) -> None:
             vars(module).update({"np": kernels} if vars(module).get("np") is np else {})
     for case in range(first, first + count):
         os.write(1, f"case {case}\n".encode())
+        faulthandler.dump_traceback_later(LONGEST, exit=True)
         name = names[case % len(names)]
         problem, arguments, has_returned = run(programs[name], seed, case, kernels)
         if problem:

@@ -347,12 +347,18 @@ def one_sided(name: str) -> Program:
 
 
 OPERATIONS: dict[str, Program] = {
+    **{name: two_sided(name) for name in ("__add__", "__sub__", "__mul__", "__truediv__")},
+    **{name: two_sided(name) for name in ("__radd__", "__rsub__", "__rmul__", "__rtruediv__")},
     **{
-        f"__{name}__": two_sided(f"__{name}__")
-        for name in "add radd sub rsub mul rmul truediv rtruediv eq ne lt le gt ge".split()
+        name: two_sided(name)
+        for name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
     },
-    **{name: one_sided(name) for name in "exp log sqrt tanh sigmoid relu __neg__ item".split()},
-    **{name: one_sided(name) for name in "detach numpy __bool__ __len__ __repr__".split()},
+    **{
+        name: one_sided(name)
+        for name in ("exp", "log", "sqrt", "tanh", "sigmoid", "relu", "__neg__")
+    },
+    **{name: one_sided(name) for name in ("item", "numpy", "detach")},
+    **{name: one_sided(name) for name in ("__bool__", "__len__", "__repr__")},
 }
 
 
@@ -530,7 +536,7 @@ def a_step_before_the_second_backward(a: Arguments) -> Any:
 
 
 def spoil_parameters(a: Arguments, model: Any) -> None:
-    """The parameters of a model lie within guarded memory; at times one has another shape or type."""
+    """A model's parameters lie within guarded memory; at times one has another shape or type."""
     for _, parameter in model.named_parameters():
         old = parameter.data
         if a.chance(a.rate / 10):
@@ -753,7 +759,7 @@ def losses_in_several_threads(a: Arguments) -> Any:
 
 
 def missing() -> Iterator[str]:
-    """Definitions without a function that makes their arguments, methods of Tensor without a call."""
+    """Definitions without a function that makes their arguments, uncalled methods of Tensor."""
     for name, definition in definitions().items():
         if definition not in ARGUMENTS:
             yield name
