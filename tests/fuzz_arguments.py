@@ -133,9 +133,10 @@ class Arguments:
         values = self.rng.standard_normal(shape) * 2
         values = np.abs(values) if positive or dtype.kind in "u" else values
         if values.size and self.chance(self.rate / 6):
-            values.flat[self.rng.integers(values.size)] = self.pick(ODD_VALUES)
+            odd = self.note(self.pick(ODD_VALUES), "with a")
+            values.flat[self.rng.integers(values.size)] = odd
         with np.errstate(all="ignore"):
-            return self._spoil(self.place(values.astype(dtype), written=written), written)
+            return self.spoil(self.place(values.astype(dtype), written=written), written)
 
     def ids(self, *shape: int, below: int, ignore: bool = False, written: bool = False) -> Any:
         """Random integers in 0 … below-1, some of them -100 where that may be."""
@@ -148,7 +149,7 @@ class Arguments:
             values.flat[self.rng.integers(values.size)] = self.note(odd, "an id")
         dtype = np.dtype(self.pick(ID_DTYPES) if self.chance(self.rate / 2) else "int64")
         with np.errstate(all="ignore"):
-            return self._spoil(self.place(values.astype(dtype), written=written), written)
+            return self.spoil(self.place(values.astype(dtype), written=written), written)
 
     def index(self, *shape: int) -> Any:
         """Something to index an array of this shape with."""
@@ -264,7 +265,7 @@ class Arguments:
             array.flags.writeable = False
         return array, held
 
-    def _spoil(self, array: np.ndarray, written: bool) -> Any:
+    def spoil(self, array: np.ndarray, written: bool = False) -> Any:
         """The array; or another one that was there before, or part of it, or no array at all."""
         if not self.chance(self.rate / 4):
             return array

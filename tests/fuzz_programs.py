@@ -213,8 +213,14 @@ def _(a: Arguments) -> Any:
 @arguments_of(functional.attention_backward)
 def _(a: Arguments) -> Any:
     b, h, t, d = a.size(4), a.size(4), a.size(), a.size(17)
-    q, k, v, out, grad = (a.array(b, h, t, d) for _ in range(5))
-    return grad, q, k, v, out, a.array(b, h, t, positive=True), *dropped(a)
+    q, k, v, grad = (a.array(b, h, t, d) for _ in range(4))
+    p, key = dropped(a)
+    try:
+        saved = functional.attention_forward.definition(q, k, v, p, key)
+    except Exception:  # with wrong arguments, no forward says what was saved
+        return grad, q, k, v, a.array(b, h, t, d), a.array(b, h, t), p, key
+    out, log_total = (a.spoil(a.place(array.astype(a.dtype))) for array in saved)
+    return grad, q, k, v, out, log_total, p, key
 
 
 @arguments_of(functional.cross_entropy_forward)
@@ -362,62 +368,65 @@ OPERATIONS: dict[str, Program] = {
 }
 
 
-def operation(function: Program) -> Program:
-    OPERATIONS[function.__name__] = function
-    return function
+def operation(name: str) -> Callable[[Program], Program]:
+    def register(call: Program) -> Program:
+        OPERATIONS[name] = call
+        return call
+
+    return register
 
 
-@operation
-def __rmatmul__(a: Arguments) -> Any:
+@operation("__rmatmul__")
+def _(a: Arguments) -> Any:
     n, k, m = a.sizes(3)
     return with_gradients(a, a.array(*a.pick(((k,), (n, k)))) @ a.tensor(k, m))
 
 
-@operation
-def max(a: Arguments) -> Any:
+@operation("max")
+def _(a: Arguments) -> Any:
     x = a.tensor(*a.lead(), a.size())
     return with_gradients(a, x.max(axis(a, x.ndim), a.pick((False, True))))
 
 
-@operation
-def reshape(a: Arguments) -> Any:
+@operation("reshape")
+def _(a: Arguments) -> Any:
     x = a.tensor(*a.sizes(3, 8))
     b, c, d = (*x.shape, 1, 1, 1)[:3]
     return with_gradients(a, x.reshape(*a.pick(((-1,), (b * c, d), (b, -1), ((d, c, b),), (7,)))))
 
 
-@operation
-def transpose(a: Arguments) -> Any:
+@operation("transpose")
+def _(a: Arguments) -> Any:
     x = a.tensor(*a.sizes(3, 8))
     return with_gradients(
         a, x.transpose(*a.pick(((), (1, 0, 2), ((2, 0, 1),), (0, -1), (0, 0, 1))))
     )
 
 
-@operation
-def swapaxes(a: Arguments) -> Any:
+@operation("swapaxes")
+def _(a: Arguments) -> Any:
     return with_gradients(a, a.tensor(*a.sizes(3, 8)).swapaxes(a.pick((0, -1, 5)), a.pick((1, 2))))
 
 
-@operation
-def __getitem__(a: Arguments) -> Any:
+@operation("__getitem__")
+def _(a: Arguments) -> Any:
     shape = a.sizes(2, 17)
     return with_gradients(a, a.tensor(*shape)[a.index(*shape)])
 
 
-@operation
-def astype(a: Arguments) -> Any:
+@operation("astype")
+def _(a: Arguments) -> Any:
     dtype = a.pick(("float16", "float32", "float64", "bfloat16", "int32", "bool"))
     return with_gradients(a, a.tensor(*a.lead()).astype(dtype))
 
 
-@operation
-def to(a: Arguments) -> Any:
+@operation("to")
+def _(a: Arguments) -> Any:
     return with_gradients(a, a.tensor(*a.lead()).to(a.pick(("cpu", "cpu", "nowhere"))))
 
 
-@operation
-def backward(a: Arguments) -> Any:
+@operation("backward")
+def _(a: Arguments) -> Any:
     x = a.tensor(*a.lead())
     y = x * 2 + x
     y.backward(a.array(*y.shape) if a.chance(0.8) else None)
@@ -553,6 +562,7 @@ def modules(a: Arguments) -> Any:
     table = nn.Embedding(vocabulary, n_in, init)
     drop = nn.Dropout(a.number(0.0, 0.4), nn.Draws(1))
     for part in (linear, norm, table):
+        hold_in(part, a.dtype.name)
         spoil_parameters(a, part)
     y = drop(norm(linear(table(a.ids(*a.lead(), below=vocabulary)))))
     y.backward(a.array(*y.shape))
@@ -709,7 +719,10 @@ def labels_changed_by_another_thread(a: Arguments) -> Any:
     error, but the process lives."""
     n, width, vocabulary = a.pick((33, 260)), 8, a.pick((5, 260))
     labels = a.place(a.rng.integers(0, vocabulary, n), "in order", written=True)
-    x, weight = a.tensor(n, width), a.tensor(vocabulary, width)
+    x, weight = (
+        Tensor(a.place(a.rng.random((rows, width), np.float32)), requires_grad=True)
+        for rows in (n, vocabulary)
+    )
     done = threading.Event()
 
     def change() -> None:
