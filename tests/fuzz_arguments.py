@@ -22,6 +22,7 @@ CANARY = 0xA5
 
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 16, 17, 33)
 LARGE = (130, 260)  # sizes that are cut into blocks, and shared among threads
+HALF = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 DTYPES = ("float32",) * 6 + ("float64",) * 2 + ("float16", ml_dtypes.bfloat16)
 OTHER_DTYPES = (
     *("float32", "float64", "float16", ml_dtypes.bfloat16, ">f4", ">f8", "longdouble"),
@@ -89,7 +90,8 @@ class Arguments:
         self.dtype = np.dtype(self.pick(DTYPES))
         self.disturbs = True  # whether `disturb` does anything
         self.disturbed = False
-        self.rounds = False  # whether float32 is rounded to half precision on the way
+        self.float_bytes = self.dtype.itemsize  # of the narrowest floats that are computed with
+        self.masks = False  # whether attention masks: 0 × inf in the definition, skipped by kernels
         self.memories: list[Memory] = []
         self.arrays: list[np.ndarray] = []
         self.written: list[np.ndarray] = []
@@ -130,6 +132,7 @@ class Arguments:
         dtype = self.dtype
         if self.chance(self.rate / 3):
             dtype = np.dtype(self.pick(OTHER_DTYPES))
+            self.rounded_to(2 if dtype in HALF else 4)
         values = self.rng.standard_normal(shape) * 2
         values = np.abs(values) if positive or dtype.kind in "u" else values
         if values.size and self.chance(self.rate / 6):
@@ -181,6 +184,10 @@ class Arguments:
         made = Tensor(data, requires_grad=wanted)
         self.leaves += [made] if wanted else []
         return made
+
+    def rounded_to(self, float_bytes: int) -> None:
+        """Somewhere on the way the numbers are floats of so many bytes."""
+        self.float_bytes = min(self.float_bytes, float_bytes)
 
     def disturb(self, change: Callable[[], Any]) -> None:
         """What somebody does to the arguments while they are in use, which is to have no effect.
@@ -273,6 +280,7 @@ class Arguments:
         if how == "none":
             return self.note(None, "in place of an array:")
         if how in ("list", "number"):
+            self.rounded_to(4)
             return self.note(array.tolist() if how == "list" else 1.5, "in place of an array:")
         others = [a for a in self.arrays if a is not array and a.dtype == array.dtype]
         if how == "alias":

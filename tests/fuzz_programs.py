@@ -119,6 +119,7 @@ def _(a: Arguments) -> Any:
 
 def heads(a: Arguments, make: Callable[..., Any], older: bool = True) -> list[Any]:
     """Queries (B, H, T, D), keys and values (B, H, S, D), mostly with S >= T."""
+    a.masks = True
     b, h, d = a.size(4), a.size(4), a.size(17)
     t, s = a.size(), a.size(33)
     s = t + (s if older and a.chance(0.5) else 0) - a.chance(a.rate / 4)
@@ -138,6 +139,7 @@ def _(a: Arguments) -> Any:
 
 @arguments_of(layers.self_attention)
 def _(a: Arguments) -> Any:
+    a.masks = True
     b, t, h, d = a.size(4), a.size(), a.size(4), a.size(17)
     return a.tensor(b, t, 3, h, d), *dropped(a)
 
@@ -212,6 +214,7 @@ def _(a: Arguments) -> Any:
 
 @arguments_of(functional.attention_backward)
 def _(a: Arguments) -> Any:
+    a.masks = True
     b, h, t, d = a.size(4), a.size(4), a.size(), a.size(17)
     q, k, v, grad = (a.array(b, h, t, d) for _ in range(4))
     p, key = dropped(a)
@@ -571,6 +574,7 @@ def modules(a: Arguments) -> Any:
 
 def small_model(a: Arguments, **settings: Any) -> GPT2:
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 11, "n_positions": 8, **settings}
+    a.masks = True
     model = GPT2(GPT2Config(**shape), seed=1)
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -586,8 +590,9 @@ def loss_of_a_model(a: Arguments) -> Any:
     model = small_model(a, attn_pdrop=a.pick((0.0, 0.3)))
     b, t = a.size(4), a.size(8)
     ids, targets = a.ids(b, t, below=11), a.ids(b, t, below=11, ignore=True)
-    a.rounds = a.chance(0.2)
-    with compute_in("bfloat16" if a.rounds else "float32"):
+    dtype = a.pick(("float32", "float32", "float32", "bfloat16"))
+    a.rounded_to(2 if dtype == "bfloat16" else 4)
+    with compute_in(dtype):
         loss = model.loss(ids, targets)
         loss.backward()
     return [loss, *(p.grad for p in model.parameters())]
