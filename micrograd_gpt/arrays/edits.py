@@ -29,26 +29,36 @@ RECORD = Path(__file__).with_name("definitions.json")
 PACKAGE = __name__.split(".")[0]
 
 
-class Part:
-    """Something that a definition computes with: a function, a method or a constant."""
+class Guard:
+    """Tells before each use whether a definition and all that it computes with are as recorded."""
 
-    def __init__(self, name: str, recorded: str) -> None:
-        self.name, self.recorded = name, recorded
-        self.owner: dict[str, Any] = {}  # the namespace that holds it,
-        self.attribute = ""  # and its name there
-        self.value: Any = self  # as it was when it was last found to be the recorded one,
-        self.code: Any = None  # and its code, which IPython's autoreload replaces
+    def __init__(self, function: Any) -> None:
+        record = recorded()
+        self.parts = {
+            name: record["sources"][name] for name in record["uses"].get(name_of(function), ())
+        }
+        # What each part was when it was last found to be the recorded one: the namespace that holds
+        # it, its name there, itself, its function, and that one's code, which autoreload replaces
+        self.seen: list[tuple[dict[str, Any], str, Any, Any, Any]] | None = None
 
-    def is_unchanged(self) -> bool:
-        value = self.owner.get(self.attribute)
-        if value is self.value and getattr(value, "__code__", None) is self.code:
-            return True  # quickly: this is asked before each use
-        self.owner, self.attribute = owner_of(self.name)
-        value = self.owner.get(self.attribute)
-        if fingerprint(value) != self.recorded:
-            say_once(self.name)
-            return False
-        self.value, self.code = value, getattr(value, "__code__", None)
+    def holds(self) -> bool:
+        for namespace, attribute, value, function, code in self.seen or ():
+            if namespace.get(attribute) is not value or function.__code__ is not code:
+                self.seen = None
+        return self.seen is not None or self._look_again()
+
+    def _look_again(self) -> bool:
+        seen = []
+        for name, source in self.parts.items():
+            namespace, attribute = owner_of(name)
+            value = namespace.get(attribute)
+            if fingerprint(value) != source:
+                say_once(name)
+                return False
+            function = getattr(value, "definition", value)
+            function = function if inspect.isfunction(function) else owner_of  # a constant has none
+            seen.append((namespace, attribute, value, function, function.__code__))
+        self.seen = seen
         return True
 
 
@@ -56,12 +66,6 @@ class Part:
 def recorded() -> dict[str, dict[str, Any]]:
     """`sources`: the fingerprint of each part; `uses`: the names of each definition's parts."""
     return json.loads(RECORD.read_text("utf-8"))
-
-
-def parts_of(function: Any) -> list[Part]:
-    """What must not have changed for anything to stand in for this definition."""
-    uses, sources = recorded()["uses"].get(name_of(function), ()), recorded()["sources"]
-    return [Part(name, sources[name]) for name in uses]
 
 
 def name_of(function: Any) -> str:

@@ -65,7 +65,7 @@ def definition(function: F) -> F:
         return choose(*precision.rounded(function, args))
 
     def choose(*args: Any) -> Any:
-        for stand_in in choices(highest_level(), _on_gpu(args[0])) if is_as_tested() else ():
+        for stand_in in choices(highest_level(), _on_gpu(args[0])) if guard.holds() else ():
             try:
                 return stand_in(*args)
             except NotForMe:
@@ -89,16 +89,10 @@ def definition(function: F) -> F:
             below = tuple(CUDA if level == "numpy" else level for level in below if level != "c")
         return [stand_ins[level] for level in reversed(below) if level in stand_ins]
 
-    @functools.cache
-    def parts() -> list[edits.Part]:
-        return edits.parts_of(function)
-
-    def is_as_tested() -> bool:
-        return not stand_ins or all(map(edits.Part.is_unchanged, parts()))
-
     stand_ins: dict[str, Callable[..., Any]] = {}
+    guard = edits.Guard(function)
     call.definition, call.stand_ins, call.choices = function, stand_ins, choices  # type: ignore[attr-defined]
-    call.bypasses, call.is_as_tested = set[Any](), is_as_tested  # type: ignore[attr-defined]
+    call.bypasses, call.is_as_tested = set[Any](), guard.holds  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
 
 
