@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from compilers import CC, REPORT, QuickCompiler, needs_cc, run_apart
+from threadpoolctl import ThreadpoolController
 
 from micrograd_gpt.kernels.in_c import kept_library
 from micrograd_gpt.kernels.in_c.kept_library import keep, kept, load
@@ -77,7 +78,8 @@ def empty(library: Path, checksum: Path) -> None:
 
 
 def zero_the_tail(library: Path, checksum: Path) -> None:
-    library.write_bytes(LIBRARY[:5000] + bytes(len(LIBRARY) - 5000))
+    content = library.read_bytes()
+    library.write_bytes(content[:5000] + bytes(len(content) - 5000))
 
 
 def lose_the_checksum(library: Path, checksum: Path) -> None:
@@ -201,6 +203,18 @@ def test_a_user_without_a_home_has_the_temporary_folder(
     assert (temporary / NAME).exists()
 
 
+def test_where_no_temporary_file_can_be_written_the_cache_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(NAME, LIBRARY)
+    monkeypatch.setattr(tempfile, "gettempdir", no_temporary_folder)
+    assert kept(NAME) == LIBRARY
+
+
+def no_temporary_folder() -> str:
+    raise FileNotFoundError("No usable temporary directory found")
+
+
 # ----------------------------------------------------------------------------------------- loading
 
 
@@ -250,13 +264,33 @@ def test_a_folder_that_forbids_loading_is_no_hindrance(
     choose(monkeypatch, in_memory)
     library = compiled(noexec, "int number(void) { return 7; }")
     monkeypatch.setattr(tempfile, "tempdir", str(noexec))
+    if in_memory:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(noexec))
     keep(NAME, LIBRARY)  # makes the folder in the cache
     assert load(library).number() == 7
-    assert len(list(folder.iterdir())) == 2
     if not in_memory:
+        assert len(list(folder.iterdir())) == 2
         monkeypatch.setenv("XDG_CACHE_HOME", str(noexec))
         with pytest.raises(OSError, match="failed to map segment"):
             load(library)
+
+
+@needs_cc
+@ways
+def test_a_temporary_folder_whose_path_is_not_utf8_is_no_hindrance(
+    in_memory: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """threadpoolctl, which the kernels in NumPy need, reads the paths of all loaded libraries."""
+    choose(monkeypatch, in_memory)
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    try:
+        os.mkdir(odd)
+    except OSError:
+        pytest.skip("this file system has only names in UTF-8")
+    keep(NAME, LIBRARY)  # makes the folder in the cache
+    monkeypatch.setattr(tempfile, "tempdir", odd)
+    assert load(compiled(tmp_path, "int number(void) { return 8; }")).number() == 8
+    assert ThreadpoolController().info()
 
 
 @needs_cc

@@ -16,23 +16,27 @@ import hashlib
 import os
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from micrograd_gpt.support.download import cache_folder
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import written_whole
 
+# Windows loads only *.dll. Elsewhere threadpoolctl fails on a path with .so that is not UTF-8.
+COPY = "kernels.dll" if os.name == "nt" else "kernels"
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def places() -> list[Path]:
     """The folders that libraries may be kept in: the user's cache, or else a temporary folder."""
     user = f"-{os.geteuid()}" if hasattr(os, "geteuid") else ""  # Windows: each has a folder
-    temporary = Path(tempfile.gettempdir()) / f"micrograd-gpt{user}"
-    try:
-        return [cache_folder() / "kernels", temporary]
-    except UserError:  # this user has no home
-        return [temporary]
+    found = []
+    with suppress(UserError):  # this user has no home
+        found.append(cache_folder() / "kernels")
+    with suppress(FileNotFoundError):  # no folder for temporary files can be written
+        found.append(Path(tempfile.gettempdir()) / f"micrograd-gpt{user}")
+    return found
 
 
 # --------------------------------------------------------------------------------- keep, and find
@@ -119,16 +123,14 @@ def load(library: bytes) -> ctypes.CDLL:
     The copy is in memory, or else in a file of a private folder: a folder that is mounted `noexec`
     forbids loading from it. The file is gone when this returns.
     """
-    problem = OSError("there is no folder to load them from")
     if hasattr(os, "memfd_create"):  # Linux
-        try:
+        with suppress(OSError):  # the system forbids it: try a file
             return _load_from_memory(library)
-        except OSError as error:
-            problem = error
-    for folder in _private_folders():
+    safe = [place for place in places() if place.is_dir() and _is_safe_folder(place)]
+    for folder in (Path(tempfile.gettempdir()), *safe):
         try:
             with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as private:
-                copy = Path(private) / "kernels"
+                copy = Path(private) / COPY
                 copy.write_bytes(library)
                 return ctypes.CDLL(str(copy))
         except OSError as error:
@@ -146,19 +148,3 @@ def _load_from_memory(library: bytes) -> ctypes.CDLL:
     except OSError:
         os.close(descriptor)
         raise
-
-
-def _private_folders() -> list[Path]:
-    """The folders in which one can be made that nobody else can change."""
-    folders = [Path(tempfile.gettempdir())]
-    folders += [place for place in places() if place.is_dir() and _is_safe_folder(place)]
-    # threadpoolctl fails in a process with a library whose path is not UTF-8.
-    return [folder for folder in folders if _is_utf8(os.fsencode(folder))]
-
-
-def _is_utf8(path: bytes) -> bool:
-    try:
-        path.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
