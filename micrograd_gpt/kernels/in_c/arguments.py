@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +16,9 @@ Array = np.ndarray
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def in_c(definition: Callable[..., Any]) -> Callable[[F], F]:
+def in_c(
+    definition: Callable[..., Any], bypasses: Sequence[Callable[..., Any]] = ()
+) -> Callable[[F], F]:
     """Register a kernel in C for `definition`; it raises NotForMe where none could be compiled."""
 
     def register(kernel: F) -> F:
@@ -26,7 +28,7 @@ def in_c(definition: Callable[..., Any]) -> Callable[[F], F]:
                 raise NotForMe
             return kernel(*args, **kwargs)
 
-        return stands_in_for(definition, "c")(if_compiled)  # type: ignore[return-value]
+        return stands_in_for(definition, "c", bypasses)(if_compiled)  # type: ignore[return-value]
 
     return register
 
