@@ -35,7 +35,8 @@ LAYOUTS = (
 )
 ODD_NUMBERS = (0, -1, 1.5, float("nan"), float("inf"), 2**70, 1e300, None, "1", np.float64(0.5))
 ODD_IDS = (-1, -99, IGNORE, IGNORE - 1, 2**31, 2**62, -(2**63))
-ODD_VALUES = (np.inf, -np.inf, np.nan, 1e-40, 0.0, -0.0, 1e4)
+FINITE_VALUES = (1e-40, 0.0, -0.0, 100.0)
+ODD_VALUES = (np.inf, -np.inf, np.nan, 1e4, *FINITE_VALUES)
 
 
 class Subclass(np.ndarray):
@@ -126,8 +127,11 @@ class Arguments:
     def key(self) -> Any:
         return (1, int(self.rng.integers(99)))
 
-    def array(self, *shape: int, written: bool = False, positive: bool = False) -> Any:
-        """Random floats of this shape; `written`: the call may change them."""
+    def array(
+        self, *shape: int, written: bool = False, positive: bool = False, finite: bool = False
+    ) -> Any:
+        """Random floats of this shape; `written`: the call may change them; `finite`: none is
+        infinite or not a number, for which a fused backward gives other results."""
         shape = self._shape(shape)
         dtype = self.dtype
         if self.chance(self.rate / 3):
@@ -136,7 +140,7 @@ class Arguments:
         values = self.rng.standard_normal(shape) * 2
         values = np.abs(values) if positive or dtype.kind in "u" else values
         if values.size and self.chance(self.rate / 6):
-            odd = self.note(self.pick(ODD_VALUES), "with a")
+            odd = self.note(self.pick(ODD_VALUES if not finite else FINITE_VALUES), "with a")
             values.flat[self.rng.integers(values.size)] = odd
         with np.errstate(all="ignore"):
             return self.spoil(self.place(values.astype(dtype), written=written), written)
@@ -179,7 +183,7 @@ class Arguments:
         """A tensor of such an array; where `leaf`, mostly one that gets a gradient."""
         if self.leaves and self.chance(self.rate / 10):
             return self.note(self.pick(self.leaves), "a tensor that was there before")
-        data = self.array(*shape, **how)
+        data = self.array(*shape, finite=True, **how)
         wanted = leaf and self.chance(0.85) and getattr(data, "dtype", self.dtype).kind in "fV"
         made = Tensor(data, requires_grad=wanted)
         self.leaves += [made] if wanted else []

@@ -66,7 +66,7 @@ def definitions() -> dict[str, Any]:
 def with_gradients(a: Arguments, result: Any) -> Any:
     """The result of an operation, then what its backward adds to the leaves."""
     if isinstance(result, Tensor) and result.requires_grad and a.chance(0.9):
-        result.backward(a.array(*result.shape))
+        result.backward(a.array(*result.shape, finite=True))
         return [result, *(leaf.grad for leaf in a.leaves)]
     return result
 
@@ -552,7 +552,7 @@ def spoil_parameters(a: Arguments, model: Any) -> None:
     for _, parameter in model.named_parameters():
         old = parameter.data
         if a.chance(a.rate / 10):
-            parameter.data = a.array(*old.shape)
+            parameter.data = a.array(*old.shape, finite=True)
         elif a.chance(0.3):
             parameter.data = a.place(old, a.pick(("Fortran", "in order", "gaps", "read-only")))
 
@@ -568,7 +568,7 @@ def modules(a: Arguments) -> Any:
         hold_in(part, a.dtype.name)
         spoil_parameters(a, part)
     y = drop(norm(linear(table(a.ids(*a.lead(), below=vocabulary)))))
-    y.backward(a.array(*y.shape))
+    y.backward(a.array(*y.shape, finite=True))
     return [y, *(p.grad for part in (linear, norm, table) for p in part.parameters())]
 
 
@@ -631,7 +631,7 @@ def spoil_cache(a: Arguments, cache: Any, model: GPT2) -> Any:
     if how == "lengths":
         cache.lengths[a.pick((slice(None), 0))] = a.pick((-5, -1, 7, 8, 9, 10**9, 2**62, -(2**62)))
     elif how == "data":
-        cache.data = a.array(*cache.data.shape, written=True)
+        cache.data = a.array(*cache.data.shape, written=True, finite=True)
     elif how == "longer":
         odd = (np.zeros(9, int), np.zeros(0, int), np.zeros((2, 1), int), [0, 0], 3, None)
         cache.lengths = a.pick(odd)
