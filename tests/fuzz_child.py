@@ -74,7 +74,8 @@ def compare(results: list[Any], right: list[Any], arguments: Arguments) -> None:
         raise Wrong(f"{len(results)} results in place of {len(right)}")
     size = max(largest(array) for array in (*right, *arguments.arrays, None))
     for i, (result, wanted) in enumerate(zip(results, right, strict=True)):
-        unlike = np.shape(result) != np.shape(wanted)
+        kinds = [(np.shape(x), getattr(x, "dtype", type(x))) for x in (result, wanted)]
+        unlike = kinds[0] != kinds[1]
         if unlike or not isinstance(wanted, np.ndarray) or wanted.dtype.kind in "iubSU":
             is_wrong = unlike or not np.array_equal(result, wanted)
         else:

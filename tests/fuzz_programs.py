@@ -9,11 +9,10 @@ A `@definition` needs a function that makes its arguments, a method of `Tensor` 
 from __future__ import annotations
 
 import contextvars
+import ctypes
 import importlib
 import inspect
-import os
 import pkgutil
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -65,6 +64,9 @@ def definitions() -> dict[str, Any]:
 
 def with_gradients(a: Arguments, result: Any) -> Any:
     """The result of an operation, then what its backward adds to the leaves."""
+    for leaf in a.leaves:
+        if a.chance(a.rate / 10):
+            leaf.grad = a.array(*leaf.shape, written=True, finite=True)
     if isinstance(result, Tensor) and result.requires_grad and a.chance(0.9):
         result.backward(a.array(*result.shape, finite=True))
         return [result, *(leaf.grad for leaf in a.leaves)]
@@ -801,7 +803,7 @@ PROGRAMS = dict(sorted(PROGRAMS.items()))
 
 
 def dies(a: Arguments) -> None:
-    os.kill(os.getpid(), signal.SIGSEGV)
+    ctypes.string_at(0)  # reads address 0
 
 
 def writes_beside_its_array(a: Arguments) -> None:
