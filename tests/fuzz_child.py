@@ -2,9 +2,9 @@
 
     python tests/fuzz_child.py PROGRAMS SEED FIRST COUNT
 
-Before each case comes a line "case N", so that it is known which one ended the process. After one
-that goes wrong comes a line of JSON; after one that returned, "returned" and the program's name.
-Case N runs program N modulo the number of programs: first with the definitions alone, which says
+Before each case comes a line "case N", and before each level its name, so that it is known what
+ended the process. After a case that goes wrong comes a line of JSON; after one that returned,
+"returned" and the program's name. Case N runs program N modulo the number of programs: first with the definitions alone, which says
 what is right, then with the kernels of each level.
 """
 
@@ -51,6 +51,7 @@ def outcome(
     program: Any, arguments: Arguments, level: str, kernels: GuardedNumPy
 ) -> list[Any] | Exception:
     """The arrays that the program returns and those that it may write, or what it raises."""
+    os.write(1, f"{level}\n".encode())
     try:
         with at_most(level):
             results = program(arguments)

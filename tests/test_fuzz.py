@@ -64,7 +64,7 @@ def fuzzed(programs: str, first: int, count: int) -> tuple[list[dict[str, Any]],
         assert cases, f"the child did not start:\n{result.stderr}"
         if result.returncode:
             alone = child(programs, cases[-1], 1).returncode
-            how = f"exit status {result.returncode}, {alone} when run alone"
+            how = f"{lines[-1]}: exit status {result.returncode}, {alone} when run alone"
             problems.append({"case": cases[-1], "problem": f"{how}:\n{result.stderr[:3000]}"})
         first = cases[-1] + 1
     return problems, returned
