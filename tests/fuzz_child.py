@@ -4,8 +4,8 @@
 
 Before each case comes a line "case N", and before each level its name, so that it is known what
 ended the process. After a case that goes wrong comes a line of JSON; after one that returned,
-"returned" and the program's name. Case N runs program N modulo the number of programs: first with the definitions alone, which says
-what is right, then with the kernels of each level.
+"returned" and the program's name. Case N runs program N modulo the number of programs: first with
+the definitions alone, which says what is right, then with the kernels of each level.
 """
 
 from __future__ import annotations
