@@ -9,9 +9,9 @@ A `@definition` needs a function that makes its arguments, a method of `Tensor` 
 from __future__ import annotations
 
 import contextvars
-import ctypes
 import importlib
 import inspect
+import os
 import pkgutil
 import threading
 from collections.abc import Callable, Iterator
@@ -65,8 +65,11 @@ def definitions() -> dict[str, Any]:
 def with_gradients(a: Arguments, result: Any) -> Any:
     """The result of an operation, then what its backward adds to the leaves."""
     for leaf in a.leaves:
-        if a.chance(a.rate / 10):
-            leaf.grad = a.array(*leaf.shape, written=True, finite=True)
+        if a.chance(a.rate / 10):  # a gradient that was there before, of its own memory
+            grad = a.array(*leaf.shape, written=True, finite=True)
+            held = [array for other in a.leaves for array in (other.data, other.grad)]
+            shared = any(np.may_share_memory(grad, array) for array in held if array is not None)
+            leaf.grad = None if shared else grad
     if isinstance(result, Tensor) and result.requires_grad and a.chance(0.9):
         result.backward(a.array(*result.shape, finite=True))
         return [result, *(leaf.grad for leaf in a.leaves)]
@@ -803,7 +806,7 @@ PROGRAMS = dict(sorted(PROGRAMS.items()))
 
 
 def dies(a: Arguments) -> None:
-    ctypes.string_at(0)  # reads address 0
+    os.abort()
 
 
 def writes_beside_its_array(a: Arguments) -> None:
