@@ -92,6 +92,7 @@ class Arguments:
         self.disturbs = True  # whether `disturb` does anything
         self.disturbed = False
         self.float_bytes = self.dtype.itemsize  # of the narrowest floats that are computed with
+        self.mixes_types = False
         self.masks = False  # whether attention masks: 0 × inf in the definition, skipped by kernels
         self.memories: list[Memory] = []
         self.arrays: list[np.ndarray] = []
@@ -190,7 +191,8 @@ class Arguments:
         return made
 
     def rounded_to(self, float_bytes: int) -> None:
-        """Somewhere on the way the numbers are floats of so many bytes."""
+        """Somewhere on the way the numbers are floats of so many bytes, beside other types."""
+        self.mixes_types = True
         self.float_bytes = min(self.float_bytes, float_bytes)
 
     def disturb(self, change: Callable[[], Any]) -> None:

@@ -75,8 +75,10 @@ def compare(results: list[Any], right: list[Any], arguments: Arguments) -> None:
         raise Wrong(f"{len(results)} results in place of {len(right)}")
     size = max(largest(array) for array in (*right, *arguments.arrays, None))
     for i, (result, wanted) in enumerate(zip(results, right, strict=True)):
-        kinds = [(np.shape(x), getattr(x, "dtype", type(x))) for x in (result, wanted)]
-        unlike = kinds[0] != kinds[1]
+        unlike = np.shape(result) != np.shape(wanted)
+        if not arguments.mixes_types:
+            types = [getattr(x, "dtype", type(x)) for x in (result, wanted)]
+            unlike = unlike or types[0] != types[1]
         if unlike or not isinstance(wanted, np.ndarray) or wanted.dtype.kind in "iubSU":
             is_wrong = unlike or not np.array_equal(result, wanted)
         else:
