@@ -66,7 +66,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             return None, "NumPy (there is no C compiler: with one they are faster)"
         version = next(iter(_output([*compiler, "--version"]).splitlines()), "an unnamed compiler")
         found = _kept(compiler, version)
-        found.use_threads(ctypes.c_int64(cores()))
+        found.use_cores(ctypes.c_int64(cores()))
     # ValueError: $CC has an open quote. AttributeError: the library hides its functions.
     except (OSError, subprocess.SubprocessError, UserError, ValueError, AttributeError) as problem:
         return None, f"NumPy (the C kernels cannot be compiled: {_reason(problem)})"
