@@ -1,13 +1,11 @@
 """The tests of the C kernels, on kernels that stop where memory or arithmetic goes wrong.
 
     python tests/sanitized.py                   # all tests that call kernels in C
-    python tests/sanitized.py --threads         # looks for data races instead
-    python tests/sanitized.py -k attention      # any other flag is pytest's
+    python tests/sanitized.py -k attention      # any flags of pytest
 
 AddressSanitizer reports what is read or written outside of the memory that C or NumPy allocated,
-UndefinedBehaviorSanitizer arithmetic that C does not define, ThreadSanitizer places that two
-threads use at once. A report ends the test's process, is printed at the end, and makes the exit
-status 1; otherwise it is pytest's. Needs Linux and GCC with its sanitizers.
+UndefinedBehaviorSanitizer arithmetic that C does not define. A report ends the process and is
+printed, and the exit status is not 0. Needs Linux and GCC with its sanitizers.
 """
 
 from __future__ import annotations
@@ -30,9 +28,11 @@ LEFT_OUT = (
     "kernels/test_c_threads.py::test_too_little_memory_is_an_error_and_the_threads_live_on",
     "kernels/test_compiled_kernels.py::test_a_thread_that_ends_gives_its_memory_back",
 )
-MEMORY = ("address,undefined,float-cast-overflow", "libasan.so")
-THREADS = ("thread", "libtsan.so")
-KINDS = """from micrograd_gpt.arrays import stand_ins; print(stand_ins.report())"""
+OPTIONS = (
+    "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
+    " -fno-omit-frame-pointer -g -O1"
+)
+WHICH_KERNELS = "from micrograd_gpt.arrays import stand_ins; print(stand_ins.report())"
 
 
 def main() -> int:
@@ -40,23 +40,23 @@ def main() -> int:
     if {"-h", "--help"} & set(flags):
         print(__doc__)
         return 0
-    sanitizers, runtime = THREADS if "--threads" in flags else MEMORY
     gcc = shutil.which("gcc")
     if gcc is None or not sys.platform.startswith("linux"):
         print("error: sanitized.py needs Linux and gcc", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        environment = prepare(folder, gcc, sanitizers, runtime)
-        kernels = run([sys.executable, "-c", KINDS], environment, stdout=subprocess.PIPE).stdout
+        environment = prepare(folder, gcc)
+        kernels = run(
+            [sys.executable, "-c", WHICH_KERNELS], environment, stdout=subprocess.PIPE
+        ).stdout
         if not kernels.startswith("C, compiled by"):
             print(f"error: there are no sanitized kernels: {kernels.strip()}", file=sys.stderr)
             return 2
         tests = [f"tests/{test}" for test in TESTS if (ROOT / "tests" / test).exists()]
         without = [f"--deselect=tests/{test}" for test in LEFT_OUT]
-        rest = [flag for flag in flags if flag != "--threads"]
         # GCC's UndefinedBehaviorSanitizer writes to stderr whatever log_path says: let it through.
-        command = [sys.executable, "-m", "pytest", "--capture=sys", *tests, *without, *rest]
+        command = [sys.executable, "-m", "pytest", "--capture=sys", *tests, *without, *flags]
         status = run(command, environment).returncode
         reports = [path.read_text("utf-8", "replace") for path in sorted(folder.glob("report.*"))]
     if reports or status:
@@ -66,16 +66,15 @@ def main() -> int:
     return 0
 
 
-def prepare(folder: Path, gcc: str, sanitizers: str, runtime: str) -> dict[str, str]:
+def prepare(folder: Path, gcc: str) -> dict[str, str]:
     """Write a compiler that sanitizes into this folder; the environment in which Python uses it."""
-    compiler, report = folder / "sanitizing-gcc", folder / "report"
-    options = f"-fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1"
+    compiler = folder / "sanitizing-gcc"
     # The options go last, as -O1 is to count. The compiler itself is not to run sanitized.
-    compiler.write_text(f'#!/bin/sh\nunset LD_PRELOAD\nexec {shlex.quote(gcc)} "$@" {options}\n')
+    compiler.write_text(f'#!/bin/sh\nunset LD_PRELOAD\nexec {shlex.quote(gcc)} "$@" {OPTIONS}\n')
     compiler.chmod(0o755)
-    find = [gcc, f"-print-file-name={runtime}"]
+    find = [gcc, "-print-file-name=libasan.so"]
     library = subprocess.run(find, check=True, capture_output=True, text=True).stdout.strip()
-    common = f"log_path={report}:halt_on_error=1"
+    common = f"log_path={folder / 'report'}:halt_on_error=1"
     return os.environ | {
         "CC": str(compiler),
         "LD_PRELOAD": library,
@@ -84,7 +83,6 @@ def prepare(folder: Path, gcc: str, sanitizers: str, runtime: str) -> dict[str, 
         # Python frees little at its end. An array that is too large is a MemoryError.
         "ASAN_OPTIONS": f"{common}:detect_leaks=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": f"{common}:print_stacktrace=1",
-        "TSAN_OPTIONS": common,
     }
 
 
