@@ -122,7 +122,7 @@ static void forward_task(const void *arguments, Int part, Int parts) {
   (void)parts;
   const Attention *a = arguments;
   Int batch = part / a->heads, head = part % a->heads;
-  if (a->queries <= FEW_QUERIES && a->queries < a->keys) /* without a backward: see above */
+  if (a->queries <= FEW_QUERIES && a->queries < a->keys) /* a backward has as many keys */
     forward_few(a, batch, head);
   else if (a->d <= COLUMNS / 2)
     forward_head(VECTORS / 2, a, batch, head);
@@ -130,7 +130,9 @@ static void forward_task(const void *arguments, Int part, Int parts) {
     forward_head(VECTORS, a, batch, head);
 }
 
-int attention_forward(const Attention *a) { return run_parts(forward_task, a, a->batches * a->heads); }
+int attention_forward(const Attention *a) {
+  return run_parts(forward_task, a, a->batches * a->heads);
+}
 
 /* ------------------------------------------------------------------------------------ backward */
 

@@ -238,7 +238,8 @@ static void linear_backward_task(const void *arguments, Int part, Int parts) {
 /* dx = grad @ weight.T, dweight = x.T @ grad, and dbias is the sums of grad's columns. */
 int linear_backward(const LinearBackward *l) {
   Int dx_parts = parts_for(&l->dx), dweight_parts = parts_for(&l->dweight);
-  return run_parts(linear_backward_task, l, 2 * (dx_parts > dweight_parts ? dx_parts : dweight_parts));
+  Int slices = dx_parts > dweight_parts ? dx_parts : dweight_parts;
+  return run_parts(linear_backward_task, l, 2 * slices);
 }
 
 /* ------------------------------------------------------------- few rows, as in decoding a token */

@@ -2,8 +2,8 @@
 
    Only microseconds pass between two tasks of a training step, and waking a sleeping thread takes
    longer than that. So a thread without work looks for more for a moment before it falls asleep.
-   Where there are fewer cores than threads it falls asleep at once: awake, it would keep a core from
-   those that have work. */
+   Where there are fewer cores than threads it falls asleep at once: awake, it would keep a core
+   from those that have work. */
 
 #include "threads.h"
 
