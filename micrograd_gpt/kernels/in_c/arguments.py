@@ -34,10 +34,17 @@ def in_c(
 
 
 def call(name: str, arguments: ctypes.Structure) -> None:
-    """Call the compiled function of this name with a pointer to its arguments."""
+    """Call the compiled function of this name with a pointer to its arguments.
+
+    Raises MemoryError where it could not get the memory it needs meanwhile.
+    """
     loaded = library()
     assert loaded is not None
-    getattr(loaded, name)(ctypes.byref(arguments))
+    if getattr(loaded, name)(ctypes.byref(arguments)):
+        raise MemoryError(
+            f"{name}: there is not enough memory for intermediate results: "
+            "use shorter contexts or smaller batches"
+        )
 
 
 def ints(*names: str) -> list[tuple[str, Any]]:
