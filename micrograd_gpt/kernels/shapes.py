@@ -197,7 +197,9 @@ def checked_update(rows: Any, *dtypes: Any) -> Array:
     if type(rows) not in (list, tuple) or not rows:  # some can be gone through only once
         raise NotForMe
     spans = []
-    for *arrays, _ in rows:
+    for *arrays, decay in rows:
+        if not isinstance(decay, (int, float, np.floating)):
+            raise NotForMe
         check_plain(arrays, dtypes)
         check_fit(ROW_OF_ADAMW, arrays)
         p, _, m, v = arrays

@@ -385,8 +385,6 @@ def adamw_update(
     rate = lr * correction / (1 - beta1**step)  # with both bias corrections in one factor
     sizes = np.array([p.size for p, *_ in rows], np.int64)
     kept = np.array([1 - lr * decay for *_, decay in rows], np.float32)
-    if kept.shape != sizes.shape:  # a decay that is no number
-        raise NotForMe
     tables = [sizes, *places, kept]
     at = (table.ctypes.data for table in tables)
     betas = beta1, 1 - beta1, beta2, 1 - beta2
