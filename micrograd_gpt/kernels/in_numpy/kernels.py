@@ -43,7 +43,7 @@ BLOCK = 2**18  # 1 MB in float32
 # With less work than this, waking another thread takes longer than it saves.
 FEW_ELEMENTS = 2**17
 FEW_PRODUCTS = 2**21  # multiplications and additions
-ROWS_OF_A_SUM = 256  # added up one after another
+ROWS_OF_A_SUM = 64  # added up one after another
 
 
 def in_numpy(definition: Callable[..., Any]) -> Callable[[F], F]:
@@ -217,7 +217,7 @@ def layer_norm_backward(
         dnormed *= rstd[rows]
 
     parallel(block, len(blocks))
-    return dx, dweight.sum(axis=0), dbias.sum(axis=0)
+    return dx, _column_sums(dweight), _column_sums(dbias)
 
 
 # ----------------------------------------------------------------------------------------- gelu
