@@ -23,6 +23,7 @@ from micrograd_gpt.arrays.devices import move, resolve_device, set_tf32
 from micrograd_gpt.arrays.memory import memory_errors
 from micrograd_gpt.arrays.precision import HALF, compute_in, emulation_note, hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.dropout import set_dropout
 from micrograd_gpt.runs.fingerprint import check_same_data
@@ -196,13 +197,11 @@ def learning_rate(step: int, settings: argparse.Namespace) -> float:
 
 def evaluate(model: GPT2, validation: Windows, settings: argparse.Namespace) -> float:
     """Mean loss in nats per token over fixed windows of the validation text, the same each time."""
-    model.eval()
     total = count = 0.0
-    with no_grad():
+    with no_grad(), no_dropout():
         for ids, targets in validation.evenly_spaced(settings.eval_batches, settings.batch_size):
             total += model.loss(ids, targets).item() * targets.size
             count += targets.size
-    model.train()
     return total / count
 
 
@@ -216,9 +215,7 @@ def bits_per_byte(loss: float, corpus: Corpus) -> dict[str, float]:
 def sample(model: GPT2, corpus: Corpus, seed: int, length: int = 300) -> str:
     """How the model continues the first tokens of the validation text."""
     prompt = corpus.validation[:8].astype(int)
-    model.eval()
     ids = model.generate(prompt, max_new_tokens=length, temperature=0.8, top_k=40, seed=seed)
-    model.train()
     return corpus.tokenizer.decode(ids)
 
 

@@ -3,8 +3,7 @@
 `linear_forward` and the like return the result, then what their backward needs; `linear_backward`
 takes the gradient of the result, returns those of the inputs, and says what was saved. The layer on
 tensors puts both on the tape; its name here and in `layers` is one, whichever of them computes.
-
-    B batch   T time (tokens)   C channels   H heads   D head size   V vocabulary   N rows: B × T
+Sizes have the letters of `layers.py`, and N is the number of rows, B × T.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 from micrograd_gpt import layers
 from micrograd_gpt.arrays.stand_ins import NotForMe, definition, stands_in_for
 from micrograd_gpt.layers import GELU_CUBIC, GELU_SCALE, IGNORE, Key, causal_mask, dropout_factors
-from micrograd_gpt.tensor import Array, Tensor, is_recorded, record
+from micrograd_gpt.tensor import Array, Tensor, is_recorded, record, total
 
 dropout, embedding, softmax = layers.dropout, layers.embedding, layers.softmax  # not fused
 log_softmax, linear_cross_entropy = layers.log_softmax, layers.linear_cross_entropy
@@ -41,13 +40,12 @@ def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array,
     """Gradients of x, weight and bias. Saved: x and weight."""
     dx = grad @ weight.T  # (N, n_in)
     dweight = x.T @ grad  # (n_in, n_out)
-    dbias = grad.sum(axis=0)  # (n_out,)
+    dbias = total(grad, axis=0)  # (n_out,)
     return dx, dweight, dbias
 
 
 @stands_in_for(layers.linear, "fused")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (…, n_in) @ weight (n_in, n_out) + bias (n_out,) -> (…, n_out)."""
     n_in, n_out = weight.shape
     fits = x.shape[-1] == n_in and (bias is None or bias.shape == (n_out,))
     check_shapes(fits, "linear", x, weight, bias)
@@ -68,6 +66,7 @@ def layer_norm_forward(
 ) -> tuple[Array, Array, Array]:
     """Normalised, scaled and shifted rows of x (N, C); their means and 1 / deviations (N, 1)."""
     mean = x.mean(axis=-1, keepdims=True)  # (N, 1)
+    mean = mean + (x - mean).mean(axis=-1, keepdims=True)  # again, as in layers.py
     centred = x - mean
     rstd = 1 / np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)  # (N, 1)
     return centred * rstd * weight + bias, mean, rstd
@@ -85,12 +84,11 @@ def layer_norm_backward(
     along_1 = dnormed.mean(axis=-1, keepdims=True)  # (N, 1)
     along_n = (dnormed * normed).mean(axis=-1, keepdims=True)  # (N, 1)
     dx = rstd * (dnormed - along_1 - normed * along_n)
-    return dx, (grad * normed).sum(axis=0), grad.sum(axis=0)
+    return dx, total(grad * normed, axis=0), total(grad, axis=0)
 
 
 @stands_in_for(layers.layer_norm, "fused")
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """Layer normalisation over the last axis: x (…, C), weight and bias (C,) -> (…, C)."""
     width, shape = x.shape[-1], x.shape
     check_shapes(weight.shape == bias.shape == (width,), "layer_norm", x, weight, bias)
     rows, w = x.data.reshape(-1, width), weight.data
@@ -119,7 +117,6 @@ def gelu_backward(grad: Array, x: Array) -> Array:
 
 @stands_in_for(layers.gelu, "fused")
 def gelu(x: Tensor) -> Tensor:
-    """GELU in the tanh approximation, of any shape."""
     data = x.data
     return record("gelu", gelu_forward(data), [x], lambda grad: (gelu_backward(grad, data),))
 
@@ -148,23 +145,23 @@ def attention_backward(
     """Gradients of q, k and v, as one array (B, T, 3, H, D). Saved: q, k, v, out and log_total,
     from which the weights are computed again. The softmax's backward needs each row's sum of weight
     × dweight, which equals output · grad (Dao et al. 2022, arXiv:2205.14135, appendix B.2)."""
-    scale = 1 / math.sqrt(q.shape[-1])
-    scores = q @ k.swapaxes(-1, -2) * scale  # (B, H, T, T)
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, T, T), as in the forward
     scores = np.where(causal_mask(q.shape[-2], k.shape[-2], q), scores, -np.inf)
     weights = np.exp(scores - log_total[..., None])
     dweights = grad @ v.swapaxes(-1, -2)  # (B, H, T, T)
     factors = dropout_factors(weights, p, key) if p else 1
     dropped, dweights = weights * factors, dweights * factors
     row_sums = (grad * out).sum(axis=-1, keepdims=True)  # (B, H, T, 1)
-    dscores = weights * (dweights - row_sums) * scale
+    dscores = weights * (dweights - row_sums) / math.sqrt(q.shape[-1])
     dq, dk = dscores @ k, dscores.swapaxes(-1, -2) @ q  # (B, H, T, D)
     dv = dropped.swapaxes(-1, -2) @ grad
     return np.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4)
 
 
 @stands_in_for(layers.self_attention, "fused")
-def self_attention(qkv: Tensor, p: float = 0.0, key: Key = ()) -> Tensor:
-    """Each token's attention to itself and all before it: (B, T, 3, H, D) -> (B, T, H, D)."""
+def self_attention(qkv: Tensor, p: float = 0.0, key: Key = (), past: Any = None) -> Tensor:
+    if past is not None:
+        raise NotForMe  # the definition takes it
     q, k, v = qkv.data.transpose(2, 0, 3, 1, 4)  # each (B, H, T, D)
     out, log_total = attention_forward(q, k, v, p, key)
 
@@ -176,11 +173,10 @@ def self_attention(qkv: Tensor, p: float = 0.0, key: Key = ()) -> Tensor:
 
 @stands_in_for(layers.attention, "fused")
 def attention(q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, key: Key = ()) -> Tensor:
-    """Causal attention, (B, H, T, D) over (B, H, S, D), when decoding: without a backward."""
     alike = q.ndim == 4 and q.shape[:2] + q.shape[3:] == k.shape[:2] + k.shape[3:]
     check_shapes(alike and k.shape == v.shape and q.shape[2] <= k.shape[2], "attention", q, k, v)
     if is_recorded(q, k, v):
-        raise NotForMe  # the definition takes it: this has no backward
+        raise NotForMe  # this is for decoding, without a backward
     return Tensor(attention_forward(q.data, k.data, v.data, p, key)[0])
 
 
@@ -196,13 +192,11 @@ def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
     losses = np.where(counted, np.log(total[:, 0]) - shifted[places, label], 0)
     dlogits /= total
     dlogits[places, label] -= 1
-    dlogits *= counted[:, None]
-    return dlogits, losses.sum()
+    return np.where(counted[:, None], dlogits, 0), losses.sum()
 
 
 @stands_in_for(layers.cross_entropy, "fused")
 def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
-    """Mean of -log softmax(logits (…, V))[target] over the targets (…) that count: a scalar."""
     labels, count = layers.flat_targets(targets, logits, logits.shape[-1])
     rows, shape = logits.data.reshape(len(labels), -1), logits.shape
     dlogits, loss_sum = cross_entropy_forward(rows, labels)

@@ -48,12 +48,8 @@ class CausalSelfAttention(Module):
     def __call__(self, x: Tensor, past: Any = None) -> Tensor:
         b, t, width = x.shape
         qkv = self.c_attn(x).reshape(b, t, 3, self.n_head, -1)  # (B, T, 3, H, D)
-        if past is None:
-            mixed = layers.self_attention(qkv, *self.attn_dropout.draw())  # (B, T, H, D)
-        else:
-            mixed = past.attention(qkv)  # generation/kv_cache.py: over older keys and values too
-        mixed = mixed.reshape(b, t, width)  # the heads side by side again
-        return self.resid_dropout(self.c_proj(mixed))  # (B, T, C)
+        mixed = layers.self_attention(qkv, *self.attn_dropout.draw(), past)  # (B, T, H, D)
+        return self.resid_dropout(self.c_proj(mixed.reshape(b, t, width)))  # (B, T, C)
 
 
 class MLP(Module):
@@ -116,7 +112,7 @@ class GPT2(Module):
         self.transformer = Transformer(config, init or normal(seed), self.draws)
 
     def hidden(self, ids: Any, cache: Any = None) -> Tensor:
-        """Token ids (B, T) -> what the head reads, (B, T, C)."""
+        """Token ids (B, T) -> what the head reads, (B, T, C); ValueError for unfit ids."""
         ids = layers.checked_ids(ids, self.config.vocab_size)
         if ids.ndim != 2:
             raise ValueError(f"GPT2 takes token ids of shape (B, T), not {ids.shape}")
@@ -127,8 +123,7 @@ class GPT2(Module):
 
     def __call__(self, ids: Any, cache: Any = None, last_only: bool = False) -> Tensor:
         """Logits of the next token at every position, or with `last_only` at the last: ids (B, T)
-        -> (B, T or 1, V). Given a `cache` (generation/kv_cache.py), the ids continue its tokens and
-        are added to it. ValueError for ids that are not (B, T), or do not fit."""
+        -> (B, T or 1, V). The ids continue the tokens of a `cache` (generation/kv_cache.py)."""
         x = self.hidden(ids, cache)  # (B, T, C)
         x = x[:, -1:] if last_only else x
         return layers.linear(x, self.transformer.wte.weight.T)  # the head is the embedding again

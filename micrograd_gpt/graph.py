@@ -14,7 +14,7 @@ def draw_graph(result: Tensor) -> str:
     `dot -Tsvg` turns the text into a picture. Draw before backward(), which frees the tape;
     afterwards this raises RuntimeError.
     """
-    root = node_of(result) or Node(LEAF, result.data, (), lambda grad: ())
+    root = node_of(result) or Node(LEAF, result, (), lambda grad: ())
     names: dict[Any, str] = {}
     lines = ["digraph tape {", "  rankdir=LR;"]
     for node in tape_below(root):

@@ -1,7 +1,7 @@
 """The layers of GPT-2 as mathematics: operations whose backwards the tape finds, dropout apart.
 
 `functional.py` has the same layers with forward and backward worked out by hand. Those run in place
-of these, equal within rounding, unless MICROGRAD_GPT_KERNELS=definitions.
+of these, equal within rounding, unless you edit these or set MICROGRAD_GPT_KERNELS=definitions.
 
     B batch   T time (tokens)   C channels   H heads   D head size   V vocabulary
 """
@@ -41,6 +41,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     """Each row of x (…, C) to mean 0 and variance 1, then scaled and shifted by weight, bias (C,).
     Ba, Kiros, Hinton 2016 (arXiv:1607.06450)."""
     centred = x - x.mean(-1, keepdims=True)
+    centred = centred - centred.mean(-1, keepdims=True)  # again: equal numbers become exact zeros
     variance = (centred * centred).mean(-1, keepdims=True)  # (…, 1)
     return centred / (variance + eps).sqrt() * weight + bias
 
@@ -78,16 +79,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, key: Key = ()) ->
 
 
 @definition
-def self_attention(qkv: Tensor, p: float = 0.0, key: Key = ()) -> Tensor:
+def self_attention(qkv: Tensor, p: float = 0.0, key: Key = (), past: Any = None) -> Tensor:
     """Each token's attention to itself and all before it: (B, T, 3, H, D) -> (B, T, H, D)."""
     q, k, v = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))  # each (B, H, T, D)
-    return attention(q, k, v, p, key).swapaxes(1, 2)
+    attend = attention if past is None else past.attention  # generation/kv_cache.py: older tokens
+    return attend(q, k, v, p, key).swapaxes(1, 2)
 
 
 @definition
 def dropout_forward(x: Array, p: float, key: Key) -> Array:
-    """x times factors 0, with probability p, or 1 / (1 - p)."""
-    return x * dropout_factors(x, p, key)
+    """x times factors 0, with probability p, or 1 / (1 - p); 0 is 0, also of infinity."""
+    factors = dropout_factors(x, p, key)
+    return np.where(factors, x, 0) * factors
 
 
 def dropout(x: Tensor, p: float, key: Key) -> Tensor:
@@ -127,10 +130,10 @@ def dropout_factors(x: Array, p: float, key: Key) -> Array:
 
 
 def checked_ids(ids: Any, vocab_size: int, or_ignore: bool = False) -> Array:
-    """Ids as an array; ValueError unless they are integers in 0 … vocab_size-1 (or IGNORE). Of ids
-    on a GPU only the type is checked: Python would have to wait to see more."""
+    """A copy of the ids, an array; ValueError unless they are integers in 0 … vocab_size-1 (or
+    IGNORE). Of ids on a GPU only the type is checked: Python would have to wait to see more."""
     ids = ids.data if isinstance(ids, Tensor) else ids
-    ids = ids if hasattr(ids, "dtype") else np.asarray(ids)
+    ids = ids.copy() if hasattr(ids, "dtype") else np.array(ids)
     if ids.dtype.kind not in "iu":
         raise ValueError(f"token ids must be integers, not {ids.dtype}")
     if isinstance(ids, np.ndarray):

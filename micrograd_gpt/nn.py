@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from micrograd_gpt import layers
 from micrograd_gpt.layers import Key
-from micrograd_gpt.tensor import Array, Tensor
+from micrograd_gpt.tensor import Array, Tensor, setting
+
+DROPPING: ContextVar[bool] = ContextVar("dropping", default=True)
+no_dropout = partial(setting, DROPPING, False)  # with no_dropout(): as if in eval mode
 
 Init = Callable[[tuple[int, ...], float], Array]  # (shape, standard deviation) -> a new matrix
 
@@ -48,19 +53,15 @@ class Module:
 
     training: bool = True  # whether dropout is on; set by train() and eval()
 
-    def children(self) -> Iterator[tuple[str, Module]]:
-        """Direct parts with their names; those of a list are called `name.0`, `name.1`, …"""
+    def modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """This module and all below it, each with what the names of its parameters begin with; the
+        parts of a list are called `name.0`, `name.1`, …"""
+        yield prefix, self
         for name, value in vars(self).items():
             listed = enumerate(value) if isinstance(value, list) else ()
             for full_name, part in [(name, value), *((f"{name}.{i}", x) for i, x in listed)]:
                 if isinstance(part, Module):
-                    yield full_name, part
-
-    def modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
-        """This module and all below it, each with what the names of its parameters begin with."""
-        yield prefix, self
-        for name, part in self.children():
-            yield from part.modules(f"{prefix}{name}.")
+                    yield from part.modules(f"{prefix}{full_name}.")
 
     def named_parameters(self) -> Iterable[tuple[str, Parameter]]:
         """Each parameter once, a module's own before its parts', as `h.0.attn.c_attn.weight`."""
@@ -125,7 +126,8 @@ class Dropout(Module):
 
     def draw(self) -> tuple[float, Key]:
         """The probability that holds now, and the draw to use it with."""
-        return (self.p, self.draws.next_key()) if self.training and self.p else (0.0, ())
+        on = self.training and self.p and DROPPING.get()
+        return (self.p, self.draws.next_key()) if on else (0.0, ())
 
     def __call__(self, x: Tensor) -> Tensor:
         p, key = self.draw()

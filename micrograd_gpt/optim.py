@@ -47,20 +47,30 @@ class AdamW:
         if narrow := next((p.dtype for p in self.parameters if p.dtype.itemsize < 4), None):
             raise ValueError(f"parameters of {narrow} cannot be trained: hold them in float32")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        self.steps = 0
+        self.steps = 0  # in all; and how many moved each parameter, by which its bias is corrected:
+        self.counts = [0] * len(self.parameters)
         self.m = [np.zeros_like(p.data) for p in self.parameters]
         self.v = [np.zeros_like(p.data) for p in self.parameters]
 
     def step(self) -> None:
-        """Update every parameter that has a gradient."""
+        """Update all that have a gradient; ValueError, before any is changed, if one cannot be."""
+        rows: dict[int, list[Any]] = {}  # by how often a parameter was moved: mostly all alike
+        for i, (p, m, v) in enumerate(zip(self.parameters, self.m, self.v, strict=True)):
+            if p.grad is not None:
+                if not p.shape == p.grad.shape == m.shape == v.shape:
+                    shapes = p.shape, p.grad.shape, m.shape, v.shape
+                    raise ValueError(f"AdamW: shapes of parameter {i}, gradient, m and v: {shapes}")
+                if not getattr(p.data.flags, "writeable", True):
+                    raise ValueError(f"AdamW: parameter {i} of shape {p.shape} is read-only")
+                decay = self.weight_decay if p.ndim >= 2 else 0.0
+                rows.setdefault(self.counts[i], []).append((p.data, p.grad, m, v, decay))
+        for count, group in rows.items():
+            adamw_update(group, self.lr, *self.betas, self.eps, count + 1)
+        for i, p in enumerate(self.parameters):
+            if p.grad is not None:
+                self.counts[i] += 1
+                p.data = p.data  # which tells the tape that it changed
         self.steps += 1
-        rows = [
-            (p.data, p.grad, m, v, self.weight_decay if p.ndim >= 2 else 0.0)
-            for p, m, v in zip(self.parameters, self.m, self.v, strict=True)
-            if p.grad is not None
-        ]
-        if rows:
-            adamw_update(rows, self.lr, *self.betas, self.eps, self.steps)
 
     def zero_grad(self) -> None:
         """Forget all gradients; the next backward starts them anew."""
@@ -75,7 +85,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, loss_scale: fl
     clipping (Pascanu et al. 2013, arXiv:1211.5063): a float, or on a GPU an array that nobody has
     waited for yet. Where it is not finite nothing is scaled."""
     grads: list[Any] = [p.grad for p in parameters if p.grad is not None]
-    norm = np.sqrt(sum((grad * grad).sum() for grad in grads)) / loss_scale
+    norm = np.sqrt(sum((grad.astype(np.float64) ** 2).sum() for grad in grads)) / loss_scale
     factor = np.minimum(max_norm / np.maximum(norm, 1e-30), 1.0) / loss_scale
     for grad in grads:
         grad *= np.where(np.isfinite(norm), factor, 1.0).astype(grad.dtype)

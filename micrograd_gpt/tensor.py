@@ -14,7 +14,8 @@ An array is NumPy's, or on a GPU CuPy's, which answers NumPy's functions too (NE
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
@@ -26,49 +27,44 @@ from micrograd_gpt.arrays.stand_ins import definition  # marks what faster code 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
 
 LEAF = "leaf"  # the name of the nodes of tensors that no operation made
-_RECORDING: ContextVar[bool] = ContextVar("recording", default=True)
+RECORDING: ContextVar[bool] = ContextVar("recording", default=True)
 
 
 @contextmanager
-def recording(on: bool) -> Iterator[None]:
-    """Within this block operations build a tape, or build none."""
-    token = _RECORDING.set(on)
+def setting(variable: ContextVar[bool], value: bool) -> Iterator[None]:
+    """Within this block, in this thread alone, the variable has this value."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _RECORDING.reset(token)
+        variable.reset(token)
 
 
-no_grad = functools.partial(recording, False)  # with no_grad(): operations build no tape
-
-
-Backward: TypeAlias = "Callable[[Array], Sequence[Array | Picked | None]]"
+no_grad = functools.partial(setting, RECORDING, False)  # with no_grad(): ops build no tape
 
 
 class Node:
-    """One operation on the tape, or a leaf, whose `backward` adds to the leaf's `.grad`.
+    """One operation on the tape, or a leaf, whose `backward` adds to the leaf's `.grad`. It refers
+    to nodes, never to its result's tensor: so the tape has no cycles, and frees arrays early."""
 
-    It refers to its inputs' nodes, never to its result's tensor: so the tape has no cycles, and an
-    array lives only as long as a backward needs it.
-    """
+    __slots__ = ("backward", "dtype", "height", "name", "parents", "shape", "versions")
 
-    __slots__ = ("backward", "dtype", "height", "name", "parents", "shape")
-
-    def __init__(
-        self, name: str, data: Array, parents: tuple[Node | None, ...], backward: Any
-    ) -> None:
-        self.name, self.shape, self.dtype = name, data.shape, data.dtype
-        self.parents, self.backward = parents, backward
+    def __init__(self, name: str, result: Tensor, inputs: Sequence[Tensor], backward: Any) -> None:
+        self.name, self.shape, self.dtype = name, result.shape, result.dtype
+        self.parents: Any = tuple(map(node_of, inputs))  # each a Node, or None: no gradient goes
+        self.backward = backward
+        # It may need these arrays as they are now: whether they still are, their versions tell.
+        self.versions = [(x.version, *x.version) for x in (result, *inputs)]
         # A parent is lower than its child, a leaf lowest: sorting by height is a topological order.
-        self.height: int = 1 + max((parent.height for parent in parents if parent), default=0)
+        self.height: int = 1 + max((parent.height for parent in self.parents if parent), default=0)
 
 
 def is_recorded(*inputs: Tensor) -> bool:
     """True where an operation on these inputs goes on the tape."""
-    return _RECORDING.get() and any(x.requires_grad for x in inputs)
+    return RECORDING.get() and any(x.requires_grad for x in inputs)
 
 
-def record(name: str, data: Array, inputs: Sequence[Tensor], backward: Backward) -> Tensor:
+def record(name: str, data: Array, inputs: Sequence[Tensor], backward: Any) -> Tensor:
     """The result of an operation as a tensor, on the tape if a gradient may be wanted.
 
     `backward(grad)` gets the gradient of the loss for `data` and returns, for each input, None, a
@@ -77,14 +73,14 @@ def record(name: str, data: Array, inputs: Sequence[Tensor], backward: Backward)
     result = Tensor(data)
     if is_recorded(*inputs):
         result.requires_grad = True
-        result._node = Node(name, result.data, tuple(map(node_of, inputs)), backward)
+        result._node = Node(name, result, inputs, backward)
     return result
 
 
 def node_of(x: Tensor) -> Any:
     """The operation that made `x`, or a new leaf that adds to `x.grad`; None: no gradient goes."""
     if x._node is None and x.requires_grad:
-        return Node(LEAF, x.data, (), x._accumulate)
+        return Node(LEAF, x, (), x._accumulate)
     return x._node
 
 
@@ -101,23 +97,29 @@ class Tensor:
     it is a leaf, whose `.grad`, an array of the same shape and dtype, `backward()` adds to.
     """
 
-    __slots__ = ("__weakref__", "_node", "data", "grad", "requires_grad")
+    __slots__ = ("__weakref__", "_data", "_node", "grad", "requires_grad", "version")
     __array_ufunc__ = None  # np.float32(2) * tensor: NumPy leaves it to Tensor.__rmul__
 
     def __init__(
         self, data: Any, requires_grad: bool = False, dtype: Any = None, device: Any = None
     ) -> None:
+        self.version: list[int] = data.version if isinstance(data, Tensor) else [0]  # changes
         data = data.data if isinstance(data, Tensor) else data
         if not hasattr(data, "dtype") or isinstance(data, np.generic):
             data = np.asarray(data, dtype or getattr(data, "dtype", np.float32))
         data = data if dtype is None else data.astype(dtype, copy=False)
         if requires_grad and data.dtype.kind in "iub":
             raise ValueError(f"a tensor of {data.dtype} cannot require a gradient: use a float")
-        self.data: Array = data if device is None else Tensor(data).to(device).data
+        self._data: Array = data if device is None else Tensor(data).to(device).data
         self.grad: Array | None = None
         self._node: Node | None = None
         self.requires_grad = requires_grad
 
+    def _set_data(self, data: Array) -> None:
+        self.version[0] += data is self._data  # the same again, as after t.data -= 1: it changed
+        self._data = data
+
+    data = property(operator.attrgetter("_data"), _set_data)
     shape = property(lambda self: self.data.shape)
     ndim = property(lambda self: self.data.ndim)
     size = property(lambda self: self.data.size)
@@ -142,7 +144,7 @@ class Tensor:
 
     def detach(self) -> Tensor:
         """The same data, off the tape."""
-        return Tensor(self.data)
+        return Tensor(self)
 
     def to(self, device: str) -> Tensor:
         """The tensor on another device, "cpu" or "gpu"; gradients flow back across."""
@@ -153,7 +155,8 @@ class Tensor:
 
     def astype(self, dtype: Any) -> Tensor:
         """This tensor in another type; a float's gradient comes back in the type of this tensor."""
-        result = Tensor(self.data.astype(dtype, copy=False))
+        data = self.data.astype(dtype, copy=False)
+        result = Tensor(self if data is self.data else data)
         if is_recorded(self) and result.dtype.kind not in "iub":
             result.requires_grad, result._node = True, node_of(self)
         return result
@@ -162,12 +165,11 @@ class Tensor:
         """Add the gradient of this tensor with respect to every leaf to the leaf's `.grad`.
 
         `grad` is the gradient to start from, of this tensor's shape; for a single number it is 1.
-        Raises RuntimeError where there is no tape, or a spent one, or where `grad` is missing.
+        RuntimeError where there is no tape or a spent one, or where a tensor on it was changed in
+        place since, by an optimizer or as `t.data -= 1`; a write into `t.data[0]` goes unnoticed.
         """
         if not self.requires_grad:
-            raise RuntimeError(
-                "backward() on a tensor that needs no gradient: no leaf that requires one led to it"
-            )
+            raise RuntimeError("needs no gradient: no leaf that requires one led to this tensor")
         if grad is None and self.size != 1:
             raise RuntimeError(f"backward() from shape {self.shape}: give a gradient, or .sum() it")
         start = np.ones_like(self.data) if grad is None else Tensor(grad).data.astype(self.dtype)
@@ -178,12 +180,11 @@ class Tensor:
 
     def _accumulate(self, part: Array | Picked) -> tuple[()]:
         """Add to `.grad`, in place where there is one; a view of another gradient is copied."""
-        if isinstance(part, Picked):
-            self.grad = np.zeros_like(self.data) if self.grad is None else self.grad
-            add_at(self.grad, part.index, part.grad)
-        elif self.grad is None:
+        if self.grad is None:
             new = fit(part, self.shape, self.dtype)
             self.grad = new if new.base is None else new.copy()
+        elif isinstance(part, Picked):
+            add_at(self.grad, *part)
         else:
             self.grad += fit(part, self.shape, self.dtype)
         return ()  # a leaf has no parents to send parts to
@@ -249,7 +250,7 @@ class Tensor:
 
     def relu(self) -> Tensor:
         x = self.data
-        return record("relu", np.maximum(x, 0), [self], lambda grad: (grad * (x > 0),))
+        return record("relu", np.maximum(x, 0), [self], lambda grad: (np.where(x > 0, grad, 0),))
 
     @definition
     def __matmul__(self, other: Any) -> Tensor:
@@ -271,12 +272,10 @@ class Tensor:
 
     @definition
     def sum(self, axis: Any = None, keepdims: bool = False) -> Tensor:
-        shape = self.shape  # all that the backward keeps of x
-
-        def backward(grad: Array) -> tuple[Array]:
-            return (np.broadcast_to(with_axes(grad, axis, keepdims), shape),)
-
-        return record("sum", self.data.sum(axis=axis, keepdims=keepdims), [self], backward)
+        sums = total(self.data, axis, keepdims=True)
+        shape, short = self.shape, sums.shape  # all that the backward keeps
+        y = sums if keepdims else sums.squeeze(axis)
+        return record("sum", y, [self], lambda grad: (np.broadcast_to(grad.reshape(short), shape),))
 
     @definition
     def mean(self, axis: Any = None, keepdims: bool = False) -> Tensor:
@@ -285,14 +284,14 @@ class Tensor:
 
     def max(self, axis: Any = None, keepdims: bool = False) -> Tensor:
         """The largest element along `axis`; equal ones share the gradient equally."""
-        x, y = self.data, self.data.max(axis=axis, keepdims=keepdims)
+        x, largest = self.data, self.data.max(axis=axis, keepdims=True)
 
         def backward(grad: Array) -> tuple[Array]:
-            is_largest = x == with_axes(y, axis, keepdims)
-            count = is_largest.sum(axis=axis, keepdims=True)
-            return (is_largest * (with_axes(grad, axis, keepdims) / count),)
+            is_largest = x == largest
+            share = grad.reshape(largest.shape) / is_largest.sum(axis=axis, keepdims=True)
+            return (np.where(is_largest, share, 0),)
 
-        return record("max", y, [self], backward)
+        return record("max", largest if keepdims else largest.squeeze(axis), [self], backward)
 
     def reshape(self, *shape: Any) -> Tensor:
         y, old = self.data.reshape(*shape), self.shape
@@ -326,7 +325,7 @@ class Tensor:
 def where(condition: Any, a: Any, b: Any) -> Tensor:
     """`a` where `condition` (array or tensor of booleans) is true, else `b`; one is a tensor."""
     a, b = operands("where", a, b)
-    mask = np.asarray(condition.data if isinstance(condition, Tensor) else condition, like=a.data)
+    mask = np.array(condition.data if isinstance(condition, Tensor) else condition, like=a.data)
     y = np.where(mask, a.data, b.data)
     return record("where", y, [a, b], lambda g: (np.where(mask, g, 0), np.where(mask, 0, g)))
 
@@ -352,17 +351,18 @@ def tape_below(root: Node) -> list[Node]:
         node = stack.pop()
         if node.backward is None:
             raise RuntimeError(f"backward() has freed the tape at {node.name!r}: compute it again")
-        for parent in node.parents:
-            if parent and parent not in seen:
-                seen[parent] = None
-                stack.append(parent)
+        if any(version != [before] for version, before in node.versions):
+            raise RuntimeError(f"an array of {node.name!r} was changed in place: compute it again")
+        new = [parent for parent in node.parents if parent and parent not in seen]
+        seen |= dict.fromkeys(new)
+        stack += new
     return sorted(seen, key=lambda node: node.height)
 
 
 def walk_back(root: Node, grad: Array) -> None:
     """Send `grad` from `root` down the tape to the leaves; an operation is spent once it is done.
     Two rules: nobody changes a gradient on its way; a leaf owns its `.grad`, so it gets copies."""
-    tape, grads, made = tape_below(root), {root: grad}, set[Node]()
+    tape, grads = tape_below(root), {root: grad}
     while tape:
         node = tape.pop()
         if node in grads:
@@ -371,34 +371,32 @@ def walk_back(root: Node, grad: Array) -> None:
                 if part is not None and parent and parent.name == LEAF:  # at once: nothing to hold
                     parent.backward(part.copy() if part is grad else part)
                 elif part is not None and parent:
-                    grads[parent] = plus(grads.get(parent), part, parent, made)
+                    part = fit(part, parent.shape, parent.dtype)  # [...]: a sum of shape () too
+                    grads[parent] = (grads[parent] + part)[...] if parent in grads else part
         if node.name != LEAF:
             node.backward, node.parents = None, ()
 
 
-def plus(total: Array | None, part: Array | Picked, node: Node, made: set[Node]) -> Array:
-    """The gradient of `node` so far (None: nothing yet) and one part more. Nodes in `made` have a
-    sum that no one else holds: to it a `Picked` is added in place."""
-    if isinstance(part, Picked):
-        if node not in made:
-            zeros = functools.partial(np.zeros, node.shape, node.dtype, like=part.grad)
-            total = zeros() if total is None else total.copy()
-            made.add(node)
-        add_at(total, part.index, part.grad)
-        return total
-    part = fit(part, node.shape, node.dtype)
-    return part if total is None else fit(total + part, node.shape, node.dtype)
-
-
-def fit(grad: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Undo broadcasting and type promotion: sum `grad` down to `shape`, and give it `dtype`."""
-    wide = np.result_type(grad.dtype, np.float32)  # float32 at least, to sum in
+def fit(grad: Array | Picked, shape: tuple[int, ...], dtype: Any) -> Array:
+    """`grad` as an array of this shape and dtype: indexing, broadcasting and promotion undone."""
+    if isinstance(grad, Picked):
+        everywhere = np.zeros(shape, dtype, like=grad.grad)
+        add_at(everywhere, *grad)
+        return everywhere
     if grad.shape != shape:
-        grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))), dtype=wide)
-        stretched = tuple(i for i, n in enumerate(shape) if n == 1)
-        grad = grad.sum(axis=stretched, keepdims=True)
+        grad = total(grad, tuple(range(grad.ndim - len(shape))))
+        grad = total(grad, tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True)
+    if grad.shape != shape:
+        raise ValueError(f"a gradient of shape {grad.shape} for a tensor that is now {shape}")
     grad = np.asarray(grad) if isinstance(grad, np.generic) else grad  # a sum to () is no array
     return grad.astype(dtype, copy=False)
+
+
+def total(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+    """Sums along `axis`, in float64: adding up a million float32s one by one would lose digits."""
+    wide = None if x.dtype.kind in "iub" else np.float64
+    sums = x.sum(axis=axis, keepdims=keepdims, dtype=wide)
+    return sums if wide is None else sums.astype(x.dtype)
 
 
 @definition
@@ -427,20 +425,17 @@ def operands(name: str, a: Any, b: Any, broadcast: bool = True) -> tuple[Tensor,
 
 
 def as_tensor(value: Any, like: Tensor) -> Tensor:
-    """`value` as a tensor; a number gets the device and dtype of `like` (0.5 no integer dtype)."""
+    """`value` as a tensor on the device of `like`. A number gets its dtype too, but float32 where
+    that is half precision, or integer and the number is not."""
     if isinstance(value, Tensor):
         return value
     if hasattr(value, "dtype") and not isinstance(value, np.number):
         return Tensor(value)
     if not isinstance(value, int | float | np.number) or not isinstance(like, Tensor):
         raise TypeError(f"a tensor combines with tensors, arrays and numbers, not with {value!r}")
-    fits = like.dtype.kind not in ("b" if isinstance(value, int | np.integer) else "iub")
+    kinds = "fiu" if isinstance(value, int | np.integer) else "f"
+    fits = like.dtype.kind in kinds and like.dtype != np.float16
     return Tensor(np.asarray(value, like.dtype if fits else np.float32, like=like.data))
-
-
-def with_axes(y: Array, axis: Any, keepdims: bool) -> Array:
-    """A reduction's result with the reduced axes back, as 1."""
-    return y if keepdims or axis is None else np.expand_dims(y, axis)
 
 
 def plain_index(index: Any, like: Array) -> Any:
@@ -448,5 +443,6 @@ def plain_index(index: Any, like: Array) -> Any:
     if isinstance(index, tuple):
         return tuple(plain_index(part, like) for part in index)
     index = index.data if isinstance(index, Tensor) else index
-    is_array = isinstance(index, list | np.ndarray)
-    return np.asarray(index, None if np.size(index) else int, like=like) if is_array else index
+    if not isinstance(index, list) and not getattr(index, "ndim", 0):
+        return index
+    return np.array(index, None if np.size(index) else int, like=like)  # no one else's to change

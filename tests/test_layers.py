@@ -252,3 +252,75 @@ def test_arguments_may_be_given_by_name(level: str) -> None:
     expected = layers.linear(x, w, b).data
     np.testing.assert_array_equal(layers.linear(x, weight=w, bias=b).data, expected)
     np.testing.assert_array_equal(layers.linear(x=x, weight=w, bias=b).data, expected)
+
+
+@pytest.mark.parametrize("value", [0.1, 1e6, -3e-5])
+@pytest.mark.parametrize("width", [1, 7, 48, 768])
+def test_layer_norm_of_equal_numbers_is_exactly_its_bias(
+    value: float, width: int, level: str
+) -> None:
+    """Their mean, rounded, is not quite their value, and 1 / deviation would make much of it."""
+    x = Tensor(np.full((3, width), value, np.float32), requires_grad=True)
+    weight, bias = (Tensor(numbers(width, seed=i, dtype="float32"), True) for i in range(2))
+    y = layers.layer_norm(x, weight, bias)
+    np.testing.assert_array_equal(y.data, np.broadcast_to(bias.data, y.shape))
+    y.backward(numbers(3, width, seed=2, dtype="float32"))
+    np.testing.assert_array_equal(weight.grad, 0)
+
+
+def test_bias_gradients_of_many_rows_keep_their_digits(level: str) -> None:
+    rows = 400_000 if level == "definitions" else 1_000_000
+    grad = np.random.default_rng(0).random((rows, 2), np.float32)
+    x = Tensor(np.ones((rows, 2), np.float32) * [0.5, -0.5], dtype="float32")
+    weight, bias = (Tensor(np.ones(s, np.float32), requires_grad=True) for s in ((2, 2), (2,)))
+    scale, shift = (Tensor(np.ones(2, np.float32), requires_grad=True) for _ in range(2))
+    layers.linear(x, weight, bias).backward(grad)
+    layers.layer_norm(x, scale, shift).backward(grad)
+    exact = grad.sum(axis=0, dtype=np.float64)
+    for parameter in (bias, shift):
+        np.testing.assert_allclose(parameter.grad, exact, rtol=3e-6)
+    np.testing.assert_allclose(scale.grad, exact * [1, -1], rtol=1e-4)  # 1 / deviation is rounded
+
+
+@pytest.mark.parametrize("t", [1, 2, 4, 5, 64, 70])
+def test_attention_with_large_scores_has_right_gradients(t: int, level: str) -> None:
+    """The backward computes the weights again: by other rounding they would be others."""
+    qkv = numbers(1, t, 3, 2, 16, seed=t) * 30  # scores in the thousands
+    grad = numbers(1, t, 2, 16, seed=1)
+    found = {}
+    for dtype in ("float64", "float32"):
+        x = Tensor(qkv.astype(np.float32).astype(dtype), requires_grad=True)
+        layers.self_attention(x).backward(grad.astype(dtype))
+        found[dtype] = x.grad
+    values = found["float64"][:, :, 2]
+    error = np.abs(found["float32"][:, :, 2] - values).max() / np.abs(values).max()
+    assert error < 5e-3  # a score of 5,000 in float32 is off by 3e-4, and its weight by as much
+
+
+def test_targets_and_ids_may_be_used_again_by_their_owner(level: str) -> None:
+    ids, targets = np.array([0, 1, 1]), np.array([2, 0, IGNORE])
+    found = []
+    for spoil in (False, True):
+        table, head = (
+            Tensor(numbers(3, 4, seed=i, dtype="float32"), requires_grad=True) for i in (0, 1)
+        )
+        some_ids, some_targets = ids.copy(), targets.copy()
+        x = layers.embedding(some_ids, table)
+        loss = layers.linear_cross_entropy(x, head, some_targets)
+        loss = loss + layers.cross_entropy(x, some_targets)
+        if spoil:
+            some_ids[:], some_targets[:] = 10**9, -(10**9)
+        loss.backward()
+        found.append((table.grad, head.grad))
+    for right, ours in zip(*found, strict=True):
+        np.testing.assert_array_equal(ours, right)
+
+
+def test_rows_whose_target_is_ignored_get_no_gradient_whatever_they_hold(level: str) -> None:
+    logits = numbers(4, 5, dtype="float32")
+    logits[1], logits[2, 0] = np.nan, np.inf
+    x = Tensor(logits, requires_grad=True)
+    with np.errstate(invalid="ignore"):
+        layers.cross_entropy(x, np.array([1, IGNORE, IGNORE, 0])).backward()
+    assert level == "definitions" or not x.grad[1:3].any()
+    assert np.isfinite(x.grad[[0, 3]]).all()

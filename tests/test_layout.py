@@ -31,7 +31,7 @@ BELOW = {
 }
 BELOW["weights"] = BELOW["generation"] = (*BELOW["text"], *ON_THE_SIX, "text")
 BELOW["runs"] = (*BELOW["weights"], "weights", "generation")
-BELOW["kernels"] = ("arrays", "support", *SIX)
+BELOW["kernels"] = ("arrays", "support", *SIX, "generation")  # whose KV cache they write
 
 
 def module_name(path: Path) -> str:

@@ -235,3 +235,54 @@ def test_a_list_of_something_else_is_no_part_of_a_module() -> None:
     assert [name for name, _ in net.named_parameters()] == [
         name for name, _ in Net().named_parameters()
     ]
+
+
+def test_a_parameter_whose_first_gradient_comes_late_starts_afresh(level: str) -> None:
+    """As when layers are unfrozen: its bias correction counts its own steps."""
+    early, late, alone = (nn.Parameter(np.ones((2, 2), np.float32)) for _ in range(3))
+    optimizer, other = optim.AdamW([early, late], lr=0.01), optim.AdamW([alone], lr=0.01)
+    for step in range(30):
+        early.grad = np.ones((2, 2), np.float32)
+        if step >= 25:
+            late.grad = alone.grad = np.full((2, 2), 0.5, np.float32)
+            other.step()
+        optimizer.step()
+    np.testing.assert_array_equal(late.data, alone.data)
+    assert optimizer.steps == 30 and optimizer.counts == [30, 5]
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
+
+
+MISFITS = {
+    "a larger array": (lambda p: setattr(p, "data", np.ones((8, 3), np.float32)), r"\(8, 3\)"),
+    "a smaller array": (lambda p: setattr(p, "data", np.ones((1, 3), np.float32)), r"\(1, 3\)"),
+    "a longer gradient": (lambda p: setattr(p, "grad", np.ones((9, 3), np.float32)), r"\(9, 3\)"),
+    "a gradient to broadcast": (lambda p: setattr(p, "grad", np.ones(3, np.float32)), r"\(3,\)"),
+    "an immutable buffer": (lambda p: setattr(p, "data", read_only(p.data)), "read-only"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_adamw_names_the_parameter_that_does_not_fit_and_changes_none(
+    misfit: str, level: str
+) -> None:
+    first, second = (nn.Parameter(np.ones((4, 3), np.float32)) for _ in range(2))
+    optimizer = optim.AdamW([first, second])
+    first.grad, second.grad = (np.ones((4, 3), np.float32) for _ in range(2))
+    spoil, message = MISFITS[misfit]
+    spoil(second)
+    before = second.data.copy()
+    with pytest.raises(ValueError, match=f"parameter 1.*{message}"):
+        optimizer.step()
+    assert (first.data == 1).all() and (second.data == before).all()
+    assert optimizer.steps == 0 and not optimizer.m[0].any()
+
+
+@pytest.mark.parametrize("size", [1e25, 1e-25])
+def test_the_norm_of_huge_and_tiny_gradients_is_finite_and_right(size: float, level: str) -> None:
+    p = nn.Parameter(np.zeros((3, 4), np.float32))
+    p.grad = np.full((3, 4), size, np.float32)
+    assert optim.clip_grad_norm([p], size) == pytest.approx(size * math.sqrt(12), rel=1e-5)
+    np.testing.assert_allclose(p.grad, size / math.sqrt(12), rtol=1e-5)

@@ -123,14 +123,14 @@ def test_fused_and_composed_agree_in_half_precision(name: str, half: str) -> Non
 
 
 OPERATIONS = {
-    "mul": lambda x: x * 0.3 + x,
+    "mul": lambda x: x * x + x,
     "matmul": lambda x: x @ x.swapaxes(-1, -2),
     "sum": lambda x: x.sum(-1),
     "mean": lambda x: x.mean(-1),
     "max": lambda x: x.max(-1),
     "tanh": lambda x: x.tanh(),
-    "indexed": lambda x: x[:, 1:, ::2] * 2,
-    "picked": lambda x: x[np.array([0, 0, 1])] * 2,
+    "indexed": lambda x: x[:, 1:, ::2].tanh(),
+    "picked": lambda x: x[np.array([0, 0, 1])].tanh(),
 }
 
 

@@ -13,7 +13,7 @@ from gradcheck import check_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from micrograd_gpt import Tensor, concatenate, no_grad, where
+from micrograd_gpt import Tensor, concatenate, layers, no_grad, optim, where
 from micrograd_gpt.graph import retain_grad
 from micrograd_gpt.tensor import record
 
@@ -568,3 +568,127 @@ def test_powers_and_means_keep_half_precision_and_do_not_overflow_in_between() -
         x = Tensor(np.full(70_000, 2.0), dtype=dtype)
         assert (x**2).dtype == x.sqrt().dtype == x.dtype
         assert x.reshape(1, -1).mean(-1).data == 2 and x.reshape(1, -1).mean(-1).dtype == x.dtype
+
+
+# --------------------------------------------- what is captured stays as it was, or is an error
+
+
+CHANGES: dict[str, Callable[[Tensor], None]] = {
+    "by subtracting in place": lambda t: setattr(t, "data", t.data.__isub__(1)),
+    "by its detached twin": lambda t: setattr(t.detach(), "data", t.data.__imul__(2)),
+    "by AdamW": lambda t: adamw_step(t),
+}
+
+
+def adamw_step(t: Tensor) -> None:
+    optimizer, before = optim.AdamW([t]), t.grad
+    t.grad = np.ones_like(t.data)
+    optimizer.step()
+    t.grad = before
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_leaf_changed_in_place_before_backward_is_an_error(change: str) -> None:
+    x, w = (Tensor(np.full((2, 2), v), requires_grad=True) for v in (3.0, 5.0))
+    y = ((x * w).tanh() @ x.T).sum()
+    CHANGES[change](w)
+    with pytest.raises(RuntimeError, match=r"an array of 'mul' was changed in place: compute it"):
+        y.backward()
+    assert x.grad is None  # found before anything was added anywhere
+    ((x * w).tanh() @ x.T).sum().backward()  # computed again, it works
+    assert x.grad is not None
+
+
+def test_a_result_or_a_constant_changed_in_place_is_an_error() -> None:
+    x = Tensor([1.0, 2.0], requires_grad=True)
+    y = x.exp()
+    loss = y.sum()
+    y.data *= 2  # exp's backward multiplies by it
+    with pytest.raises(RuntimeError, match="'sum' was changed in place"):
+        loss.backward()
+    c = Tensor([3.0, 4.0])
+    loss = (x * c).sum()
+    c.data += 1
+    with pytest.raises(RuntimeError, match="'mul' was changed in place"):
+        loss.backward()
+
+
+def test_a_new_array_or_a_change_before_the_forward_harms_nothing() -> None:
+    x, w = Tensor([2.0], requires_grad=True), Tensor([3.0], requires_grad=True)
+    w.data *= 2
+    y = (x * w).sum()
+    w.data = np.array([100.0], np.float32)  # another array: the tape keeps the one it used
+    y.backward()
+    assert x.grad == 6 and w.grad == 2
+
+
+def test_a_gradient_for_a_tensor_that_now_has_another_shape_is_an_error() -> None:
+    w = Tensor(np.ones((2, 3)), requires_grad=True)
+    y = (w * 2).sum()
+    w.data = np.ones((4, 3))
+    with pytest.raises(ValueError, match=r"gradient of shape \(2, 3\) .* now \(4, 3\)"):
+        y.backward()
+
+
+def test_indices_and_masks_may_be_used_again_by_their_owner() -> None:
+    x = Tensor(np.arange(12.0).reshape(4, 3), requires_grad=True)
+    rows, mask, chosen = np.array([0, 0, 2]), np.array([True, False, True]), [1, 1]
+    flags = np.array([[True], [False], [True], [True]])
+    loss = x[rows].sum() + x[:, mask].sum() + where(flags, x, 0.0).sum() + x[chosen].sum()
+    expected = np.zeros((4, 3))
+    np.add.at(expected, rows, 1)
+    expected[:, mask] += 1
+    expected += flags
+    np.add.at(expected, chosen, 1)
+    rows[:], mask[:], flags[:], chosen[:] = 10**9, False, False, [99, 99]
+    loss.backward()
+    np.testing.assert_array_equal(x.grad, expected)
+
+
+# ------------------------------------------------------------------- infinity, half, long sums
+
+
+def test_a_gradient_that_is_not_chosen_is_zero_even_if_infinite() -> None:
+    x = Tensor([-1.0, 2.0, 2.0, 0.0], requires_grad=True)
+    infinite = np.full(4, np.inf, np.float32)
+    x.relu().backward(infinite)
+    np.testing.assert_array_equal(x.grad, [0, np.inf, np.inf, 0])
+    x.grad = None
+    x.max().backward(np.float32(np.inf))
+    np.testing.assert_array_equal(x.grad, [0, np.inf, np.inf, 0])
+    x.grad = None
+    where(np.array([True, False, True, False]), x, 0.0).backward(infinite)
+    np.testing.assert_array_equal(x.grad, [np.inf, 0, np.inf, 0])
+    x.grad = None
+    layers.dropout(x, 0.5, (1,)).backward(infinite)
+    kept = layers.dropout(Tensor(np.ones(4, np.float32)), 0.5, (1,)).data > 0
+    np.testing.assert_array_equal(x.grad, np.where(kept, np.inf, 0))
+    assert kept.any() and not kept.all()
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_numbers_act_in_float32_on_half_precision(half: str) -> None:
+    x = Tensor([1000.0], dtype=half, requires_grad=True)
+    assert (x / 70000).data == pytest.approx(1000 / 70000, rel=1e-6)
+    assert (70000 / x).data == pytest.approx(70, rel=1e-6)
+    assert (x * 1e-9 + 1).data == pytest.approx(1 + 1e-6, abs=1e-7)
+    (x * 70000 * 1e-5).backward()
+    assert x.grad.dtype == half and float(x.grad[0]) == pytest.approx(0.7, rel=2**-8)
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_sums_and_means_of_half_precision_are_taken_wide(half: str) -> None:
+    many = Tensor(np.full(100_000, 2.0), dtype=half)
+    assert many.mean().item() == 2 and many.sum().item() == 200_000
+    rows = Tensor(np.full((5000, 3), 100.0), dtype=half)
+    np.testing.assert_array_equal(rows.mean(0).data.astype(float), 100)
+
+
+def test_a_sum_of_a_million_numbers_keeps_its_digits() -> None:
+    numbers = np.random.default_rng(0).random((1_000_000, 2), np.float32)
+    exact = numbers.sum(axis=0, dtype=np.float64)
+    x = Tensor(numbers, requires_grad=True)
+    np.testing.assert_allclose(x.sum(0).data, exact, rtol=1e-7)
+    bias = Tensor(np.zeros(2, np.float32), requires_grad=True)
+    (x.detach() * bias).sum().backward()
+    np.testing.assert_allclose(bias.grad, exact, rtol=1e-7)

@@ -4,7 +4,8 @@ Besides each other and NumPy, the six files at the top import only this module. 
 is marked `@definition`. A function that computes the same result faster registers with
 `@stands_in_for(the_definition, level)`. It must take the same arguments, and may raise `NotForMe`
 before it has written anything. A call tries the stand-ins for its device, fastest first, and runs
-the definition where none of them takes the arguments. The levels:
+the definition where none of them takes the arguments, or where the definition has been edited since
+they were tested against it (edits.py). The levels:
 
     definitions   nothing stands in: `layers.py` alone, for stepping through with a debugger
     fused         the layers of `functional.py`, each forward and backward worked out by hand
@@ -20,14 +21,14 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import numpy as np
 
-from micrograd_gpt.arrays import precision
+from micrograd_gpt.arrays import edits, precision
 from micrograd_gpt.support.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -64,7 +65,7 @@ def definition(function: F) -> F:
         return choose(*precision.rounded(function, args))
 
     def choose(*args: Any) -> Any:
-        for stand_in in choices(highest_level(), _on_gpu(args[0])):
+        for stand_in in choices(highest_level(), _on_gpu(args[0])) if guard.holds() else ():
             try:
                 return stand_in(*args)
             except NotForMe:
@@ -89,12 +90,20 @@ def definition(function: F) -> F:
         return [stand_ins[level] for level in reversed(below) if level in stand_ins]
 
     stand_ins: dict[str, Callable[..., Any]] = {}
+    guard = edits.Guard(function)
     call.definition, call.stand_ins, call.choices = function, stand_ins, choices  # type: ignore[attr-defined]
+    call.bypasses, call.is_as_tested = set[Any](), guard.holds  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
 
 
-def stands_in_for(definition: Callable[..., Any], level: str) -> Callable[[F], F]:
+def stands_in_for(
+    definition: Callable[..., Any], level: str, bypasses: Sequence[Callable[..., Any]] = ()
+) -> Callable[[F], F]:
     """Register the decorated function as the stand-in for `definition` at this level.
+
+    It stands in only while the definition, and what it computes with, is as it was tested
+    (edits.py). `bypasses` are functions that it does the work of, but that the definition's source
+    does not name.
 
     Raises TypeError unless both have the same parameters and defaults, ValueError for an unknown
     level. At level "fused" the decorated name becomes the definition, whichever function computes
@@ -113,6 +122,7 @@ def stands_in_for(definition: Callable[..., Any], level: str) -> Callable[[F], F
             )
         definition.stand_ins[level] = stand_in  # type: ignore[attr-defined]
         definition.choices.cache_clear()  # type: ignore[attr-defined]
+        definition.bypasses.update(bypasses)  # type: ignore[attr-defined]
         return definition if level == "fused" else stand_in  # type: ignore[return-value]
 
     return register

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import contextvars
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +11,7 @@ from micrograd_gpt.arrays.memory import keep_freed_memory
 from micrograd_gpt.arrays.precision import widened
 from micrograd_gpt.generation.kv_cache import KVCache, bytes_of_cache
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import no_grad
 
@@ -48,19 +48,6 @@ class Continuation:
         return self.ids[self.n_prompt :]
 
 
-@contextmanager
-def evaluating(model: GPT2) -> Iterator[None]:
-    """Within this block dropout is off."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()
-
-
 class Context:
     """Several texts that a model reads as they grow, each in a row of its KV cache.
 
@@ -93,23 +80,25 @@ class Context:
         No text may be empty, and all `count` tokens are seen through the window of the whole text.
         Raises UserError where the logits are not finite numbers.
         """
-        with no_grad(), evaluating(self.model):
-            if self.cache is None:
-                logits = np.stack([self._read(text, count) for text in texts])
-            elif len(texts) == 1 and count == 1:  # everything that is unread, in one go
-                self._line_up(texts[0], 0, len(texts[0]) - 1)
-                cache = self.cache.rows(0, 1)
-                unread = np.array([texts[0][self.starts[0] + cache.length :]])  # (1, T)
-                logits = self.model(unread, cache, last_only=True).numpy()
-            else:
-                for row in range(len(texts)):
-                    self._prepare(texts, row, len(texts[row]) - count)
-                last = np.array([text[len(text) - count :] for text in texts])  # (B, count)
-                logits = self.model(last, self.cache.rows(0, len(texts))).numpy()
-        logits = widened(logits)
+        # In a context of its own, so that nothing stays switched off if Ctrl-C comes at any moment
+        logits = widened(contextvars.copy_context().run(self._model_logits, texts, count))
         if not np.isfinite(logits).all():
             raise UserError("the model's logits are not finite: its weights must be damaged")
         return logits
+
+    def _model_logits(self, texts: list[list[int]], count: int) -> np.ndarray:
+        with no_grad(), no_dropout():
+            if self.cache is None:
+                return np.stack([self._read(text, count) for text in texts])
+            if len(texts) == 1 and count == 1:  # everything that is unread, in one go
+                self._line_up(texts[0], 0, len(texts[0]) - 1)
+                cache = self.cache.rows(0, 1)
+                unread = np.array([texts[0][self.starts[0] + cache.length :]])  # (1, T)
+                return self.model(unread, cache, last_only=True).numpy()
+            for row in range(len(texts)):
+                self._prepare(texts, row, len(texts[row]) - count)
+            last = np.array([text[len(text) - count :] for text in texts])  # (B, count)
+            return self.model(last, self.cache.rows(0, len(texts))).numpy()
 
     def keep(self, rows: list[int], shared: int = 0) -> None:
         """Let row i continue the text of row rows[i]; the first `shared` tokens agree in all."""

@@ -10,7 +10,8 @@ from micrograd_gpt import layers
 from micrograd_gpt.arrays.devices import library_for
 from micrograd_gpt.arrays.precision import compute_dtype
 from micrograd_gpt.gpt2 import GPT2
-from micrograd_gpt.tensor import Array, Tensor, is_recorded
+from micrograd_gpt.layers import Key
+from micrograd_gpt.tensor import Array, Tensor, concatenate, is_recorded
 
 
 class KVCache:
@@ -84,31 +85,27 @@ class Past:
     def __init__(self, keys: Array, values: Array, lengths: np.ndarray) -> None:
         self.keys, self.values, self.lengths = keys, values, lengths
 
-    def attention(self, qkv: Tensor) -> Tensor:
-        """Causal attention of new tokens, (B, T, 3, H, D), over the older ones and themselves.
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, key: Key = ()) -> Tensor:
+        """`layers.attention` of new tokens, each argument (B, H, T, D), over older ones too.
 
-        Returns (B, T, H, D). The new keys and values are written after the older ones. Raises
+        Returns (B, H, T, D). The new keys and values are written after the older ones. Raises
         ValueError where they do not fit, and RuntimeError where a gradient is wanted, since none
         can flow back through a cache.
         """
-        if is_recorded(qkv):
+        if is_recorded(q, k, v):
             raise RuntimeError("a KV cache is for decoding: use it within no_grad()")
-        starts, t = self.lengths, qkv.shape[1]
-        if starts.max() + t > self.keys.shape[2]:
-            room = self.keys.shape[2]
-            raise ValueError(f"the KV cache holds {room} positions, not {starts.max() + t}")
-        q, k, v = qkv.data.transpose(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if (starts == starts[0]).all():  # rows of equal length go together, others one by one
-            return Tensor(self._attention(slice(None), int(starts[0]), q, k, v))
-        parts = [
-            self._attention(slice(row, row + 1), int(start), q, k, v)
-            for row, start in enumerate(starts)
-        ]
-        return Tensor(np.concatenate(parts))
+        starts, t, room = self.lengths, q.shape[2], self.keys.shape[2]
+        if starts.min() < 0 or starts.max() + t > room:
+            raise ValueError(f"the KV cache holds {room} positions: no {t} more after {starts}")
 
-    def _attention(self, rows: slice, start: int, q: Array, k: Array, v: Array) -> Array:
-        end = start + q.shape[2]
-        self.keys[rows, :, start:end], self.values[rows, :, start:end] = k[rows], v[rows]
-        keys, values = self.keys[rows, :, :end], self.values[rows, :, :end]
-        mixed = layers.attention(Tensor(q[rows]), Tensor(keys), Tensor(values))
-        return mixed.data.swapaxes(1, 2)  # (B, T, H, D)
+        def attend(rows: slice, start: int) -> Tensor:
+            end = start + t
+            self.keys[rows, :, start:end] = k.data[rows]
+            self.values[rows, :, start:end] = v.data[rows]
+            keys, values = Tensor(self.keys[rows, :, :end]), Tensor(self.values[rows, :, :end])
+            return layers.attention(q[rows].astype(keys.dtype), keys, values, p, key)
+
+        if (starts == starts[0]).all():  # rows of equal length go together, others one by one
+            return attend(slice(None), int(starts[0]))
+        rows = [attend(slice(row, row + 1), int(start)) for row, start in enumerate(starts)]
+        return concatenate(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.tensor import no_grad
 
 
@@ -18,7 +19,7 @@ def sample(
     """
     rng = np.random.default_rng(seed)
     for _ in range(n):
-        with no_grad():
+        with no_grad(), no_dropout():
             logits = model(ids[:, -model.config.n_positions :], last_only=True)
         scores = logits.numpy()[:, 0].astype(np.float64)  # (B, V)
         if temperature:  # Gumbel's trick: the largest sum is a draw from the softmax

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from micrograd_gpt.arrays.precision import compute_dtype
+from micrograd_gpt.generation.kv_cache import KVCache, Past
 from micrograd_gpt.gpt2 import MLP, Block, CausalSelfAttention
-from micrograd_gpt.nn import Dropout, LayerNorm, Linear, Parameter
+from micrograd_gpt.nn import DROPPING, Dropout, LayerNorm, Linear, Parameter
+
+# What these kernels do the work of; the layers and the arithmetic that these call are found there.
+BYPASSED = (
+    *(part.__call__ for part in (Block, CausalSelfAttention, MLP, LayerNorm, Linear, Dropout)),
+    *(Dropout.draw, KVCache.layer, Past.attention),
+)
 
 IN_LAYER_NORM = (0, 1, 6, 7)  # which of a block's twelve parameters belong to a LayerNorm
 
 
-def parameters_of(blocks: Sequence[Block]) -> list[list[Parameter]] | None:
+def parameters_of(blocks: Sequence[Block], cache: Any) -> list[list[Parameter]] | None:
     """Each block's twelve parameters, in the order in which the block uses them.
 
     Returns None unless every block does exactly what GPT-2's does: nothing is dropped out, no part
-    has been replaced, and it computes in the type that its weights are held in.
+    and no cache has been replaced by one of another class, and it computes in the type that its
+    weights are held in.
     """
+    if type(cache) is not KVCache:
+        return None
     layers = []
     for block in blocks:
         if type(block) is not Block or [type(block.attn), type(block.mlp)] != [
@@ -30,7 +41,7 @@ def parameters_of(blocks: Sequence[Block]) -> list[list[Parameter]] | None:
         types = [LayerNorm, Linear, Linear] * 2 + [Dropout] * 3
         if [type(part) for part in (*parts, *dropouts)] != types:
             return None
-        drops_out = any(dropout.training and dropout.p for dropout in dropouts)
+        drops_out = DROPPING.get() and any(part.training and part.p for part in dropouts)
         if drops_out or compute_dtype(attn.c_attn.weight) != attn.c_attn.weight.dtype:
             return None
         layers.append([parameter for part in parts for parameter in (part.weight, part.bias)])

@@ -30,7 +30,7 @@ def linear_cross_entropy_forward(
     return dlogits @ weight, loss, dlogits.T @ x
 
 
-@stands_in_for(layers.linear_cross_entropy, "fused")
+@stands_in_for(layers.linear_cross_entropy, "fused", bypasses=(layers.linear, layers.cross_entropy))
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     """cross_entropy(x @ weight.T, targets) for x (…, C), weight (V, C), without keeping the logits.
 

@@ -67,6 +67,8 @@ def save_run(
     folder = Path(folder)
     step = {"step": str(optimizer.steps)}
     state = {"step": optimizer.steps, "val_loss": val_loss, "settings": settings}
+    if late := _late(model, optimizer):
+        state["parameter_steps"] = late
     if scaler and scaler.enabled:
         state["loss_scaler"] = {name: getattr(scaler, name) for name in SCALER}
     with written_as_set(folder) as new:
@@ -104,7 +106,11 @@ def load_run(
                 f"{step}: they were saved apart; start again from the weights with --init-from"
             )
         fill(arrays, file.entries, file.path)
+    for parameter in model.parameters():
+        parameter.data = parameter.data  # filled in place: a tape made before no longer holds
     optimizer.steps = step
+    late = state.get("parameter_steps", {})
+    optimizer.counts = [late.get(name, step) for name, _ in model.named_parameters()]
 
 
 def load_settings(folder: str | Path) -> dict[str, Any]:
@@ -194,6 +200,12 @@ def _fill_scaler(scaler: LossScaler, values: Any, folder: Path) -> None:
         setattr(scaler, name, value)
 
 
+def _late(model: GPT2, optimizer: AdamW) -> dict[str, int]:
+    """How many steps moved each parameter that not every step has moved, as after unfreezing."""
+    counts = zip(model.named_parameters(), optimizer.counts, strict=True)
+    return {name: count for (name, _), count in counts if count != optimizer.steps}
+
+
 def _moments(model: GPT2, optimizer: AdamW) -> dict[str, Any]:
     """AdamW's moments by name: m and v of parameter `name` are `m.name` and `v.name`."""
     names = [name for name, _ in model.named_parameters()]
@@ -222,4 +234,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def _checked(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     if type(state.get("step")) is not int or not isinstance(state.get("settings"), dict):
         raise UserError(f"{folder / STATE} is damaged: it lacks the step or the settings")
+    late = state.get("parameter_steps", {})
+    if not isinstance(late, dict) or not all(type(n) is int and n >= 0 for n in late.values()):
+        raise UserError(f"{folder / STATE} is damaged: its parameter_steps are not numbers")
     return state

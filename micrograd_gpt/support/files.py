@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from micrograd_gpt.support.errors import UserError
+
+ABANDONED = 24 * 3600  # seconds after which a temporary file is taken to be a killed writer's
 
 
 @contextmanager
@@ -22,11 +26,13 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
     was at `path` stays untouched. An OSError, also one from the block, becomes a UserError.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process id: it is the same in two containers that share a folder.
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -38,6 +44,15 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; what was there before is unchanged"
         ) from error
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary files that killed writers of `path` left."""
+    pattern = f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.tmp"
+    with suppress(OSError):  # another process removes it too, or it belongs to another user
+        for left in path.parent.glob(pattern):
+            if left.stat().st_mtime < time.time() - ABANDONED:
+                left.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:

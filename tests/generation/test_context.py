@@ -95,7 +95,7 @@ def test_cache_rows_of_different_lengths_have_no_common_length(model: GPT2) -> N
 def test_a_batch_that_does_not_fit_the_cache_is_refused(model: GPT2) -> None:
     with no_grad(), pytest.raises(ValueError, match="2 rows for a batch of 1"):
         model(np.array([[1]]), KVCache(model, batch_size=2))
-    with no_grad(), pytest.raises(ValueError, match="holds 2 positions, not 3"):
+    with no_grad(), pytest.raises(ValueError, match="holds 2 positions: no 3 more"):
         model(np.array([[1, 2, 3]]), KVCache(model, capacity=2))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compilers import CC, REPORT, QuickCompiler, needs_cc, run_apart
 from kernel_cases import parameters
 
 from micrograd_gpt import functional as F
@@ -52,17 +53,6 @@ COMPARE = """if True:
 """
 
 
-def run_apart(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own, with these settings added to the environment."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def numbers(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng((seed, *shape)).standard_normal(shape).astype("float32")
 
@@ -71,8 +61,7 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are for x86-64")
 @pytest.mark.parametrize("option", ["-mno-avx512f", "-mno-avx"])
 def test_every_width_of_vectors_gives_the_same(option: str, tmp_path: Path) -> None:
-    (command,) = compiler._compiler() or [""]
-    result = run_apart(COMPARE, CC=f"{command} {option}", XDG_CACHE_HOME=str(tmp_path))
+    result = run_apart(COMPARE, CC=f"{CC} {option}", XDG_CACHE_HOME=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("C, compiled by")
 
@@ -112,24 +101,26 @@ def test_the_definitions_need_no_compiler_and_the_report_says_so(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-@needs_compiler
+@needs_cc
 def test_they_are_compiled_once_and_whole(tmp_path: Path) -> None:
-    code = "from micrograd_gpt.kernels.in_c import compiler; print(compiler.library()._name)"
+    cc = QuickCompiler(tmp_path)
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "CC": str(cc.path)}
     at_once = [
         subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+            [sys.executable, "-c", REPORT],
+            env=os.environ | environment,
             stdout=subprocess.PIPE,
             text=True,
         )
         for _ in range(3)
     ]
-    names = {process.communicate(timeout=300)[0] for process in at_once}
-    (kept,) = (tmp_path / "micrograd-gpt" / "kernels").iterdir()  # and no temporary file
-    assert names == {f"{kept}\n"}
-    before = kept.stat().st_mtime_ns
-    assert run_apart(code, XDG_CACHE_HOME=str(tmp_path)).stdout == f"{kept}\n"
-    assert kept.stat().st_mtime_ns == before
+    said = {process.communicate(timeout=300)[0] for process in at_once}
+    assert said == {"'C, compiled by quick 1'\n"}
+    files = sorted(file.name for file in (tmp_path / "micrograd-gpt" / "kernels").iterdir())
+    assert len(files) == 2 and files[1] == f"{files[0]}.sha256"  # and no temporary file
+    before = cc.compilations
+    assert {run_apart(REPORT, **environment).stdout} == said
+    assert cc.compilations == before
 
 
 @needs_compiler
@@ -150,31 +141,20 @@ def test_several_threads_may_use_them_first(tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_a_damaged_library_is_made_anew(tmp_path: Path) -> None:
-    first = run_apart(COMPARE, XDG_CACHE_HOME=str(tmp_path))
-    (kept,) = (tmp_path / "micrograd-gpt" / "kernels").iterdir()
-    whole = kept.read_bytes()
-    kept.write_bytes(b"no library")
-    assert run_apart(COMPARE, XDG_CACHE_HOME=str(tmp_path)).stdout == first.stdout
-    assert len(kept.read_bytes()) == len(whole)
-
-
-@needs_compiler
 def test_a_failure_that_passes_does_not_leave_slow_code(tmp_path: Path) -> None:
     """Once the compiler recovers, code for any processor does not stand for code for this one."""
-    (command,) = compiler._compiler() or [""]
     flaky = tmp_path / "flaky-cc"
     flaky.write_text(
-        '#!/bin/sh\ncase "$*" in *native*) [ -e "$0.fails" ] && exit 1;; esac\n'
-        f'exec {command} "$@"\n'
+        f'#!/bin/sh\ncase "$*" in *native*) [ -e "$0.fails" ] && exit 1;; esac\nexec {CC} "$@"\n'
     )
     flaky.chmod(0o755)
-    code = "from micrograd_gpt.kernels.in_c import compiler; print(compiler.library()._name)"
     (tmp_path / "flaky-cc.fails").write_text("")
-    while_failing = run_apart(code, CC=str(flaky), XDG_CACHE_HOME=str(tmp_path)).stdout
-    (tmp_path / "flaky-cc.fails").unlink()
-    recovered = run_apart(code, CC=str(flaky), XDG_CACHE_HOME=str(tmp_path)).stdout
-    assert while_failing and recovered and while_failing != recovered
+    kept = []
+    for _ in ("while it fails", "recovered"):
+        run_apart(REPORT, CC=str(flaky), XDG_CACHE_HOME=str(tmp_path))
+        kept.append(set((tmp_path / "micrograd-gpt" / "kernels").glob("*.so")))
+        (tmp_path / "flaky-cc.fails").unlink(missing_ok=True)
+    assert len(kept[0]) == 1 and len(kept[1]) == 2
 
 
 @pytest.mark.parametrize("command", ["cc 'open quote", "cc -fvisibility=hidden", "true", "false"])
@@ -184,12 +164,74 @@ def test_a_strange_compiler_is_no_hindrance(command: str, tmp_path: Path) -> Non
     assert result.stdout.startswith("NumPy (")
 
 
-@needs_compiler
-def test_nowhere_to_keep_them_is_no_hindrance(tmp_path: Path) -> None:
-    (tmp_path / "a file").write_text("")
-    result = run_apart(COMPARE, XDG_CACHE_HOME=str(tmp_path / "a file"))
+@needs_cc
+def test_a_compiler_that_is_not_found_is_named(tmp_path: Path) -> None:
+    missing = "CC names no-such-cc, which is not found"
+    environment = {"CC": "no-such-cc -O2", "XDG_CACHE_HOME": str(tmp_path)}
+    without = run_apart(REPORT, PATH=str(tmp_path), **environment).stdout
+    assert without.startswith("'NumPy (there is no C compiler") and missing in without
+    QuickCompiler(tmp_path, "cc")
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    said = run_apart(REPORT, PATH=path, **environment).stdout
+    assert said == f"'C, compiled by quick 1 ({missing})'\n"
+
+
+@needs_cc
+def test_the_compiler_does_not_read_the_users_input(tmp_path: Path) -> None:
+    cc = QuickCompiler(tmp_path, first="cat > /dev/null")
+    code = f"{REPORT}; import sys; print(sys.stdin.read())"
+    result = run_apart(code, stdin="a prompt", CC=str(cc.path), XDG_CACHE_HOME=str(tmp_path))
+    assert result.stdout == "'C, compiled by quick 1'\na prompt\n"
+
+
+@needs_cc
+@pytest.mark.parametrize("where", ["HOME", "XDG_CACHE_HOME", "TMPDIR", "CC"])
+def test_a_path_need_not_be_utf8(where: str, tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    try:
+        odd.mkdir()
+    except OSError:
+        pytest.skip("this file system has only names in UTF-8")
+    cc = QuickCompiler(odd if where == "CC" else tmp_path)
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "CC": str(cc.path)}
+    environment[where] = str(cc.path if where == "CC" else odd)
+    if where == "HOME":
+        environment["XDG_CACHE_HOME"] = ""
+    result = run_apart(COMPARE, **environment)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("C, compiled by")
+    assert result.stdout == "C, compiled by quick 1\n"
+
+
+@needs_cc
+def test_a_report_about_a_path_that_is_not_utf8_can_be_printed(tmp_path: Path) -> None:
+    missing = os.fsdecode(b"caf\xe9/cc")
+    said = run_apart(COMPARE, CC=missing, PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+    assert said.returncode == 0, said.stderr
+    assert r"CC names caf\udce9/cc, which is not found" in said.stdout
+
+
+@needs_cc
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_forked_while_a_thread_compiles_does_not_wait_for_it(tmp_path: Path) -> None:
+    """The child has no such thread; it would wait forever."""
+    cc = QuickCompiler(tmp_path, first=f'echo compiling > "{tmp_path}/started"; sleep 1')
+    code = f"""if True:
+        import os, pathlib, signal, threading, time
+        from micrograd_gpt.kernels.in_c import compiler
+        compiling = threading.Thread(target=compiler.report)
+        compiling.start()
+        while not pathlib.Path({str(tmp_path / "started")!r}).exists():
+            time.sleep(0.01)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # ends a child that hangs
+            print(compiler.report(), flush=True)
+            os._exit(0)
+        print(os.waitpid(child, 0)[1])
+        compiling.join()
+    """
+    result = run_apart(code, CC=str(cc.path), XDG_CACHE_HOME=str(tmp_path))
+    assert result.stdout == "C, compiled by quick 1\n0\n", result.stderr
 
 
 @needs_compiler

@@ -24,7 +24,7 @@ from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda import token_step
-from micrograd_gpt.tensor import recording
+from micrograd_gpt.tensor import RECORDING, setting
 from micrograd_gpt.variants import VariantConfig, VariantGPT2
 
 fake_cupy = pytest.importorskip("fake_cupy")
@@ -279,9 +279,9 @@ def test_without_a_cache_or_where_a_gradient_is_wanted_it_is_refused() -> None:
     x = Tensor(fake_cupy.ones((1, 1, 32), "float32"))
     with pytest.raises(NotForMe):
         token_step.through_blocks(x, model.transformer.h)
-    with recording(True), pytest.raises(NotForMe):
+    with setting(RECORDING, True), pytest.raises(NotForMe):
         token_step.through_blocks(x, model.transformer.h, KVCache(model))
-    with recording(True), pytest.raises(RuntimeError, match="use it within no_grad"):
+    with setting(RECORDING, True), pytest.raises(RuntimeError, match="use it within no_grad"):
         model(np.zeros((1, 1), int), KVCache(model))
 
 

@@ -312,3 +312,34 @@ def test_a_state_without_its_facts_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text("{}")
     with pytest.raises(UserError, match=r"trainer_state\.json is damaged: it lacks the step"):
         checkpoint.load_settings(tmp_path)
+
+
+def test_how_often_each_parameter_moved_comes_back(tmp_path: Path) -> None:
+    """Layers unfrozen late are corrected for bias by their own steps, also after a restart."""
+    model, optimizer = trained(3)
+    body = model.transformer.h[0].mlp.c_fc.weight
+    late = [p is body for p in model.parameters()].index(True)
+    optimizer.counts[late] = 1
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
+    again, moments = trained(0)
+    checkpoint.load_run(tmp_path, again, moments)
+    assert moments.steps == 3 and moments.counts == optimizer.counts
+    state = json.loads((tmp_path / checkpoint.STATE).read_text())
+    assert state["parameter_steps"] == {"transformer.h.0.mlp.c_fc.weight": 1}
+    del state["parameter_steps"]  # as runs were saved before
+    (tmp_path / checkpoint.STATE).write_text(json.dumps(state))
+    checkpoint.load_run(tmp_path, again, moments)
+    assert moments.counts == [3] * len(moments.parameters)
+    state["parameter_steps"] = {"transformer.wte.weight": "many"}
+    (tmp_path / checkpoint.STATE).write_text(json.dumps(state))
+    with pytest.raises(UserError, match="damaged: its parameter_steps are not numbers"):
+        checkpoint.load_run(tmp_path, again, moments)
+
+
+def test_a_tape_made_before_loading_is_an_error(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
+    loss = model.loss(np.array([[1, 2]]), np.array([[2, 3]]))
+    checkpoint.load_run(tmp_path, model, optimizer)
+    with pytest.raises(RuntimeError, match="was changed in place"):
+        loss.backward()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,38 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     files.write_text(target, "new ü")
     assert target.read_text("utf-8") == "new ü"
     assert [f.name for f in target.parent.iterdir()] == ["file.txt"]
+
+
+def test_writers_with_the_same_process_id_do_not_share_a_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in two containers that share a folder, where ids begin at 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    path = tmp_path / "file.txt"
+    with files.written_whole(path) as first, files.written_whole(path) as second:
+        for written in (b"one ", b"whole"):
+            first.write(written)
+        second.write(b"another")
+        first.flush(), second.flush()
+        contents = sorted(p.read_bytes() for p in tmp_path.iterdir())
+        assert contents == [b"another", b"one whole"]
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file.txt": b"one whole"}
+
+
+def test_what_killed_writers_left_is_removed_in_time(tmp_path: Path) -> None:
+    path = tmp_path / "file[1].txt"
+    stopped = "import os, sys; from micrograd_gpt.support import files\n"
+    stopped += "with files.written_whole(sys.argv[1]) as file: file.write(b'half'); os._exit(0)"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", stopped, str(path)], check=True)
+    old, recent = tmp_path.iterdir()
+    for name in (".file[1].txt.mine.tmp", ".file1.txt.0123456789abcdef.tmp", "file[1].txt.tmp"):
+        (tmp_path / name).write_text("not left by a writer of this file")
+        os.utime(tmp_path / name, (1, 1))
+    os.utime(old, (1, 1))
+    files.write_text(path, "new")
+    assert not old.exists() and recent.exists() and path.read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 @pytest.mark.parametrize("before", [None, b"old"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +17,9 @@ Array = np.ndarray
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def in_c(definition: Callable[..., Any], *also: Any) -> Callable[[F], F]:
+def in_c(
+    definition: Callable[..., Any], *also: Any, bypasses: Sequence[Callable[..., Any]] = ()
+) -> Callable[[F], F]:
     """Register a kernel in C for `definition`, for arrays of float32 or `also` that fit.
 
     It raises NotForMe for all others (shapes.py), and where none could be compiled.
@@ -32,7 +34,7 @@ def in_c(definition: Callable[..., Any], *also: Any) -> Callable[[F], F]:
                 raise NotForMe
             return checked(*args)
 
-        return stands_in_for(definition, "c")(if_compiled)  # type: ignore[return-value]
+        return stands_in_for(definition, "c", bypasses)(if_compiled)  # type: ignore[return-value]
 
     return register
 

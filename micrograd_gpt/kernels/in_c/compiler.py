@@ -1,4 +1,4 @@
-"""The C kernels, compiled once by the machine's own C compiler and kept in the cache folder.
+"""The C kernels, compiled once by the machine's own C compiler and kept (kept_library.py).
 
 Nothing has to be installed for them. Where there is no compiler, `library()` returns None, the
 kernels in NumPy do the work, and `report()` says so.
@@ -7,6 +7,7 @@ kernels in NumPy do the work, and `report()` says so.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -15,14 +16,11 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 from micrograd_gpt.arrays.stand_ins import described_by
+from micrograd_gpt.kernels.in_c.kept_library import keep, kept, load, places
 from micrograd_gpt.kernels.in_numpy.threads import cores
-from micrograd_gpt.support.download import cache_folder
-from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import written_whole
 
 SOURCES = Path(__file__).parent / "sources"
 LIBRARY_SUFFIX = ".dll" if os.name == "nt" else ".so"
@@ -35,7 +33,7 @@ TARGETS = ("-march=native -mprefer-vector-width=512", "-march=native", "-mcpu=na
 PATIENCE = 120  # seconds for one call of the compiler; it takes a few
 
 _LOADING = threading.Lock()
-_READY: dict[int, tuple[ctypes.CDLL | None, str]] = {}  # by process id
+_LOADED: tuple[ctypes.CDLL | None, str] | None = None  # None until something asks for it
 
 
 def library() -> ctypes.CDLL | None:
@@ -50,77 +48,104 @@ def report() -> str:
 
 
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
-    process = os.getpid()
-    if process not in _READY:
+    global _LOADED
+    if _LOADED is None:
         with _LOADING:  # two threads at once would compile them twice
-            if process not in _READY:
-                _READY[process] = _load()
-    return _READY[process]
+            if _LOADED is None:
+                found, words = _find()
+                if found is not None:
+                    found.use_threads(cores())
+                _LOADED = found, words
+    return _LOADED
 
 
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library and the report for this process; a forked child has to start its own threads."""
+def _after_fork() -> None:
+    """A child has only the thread that forked: none of the kernels', and none with the lock."""
+    global _LOADING, _LOADED
+    _LOADING, _LOADED = threading.Lock(), None
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@functools.cache  # a forked child has what its parent has
+def _find() -> tuple[ctypes.CDLL | None, str]:
+    """The library, kept or compiled now, and the report."""
+    notes: list[str] = []
     try:
-        compiler = _compiler()
+        compiler = _compiler(notes)
         if compiler is None:
-            return None, "NumPy (there is no C compiler: with one they are faster)"
+            return None, _words("NumPy", "there is no C compiler: with one they are faster", *notes)
         version = next(iter(_output([*compiler, "--version"]).splitlines()), "an unnamed compiler")
-        found = _kept(compiler, version)
-        found.use_threads(ctypes.c_int64(cores()))
-    # ValueError: $CC has an open quote. AttributeError: the library hides its functions.
-    except (OSError, subprocess.SubprocessError, UserError, ValueError, AttributeError) as problem:
-        return None, f"NumPy (the C kernels cannot be compiled: {_reason(problem)})"
-    return found, f"C, compiled by {version}"
+        compiled = _kept_or_compiled(compiler, version, notes)
+    except (OSError, subprocess.SubprocessError, ValueError) as problem:
+        return None, _words(
+            "NumPy", f"the C kernels cannot be compiled: {_reason(problem)}", *notes
+        )
+    try:
+        found = load(compiled)
+        found.use_threads.argtypes = [ctypes.c_int64]
+    except (OSError, AttributeError) as problem:  # AttributeError: the library hides its functions
+        return None, _words("NumPy", f"the C kernels cannot be loaded: {_reason(problem)}", *notes)
+    return found, _words(f"C, compiled by {version}", *notes)
 
 
-def _compiler() -> list[str] | None:
+def _compiler(notes: list[str]) -> list[str] | None:
     """The command of a C compiler: the one that $CC names, else the system's; None without one."""
-    named = shlex.split(os.environ.get("CC", ""))
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise ValueError(f"CC is {os.environ['CC']!r}: {error}") from error
     if named and shutil.which(named[0]):
         return named
+    if named:
+        notes.append(f"CC names {named[0]}, which is not found")
     found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     return [found] if found else None
 
 
-def _kept(compiler: list[str], version: str) -> ctypes.CDLL:
+def _kept_or_compiled(compiler: list[str], version: str, notes: list[str]) -> bytes:
     """The library for these sources, compiler and processor, compiled unless it is kept already."""
     sources = sorted(SOURCES.glob("*.[ch]"))
     texts = [source.read_text("utf-8") for source in sources]
     for target in TARGETS:
-        key = [*compiler, version, OPTIONS, target, _processor(), *texts]
-        name = hashlib.sha256("\0".join(key).encode()).hexdigest()[:16]
-        path = cache_folder() / "kernels" / (name + LIBRARY_SUFFIX)
-        if path.is_file():
-            with suppress(OSError):  # damaged: compile it again
-                return ctypes.CDLL(str(path))
+        key = [*compiler, version, OPTIONS, target, *platform.libc_ver(), _processor(), *texts]
+        digest = hashlib.sha256("\0".join(key).encode("utf-8", "surrogateescape")).hexdigest()
+        name = digest[:16] + LIBRARY_SUFFIX
+        if (found := kept(name)) is not None:
+            return found
         try:
-            return _compile(
+            compiled = _compile(
                 [*compiler, *OPTIONS.split(), *target.split()],
                 [str(source) for source in sources if source.suffix == ".c"],
-                path,
             )
         except subprocess.CalledProcessError:  # the compiler does not know this target
             if target == TARGETS[-1]:
                 raise
+        else:
+            if not keep(name, compiled):
+                folders = " or ".join(map(str, places()))
+                notes.append(f"compiled again at every start: they cannot be kept in {folders}")
+            return compiled
     raise AssertionError("TARGETS is empty")
 
 
-def _compile(command: list[str], sources: list[str], path: Path) -> ctypes.CDLL:
+def _compile(command: list[str], sources: list[str]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        compiled = Path(folder) / path.name
+        compiled = Path(folder) / f"kernels{LIBRARY_SUFFIX}"
         _output([*command, *sources, "-o", str(compiled), "-lm"])
-        try:
-            with written_whole(path) as file:
-                file.write(compiled.read_bytes())
-        except UserError:  # it cannot be kept: the next process compiles again
-            return ctypes.CDLL(str(compiled))
-    return ctypes.CDLL(str(path))
+        if not compiled.exists():
+            raise FileNotFoundError(f"{command[0]} wrote no library")
+        return compiled.read_bytes()
 
 
 def _output(command: list[str]) -> str:
+    """What a command prints; it gets no input, which belongs to the user's program."""
     return subprocess.run(
         command,
         check=True,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
         errors="replace",
@@ -131,13 +156,20 @@ def _output(command: list[str]) -> str:
 def _processor() -> str:
     """What the compiler may have fitted the code to: the processor's name and its features."""
     try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
     except OSError:  # not Linux: the machine's own name stands for its features
         return f"{platform.machine()} {platform.processor()} {platform.node()}"
     telling = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(telling)}))
 
 
+def _words(which: str, *notes: str) -> str:
+    """The report in one line that can be printed, even where it names a path that is not UTF-8."""
+    line = f"{which} ({'; '.join(notes)})" if notes else which
+    return line.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _reason(problem: Exception) -> str:
-    said = getattr(problem, "stderr", "") or str(problem)
-    return next((line for line in said.splitlines() if "error" in line), said.strip()[:200])
+    said = (getattr(problem, "stderr", "") or str(problem)).strip()
+    lines = said.splitlines() or [type(problem).__name__]
+    return next((line for line in lines if "error" in line), lines[0][:200])

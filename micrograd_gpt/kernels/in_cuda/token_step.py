@@ -26,7 +26,7 @@ from micrograd_gpt import gpt2
 from micrograd_gpt.arrays.devices import Array, array_module
 from micrograd_gpt.arrays.stand_ins import CUDA, NotForMe, stands_in_for
 from micrograd_gpt.gpt2 import Block
-from micrograd_gpt.kernels.blocks import IN_LAYER_NORM, parameters_of
+from micrograd_gpt.kernels.blocks import BYPASSED, IN_LAYER_NORM, parameters_of
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.arguments import HEAD_SIZES, activation, float32
 from micrograd_gpt.kernels.in_cuda.kernels import normalise
@@ -38,11 +38,11 @@ from micrograd_gpt.tensor import Tensor, is_recorded
 MOST_STEPS = 2 * FEW_ROWS  # kept for each model; a batch whose rows end in turn needs several
 
 
-@stands_in_for(gpt2.through_blocks, CUDA)
+@stands_in_for(gpt2.through_blocks, CUDA, bypasses=BYPASSED)
 def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
     """As the definition, for one token a row: launch by launch the first time, then by a graph."""
     few = x.ndim == 3 and x.shape[1] == 1 and len(x) <= FEW_ROWS and cache is not None
-    layers = parameters_of(blocks) if few and blocks and cuda_modules.usable() else None
+    layers = parameters_of(blocks, cache) if few and blocks and cuda_modules.usable() else None
     if layers is None:
         raise NotForMe
     parameters = [parameter for layer in layers for parameter in layer]

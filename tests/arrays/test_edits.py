@@ -1,0 +1,315 @@
+"""Whoever edits a definition gets what they wrote: in the loss and in what is decoded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import record_definitions
+from record_definitions import all_definitions
+
+import micrograd_gpt
+from micrograd_gpt import Tensor, functional, gpt2, layers, no_grad, tensor
+from micrograd_gpt.arrays import edits
+from micrograd_gpt.arrays.stand_ins import LEVELS, at_most
+from micrograd_gpt.generation.kv_cache import KVCache, Past
+from micrograd_gpt.gpt2 import GPT2, MLP, Block, CausalSelfAttention, GPT2Config
+from micrograd_gpt.nn import LayerNorm, Linear
+
+IDS = np.random.default_rng(0).integers(0, 13, (2, 8))
+PACKAGE = Path(micrograd_gpt.__file__).parent
+
+
+def make() -> GPT2:
+    """A model whose loss and logits every layer has a large part in."""
+    model = GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=13, n_positions=16), seed=1)
+    rng = np.random.default_rng(2)
+    for parameter in model.parameters():
+        parameter.data += rng.standard_normal(parameter.shape).astype(np.float32) / 5
+    return model.eval()
+
+
+def results(model: GPT2) -> dict[str, Any]:
+    """The loss, the logits without a cache, with one (a prompt, then token by token), the text."""
+    with no_grad():
+        cache, logits = KVCache(model, 2), model(IDS).data
+        cached = [model(IDS[:, :5], cache), *(model(IDS[:, i : i + 1], cache) for i in range(5, 8))]
+    text = model.generate(IDS[:, :4], max_new_tokens=5, temperature=0)
+    return {
+        "loss": model.loss(IDS, IDS).item(),
+        "logits": logits.tolist(),
+        "cached": np.concatenate([part.data for part in cached], axis=1).tolist(),
+        "text": text.tolist(),
+    }
+
+
+def assert_one_model(of: dict[str, Any], oracle: dict[str, Any]) -> None:
+    """The loss and the logits, cached and uncached, are those of `oracle`, and so is the text."""
+    assert of["loss"] == pytest.approx(oracle["loss"], rel=1e-5)
+    for name in ("logits", "cached"):
+        np.testing.assert_allclose(of[name], oracle["logits"], rtol=1e-4, atol=1e-4)
+    assert of["text"] == oracle["text"]
+
+
+def difference(a: dict[str, Any], b: dict[str, Any], name: str) -> float:
+    return float(np.abs(np.array(a[name]) - np.array(b[name])).max())
+
+
+# ------------------------------------------------------------------- swapped in a running program
+
+
+def rms_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    return x / ((x * x).mean(-1, keepdims=True) + eps).sqrt() * weight + bias
+
+
+def parallel_block(self: Block, x: Tensor, past: Any = None) -> Tensor:
+    return x + self.attn(self.ln_1(x), past) + self.mlp(self.ln_2(x))
+
+
+def halved(function: Any) -> Callable[..., Tensor]:
+    original = getattr(function, "definition", function)
+    return lambda *args: original(*args) * 0.5
+
+
+SWAPS: dict[str, tuple[Any, str, Any]] = {
+    "a block with its input halved": (Block, "__call__", halved(Block.__call__)),
+    "a parallel block": (Block, "__call__", parallel_block),
+    "MLP": (MLP, "__call__", halved(MLP.__call__)),
+    "attention's module": (CausalSelfAttention, "__call__", halved(CausalSelfAttention.__call__)),
+    "LayerNorm": (LayerNorm, "__call__", lambda self, x: rms_norm(x, self.weight, self.bias)),
+    "Linear": (Linear, "__call__", halved(Linear.__call__)),
+    "ReLU for GELU": (layers, "gelu", Tensor.relu),
+    "RMSNorm for LayerNorm": (layers, "layer_norm", rms_norm),
+    "linear": (layers, "linear", halved(layers.linear)),
+    "embedding": (layers, "embedding", halved(layers.embedding)),
+    "softmax": (layers, "softmax", halved(layers.softmax)),
+    "attention": (layers, "attention", halved(layers.attention)),
+    "self_attention": (layers, "self_attention", halved(layers.self_attention)),
+    "a constant": (layers, "GELU_CUBIC", 0.5),
+    "an operation": (Tensor, "tanh", halved(Tensor.tanh)),
+}
+
+
+@pytest.fixture(scope="module")
+def unchanged() -> dict[str, Any]:
+    return results(make())
+
+
+@pytest.mark.parametrize("name", SWAPS)
+def test_a_swap_is_followed_everywhere(
+    name: str, unchanged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    owner, attribute, new = SWAPS[name]
+    monkeypatch.setattr(owner, attribute, new)
+    with at_most("definitions"):
+        oracle = results(model)
+    assert_one_model(oracle, oracle)  # cached as uncached
+    for part in ("loss", "logits", "cached"):
+        assert difference(oracle, unchanged, part) > 1e-3
+    for level in LEVELS[1:]:
+        with at_most(level):
+            assert_one_model(results(model), oracle)
+    monkeypatch.undo()
+    assert results(model) == unchanged  # and back, with all its kernels
+
+
+FUSED = {
+    "gelu_forward": lambda x: np.maximum(x, 0),
+    "layer_norm_forward": lambda x, weight, bias, eps: (
+        x * weight,
+        np.zeros((len(x), 1), x.dtype),
+        np.ones((len(x), 1), x.dtype),
+    ),
+    "linear_forward": lambda x, weight, bias: x @ weight * 0.5,
+    "attention_forward": lambda q, k, v, p, key: (
+        v[:, :, -q.shape[2] :] + q,
+        np.zeros(q.shape[:3], q.dtype),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_swap_in_functional_is_followed_wherever_functional_is_used(
+    name: str, unchanged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    monkeypatch.setattr(functional, name, FUSED[name])
+    with at_most("fused"):
+        oracle = results(model)
+    assert_one_model(oracle, oracle)
+    assert difference(oracle, unchanged, "logits") > 1e-3
+    for level in ("numpy", "c"):
+        with at_most(level):
+            assert_one_model(results(model), oracle)
+
+
+def test_a_class_of_ones_own_is_used(
+    unchanged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mine(MLP):
+        def __call__(self, x: Tensor) -> Tensor:
+            return self.c_proj(self.c_fc(x).relu())
+
+    monkeypatch.setattr(gpt2, "MLP", Mine)
+    model = make()
+    with at_most("definitions"):
+        oracle = results(model)
+    assert difference(oracle, unchanged, "logits") > 1e-3
+    assert_one_model(results(model), oracle)
+
+
+def test_a_cache_of_ones_own_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sees the latest two tokens only."""
+
+    class Forgetful(KVCache):
+        def layer(self, i: int) -> Past:
+            past = super().layer(i)
+            past.keys[:, :, : max(0, self.length - 1)] = -100.0
+            return past
+
+    model, logits = make(), []
+    for level in LEVELS:
+        with at_most(level), no_grad():
+            cache = Forgetful(model, 1)
+            logits.append([model(IDS[:1, i : i + 1], cache).data for i in range(6)])
+    for other in logits[1:]:
+        np.testing.assert_allclose(other, logits[0], rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------- edited in the files
+
+EDITS = {
+    "layers.py": ("0.5 * x * (1 + (GELU_SCALE * (x + GELU_CUBIC * x**3)).tanh())", "x.relu()"),
+    "gpt2.py": ("        x = x + self.attn", "        x = x * 0.5 + self.attn"),
+    "functional.py": ("centred * rstd * weight + bias, mean", "centred * rstd * weight, mean"),
+    "tensor.py": ("        y = np.tanh(self.data)", "        y = np.tanh(self.data) / 2"),
+    "nn.py": ("layers.layer_norm(x, self.weight", "layers.layer_norm(x * x, self.weight"),
+    "generation/kv_cache.py": ("k.data[rows]", "k.data[rows] * 1.0"),  # which changes no number
+}
+
+CHILD = """
+import json, sys
+sys.path[:0] = [sys.argv[1], sys.argv[2]]
+from micrograd_gpt.arrays.stand_ins import at_most
+from test_edits import make, results
+found = {}
+for level in sys.argv[3:]:
+    with at_most(level):
+        found[level] = results(make())
+print(json.dumps(found))
+"""
+
+
+def results_of(package: Path, levels: list[str]) -> tuple[dict[str, Any], str]:
+    """The results of the package in this folder at each level, and what it said on stderr."""
+    tests = Path(__file__).parent
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(package), str(tests), *levels],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tests.parent)},
+    )
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout), child.stderr
+
+
+def copy_of_the_package(to: Path) -> Path:
+    shutil.copytree(PACKAGE, to / "micrograd_gpt", ignore=shutil.ignore_patterns("__pycache__"))
+    return to
+
+
+@pytest.mark.parametrize("file", EDITS)
+def test_an_edit_of_a_file_is_followed_everywhere(
+    file: str, tmp_path: Path, unchanged: dict[str, Any]
+) -> None:
+    path = copy_of_the_package(tmp_path) / "micrograd_gpt" / file
+    source, (old, new) = path.read_text("utf-8"), EDITS[file]
+    assert source.count(old) == 1
+    path.write_text(source.replace(old, new), "utf-8")
+    oracle = "fused" if file == "functional.py" else "definitions"
+    found, said = results_of(tmp_path, [oracle, "numpy", "c"])
+    for level in ("numpy", "c"):
+        assert_one_model(found[level], found[oracle])
+    changes_nothing = file == "generation/kv_cache.py"
+    assert (difference(found[oracle], unchanged, "logits") > 1e-3) != changes_nothing
+    assert said.startswith("note: ") and said.count("\n") == said.count("note: ")
+    assert "is not as it was tested" in said
+
+
+def test_comments_and_spacing_may_change(tmp_path: Path, unchanged: dict[str, Any]) -> None:
+    package = copy_of_the_package(tmp_path) / "micrograd_gpt"
+    for path in package.glob("*.py"):
+        text = path.read_text("utf-8").replace('"""', '"""Note. ', 1)
+        lines = [f"{line}  # a note" if line.endswith(":") else line for line in text.split("\n")]
+        path.write_text("\n\n".join(["# a note", *lines]) if path.name == "gpt2.py" else text)
+    found, said = results_of(tmp_path, ["c"])
+    assert found["c"] == unchanged and said == ""
+
+
+# --------------------------------------------------------------------------------- what is recorded
+
+
+def test_the_record_is_that_of_the_package_as_it_is() -> None:
+    """Red after an edit: see that the other tests pass, then record it as the error says."""
+    recorded = json.loads(edits.RECORD.read_text("utf-8"))
+    assert recorded == record_definitions.record(), "run python tests/record_definitions.py"
+
+
+def test_every_definition_is_recorded_and_unchanged() -> None:
+    for definition in all_definitions():
+        if definition.stand_ins:
+            assert edits.Guard(definition.definition).parts and definition.is_as_tested()
+
+
+def test_an_edit_stops_only_what_it_touches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "gelu", Tensor.relu)
+    stopped = {d.__name__ for d in all_definitions() if d.stand_ins and not d.is_as_tested()}
+    assert stopped == {"gelu", "through_blocks"}
+    monkeypatch.setattr(tensor.Tensor, "exp", lambda self: self)
+    stopped = {d.__name__ for d in all_definitions() if d.stand_ins and not d.is_as_tested()}
+    assert {"attention", "self_attention", "cross_entropy"} <= stopped
+    assert not stopped & {"linear", "layer_norm", "gelu_forward", "adamw_update"}
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    edits.say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "micrograd_gpt"):
+        yield caplog
+    edits.say_once.cache_clear()
+
+
+def test_an_edit_is_said_once(
+    said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = Tensor(np.ones((2, 3), np.float32))
+    layers.gelu(x)
+    assert said.messages == []
+    monkeypatch.setattr(layers, "GELU_CUBIC", 0.1)
+    for _ in range(3):
+        layers.gelu(x)
+    (line,) = (message for message in said.messages if "layers." in message)
+    assert "layers.GELU_CUBIC is not as it was tested" in line
+
+
+def test_new_code_under_an_old_name_is_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when IPython's autoreload puts the code of an edited function into the old one."""
+    x = Tensor(np.ones((2, 3), np.float32))
+    before = layers.gelu(x).data
+    new = layers.gelu.definition.__code__.replace(co_name="gelu")  # type: ignore[attr-defined]
+    assert layers.gelu.is_as_tested()  # type: ignore[attr-defined]
+    code = (lambda x: x.relu()).__code__
+    monkeypatch.setattr(layers.gelu.definition, "__code__", code)  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(layers.gelu(x).data, 1)
+    monkeypatch.setattr(layers.gelu.definition, "__code__", new)  # type: ignore[attr-defined]
+    np.testing.assert_allclose(layers.gelu(x).data, before, rtol=1e-6)
