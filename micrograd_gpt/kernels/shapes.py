@@ -175,7 +175,9 @@ def checked_rows(total: Array, index: Any, part: Array) -> Array:
     lowest, highest = rows.min(), rows.max()
     if not -len(total) <= lowest <= highest < len(total) or np.may_share_memory(total, part):
         raise NotForMe
-    return rows % len(total) if lowest < 0 else rows  # -1 is the last
+    if lowest < 0:
+        rows %= len(total)  # -1 is the last
+    return rows
 
 
 def _copied(integers: Array) -> Array:

@@ -181,7 +181,11 @@ def calls_of_add_at() -> Iterator[tuple[str, Callable[..., Any], Callable[[], Ar
     def several_axes() -> Arguments:
         return [numbers(V, C), np.array([[1, 2], [1, 0]]), numbers(2, 2, C)]
 
+    def no_axis() -> Arguments:
+        return [numbers(V, C), np.array(-2), numbers(C)]
+
     yield "part in total", tensor.add_at, part_of_total
+    yield "index without an axis", tensor.add_at, no_axis
     yield "index of two axes", tensor.add_at, several_axes
     yield "no index", tensor.add_at, lambda: [numbers(V, C), np.array([], int), numbers(0, C)]
     yield "no row", tensor.add_at, lambda: [numbers(0, C), np.array([0]), numbers(1, C)]
