@@ -26,7 +26,8 @@ FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 PLAIN = (np.ndarray, np.memmap)
 
 # The arrays that a definition takes, in the letters of its docstring: those with one letter have
-# one size. "*" is a whole shape. Labels hold integers, all others floats; there may be no bias.
+# one size, "3C" is three times C, and "*" a whole shape. Labels hold integers, all others floats.
+# There may be no bias.
 SHAPES = {
     functional.linear_forward: "x N K, weight K M, bias M",
     functional.linear_backward: "grad N M, x N K, weight K M",
@@ -60,15 +61,16 @@ def fit(line: str, shapes: tuple[tuple[int, ...] | None, ...]) -> bool:
             continue
         if shape is None or 0 in shape:
             return False
-        parts = [shape] if letters == ["*"] else list(shape)
-        if len(parts) != len(letters):
-            return False
-        for letter, part in zip(letters, parts, strict=True):
-            if sizes.setdefault(letter, part) != part:
+        if letters == ["*"]:
+            if sizes.setdefault("*", shape) != shape:
                 return False
-    times = [sizes.get(letter, 1) for letter in ("C", "3C", "4C")]
-    if "3C" in sizes and times != [n * sizes["C"] for n in (1, 3, 4)]:
-        return False
+            continue
+        if len(shape) != len(letters):
+            return False
+        for letter, size in zip(letters, shape, strict=True):
+            times = int(letter[:-1] or 1)  # 3 for "3C"
+            if size != times * sizes.setdefault(letter[-1], size // times):
+                return False
     return "S" not in sizes or sizes["S"] >= sizes["T"]  # the last query stands at the last key
 
 
