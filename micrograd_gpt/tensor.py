@@ -402,6 +402,7 @@ def total(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
 @definition
 def add_at(total: Array, index: Any, part: Array) -> None:
     """Add `part` to total[index], in place; an element picked several times gets every part."""
+    total[None][:0] = 0  # an error where it is read-only, as np.add.at does not ask
     parts = index if isinstance(index, tuple) else (index,)
     is_basic = all(type(p) in (int, slice, type(None), type(...)) for p in parts)  # bool is not
     if is_basic and isinstance(here := total[index], type(total)):

@@ -25,6 +25,16 @@ _WITHIN = threading.local()  # .a_task is true in the threads that run tasks
 _MAKING_POOL = threading.Lock()
 
 
+def _after_fork() -> None:
+    """A child has only the thread that forked: none that would release the lock."""
+    global _MAKING_POOL
+    _MAKING_POOL = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def parallel(task: Task, count: int) -> None:
     """Call task(0) … task(count - 1) on all cores, and return when all are done.
 
@@ -82,7 +92,10 @@ class _Pool:
     """
 
     def __init__(self) -> None:
-        self.blas = ThreadpoolController().select(user_api="blas").lib_controllers
+        try:
+            self.blas = ThreadpoolController().select(user_api="blas").lib_controllers
+        except UnicodeDecodeError:  # some loaded library's path is not UTF-8
+            self.blas = []
         # As many as BLAS would use, so that OMP_NUM_THREADS and the like count for us too.
         self.size = max([b.num_threads for b in self.blas], default=os.cpu_count() or 1)
         self.jobs: SimpleQueue[_Job] = SimpleQueue()
