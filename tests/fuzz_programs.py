@@ -557,7 +557,9 @@ def spoil_parameters(a: Arguments, model: Any) -> None:
     for _, parameter in model.named_parameters():
         old = parameter.data
         if a.chance(a.rate / 10):
-            parameter.data = a.array(*old.shape, finite=True)
+            new = a.array(*old.shape, finite=True)
+            is_whole = getattr(new, "dtype", old.dtype).kind in "iub"  # gradients would be, too
+            parameter.data = old if is_whole else new
         elif a.chance(0.3):
             parameter.data = a.place(old, a.pick(("Fortran", "in order", "gaps", "read-only")))
 
