@@ -289,7 +289,7 @@ def test_a_full_cache_is_named(replays: list[int]) -> None:
     model = make()
     cache = KVCache(model, capacity=4)
     logits_of(model, cache, 4)
-    with pytest.raises(ValueError, match="holds 4 positions, not 5"):
+    with pytest.raises(ValueError, match="holds 4 positions: no 1 more"):
         logits_of(model, cache, 1)
     assert cache.length == 4 and len(replays) == 3
 

@@ -157,7 +157,8 @@ def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array,
 def add_at(total: Array, index: Any, part: Array) -> None:
     """As the definition, for rows of a table: rows that go to one place are added up first."""
     check_plain([total, part], [FLOAT32, FLOAT64])
-    rows, ids = part.reshape(-1, part.shape[-1]), checked_rows(total, index, part).reshape(-1)
+    ids = checked_rows(total, index, part).reshape(-1)
+    rows = part.reshape(len(ids), -1)
     order = np.argsort(ids, kind="stable")
     picked, first = np.unique(ids[order], return_index=True)
     total[picked] += np.add.reduceat(rows[order], first, axis=0)
