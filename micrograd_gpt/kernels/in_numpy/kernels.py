@@ -361,7 +361,7 @@ def _scores(q: Array, k: Array) -> tuple[Array, Array]:
     scaled_q = q * (1 / math.sqrt(q.shape[-1]))
     scores = scaled_q @ k.swapaxes(-1, -2)
     if rows > 1:  # of the last `rows` keys, query i may see those up to its own
-        scores[..., -rows:] += np.triu(np.full((rows, rows), -np.inf, q.dtype), 1)
+        np.copyto(scores[..., -rows:], -np.inf, where=~np.tri(rows, dtype=bool))
     return scores, scaled_q
 
 
@@ -466,11 +466,11 @@ def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float 
 
 
 def gradients(parameters: list[Tensor]) -> list[Array]:
-    """The gradients that exist; NotForMe where there are none."""
+    """The gradients that exist; NotForMe where there are none, or some that cannot be written."""
     if not isinstance(parameters, list | tuple):  # what can be gone through only once
         raise NotForMe
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not grads:
+    if not grads or not all(grad.flags.writeable for grad in grads):
         raise NotForMe
     return grads
 
@@ -481,7 +481,7 @@ def scale_to_norm(grads: list[Array], norm: float, max_norm: float, loss_scale: 
     Where nothing is to be scaled, or the norm is not finite, no array is touched.
     """
     norm /= loss_scale
-    factor = (max_norm / norm if norm > max_norm else 1.0) / loss_scale
+    factor = min(max_norm / max(norm, 1e-30), 1.0) / loss_scale
     for grad in grads if math.isfinite(norm) and factor != 1 else ():
         grad *= factor
     return norm
