@@ -68,7 +68,7 @@ def layer_norm_forward(
     mean = x.mean(axis=-1, keepdims=True)  # (N, 1)
     mean = mean + (x - mean).mean(axis=-1, keepdims=True)  # again, as in layers.py
     centred = x - mean
-    rstd = 1 / np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + float(+eps))
+    rstd = 1 / np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + float(+eps))  # (N, 1)
     return centred * rstd * weight + bias, mean, rstd
 
 
