@@ -27,7 +27,7 @@ from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.tensor import concatenate
 from micrograd_gpt.text.tokenizers import CharTokenizer
-from micrograd_gpt.variants import ACTIVATIONS, VariantConfig, VariantGPT2
+from micrograd_gpt.variants import ACTIVATIONS, VariantConfig, VariantGPT2, scaled_queries
 from micrograd_gpt.weights.pretrained import from_pretrained
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 23, "n_positions": 12}
@@ -218,9 +218,9 @@ def test_an_activation_is_computed_wide_and_kept_narrow(name: str, dtype: str) -
 
 def test_an_edited_gelu_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = variant({"n_inner": 24}), random_ids(2, 5)
-    before = model(ids).data
+    with_relu = variant({"n_inner": 24, "activation_function": "relu"})
     monkeypatch.setattr(layers, "gelu", Tensor.relu)
-    assert (model(ids).data != before).any()
+    np.testing.assert_array_equal(model(ids).data, with_relu(ids).data)
 
 
 # ---------------------------------------------------- what differs, in words other than the code's
@@ -242,6 +242,15 @@ def test_scores_by_layer_are_those_of_smaller_queries() -> None:
         assert (
             np.abs(plain(ids).data - model(ids).data).max() < 1e-5 * np.abs(plain(ids).data).max()
         )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_queries_of_half_precision_are_rounded_once(dtype: str) -> None:
+    x = np.random.default_rng(0).standard_normal((5, 48)).astype(dtype)
+    scaled = scaled_queries(Tensor(x), 1 / 3).data
+    assert scaled.dtype == dtype
+    np.testing.assert_array_equal(scaled[:, :16], (x[:, :16].astype("float32") / 3).astype(dtype))
+    np.testing.assert_array_equal(scaled[:, 16:], x[:, 16:])
 
 
 def test_a_head_of_its_own_gives_the_logits_and_leaves_the_embedding_alone() -> None:
