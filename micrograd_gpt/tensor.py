@@ -288,7 +288,7 @@ class Tensor:
         x, largest = self.data, self.data.max(axis=axis, keepdims=True)
 
         def backward(grad: Array) -> tuple[Array]:
-            is_largest = x == largest
+            is_largest = (x == largest) | (x != x)  # as NumPy sees it, NaN is
             share = grad.reshape(largest.shape) / is_largest.sum(axis=axis, keepdims=True)
             return (np.where(is_largest, share, 0),)
 

@@ -656,6 +656,14 @@ def test_indices_and_masks_may_be_used_again_by_their_owner() -> None:
 # ------------------------------------------------------------------- infinity, half, long sums
 
 
+def test_what_a_constant_power_and_an_empty_mask_give() -> None:
+    x = Tensor([1.0, 2.0], requires_grad=True)
+    (x**0).backward(np.array([np.inf, np.nan], np.float32))
+    np.testing.assert_array_equal(x.grad, [0, 0])
+    empty = Tensor(np.zeros((0, 3)))
+    assert empty[np.zeros((0, 3), bool)].shape == (0,) and empty[[]].shape == (0, 3)
+
+
 def test_a_gradient_that_is_not_chosen_is_zero_even_if_infinite() -> None:
     x = Tensor([-1.0, 2.0, 2.0, 0.0], requires_grad=True)
     infinite = np.full(4, np.inf, np.float32)
@@ -665,6 +673,9 @@ def test_a_gradient_that_is_not_chosen_is_zero_even_if_infinite() -> None:
     x.max().backward(np.float32(np.inf))
     np.testing.assert_array_equal(x.grad, [0, np.inf, np.inf, 0])
     x.grad = None
+    y = Tensor([1.0, np.nan, 3.0], requires_grad=True)
+    y.max().backward()
+    np.testing.assert_array_equal(y.grad, [0, 1, 0])  # NaN is the largest, and not lost
     where(np.array([True, False, True, False]), x, 0.0).backward(infinite)
     np.testing.assert_array_equal(x.grad, [np.inf, 0, np.inf, 0])
     x.grad = None

@@ -7,6 +7,9 @@ GELU's constants, the arithmetic of Tensor, or, for the kernel that computes who
 the block and every layer in it. Where one of them has changed, nothing stands in for that
 definition, and one line on stderr says so. Comments, docstrings and spacing may change freely.
 
+The sources are read when the package is imported. After that, a part has changed when its name
+stands for another function, or for one with other code (IPython's autoreload).
+
 `python tests/record_definitions.py` writes definitions.json. Run it once an edited definition and
 its stand-ins agree again, which the tests say.
 """
@@ -19,27 +22,37 @@ import inspect
 import io
 import json
 import logging
+import pkgutil
 import sys
 import textwrap
 import tokenize
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType
 from typing import Any
 
-RECORD = Path(__file__).with_name("definitions.json")
 PACKAGE = __name__.split(".")[0]
+FUSED = ".stand_ins.fused"  # "layers.gelu.stand_ins.fused": what stands in for layers.gelu there
+
+# What arrays.stand_ins.definition made, and the function that each was made of. An attribute would
+# not do: functools.wraps copies it to whatever somebody wraps around a definition.
+MADE_OF: dict[Any, Callable[..., Any]] = {}
 
 
 class Guard:
     """Tells before each use whether a definition and all that it computes with are as recorded."""
 
-    def __init__(self, function: Any) -> None:
-        record = recorded()
-        self.parts = {
-            name: record["sources"][name] for name in record["uses"].get(name_of(function), ())
-        }
-        # What each part was when it was last found to be the recorded one: the namespace that holds
-        # it, its name there, itself, its function, and that one's code, which autoreload replaces
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.name = name_of(function)
+        self.parts = recorded()["uses"].get(self.name, ())
+        self.is_recorded = bool(self.parts)
+        # Each part and what it is reached through, when all were last found as recorded: a
+        # namespace, a name in it, what stood there, its function, and that one's code
         self.seen: list[tuple[dict[str, Any], str, Any, Any, Any]] | None = None
+
+    def need_record(self, stand_in: Callable[..., Any]) -> None:
+        """Stand-ins of this package stand in only for definitions that are recorded."""
+        if stand_in.__module__.startswith(f"{PACKAGE}.") and not self.parts:
+            self.parts = (self.name,)
 
     def holds(self) -> bool:
         for namespace, attribute, value, function, code in self.seen or ():
@@ -48,59 +61,106 @@ class Guard:
         return self.seen is not None or self._look_again()
 
     def _look_again(self) -> bool:
-        seen = []
-        for name, source in self.parts.items():
-            namespace, attribute = owner_of(name)
-            value = namespace.get(attribute)
-            if fingerprint(value) != source:
-                is_fused = name.endswith(".stand_ins.fused")
+        seen = {}
+        for name in self.parts:
+            if not is_as_recorded(name):
+                is_fused = name.endswith(FUSED)
                 say_once(f"functional.{name.split('.')[1]}" if is_fused else name)
                 return False
-            function = getattr(value, "definition", value)
-            function = function if inspect.isfunction(function) else owner_of  # a constant has none
-            seen.append((namespace, attribute, value, function, function.__code__))
-        self.seen = seen
+            for namespace, attribute, value in steps_to(name):
+                function = function_of(value) or name_of  # what is no function has no code
+                place = id(namespace), attribute
+                seen[place] = (namespace, attribute, value, function, function.__code__)
+        self.seen = list(seen.values())
         return True
 
 
 @functools.cache
 def recorded() -> dict[str, dict[str, Any]]:
     """`sources`: the fingerprint of each part; `uses`: the names of each definition's parts."""
-    return json.loads(RECORD.read_text("utf-8"))
+    content = pkgutil.get_data(PACKAGE, "arrays/definitions.json")
+    assert content is not None
+    return json.loads(content)
 
 
-def name_of(function: Any) -> str:
+def name_of(function: Callable[..., Any]) -> str:
     """A function's name within this package, as "layers.gelu" or "tensor.Tensor.exp"."""
-    return f"{function.__module__}.{function.__qualname__}".removeprefix(f"{PACKAGE}.")
+    module = f"{function.__module__}.".removeprefix(f"{PACKAGE}.")
+    return f"{module}{function.__qualname__}"
 
 
-def owner_of(name: str) -> tuple[Any, str]:
-    """The namespace of the module or class that holds a part, and the part's own name there.
+def steps_to(name: str) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The way to a part: each namespace, a name in it, and what stands there now, None if nothing.
 
-    "layers.gelu.stand_ins.fused" is the function that stands in for layers.gelu at that level.
+    The way to "tensor.Tensor.exp" leads through the class; modules themselves are left out.
     """
     owner: Any = sys.modules[PACKAGE]
-    *path, attribute = name.split(".")
-    for step in path:
-        owner = getattr(owner, step, None)
-    return owner if isinstance(owner, dict) else getattr(owner, "__dict__", {}), attribute
+    for attribute in name.split("."):
+        namespace = owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
+        owner = namespace.get(attribute)
+        if not inspect.ismodule(owner):
+            yield namespace, attribute, owner
 
 
-def fingerprint(value: Any) -> str:
-    """What identifies a constant, or the source of a function; "" where there is no source."""
-    function = getattr(value, "definition", value)
-    if not inspect.isfunction(function):
-        return repr(value)
-    return _of_source(function, function.__code__)
+def function_of(value: Any) -> FunctionType | None:
+    """The function that a part is: a definition's own, a property's getter; else None."""
+    value = MADE_OF.get(value) if inspect.isfunction(value) and value in MADE_OF else value
+    value = value.fget if isinstance(value, property) else value
+    return value if isinstance(value, FunctionType) else None
+
+
+# ------------------------------------------------------------------------- what the package was
+
+
+_IMPORTED: dict[str, tuple[Any, Callable[[], str | None]]] = {}  # parts: meaning, fingerprint
+
+
+def remember() -> None:
+    """Keep what every part is now, when the package has just been imported."""
+    for name in recorded()["sources"]:
+        *_, (_, _, value) = steps_to(name)
+        _IMPORTED[name] = meaning(value), fingerprinted(value)
+
+
+def is_as_recorded(name: str) -> bool:
+    """Whether a part was as recorded when it was imported, and is the same now."""
+    if name not in _IMPORTED:  # a definition that nobody recorded
+        return False
+    *_, (_, _, value) = steps_to(name)
+    if value is None and name.endswith(FUSED):  # after a reload: the definition itself runs
+        return True
+    imported, fingerprint = _IMPORTED[name]
+    return meaning(value) == imported and fingerprint() in (recorded()["sources"][name], None)
+
+
+def fingerprinted(value: Any) -> Callable[[], str | None]:
+    """What will identify a constant, or a function by its source, when it is asked for; None where
+    the package has no sources."""
+    function = function_of(value)
+    if function is None:
+        return functools.partial(repr, value)
+    lines_of(function.__module__)  # which are read now
+    return functools.partial(_of_source, function.__module__, function.__code__.co_firstlineno)
 
 
 @functools.cache
-def _of_source(function: Any, code: Any) -> str:
+def _of_source(module: str, first: int) -> str | None:
+    lines = lines_of(module)
+    if lines is None:
+        return None
+    source = textwrap.dedent("".join(inspect.getblock(lines[first - 1 :])))
+    return hashlib.sha256(essence(source).encode()).hexdigest()[:16]
+
+
+@functools.cache  # as they were when the package was imported
+def lines_of(module: str) -> list[str] | None:
+    """The lines of a module of this package, also of one in a zip; None: only compiled files."""
+    path = module.removeprefix(f"{PACKAGE}.").replace(".", "/")
     try:
-        source = textwrap.dedent(inspect.getsource(function))
-        return hashlib.sha256(essence(source).encode()).hexdigest()[:16]
-    except (OSError, TypeError, tokenize.TokenError, SyntaxError):  # written in a plain console
-        return ""
+        content = pkgutil.get_data(PACKAGE, f"{path}.py")
+    except OSError:
+        return None
+    return None if content is None else content.decode("utf-8").splitlines(keepends=True)
 
 
 def essence(source: str) -> str:
@@ -116,6 +176,26 @@ def essence(source: str) -> str:
         elif token.type not in (tokenize.COMMENT, tokenize.NL):
             line.append("".join(token.string.split()))
     return "".join(kept)
+
+
+def meaning(value: Any) -> Any:
+    """A constant, or what a function does, wherever its lines stand: its code, its defaults, and
+    where it looks names up."""
+    function = function_of(value)
+    if function is None:
+        return repr(value)
+    code = _code_meaning(function.__code__, function.__doc__)
+    return code, function.__defaults__, function.__kwdefaults__, id(function.__globals__)
+
+
+def _code_meaning(code: CodeType, docstring: str | None = None) -> tuple[Any, ...]:
+    constants = [
+        _code_meaning(value) if isinstance(value, CodeType) else (type(value), value)
+        for value in code.co_consts
+        if value is None or value != docstring
+    ]
+    names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+    return code.co_code, tuple(constants), *names
 
 
 @functools.cache

@@ -91,8 +91,9 @@ def definition(function: F) -> F:
 
     stand_ins: dict[str, Callable[..., Any]] = {}
     guard = edits.Guard(function)
+    edits.MADE_OF[call] = function
     call.definition, call.stand_ins, call.choices = function, stand_ins, choices  # type: ignore[attr-defined]
-    call.bypasses, call.is_as_tested = set[Any](), guard.holds  # type: ignore[attr-defined]
+    call.bypasses, call.guard = set[Any](), guard  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
 
 
@@ -123,6 +124,7 @@ def stands_in_for(
         definition.stand_ins[level] = stand_in  # type: ignore[attr-defined]
         definition.choices.cache_clear()  # type: ignore[attr-defined]
         definition.bypasses.update(bypasses)  # type: ignore[attr-defined]
+        definition.guard.need_record(stand_in)  # type: ignore[attr-defined]
         return definition if level == "fused" else stand_in  # type: ignore[return-value]
 
     return register

@@ -261,22 +261,22 @@ def test_comments_and_spacing_may_change(tmp_path: Path, unchanged: dict[str, An
 
 def test_the_record_is_that_of_the_package_as_it_is() -> None:
     """Red after an edit: see that the other tests pass, then record it as the error says."""
-    recorded = json.loads(edits.RECORD.read_text("utf-8"))
+    recorded = json.loads(record_definitions.RECORD.read_text("utf-8"))
     assert recorded == record_definitions.record(), "run python tests/record_definitions.py"
 
 
 def test_every_definition_is_recorded_and_unchanged() -> None:
     for definition in all_definitions():
         if definition.stand_ins:
-            assert edits.Guard(definition.definition).parts and definition.is_as_tested()
+            assert definition.guard.parts and definition.guard.holds()
 
 
 def test_an_edit_stops_only_what_it_touches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "gelu", Tensor.relu)
-    stopped = {d.__name__ for d in all_definitions() if d.stand_ins and not d.is_as_tested()}
+    stopped = {d.__name__ for d in all_definitions() if d.stand_ins and not d.guard.holds()}
     assert stopped == {"gelu", "through_blocks"}
     monkeypatch.setattr(tensor.Tensor, "exp", lambda self: self)
-    stopped = {d.__name__ for d in all_definitions() if d.stand_ins and not d.is_as_tested()}
+    stopped = {d.__name__ for d in all_definitions() if d.stand_ins and not d.guard.holds()}
     assert {"attention", "self_attention", "cross_entropy"} <= stopped
     assert not stopped & {"linear", "layer_norm", "gelu_forward", "adamw_update"}
 
@@ -307,7 +307,7 @@ def test_new_code_under_an_old_name_is_an_edit(monkeypatch: pytest.MonkeyPatch) 
     x = Tensor(np.ones((2, 3), np.float32))
     before = layers.gelu(x).data
     new = layers.gelu.definition.__code__.replace(co_name="gelu")  # type: ignore[attr-defined]
-    assert layers.gelu.is_as_tested()  # type: ignore[attr-defined]
+    assert layers.gelu.guard.holds()  # type: ignore[attr-defined]
     code = (lambda x: x.relu()).__code__
     monkeypatch.setattr(layers.gelu.definition, "__code__", code)  # type: ignore[attr-defined]
     np.testing.assert_array_equal(layers.gelu(x).data, 1)

@@ -384,7 +384,9 @@ def reduction(g: Graph) -> None:
     name, x = g.among(["sum", "mean", "max"]), g.any()
     axis, keep = g.axes(x), g.chance(0.5)
     dims = tuple(range(x.ndim)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    if name == "max" and not (x.is_exact and all(x.shape[i] for i in dims)):
+    # amax multiplies by its mask, so that infinite gradients become NaN: ours selects
+    is_finite = g.holds < WITH_INFINITIES and x.is_finite
+    if name == "max" and not (is_finite and x.is_exact and all(x.shape[i] for i in dims)):
         return arithmetic(g)
     if name == "mean" and g.holds < WITH_NAN and not all(x.shape[i] for i in dims):
         name = "sum"  # the mean of nothing is NaN
