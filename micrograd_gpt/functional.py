@@ -123,10 +123,8 @@ def gelu(x: Tensor) -> Tensor:
 
 @definition
 def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple[Array, Array]:
-    """Causal attention of q (B, H, T, D) over k and v (B, H, S, D), S >= T -> (B, H, T, D).
-
-    Also returns the logarithm of each row's softmax denominator, (B, H, T), for the backward.
-    """
+    """Causal attention of q (B, H, T, D) over k and v (B, H, S, D), S >= T -> (B, H, T, D); and the
+    logarithm of each row's softmax denominator, (B, H, T), for the backward."""
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, T, S)
     scores = np.where(causal_mask(q.shape[-2], k.shape[-2], q), scores, -np.inf)
     largest = scores.max(axis=-1, keepdims=True)  # (B, H, T, 1)

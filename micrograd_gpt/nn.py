@@ -51,7 +51,8 @@ class Module:
     """A part of a model. Its parameters are the `Parameter` attributes of it and its parts, which
     are its attributes that are modules or lists of modules."""
 
-    training: bool = True  # whether dropout is on; set by train() and eval()
+    _training = True  # as train() and eval() set it
+    training = property(lambda self: self._training and DROPPING.get())  # whether dropout is on
 
     def modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """This module and all below it, each with what the names of its parameters begin with; the
@@ -77,7 +78,7 @@ class Module:
 
     def train(self, mode: bool = True) -> Any:
         for _, part in self.modules():
-            part.training = mode
+            part._training = mode
         return self
 
     def eval(self) -> Any:
@@ -126,8 +127,7 @@ class Dropout(Module):
 
     def draw(self) -> tuple[float, Key]:
         """The probability that holds now, and the draw to use it with."""
-        on = self.training and self.p and DROPPING.get()
-        return (self.p, self.draws.next_key()) if on else (0.0, ())
+        return (self.p, self.draws.next_key()) if self.training and self.p else (0.0, ())
 
     def __call__(self, x: Tensor) -> Tensor:
         p, key = self.draw()

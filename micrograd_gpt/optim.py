@@ -32,8 +32,7 @@ class AdamW:
     """Adam with decoupled weight decay, in place; a tensor whose `.grad` is None is left alone.
     `lr` may be changed between steps. `weight_decay` applies to tensors of two or more dimensions
     only: not to biases and LayerNorm's, as GPT-2 and GPT-3 were trained. The moments `m` and `v`
-    are in the order of `parameters`. ValueError for parameters of 16 bits: updates round to 0.
-    """
+    are in the order of `parameters`. ValueError for parameters of 16 bits: updates round to 0."""
 
     def __init__(
         self,
@@ -47,14 +46,14 @@ class AdamW:
         if narrow := next((p.dtype for p in self.parameters if p.dtype.itemsize < 4), None):
             raise ValueError(f"parameters of {narrow} cannot be trained: hold them in float32")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        self.steps = 0  # in all; and how many moved each parameter, by which its bias is corrected:
-        self.counts = [0] * len(self.parameters)
+        self.steps = 0  # in all; and how many of them each parameter had no gradient in:
+        self.missed = [0] * len(self.parameters)
         self.m = [np.zeros_like(p.data) for p in self.parameters]
         self.v = [np.zeros_like(p.data) for p in self.parameters]
 
     def step(self) -> None:
         """Update all that have a gradient; ValueError, before any is changed, if one cannot be."""
-        rows: dict[int, list[Any]] = {}  # by how often a parameter was moved: mostly all alike
+        rows: dict[int, list[Any]] = {}  # by how many steps a parameter missed, which is mostly 0
         for i, (p, m, v) in enumerate(zip(self.parameters, self.m, self.v, strict=True)):
             if p.grad is not None:
                 row = p.data, p.grad, m, v
@@ -63,14 +62,12 @@ class AdamW:
                 if not all(getattr(a.flags, "writeable", True) for a in (p.data, m, v)):
                     raise ValueError(f"AdamW: parameter {i} of shape {p.shape} is read-only")
                 decay = self.weight_decay if p.ndim >= 2 else 0.0
-                rows.setdefault(self.counts[i], []).append((*row, decay))
-        for count, group in rows.items():
-            adamw_update(group, self.lr, *self.betas, self.eps, count + 1)
-        for i, p in enumerate(self.parameters):
-            if p.grad is not None:
-                self.counts[i] += 1
-                p.data = p.data  # which tells the tape that it changed
+                rows.setdefault(self.missed[i], []).append((*row, decay))
+                p.data = p.data  # tells the tape that it changes
+        self.missed = [self.missed[i] + (p.grad is None) for i, p in enumerate(self.parameters)]
         self.steps += 1
+        for missed, group in rows.items():
+            adamw_update(group, self.lr, *self.betas, self.eps, self.steps - missed)
 
     def zero_grad(self) -> None:
         """Forget all gradients; the next backward starts them anew."""
@@ -82,8 +79,8 @@ class AdamW:
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, loss_scale: float = 1.0) -> Any:
     """Scale all gradients in place so that their joint Euclidean norm is at most `max_norm`; those
     of a loss that was multiplied by `loss_scale` are divided by it first. Returns the norm before
-    clipping (Pascanu et al. 2013, arXiv:1211.5063): a float, or on a GPU an array that nobody has
-    waited for yet. Where it is not finite nothing is scaled."""
+    (Pascanu et al. 2013, arXiv:1211.5063): a float, or on a GPU an array that nobody waited for.
+    Where it is not finite nothing is scaled."""
     grads: list[Any] = [p.grad for p in parameters if p.grad is not None]
     norm = np.sqrt(sum((grad.astype(np.float64) ** 2).sum() for grad in grads)) / loss_scale
     factor = np.minimum(max_norm / np.maximum(norm, 1e-30), 1.0) / loss_scale

@@ -50,11 +50,13 @@ class Node:
     __slots__ = ("backward", "dtype", "height", "name", "parents", "shape", "versions")
 
     def __init__(self, name: str, result: Tensor, inputs: Sequence[Tensor], backward: Any) -> None:
-        self.name, self.shape, self.dtype = name, result.shape, result.dtype
+        self.name, self.backward = name, backward
+        self.shape, self.dtype = result.shape, result.dtype
         self.parents: Any = tuple(map(node_of, inputs))  # each a Node, or None: no gradient goes
-        self.backward = backward
-        # It may need these arrays as they are now: whether they still are, their versions tell.
-        self.versions = [(x.version, *x.version) for x in (result, *inputs)]
+        # What a backward keeps is in its closure; whether that stays as it is, the versions tell.
+        kept = [memory(cell.cell_contents) for cell in backward.__closure__ or ()]
+        used = [x.version for x in (result, *inputs) if memory(x.data) in kept]
+        self.versions = [(version, *version) for version in used]
         # A parent is lower than its child, a leaf lowest: sorting by height is a topological order.
         self.height: int = 1 + max((parent.height for parent in self.parents if parent), default=0)
 
@@ -66,15 +68,20 @@ def is_recorded(*inputs: Tensor) -> bool:
 
 def record(name: str, data: Array, inputs: Sequence[Tensor], backward: Any) -> Tensor:
     """The result of an operation as a tensor, on the tape if a gradient may be wanted.
-
     `backward(grad)` gets the gradient of the loss for `data` and returns, for each input, None, a
-    `Picked`, or an array (`grad`, a view of it, a new one) of its shape or what that broadcast to.
-    """
+    `Picked`, or an array (`grad`, a view, a new one) of its shape or what that broadcast to."""
     result = Tensor(data)
+    for x in inputs:  # a view has its array's memory, so it has its version too
+        result.version = x.version if memory(x.data) == memory(data) else result.version
     if is_recorded(*inputs):
         result.requires_grad = True
         result._node = Node(name, result, inputs, backward)
     return result
+
+
+def memory(array: Any) -> int:
+    """A name for the memory of an array, which is that of its views too."""
+    return id(array if getattr(array, "base", None) is None else array.base)
 
 
 def node_of(x: Tensor) -> Any:
@@ -89,13 +96,17 @@ def comparison(name: str) -> Any:
     return lambda self, other: Tensor(getattr(self.data, name)(as_tensor(other, self).data))
 
 
+def reflected(name: str) -> Any:
+    """The method of this name for the right operand, where the left one is no tensor."""
+    return lambda self, other: getattr(as_tensor(other, self), name)(self)
+
+
 class Tensor:
     """An n-dimensional array on the CPU (NumPy) or the GPU (CuPy) that can carry a gradient.
 
     `data` is an array, which is kept as it is, or numbers and lists of them, which become float32;
     `dtype` ("float32", "bfloat16", …) and `device` ("cpu", "gpu") convert it. With `requires_grad`
-    it is a leaf, whose `.grad`, an array of the same shape and dtype, `backward()` adds to.
-    """
+    it is a leaf, whose `.grad`, an array of the same shape and dtype, `backward()` adds to."""
 
     __slots__ = ("__weakref__", "_data", "_node", "grad", "requires_grad", "version")
     __array_ufunc__ = None  # np.float32(2) * tensor: NumPy leaves it to Tensor.__rmul__
@@ -163,11 +174,9 @@ class Tensor:
 
     def backward(self, grad: Any = None) -> None:
         """Add the gradient of this tensor with respect to every leaf to the leaf's `.grad`.
-
         `grad` is the gradient to start from, of this tensor's shape; for a single number it is 1.
-        RuntimeError where there is no tape or a spent one, or where a tensor on it was changed in
-        place since, by an optimizer or as `t.data -= 1`; a write into `t.data[0]` goes unnoticed.
-        """
+        RuntimeError where there is no tape or a spent one, or where an array that it needs was
+        changed since, by an optimizer or as `t.data -= 1`; `t.data[0] = 1` goes unnoticed."""
         if not self.requires_grad:
             raise RuntimeError("needs no gradient: no leaf that requires one led to this tensor")
         if grad is None and self.size != 1:
@@ -213,19 +222,16 @@ class Tensor:
         if not isinstance(n, int | float | np.number):
             raise TypeError("an exponent must be a number; for x ** y write (y * x.log()).exp()")
         x, n = self.data, n.item() if isinstance(n, np.generic) else n
-        slope = (lambda grad: grad * n * x ** (n - 1)) if n else np.zeros_like
-        return record("pow", x**n, [self], lambda grad: (slope(grad),))
+        if n == 0:
+            return record("pow", x**n, [self], lambda grad: (np.zeros_like(grad),))
+        return record("pow", x**n, [self], lambda grad: (grad * n * x ** (n - 1),))
 
     def __neg__(self) -> Tensor:
         return record("neg", -self.data, [self], lambda grad: (-grad,))
 
     __radd__, __rmul__ = __add__, __mul__
-
-    def __rsub__(self, other: Any) -> Tensor:
-        return as_tensor(other, self) - self
-
-    def __rtruediv__(self, other: Any) -> Tensor:
-        return as_tensor(other, self) / self
+    __rsub__, __rtruediv__ = reflected("__sub__"), reflected("__truediv__")
+    __rmatmul__ = reflected("__matmul__")
 
     def exp(self) -> Tensor:
         y = np.exp(self.data)
@@ -267,9 +273,6 @@ class Tensor:
             return grad @ y.swapaxes(-1, -2), x.swapaxes(-1, -2) @ grad
 
         return record("matmul", x @ y, [a, b], backward)
-
-    def __rmatmul__(self, other: Any) -> Tensor:
-        return as_tensor(other, self) @ self
 
     @definition
     def sum(self, axis: Any = None, keepdims: bool = False) -> Tensor:
@@ -352,8 +355,6 @@ def tape_below(root: Node) -> list[Node]:
         node = stack.pop()
         if node.backward is None:
             raise RuntimeError(f"backward() has freed the tape at {node.name!r}: compute it again")
-        if any(version != [before] for version, before in node.versions):
-            raise RuntimeError(f"an array of {node.name!r} was changed in place: compute it again")
         new = [parent for parent in node.parents if parent and parent not in seen]
         seen |= dict.fromkeys(new)
         stack += new
@@ -364,6 +365,9 @@ def walk_back(root: Node, grad: Array) -> None:
     """Send `grad` from `root` down the tape to the leaves; an operation is spent once it is done.
     Two rules: nobody changes a gradient on its way; a leaf owns its `.grad`, so it gets copies."""
     tape, grads = tape_below(root), {root: grad}
+    for node in tape:
+        if any(version != [before] for version, before in node.versions):
+            raise RuntimeError(f"an array of {node.name!r} was changed in place: compute it again")
     while tape:
         node = tape.pop()
         if node in grads:

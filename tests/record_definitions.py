@@ -78,7 +78,7 @@ def parts(root: Any) -> dict[str, Any]:
         function = function_of(value)
         if function is not None:
             todo += named_in(function)
-        if root.bypasses and value in MADE_OF and "fused" in value.stand_ins:
+        if root.bypasses and value is not root and value in MADE_OF and "fused" in value.stand_ins:
             todo.append((f"{name}{FUSED}", value.stand_ins["fused"]))
     return found
 

@@ -248,7 +248,7 @@ def test_a_parameter_whose_first_gradient_comes_late_starts_afresh(level: str) -
             other.step()
         optimizer.step()
     np.testing.assert_array_equal(late.data, alone.data)
-    assert optimizer.steps == 30 and optimizer.counts == [30, 5]
+    assert optimizer.steps == 30 and optimizer.missed == [0, 25]
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
@@ -286,3 +286,21 @@ def test_the_norm_of_huge_and_tiny_gradients_is_finite_and_right(size: float, le
     p.grad = np.full((3, 4), size, np.float32)
     assert optim.clip_grad_norm([p], size) == pytest.approx(size * math.sqrt(12), rel=1e-5)
     np.testing.assert_allclose(p.grad, size / math.sqrt(12), rtol=1e-5)
+
+
+def test_a_dropout_of_ones_own_that_asks_for_training_is_off_while_decoding() -> None:
+    part = nn.Dropout(0.5, nn.Draws(1))
+    assert part.training
+    with nn.no_dropout():
+        assert not part.training
+    assert part.training and not part.eval().training and part.train().training
+
+
+def test_steps_set_by_hand_count_for_every_parameter() -> None:
+    p = nn.Parameter(np.zeros((2, 2), np.float32))
+    optimizer = optim.AdamW([p], lr=0.1, weight_decay=0)
+    optimizer.steps = 1000  # as a program of one's own resumes
+    p.grad = np.ones((2, 2), np.float32)
+    optimizer.step()
+    expected = 0.1 * (0.1 / (1 - 0.9**1001)) / math.sqrt(0.05 / (1 - 0.95**1001))
+    np.testing.assert_allclose(p.data, -expected, rtol=1e-5)

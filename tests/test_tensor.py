@@ -604,7 +604,7 @@ def test_a_result_or_a_constant_changed_in_place_is_an_error() -> None:
     y = x.exp()
     loss = y.sum()
     y.data *= 2  # exp's backward multiplies by it
-    with pytest.raises(RuntimeError, match="'sum' was changed in place"):
+    with pytest.raises(RuntimeError, match="'exp' was changed in place"):
         loss.backward()
     c = Tensor([3.0, 4.0])
     loss = (x * c).sum()
@@ -711,3 +711,27 @@ def test_a_sum_of_a_million_numbers_keeps_its_digits() -> None:
     bias = Tensor(np.zeros(2, np.float32), requires_grad=True)
     (x.detach() * bias).sum().backward()
     np.testing.assert_allclose(bias.grad, exact, rtol=1e-7)
+
+
+def test_views_share_the_versions_of_their_arrays() -> None:
+    x, w = Tensor(np.ones((2, 2)), requires_grad=True), Tensor(np.ones((2, 2)), requires_grad=True)
+    with no_grad():
+        view = w.reshape(4)[:4].reshape(2, 2).swapaxes(0, 1)
+    for other in (view, w.detach().T):
+        y = (x @ other).sum()
+        w.data -= 1
+        with pytest.raises(RuntimeError, match="'matmul' was changed in place"):
+            y.backward()
+
+
+def test_what_no_backward_needs_may_change() -> None:
+    """As in PyTorch: a bias, a sum's terms, a result that is steered on its way."""
+    x, b = (Tensor(np.ones((2, 2)), requires_grad=True) for _ in range(2))
+    y = (x * 2 + b).sum()
+    b.data -= 1
+    y.backward()
+    np.testing.assert_array_equal([x.grad, b.grad], [np.full((2, 2), 2.0), np.ones((2, 2))])
+    hidden = x + 1
+    hidden.data *= 0.5
+    (hidden * hidden).sum().backward()
+    np.testing.assert_array_equal(x.grad, 2 + 2 * hidden.data)

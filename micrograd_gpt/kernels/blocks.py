@@ -8,12 +8,12 @@ from typing import Any
 from micrograd_gpt.arrays.precision import compute_dtype
 from micrograd_gpt.generation.kv_cache import KVCache, Past
 from micrograd_gpt.gpt2 import MLP, Block, CausalSelfAttention
-from micrograd_gpt.nn import DROPPING, Dropout, LayerNorm, Linear, Parameter
+from micrograd_gpt.nn import Dropout, LayerNorm, Linear, Parameter
 
 # What these kernels do the work of; the layers and the arithmetic that these call are found there.
 BYPASSED = (
     *(part.__call__ for part in (Block, CausalSelfAttention, MLP, LayerNorm, Linear, Dropout)),
-    *(Dropout.draw, KVCache.layer, Past.attention),
+    *(Dropout.draw, KVCache.layer, Past.__init__, Past.attention),
 )
 
 IN_LAYER_NORM = (0, 1, 6, 7)  # which of a block's twelve parameters belong to a LayerNorm
@@ -41,8 +41,11 @@ def parameters_of(blocks: Sequence[Block], cache: Any) -> list[list[Parameter]] 
         types = [LayerNorm, Linear, Linear] * 2 + [Dropout] * 3
         if [type(part) for part in (*parts, *dropouts)] != types:
             return None
-        drops_out = DROPPING.get() and any(part.training and part.p for part in dropouts)
+        drops_out = any((part.training and part.p) or "draw" in vars(part) for part in dropouts)
         if drops_out or compute_dtype(attn.c_attn.weight) != attn.c_attn.weight.dtype:
             return None
-        layers.append([parameter for part in parts for parameter in (part.weight, part.bias)])
+        parameters = [parameter for part in parts for parameter in (part.weight, part.bias)]
+        if any(parameter is None for parameter in parameters):
+            return None
+        layers.append(parameters)
     return layers

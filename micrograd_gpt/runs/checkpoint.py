@@ -67,8 +67,8 @@ def save_run(
     folder = Path(folder)
     step = {"step": str(optimizer.steps)}
     state = {"step": optimizer.steps, "val_loss": val_loss, "settings": settings}
-    if late := _late(model, optimizer):
-        state["parameter_steps"] = late
+    if missed := _missed(model, optimizer):
+        state["missed_steps"] = missed
     if scaler and scaler.enabled:
         state["loss_scaler"] = {name: getattr(scaler, name) for name in SCALER}
     with written_as_set(folder) as new:
@@ -109,8 +109,8 @@ def load_run(
     for parameter in model.parameters():
         parameter.data = parameter.data  # filled in place: a tape made before no longer holds
     optimizer.steps = step
-    late = state.get("parameter_steps", {})
-    optimizer.counts = [late.get(name, step) for name, _ in model.named_parameters()]
+    missed = state.get("missed_steps", {})
+    optimizer.missed = [missed.get(name, 0) for name, _ in model.named_parameters()]
 
 
 def load_settings(folder: str | Path) -> dict[str, Any]:
@@ -200,10 +200,10 @@ def _fill_scaler(scaler: LossScaler, values: Any, folder: Path) -> None:
         setattr(scaler, name, value)
 
 
-def _late(model: GPT2, optimizer: AdamW) -> dict[str, int]:
-    """How many steps moved each parameter that not every step has moved, as after unfreezing."""
-    counts = zip(model.named_parameters(), optimizer.counts, strict=True)
-    return {name: count for (name, _), count in counts if count != optimizer.steps}
+def _missed(model: GPT2, optimizer: AdamW) -> dict[str, int]:
+    """How many steps did not move each parameter that some did not, as before unfreezing it."""
+    missed = zip(model.named_parameters(), optimizer.missed, strict=True)
+    return {name: count for (name, _), count in missed if count}
 
 
 def _moments(model: GPT2, optimizer: AdamW) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def _checked(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     if type(state.get("step")) is not int or not isinstance(state.get("settings"), dict):
         raise UserError(f"{folder / STATE} is damaged: it lacks the step or the settings")
-    late = state.get("parameter_steps", {})
-    if not isinstance(late, dict) or not all(type(n) is int and n >= 0 for n in late.values()):
-        raise UserError(f"{folder / STATE} is damaged: its parameter_steps are not numbers")
+    missed = state.get("missed_steps", {})
+    if not isinstance(missed, dict) or not all(type(n) is int and n >= 0 for n in missed.values()):
+        raise UserError(f"{folder / STATE} is damaged: its missed_steps are not numbers")
     return state

@@ -63,4 +63,7 @@ def recompute(
             walk_back(top, grad.astype(top.dtype, copy=False))  # fills the leaves' gradients itself
         return [start.grad, *(None for _ in leaves)]
 
-    return record("recompute", y.data, [x, *leaves], backward)
+    result = record("recompute", y.data, [x, *leaves], backward)
+    if result._node:  # the function reads the leaves again: they must not change until then
+        result._node.versions += [(leaf.version, *leaf.version) for leaf in leaves]
+    return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import json
 import logging
 import os
@@ -21,6 +23,7 @@ import micrograd_gpt
 from micrograd_gpt import Tensor, functional, gpt2, layers, no_grad, tensor
 from micrograd_gpt.arrays import edits
 from micrograd_gpt.arrays.stand_ins import LEVELS, at_most
+from micrograd_gpt.generation import kv_cache
 from micrograd_gpt.generation.kv_cache import KVCache, Past
 from micrograd_gpt.gpt2 import GPT2, MLP, Block, CausalSelfAttention, GPT2Config
 from micrograd_gpt.nn import LayerNorm, Linear
@@ -67,6 +70,9 @@ def difference(a: dict[str, Any], b: dict[str, Any], name: str) -> float:
 # ------------------------------------------------------------------- swapped in a running program
 
 
+TOTAL = tensor.total
+
+
 def rms_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     return x / ((x * x).mean(-1, keepdims=True) + eps).sqrt() * weight + bias
 
@@ -78,6 +84,16 @@ def parallel_block(self: Block, x: Tensor, past: Any = None) -> Tensor:
 def halved(function: Any) -> Callable[..., Tensor]:
     original = getattr(function, "definition", function)
     return lambda *args: original(*args) * 0.5
+
+
+def hooked(function: Any) -> Callable[..., Tensor]:
+    """As timers and ablations are written: functools.wraps copies all attributes."""
+
+    @functools.wraps(function)
+    def hook(*args: Any, **kwargs: Any) -> Tensor:
+        return function(*args, **kwargs) * 0.5
+
+    return hook
 
 
 SWAPS: dict[str, tuple[Any, str, Any]] = {
@@ -96,6 +112,13 @@ SWAPS: dict[str, tuple[Any, str, Any]] = {
     "self_attention": (layers, "self_attention", halved(layers.self_attention)),
     "a constant": (layers, "GELU_CUBIC", 0.5),
     "an operation": (Tensor, "tanh", halved(Tensor.tanh)),
+    "a sum": (tensor, "total", lambda *args, **named: TOTAL(*args, **named) * 0.9),
+    "a hook on MLP": (MLP, "__call__", hooked(MLP.__call__)),
+    "a hook on a block": (Block, "__call__", hooked(Block.__call__)),
+    "a hook on gelu": (layers, "gelu", hooked(layers.gelu)),
+    "a hook on linear": (layers, "linear", hooked(layers.linear)),
+    "a hook on softmax": (layers, "softmax", hooked(layers.softmax)),
+    "a hook on an operation": (Tensor, "tanh", hooked(Tensor.tanh)),
 }
 
 
@@ -151,6 +174,83 @@ def test_a_swap_in_functional_is_followed_wherever_functional_is_used(
     for level in ("numpy", "c"):
         with at_most(level):
             assert_one_model(results(model), oracle)
+
+
+def test_another_mask_in_functional_is_followed(
+    unchanged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`functional` knows `layers.causal_mask` under a name of its own."""
+    model = make()
+    monkeypatch.setattr(functional, "causal_mask", lambda t, s, like: np.eye(t, s, s - t) > 0)
+    with at_most("fused"):
+        oracle = results(model)
+    assert difference(oracle, unchanged, "logits") > 1e-3
+    for level in ("numpy", "c"):
+        with at_most(level):
+            assert_one_model(results(model), oracle)
+
+
+def test_a_class_swapped_after_the_first_token_is_followed(
+    unchanged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Window(Past):
+        """Sees the latest token only."""
+
+        def attention(self, q: Tensor, k: Tensor, v: Tensor, *dropout: Any) -> Tensor:
+            return v + q
+
+    model = make()
+    results(model)
+    monkeypatch.setattr(kv_cache, "Past", Window)
+    with at_most("definitions"):
+        oracle = results(model)
+    assert difference(oracle, unchanged, "cached") > 1e-3
+    np.testing.assert_allclose(results(model)["cached"], oracle["cached"], rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_of_ones_own_is_followed_while_decoding() -> None:
+    model = make()
+    cache = KVCache(model, 2)
+    model.transformer.h[1].attn.resid_dropout.draw = lambda: (0.5, (1, 2))  # type: ignore[method-assign]
+    with no_grad(), at_most("definitions"):
+        oracle = model(IDS[:, :3], KVCache(model, 2)).data
+    with no_grad():
+        np.testing.assert_allclose(model(IDS[:, :3], cache).data, oracle, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_text_in_another_module_is_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLP.__call__ copied into a module whose `layers` is the reader's own."""
+    namespace = vars(gpt2) | {"layers": type("layers", (), {"gelu": staticmethod(Tensor.relu)})}
+    copied = type(MLP.__call__)(MLP.__call__.__code__, namespace)
+    monkeypatch.setattr(MLP, "__call__", copied)
+    model = make()
+    with at_most("definitions"):
+        oracle = results(model)
+    assert_one_model(results(model), oracle)
+
+
+def test_other_defaults_are_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, b = (Tensor(np.array(v, np.float32)) for v in ([[1.0, 3.0]], [1.0, 1.0], [0.0, 0.0]))
+    assert abs(layers.layer_norm(x, w, b).data[0, 1] - 1) < 1e-3
+    definition = layers.layer_norm.definition  # type: ignore[attr-defined]
+    monkeypatch.setattr(definition, "__code__", definition.__code__.replace())
+    monkeypatch.setattr(definition, "__defaults__", (8.0,))
+    assert abs(layers.layer_norm(x, w, b).data[0, 1] - 1 / 3) < 1e-3
+
+
+def test_a_definition_that_nobody_recorded_has_no_stand_ins_of_ours(
+    tmp_path: Path, unchanged: dict[str, Any]
+) -> None:
+    """A function with another name, or in another file, under the name of a layer."""
+    package = copy_of_the_package(tmp_path) / "micrograd_gpt"
+    mine = "@definition\ndef relu(x: Tensor) -> Tensor:\n    return x.relu()\n\n\ngelu = relu\n\n\n"
+    path, after = package / "layers.py", "@definition\ndef softmax("
+    path.write_text(path.read_text("utf-8").replace(after, mine + after), "utf-8")
+    found, said = results_of(tmp_path, ["definitions", "numpy", "c"])
+    assert difference(found["definitions"], unchanged, "logits") > 1e-3
+    for level in ("numpy", "c"):
+        assert_one_model(found[level], found["definitions"])
+    assert "note: layers.gelu has been edited" in said or "note: layers.relu has been" in said
 
 
 def test_a_class_of_ones_own_is_used(
@@ -249,9 +349,13 @@ def test_an_edit_of_a_file_is_followed_everywhere(
 def test_comments_and_spacing_may_change(tmp_path: Path, unchanged: dict[str, Any]) -> None:
     package = copy_of_the_package(tmp_path) / "micrograd_gpt"
     for path in package.glob("*.py"):
-        text = path.read_text("utf-8").replace('"""', '"""Note. ', 1)
-        lines = [f"{line}  # a note" if line.endswith(":") else line for line in text.split("\n")]
-        path.write_text("\n\n".join(["# a note", *lines]) if path.name == "gpt2.py" else text)
+        tree, lines = ast.parse(path.read_text("utf-8")), path.read_text("utf-8").split("\n")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+                at = node.body[0].lineno - 1
+                lines[at] = lines[at].replace('"""', '"""Note. ', 1)
+        lines = [f"{line}  # a note" if line.endswith(":") else line for line in lines]
+        path.write_text("\n".join(["# a note", *lines]), "utf-8")
     found, said = results_of(tmp_path, ["c"])
     assert found["c"] == unchanged and said == ""
 

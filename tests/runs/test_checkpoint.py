@@ -319,20 +319,20 @@ def test_how_often_each_parameter_moved_comes_back(tmp_path: Path) -> None:
     model, optimizer = trained(3)
     body = model.transformer.h[0].mlp.c_fc.weight
     late = [p is body for p in model.parameters()].index(True)
-    optimizer.counts[late] = 1
+    optimizer.missed[late] = 2
     checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
     again, moments = trained(0)
     checkpoint.load_run(tmp_path, again, moments)
-    assert moments.steps == 3 and moments.counts == optimizer.counts
+    assert moments.steps == 3 and moments.missed == optimizer.missed
     state = json.loads((tmp_path / checkpoint.STATE).read_text())
-    assert state["parameter_steps"] == {"transformer.h.0.mlp.c_fc.weight": 1}
-    del state["parameter_steps"]  # as runs were saved before
+    assert state["missed_steps"] == {"transformer.h.0.mlp.c_fc.weight": 2}
+    del state["missed_steps"]  # as runs were saved before
     (tmp_path / checkpoint.STATE).write_text(json.dumps(state))
     checkpoint.load_run(tmp_path, again, moments)
-    assert moments.counts == [3] * len(moments.parameters)
-    state["parameter_steps"] = {"transformer.wte.weight": "many"}
+    assert not any(moments.missed)
+    state["missed_steps"] = {"transformer.wte.weight": "many"}
     (tmp_path / checkpoint.STATE).write_text(json.dumps(state))
-    with pytest.raises(UserError, match="damaged: its parameter_steps are not numbers"):
+    with pytest.raises(UserError, match="damaged: its missed_steps are not numbers"):
         checkpoint.load_run(tmp_path, again, moments)
 
 
