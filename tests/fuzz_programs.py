@@ -21,7 +21,7 @@ import numpy as np
 from fuzz_arguments import Arguments
 
 import micrograd_gpt
-from micrograd_gpt import Tensor, functional, layers, nn, no_grad, optim, tensor
+from micrograd_gpt import Tensor, functional, layers, nn, no_grad, optim, tensor, variants
 from micrograd_gpt.arrays.precision import compute_in, hold_in
 from micrograd_gpt.arrays.stand_ins import highest_level
 from micrograd_gpt.generation.kv_cache import KVCache
@@ -115,6 +115,17 @@ def _(a: Arguments) -> Any:
     return x, a.tensor(width), a.tensor(width), a.number(1e-5, 0.1)
 
 
+@arguments_of(variants.silu)
+def _(a: Arguments) -> Any:
+    return a.tensor(*a.lead(), a.size()), a.number(1.0, 1.702)
+
+
+@arguments_of(variants.scaled_queries)
+def _(a: Arguments) -> Any:
+    return a.tensor(*a.lead(), 3 * a.size()), a.number(1.0, 0.25)
+
+
+@arguments_of(variants.exact_gelu)
 @arguments_of(layers.gelu)
 @arguments_of(layers.softmax)
 @arguments_of(layers.log_softmax)
@@ -675,8 +686,7 @@ def decoding_with_a_cache(a: Arguments) -> Any:
 @arguments_of(through_blocks)
 def _(a: Arguments) -> Any:
     model, rows = small_model(a), a.size(4)
-    for _, part in model.modules():
-        part.training = a.rate > 0.2
+    model.train(a.rate > 0.2)
     cache = filled_cache(a, model, rows) if a.chance(0.8) else None
     if cache is not None and a.chance(a.rate):
         cache = spoil_cache(a, cache, model)

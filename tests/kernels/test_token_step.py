@@ -369,3 +369,10 @@ def test_an_array_replaced_by_another_thread_is_not_read_after_it_is_freed() -> 
     ended.set()
     replacing.join()
     assert len(bad) == 800 and not any(bad)
+
+
+def test_a_layer_without_a_bias_is_left_to_the_definition() -> None:
+    model = make()
+    model.transformer.h[0].mlp.c_fc.bias = None  # type: ignore[assignment]
+    with pytest.raises(NotForMe):
+        in_c(numbers(1, 1, 51), model, filled_cache(model, [5]))

@@ -121,7 +121,7 @@ def load(library: bytes) -> ctypes.CDLL:
     """Load a copy of the library that nobody can change; OSError where the system allows none.
 
     The copy is in memory, or else in a file of a private folder: a folder that is mounted `noexec`
-    forbids loading from it. The file is gone when this returns.
+    forbids loading from it. The file is removed again where the system allows it (not on Windows).
     """
     if hasattr(os, "memfd_create"):  # Linux
         with suppress(OSError):  # the system forbids it: try a file

@@ -40,7 +40,7 @@ def parallel(task: Task, count: int) -> None:
 
     Which thread runs which task is left to chance. Each task must therefore write to places of its
     own, so that results do not depend on it. An exception in a task is raised here once all threads
-    have stopped, and KeyboardInterrupt (Ctrl-C) once all tasks are done.
+    have stopped, and KeyboardInterrupt (Ctrl-C) once all tasks are done; a second one at once.
 
     A single task runs in the caller's thread, with BLAS as it is: waking another one for it takes
     longer than most such tasks do. Called within a task, this runs its tasks one after another.
