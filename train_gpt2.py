@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import sys
 import warnings
 
@@ -35,9 +36,10 @@ from micrograd_gpt.runs.settings import config_of_weights, is_size, parse_flags,
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.corpus import Corpus, load_corpus
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.text.tokenizers import Tokenizer, make_tokenizer
+from micrograd_gpt.text.tokenizers import NAMES, make_tokenizer
 from micrograd_gpt.text.windows import Windows
 from micrograd_gpt.weights.config import read_config
 from micrograd_gpt.weights.pretrained import unwritten
@@ -134,10 +136,16 @@ def load_data(settings: argparse.Namespace) -> Corpus:
 
 
 def tokenizer_of(settings: argparse.Namespace) -> Tokenizer | str:
-    """The tokenizer of the weights to start from, or the name of the one to make."""
-    if settings.init_from == "scratch":
+    """The tokenizer of the weights to start from or of a folder, or the name of one to make."""
+    if settings.init_from != "scratch":
+        return "gpt2" if is_size(settings.init_from) else load_tokenizer(settings.init_from)
+    if settings.tokenizer in NAMES:
         return settings.tokenizer
-    return "gpt2" if is_size(settings.init_from) else load_tokenizer(settings.init_from)
+    if not os.path.isdir(settings.tokenizer):
+        raise UserError(
+            f"--tokenizer is {', '.join(NAMES)} or a folder, and {settings.tokenizer!r} is neither"
+        )
+    return load_tokenizer(settings.tokenizer)
 
 
 def make_model(settings: argparse.Namespace, vocab_size: int, device: str) -> GPT2:
@@ -153,6 +161,11 @@ def make_model(settings: argparse.Namespace, vocab_size: int, device: str) -> GP
         model = unwritten(config) if settings.resume else GPT2(config, settings.seed)
         hold_in(model, wide)
         move(model, device)
+    if vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {vocab_size} tokens and the model {model.config.vocab_size}: "
+            "put the tokenizer files it was trained with beside it"
+        )
     set_dropout(model, settings.dropout)
     if settings.recompute:
         recompute_blocks(model)
@@ -215,7 +228,15 @@ def bits_per_byte(loss: float, corpus: Corpus) -> dict[str, float]:
 def sample(model: GPT2, corpus: Corpus, seed: int, length: int = 300) -> str:
     """How the model continues the first tokens of the validation text."""
     prompt = corpus.validation[:8].astype(int)
-    ids = model.generate(prompt, max_new_tokens=length, temperature=0.8, top_k=40, seed=seed)
+    ids = model.generate(
+        prompt,
+        max_new_tokens=length,
+        temperature=0.8,
+        top_k=40,
+        seed=seed,
+        end_of_text=corpus.tokenizer.end_of_text,
+        vocab_size=corpus.tokenizer.vocab_size,
+    )
     return corpus.tokenizer.decode(ids)
 
 

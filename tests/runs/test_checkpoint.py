@@ -65,6 +65,7 @@ def test_the_folder_is_a_hugging_face_folder(tmp_path: Path) -> None:
         "config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer_config.json",
     }
     file = TensorFile(tmp_path / "model.safetensors")
     assert file.metadata["format"] == "pt" and "lm_head.weight" not in file.shapes
@@ -135,6 +136,7 @@ def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
         "config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer_config.json",
         "optimizer.safetensors",
         "trainer_state.json",
     ],

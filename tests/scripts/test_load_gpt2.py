@@ -85,6 +85,7 @@ def test_a_local_folder_is_converted(
         "config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer_config.json",
     ]
     assert tree(source)["model.safetensors"] == tree(here / "new")["model.safetensors"]
     assert load_tokenizer(here / "new").name == "gpt2"
@@ -430,10 +431,10 @@ def test_everything_is_written_inside_of_out(
     for call in ("rename", "replace"):
         monkeypatch.setattr(os, call, recorded(getattr(os, call)))
     assert script.main(["--from", str(source), "--out", out]) == 0
-    written = ["config.json", "model.safetensors", "tokenizer.json"]
+    written = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert {Path(out) / name for name in written} <= {*moved}
     assert sorted(tree(here / out)) == written
-    assert len(list((here / out).iterdir())) == 3
+    assert len(list((here / out).iterdir())) == 4
 
 
 @needs_fork
@@ -453,7 +454,8 @@ def test_killed_at_any_moment_it_leaves_a_whole_folder(
         layers = pretrained.from_pretrained(GPT2, out).config.n_layer
         names = sorted(p.name for p in out.iterdir() if p.name != ".saving")
         written = ["config.json", "model.safetensors"]
-        assert names == (written if layers == 2 else [*written, "tokenizer.json"]), number
+        tokenizer = ["tokenizer.json", "tokenizer_config.json"]
+        assert names == (written if layers == 2 else [*written, *tokenizer]), number
         found.append(layers)
         if status == 0:
             break

@@ -44,8 +44,8 @@ def test_a_run_from_start_to_end(text: Path, tmp_path: Path) -> None:
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     names = {f.name for f in out.iterdir()}
     assert names == {
-        *("config.json", "model.safetensors", "tokenizer.json", "optimizer.safetensors"),
-        *("trainer_state.json", "metrics.jsonl", "loss.png", "best"),
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("optimizer.safetensors", "trainer_state.json", "metrics.jsonl", "loss.png", "best"),
     }
     # A second run does not overwrite it unless told to.
     again = run("--data", text, "--out", out, *SMALL)
