@@ -153,8 +153,7 @@ def tokenizer_of(weights: Weights) -> Tokenizer | None:
     folder = weights.path if weights.path.is_dir() else weights.path.parent
     try:
         tokenizer = load_tokenizer(folder)
-        if tokenizer.vocab_size > weights.config.vocab_size:
-            raise UserError(f"the tokenizer in {folder} has more tokens than the model")
+        tokenizer.check_size(weights.config.vocab_size)
     except UserError as error:
         say(f"no tokenizer is written: {error}")
         return None

@@ -72,7 +72,7 @@ def train(settings: argparse.Namespace, device: str) -> int:
     validation = Windows(corpus.validation, settings.block_size)
 
     # Model, optimizer, and what a resumed run saved of them
-    model = make_model(settings, corpus.tokenizer.vocab_size, device)
+    model = make_model(settings, corpus.tokenizer, device)
     optimizer, scaler = make_optimizer(settings, model)
     if note := emulation_note(settings.dtype, device):
         say(note)
@@ -145,10 +145,10 @@ def tokenizer_of(settings: argparse.Namespace) -> Tokenizer | str:
         raise UserError(
             f"--tokenizer is {', '.join(NAMES)} or a folder, and {settings.tokenizer!r} is neither"
         )
-    return load_tokenizer(settings.tokenizer)
+    return load_tokenizer(settings.tokenizer, or_gpt2=False)
 
 
-def make_model(settings: argparse.Namespace, vocab_size: int, device: str) -> GPT2:
+def make_model(settings: argparse.Namespace, tokenizer: Tokenizer, device: str) -> GPT2:
     """The model to train: new, or with given weights, or still to be filled by a resumed run.
 
     Its parameters are never held in half precision, where small updates would round to nothing.
@@ -157,15 +157,11 @@ def make_model(settings: argparse.Namespace, vocab_size: int, device: str) -> GP
     if settings.init_from != "scratch" and not settings.resume:
         model = GPT2.from_pretrained(settings.init_from, device, wide)
     else:
-        config = config_of(settings, vocab_size)
+        config = config_of(settings, tokenizer.vocab_size)
         model = unwritten(config) if settings.resume else GPT2(config, settings.seed)
         hold_in(model, wide)
         move(model, device)
-    if vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {vocab_size} tokens and the model {model.config.vocab_size}: "
-            "put the tokenizer files it was trained with beside it"
-        )
+    tokenizer.check_size(model.config.vocab_size)
     set_dropout(model, settings.dropout)
     if settings.recompute:
         recompute_blocks(model)

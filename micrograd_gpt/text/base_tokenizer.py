@@ -112,6 +112,18 @@ class Tokenizer(ABC):
         not always the same.
         """
 
+    def check_size(self, vocab_size: int) -> None:
+        """Raise UserError unless a model with this vocab_size can be the tokenizer's.
+
+        A model may have more ids than its tokenizer, since multiples of 64 or 128 compute faster,
+        but not twice as many: then the tokenizer is another model's.
+        """
+        if not self.vocab_size <= vocab_size < 2 * self.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.vocab_size} tokens and the model {vocab_size}: put the "
+                "tokenizer files it was trained with beside it"
+            )
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into `folder`, as Transformers reads them
         (tokenizer_files.py reads them here).

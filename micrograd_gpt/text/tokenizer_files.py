@@ -23,6 +23,7 @@ from micrograd_gpt.support.files import read_json
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT, Tokenizer
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer, gpt2_vocabulary
 from micrograd_gpt.text.foreign_tokenizers import (
+    MERGES,
     BytePairs,
     byte_pair_tokenizer,
     of_tokenizer_json,
@@ -49,11 +50,11 @@ GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b77
 GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary; padded to a multiple of 64, as by nanoGPT
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path, or_gpt2: bool = True) -> Tokenizer:
     """Return the tokenizer of the model in `folder`.
 
-    Where no file says it, it is gpt2, provided that config.json, if there is one, does not give
-    another vocab_size than GPT-2's, plain or padded.
+    Where no file says it, it is gpt2, unless `or_gpt2` is False, provided that config.json, if
+    there is one, does not give another vocab_size than GPT-2's, plain or padded.
 
     Raises UserError, naming the file, for a damaged file and for a tokenizer that cannot be used.
     """
@@ -71,6 +72,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         with naming(folder / VOCABULARY):
             return _byte_pairs(of_vocabulary_files(vocabulary, folder))
     refuse_other_files(folder)
+    if not or_gpt2:
+        raise UserError(
+            f"there is no tokenizer in {folder}: give a folder with {TOKENIZER}, or with "
+            f"{VOCABULARY} and {MERGES}"
+        )
     vocab_size = (read_json(folder / "config.json") or {}).get("vocab_size", GPT2_SIZES[0])
     if vocab_size not in GPT2_SIZES:
         raise UserError(
