@@ -149,7 +149,7 @@ def _refuse_options(config: Mapping[str, Any]) -> None:
 def _type(part: Any) -> Any:
     """The type of a part of tokenizer.json, with those of its parts if it is a sequence."""
     if not isinstance(part, dict):
-        return part
+        return None if part is None else repr(part)
     for parts in ("pretokenizers", "normalizers", "processors", "decoders"):
         if isinstance(part.get(parts), list):
             return f"a sequence of {', '.join(str(_type(inner)) for inner in part[parts])}"
@@ -162,12 +162,20 @@ def _type(part: Any) -> Any:
 def _vocabulary(values: Any) -> dict[str, int]:
     if not isinstance(values, dict) or any(type(id) is not int for id in values.values()):
         raise UserError("it is damaged: its vocabulary does not map tokens to ids")
-    return values
+    return {_unicode(token): id for token, id in values.items()}
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"it is damaged: {text!r} has a lone surrogate") from None
+    return text
 
 
 def _pair(merge: Any) -> tuple[str, str]:
     if isinstance(merge, list) and list(map(type, merge)) == [str, str]:
-        return merge[0], merge[1]
+        return _unicode(merge[0]), _unicode(merge[1])
     raise UserError(f"it is damaged: its merge {merge!r} is not two tokens")
 
 
@@ -180,7 +188,7 @@ def _added(token: Any, id: Any) -> AddedToken:
         if token.get(option):
             raise UserError(f"its added token {content!r} has {option}, which is not supported")
     special = bool(token.get("special"))
-    return AddedToken(content, id, special, bool(token.get("normalized", not special)))
+    return AddedToken(_unicode(content), id, special, bool(token.get("normalized", not special)))
 
 
 def _complete(
@@ -218,8 +226,9 @@ def _special(*files: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
     for values in files:
         names |= {name: text for name in NAMES if (text := _content(values.get(name)))}
         for key in OTHER_SPECIAL:
-            others = values.get(key) or []
-            texts = others.values() if isinstance(others, dict) else others
+            others = values.get(key)
+            others = list(others.values()) if isinstance(others, dict) else others
+            texts = others if isinstance(others, list) else []
             special |= {text for token in texts if (text := _content(token))}
     return names, special | set(names.values())
 

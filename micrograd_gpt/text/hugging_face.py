@@ -68,7 +68,7 @@ def tokenizer_config_json(tokenizer: Tokenizer) -> dict[str, Any]:
         **special,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,  # or decoding would take the space from " ."
-        # Without this it would give token_type_ids too, which GPT-2 takes for tokens to add
+        # Without this, Transformers 4 adds token_type_ids, which its GPT-2 takes for more tokens
         "model_input_names": ["input_ids", "attention_mask"],
     }
 

@@ -57,12 +57,11 @@ class MergeOrder:
         self.parts: dict[str, tuple[str, str]] = {}
 
     def add(self, left: str, right: str) -> bool:
-        """Add a merge of two tokens that are made already; False if it can't happen.
-
-        It can't where an earlier merge makes the same token, or takes bytes from both parts.
+        """Add a merge of two tokens that are made already; False if it can't happen, because the
+        merges before it make something else of the same bytes.
         """
         token = left + right
-        if token in self.ranks or not self.can_be_neighbours(left, right):
+        if not self.can_be_neighbours(left, right):
             return False
         self.ranks[token] = len(self.ranks)
         self.parts[token] = (left, right)

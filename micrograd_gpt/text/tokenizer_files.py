@@ -119,17 +119,18 @@ def _ours(settings: Mapping[str, Any]) -> Tokenizer | None:
     model, pre_tokenizer = settings.get("model"), settings.get("pre_tokenizer")
     if not isinstance(model, dict) or not isinstance(pre_tokenizer, dict):
         return None
-    vocab, added = model.get("vocab"), settings.get("added_tokens")
+    vocab, added = model.get("vocab"), settings.get("added_tokens") or []
     kind = _kind_of_words(pre_tokenizer)
     if kind is None or model.get("type") != "WordLevel":
         return None
     if not isinstance(vocab, dict) or list(vocab.values()) != list(range(len(vocab))):
         raise UserError(f"the vocabulary of a {kind.name} tokenizer has the ids 0, 1, 2, …")
-    if isinstance(added, list) and not all(
-        isinstance(token, dict) and token.get("content") in vocab for token in added
+    tokens = list(vocab)
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict) and token.get("content") in tokens for token in added
     ):
         raise UserError(f"added tokens are not supported in a {kind.name} tokenizer")
-    return kind(list(vocab))
+    return kind(tokens)
 
 
 def _kind_of_words(

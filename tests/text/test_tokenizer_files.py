@@ -266,6 +266,12 @@ DAMAGED: list[dict[str, Any]] = [
     {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["ab"]}},
     {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", 1]]}},
     {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}},
+    {"model": {"type": "BPE", "vocab": {"\ud800": 0}, "merges": []}},
+    {"model": {"type": "BPE", "vocab": vocabulary(), "merges": ["\ud800 a"]}},
+    {"added_tokens": [added_token("\ud800", SIZE)]},
+    {"normalizer": 3},
+    {"pre_tokenizer": "ByteLevel"},
+    {"pre_tokenizer": [], "decoder": []},
 ]
 
 
@@ -277,6 +283,15 @@ def test_a_tokenizer_json_with_parts_that_are_damaged_is_named(
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}: it") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_names_of_special_tokens_that_say_nothing_are_passed_over(tmp_path: Path) -> None:
+    names: dict[str, Any] = {"eos_token": 3, "bos_token": {"content": []}, "pad_token": "nowhere"}
+    names |= {"additional_special_tokens": 3, "extra_special_tokens": {"x": [], "y": "the"}}
+    write(tmp_path, tokenizer_json=tokenizer_json(), special_tokens_map_json=names)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.special_tokens == {}
+    assert pieces(tokenizer, "other", allow_special=True) == ["o", "the", "r"]
 
 
 def test_the_damaged_file_is_named_and_not_the_one_beside_it(tmp_path: Path) -> None:
@@ -298,7 +313,11 @@ def test_a_word_tokenizer_with_added_tokens_is_refused(tmp_path: Path) -> None:
     make_tokenizer("word", TEXT).save(tmp_path)
     path = tmp_path / "tokenizer.json"
     content = json.loads(path.read_text("utf-8"))
-    content["added_tokens"].append(added_token("[PAD]", 99))
+    for added in ([*content["added_tokens"], added_token("[PAD]", 99)], 3, [3], [{"content": []}]):
+        path.write_text(json.dumps({**content, "added_tokens": added}))
+        with pytest.raises(UserError, match="added tokens are not supported in a word tokenizer"):
+            load_tokenizer(tmp_path)
+    content["model"]["vocab"] = {"a": 1}
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="added tokens are not supported in a word tokenizer"):
+    with pytest.raises(UserError, match=r"the vocabulary of a word tokenizer has the ids 0, 1"):
         load_tokenizer(tmp_path)
