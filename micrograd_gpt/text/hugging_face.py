@@ -11,7 +11,7 @@ tokenizer.json says what happens to a text, in this order:
 and tokenizer_config.json which class of Transformers reads it, and which token ends a text. Each of
 our tokenizers becomes the model that gives its very ids:
 
-    gpt2, bpe   BPE: each byte one character (byte_pairs.py), cut up by GPT-2's pattern, and merged
+    gpt2, bpe   BPE: each byte one character (merges.py), cut up by GPT-2's pattern, and merged
     byte        BPE: the same, without any merges
     char        WordLevel: a piece is a token; here each character is a piece
     word        WordLevel: the pieces are what WordTokenizer.PATTERN matches
