@@ -162,7 +162,7 @@ def make_model(settings: argparse.Namespace, tokenizer: Tokenizer, device: str) 
         hold_in(model, wide)
         move(model, device)
     tokenizer.check_size(model.config.vocab_size)
-    set_dropout(model, settings.dropout)
+    set_dropout(model.train(), settings.dropout)  # given weights come in evaluation mode
     if settings.recompute:
         recompute_blocks(model)
     return model

@@ -68,7 +68,7 @@ def layer_norm_forward(
     mean = x.mean(axis=-1, keepdims=True)  # (N, 1)
     mean = mean + (x - mean).mean(axis=-1, keepdims=True)  # again, as in layers.py
     centred = x - mean
-    rstd = 1 / np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)  # (N, 1)
+    rstd = 1 / np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + float(+eps))  # (N, 1)
     return centred * rstd * weight + bias, mean, rstd
 
 
@@ -150,7 +150,7 @@ def attention_backward(
     weights = np.exp(scores - log_total[..., None])
     dweights = grad @ v.swapaxes(-1, -2)  # (B, H, T, T)
     factors = dropout_factors(weights, p, key) if p else 1
-    dropped, dweights = weights * factors, dweights * factors
+    dropped, dweights = weights * factors, np.where(factors, dweights, 0) * factors
     row_sums = (grad * out).sum(axis=-1, keepdims=True)  # (B, H, T, 1)
     dscores = weights * (dweights - row_sums) / math.sqrt(q.shape[-1])
     dq, dk = dscores @ k, dscores.swapaxes(-1, -2) @ q  # (B, H, T, D)

@@ -129,8 +129,7 @@ class GPT2(Module):
         return layers.linear(x, self.transformer.wte.weight.T)  # the head is the embedding again
 
     def loss(self, ids: Any, targets: Any) -> Tensor:
-        """Mean cross-entropy of targets (B, T) given ids (B, T), in nats per token: a scalar.
-        Targets of -100 are ignored. Kernels never hold all logits at once; the definition does."""
+        """Mean cross-entropy, in nats, of targets (B, T) given ids (B, T); -100 does not count."""
         return layers.linear_cross_entropy(self.hidden(ids), self.transformer.wte.weight, targets)
 
     def generate(self, ids: Any, **settings: Any) -> Any:

@@ -57,13 +57,13 @@ class AdamW:
         rows: dict[int, list[Any]] = {}  # by how often a parameter was moved: mostly all alike
         for i, (p, m, v) in enumerate(zip(self.parameters, self.m, self.v, strict=True)):
             if p.grad is not None:
-                if not p.shape == p.grad.shape == m.shape == v.shape:
-                    shapes = p.shape, p.grad.shape, m.shape, v.shape
-                    raise ValueError(f"AdamW: shapes of parameter {i}, gradient, m and v: {shapes}")
-                if not getattr(p.data.flags, "writeable", True):
+                row = p.data, p.grad, m, v
+                if len({a.shape for a in row}) > 1:
+                    raise ValueError(f"AdamW: parameter {i}, grad, m, v: {[a.shape for a in row]}")
+                if not all(getattr(a.flags, "writeable", True) for a in (p.data, m, v)):
                     raise ValueError(f"AdamW: parameter {i} of shape {p.shape} is read-only")
                 decay = self.weight_decay if p.ndim >= 2 else 0.0
-                rows.setdefault(self.counts[i], []).append((p.data, p.grad, m, v, decay))
+                rows.setdefault(self.counts[i], []).append((*row, decay))
         for count, group in rows.items():
             adamw_update(group, self.lr, *self.betas, self.eps, count + 1)
         for i, p in enumerate(self.parameters):

@@ -213,7 +213,8 @@ class Tensor:
         if not isinstance(n, int | float | np.number):
             raise TypeError("an exponent must be a number; for x ** y write (y * x.log()).exp()")
         x, n = self.data, n.item() if isinstance(n, np.generic) else n
-        return record("pow", x**n, [self], lambda grad: (grad * n * x ** (n - 1 if n else 0),))
+        slope = (lambda grad: grad * n * x ** (n - 1)) if n else np.zeros_like
+        return record("pow", x**n, [self], lambda grad: (slope(grad),))
 
     def __neg__(self) -> Tensor:
         return record("neg", -self.data, [self], lambda grad: (-grad,))
@@ -250,7 +251,7 @@ class Tensor:
 
     def relu(self) -> Tensor:
         x = self.data
-        return record("relu", np.maximum(x, 0), [self], lambda grad: (np.where(x > 0, grad, 0),))
+        return record("relu", np.maximum(x, 0), [self], lambda grad: (np.where(x <= 0, 0, grad),))
 
     @definition
     def __matmul__(self, other: Any) -> Tensor:
@@ -402,6 +403,7 @@ def total(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
 @definition
 def add_at(total: Array, index: Any, part: Array) -> None:
     """Add `part` to total[index], in place; an element picked several times gets every part."""
+    total[None][:0] = 0  # an error where it is read-only, as np.add.at does not ask
     parts = index if isinstance(index, tuple) else (index,)
     is_basic = all(type(p) in (int, slice, type(None), type(...)) for p in parts)  # bool is not
     if is_basic and isinstance(here := total[index], type(total)):
@@ -443,6 +445,5 @@ def plain_index(index: Any, like: Array) -> Any:
     if isinstance(index, tuple):
         return tuple(plain_index(part, like) for part in index)
     index = index.data if isinstance(index, Tensor) else index
-    if not isinstance(index, list) and not getattr(index, "ndim", 0):
-        return index
-    return np.array(index, None if np.size(index) else int, like=like)  # no one else's to change
+    index = np.array(index, None if np.size(index) else int) if isinstance(index, list) else index
+    return np.array(index, like=like) if getattr(index, "ndim", 0) else index  # a copy of one's own

@@ -7,8 +7,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from micrograd_gpt import Tensor, no_grad
+from micrograd_gpt import Tensor, layers, no_grad
 from micrograd_gpt.arrays.precision import compute_in
+from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.nn import Draws
@@ -109,3 +110,43 @@ def test_a_backward_outside_the_context_computes_again_as_the_forward_did() -> N
         loss.backward()
         found.append(np.concatenate([p.grad.ravel() for p in model.parameters()]))
     np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("level", ["fused", "numpy", "c"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_half_precision_input_gets_the_same_gradient(dtype: str, level: str) -> None:
+    """Behind astype() stands a float32, whose gradient must not lose digits on the way."""
+    rng = np.random.default_rng(0)
+    x_data, w_data = (rng.standard_normal((8, 8), np.float32) for _ in range(2))
+    grads = []
+    for again in (False, True):
+        x, w = Tensor(x_data, requires_grad=True), Tensor(w_data, requires_grad=True, dtype=dtype)
+
+        def function(h: Tensor, w: Tensor = w) -> Tensor:
+            return h + layers.gelu(layers.linear(h, w)) * h
+
+        with at_most(level):
+            half = x.astype(dtype)
+            y = recompute(function, half, [w], Draws(0)) if again else function(half)
+            y.backward(np.ones(y.shape, np.float32))
+        grads.append([x.grad, w.grad])
+    for plain, recomputed in zip(*grads, strict=True):
+        assert plain.any()
+        np.testing.assert_array_equal(plain, recomputed)
+
+
+def test_an_interrupted_backward_leaves_the_random_numbers_as_they_were() -> None:
+    draws, interrupt = Draws(0), False
+
+    def function(x: Tensor) -> Tensor:
+        draws.next_key()
+        if interrupt:
+            raise KeyboardInterrupt
+        return x * 2
+
+    y = recompute(function, Tensor([1.0], requires_grad=True), [], draws)
+    draws.next_key()
+    latest, interrupt = draws.latest, True
+    with pytest.raises(KeyboardInterrupt):
+        y.backward()
+    assert draws.latest == latest

@@ -622,6 +622,14 @@ def test_a_new_array_or_a_change_before_the_forward_harms_nothing() -> None:
     assert x.grad == 6 and w.grad == 2
 
 
+def test_a_read_only_gradient_is_not_written_to() -> None:
+    x = Tensor(np.ones(5), requires_grad=True)
+    x.grad = np.frombuffer(zeros := bytes(40))
+    with pytest.raises(ValueError, match="read-only"):
+        x[np.array([1, 1])].sum().backward()
+    assert zeros == bytes(40)
+
+
 def test_a_gradient_for_a_tensor_that_now_has_another_shape_is_an_error() -> None:
     w = Tensor(np.ones((2, 3)), requires_grad=True)
     y = (w * 2).sum()

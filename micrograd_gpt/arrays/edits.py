@@ -53,7 +53,8 @@ class Guard:
             namespace, attribute = owner_of(name)
             value = namespace.get(attribute)
             if fingerprint(value) != source:
-                say_once(name)
+                is_fused = name.endswith(".stand_ins.fused")
+                say_once(f"functional.{name.split('.')[1]}" if is_fused else name)
                 return False
             function = getattr(value, "definition", value)
             function = function if inspect.isfunction(function) else owner_of  # a constant has none
@@ -120,5 +121,5 @@ def essence(source: str) -> str:
 @functools.cache
 def say_once(name: str) -> None:
     logging.getLogger(PACKAGE).warning(
-        f"note: {name} is not as it was tested: it runs as it is now, and nothing faster stands in"
+        f"note: {name} has been edited: your version runs, and faster code for it stands aside"
     )

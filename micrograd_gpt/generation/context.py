@@ -53,7 +53,8 @@ class Context:
 
     `logits` takes the texts as they are now. The part of a text that its row already holds is not
     read again, and what the row holds beyond it (guesses that were wrong) is forgotten. Without a
-    cache the model reads each window from its start every time: slow, with the same logits.
+    cache the model reads each window from its start every time: slow, with the same logits. How
+    many texts and tokens are read at once changes logits by no more than rounding.
 
     Args:
         rows: the most texts there will be.

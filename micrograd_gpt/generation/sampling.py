@@ -63,8 +63,10 @@ class Sample(Continuation):
 def start_samples(prompts: Sequence[list[int]], settings: Settings) -> list[Sample]:
     """`num_samples` samples of each prompt, each with random numbers of its own.
 
-    Sample i of a prompt draws from the stream (seed, i), so that it gets the same tokens alone as
-    in any batch. Copies of a prompt in `prompts` count on, so that each draws from another stream.
+    Sample i of a prompt draws from the stream (seed, i): the same random numbers alone as in any
+    batch. (The logits are the same only up to rounding, since a batch adds up in another order; so
+    once in a long while a token differs, and the text after it.) Copies of a prompt in `prompts`
+    count on, so that each draws from another stream.
     """
     samples, count = list[Sample](), Counter[tuple[int, ...]]()
     for prompt in prompts:
@@ -158,7 +160,8 @@ def generate(
 
     Raises UserError for settings that `Settings` refuses, for empty prompts and ids outside the
     vocabulary, where the cache does not fit into memory, where fewer than `num_samples` beams are
-    found, and for rows that end early (no token was left) without an `end_of_text` to fill them up.
+    found, and for rows of a batch that end early because no token was left, where `end_of_text` is
+    None or outside the vocabulary: there is nothing to fill them up with.
     """
     settings = Settings(
         max_new_tokens=max_new_tokens,
@@ -186,9 +189,9 @@ def generate(
     if is_list:
         return [np.array(text) for text in texts]
     longest = max(map(len, texts))
-    if settings.end_of_text is None and min(map(len, texts)) < longest:
+    end = -1 if settings.end_of_text is None else settings.end_of_text
+    if not 0 <= end < model.config.vocab_size and min(map(len, texts)) < longest:
         raise UserError(filters.NO_TOKEN_LEFT)
-    end = settings.end_of_text or 0
     rows = np.array([text + [end] * (longest - len(text)) for text in texts])
     return rows[0] if array.ndim == 1 and settings.num_samples == 1 else rows
 

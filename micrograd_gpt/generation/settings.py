@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from micrograd_gpt.support.errors import UserError
@@ -179,6 +180,8 @@ class Settings:
         for setting in fields(self):
             value, allowed = getattr(self, setting.name), setting.metadata["range"]
             off = value is None and setting.default is None
+            if "int" in str(setting.type) and not isinstance(value, Integral | None):
+                raise UserError(f"{setting.name} must be a whole number, not {value!r}")
             if allowed and not off and not allowed.holds(value):
                 raise UserError(f"{setting.name} must be {allowed.text}, not {value}")
         beams = self.num_beams > 1

@@ -3,9 +3,10 @@
 A pass over several tokens costs much less than one pass for each of them, since most of its time
 goes into reading the weights. So where the next tokens can be guessed, several are decided at the
 price of a few. The result does not change: at each place the model's own token is chosen, greedily
-or at random as before, and the first one that differs from the guess ends the pass. (For guesses
-without probabilities this is the rule of Leviathan et al. 2023, arXiv:2211.17192: a guess is kept
-with the probability that the model gives it.)
+or at random as before, and the first one that differs from the guess ends the pass. (Its logits are
+rounded otherwise in a longer pass, which decides near ties. For guesses without probabilities this
+is the rule of Leviathan et al. 2023, arXiv:2211.17192: a guess is kept with the probability that
+the model gives it.)
 
 Only a lone sample speculates: a batch already shares each reading of the weights, and right guesses
 in some of its rows save less than a longer pass over all of them costs.

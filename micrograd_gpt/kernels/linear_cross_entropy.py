@@ -38,10 +38,11 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     has them, their gradients, so that at most LOGITS_AT_ONCE logits (or one row's) exist at any
     moment. The backward only scales those gradients.
     """
-    vocab_size, channels = weight.shape
-    check_shapes(x.shape[-1] == channels, "linear_cross_entropy", x, weight)
-    rows, w, shape = x.data.reshape(-1, channels), weight.data, x.shape  # (N, C)
+    fits = x.ndim >= 1 and weight.ndim == 2 and x.shape[-1] == weight.shape[1]
+    check_shapes(fits, "linear_cross_entropy", x, weight)
+    (vocab_size, channels), w, shape = weight.shape, weight.data, x.shape
     labels, count = layers.flat_targets(targets, x, vocab_size)
+    rows = x.data.reshape(len(labels), channels)  # (N, C)
     wanted = is_recorded(x, weight)
     dx: Any = np.empty_like(rows) if wanted else None
     dweight: Any = None

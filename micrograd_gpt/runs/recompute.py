@@ -12,7 +12,7 @@ from typing import Any
 
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.nn import Draws, Module
-from micrograd_gpt.tensor import Array, Tensor, no_grad, record
+from micrograd_gpt.tensor import Array, Tensor, no_grad, node_of, record, walk_back
 
 
 def recompute_blocks(model: GPT2) -> None:
@@ -40,18 +40,27 @@ def recompute(
     """function(x), of which only x is kept: the backward computes the function again.
 
     `leaves` are the parameters that the function reads besides x. `draws` names its random numbers,
-    so that the backward draws the same ones. The gradients are those of function(x), bit for bit.
+    so that the backward draws the same ones.
+
+    The gradients are those of function(x), bit for bit, with two exceptions that differ by
+    rounding. If x is used elsewhere too, its parts are added up in another order. If the result is
+    half precision and nothing stands in for the definitions, its gradient is rounded to its type.
     """
     data, before, context = x.data, draws.latest, contextvars.copy_context()
+    node = node_of(x)
+    x_type = node.dtype if node else x.dtype  # a half-precision x may have a float32 gradient
     with no_grad():
         y = function(x)
 
     def backward(grad: Array) -> list[Array | None]:
-        again = Tensor(data, requires_grad=True)
+        start = Tensor(data.astype(x_type, copy=False), requires_grad=True)
         after, draws.latest = draws.latest, before
-        result = context.run(function, again)  # in the precision of the forward, with a tape
-        draws.latest = after
-        result.backward(grad)  # fills the leaves' gradients itself
-        return [again.grad, *(None for _ in leaves)]
+        try:  # in the precision of the forward, with a tape
+            result = context.run(function, start.astype(data.dtype))
+        finally:
+            draws.latest = after
+        if top := node_of(result):
+            walk_back(top, grad.astype(top.dtype, copy=False))  # fills the leaves' gradients itself
+        return [start.grad, *(None for _ in leaves)]
 
     return record("recompute", y.data, [x, *leaves], backward)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from micrograd_gpt.gpt2 import GPT2Config
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import finish_set
 from micrograd_gpt.support.files import read_json
@@ -27,6 +28,9 @@ from micrograd_gpt.weights.config import (
 from micrograd_gpt.weights.reading import StoredTensor
 from micrograd_gpt.weights.tensor_files import TensorFile
 from micrograd_gpt.weights.tf_checkpoint import TFCheckpoint
+
+# What stands on the body in Transformers' models for classification and the like
+OTHER_HEADS = ("score.", "classifier.", "qa_outputs.", "multiple_choice_head.")
 
 MODEL, INDEX, HPARAMS = "model.safetensors", "model.safetensors.index.json", "hparams.json"
 
@@ -89,31 +93,40 @@ def _open(path: Path) -> Weights:
 
 
 def _open_safetensors(path: Path) -> Weights:
-    tensors = _gpt2_tensors(TensorFile(path))
+    file = TensorFile(path)
     if not path.with_name(CONFIG).exists():
+        tensors = _gpt2_tensors(file)
         return Weights(path, _published_config(path, tensors), tensors)
     config = read_config(path.parent)
+    tensors = _gpt2_tensors(file, is_tied=getattr(config, "tie_word_embeddings", True))
     _check_agreement(path, config, CONFIG, tensors)
     return Weights(path, config, tensors)
 
 
-def _gpt2_tensors(file: TensorFile) -> dict[str, StoredTensor]:
+def _gpt2_tensors(file: TensorFile, is_tied: bool = True) -> dict[str, StoredTensor]:
     # GPT2LMHeadModel is saved with `transformer.` before the names, the bare GPT2Model without.
     names: dict[str, str] = {}
     for name in file.entries:
         short = name.removeprefix("transformer.")
         if name == "lm_head.weight" or re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", short):
-            continue  # the tied head, and the causal mask that old files hold too
+            continue  # the head, and the causal mask that old files hold too
+        if name.startswith(OTHER_HEADS):
+            continue
         ours = f"transformer.{short}"
         if ours in names:
             raise UserError(f"{file.path} holds both {names[ours]!r} and {name!r}")
         names[ours] = name
-    if "lm_head.weight" in file.entries:
+    if others := [name for name in file.entries if name.startswith(OTHER_HEADS)]:
+        say(f"note: {file.path}: {', '.join(others)} left out: a language model has no such head")
+    if "lm_head.weight" in file.entries and not is_tied:
+        names["lm_head.weight"] = "lm_head.weight"
+    elif "lm_head.weight" in file.entries:
         # The head is the token embedding: files may have either name, or both.
         wte = names.setdefault("transformer.wte.weight", "lm_head.weight")
         if not file.same_bytes(wte, "lm_head.weight"):
             raise UserError(
-                f"{file.path}: lm_head.weight differs from {wte}, but GPT-2 ties the two"
+                f"{file.path}: lm_head.weight differs from {wte}, but GPT-2 ties the two: if this"
+                f" model does not, {CONFIG} must say tie_word_embeddings: false"
             )
     return {ours: file.entries[name] for ours, name in names.items()}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from small_gpt2 import POSITIONS, VOCABULARY, make_model, random_prompts
 
 from micrograd_gpt import no_grad
+from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.generation.context import Context, window_start
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.generation.sampling import generate
@@ -130,3 +133,29 @@ def test_dropout_is_off_while_decoding_and_on_again_after() -> None:
     model.eval()
     generate(model, np.array([1]), 1)
     assert not model.training
+
+
+@pytest.mark.parametrize("level", ["c", "numpy"])
+def test_several_threads_may_generate_with_one_model_in_training(level: str) -> None:
+    """Dropout is off in each of them, and `training` stays as it is for all others."""
+    model = make_model(resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
+    prompt = np.array([1, 2, 3])
+    with at_most(level):
+        expected = generate(model, prompt, 4, temperature=0).tolist()
+    results: list[list[int]] = []
+    seen: set[bool] = set()
+
+    def decode() -> None:
+        for _ in range(100):
+            with at_most(level):
+                results.append(generate(model, prompt, 4, temperature=0).tolist())
+            seen.update(part.training for _, part in model.modules())
+
+    workers = [threading.Thread(target=decode) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        seen.update(part.training for _, part in model.modules())
+        time.sleep(1e-4)
+    assert results == [expected] * 400
+    assert seen == {True}

@@ -144,10 +144,15 @@ def test_rows_that_end_early_are_filled_up_with_end_of_text(model: GPT2) -> None
 
 def test_rows_with_no_token_left_are_filled_up_or_refused(model: GPT2) -> None:
     full = np.stack([np.arange(VOCABULARY), np.ones(VOCABULARY, int)])
-    rows = generate(model, full, 2, no_repeat_ngram_size=1, end_of_text=99)
-    assert rows[0, VOCABULARY:].tolist() == [99, 99] and 99 not in rows[1]
-    with pytest.raises(UserError, match="every token would repeat"):
-        generate(model, full, 2, no_repeat_ngram_size=1, end_of_text=None)
+    full[1] = 9
+    rows = generate(model, full, 2, no_repeat_ngram_size=1, end_of_text=5, seed=1)
+    assert rows[0, VOCABULARY:].tolist() == [5, 5] and 5 not in rows[1]
+    how: dict[str, Any]
+    for how in ({}, {"end_of_text": None}, {"end_of_text": VOCABULARY}, {"end_of_text": -1}):
+        with pytest.raises(UserError, match="every token would repeat"):  # {}: GPT-2's, 50256
+            generate(model, full, 2, no_repeat_ngram_size=1, **how)
+        ragged = generate(model, list(full), 2, no_repeat_ngram_size=1, **how)
+        assert [len(ids) for ids in ragged] == [VOCABULARY, VOCABULARY + 2]
     with pytest.raises(UserError, match="every token would repeat"):
         generate(model, full[0], 1, no_repeat_ngram_size=1, num_beams=2)
 

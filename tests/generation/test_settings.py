@@ -25,6 +25,8 @@ from micrograd_gpt.support.errors import UserError
         ({"repetition_penalty": float("inf")}, "repetition_penalty must be between"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be 1"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number, not 1.5"),
+        ({"top_k": float("nan")}, "top_k must be a whole number, not nan"),
         ({"num_beams": 0}, "num_beams must be 1"),
         ({"num_samples": 0}, "num_samples must be 1"),
         ({"seed": -1}, "seed must be 0"),

@@ -289,7 +289,7 @@ def test_a_full_cache_is_named(replays: list[int]) -> None:
     model = make()
     cache = KVCache(model, capacity=4)
     logits_of(model, cache, 4)
-    with pytest.raises(ValueError, match="holds 4 positions, not 5"):
+    with pytest.raises(ValueError, match="holds 4 positions: no 1 more"):
         logits_of(model, cache, 1)
     assert cache.length == 4 and len(replays) == 3
 
@@ -304,3 +304,26 @@ def test_a_cache_of_another_model_is_not_read(
     with pytest.raises((ValueError, IndexError)):
         logits_of(model, cache, 3)
     assert replays == []
+
+
+@pytest.mark.parametrize("name", dict(GPT2(CONFIG).transformer.h[1].named_parameters()))
+def test_a_parameter_of_another_size_is_refused(name: str) -> None:
+    model, x = make(), Tensor(fake_cupy.ones((1, 1, 32), "float32"))
+    token_step.through_blocks(x, model.transformer.h, KVCache(model))
+    parameter = dict(model.transformer.h[1].named_parameters())[name]
+    parameter.data = parameter.data[..., :-1].copy("F")
+    cache = KVCache(model)
+    cache.data.fill(0)
+    with pytest.raises(NotForMe):
+        token_step.through_blocks(x, model.transformer.h, cache)
+    assert cache.length == 0 and not cache.data.get().any()
+
+
+@pytest.mark.parametrize("lengths", [[-1], [48], [2**62], [5, 5], [5.0], [[5]]])
+def test_lengths_that_are_none_of_the_caches_rows_are_refused(lengths: list[Any]) -> None:
+    model, x = make(), Tensor(fake_cupy.ones((1, 1, 32), "float32"))
+    cache = KVCache(model)
+    cache.lengths = np.array(lengths)
+    with pytest.raises(NotForMe):
+        token_step.through_blocks(x, model.transformer.h, cache)
+    np.testing.assert_array_equal(cache.lengths, lengths)

@@ -97,6 +97,24 @@ def test_layer_norm(shape: tuple[int, int], dtype: str, on: Machine) -> None:
         assert_close(ours, other, TOLERANCE[t])
 
 
+@pytest.mark.parametrize("number", [0.1, -1e6, 12345.678])
+def test_a_row_of_equal_numbers_is_normalised_to_zeros(number: float, on: Machine) -> None:
+    x, weight, bias = np.full((3, 300), number, np.float32), numbers(300), numbers(300, seed=1)
+    y, mean, _ = on.repeated(lambda: gpu.layer_norm_forward(*on.put(x, weight, bias), 1e-5))
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, y.shape))
+    np.testing.assert_array_equal(mean, x[:, :1])
+
+
+def test_sums_of_many_parts_keep_their_digits(on: Machine) -> None:
+    """A million rows make thousands of parts, which are added one after another."""
+    partials = np.full((30_000, 3), 0.1, np.float32)
+    partials[::7] = 0.3
+    sums = on.repeated(lambda: gpu._sum_partials(*on.put(partials)))
+    np.testing.assert_allclose(sums, partials.sum(axis=0, dtype=np.float64), rtol=1e-7)
+    total = on.repeated(lambda: gpu._total(*on.put(partials)))
+    np.testing.assert_allclose(total, partials.sum(dtype=np.float64), rtol=1e-7)
+
+
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] > 1])
 def test_layer_norm_backward(shape: tuple[int, int], on: Machine) -> None:
     """Without a single channel, which is always 0: its gradient is all cancellation."""
@@ -170,6 +188,29 @@ def test_cross_entropy_of_what_is_not_finite(on: Machine) -> None:
     )
     assert not np.isfinite(loss)
     assert np.isnan(dlogits[0]).all() and np.isfinite(dlogits[2]).all()
+
+
+def test_the_loss_of_a_target_outside_the_vocabulary_is_not_a_number(on: Machine) -> None:
+    """To raise an error would be to wait for the GPU; below 0, targets count from the end."""
+    logits = numbers(2, 5)
+    for wrong in (5, -6, 2**40, -(2**40)):
+        on_gpu = on.put(logits, np.array([1, wrong]))
+        assert np.isnan(on.repeated(lambda on_gpu=on_gpu: gpu.cross_entropy_forward(*on_gpu))[1])
+    from_the_end, as_usual = (
+        on.repeated(lambda last=last: gpu.cross_entropy_forward(*on.put(logits, np.array(last))))
+        for last in ([-1, -5], [4, 0])
+    )
+    for a, b in zip(from_the_end, as_usual, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("logit", [np.inf, np.nan])
+def test_an_ignored_row_has_no_gradient_whatever_its_logits(logit: float, on: Machine) -> None:
+    logits = numbers(2, 40)
+    logits[1, 3] = logit
+    labels = np.array([1, IGNORE])
+    dlogits, loss = on.repeated(lambda: gpu.cross_entropy_forward(*on.put(logits, labels)))
+    assert np.isfinite(loss) and dlogits[0].all() and not dlogits[1].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -360,6 +401,22 @@ def test_attention_of_one_token_a_row(d: int, dtype: str, on: Machine) -> None:
         assert_close(out[row], oracle.reshape(-1), TOLERANCE[dtype])
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+def test_an_infinite_gradient_stops_at_a_dropped_weight(on: Machine) -> None:
+    """Value 0 is huge: the gradient of the weights that see it is infinite."""
+    t, p, key = 6, 0.5, (7,)
+    q, k, v, grad = (numbers(1, 1, t, 16, seed=i) for i in range(4))
+    v[0, 0, 0], grad[...] = 3e38, 2
+    out, log_total = on.repeated(lambda: gpu.attention_forward(*on.put(q, k, v), p, key))
+    dropped = attention_mask(key, 1, 1, t, p)[0, 0, :, 0] == 0
+    assert dropped.any() and not dropped.all() and np.isfinite(out[0, 0, dropped]).all()
+    saved = (grad, q, k, v, out, log_total)
+    dqkv = on.repeated(lambda: gpu.attention_backward(*on.put(*saved), p, key))
+    assert np.isfinite(dqkv[0, dropped, 0]).all()
+    # Key 5 is seen by query 5 alone, and value 0 by those for whom it has not been dropped
+    assert np.isfinite(dqkv[0, 5, 1]).all() == dropped[5]
+
+
 def test_attention_of_arrays_that_no_kernel_reads_as_they_are(on: Machine) -> None:
     """Unaligned rows, strides that differ and gradients with gaps: these arrays are copied."""
     whole = numbers(1, 2, 20, 3 * 32 + 1)
@@ -434,7 +491,7 @@ def test_dropout(size: int, dtype: str, on: Machine) -> None:
 @pytest.mark.parametrize("norm", [0.2, 3.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
 def test_clipping(norm: float, loss_scale: float, on: Machine) -> None:
-    squares = np.array((norm * loss_scale) ** 2, np.float32)
+    squares = np.full((3, 2), (norm * loss_scale) ** 2 / 6)
     found = on.repeated(lambda: gpu._norm_and_factor(*on.put(squares), 0.5, loss_scale))
     factor = (0.5 / norm if norm > 0.5 else 1) / loss_scale if np.isfinite(norm) else 1
     assert [x.dtype for x in found] == [np.float32] * 2
@@ -463,14 +520,28 @@ def with_gradients(grads: list[Any]) -> list[Tensor]:
     return tensors
 
 
+@pytest.mark.parametrize("size", [1e-25, 1.0, 3e19, 1e30])
+def test_gradients_of_any_size_are_clipped(size: float, on: Machine) -> None:
+    grad = numbers(70, 50) * np.float32(size)
+    exact = np.sqrt((grad.astype(np.float64) ** 2).sum())
+
+    def clipped() -> tuple[Any, Any]:
+        tensors = with_gradients(on.put(grad.copy()))
+        return gpu.clip_grad_norm(tensors, size), tensors[1].grad
+
+    norm, ours = on.repeated(clipped)
+    np.testing.assert_allclose(norm, exact, rtol=1e-6)
+    np.testing.assert_allclose(ours, grad * np.float32(size / exact), rtol=1e-5)
+
+
 @pytest.mark.parametrize("count", [1, 5, 50])
 def test_optimizer(count: int, on: Machine) -> None:
     rng = np.random.default_rng(count)
     shapes = [tuple(rng.integers(1, 60, n % 3)) for n in range(count)]
     grads = [numbers(*s, seed=1) for s in shapes]
     decays = [0.1 * (len(s) == 2) for s in shapes]
-    squares = on.repeated(lambda: gpu._sum_of_squares(on.put(*grads)))
-    assert_close(squares, sum((g.astype(float) ** 2).sum() for g in grads), TOLERANCE["float32"])
+    squares = on.repeated(lambda: gpu._squares(on.put(*grads)))
+    assert_close(squares.sum(), sum((g.astype(float) ** 2).sum() for g in grads), 1e-12)
 
     def start(kind: str) -> list[list[np.ndarray]]:
         p, m, v = (
@@ -529,6 +600,92 @@ def test_what_no_kernel_does_is_refused_before_anything_is_written(on: Machine) 
     ):
         with pytest.raises(NotForMe):
             call()
+
+
+def fitting() -> dict[str, tuple[Any, list[Any]]]:
+    """Kernels, and arguments that fit."""
+    q, k = numbers(1, 2, 5, 32), numbers(1, 2, 7, 32)
+    labels, rows = np.array([1, IGNORE, 3, 0]), numbers(4, 24)
+    w, b, row = numbers(24, 9), numbers(9), numbers(24)
+    many = numbers(9, 24)
+    return {
+        "linear_forward, few rows": (gpu.linear_forward, [rows, w, b]),
+        "linear_forward": (gpu.linear_forward, [many, w, b]),
+        "linear_backward": (gpu.linear_backward, [numbers(4, 9), rows, w]),
+        "layer_norm_forward": (gpu.layer_norm_forward, [rows, row, row, 1e-5]),
+        "layer_norm_backward": (
+            gpu.layer_norm_backward,
+            [rows, rows, row, numbers(4, 1), abs(numbers(4, 1))],
+        ),
+        "gelu_backward": (gpu.gelu_backward, [rows, rows]),
+        "attention_forward": (gpu.attention_forward, [q, k, k, 0.0, ()]),
+        "attention_backward": (
+            gpu.attention_backward,
+            [q, q, q, q, q, numbers(1, 2, 5), 0.0, ()],
+        ),
+        "cross_entropy_forward": (gpu.cross_entropy_forward, [rows, labels]),
+        "linear_cross_entropy_forward": (
+            gpu.linear_cross_entropy_forward,
+            [rows, many, labels, True],
+        ),
+    }
+
+
+# An array and an axis along which it may be longer: no other array has that size
+FREE = {
+    "linear_forward, few rows": (0, 0),
+    "linear_forward": (0, 0),
+    "layer_norm_forward": (0, 0),
+    "attention_forward": (0, 2),  # at most as many queries as keys
+    "cross_entropy_forward": (0, 1),
+    "linear_cross_entropy_forward": (1, 0),
+}
+
+
+@pytest.mark.parametrize("name", fitting())
+def test_sizes_that_do_not_fit_are_refused(name: str, on: Machine) -> None:
+    kernel, good = fitting()[name]
+
+    def call(arguments: list[Any]) -> None:
+        kernel(*(on.put(x)[0] if isinstance(x, np.ndarray) else x for x in arguments))
+
+    call(good)
+    for i, array in enumerate(good):
+        if not isinstance(array, np.ndarray):
+            continue
+        wrong = [array[None], array[..., 0], array[:0]]
+        for axis in range(array.ndim):
+            if FREE.get(name) != (i, axis):
+                wrong.append(np.concatenate([array, array.take([0], axis)], axis))
+        for other in wrong:
+            with pytest.raises(NotForMe):
+                call([*good[:i], other, *good[i + 1 :]])
+
+
+def test_queries_without_a_key_of_their_own_are_refused(on: Machine) -> None:
+    q, k = on.put(numbers(1, 2, 7, 32), numbers(1, 2, 6, 32))
+    with pytest.raises(NotForMe):
+        gpu.attention_forward(q, k, k, 0.0, ())
+
+
+def test_arrays_that_are_written_to_are_apart(on: Machine) -> None:
+    p, grad, m, v = on.put(*(abs(numbers(6, 4, seed=i)) for i in range(4)))
+    settings = 1e-2, 0.9, 0.95, 1e-8, 2
+    for rows in (
+        [(p, grad, m, m, 0.1)],
+        [(p, p, m, v, 0.1)],
+        [(p, grad, m, v, 0.1), (p, grad, m, v, 0.1)],
+        [(p, grad[:3], m, v, 0.1)],
+        [(p.T, grad, m, v, 0.1)],
+        [],
+    ):
+        before = on.get(p).copy()
+        with pytest.raises(NotForMe):
+            gpu.adamw_update(rows, *settings)
+        np.testing.assert_array_equal(on.get(p), before)
+    (ids,) = on.put(np.array([1, 0]))
+    with pytest.raises(NotForMe):
+        gpu._add_rows(p, ids, p[:2])
 
 
 def test_every_kernel_was_run(on: Machine) -> None:

@@ -68,7 +68,7 @@ def test_a_launch_that_does_not_fit_is_refused(file: str, launched: list[tuple[A
         wrong += [[*good[:i], "one", *good[i + 1 :]] for i in range(len(good))]
         for i, parameter in enumerate(parameters):
             if parameter.is_pointer:
-                wrong.append([*good[:i], np.ones(1), *good[i + 1 :]])  # float64
+                wrong.append([*good[:i], np.ones(1, np.int8), *good[i + 1 :]])
             elif parameter.type != "float":
                 wrong.append([*good[:i], 1.5, *good[i + 1 :]])
         for arguments in wrong:
@@ -81,6 +81,7 @@ def test_a_launch_that_does_not_fit_is_refused(file: str, launched: list[tuple[A
 def _fitting(parameter: Parameter) -> Any:
     if parameter.is_pointer:
         types = {"Activation": np.float16, "float": np.float32, "long long": np.int64}
+        types["double"] = np.float64
         return np.ones(1, types[parameter.type])
     if parameter.type in cuda_modules.STRUCTURES:
         return np.zeros((), cuda_modules.STRUCTURES[parameter.type])

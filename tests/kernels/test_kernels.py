@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 import weakref
 from collections.abc import Iterator
@@ -233,17 +236,39 @@ def test_first_use_from_several_threads_makes_one_pool() -> None:
         subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_failed_task_leaves_nothing_for_the_garbage_collector() -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_failed_task_leaves_nothing_for_the_garbage_collector(count: int) -> None:
     array = np.ones(10)
     alive = weakref.ref(array)
 
     def fail(i: int, array: np.ndarray = array) -> None:
         raise ValueError(i)
 
-    with pytest.raises(ValueError):
-        threads.parallel(fail, 1)
-    del array, fail
-    assert alive() is None
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(ValueError):
+            threads.parallel(fail, count)
+        del array, fail
+        for _ in range(200):  # the other threads may be about to let go of the task
+            if alive() is None:
+                break
+            time.sleep(0.01)
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_tasks_see_the_callers_context_variables() -> None:
+    seen: list[str] = []
+
+    def task(i: int) -> None:
+        time.sleep(0.01)  # so that every thread gets one
+        seen.append(np.geterr()["divide"])
+
+    with np.errstate(divide="raise"):
+        threads.parallel(task, 8)
+    assert seen == ["raise"] * 8
 
 
 def test_parallel_may_be_called_from_several_threads() -> None:
@@ -254,6 +279,63 @@ def test_parallel_may_be_called_from_several_threads() -> None:
     for caller in callers:
         caller.join(timeout=30)
     assert all(sorted(r) == list(range(20)) for r in results)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system has no pthread_kill")
+def test_an_interrupt_is_raised_once_all_tasks_are_done() -> None:
+    done: list[int] = []
+
+    def task(i: int) -> None:
+        if i == 0:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.05)
+        done.append(i)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        threads.parallel(task, 8)
+    assert sorted(done) == list(range(8))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no setitimer")
+def test_interrupts_at_any_moment_leave_blas_its_threads() -> None:
+    """Thousands of them, within 0.3 ms of one another, so that many calls meet two and more."""
+    code = """if True:
+        import random, signal, time
+        from micrograd_gpt.kernels.in_numpy import threads
+        from threadpoolctl import ThreadpoolController
+        blas = ThreadpoolController().select(user_api="blas").lib_controllers
+        counts = lambda: [library.num_threads for library in blas]
+        before, interrupts, done = counts(), 0, []
+        threads.parallel(done.append, 4)
+
+        def interrupt(number, frame):
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-4))
+            while frame:  # this test's own loop is spared
+                if frame.f_code.co_filename == threads.__file__:
+                    raise KeyboardInterrupt
+                frame = frame.f_back
+
+        random.seed(0)
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 1e-4)
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            try:
+                threads.parallel(lambda i: None, 4)
+            except KeyboardInterrupt:
+                interrupts += 1
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        for _ in range(100):  # a call that was interrupted twice may still be at work
+            if counts() == before:
+                break
+            time.sleep(0.01)
+        assert counts() == before, (counts(), before, interrupts)
+        threads.parallel(done.append, 4)
+        assert counts() == before and sorted(done) == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert interrupts > 100, interrupts
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -190,35 +191,92 @@ def test_half_precision_in_this_block_is_not_for_c() -> None:
     assert y.dtype == np.float32 and (y != wide).any()  # the residual stream, of rounded branches
 
 
-def misfits() -> dict[str, tuple[GPT2, KVCache, int]]:
-    """A model, a cache and the width of x, one of which does not fit the others."""
-    model, shortened = make(), make()
-    bias = shortened.transformer.h[1].mlp.c_fc.bias
-    bias.data = bias.data[:-1].copy()
-    negative, read_only = (filled_cache(model, [5]) for _ in range(2))
-    negative.lengths[:] = -1
-    read_only.data.flags.writeable = False
-    return {
-        "heads": (model, filled_cache(make(n_head=17), [5]), 51),
-        "head size": (model, filled_cache(make(n_embd=48), [5]), 51),
-        "layers": (model, filled_cache(make(n_layer=2), [5]), 51),
-        "rows": (model, filled_cache(model, [5, 5]), 51),
-        "width": (model, filled_cache(make(n_embd=48), [5]), 48),
-        "parameter": (shortened, filled_cache(shortened, [5]), 51),
-        "lengths": (model, negative, 51),
-        "read-only cache": (model, read_only, 51),
+def misfits() -> dict[str, tuple[GPT2, KVCache, tuple[int, ...]]]:
+    """A model, a cache and the shape of x, one of which does not fit the others."""
+    one = (1, 1, 51)
+    found = {
+        "heads": (make(), filled_cache(make(n_head=17), [5]), one),
+        "head size": (make(), filled_cache(make(n_embd=48), [5]), one),
+        "layers": (make(), filled_cache(make(n_layer=2), [5]), one),
+        "rows": (make(), filled_cache(make(), [5, 5]), one),
+        "width": (make(), filled_cache(make(n_embd=48), [5]), (1, 1, 48)),
+        "axes of x": (make(), filled_cache(make(), [5]), (1, 51)),
+        "no token": (make(), filled_cache(make(), [5]), (1, 0, 51)),
+        "more tokens than room": (make(), filled_cache(make(), [39]), (1, 2, 51)),
     }
+    for name, _ in make().transformer.h[1].named_parameters():
+        model = make()
+        parameter = dict(model.transformer.h[1].named_parameters())[name]
+        parameter.data = np.asfortranarray(parameter.data[..., :-1])
+        found[name] = model, filled_cache(model, [5]), one
+    for what, spoil in SPOILED.items():
+        cache = filled_cache(make(), [5])
+        spoil(cache)
+        found[what] = make(), cache, one
+    return found
+
+
+def set_data(cache: KVCache, data: np.ndarray) -> None:
+    cache.data = data
+
+
+def set_lengths(cache: KVCache, lengths: Any) -> None:
+    cache.lengths = lengths
+
+
+def at_an_odd_address(array: np.ndarray) -> np.ndarray:
+    moved = np.frombuffer(bytearray(array.nbytes + 1), array.dtype, array.size, 1)
+    return moved.reshape(array.shape)
+
+
+SPOILED: dict[str, Callable[[KVCache], None]] = {
+    "read-only cache": lambda cache: cache.data.setflags(write=False),
+    "a cache of other numbers": lambda cache: set_data(cache, cache.data.astype("float64")),
+    "a cache in another order": lambda cache: set_data(cache, np.asfortranarray(cache.data)),
+    "a cache backwards": lambda cache: set_data(cache, cache.data[::-1]),
+    "a cache with gaps": lambda cache: set_data(cache, np.repeat(cache.data, 2, -1)[..., ::2]),
+    "a cache at an odd address": lambda cache: set_data(cache, at_an_odd_address(cache.data)),
+    "a cache of five axes": lambda cache: set_data(cache, cache.data[:, :, 0]),
+    "a cache that is one layer": lambda cache: set_data(cache, as_strided(cache.data)),
+    "an empty cache": lambda cache: set_data(cache, cache.data[..., :0, :]),
+    "negative lengths": lambda cache: set_lengths(cache, np.array([-1])),
+    "lengths beyond the cache": lambda cache: set_lengths(cache, np.array([40])),
+    "lengths far beyond it": lambda cache: set_lengths(cache, np.array([2**62])),
+    "more lengths than rows": lambda cache: set_lengths(cache, np.array([5, 5])),
+    "lengths of two axes": lambda cache: set_lengths(cache, np.array([[5]])),
+    "lengths that are no integers": lambda cache: set_lengths(cache, np.array([5.0])),
+    "lengths of 64 bits without a sign": lambda cache: set_lengths(cache, np.array([5], "u8")),
+    "read-only lengths": lambda cache: cache.lengths.setflags(write=False),
+    "a list of lengths": lambda cache: set_lengths(cache, [5]),
+}
+
+
+def as_strided(data: np.ndarray) -> np.ndarray:
+    """The first layer's memory in place of all layers'."""
+    return np.lib.stride_tricks.as_strided(data, strides=(0, *data.strides[1:]))
 
 
 @pytest.mark.parametrize("which", misfits())
 def test_what_does_not_fit_is_not_for_c(which: str) -> None:
-    model, cache, width = misfits()[which]
-    before, lengths = cache.data.copy(), cache.lengths.copy()
+    model, cache, shape = misfits()[which]
+    before, lengths = cache.data.copy(), copy.copy(cache.lengths)
     in_c(numbers(1, 1, 51), make(), filled_cache(make(), [5]))  # after a step that fits
     with pytest.raises(NotForMe):
-        in_c(numbers(1, 1, width), model, cache)
+        in_c(numbers(*shape), model, cache)
     np.testing.assert_array_equal(cache.data, before)
     np.testing.assert_array_equal(cache.lengths, lengths)
+
+
+def test_a_parameter_that_got_another_shape_in_place_is_noticed() -> None:
+    model = make()
+    in_c(numbers(1, 1, 51), model, filled_cache(model, [5]))
+    weight = model.transformer.h[1].mlp.c_fc.weight.data
+    with pytest.raises(ValueError, match="resize"):  # its memory stays where it is
+        weight.resize(1, refcheck=False)
+    bias = model.transformer.h[1].mlp.c_fc.bias.data
+    bias.shape = (4, 51)
+    with pytest.raises(NotForMe):
+        in_c(numbers(1, 1, 51), model, filled_cache(model, [5]))
 
 
 def test_a_full_cache_is_named_and_left_as_it_was() -> None:

@@ -204,6 +204,13 @@ def test_fine_tuning_starts_from_the_weights_it_is_given(text: Path, tmp_path: P
     assert metrics(second)[0]["train_loss"] < metrics(first)[5]["train_loss"]
     config = json.loads((second / "config.json").read_text())
     assert config["resid_pdrop"] == config["attn_pdrop"] == config["embd_pdrop"] == 0.1
+    dropping = tmp_path / "dropping"  # weights that are read come in evaluation mode
+    flags = ("--data", text, "--init-from", first, "--out", dropping, "--max-steps", 1)
+    assert run(*flags, "--dropout", 0.5, "--learning-rate", 1e-9).returncode == 0
+    plain = tmp_path / "plain"
+    assert run(*flags[:5], plain, *flags[6:], "--learning-rate", 1e-9).returncode == 0
+    losses = [metrics(folder)[0]["train_loss"] for folder in (dropping, plain)]
+    assert abs(losses[0] - losses[1]) > 1e-3
     result = run("--data", text, "--init-from", first, "--out", tmp_path / "x", "--n-layer", 2)
     assert result.returncode == 2 and "--n-layer makes no sense with --init-from" in result.stderr
     result = run("--data", text, "--init-from", first, "--out", tmp_path / "x", "--block-size", 9)

@@ -11,22 +11,28 @@ import numpy as np
 
 from micrograd_gpt.arrays.stand_ins import NotForMe, stands_in_for
 from micrograd_gpt.kernels.in_c.compiler import library
+from micrograd_gpt.kernels.shapes import FLOAT32, fitting
 
 Array = np.ndarray
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def in_c(
-    definition: Callable[..., Any], bypasses: Sequence[Callable[..., Any]] = ()
+    definition: Callable[..., Any], *also: Any, bypasses: Sequence[Callable[..., Any]] = ()
 ) -> Callable[[F], F]:
-    """Register a kernel in C for `definition`; it raises NotForMe where none could be compiled."""
+    """Register a kernel in C for `definition`, for arrays of float32 or `also` that fit.
+
+    It raises NotForMe for all others (shapes.py), and where none could be compiled.
+    """
 
     def register(kernel: F) -> F:
+        checked = fitting(definition, FLOAT32, *also)(kernel)
+
         @functools.wraps(kernel)
-        def if_compiled(*args: Any, **kwargs: Any) -> Any:
+        def if_compiled(*args: Any) -> Any:
             if library() is None:
                 raise NotForMe
-            return kernel(*args, **kwargs)
+            return checked(*args)
 
         return stands_in_for(definition, "c", bypasses)(if_compiled)  # type: ignore[return-value]
 
@@ -34,10 +40,17 @@ def in_c(
 
 
 def call(name: str, arguments: ctypes.Structure) -> None:
-    """Call the compiled function of this name with a pointer to its arguments."""
+    """Call the compiled function of this name with a pointer to its arguments.
+
+    Raises MemoryError where it could not get the memory it needs meanwhile.
+    """
     loaded = library()
     assert loaded is not None
-    getattr(loaded, name)(ctypes.byref(arguments))
+    if getattr(loaded, name)(ctypes.byref(arguments)):
+        raise MemoryError(
+            f"{name}: there is not enough memory for intermediate results: "
+            "use shorter contexts or smaller batches"
+        )
 
 
 def ints(*names: str) -> list[tuple[str, Any]]:
@@ -52,21 +65,11 @@ def pointers(*names: str) -> list[tuple[str, Any]]:
     return [(name, ctypes.c_void_p) for name in names]
 
 
-def check(*arrays: Array | None) -> None:
-    """Raise NotForMe unless all arrays are float32 and have elements."""
-    for array in arrays:
-        if array is not None and (array.dtype != np.float32 or not array.size):
-            raise NotForMe
-
-
 def contiguous(*arrays: Array) -> list[Array]:
-    """The float32 arrays without gaps: themselves where they have none, else copies."""
-    check(*arrays)
+    """The arrays without gaps: themselves where they have none, else copies."""
     return [a if a.flags.c_contiguous else np.ascontiguousarray(a) for a in arrays]
 
 
 def strides_of(array: Array) -> list[int]:
-    """How many float32 elements apart neighbours along each axis are."""
-    if any(stride % 4 for stride in array.strides):
-        raise NotForMe
+    """How many elements apart neighbours along each axis of an aligned float32 array are."""
     return [stride // 4 for stride in array.strides]

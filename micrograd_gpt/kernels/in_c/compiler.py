@@ -54,7 +54,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
             if _LOADED is None:
                 found, words = _find()
                 if found is not None:
-                    found.use_threads(cores())
+                    found.use_cores(cores())
                 _LOADED = found, words
     return _LOADED
 
@@ -85,7 +85,7 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
         )
     try:
         found = load(compiled)
-        found.use_threads.argtypes = [ctypes.c_int64]
+        found.use_cores.argtypes = [ctypes.c_int64]
     except (OSError, AttributeError) as problem:  # AttributeError: the library hides its functions
         return None, _words("NumPy", f"the C kernels cannot be loaded: {_reason(problem)}", *notes)
     return found, _words(f"C, compiled by {version}", *notes)

@@ -1,18 +1,19 @@
 """Kernels for the CPU in C (sources/), called through ctypes: float32 arrays only,
 but for a few rows times a matrix in half precision, as in decoding.
 
-Each stands in for a definition and takes the same arguments. Where those have a type or layout that
-the C code cannot read, or nothing could be compiled, it raises NotForMe and a kernel in NumPy does
-the work. A structure below is the C structure of the same name, field by field.
+Each stands in for a definition and takes the same arguments, and sees only those that fit together
+(shapes.py). Where they have a type or layout that the C code cannot read, or nothing could be
+compiled, it raises NotForMe and a kernel in NumPy does the work. A structure below is the C
+structure of the same name, field by field.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from micrograd_gpt import functional, optim, tensor
@@ -22,7 +23,6 @@ from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_c.arguments import (
     call,
-    check,
     contiguous,
     floats,
     in_c,
@@ -32,6 +32,13 @@ from micrograd_gpt.kernels.in_c.arguments import (
 )
 from micrograd_gpt.kernels.in_numpy.kernels import gradients, scale_to_norm
 from micrograd_gpt.kernels.in_numpy.threads import cores
+from micrograd_gpt.kernels.shapes import (
+    FLOAT32,
+    check_plain,
+    checked_labels,
+    checked_rows,
+    checked_update,
+)
 from micrograd_gpt.layers import Key
 from micrograd_gpt.tensor import Tensor
 
@@ -72,34 +79,28 @@ class _FewRows(ctypes.Structure):
 
 def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _Product:
     """c = a @ b + bias for the C code; where c is stored by columns, its transpose is computed."""
-    if a.shape[1] != b.shape[0] or c.shape != (a.shape[0], b.shape[1]):
-        raise NotForMe  # NumPy raises the error
     if c.strides[1] != 4:
         if c.strides[0] != 4 or bias is not None:
             raise NotForMe
         a, b, c = b.T, a.T, c.T
     (n, k), m = a.shape, b.shape[1]
-    (a_row, a_column), (b_row, b_column), c_row = a.strides, b.strides, c.strides[0]
-    if (a_row | a_column | b_row | b_column | c_row) % 4:
-        raise NotForMe
     return _Product(
-        *(n, k, m, a.ctypes.data, a_row // 4, a_column // 4, b.ctypes.data, b_row // 4),
-        *(b_column // 4, None if bias is None else bias.ctypes.data, c.ctypes.data, c_row // 4),
+        *(n, k, m, a.ctypes.data, *strides_of(a), b.ctypes.data, *strides_of(b)),
+        *(None if bias is None else bias.ctypes.data, c.ctypes.data, strides_of(c)[0]),
     )
 
 
-@in_c(functional.linear_forward)
+@in_c(functional.linear_forward, np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
     if is_half(weight):
         return _multiply_half(x, weight, bias)
-    check(x, weight, bias)
     return _multiply(x, weight, None if bias is None else np.ascontiguousarray(bias))
 
 
 def _multiply(a: Array, b: Array, bias: Array | None) -> Array:
     (n, k), m = a.shape, b.shape[1]
     y = np.empty((n, m), np.float32)
-    if n <= FEW_ROWS and b.flags.f_contiguous and k == b.shape[0]:
+    if n <= FEW_ROWS and b.flags.f_contiguous:
         a = np.ascontiguousarray(a)
         place = None if bias is None else bias.ctypes.data
         call("few_rows", _FewRows(n, k, m, a.ctypes.data, b.ctypes.data, place, y.ctypes.data))
@@ -111,8 +112,7 @@ def _multiply(a: Array, b: Array, bias: Array | None) -> Array:
 def _multiply_half(x: Array, weight: Array, bias: Array | None) -> Array:
     """A few rows times a matrix in half precision, which is read as it is: half the bytes."""
     (n, k), m = x.shape, weight.shape[1]
-    fits = weight.flags.f_contiguous and k == weight.shape[0] and weight.size
-    if x.dtype != weight.dtype or not fits or not 0 < n <= FEW_ROWS_HALF:
+    if not weight.flags.f_contiguous or n > FEW_ROWS_HALF:
         raise NotForMe
     wide, y = np.ascontiguousarray(x, np.float32), np.empty((n, m), np.float32)
     places = wide.ctypes.data, weight.ctypes.data, None, y.ctypes.data
@@ -124,7 +124,6 @@ def _multiply_half(x: Array, weight: Array, bias: Array | None) -> Array:
 
 @in_c(functional.linear_backward)
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
-    check(x, weight)
     (grad,) = contiguous(grad)
     dx, dweight = np.empty(x.shape, np.float32), np.empty_like(weight)
     dbias = np.empty(grad.shape[1], np.float32)
@@ -142,17 +141,11 @@ class _Embedding(ctypes.Structure):
 
 @in_c(tensor.add_at)
 def add_at(total: Array, index: Any, part: Array) -> None:
-    check(total, part)
-    if not isinstance(index, np.ndarray) or index.dtype.kind not in "iu" or total.ndim != 2:
+    check_plain([total, part], [FLOAT32])
+    ids = checked_rows(total, index, part)
+    if not total.flags.c_contiguous:
         raise NotForMe
     (part,) = contiguous(part)
-    if not total.flags.c_contiguous or not total.flags.writeable:
-        raise NotForMe
-    if part.shape != (*index.shape, total.shape[1]) or not 0 <= index.min() <= index.max() < len(
-        total
-    ):
-        raise NotForMe
-    ids = np.ascontiguousarray(index, np.int64)
     places = part.ctypes.data, ids.ctypes.data, total.ctypes.data
     call("embedding_backward", _Embedding(ids.size, total.shape[1], *places))
 
@@ -271,7 +264,6 @@ def _attention(q: Array, k: Array, v: Array, out: Array, log_total: Array) -> _A
 @in_c(functional.attention_forward)
 def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple[Array, Array]:
     """As the definition; the result lies in memory as (B, T, H, D), so joining heads is free."""
-    check(q, k, v)
     if p:
         raise NotForMe
     b, h, t, d = q.shape
@@ -284,8 +276,7 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
 def attention_backward(
     grad: Array, q: Array, k: Array, v: Array, out: Array, log_total: Array, p: float, key: Key
 ) -> Array:
-    check(grad, q, k, v)
-    if p or k.shape != q.shape:
+    if p:
         raise NotForMe
     b, h, t, d = q.shape
     # The C code reads grad and out as (B, T, H, D) without gaps, the layout the forward writes.
@@ -317,6 +308,7 @@ class _CrossEntropy(ctypes.Structure):
 
 @in_c(functional.cross_entropy_forward)
 def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
+    labels = checked_labels(labels, logits.shape[1])
     (logits,) = contiguous(logits)
     dlogits = np.empty(logits.shape, np.float32)
     return dlogits, _cross_entropy(logits, labels, dlogits)
@@ -327,7 +319,7 @@ def linear_cross_entropy_forward(
     x: Array, weight: Array, labels: Array, with_gradients: bool
 ) -> tuple[Array | None, Array, Array | None]:
     """As the definition; the logits become their own gradient in place."""
-    check(x, weight)
+    labels = checked_labels(labels, len(weight))
     logits = _multiply(x, weight.T, None)
     loss = _cross_entropy(logits, labels, logits)
     if not with_gradients:
@@ -340,7 +332,7 @@ def linear_cross_entropy_forward(
 
 def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
     """The summed loss; writes the gradient into `dlogits`, which may be `logits` itself."""
-    labels, losses = np.ascontiguousarray(labels, np.int64), np.empty(len(logits), np.float32)
+    losses = np.empty(len(logits), np.float32)
     places = losses.ctypes.data, dlogits.ctypes.data
     arguments = (*logits.shape, logits.ctypes.data, labels.ctypes.data, 1.0, *places)
     call("cross_entropy_forward", _CrossEntropy(*arguments))
@@ -365,17 +357,14 @@ class _Squares(ctypes.Structure):
 CHUNK = 65536  # elements; the same as in optimizer.c
 
 
-def _places(arrays: Sequence[Array]) -> Array:
-    return np.array([a.ctypes.data for a in arrays], np.uintp)
-
-
 @in_c(optim.clip_grad_norm)
 def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> float:
     grads = gradients(parameters)
-    check(*grads)
-    if not all(a.flags.c_contiguous or a.flags.f_contiguous for a in grads):
+    check_plain(grads, [FLOAT32])
+    if not all(grad.flags.forc for grad in grads):  # in C order or in Fortran order, without gaps
         raise NotForMe
-    sizes, places = np.array([a.size for a in grads], np.int64), _places(grads)
+    sizes = np.array([grad.size for grad in grads], np.int64)
+    places = np.array([grad.ctypes.data for grad in grads], np.uintp)
     sums = np.empty(int((-(-sizes // CHUNK)).sum()))
     at = sizes.ctypes.data, places.ctypes.data, sums.ctypes.data
     call("sum_of_squares", _Squares(len(grads), *at))
@@ -387,20 +376,16 @@ def adamw_update(
     rows: list[Any], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
     keep_freed_memory()  # a run has begun: the next step allocates the same arrays again
-    for row in rows:
-        arrays = row[:4]
-        check(*arrays)
-        if len({array.shape for array in arrays}) != 1 or not arrays[0].flags.writeable:
-            raise NotForMe
+    places = checked_update(rows, FLOAT32)
+    for *arrays, _ in rows:
         in_order = all(a.flags.c_contiguous for a in arrays)
         if not in_order and not all(a.flags.f_contiguous for a in arrays):
             raise NotForMe
     correction = float(np.sqrt(1 - beta2**step))
     rate = lr * correction / (1 - beta1**step)  # with both bias corrections in one factor
-    *columns, decays = zip(*rows, strict=True)
-    sizes = np.array([p.size for p in columns[0]], np.int64)
-    kept = np.array([1 - lr * decay for decay in decays], np.float32)
-    tables = [sizes, *map(_places, columns), kept]
+    sizes = np.array([p.size for p, *_ in rows], np.int64)
+    kept = np.array([1 - lr * decay for *_, decay in rows], np.float32)
+    tables = [sizes, *places, kept]
     at = (table.ctypes.data for table in tables)
     betas = beta1, 1 - beta1, beta2, 1 - beta2
     call("adamw_update", _AdamW(len(sizes), *at, *betas, rate, eps * correction))

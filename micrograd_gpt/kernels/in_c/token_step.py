@@ -15,7 +15,6 @@ from micrograd_gpt.kernels.blocks import BYPASSED, parameters_of
 from micrograd_gpt.kernels.in_c.arguments import (
     Array,
     call,
-    check,
     floats,
     in_c,
     ints,
@@ -23,6 +22,7 @@ from micrograd_gpt.kernels.in_c.arguments import (
     strides_of,
 )
 from micrograd_gpt.kernels.in_c.kernels import FEW_ROWS
+from micrograd_gpt.kernels.shapes import BLOCK, FLOAT32, check_fit, check_plain, checked_lengths
 from micrograd_gpt.tensor import Tensor, is_recorded
 
 
@@ -48,19 +48,17 @@ class _Decode(ctypes.Structure):
 def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
     """As the definition, in one call of C; NotForMe unless few new tokens meet a float32 cache."""
     layers = parameters_of(blocks, cache)
-    if layers is None or is_recorded(x, *(p for block in blocks for p in block.parameters())):
+    if not layers or is_recorded(x, *(p for block in blocks for p in block.parameters())):
         raise NotForMe
-    (rows, tokens, width), data = x.shape, cache.data
     arrays = [[parameter.data for parameter in layer] for layer in layers]
-    check(x.data, data)
-    if rows * tokens > FEW_ROWS or not data.flags.writeable:
-        raise NotForMe
-    heads, capacity, size = data.shape[3:]
+    heads, data = blocks[0].attn.n_head, cache.data
+    check_plain([x.data, data], [FLOAT32])
+    lengths = checked_lengths(cache, x.data, len(blocks), heads)
+    rows, tokens, width = x.shape
     *strides, token, element = strides_of(data)
-    lengths = np.array(cache.lengths, np.int64)
-    fits = data.shape[:3] == (len(blocks), 2, rows) and heads * size == width
-    fits = fits and len(lengths) == rows and lengths.min() >= 0
-    if not fits or lengths.max() > capacity - tokens or (token, element) != (size, 1):
+    if rows * tokens > FEW_ROWS or (token, element) != (width // heads, 1):
+        raise NotForMe
+    if not data.flags.writeable:
         raise NotForMe
     eps, *others = {norm.eps for block in blocks for norm in (block.ln_1, block.ln_2)}
     if others or any(block.attn.n_head != heads for block in blocks):
@@ -87,18 +85,15 @@ _BLOCKS: WeakKeyDictionary[Any, tuple[list[ref[Array]], _Block]] = WeakKeyDictio
 
 def _block(block: Any, arrays: list[Array], width: int) -> _Block:
     """The addresses of a block's parameters; NotForMe where decode.c cannot read them."""
-    if len(arrays[0]) != width:
+    check_fit(BLOCK, arrays)
+    if arrays[0].shape != (width,):
         raise NotForMe
     asked, places = _BLOCKS.get(block, ((), None))
     if places is not None and all(array() is now for array, now in zip(asked, arrays, strict=True)):
         return places
-    check(*arrays)
-    shapes = [(width,), (width, 3 * width), (width, width)]
-    shapes += [(width,), (width, 4 * width), (4 * width, width)]
-    for weight, bias, shape in zip(arrays[::2], arrays[1::2], shapes, strict=True):
-        in_order = weight.flags.f_contiguous and bias.flags.c_contiguous
-        if weight.shape != shape or bias.shape != shape[-1:] or not in_order:
-            raise NotForMe
+    check_plain(arrays, [FLOAT32])
+    if not all(array.flags.f_contiguous for array in arrays):  # a bias is so in C order too
+        raise NotForMe
     places = _Block(*(array.ctypes.data for array in arrays))
     _BLOCKS[block] = list(map(ref, arrays)), places
     return places

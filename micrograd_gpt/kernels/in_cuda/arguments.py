@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any, TypeVar
 
 import numpy as np
 
 from micrograd_gpt.arrays.devices import Array, array_module
-from micrograd_gpt.arrays.stand_ins import NotForMe
+from micrograd_gpt.arrays.stand_ins import CUDA, NotForMe, stands_in_for
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.modules import ACTIVATIONS
+from micrograd_gpt.kernels.shapes import fitting_on_gpu
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 THREADS = 256  # of a block, unless a kernel asks for others
 WARPS = THREADS // 32
 HEAD_SIZES = range(16, 129, 16)  # that the attention kernels are compiled for
 MAX_BLOCKS = 1024  # of a kernel that loops over its elements: several for each multiprocessor
+
+
+def in_cuda(definition: Callable[..., Any]) -> Callable[[F], F]:
+    """Register a kernel in CUDA for `definition`; it raises NotForMe for arrays that do not fit."""
+
+    def register(kernel: F) -> F:
+        return stands_in_for(definition, CUDA)(fitting_on_gpu(definition)(kernel))
+
+    return register
 
 
 @cache

@@ -4,9 +4,9 @@ They have been compiled and emulated, but not yet run on a GPU.
 
 Arrays are float32. Linear, gelu, attention, dropout and the loss also take float16 or bfloat16:
 their first result then has the type of the first argument, and the others are float32. A kernel
-that does not take its arguments (another type, a GPU older than Ampere) raises NotForMe before it
-has written anything. Nothing here waits for the device, and no result depends on the order in which
-threads finish.
+that does not take its arguments (another type, sizes that do not fit together, a GPU older than
+Ampere) raises NotForMe before it has written anything. Nothing here waits for the device, and no
+result depends on the order in which threads finish.
 
 Dropout draws Philox numbers from its key, so its masks differ from those on the CPU.
 """
@@ -22,7 +22,7 @@ import numpy as np
 from micrograd_gpt import functional, layers, optim, tensor
 from micrograd_gpt.arrays.devices import Array, array_module
 from micrograd_gpt.arrays.precision import is_half
-from micrograd_gpt.arrays.stand_ins import CUDA, NotForMe, stands_in_for
+from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_cuda import cublas
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
@@ -34,6 +34,7 @@ from micrograd_gpt.kernels.in_cuda.arguments import (
     activation,
     blocks,
     float32,
+    in_cuda,
     name_of,
     rows_in_memory,
     strips,
@@ -41,6 +42,7 @@ from micrograd_gpt.kernels.in_cuda.arguments import (
 from micrograd_gpt.kernels.in_cuda.matvec import FEW_ROWS, multiply_few_rows
 from micrograd_gpt.kernels.in_cuda.modules import ACTIVATIONS, TENSOR_TABLE, TENSORS_AT_ONCE, launch
 from micrograd_gpt.kernels.in_numpy.kernels import gradients
+from micrograd_gpt.kernels.shapes import ROW_OF_ADAMW, check_apart, check_fit
 from micrograd_gpt.layers import Key
 from micrograd_gpt.tensor import Tensor
 
@@ -71,11 +73,9 @@ def _product(a: Array, b: Array, out: Array | None = None) -> Array:
     return cublas.product(a, b, out)
 
 
-@stands_in_for(functional.linear_forward, CUDA)
+@in_cuda(functional.linear_forward)
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
-    (n, k), m = x.shape, weight.shape[1]
-    if k != len(weight):
-        raise NotForMe  # CuPy raises the error
+    n, m = len(x), weight.shape[1]
     if n <= FEW_ROWS:
         y = array_module(x).empty((n, m), x.dtype)
         multiply_few_rows(x, weight, bias, y)
@@ -88,7 +88,7 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
     return y
 
 
-@stands_in_for(functional.linear_backward, CUDA)
+@in_cuda(functional.linear_backward)
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
     """As the definition; the weight's gradient has the weight's layout in memory."""
     dtype, xp = activation(grad, x), array_module(x)
@@ -129,7 +129,7 @@ def _total(numbers: Array) -> Array:
     return total
 
 
-@stands_in_for(tensor.add_at, CUDA)
+@in_cuda(tensor.add_at)
 def add_at(total: Array, index: Any, part: Array) -> None:
     """As the definition, for any types and indices; rows of a table are added in a fixed order."""
     parts = index if isinstance(index, tuple) else (index,)
@@ -154,7 +154,7 @@ def _add_rows(total: Array, index: Any, part: Array) -> None:
         raise NotForMe
     float32(total)
     dtype, width = activation(part), total.shape[1]
-    if part.shape != (*index.shape, width):
+    if part.shape != (*index.shape, width) or not total.size or _share_memory(total, part):
         raise NotForMe
     ids = xp.ascontiguousarray(index.reshape(-1) % len(total), dtype=np.int64)  # -1 is the last
     order = xp.argsort(ids, kind="stable").astype(np.int64, copy=False)
@@ -165,10 +165,16 @@ def _add_rows(total: Array, index: Any, part: Array) -> None:
     )
 
 
+def _share_memory(a: Array, b: Array) -> bool:
+    """Whether two arrays without gaps have memory in common."""
+    starts = cuda_modules.address(a), cuda_modules.address(b)
+    return starts[0] < starts[1] + b.nbytes and starts[1] < starts[0] + a.nbytes
+
+
 # ------------------------------------------------------------------------------------ layer norm
 
 
-@stands_in_for(functional.layer_norm_forward, CUDA)
+@in_cuda(functional.layer_norm_forward)
 def layer_norm_forward(
     x: Array, weight: Array, bias: Array, eps: float
 ) -> tuple[Array, Array, Array]:
@@ -190,7 +196,7 @@ def normalise(
     )
 
 
-@stands_in_for(functional.layer_norm_backward, CUDA)
+@in_cuda(functional.layer_norm_backward)
 def layer_norm_backward(
     grad: Array, x: Array, weight: Array, mean: Array, rstd: Array
 ) -> tuple[Array, Array, Array]:
@@ -213,14 +219,14 @@ def layer_norm_backward(
 # ------------------------------------------------------------------------------------------ gelu
 
 
-@stands_in_for(functional.gelu_forward, CUDA)
+@in_cuda(functional.gelu_forward)
 def gelu_forward(x: Array) -> Array:
     dtype, y = activation(x), array_module(x).empty_like(x)
     launch("gelu", "gelu_forward", dtype, blocks(x.size, dtype), (THREADS,), x, y, x.size)
     return y
 
 
-@stands_in_for(functional.gelu_backward, CUDA)
+@in_cuda(functional.gelu_backward)
 def gelu_backward(grad: Array, x: Array) -> Array:
     dtype, dx = activation(grad, x), array_module(x).empty_like(x)
     grid = blocks(x.size, dtype)
@@ -231,7 +237,7 @@ def gelu_backward(grad: Array, x: Array) -> Array:
 # ------------------------------------------------------------------------------------- attention
 
 
-@stands_in_for(functional.attention_forward, CUDA)
+@in_cuda(functional.attention_forward)
 def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple[Array, Array]:
     """As the definition; the result lies in memory as (B, T, H, D), so joining heads is free."""
     dtype, (b, h, t, d), xp = _heads(q, k, v), q.shape, array_module(q)
@@ -261,7 +267,7 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
     return mixed, log_total
 
 
-@stands_in_for(functional.attention_backward, CUDA)
+@in_cuda(functional.attention_backward)
 def attention_backward(
     grad: Array, q: Array, k: Array, v: Array, out: Array, log_total: Array, p: float, key: Key
 ) -> Array:
@@ -271,7 +277,7 @@ def attention_backward(
     float32(log_total)
     # The kernels read these two as (B, T, H, D) without gaps, the layout they usually have
     grad, out = (xp.ascontiguousarray(x.swapaxes(1, 2)) for x in (grad, out))
-    if activation(grad, out) != dtype or k.shape != q.shape or grad.shape != (b, t, h, d):
+    if activation(grad, out) != dtype:
         raise NotForMe
     q, k, v = _aligned(q, k, v)
     dqkv = xp.empty((b, t, 3, h, d), q.dtype)
@@ -303,7 +309,7 @@ def _heads(q: Array, k: Array, v: Array) -> str:
     dtype, (b, h, _, d) = name_of(q.dtype), q.shape
     alike = q.dtype == k.dtype == v.dtype and type(q) is type(k) is type(v)
     usable = dtype in ACTIVATIONS and cuda_modules.usable()
-    if not alike or not usable or not q.size or d not in HEAD_SIZES or b * h > 65535:
+    if not alike or not usable or d not in HEAD_SIZES or b * h > 65535:
         raise NotForMe
     return dtype
 
@@ -347,7 +353,7 @@ def _aligned(*arrays: Array) -> list[Array]:
 # --------------------------------------------------------------------------------------- dropout
 
 
-@stands_in_for(layers.dropout_forward, CUDA)
+@in_cuda(layers.dropout_forward)
 def dropout_forward(x: Array, p: float, key: Key) -> Array:
     """As the definition, without keeping the mask: the backward draws the same numbers again."""
     _check_probability(p)
@@ -361,14 +367,14 @@ def dropout_forward(x: Array, p: float, key: Key) -> Array:
 # --------------------------------------------------------------------------------- cross-entropy
 
 
-@stands_in_for(functional.cross_entropy_forward, CUDA)
+@in_cuda(functional.cross_entropy_forward)
 def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
     activation(logits)
     dlogits = array_module(logits).empty_like(logits)
     return dlogits, _cross_entropy(logits, labels, dlogits)
 
 
-@stands_in_for(linear_cross_entropy.linear_cross_entropy_forward, CUDA)
+@in_cuda(linear_cross_entropy.linear_cross_entropy_forward)
 def linear_cross_entropy_forward(
     x: Array, weight: Array, labels: Array, with_gradients: bool
 ) -> tuple[Array | None, Array, Array | None]:
@@ -383,8 +389,13 @@ def linear_cross_entropy_forward(
 
 
 def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
-    """The summed loss; writes the gradient into `dlogits`, which may be `logits` itself."""
+    """The summed loss; writes the gradient into `dlogits`, which may be `logits` itself.
+
+    The loss is NaN where a label is outside the vocabulary: to see that here would be to wait.
+    """
     (n, vocab_size), xp = logits.shape, array_module(logits)
+    if labels.dtype.kind not in "iu":
+        raise NotForMe
     labels, losses = xp.ascontiguousarray(labels, dtype=np.int64), xp.empty(n, np.float32)
     launch(
         *("cross_entropy", "cross_entropy_forward", name_of(logits.dtype), (n,), (THREADS,)),
@@ -396,48 +407,52 @@ def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
 # ------------------------------------------------------------------------------------- optimizer
 
 
-@stands_in_for(optim.clip_grad_norm, CUDA)
+@in_cuda(optim.clip_grad_norm)
 def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> Array:
     """As the definition; where the norm is not finite, every gradient is multiplied by 1."""
     grads = gradients(parameters)
-    norm, factor = _norm_and_factor(_sum_of_squares(grads), max_norm, loss_scale)
+    norm, factor = _norm_and_factor(_squares(grads), max_norm, loss_scale)
     for grad in grads:
         grad *= factor
     return norm
 
 
-def _sum_of_squares(arrays: Sequence[Array]) -> Array:
-    """The sum of the squares of all elements: a scalar, which stays on the device."""
+def _squares(arrays: Sequence[Array]) -> Array:
+    """The sums of the squares of parts of each array, in float64: those of floats may leave its
+    range."""
     arrays = [rows_in_memory(array) for array in arrays]
     float32(*arrays)
     (across,) = blocks(max(a.size for a in arrays), "float32")
-    partials = array_module(arrays[0]).empty((len(arrays), across), np.float32)
+    partials = array_module(arrays[0]).empty((len(arrays), across), np.float64)
     for start in range(0, len(arrays), TENSORS_AT_ONCE):
         some = arrays[start : start + TENSORS_AT_ONCE]
         table, part = _table(gradients=some), partials[start : start + len(some)]
         grid = (across, len(some))
         launch("optimizer", "sum_of_squares", "float32", grid, (THREADS,), table, part)
-    return _total(partials)
+    return partials
 
 
 def _norm_and_factor(squares: Array, max_norm: float, loss_scale: float) -> tuple[Array, Array]:
     """The norm before clipping, and what to multiply the gradients by: scalars on the device."""
-    float32(squares)
     norm, factor = (array_module(squares).empty((), np.float32) for _ in range(2))
-    arguments = (squares, norm, factor, max_norm, loss_scale)
-    launch("optimizer", "clip_scale", "float32", (1,), (1,), *arguments)
+    arguments = (squares, norm, factor, squares.size, max_norm, loss_scale)
+    launch("optimizer", "clip_scale", "float32", (1,), (1024,), *arguments)
     return norm, factor
 
 
-@stands_in_for(optim.adamw_update, CUDA)
+@in_cuda(optim.adamw_update)
 def adamw_update(
     rows: list[Any], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
+    if type(rows) not in (list, tuple) or not rows:  # some can be gone through only once
+        raise NotForMe
     in_memory = []
     for *arrays, decay in rows:  # arrays stored in columns are passed as their transposes
+        check_fit(ROW_OF_ADAMW, arrays)
         p, grad, m, v = arrays if arrays[0].flags.c_contiguous else [a.T for a in arrays]
         in_memory.append((p, array_module(grad).ascontiguousarray(grad), m, v, decay))
     float32(*(array for row in in_memory for array in row[:4]))
+    _check_apart([row[:4] for row in in_memory])
     corrections = 1 - beta1**step, 1 - beta2**step
     for start in range(0, len(rows), TENSORS_AT_ONCE):
         parameters, grads, ms, vs, decays = zip(
@@ -450,6 +465,13 @@ def adamw_update(
             *("optimizer", "adamw_update", "float32", grid, (THREADS,)),
             *(table, lr, beta1, beta2, eps, *corrections),
         )
+
+
+def _check_apart(rows: Sequence[Sequence[Array]]) -> None:
+    """NotForMe where AdamW would write to what is also another array."""
+    starts = np.array([[cuda_modules.address(a) for a in row] for row in rows], np.uint64)
+    sizes = np.array([[a.nbytes for a in row] for row in rows], np.uint64)
+    check_apart(starts.T, (starts + sizes).T)
 
 
 def _table(

@@ -28,6 +28,7 @@ SCALARS = {
     "long long": np.int64,
     "unsigned long long": np.uint64,
     "float": np.float32,
+    "double": np.float64,
 }
 TENSORS_AT_ONCE = 48  # in one launch over many tensors: a launch takes at most 4 KB of arguments
 TENSOR_TABLE = np.dtype(
@@ -140,9 +141,10 @@ def launch(
     values = []
     for parameter, expected, argument in zip(parameters, types, arguments, strict=True):
         given = getattr(argument, "dtype", None)
-        if parameter.is_pointer and (argument is None or given == expected):
+        alike = given is not None and given == expected  # to NumPy, None is float64
+        if parameter.is_pointer and (argument is None or alike):
             values.append(np.uint64(0 if argument is None else address(argument)))
-        elif parameter.type in STRUCTURES and given == expected:
+        elif parameter.type in STRUCTURES and alike:
             values.append(argument)
         elif (
             parameter.type in SCALARS

@@ -32,6 +32,7 @@ from micrograd_gpt.kernels.in_cuda.arguments import HEAD_SIZES, activation, floa
 from micrograd_gpt.kernels.in_cuda.kernels import normalise
 from micrograd_gpt.kernels.in_cuda.matvec import FEW_ROWS, multiply_few_rows
 from micrograd_gpt.kernels.in_cuda.modules import launch
+from micrograd_gpt.kernels.shapes import BLOCK, check_fit, checked_lengths
 from micrograd_gpt.tensor import Tensor, is_recorded
 
 MOST_STEPS = 2 * FEW_ROWS  # kept for each model; a batch whose rows end in turn needs several
@@ -40,20 +41,22 @@ MOST_STEPS = 2 * FEW_ROWS  # kept for each model; a batch whose rows end in turn
 @stands_in_for(gpt2.through_blocks, CUDA, bypasses=BYPASSED)
 def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
     """As the definition, for one token a row: launch by launch the first time, then by a graph."""
-    rows, tokens, width = x.shape
-    few = tokens == 1 and rows <= FEW_ROWS and cache is not None
+    few = x.ndim == 3 and x.shape[1] == 1 and len(x) <= FEW_ROWS and cache is not None
     layers = parameters_of(blocks, cache) if few and blocks and cuda_modules.usable() else None
     if layers is None:
         raise NotForMe
     parameters = [parameter for layer in layers for parameter in layer]
     if is_recorded(x, *parameters):
         raise NotForMe
-    data = cache.data
-    fits = data.shape[:3] == (len(blocks), 2, rows) and data.shape[3] * data.shape[5] == width
-    fits = fits and cache.lengths.min() >= 0 and cache.lengths.max() < data.shape[4]
-    if not fits or any(block.attn.n_head != data.shape[3] for block in blocks):
-        raise NotForMe  # the definition raises the error
+    data, n_head = cache.data, blocks[0].attn.n_head
+    lengths = checked_lengths(cache, x.data, len(blocks), n_head)
+    if any(block.attn.n_head != n_head for block in blocks):
+        raise NotForMe
     arrays = [parameter.data for parameter in parameters]
+    for i in range(0, len(arrays), 12):
+        check_fit(BLOCK, arrays[i : i + 12])
+        if arrays[i].shape != x.shape[-1:]:
+            raise NotForMe
     # A graph knows only addresses: it serves any cache at this address with the same layout
     place = (cuda_modules.address(data), data.shape, data.strides, data.dtype, len(blocks))
     steps = _STEPS.setdefault(blocks[0], {})
@@ -63,7 +66,7 @@ def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
     steps[place] = step  # the latest used comes last
     if len(steps) > MOST_STEPS:
         del steps[next(iter(steps))]
-    return Tensor(step(x.data, blocks, cache))
+    return Tensor(step(x.data, blocks, cache, lengths))
 
 
 # The steps of each model, by its first block. They are freed with it, and keep no cache alive.
@@ -102,10 +105,10 @@ class TokenStep:
         """Whether these are the arrays that the launches read, whatever numbers they hold."""
         return all(map(operator.is_, (array() for array in self.parameters), parameters))
 
-    def __call__(self, x: Array, blocks: Sequence[Any], cache: Any) -> Array:
+    def __call__(self, x: Array, blocks: Sequence[Any], cache: Any, lengths: np.ndarray) -> Array:
+        """The blocks' result for x; `lengths` (B,) are the cache's, in int64."""
         float32(x)
-        # CuPy makes its own host copy of the lengths, which change below before the GPU may read
-        self.lengths[...] = array_module(x).asarray(cache.lengths.astype(np.int64))
+        self.lengths[...] = array_module(x).asarray(lengths)
         self.stream[...] = x.reshape(self.stream.shape)
         if self.steps == 1:  # the first step's launches have loaded all kernels
             self.graph = self._captured(blocks, cache.data)

@@ -5,15 +5,15 @@ work makes one pass over memory: a block that fits a core's cache goes through a
 in place, before the next block begins. Attention never holds all T × T weights, only those of some
 rows.
 
-The kernels take float32 or float64 arrays, all of one type; for any others they raise NotForMe.
-Shapes and results are those of the definitions.
+The kernels take float32 or float64 arrays, all of one type, that fit together (shapes.py). For any
+others they raise NotForMe. Shapes and results are those of the definitions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,10 +22,20 @@ from micrograd_gpt.arrays.memory import keep_freed_memory
 from micrograd_gpt.arrays.stand_ins import NotForMe, stands_in_for
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_numpy.threads import cores, parallel
+from micrograd_gpt.kernels.shapes import (
+    FLOAT32,
+    FLOAT64,
+    check_plain,
+    checked_labels,
+    checked_rows,
+    checked_update,
+    fitting,
+)
 from micrograd_gpt.layers import GELU_CUBIC, GELU_SCALE, Key
 from micrograd_gpt.tensor import Tensor
 
 Array = np.ndarray
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Elements worked on at a time: few enough to stay in the cache through several operations, and
 # enough that the threads, which pass the interpreter's lock around, seldom wait for one another.
@@ -33,13 +43,16 @@ BLOCK = 2**18  # 1 MB in float32
 # With less work than this, waking another thread takes longer than it saves.
 FEW_ELEMENTS = 2**17
 FEW_PRODUCTS = 2**21  # multiplications and additions
+ROWS_OF_A_SUM = 64  # added up one after another
 
 
-def check(*arrays: Array | None) -> None:
-    """Raise NotForMe unless all arrays have the same type, float32 or float64."""
-    dtypes = {array.dtype for array in arrays if array is not None}
-    if len(dtypes) != 1 or dtypes.pop() not in (np.float32, np.float64):
-        raise NotForMe
+def in_numpy(definition: Callable[..., Any]) -> Callable[[F], F]:
+    """Register a kernel in NumPy for `definition`: NotForMe for arrays that do not fit."""
+
+    def register(kernel: F) -> F:
+        return stands_in_for(definition, "numpy")(fitting(definition, FLOAT32, FLOAT64)(kernel))
+
+    return register
 
 
 def _row_blocks(rows: int, width: int) -> list[slice]:
@@ -63,8 +76,16 @@ def _row_sums(x: Array) -> Array:
 
 
 def _column_sums(x: Array) -> Array:
-    """Sums of x (n, m) along its first axis: (m,)."""
-    return np.ones(x.shape[0], x.dtype) @ x
+    """Sums of x (n, m) along its first axis: (m,).
+
+    Rows are added up by groups, and then the groups, until few are left. Added one after another, a
+    million rows would cost float32 three of its seven digits.
+    """
+    while len(x) > ROWS_OF_A_SUM:
+        whole = len(x) // ROWS_OF_A_SUM * ROWS_OF_A_SUM
+        groups = x[:whole].reshape(-1, ROWS_OF_A_SUM, x.shape[1])
+        x = np.concatenate([np.ones(ROWS_OF_A_SUM, x.dtype) @ groups, x[whole:]])
+    return np.ones(len(x), x.dtype) @ x
 
 
 # ------------------------------------------------------------------------------ matrix products
@@ -94,9 +115,8 @@ def _product_parts(n: int, m: int, k: int) -> list[slice]:
     return _cut(max(n, m), cores() if min(n, m) >= 16 and n * m * k > FEW_PRODUCTS else 1)
 
 
-@stands_in_for(functional.linear_forward, "numpy")
+@in_numpy(functional.linear_forward)
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
-    check(x, weight, bias)
     n, m = len(x), weight.shape[1]
     parts = _product_parts(n, m, weight.shape[0])
     if len(parts) == 1:
@@ -114,9 +134,8 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
     return y
 
 
-@stands_in_for(functional.linear_backward, "numpy")
+@in_numpy(functional.linear_backward)
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
-    check(grad, x, weight)
     dx, dweight = np.empty(x.shape, grad.dtype), np.empty_like(weight)
     dbias = np.empty(grad.shape[1], grad.dtype)
     count = cores() if len(x) * weight.size > FEW_PRODUCTS else 1
@@ -134,15 +153,12 @@ def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array,
     return dx, dweight, dbias
 
 
-@stands_in_for(tensor.add_at, "numpy")
+@in_numpy(tensor.add_at)
 def add_at(total: Array, index: Any, part: Array) -> None:
     """As the definition, for rows of a table: rows that go to one place are added up first."""
-    check(total, part)
-    if not isinstance(index, np.ndarray) or index.dtype.kind not in "iu" or total.ndim != 2:
-        raise NotForMe
-    if not part.size:
-        return
-    rows, ids = part.reshape(-1, part.shape[-1]), index.reshape(-1) % max(1, len(total))
+    check_plain([total, part], [FLOAT32, FLOAT64])
+    ids = checked_rows(total, index, part).reshape(-1)
+    rows = part.reshape(len(ids), -1)
     order = np.argsort(ids, kind="stable")
     picked, first = np.unique(ids[order], return_index=True)
     total[picked] += np.add.reduceat(rows[order], first, axis=0)
@@ -151,11 +167,10 @@ def add_at(total: Array, index: Any, part: Array) -> None:
 # ----------------------------------------------------------------------------------- layer norm
 
 
-@stands_in_for(functional.layer_norm_forward, "numpy")
+@in_numpy(functional.layer_norm_forward)
 def layer_norm_forward(
     x: Array, weight: Array, bias: Array, eps: float
 ) -> tuple[Array, Array, Array]:
-    check(x, weight, bias)
     n, width = x.shape
     y = np.empty_like(x)
     mean, rstd = np.empty((n, 1), x.dtype), np.empty((n, 1), x.dtype)
@@ -165,6 +180,8 @@ def layer_norm_forward(
         rows = blocks[i]
         out = y[rows]
         np.divide(_row_sums(x[rows]), width, out=mean[rows])
+        np.subtract(x[rows], mean[rows], out=out)
+        mean[rows] += _row_sums(out) / width  # refined, so that a constant row is exactly 0
         np.subtract(x[rows], mean[rows], out=out)
         variance = np.vecdot(out, out)[:, None] / width
         np.divide(1, np.sqrt(variance + eps), out=rstd[rows])
@@ -176,11 +193,10 @@ def layer_norm_forward(
     return y, mean, rstd
 
 
-@stands_in_for(functional.layer_norm_backward, "numpy")
+@in_numpy(functional.layer_norm_backward)
 def layer_norm_backward(
     grad: Array, x: Array, weight: Array, mean: Array, rstd: Array
 ) -> tuple[Array, Array, Array]:
-    check(grad, x, weight, mean, rstd)
     n, width = x.shape
     dx = np.empty_like(x)
     blocks = _row_blocks(n, width)
@@ -202,15 +218,14 @@ def layer_norm_backward(
         dnormed *= rstd[rows]
 
     parallel(block, len(blocks))
-    return dx, dweight.sum(axis=0), dbias.sum(axis=0)
+    return dx, _column_sums(dweight), _column_sums(dbias)
 
 
 # ----------------------------------------------------------------------------------------- gelu
 
 
-@stands_in_for(functional.gelu_forward, "numpy")
+@in_numpy(functional.gelu_forward)
 def gelu_forward(x: Array) -> Array:
-    check(x)
     y = np.empty(x.shape, x.dtype)
     flat_x, flat_y = x.reshape(-1), y.reshape(-1)
     blocks = _row_blocks(x.size, 1)
@@ -226,9 +241,8 @@ def gelu_forward(x: Array) -> Array:
     return y
 
 
-@stands_in_for(functional.gelu_backward, "numpy")
+@in_numpy(functional.gelu_backward)
 def gelu_backward(grad: Array, x: Array) -> Array:
-    check(grad, x)
     dx = np.empty(x.shape, x.dtype)
     flat_grad, flat_x, flat_dx = grad.reshape(-1), x.reshape(-1), dx.reshape(-1)
     blocks = _row_blocks(x.size, 1)
@@ -266,10 +280,10 @@ def _gelu_tanh(x: Array, square: Array, out: Array) -> Array:
 ROWS = 128  # queries at a time
 
 
-@stands_in_for(functional.attention_forward, "numpy")
+@in_numpy(functional.attention_forward)
 def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple[Array, Array]:
     """As the definition; the result lies in memory as (B, T, H, D), so joining heads is free."""
-    check(q, k, v)
+    _check_probability(p)
     b, h, t, d = q.shape
     past = k.shape[2] - t  # keys that stand before the first query
     out, log_total = np.empty((b, t, h, d), q.dtype), np.empty((b, h, t), q.dtype)
@@ -296,14 +310,12 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
     return mixed, log_total
 
 
-@stands_in_for(functional.attention_backward, "numpy")
+@in_numpy(functional.attention_backward)
 def attention_backward(
     grad: Array, q: Array, k: Array, v: Array, out: Array, log_total: Array, p: float, key: Key
 ) -> Array:
-    check(grad, q, k, v, out, log_total)
+    _check_probability(p)
     b, h, t, d = q.shape
-    if k.shape != q.shape:
-        raise NotForMe
     dqkv = np.empty((b, t, 3, h, d), q.dtype)
     dq, dk, dv = dqkv.transpose(2, 0, 3, 1, 4)  # views, each (B, H, T, D)
     scale = 1 / math.sqrt(d)
@@ -324,6 +336,7 @@ def attention_backward(
                 factors = _dropout_factors(key, (h, t, t), heads, rows, weights, p)
                 dropped = weights * factors
                 dscores *= factors
+                dscores[factors == 0] = 0  # an infinite gradient too stops at a dropped weight
             dscores -= np.vecdot(dmix, out[here])[..., None]
             dscores *= weights
             np.matmul(dscores, k[seen], out=dq[here])
@@ -348,8 +361,14 @@ def _scores(q: Array, k: Array) -> tuple[Array, Array]:
     scaled_q = q * (1 / math.sqrt(q.shape[-1]))
     scores = scaled_q @ k.swapaxes(-1, -2)
     if rows > 1:  # of the last `rows` keys, query i may see those up to its own
-        scores[..., -rows:] += np.triu(np.full((rows, rows), -np.inf, q.dtype), 1)
+        np.copyto(scores[..., -rows:], -np.inf, where=~np.tri(rows, dtype=bool))
     return scores, scaled_q
+
+
+def _check_probability(p: float) -> None:
+    """NotForMe for a p outside [0, 1): the definition raises the error."""
+    if not 0 <= p < 1:
+        raise NotForMe
 
 
 def _query_blocks(t: int) -> list[slice]:
@@ -392,19 +411,19 @@ def _dropout_factors(
 # -------------------------------------------------------------------------------- cross-entropy
 
 
-@stands_in_for(functional.cross_entropy_forward, "numpy")
+@in_numpy(functional.cross_entropy_forward)
 def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
-    check(logits)
+    labels = checked_labels(labels, logits.shape[1])
     dlogits = np.empty_like(logits)
     return dlogits, _cross_entropy(logits, labels, dlogits)
 
 
-@stands_in_for(linear_cross_entropy.linear_cross_entropy_forward, "numpy")
+@in_numpy(linear_cross_entropy.linear_cross_entropy_forward)
 def linear_cross_entropy_forward(
     x: Array, weight: Array, labels: Array, with_gradients: bool
 ) -> tuple[Array | None, Array, Array | None]:
     """As the definition; the logits become their own gradient in place."""
-    check(x, weight)
+    labels = checked_labels(labels, len(weight))
     logits = matmul(x, weight.T)
     loss = _cross_entropy(logits, labels, logits)
     if not with_gradients:
@@ -428,9 +447,9 @@ def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
         np.exp(part, out=part)
         total = _row_sums(part)
         losses[rows][counted] = np.log(total[counted, 0]) - label_logits
-        total[label < 0] = np.inf
         part /= total
         part[at_label] -= 1
+        part[label < 0] = 0  # selected, not multiplied: its logits may be infinite
 
     parallel(block, len(blocks))
     return losses.sum()
@@ -439,19 +458,19 @@ def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
 # ------------------------------------------------------------------------------------ optimizer
 
 
-@stands_in_for(optim.clip_grad_norm, "numpy")
+@in_numpy(optim.clip_grad_norm)
 def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> float:
     grads = gradients(parameters)
-    check(*grads)
+    check_plain(grads, [FLOAT32, FLOAT64])
     return scale_to_norm(grads, math.sqrt(sum_of_squares(grads)), max_norm, loss_scale)
 
 
 def gradients(parameters: list[Tensor]) -> list[Array]:
-    """The gradients that exist; NotForMe where there are none."""
+    """The gradients that exist; NotForMe where there are none, or some that cannot be written."""
     if not isinstance(parameters, list | tuple):  # what can be gone through only once
         raise NotForMe
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not grads:
+    if not grads or not all(grad.flags.writeable for grad in grads):
         raise NotForMe
     return grads
 
@@ -462,39 +481,38 @@ def scale_to_norm(grads: list[Array], norm: float, max_norm: float, loss_scale: 
     Where nothing is to be scaled, or the norm is not finite, no array is touched.
     """
     norm /= loss_scale
-    factor = (max_norm / norm if norm > max_norm else 1.0) / loss_scale
+    factor = min(max_norm / max(norm, 1e-30), 1.0) / loss_scale
     for grad in grads if math.isfinite(norm) and factor != 1 else ():
         grad *= factor
     return norm
 
 
 def sum_of_squares(arrays: Sequence[Array]) -> float:
-    """The sum of the squares of all elements; the sums of blocks are added up in float64."""
-    chunks = [chunk for array in arrays for (chunk,) in _chunks([array])]
+    """The sum of the squares of all elements, in float64: those of floats may leave its range."""
+    size = BLOCK // 4  # so that a copy in float64 stays in the cache as well
+    chunks = [chunk for array in arrays for (chunk,) in _chunks([array], size)]
     sums = np.zeros(len(chunks))
     groups = _cut(len(chunks), cores() if sum(a.size for a in arrays) > FEW_ELEMENTS else 1)
 
     def group(i: int) -> None:
         for j in range(groups[i].start, groups[i].stop):
-            sums[j] = np.vdot(chunks[j], chunks[j])
+            wide = chunks[j].astype(np.float64, copy=False)
+            sums[j] = np.vdot(wide, wide)
 
     parallel(group, len(groups))
     return float(sums.sum())
 
 
-@stands_in_for(optim.adamw_update, "numpy")
+@in_numpy(optim.adamw_update)
 def adamw_update(
     rows: list[Any], lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> None:
-    for *arrays, _ in rows:
-        check(*arrays)
-        if len({array.shape for array in arrays}) != 1:
-            raise NotForMe  # the definition says what does not fit
+    checked_update(rows, FLOAT32, FLOAT64)
     keep_freed_memory()  # a run has begun: the next step allocates the same arrays again
     correction = math.sqrt(1 - beta2**step)
     # lr * m_hat / (sqrt(v_hat) + eps), with its two bias corrections combined in one factor
     rate = lr * correction / (1 - beta1**step)
-    jobs = [(chunk, decay) for *arrays, decay in rows for chunk in _chunks(arrays)]
+    jobs = [(chunk, decay) for *arrays, decay in rows for chunk in _chunks(arrays, BLOCK)]
     together = sum(row[0].size for row in rows) <= FEW_ELEMENTS
     groups = _cut(len(jobs), 1 if together else max(cores(), len(jobs) // 8))
 
@@ -518,8 +536,8 @@ def adamw_update(
     parallel(group, len(groups))
 
 
-def _chunks(arrays: Sequence[Array]) -> Iterator[tuple[Array, ...]]:
-    """Arrays of one shape, cut at the same places into pieces that stay in the cache.
+def _chunks(arrays: Sequence[Array], size: int) -> Iterator[tuple[Array, ...]]:
+    """Arrays of one shape, cut at the same places into pieces of `size` elements.
 
     The pieces are views. Arrays that are not all contiguous in the same order come whole.
     """
@@ -527,7 +545,7 @@ def _chunks(arrays: Sequence[Array]) -> Iterator[tuple[Array, ...]]:
         arrays = [a.T for a in arrays]
     if all(a.flags.c_contiguous for a in arrays):
         flat = [a.reshape(-1) for a in arrays]
-        for start in range(0, flat[0].size, BLOCK):
-            yield tuple(a[start : start + BLOCK] for a in flat)
+        for start in range(0, flat[0].size, size):
+            yield tuple(a[start : start + size] for a in flat)
     else:
         yield tuple(arrays)

@@ -3,7 +3,7 @@ threads run side by side.
 
 BLAS, the library behind NumPy's matrix product, has threads of its own, which keep spinning for a
 while after each product and would take the cores from ours. So within `parallel`, BLAS runs on a
-single thread in each of our threads; outside, it uses all of its own.
+single thread in each of our threads; outside, it uses all of its own again, whatever happens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import cache
 from queue import SimpleQueue
 
@@ -20,8 +21,18 @@ from threadpoolctl import ThreadpoolController
 
 Task = Callable[[int], object]
 
-_WITHIN = threading.local()  # .a_task is true in a thread that is running a task
+_WITHIN = threading.local()  # .a_task is true in the threads that run tasks
 _MAKING_POOL = threading.Lock()
+
+
+def _after_fork() -> None:
+    """A child has only the thread that forked: none that would release the lock."""
+    global _MAKING_POOL
+    _MAKING_POOL = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def parallel(task: Task, count: int) -> None:
@@ -29,13 +40,17 @@ def parallel(task: Task, count: int) -> None:
 
     Which thread runs which task is left to chance. Each task must therefore write to places of its
     own, so that results do not depend on it. An exception in a task is raised here once all threads
-    have stopped. Called within a task, this runs its tasks one after another.
+    have stopped, and KeyboardInterrupt (Ctrl-C) once all tasks are done.
+
+    A single task runs in the caller's thread, with BLAS as it is: waking another one for it takes
+    longer than most such tasks do. Called within a task, this runs its tasks one after another.
     """
-    if getattr(_WITHIN, "a_task", False):
+    pool = _pool(os.getpid())
+    if count <= 1 or pool.size == 1 or getattr(_WITHIN, "a_task", False):
         for i in range(count):
             task(i)
     else:
-        _pool(os.getpid()).run(task, count)
+        pool.run(task, count)
 
 
 def cores() -> int:
@@ -43,53 +58,87 @@ def cores() -> int:
     return _pool(os.getpid()).size
 
 
+class _Job:
+    """`count` tasks for several threads. Each sees the caller's context variables, np.errstate's
+    among them."""
+
+    def __init__(self, task: Task, count: int) -> None:
+        self.task, self.count, self.counter = task, count, itertools.count()
+        self.context = copy_context()
+        self.failures: list[BaseException] = []
+        self.shares_ended: SimpleQueue[None] = SimpleQueue()
+        self.ended: SimpleQueue[None] = SimpleQueue()
+
+    def share(self) -> None:
+        """Do tasks until none is left."""
+        try:
+            self.context.copy().run(self._do_tasks)
+        except BaseException as failure:  # raised again in the caller's thread
+            self.failures.append(failure)
+        finally:
+            self.shares_ended.put(None)
+
+    def _do_tasks(self) -> None:
+        while (i := next(self.counter)) < self.count:
+            self.task(i)
+
+
 class _Pool:
-    """`size` threads that share work: size - 1 that wait for it, and the caller's own."""
+    """`size` threads that do one job after another. One leads: it shares each job with the others.
+
+    The caller only waits. In the main thread KeyboardInterrupt can be raised at any moment, in the
+    middle of a `finally` too, but in no other. So what changes the number of BLAS's threads here
+    surely changes it back.
+    """
 
     def __init__(self) -> None:
-        self.blas = ThreadpoolController().select(user_api="blas").lib_controllers
+        try:
+            self.blas = ThreadpoolController().select(user_api="blas").lib_controllers
+        except UnicodeDecodeError:  # some loaded library's path is not UTF-8
+            self.blas = []
         # As many as BLAS would use, so that OMP_NUM_THREADS and the like count for us too.
         self.size = max([b.num_threads for b in self.blas], default=os.cpu_count() or 1)
+        self.jobs: SimpleQueue[_Job] = SimpleQueue()
         self.work: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self.lock = threading.RLock()
-        for _ in range(self.size - 1):
-            threading.Thread(target=self._wait, daemon=True, name="micrograd-gpt").start()
+        for loop in (self._lead, *[self._follow] * (self.size - 1)):
+            threading.Thread(target=loop, daemon=True, name="micrograd-gpt").start()
 
-    def _wait(self) -> None:
+    def run(self, task: Task, count: int) -> None:
+        job = _Job(task, count)
+        try:
+            self.jobs.put(job)
+            job.ended.get()
+        except BaseException:  # an interrupt: tasks must not go on behind the caller's back
+            last = _Job(task, 0)  # jobs are done in turn: when this one has ended, so has the other
+            self.jobs.put(last)
+            last.ended.get()
+            raise
+        if job.failures:
+            try:
+                raise job.failures[0]
+            finally:
+                job.failures.clear()  # the exception refers to this frame: leave no cycle
+
+    def _lead(self) -> None:
+        _WITHIN.a_task = True
+        while True:
+            self._do(self.jobs.get())
+
+    def _follow(self) -> None:
+        _WITHIN.a_task = True
         while True:
             self.work.get()()
 
-    def run(self, task: Task, count: int) -> None:
-        if count == 1:  # nothing to share, which decoding meets a hundred times a token
-            with self.lock, self._one_blas_thread():
-                task(0)
-            return
-        counter = itertools.count()
-        ended: SimpleQueue[BaseException | None] = SimpleQueue()
-
-        def share() -> None:
-            """Do tasks until none is left, then report the failure, or None."""
-            _WITHIN.a_task = True
-            try:
-                while (i := next(counter)) < count:
-                    task(i)
-                ended.put(None)
-            except BaseException as failure:  # raised again below, in the caller's thread
-                ended.put(failure)
-            finally:
-                _WITHIN.a_task = False
-
-        shares = max(1, min(self.size, count))
-        with self.lock, self._one_blas_thread():
+    def _do(self, job: _Job) -> None:
+        """Do a job with as many threads as it has tasks, then tell its caller."""
+        shares = max(1, min(self.size, job.count))
+        with self._one_blas_thread():
             for _ in range(shares - 1):
-                self.work.put(share)
-            share()
-            failures = list(filter(None, [ended.get() for _ in range(shares)]))
-        if failures:
-            try:
-                raise failures[0]
-            finally:
-                failures.clear()  # the exception refers to this frame: leave no cycle
+                self.work.put(job.share)
+            job.share()
+            for _ in range(shares):
+                job.shares_ended.get()
+        job.ended.put(None)
 
     @contextmanager
     def _one_blas_thread(self) -> Iterator[None]:

@@ -2,7 +2,11 @@
    weights, each thread holds at most STRIP × T at any moment.
 
    A strip's products run only over the keys that its queries may see: above the diagonal nothing is
-   computed except in the tiles that the diagonal cuts. */
+   computed except in the tiles that the diagonal cuts.
+
+   The backward computes the scores as the forward did, to the last bit: dot_products() of rows_of()
+   the queries and panels_across() the keys. Of large scores another order of sums is off by more
+   than 1, and the exponential of that is no longer a small error. */
 
 #include "layers.h"
 #include "matmul.h"
@@ -20,7 +24,7 @@ static const float *head_of(const float *x, Strides s, Int batch, Int head) {
 /* x (n, d) packed as multiply_tile's right factor, in panels of `columns` of its columns. */
 INLINE float *panels(int purpose, const float *x, Int stride, Int n, Int d, Int columns) {
   float *packed = scratch(purpose, n * round_up(d, columns));
-  for (Int c = 0; c < d; c += columns)
+  for (Int c = 0; c < d && packed; c += columns)
     pack_columns(x + c, stride, 1, n, min(columns, d - c), columns, packed + c * n);
   return packed;
 }
@@ -28,7 +32,7 @@ INLINE float *panels(int purpose, const float *x, Int stride, Int n, Int d, Int 
 /* x (n, d) transposed and packed likewise, in panels of COLUMNS of its rows. */
 INLINE float *panels_across(int purpose, const float *x, Int stride, Int n, Int d) {
   float *packed = scratch(purpose, round_up(n, COLUMNS) * d);
-  for (Int j = 0; j < n; j += COLUMNS)
+  for (Int j = 0; j < n && packed; j += COLUMNS)
     pack_columns(x + j * stride, 1, stride, d, min(COLUMNS, n - j), COLUMNS, packed + j * d);
   return packed;
 }
@@ -36,6 +40,7 @@ INLINE float *panels_across(int purpose, const float *x, Int stride, Int n, Int 
 /* x (rows, d) times `factor`, without gaps, and rows of zeros up to a multiple of ROWS. */
 INLINE float *rows_of(int purpose, const float *x, Int stride, Int rows, Int d, float factor) {
   float *copy = scratch(purpose, STRIP * d);
+  if (!copy) return NULL;
   for (Int i = 0; i < rows; i++)
     for (Int c = 0; c < d; c++) copy[i * d + c] = factor * x[i * stride + c];
   memset(copy + rows * d, 0, (round_up(rows, ROWS) - rows) * d * sizeof(float));
@@ -52,7 +57,7 @@ INLINE void dot_products(const float *x, const float *y, Int n, Int d, float *re
 
 /* Scores x[0] … x[n-1] become exp(score - the largest); zeros follow, up to a multiple of LANES and
    up to x[end-1]. It works in whole registers: a row has room for them, and what they hold beyond n
-   adds only exp(-87) each. */
+   adds nothing. */
 INLINE void softmax_row(float *x, Int n, Int end, float *total, float *log_total) {
   Int whole = round_up(n, LANES);
   for (Int j = n; j < whole; j++) x[j] = -INFINITY;
@@ -75,10 +80,12 @@ INLINE void forward_head(int vectors, const Attention *a, Int batch, Int head) {
   float *log_total = a->log_total + (batch * a->heads + head) * a->queries;
   float *scores = scratch(SCORES, ROWS * width), *mixed = scratch(TILES, ROWS * wide);
   float scale = 1 / sqrtf(d), total[ROWS];
+  if (!keys || !values || !scores || !mixed) return;
   for (Int i0 = 0; i0 < a->queries; i0 += ROWS) {
     Int rows = min(ROWS, a->queries - i0), seen = past + i0 + rows;
     const float *x =
         rows_of(QUERY_ROWS, q + i0 * a->q_strides.token, a->q_strides.token, rows, d, scale);
+    if (!x) return;
     dot_products(x, keys, seen, d, scores, width);
     for (Int i = 0; i < rows; i++)
       softmax_row(scores + i * width, past + i0 + i + 1, seen, &total[i], &log_total[i0 + i]);
@@ -91,12 +98,13 @@ INLINE void forward_head(int vectors, const Attention *a, Int batch, Int head) {
   }
 }
 
-/* The same for a few queries, where packing the keys would take longer than using them. */
+/* The same for a few queries after many keys, which packing would take longer than using. */
 static void forward_few(const Attention *a, Int batch, Int head) {
   Int d = a->d;
   const float *k = head_of(a->k, a->k_strides, batch, head);
   const float *v = head_of(a->v, a->v_strides, batch, head);
   float *scores = scratch(SCORES, round_up(a->keys, LANES)), scale = 1 / sqrtf(d), total;
+  if (!scores) return;
   for (Int i = 0; i < a->queries; i++) {
     const float *q = head_of(a->q, a->q_strides, batch, head) + i * a->q_strides.token;
     float *out = a->out + ((batch * a->queries + i) * a->heads + head) * d;
@@ -114,7 +122,7 @@ static void forward_task(const void *arguments, Int part, Int parts) {
   (void)parts;
   const Attention *a = arguments;
   Int batch = part / a->heads, head = part % a->heads;
-  if (a->queries <= FEW_QUERIES)
+  if (a->queries <= FEW_QUERIES && a->queries < a->keys) /* a backward has as many keys */
     forward_few(a, batch, head);
   else if (a->d <= COLUMNS / 2)
     forward_head(VECTORS / 2, a, batch, head);
@@ -122,7 +130,9 @@ static void forward_task(const void *arguments, Int part, Int parts) {
     forward_head(VECTORS, a, batch, head);
 }
 
-void attention_forward(const Attention *a) { run_parts(forward_task, a, a->batches * a->heads); }
+int attention_forward(const Attention *a) {
+  return run_parts(forward_task, a, a->batches * a->heads);
+}
 
 /* ------------------------------------------------------------------------------------ backward */
 
@@ -183,6 +193,7 @@ INLINE void backward_head(int vectors, const AttentionBackward *b, Int batch, In
   const float *keys = panels(KEYS, k, a->k_strides.token, t, d, columns);
   float *weights = scratch(SCORES, STRIP * width), *dscores = scratch(DSCORES, STRIP * width);
   float *sums = scratch(TILES, (2 * round_up(t, ROWS) + ROWS) * wide);
+  if (!keys_across || !values_across || !keys || !weights || !dscores || !sums) return;
   float *dk = sums, *dv = dk + round_up(t, ROWS) * wide, *tile = dv + round_up(t, ROWS) * wide;
   memset(sums, 0, 2 * round_up(t, ROWS) * wide * sizeof(float));
   float scale = 1 / sqrtf(d);
@@ -191,6 +202,7 @@ INLINE void backward_head(int vectors, const AttentionBackward *b, Int batch, In
     const float *q_strip = q + i0 * a->q_strides.token, *grad_strip = grad + i0 * together;
     const float *x = rows_of(QUERY_ROWS, q_strip, a->q_strides.token, rows, d, scale);
     const float *g = rows_of(GRAD_ROWS, grad_strip, together, rows, d, 1);
+    if (!x || !g) return;
     for (Int i = 0; i < rows; i += ROWS) {
       Int seen = min(i0 + i + ROWS, end);
       dot_products(x + i * d, keys_across, seen, d, weights + i * width, width);
@@ -207,10 +219,11 @@ INLINE void backward_head(int vectors, const AttentionBackward *b, Int batch, In
                 (i0 + i) * b->dq_strides.token,
             b->dq_strides.token, tile, wide, here, d, scale);
     }
-    add_to_keys(vectors, weights, width, rows, i0, end, d,
-                panels(GRAD, grad_strip, together, rows, d, columns), dv, wide);
-    add_to_keys(vectors, dscores, width, rows, i0, end, d, panels(QUERIES, x, d, rows, d, columns),
-                dk, wide);
+    const float *grads = panels(GRAD, grad_strip, together, rows, d, columns);
+    const float *queries = panels(QUERIES, x, d, rows, d, columns);
+    if (!grads || !queries) return;
+    add_to_keys(vectors, weights, width, rows, i0, end, d, grads, dv, wide);
+    add_to_keys(vectors, dscores, width, rows, i0, end, d, queries, dk, wide);
   }
   store(b->dk + batch * b->dk_strides.batch + head * b->dk_strides.head, b->dk_strides.token, dk,
         wide, t, d, 1);
@@ -228,6 +241,6 @@ static void backward_task(const void *arguments, Int part, Int parts) {
     backward_head(VECTORS, b, batch, head);
 }
 
-void attention_backward(const AttentionBackward *b) {
-  run_parts(backward_task, b, b->forward.batches * b->forward.heads);
+int attention_backward(const AttentionBackward *b) {
+  return run_parts(backward_task, b, b->forward.batches * b->forward.heads);
 }

@@ -24,16 +24,16 @@ typedef struct {
   float *room; /* rows × tokens × (6 width + heads + 2) floats */
 } Decode;
 
-static void linear(const Decode *d, const float *weight, const float *bias, Int k, Int m,
+static int linear(const Decode *d, const float *weight, const float *bias, Int k, Int m,
                    const float *x, float *y) {
-  few_rows(&(FewRows){d->rows * d->tokens, k, m, x, weight, bias, y});
+  return few_rows(&(FewRows){d->rows * d->tokens, k, m, x, weight, bias, y});
 }
 
 /* Normalise d->x; the statistics, which no backward needs, take 2 floats a row. */
-static void normalize(const Decode *d, const float *weight, const float *bias, float *y,
-                      float *statistics) {
+static int normalize(const Decode *d, const float *weight, const float *bias, float *y,
+                     float *statistics) {
   Int n = d->rows * d->tokens;
-  layer_norm_forward(
+  return layer_norm_forward(
       &(LayerNorm){n, d->width, d->x, weight, bias, d->eps, y, statistics, statistics + n});
 }
 
@@ -52,21 +52,24 @@ static void remember(const Decode *d, const float *qkv, float *keys) {
 }
 
 /* Rows of equal length go together, others one by one. */
-static void attend(const Decode *d, const float *qkv, const float *keys, float *mixed,
-                   float *log_total) {
+static int attend(const Decode *d, const float *qkv, const float *keys, float *mixed,
+                  float *log_total) {
   Int width = d->width, size = width / d->heads, together = d->rows;
   for (Int row = 1; row < d->rows; row++)
     if (d->lengths[row] != d->lengths[0]) together = 1;
   Strides q = {d->tokens * 3 * width, size, 3 * width}, kv = {d->row_stride, d->head_stride, size};
   for (Int row = 0; row < d->rows; row += together) {
     const float *k = keys + row * d->row_stride;
-    attention_forward(&(Attention){together, d->heads, d->tokens, d->lengths[row] + d->tokens, size,
-                                   qkv + row * q.batch, k, k + d->value_stride, q, kv, kv,
-                                   mixed + row * d->tokens * width, log_total});
+    Attention a = {together, d->heads, d->tokens, d->lengths[row] + d->tokens, size,
+                   qkv + row * q.batch, k, k + d->value_stride, q, kv, kv,
+                   mixed + row * d->tokens * width, log_total};
+    if (attention_forward(&a)) return OUT_OF_MEMORY;
   }
+  return DONE;
 }
 
-void decode(const Decode *d) {
+/* OUT_OF_MEMORY leaves new keys and values in the cache, beyond what it is said to hold. */
+int decode(const Decode *d) {
   Int n = d->rows * d->tokens, width = d->width;
   float *branch = d->room;          /* (n, width): a branch's normalised input, its output */
   float *wide = branch + n * width; /* (n, 3 width) queries, keys, values; (n, 4 width) the MLP's */
@@ -76,17 +79,21 @@ void decode(const Decode *d) {
     const Block *b = &d->blocks[i];
     float *keys = d->cache + i * d->layer_stride;
 
-    normalize(d, b->ln_1_weight, b->ln_1_bias, branch, unused);
-    linear(d, b->c_attn_weight, b->c_attn_bias, width, 3 * width, branch, wide);
+    if (normalize(d, b->ln_1_weight, b->ln_1_bias, branch, unused) ||
+        linear(d, b->c_attn_weight, b->c_attn_bias, width, 3 * width, branch, wide))
+      return OUT_OF_MEMORY;
     remember(d, wide, keys);
-    attend(d, wide, keys, mixed, unused);
-    linear(d, b->attn_c_proj_weight, b->attn_c_proj_bias, width, width, mixed, branch);
-    add(&(Add){n * width, d->x, branch, d->x});
+    if (attend(d, wide, keys, mixed, unused) ||
+        linear(d, b->attn_c_proj_weight, b->attn_c_proj_bias, width, width, mixed, branch) ||
+        add(&(Add){n * width, d->x, branch, d->x}))
+      return OUT_OF_MEMORY;
 
-    normalize(d, b->ln_2_weight, b->ln_2_bias, branch, unused);
-    linear(d, b->c_fc_weight, b->c_fc_bias, width, 4 * width, branch, wide);
-    gelu_forward(&(Gelu){4 * n * width, NULL, wide, wide});
-    linear(d, b->mlp_c_proj_weight, b->mlp_c_proj_bias, 4 * width, width, wide, branch);
-    add(&(Add){n * width, d->x, branch, d->x});
+    if (normalize(d, b->ln_2_weight, b->ln_2_bias, branch, unused) ||
+        linear(d, b->c_fc_weight, b->c_fc_bias, width, 4 * width, branch, wide) ||
+        gelu_forward(&(Gelu){4 * n * width, NULL, wide, wide}) ||
+        linear(d, b->mlp_c_proj_weight, b->mlp_c_proj_bias, 4 * width, width, wide, branch) ||
+        add(&(Add){n * width, d->x, branch, d->x}))
+      return OUT_OF_MEMORY;
   }
+  return DONE;
 }

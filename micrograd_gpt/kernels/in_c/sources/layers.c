@@ -5,6 +5,8 @@
 
 #include "layers.h"
 
+enum { TOTALS }; /* the purpose of scratch() here */
+
 #define FEW_ELEMENTS 16384 /* with fewer, waking another thread does not pay */
 
 static Int parts_for(Int elements) { return elements < FEW_ELEMENTS ? 1 : thread_count(); }
@@ -18,9 +20,18 @@ static void add_task(const void *arguments, Int part, Int parts) {
   for (Int i = first; i < end; i++) s->out[i] = s->a[i] + s->b[i];
 }
 
-void add(const Add *a) { run_parts(add_task, a, parts_for(a->size)); }
+int add(const Add *a) { return run_parts(add_task, a, parts_for(a->size)); }
 
 /* ----------------------------------------------------------------------------------- layer norm */
+
+/* The mean's rounding error is a mean itself, and is added to it. Without this, a row of equal
+   numbers would differ from its mean, and LayerNorm would make that difference large. */
+static float mean_of(const float *x, Int n) {
+  float mean = sum_of(x, n) / n, rest = 0;
+  SIMD_SUM(rest)
+  for (Int i = 0; i < n; i++) rest += x[i] - mean;
+  return mean + rest / n;
+}
 
 static void layer_norm_task(const void *arguments, Int part, Int parts) {
   const LayerNorm *l = arguments;
@@ -28,17 +39,21 @@ static void layer_norm_task(const void *arguments, Int part, Int parts) {
   for (; row < end; row++) {
     const float *x = l->x + row * l->width;
     float *y = l->y + row * l->width;
-    float mean = sum_of(x, l->width) / l->width;
-    for (Int i = 0; i < l->width; i++) y[i] = x[i] - mean;
-    float rstd = 1 / sqrtf(dot(y, y, l->width) / l->width + l->eps);
+    float mean = mean_of(x, l->width), squares = 0;
+    SIMD_SUM(squares)
+    for (Int i = 0; i < l->width; i++) {
+      y[i] = x[i] - mean;
+      squares += y[i] * y[i];
+    }
+    float rstd = 1 / sqrtf(squares / l->width + l->eps);
     for (Int i = 0; i < l->width; i++) y[i] = y[i] * rstd * l->weight[i] + l->bias[i];
     l->mean[row] = mean;
     l->rstd[row] = rstd;
   }
 }
 
-void layer_norm_forward(const LayerNorm *l) {
-  run_parts(layer_norm_task, l, parts_for(l->n * l->width));
+int layer_norm_forward(const LayerNorm *l) {
+  return run_parts(layer_norm_task, l, parts_for(l->n * l->width));
 }
 
 typedef struct {
@@ -47,35 +62,50 @@ typedef struct {
   float *dx, *dweights, *dbiases; /* dweights, dbiases (parts, width): sums over each part's rows */
 } LayerNormBackward;
 
+/* Row `row` of dx; adds what the row has to the sums. */
+INLINE void layer_norm_backward_row(const LayerNormBackward *l, Int row, float *dweight,
+                                    float *dbias) {
+  Int width = l->width;
+  const float *grad = l->grad + row * width, *x = l->x + row * width;
+  float *dx = l->dx + row * width;
+  float mean = l->mean[row], rstd = l->rstd[row], along_1 = 0, along_n = 0;
+#pragma omp simd reduction(+ : along_1, along_n)
+  for (Int i = 0; i < width; i++) {
+    float normed = (x[i] - mean) * rstd, dnormed = grad[i] * l->weight[i];
+    dbias[i] += grad[i];
+    dweight[i] += grad[i] * normed;
+    along_1 += dnormed;
+    along_n += dnormed * normed;
+  }
+  along_1 /= width;
+  along_n /= width;
+  for (Int i = 0; i < width; i++) {
+    float normed = (x[i] - mean) * rstd, dnormed = grad[i] * l->weight[i];
+    dx[i] = (dnormed - along_1 - normed * along_n) * rstd;
+  }
+}
+
 static void layer_norm_backward_task(const void *arguments, Int part, Int parts) {
   const LayerNormBackward *l = arguments;
   Int row, width = l->width, end = cut(l->n, parts, 1, part, &row);
   float *dweight = l->dweights + part * width, *dbias = l->dbiases + part * width;
-  memset(dweight, 0, width * sizeof(float));
-  memset(dbias, 0, width * sizeof(float));
-  for (; row < end; row++) {
-    const float *grad = l->grad + row * width, *x = l->x + row * width;
-    float *dx = l->dx + row * width;
-    float mean = l->mean[row], rstd = l->rstd[row], along_1 = 0, along_n = 0;
-#pragma omp simd reduction(+ : along_1, along_n)
-    for (Int i = 0; i < width; i++) {
-      float normed = (x[i] - mean) * rstd, dnormed = grad[i] * l->weight[i];
-      dbias[i] += grad[i];
-      dweight[i] += grad[i] * normed;
-      along_1 += dnormed;
-      along_n += dnormed * normed;
-    }
-    along_1 /= width;
-    along_n /= width;
-    for (Int i = 0; i < width; i++) {
-      float normed = (x[i] - mean) * rstd, dnormed = grad[i] * l->weight[i];
-      dx[i] = (dnormed - along_1 - normed * along_n) * rstd;
-    }
+  double *totals = (double *)scratch(TOTALS, 4 * width); /* of dweight, then of dbias */
+  if (!totals) return;
+  memset(totals, 0, 2 * width * sizeof(double));
+  while (row < end) {
+    memset(dweight, 0, width * sizeof(float));
+    memset(dbias, 0, width * sizeof(float));
+    for (Int last = min(row + ROWS_IN_FLOAT, end); row < last; row++)
+      layer_norm_backward_row(l, row, dweight, dbias);
+    add_to_totals(totals, dweight, width);
+    add_to_totals(totals + width, dbias, width);
   }
+  round_totals(dweight, totals, width);
+  round_totals(dbias, totals + width, width);
 }
 
-void layer_norm_backward(const LayerNormBackward *l) {
-  run_parts(layer_norm_backward_task, l, l->parts);
+int layer_norm_backward(const LayerNormBackward *l) {
+  return run_parts(layer_norm_backward_task, l, l->parts);
 }
 
 /* ----------------------------------------------------------------------------------------- gelu */
@@ -95,7 +125,7 @@ static void gelu_task(const void *arguments, Int part, Int parts) {
   for (Int i = first; i < end; i++) g->result[i] = g->x[i] * gelu_gate(g->x[i]);
 }
 
-void gelu_forward(const Gelu *g) { run_parts(gelu_task, g, parts_for(g->size)); }
+int gelu_forward(const Gelu *g) { return run_parts(gelu_task, g, parts_for(g->size)); }
 
 static void gelu_backward_task(const void *arguments, Int part, Int parts) {
   const Gelu *g = arguments;
@@ -108,7 +138,7 @@ static void gelu_backward_task(const void *arguments, Int part, Int parts) {
   }
 }
 
-void gelu_backward(const Gelu *g) { run_parts(gelu_backward_task, g, parts_for(g->size)); }
+int gelu_backward(const Gelu *g) { return run_parts(gelu_backward_task, g, parts_for(g->size)); }
 
 /* -------------------------------------------------------------------------------- cross-entropy */
 
@@ -143,8 +173,8 @@ static void cross_entropy_task(const void *arguments, Int part, Int parts) {
   }
 }
 
-void cross_entropy_forward(const CrossEntropy *c) {
-  run_parts(cross_entropy_task, c, parts_for(c->n * c->vocab_size));
+int cross_entropy_forward(const CrossEntropy *c) {
+  return run_parts(cross_entropy_task, c, parts_for(c->n * c->vocab_size));
 }
 
 /* ------------------------------------------------------------------------------------ embedding */
@@ -166,6 +196,6 @@ static void embedding_task(const void *arguments, Int part, Int parts) {
                end - first);
 }
 
-void embedding_backward(const Embedding *e) {
-  run_parts(embedding_task, e, parts_for(e->n * e->width));
+int embedding_backward(const Embedding *e) {
+  return run_parts(embedding_task, e, parts_for(e->n * e->width));
 }

@@ -8,7 +8,7 @@ typedef struct {
   const float *a, *b;
   float *out; /* may be a or b */
 } Add;
-void add(const Add *a);
+int add(const Add *a);
 
 typedef struct {
   Int n, width;
@@ -16,14 +16,14 @@ typedef struct {
   float eps;
   float *y, *mean, *rstd;
 } LayerNorm;
-void layer_norm_forward(const LayerNorm *l);
+int layer_norm_forward(const LayerNorm *l);
 
 typedef struct {
   Int size;
   const float *grad, *x;
   float *result;
 } Gelu;
-void gelu_forward(const Gelu *g);
+int gelu_forward(const Gelu *g);
 
 /* How far apart batches, heads and tokens of a (B, H, T, D) array are; D must have no gaps. */
 typedef struct {
@@ -37,4 +37,4 @@ typedef struct {
   float *out;       /* (B, T, H, D) without gaps */
   float *log_total; /* (B, H, T): the log of each softmax's denominator */
 } Attention;
-void attention_forward(const Attention *a);
+int attention_forward(const Attention *a);

@@ -14,7 +14,7 @@
 #define SAME_PLACE 1024 /* floats: rows this far apart share few places of the first-level cache */
 #define STRIPS 16 /* of ROWS rows each, packed together, so that a is read in whole cache lines */
 
-enum { PACKED_A, PACKED_B }; /* the purposes of scratch() here */
+enum { PACKED_A, PACKED_B, TOTALS }; /* the purposes of scratch() here */
 
 /* packed[p][q] = b[q][p] for a square of LANES × LANES numbers. */
 INLINE void transpose_block(const float *b, Int stride, Int columns, float *packed) {
@@ -140,6 +140,7 @@ void multiply_part(const Product *p, Int first_row, Int end_row, Int first_colum
   float *packed_a = scratch(PACKED_A, STRIPS * ROWS * DEPTH);
   Int together = columns_together();
   float *packed_b = scratch(PACKED_B, together * DEPTH);
+  if (!packed_a || !packed_b) return;
   for (Int j0 = first_column; j0 < end_column; j0 += together) {
     Int width = min(together, end_column - j0);
     for (Int p0 = 0; p0 < p->k; p0 += DEPTH) {
@@ -196,7 +197,7 @@ static void multiply_task(const void *product, Int part, Int parts) {
   multiply_slice(product, part, parts);
 }
 
-void matmul(const Product *p) { run_parts(multiply_task, p, parts_for(p)); }
+int matmul(const Product *p) { return run_parts(multiply_task, p, parts_for(p)); }
 
 /* -------------------------------------------------------------------- a linear layer's backward */
 
@@ -206,6 +207,20 @@ typedef struct {
   float *dbias;      /* (m) */
   Int n, m;
 } LinearBackward;
+
+/* sums[j] = the sum of x[row * stride + j] over the rows */
+static void sum_rows(const float *x, Int stride, Int rows, Int columns, float *sums) {
+  double *totals = (double *)scratch(TOTALS, 2 * columns);
+  if (!totals) return;
+  memset(totals, 0, columns * sizeof(double));
+  for (Int first = 0; first < rows; first += ROWS_IN_FLOAT) {
+    memset(sums, 0, columns * sizeof(float));
+    for (Int row = first; row < min(first + ROWS_IN_FLOAT, rows); row++)
+      add_scaled(sums, 1, x + row * stride, columns);
+    add_to_totals(totals, sums, columns);
+  }
+  round_totals(sums, totals, columns);
+}
 
 /* Parts 2i and 2i + 1 are slice i of dx and of dweight, so that a thread keeps its own rows. */
 static void linear_backward_task(const void *arguments, Int part, Int parts) {
@@ -217,15 +232,14 @@ static void linear_backward_task(const void *arguments, Int part, Int parts) {
   }
   multiply_slice(&l->dweight, i, slices);
   Int first, end = cut(l->m, slices, COLUMNS, i, &first);
-  memset(l->dbias + first, 0, (end - first) * sizeof(float));
-  for (Int row = 0; row < l->n; row++)
-    add_scaled(l->dbias + first, 1, l->grad + row * l->m + first, end - first);
+  sum_rows(l->grad + first, l->m, l->n, end - first, l->dbias + first);
 }
 
 /* dx = grad @ weight.T, dweight = x.T @ grad, and dbias is the sums of grad's columns. */
-void linear_backward(const LinearBackward *l) {
+int linear_backward(const LinearBackward *l) {
   Int dx_parts = parts_for(&l->dx), dweight_parts = parts_for(&l->dweight);
-  run_parts(linear_backward_task, l, 2 * (dx_parts > dweight_parts ? dx_parts : dweight_parts));
+  Int slices = dx_parts > dweight_parts ? dx_parts : dweight_parts;
+  return run_parts(linear_backward_task, l, 2 * slices);
 }
 
 /* ------------------------------------------------------------- few rows, as in decoding a token */
@@ -304,7 +318,7 @@ static void few_rows_task(const void *arguments, Int part, Int parts) {
   few_rows_columns(f, first, end);
 }
 
-void few_rows(const FewRows *f) { run_parts(few_rows_task, f, few_rows_parts(f)); }
+int few_rows(const FewRows *f) { return run_parts(few_rows_task, f, few_rows_parts(f)); }
 
 /* ------------------------------------------- few rows, and weights in half precision, read as such */
 
@@ -352,6 +366,6 @@ static void float16_task(const void *arguments, Int part, Int parts) {
   few_rows_half(arguments, part, parts, from_float16);
 }
 
-void few_rows_bfloat16(const FewRows *f) { run_parts(bfloat16_task, f, few_rows_parts(f)); }
+int few_rows_bfloat16(const FewRows *f) { return run_parts(bfloat16_task, f, few_rows_parts(f)); }
 
-void few_rows_float16(const FewRows *f) { run_parts(float16_task, f, few_rows_parts(f)); }
+int few_rows_float16(const FewRows *f) { return run_parts(float16_task, f, few_rows_parts(f)); }

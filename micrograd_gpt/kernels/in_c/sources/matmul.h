@@ -31,11 +31,11 @@ typedef struct {
   const float *x, *weight, *bias; /* x (n, k), weight (m, k), bias (m) or NULL; rows without gaps */
   float *y;                       /* (n, m) */
 } FewRows;
-void few_rows(const FewRows *f);
+int few_rows(const FewRows *f);
 
 /* The same, where `weight` is the address of numbers of 16 bits, and bias NULL. */
-void few_rows_bfloat16(const FewRows *f);
-void few_rows_float16(const FewRows *f);
+int few_rows_bfloat16(const FewRows *f);
+int few_rows_float16(const FewRows *f);
 
 /* Rows first_row … end_row - 1 and columns first_column … end_column - 1 of c, on this thread. */
 void multiply_part(const Product *p, Int first_row, Int end_row, Int first_column, Int end_column);

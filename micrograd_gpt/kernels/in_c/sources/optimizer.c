@@ -27,16 +27,23 @@ typedef struct {
   double *sums; /* one for each chunk */
 } Squares;
 
+/* In double, where no square of a float overflows or vanishes. */
+static double squares(const float *x, Int n) {
+  double sum = 0;
+  SIMD_SUM(sum)
+  for (Int i = 0; i < n; i++) sum += (double)x[i] * x[i];
+  return sum;
+}
+
 static void squares_task(const void *arguments, Int i, Int chunks) {
   (void)chunks;
   const Squares *s = arguments;
   Int first, array = find_chunk(i, s->sizes, &first);
-  const float *x = s->arrays[array] + first;
-  s->sums[i] = dot(x, x, min(CHUNK, s->sizes[array] - first));
+  s->sums[i] = squares(s->arrays[array] + first, min(CHUNK, s->sizes[array] - first));
 }
 
-void sum_of_squares(const Squares *s) {
-  run_parts(squares_task, s, count_chunks(s->count, s->sizes));
+int sum_of_squares(const Squares *s) {
+  return run_parts(squares_task, s, count_chunks(s->count, s->sizes));
 }
 
 /* --------------------------------------------------------------------------------------- AdamW */
@@ -69,4 +76,6 @@ static void adamw_task(const void *arguments, Int i, Int chunks) {
   }
 }
 
-void adamw_update(const AdamW *a) { run_parts(adamw_task, a, count_chunks(a->count, a->sizes)); }
+int adamw_update(const AdamW *a) {
+  return run_parts(adamw_task, a, count_chunks(a->count, a->sizes));
+}

@@ -28,13 +28,18 @@ typedef int64_t Int;
 INLINE Int min(Int a, Int b) { return a < b ? a : b; }
 INLINE Int round_up(Int x, Int step) { return (x + step - 1) / step * step; }
 
-/* exp(x), with a relative error of about 1e-7; exp(-87) for all x below -87, infinity above 88.4.
-   With x = n ln 2 + r it is 2^n e^r, and for |r| <= ln 2 / 2 a Taylor series gives e^r. There is no
+/* exp(x), with a relative error of about 1e-7; 0 for all x below -87, infinity above 88.4. With
+   x = n ln 2 + r it is 2^n e^r, and for |r| <= ln 2 / 2 a Taylor series gives e^r. There is no
    branch, so the compiler computes a whole register at once. NaN gives NaN. */
 INLINE float exp_of(float x) {
-  x = x < -87 ? -87 : x;
-  x = x > 89 ? 89 : x; /* at 89 n is 128, and 2^n infinity */
-  float n = rintf(x * 1.44269504f);
+  x = x < -87 ? -88 : x; /* at -88 n is -127, and 2^n 0 */
+  x = x > 89 ? 89 : x;   /* at 89 n is 128, and 2^n infinity */
+  /* Numbers near 1.5 × 2^23 have no fraction: the sum is rounded, and its lowest bits are n. */
+  union {
+    float number;
+    uint32_t bits;
+  } rounded = {x * 1.44269504f + 0x1.8p23f};
+  float n = rounded.number - 0x1.8p23f;
   float r = x - n * 0.693359375f; /* ln 2 in two parts: n times the first is exact */
   r += n * 2.12194440e-4f;
   float e = 1.f / 5040;
@@ -46,9 +51,9 @@ INLINE float exp_of(float x) {
   e = e * r + 1;
   e = e * r + 1;
   union {
-    int32_t bits;
+    uint32_t bits;
     float number;
-  } power = {.bits = ((int32_t)n + 127) << 23}; /* 2^n */
+  } power = {(rounded.bits + 127) << 23}; /* 2^n */
   return e * power.number;
 }
 
@@ -82,4 +87,17 @@ INLINE float largest_of(const float *x, Int n) {
 /* y += factor * x */
 INLINE void add_scaled(float *y, float factor, const float *x, Int n) {
   for (Int i = 0; i < n; i++) y[i] += factor * x[i];
+}
+
+/* A sum over many rows is made of sums of so many rows each, which go to a total in double. A float
+   that grew over all rows would lose more and more of each number that is added. */
+#define ROWS_IN_FLOAT 64
+
+/* totals += sums */
+INLINE void add_to_totals(double *totals, const float *sums, Int n) {
+  for (Int i = 0; i < n; i++) totals[i] += sums[i];
+}
+
+INLINE void round_totals(float *sums, const double *totals, Int n) {
+  for (Int i = 0; i < n; i++) sums[i] = totals[i];
 }

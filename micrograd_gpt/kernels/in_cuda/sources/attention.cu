@@ -35,6 +35,12 @@ __device__ inline float weight_dropout(
     return dropout_factor(number, p);
 }
 
+// What flows back through dropout: nothing through a dropped weight, even where the gradient is
+// infinite.
+__device__ inline float dropped_gradient(float gradient, float factor) {
+    return factor == 0.0f ? 0.0f : gradient * factor;
+}
+
 // The last query stands at the last key. Where there are more keys than queries, the first ones
 // come from a KV cache.
 extern "C" __global__ void attention_forward(
@@ -161,7 +167,8 @@ extern "C" __global__ void attention_backward_queries(
                 bool seen = key <= query && query < length;
                 float weight = seen ? expf(scores[r][c] * scale - log_sum) : 0.0f;
                 float factor = DROPS ? weight_dropout(blockIdx.y, query, key, seed, p) : 1.0f;
-                scores[r][c] = weight * (dweights[r][c] * factor - taken_off) * scale;
+                float dweight = dropped_gradient(dweights[r][c], factor);
+                scores[r][c] = weight * (dweight - taken_off) * scale;
             }
         }
         accumulate(sums, scores, k_tile);
@@ -217,7 +224,8 @@ extern "C" __global__ void attention_backward_keys(
                 bool seen = key <= query && query < length;
                 float weight = seen ? expf(scores[r][c] * scale - log_sum) : 0.0f;
                 float factor = DROPS ? weight_dropout(blockIdx.y, query, key, seed, p) : 1.0f;
-                scores[r][c] = weight * (weights[r][c] * factor - taken_off) * scale;
+                float dweight = dropped_gradient(weights[r][c], factor);
+                scores[r][c] = weight * (dweight - taken_off) * scale;
                 weights[r][c] = weight * factor;
             }
         }

@@ -47,6 +47,7 @@ template <> __device__ inline Half rounded<Half>(float x) { return to_half(x); }
 template <> __device__ inline BFloat16 rounded<BFloat16>(float x) { return to_bfloat16(x); }
 
 __device__ inline float infinity() { return __uint_as_float(0x7f800000u); }
+__device__ inline float nan() { return __uint_as_float(0x7fc00000u); }
 
 // -------------------------------------------------------------- rows of memory, 16 bytes at a time
 
@@ -106,7 +107,7 @@ __device__ inline void store_pack(
 
 struct Sum {
     __device__ static float identity() { return 0.0f; }
-    __device__ static float join(float a, float b) { return a + b; }
+    template <class T> __device__ static T join(T a, T b) { return a + b; }
 };
 struct Max {
     __device__ static float identity() { return -infinity(); }
@@ -114,7 +115,7 @@ struct Max {
 };
 
 // Joins a value of each of `lanes` neighbouring lanes (a power of two); all of them get the result.
-template <class How> __device__ inline float over_lanes(float value, int lanes = WARP) {
+template <class How, class T> __device__ inline T over_lanes(T value, int lanes = WARP) {
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
         value = How::join(value, __shfl_xor_sync(ALL_LANES, value, distance));
     }
@@ -123,8 +124,8 @@ template <class How> __device__ inline float over_lanes(float value, int lanes =
 
 // Joins a value of each thread of a block, up to 32 whole warps, always in the same order; every
 // thread gets the result.
-template <class How> __device__ inline float over_block(float value) {
-    __shared__ float of_warp[WARP];
+template <class How, class T> __device__ inline T over_block(T value) {
+    __shared__ T of_warp[WARP];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     value = over_lanes<How>(value);
     if (lane == 0) of_warp[warp] = value;

@@ -4,7 +4,7 @@
 // exponentials: each thread keeps its own, and rescales its sum when its maximum grows. Then it
 // writes the gradient, softmax minus 1 at the target, possibly over the logits. With an odd V a row
 // may begin at an unaligned address, so packs are counted from the last aligned address at or
-// before it.
+// before it. The loss of a target that is not in the vocabulary is NaN.
 
 #include "common.cuh"
 
@@ -31,6 +31,9 @@ extern "C" __global__ void cross_entropy_forward(
         return;
     }
 
+    if (target < 0) target += vocab_size;  // -1 is the last, as everywhere in Python
+    bool is_a_token = target >= 0 && target < vocab_size;
+
     float largest = -infinity(), total = 0.0f;
     for (int i = first; i < vocab_size; i += stride) {
         load_pack(row, i, vocab_size, values, -infinity());
@@ -45,7 +48,10 @@ extern "C" __global__ void cross_entropy_forward(
 
     // No thread has overwritten the target's logit yet: over_block above holds all of them
     // together.
-    if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) - (to_float(row[target]) - of_row);
+    if (threadIdx.x == 0) {
+        float at_target = is_a_token ? to_float(row[target]) : nan();
+        losses[blockIdx.x] = logf(total) - (at_target - of_row);
+    }
     __syncthreads();
 
     float factor = 1.0f / total;

@@ -26,9 +26,17 @@ extern "C" __global__ void layer_norm_forward(
     }
     float centre = over_lanes<Sum>(total) / width;
 
-    float squares = 0.0f;
+    // Once more with what the first mean leaves: a row of equal numbers becomes exactly 0.
+    total = 0.0f;
     for (int i = lane * PACK; i < width; i += WARP * PACK) {
         load_pack(in, i, width, values, centre);  // elements outside add nothing
+        for (float value : values) total += value - centre;
+    }
+    centre += over_lanes<Sum>(total) / width;
+
+    float squares = 0.0f;
+    for (int i = lane * PACK; i < width; i += WARP * PACK) {
+        load_pack(in, i, width, values, centre);
         for (float value : values) squares += (value - centre) * (value - centre);
     }
     float scale_of_row = 1.0f / sqrtf(over_lanes<Sum>(squares) / width + eps);

@@ -47,28 +47,34 @@ extern "C" __global__ void adamw_update(
     }
 }
 
-// First stage: partials (tensors, gridDim.x), each block's sum of squares of its part of a tensor.
-// The second stage is `total` in sums.cu. The tensors are the table's gradients.
-extern "C" __global__ void sum_of_squares(TensorTable tensors, float* partials) {
+// First stage: partials (tensors, gridDim.x), each block's sum of squares of its part of a tensor, in
+// double: squares of floats may leave their range. The tensors are the table's gradients.
+extern "C" __global__ void sum_of_squares(TensorTable tensors, double* partials) {
     long long n = tensors.sizes[blockIdx.y];
     const float* gradient = reinterpret_cast<const float*>(tensors.arrays[GRADIENT][blockIdx.y]);
-    float mine = 0.0f;
+    double mine = 0.0;
     long long stride = (long long)gridDim.x * blockDim.x * PACK;
     for (long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * PACK; i < n; i += stride) {
         float g[PACK];
         load_pack(gradient, i, n, g);
-        for (float value : g) mine += value * value;
+        for (double value : g) mine += value * value;
     }
     mine = over_block<Sum>(mine);
     if (threadIdx.x == 0) partials[blockIdx.y * gridDim.x + blockIdx.x] = mine;
 }
 
-// The norm of gradients that were multiplied by loss_scale, and the factor that divides that out
-// and brings the norm down to max_norm. Where the norm is not finite, the factor is 1.
+// Second stage, by one block: the norm of gradients that were multiplied by loss_scale, and the factor
+// that divides that out and brings the norm down to max_norm. Where the norm is not finite, the factor
+// is 1.
 extern "C" __global__ void clip_scale(
-    const float* sum_of_squares, float* norm, float* scale, float max_norm, float loss_scale
+    const double* partials, float* norm, float* scale, long long n, float max_norm,
+    float loss_scale
 ) {
-    float length = sqrtf(*sum_of_squares) / loss_scale;
+    double squares = 0.0;
+    for (long long i = threadIdx.x; i < n; i += blockDim.x) squares += partials[i];
+    squares = over_block<Sum>(squares);
+    if (threadIdx.x != 0) return;
+    float length = sqrt(squares) / loss_scale;
     *norm = length;
     *scale = length < infinity() ? (length > max_norm ? max_norm / length : 1.0f) / loss_scale : 1.0f;
 }

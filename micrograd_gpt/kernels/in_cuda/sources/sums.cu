@@ -22,20 +22,21 @@ extern "C" __global__ void column_sums(const Activation* x, float* partials, int
     store_pack(partials + (long long)blockIdx.y * width, column, width, total);
 }
 
-// Second stage: sums (width) of partials (parts, width). One thread a column.
+// Second stage: sums (width) of partials (parts, width). One thread a column. There may be thousands
+// of parts, so they are added in double.
 extern "C" __global__ void sum_partials(
     const float* partials, float* sums, int parts, long long width
 ) {
     long long column = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= width) return;
-    float total = 0.0f;
+    double total = 0.0;
     for (int part = 0; part < parts; part++) total += partials[part * width + column];
     sums[column] = total;
 }
 
 // The sum of n numbers, by one block.
 extern "C" __global__ void total(const float* numbers, float* sum, long long n) {
-    float mine = 0.0f;
+    double mine = 0.0;
     for (long long i = threadIdx.x; i < n; i += blockDim.x) mine += numbers[i];
     mine = over_block<Sum>(mine);
     if (threadIdx.x == 0) *sum = mine;
