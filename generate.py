@@ -147,11 +147,7 @@ def load(name: str | None, device: str, dtype: str, tf32: bool) -> tuple[GPT2, T
             if given is None and name == "124M":  # a newcomer without network
                 raise UserError(f"{error}; or train a model first: python train_gpt2.py") from error
             raise
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"{name}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
-            f"{model.config.vocab_size}: put the tokenizer.json it was trained with beside it"
-        )
+    tokenizer.check_size(model.config.vocab_size)
     return model, tokenizer
 
 

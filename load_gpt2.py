@@ -23,8 +23,9 @@ from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
+from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.hugging_face import TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.text.tokenizers import TOKENIZER_FILE, Tokenizer
 from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_name
 from micrograd_gpt.weights.formats import Weights, open_weights
 from micrograd_gpt.weights.pretrained import build
@@ -152,8 +153,7 @@ def tokenizer_of(weights: Weights) -> Tokenizer | None:
     folder = weights.path if weights.path.is_dir() else weights.path.parent
     try:
         tokenizer = load_tokenizer(folder)
-        if tokenizer.vocab_size != weights.config.vocab_size:
-            raise UserError(f"the tokenizer in {folder} has another vocab_size than the model")
+        tokenizer.check_size(weights.config.vocab_size)
     except UserError as error:
         say(f"no tokenizer is written: {error}")
         return None
@@ -165,7 +165,8 @@ def write_folder(model: GPT2, out: Path, tokenizer: Tokenizer | None, dtype: str
     with written_as_set(out) as new:
         write_model(model, new, tokenizer, dtype)
         if tokenizer is None:
-            without(new / TOKENIZER_FILE)
+            for name in (TOKENIZER, TOKENIZER_CONFIG):
+                without(new / name)
 
 
 def parameter_table(model: GPT2) -> list[str]:

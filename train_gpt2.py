@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import sys
 import warnings
 
@@ -35,9 +36,10 @@ from micrograd_gpt.runs.settings import config_of_weights, is_size, parse_flags,
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.corpus import Corpus, load_corpus
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.text.tokenizers import Tokenizer, make_tokenizer
+from micrograd_gpt.text.tokenizers import NAMES, make_tokenizer
 from micrograd_gpt.text.windows import Windows
 from micrograd_gpt.weights.config import read_config
 from micrograd_gpt.weights.pretrained import unwritten
@@ -70,7 +72,7 @@ def train(settings: argparse.Namespace, device: str) -> int:
     validation = Windows(corpus.validation, settings.block_size)
 
     # Model, optimizer, and what a resumed run saved of them
-    model = make_model(settings, corpus.tokenizer.vocab_size, device)
+    model = make_model(settings, corpus.tokenizer, device)
     optimizer, scaler = make_optimizer(settings, model)
     if note := emulation_note(settings.dtype, device):
         say(note)
@@ -134,13 +136,19 @@ def load_data(settings: argparse.Namespace) -> Corpus:
 
 
 def tokenizer_of(settings: argparse.Namespace) -> Tokenizer | str:
-    """The tokenizer of the weights to start from, or the name of the one to make."""
-    if settings.init_from == "scratch":
+    """The tokenizer of the weights to start from or of a folder, or the name of one to make."""
+    if settings.init_from != "scratch":
+        return "gpt2" if is_size(settings.init_from) else load_tokenizer(settings.init_from)
+    if settings.tokenizer in NAMES:
         return settings.tokenizer
-    return "gpt2" if is_size(settings.init_from) else load_tokenizer(settings.init_from)
+    if not os.path.isdir(settings.tokenizer):
+        raise UserError(
+            f"--tokenizer is {', '.join(NAMES)} or a folder, and {settings.tokenizer!r} is neither"
+        )
+    return load_tokenizer(settings.tokenizer, or_gpt2=False)
 
 
-def make_model(settings: argparse.Namespace, vocab_size: int, device: str) -> GPT2:
+def make_model(settings: argparse.Namespace, tokenizer: Tokenizer, device: str) -> GPT2:
     """The model to train: new, or with given weights, or still to be filled by a resumed run.
 
     Its parameters are never held in half precision, where small updates would round to nothing.
@@ -149,10 +157,11 @@ def make_model(settings: argparse.Namespace, vocab_size: int, device: str) -> GP
     if settings.init_from != "scratch" and not settings.resume:
         model = GPT2.from_pretrained(settings.init_from, device, wide)
     else:
-        config = config_of(settings, vocab_size)
+        config = config_of(settings, tokenizer.vocab_size)
         model = unwritten(config) if settings.resume else GPT2(config, settings.seed)
         hold_in(model, wide)
         move(model, device)
+    tokenizer.check_size(model.config.vocab_size)
     set_dropout(model.train(), settings.dropout)  # given weights come in evaluation mode
     if settings.recompute:
         recompute_blocks(model)
@@ -215,7 +224,15 @@ def bits_per_byte(loss: float, corpus: Corpus) -> dict[str, float]:
 def sample(model: GPT2, corpus: Corpus, seed: int, length: int = 300) -> str:
     """How the model continues the first tokens of the validation text."""
     prompt = corpus.validation[:8].astype(int)
-    ids = model.generate(prompt, max_new_tokens=length, temperature=0.8, top_k=40, seed=seed)
+    ids = model.generate(
+        prompt,
+        max_new_tokens=length,
+        temperature=0.8,
+        top_k=40,
+        seed=seed,
+        end_of_text=corpus.tokenizer.end_of_text,
+        vocab_size=corpus.tokenizer.vocab_size,
+    )
     return corpus.tokenizer.decode(ids)
 
 

@@ -112,7 +112,7 @@ def encode_alone(task: dict[str, Any]) -> None:
 
 def encode_part(part: tuple[dict[str, Any], int]) -> None:
     """Encode one process's part of the text, with tiktoken's encoder for GPT-2."""
-    from micrograd_gpt.text.tokenizers import gpt2_encoding
+    from micrograd_gpt.text.byte_pairs import gpt2_encoding
 
     task, i = part
     path, count = task["text"], task["processes"]

@@ -3,7 +3,7 @@
 Every filter takes the scores of the next token, a float array (V,), and returns new ones, where
 -inf means "never". They are applied in Transformers' order:
 
-    penalties, which look at the text so far   repetition penalty, no-repeat n-gram
+    penalties, which look at the text so far   repetition penalty, no-repeat n-gram, padding
     the shape of the distribution              temperature, top-k, top-p, min-p
 
 Each follows the class of that name in Transformers' `generation/logits_process.py`, ties included.
@@ -27,6 +27,8 @@ def penalise(scores: np.ndarray, text: Sequence[int], settings: Settings) -> np.
         scores = repetition_penalty(scores, text, settings.repetition_penalty)
     if settings.no_repeat_ngram_size:
         scores = no_repeat_ngram(scores, text, settings.no_repeat_ngram_size)
+    if settings.vocab_size is not None and settings.vocab_size < len(scores):
+        scores = padding(scores, settings.vocab_size)
     return scores
 
 
@@ -68,6 +70,11 @@ def no_repeat_ngram(scores: np.ndarray, text: Sequence[int], n: int) -> np.ndarr
     allowed = scores.copy()
     allowed[ngrams[begun_alike, -1]] = NEVER
     return allowed
+
+
+def padding(scores: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Rule out the ids from `vocab_size` on, which stand for no token of the tokenizer."""
+    return np.where(np.arange(len(scores)) < vocab_size, scores, NEVER)
 
 
 def temperature(scores: np.ndarray, temperature: float) -> np.ndarray:

@@ -26,7 +26,7 @@ def flag_of(setting: Field[Any]) -> str:
     return switch[0] if switch else setting.name
 
 
-SETTINGS = {flag_of(setting): setting for setting in fields(Settings)}
+SETTINGS = {flag_of(setting): setting for setting in fields(Settings) if setting.metadata["group"]}
 NAMES = (*SETTINGS, "stop", "greedy")  # of all flags
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from micrograd_gpt.arrays.memory import memory_errors
@@ -19,7 +20,8 @@ from micrograd_gpt.generation.sampling import decode, start_samples
 from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.cli import say
-from micrograd_gpt.text.tokenizers import StreamDecoder, Tokenizer
+from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.tokenizers import StreamDecoder
 
 SEPARATOR = "---------------"  # between samples
 
@@ -37,6 +39,7 @@ class Writer:
         Raises UserError for a prompt that cannot be encoded, and where memory runs out.
         """
         ids = prompt_ids(prompt, self.tokenizer)
+        settings = replace(settings, vocab_size=self.tokenizer.vocab_size)
         limit = self.model.config.n_positions
         length = len(ids) + settings.max_new_tokens
         if length > limit and not self._told_the_limit:

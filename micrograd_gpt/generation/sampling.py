@@ -152,7 +152,7 @@ def generate(
         temperature: 1 draws from the model's own distribution; 0 is greedy.
         top_k, top_p, num_beams, seed, more: fields of `Settings` (`settings.py`), which also has
             min_p, repetition_penalty, no_repeat_ngram_size, length_penalty, early_stopping,
-            num_samples, end_of_text, speculate and use_cache.
+            num_samples, end_of_text, vocab_size, speculate and use_cache.
 
     Returns the prompts followed by their continuations, int64: (T + n,) for one prompt; (B, T + n)
     for a batch, where rows that ended early are filled up with `end_of_text`; a list of arrays for

@@ -50,7 +50,8 @@ def setting(
     """A field of `Settings`. Where the default is None, None means "off" and is always allowed.
 
     Args:
-        group, help, metavar: where and how --help shows the flag of this setting.
+        group, help, metavar: where and how --help shows the flag of this setting. Without a group
+            it has no flag.
         switch: for a flag that takes no value, its name and what it sets the setting to. Any other
             flag has the setting's name and takes the value.
     """
@@ -79,6 +80,9 @@ class Settings:
     end_of_text: int | None = setting(
         GPT2_END_OF_TEXT, HOW_MUCH, "go on after end-of-text", switch=("ignore_eos", None)
     )
+
+    # How many ids the tokenizer has; None: as many as the model, whose vocabulary may be padded
+    vocab_size: int | None = setting(None, "", "", AT_LEAST_1)
 
     seed: int = setting(
         0,

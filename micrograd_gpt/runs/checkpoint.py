@@ -3,13 +3,14 @@
     config.json             the model's shape
     model.safetensors       its weights, under GPT-2's own names
     tokenizer.json          which tokenizer, and its vocabulary
+    tokenizer_config.json   which of its tokens ends a text
     optimizer.safetensors   AdamW's moments            } only if the
     trainer_state.json      the step and the settings  } run can be resumed
 
-    best/                   the same five, from the step with the lowest validation loss so far
-    step-000100/            the same five, from an earlier step; --keep says how many of these
+    best/                   the same six, from the step with the lowest validation loss so far
+    step-000100/            the same six, from an earlier step; --keep says how many of these
 
-The five change together (`file_sets`): whenever the process is stopped, all are from one step. Each
+The six change together (`file_sets`): whenever the process is stopped, all are from one step. Each
 names its step, so a set that was mixed by hand is recognised.
 """
 
@@ -34,7 +35,8 @@ from micrograd_gpt.support.file_sets import (
     written_as_set,
 )
 from micrograd_gpt.support.files import read_json, reading, write_text
-from micrograd_gpt.text.tokenizers import TOKENIZER_FILE, Tokenizer
+from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.hugging_face import TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.weights.config import CONFIG
 from micrograd_gpt.weights.formats import MODEL
 from micrograd_gpt.weights.loading import fill
@@ -42,7 +44,7 @@ from micrograd_gpt.weights.saving import write_model
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
-SET = (CONFIG, MODEL, TOKENIZER_FILE, OPTIMIZER, STATE)
+SET = (CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG, OPTIMIZER, STATE)
 BEST = "best"
 SCALER = ("scale", "growth_interval", "good_steps", "skipped_steps")  # of a LossScaler
 
@@ -214,7 +216,9 @@ def _moments(model: GPT2, optimizer: AdamW) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [folder / name for name in SET]
+    """The files of the set in `folder`; earlier versions wrote no tokenizer_config.json."""
+    files = [folder / name for name in SET]
+    return [file for file in files if file.name != TOKENIZER_CONFIG or file.exists()]
 
 
 def _earlier_places(folder: Path) -> list[Path]:

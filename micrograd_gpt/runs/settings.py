@@ -19,6 +19,7 @@ from micrograd_gpt.gpt2 import GPT2Config
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.tokenizers import NAMES
 from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, read_config, size_name
 
 SHAPES: dict[str, dict[str, int]] = {"tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128}, **SIZES}
@@ -115,9 +116,8 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
     ("data", TEXT, "pydocs", ASK,  # English that every Python carries: nothing to download
      "pydocs, shakespeare, or a path: text, .jsonl, .parquet, a folder of texts or token shards"),
     ("encoding", TEXT, "utf-8", ASK, "of the text files"),
-    ("tokenizer", one_of("char", "byte", "word", "gpt2"),
-     By("char", "gpt2"), NEVER,  # a small model has no use for 50,257 tokens
-     "how the text is cut into tokens"),
+    ("tokenizer", TEXT, By("char", "gpt2"), NEVER,  # a small model has no use for 50,257 tokens
+     f"{', '.join(NAMES)}, or a folder with the files of a byte-level BPE"),
 ],
 "model": [
     ("size", TEXT, "tiny", NEVER,  # learns to write words in two minutes on a laptop

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from micrograd_gpt.text.tokenizers import Tokenizer
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.base_tokenizer import Tokenizer
 
 BETWEEN_DOCUMENTS = "\n\n"  # where the tokenizer has no end-of-text token
 PIECE_SIZE = 1 << 18  # characters that a piece has at least
@@ -43,6 +44,16 @@ def encode_piece(piece: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
     end = np.array([tokenizer.end_of_text], np.int32)
     ids = [array for text in piece for array in (end, tokenizer.encode(text))]
     return np.concatenate([np.empty(0, np.int32), *ids[1:]])
+
+
+def refuse_where_cut(tokenizer: Tokenizer) -> None:
+    """Raise UserError if a token that was added to a vocabulary may be cut in two, as "U.S."."""
+    for text in tokenizer.indivisible:
+        if SAFE_PLACE.search(text, 1):
+            raise UserError(
+                f"the tokenizer has an added token {text!r}, within which a large text may be cut: "
+                "give a text of less than 50 MB, or a tokenizer without it"
+            )
 
 
 def cut(

@@ -31,6 +31,7 @@ from micrograd_gpt.text.pieces import (
     Piece,
     cut,
     encode_piece,
+    refuse_where_cut,
 )
 from micrograd_gpt.text.shard_files import FORMAT, MANIFEST, ShardFiles, find_shards
 from micrograd_gpt.text.shards import open_shard, write_shard
@@ -80,9 +81,10 @@ def prepare(
                 tokenizer = _learn(tokenizer, files, encoding, parallel_map)
             if tokenizer.vocab_size > 1 << 16:
                 raise UserError(
-                    f"{source} has {tokenizer.vocab_size:,} different characters, more than the "
-                    "65,536 ids that a large text can use: give --tokenizer gpt2 or byte"
+                    f"the {tokenizer.name} tokenizer of {source} has {tokenizer.vocab_size:,} ids, "
+                    "more than the 65,536 that a large text can use: give --tokenizer gpt2 or byte"
                 )
+            refuse_where_cut(tokenizer)
             progress["tokenizer"] = tokenizer.to_dict()
             write_text(folder / PROGRESS, json.dumps(progress))
         entries = _write_shards(folder, files, encoding, progress["tokenizer"], parallel_map)

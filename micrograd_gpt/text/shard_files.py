@@ -19,8 +19,9 @@ from typing import Any
 
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading
+from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.shards import Shards, open_shard, read_shard
-from micrograd_gpt.text.tokenizers import FIXED, Tokenizer, tokenizer_from_dict
+from micrograd_gpt.text.tokenizers import FIXED, NAMES, tokenizer_from_dict
 
 MANIFEST = "manifest.json"
 FORMAT = "micrograd-gpt token shards"
@@ -115,9 +116,10 @@ def matching_tokenizer(files: ShardFiles, requested: str | Tokenizer) -> Tokeniz
         )
     made_with = tokenizer_from_dict(files.manifest["tokenizer"])
     if made_with.name != name:
+        it = made_with.name if made_with.name in NAMES else "and the folder with its files"
         raise UserError(
             f"the shards in {folder} were made with the {made_with.name} tokenizer: give "
-            f"--tokenizer {made_with.name}"
+            f"--tokenizer {it}"
         )
     if isinstance(requested, Tokenizer) and requested.to_dict() != made_with.to_dict():
         raise UserError(

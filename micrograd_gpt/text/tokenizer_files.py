@@ -1,81 +1,148 @@
-"""The tokenizer of a model's folder: ours, or GPT-2's in Hugging Face's files."""
+"""The tokenizer of a model's folder, from whichever files say it.
+
+    tokenizer.json            in the format of Hugging Face's tokenizers library (hugging_face.py),
+                              or in the one that earlier versions of this package wrote
+    vocab.json, merges.txt    a byte-pair encoding's tokens with their ids, and its merges in order
+    none of these             OpenAI's folders and many others: the tokenizer is GPT-2's
+
+Our own tokenizers are recognized, and other models' byte-pair encodings read, or refused by what
+makes them different (foreign_tokenizers.py).
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.file_sets import finish_set
 from micrograd_gpt.support.files import read_json
+from micrograd_gpt.text.base_tokenizer import END_OF_TEXT, Tokenizer
+from micrograd_gpt.text.byte_pairs import GPT2Tokenizer, gpt2_vocabulary
+from micrograd_gpt.text.foreign_tokenizers import (
+    MERGES,
+    BytePairs,
+    byte_pair_tokenizer,
+    of_tokenizer_json,
+    of_vocabulary_files,
+    refuse_other_files,
+)
+from micrograd_gpt.text.hugging_face import (
+    ANY_CHARACTER,
+    TOKENIZER,
+    byte_vocabulary,
+    split,
+    word_pattern,
+)
+from micrograd_gpt.text.merges import Merges
 from micrograd_gpt.text.tokenizers import (
-    END_OF_TEXT,
-    NAMES,
-    TOKENIZER_FILE,
-    GPT2Tokenizer,
-    Tokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    WordTokenizer,
     tokenizer_from_dict,
 )
 
+VOCABULARY = "vocab.json"
+GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary; padded to a multiple of 64, as by nanoGPT
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
+
+def load_tokenizer(folder: str | Path, or_gpt2: bool = True) -> Tokenizer:
     """Return the tokenizer of the model in `folder`.
 
-    A tokenizer.json of ours says which it is. Any other folder is a Hugging Face folder, which can
-    have Hugging Face's own tokenizer.json, a vocab.json, both or neither. Its tokenizer is gpt2,
-    provided that each vocabulary found is GPT-2's, entry by entry, and that config.json, if there
-    is one, does not give another vocab_size than 50257.
+    Where no file says it, it is gpt2, unless `or_gpt2` is False, provided that config.json, if
+    there is one, does not give another vocab_size than GPT-2's, plain or padded.
 
-    Raises UserError, naming the file, for a damaged file and for any other tokenizer.
+    Raises UserError, naming the file, for a damaged file and for a tokenizer that cannot be used.
     """
     folder = Path(folder)
-    settings = read_json(folder / TOKENIZER_FILE)
-    if settings is not None and "tokenizer" in settings:
-        try:
-            return tokenizer_from_dict(settings)
-        except UserError as error:
-            raise UserError(f"{folder / TOKENIZER_FILE} is damaged: {error}") from error
-
-    gpt2 = GPT2Tokenizer()
-    if settings is not None and not _describes_gpt2(settings, gpt2):
+    finish_set(folder)
+    settings = read_json(folder / TOKENIZER)
+    if settings is not None:
+        if "tokenizer" in settings:
+            with naming(folder / TOKENIZER, " is damaged"):
+                return tokenizer_from_dict(settings)
+        with naming(folder / TOKENIZER):
+            return _ours(settings) or _byte_pairs(of_tokenizer_json(settings, folder))
+    vocabulary = read_json(folder / VOCABULARY)
+    if vocabulary is not None:
+        with naming(folder / VOCABULARY):
+            return _byte_pairs(of_vocabulary_files(vocabulary, folder))
+    refuse_other_files(folder)
+    if not or_gpt2:
         raise UserError(
-            f"{folder / TOKENIZER_FILE} is neither one of our tokenizers ({', '.join(NAMES)}) nor "
-            "Hugging Face's for GPT-2: give a model that uses one of these"
+            f"there is no tokenizer in {folder}: give a folder with {TOKENIZER}, or with "
+            f"{VOCABULARY} and {MERGES}"
         )
-    vocabulary = read_json(folder / "vocab.json")
-    if vocabulary is not None and vocabulary != spelled_gpt2_vocabulary(gpt2):
+    vocab_size = (read_json(folder / "config.json") or {}).get("vocab_size", GPT2_SIZES[0])
+    if vocab_size not in GPT2_SIZES:
         raise UserError(
-            f"{folder / 'vocab.json'} is not GPT-2's vocabulary, the only one that can be read: "
-            "give a model that uses it"
+            f"{folder} has no {TOKENIZER}, and its vocab_size is {vocab_size} where "
+            f"GPT-2's is {GPT2_SIZES[0]}: add the {TOKENIZER} the model was saved with"
         )
-    config = read_json(folder / "config.json") or {}
-    if config.get("vocab_size", gpt2.vocab_size) != gpt2.vocab_size:
-        raise UserError(
-            f"{folder} has no {TOKENIZER_FILE}, and its vocab_size is {config['vocab_size']} where "
-            f"GPT-2's is {gpt2.vocab_size}: add the {TOKENIZER_FILE} the model was saved with"
-        )
-    return gpt2
+    return GPT2Tokenizer()
 
 
-def _describes_gpt2(settings: dict[str, Any], gpt2: GPT2Tokenizer) -> bool:
-    """Return whether Hugging Face's tokenizer.json has GPT-2's 50,257 tokens and no others."""
-    model, added = settings.get("model"), settings.get("added_tokens", [])
-    return (
-        isinstance(model, dict)
-        and model.get("vocab") == spelled_gpt2_vocabulary(gpt2)
-        and isinstance(added, list)
-        and all(isinstance(t, dict) and t.get("content") == END_OF_TEXT for t in added)
-    )
+@contextmanager
+def naming(path: Path, problem: str = "") -> Iterator[None]:
+    """Within the block, a UserError says which file it is about."""
+    try:
+        yield
+    except UserError as error:
+        if str(path.parent) in str(error):  # it names another file
+            raise
+        raise UserError(f"{path}{problem}: {error}") from error
 
 
-def spelled_gpt2_vocabulary(gpt2: GPT2Tokenizer) -> dict[str, int]:
-    """Return GPT-2's tokens and ids, spelled as in OpenAI's encoder.json and Hugging Face's files.
+def _byte_pairs(found: BytePairs) -> Tokenizer:
+    """Our byte or gpt2 tokenizer, which need no working out, or another one like them."""
+    if [(token.content, token.special) for token in found.added] == [(END_OF_TEXT, True)]:
+        if (found.vocabulary, found.merges) == (byte_vocabulary(), []):
+            return ByteTokenizer()
+        merges = merges_sha256(found.merges)
+        if found.vocabulary == gpt2_vocabulary() and merges == GPT2_MERGES_SHA256:
+            return GPT2Tokenizer()
+    return byte_pair_tokenizer(found)
 
-    Each byte is spelled as one printable character: its Latin-1 character if that can be printed,
-    else the next one from U+0100 on (a space is "Ġ").
-    """
-    hidden = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
-    characters = {b: chr(256 + hidden.index(b)) if b in hidden else chr(b) for b in range(256)}
-    return {
-        END_OF_TEXT if i == gpt2.end_of_text else "".join(characters[b] for b in token): i
-        for i, token in enumerate(gpt2.tokens)
-    }
+
+def merges_sha256(merges: Merges) -> str:
+    """The checksum of the merges as OpenAI's vocab.bpe and merges.txt have them."""
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    return hashlib.sha256(("\n".join(lines) + "\n").encode()).hexdigest()
+
+
+def _ours(settings: Mapping[str, Any]) -> Tokenizer | None:
+    """The char or word tokenizer that a tokenizer.json describes; None for any other."""
+    model, pre_tokenizer = settings.get("model"), settings.get("pre_tokenizer")
+    if not isinstance(model, dict) or not isinstance(pre_tokenizer, dict):
+        return None
+    vocab, added = model.get("vocab"), settings.get("added_tokens") or []
+    kind = _kind_of_words(pre_tokenizer)
+    if kind is None or model.get("type") != "WordLevel":
+        return None
+    if not isinstance(vocab, dict) or list(vocab.values()) != list(range(len(vocab))):
+        raise UserError(f"the vocabulary of a {kind.name} tokenizer has the ids 0, 1, 2, …")
+    tokens = list(vocab)
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict) and token.get("content") in tokens for token in added
+    ):
+        raise UserError(f"added tokens are not supported in a {kind.name} tokenizer")
+    return kind(tokens)
+
+
+def _kind_of_words(
+    pre_tokenizer: Mapping[str, Any],
+) -> type[CharTokenizer | WordTokenizer] | None:
+    """Which of our two tokenizers cuts a text up like that."""
+    if pre_tokenizer == split(ANY_CHARACTER):
+        return CharTokenizer
+    pattern = pre_tokenizer.get("pattern")
+    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if not isinstance(regex, str):
+        return None
+    # Which characters are of a word depends on the version of Unicode it was written with.
+    word_characters = regex.partition("+")[0]
+    return WordTokenizer if pre_tokenizer == split(word_pattern(word_characters)) else None

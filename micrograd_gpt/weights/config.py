@@ -121,12 +121,15 @@ def read_hparams(hparams: Mapping[str, Any], file: str | Path) -> GPT2Config:
         raise UserError(f"{file}{problem}") from None
 
 
-def config_json(config: GPT2Config, dtype: str, end_of_text: int | None = None) -> dict[str, Any]:
+def config_json(
+    config: GPT2Config, dtype: str, special_tokens: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """The contents of config.json, as Transformers reads it.
 
-    `dtype` names the type that the weights are stored in, `end_of_text` is the tokenizer's id of
-    that token. An architecture for learning does not say that it is a GPT-2: Transformers would
-    load it, and compute something else.
+    `dtype` names the type that the weights are stored in, `special_tokens` has the tokenizer's ids
+    of bos_token, with which a text begins, and eos_token, with which it ends. An architecture for
+    learning does not say that it is a GPT-2: Transformers would load it, and compute something
+    else.
     """
     shape = {key: getattr(config, key) for key in (*REQUIRED, *OPTIONAL)}
     variant = differences(config)
@@ -143,7 +146,8 @@ def config_json(config: GPT2Config, dtype: str, end_of_text: int | None = None) 
             **shape,
             **variant,
         }
-    return values | {"dtype": dtype, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    ids = {f"{name}_id": (special_tokens or {}).get(name) for name in ("bos_token", "eos_token")}
+    return values | {"dtype": dtype, **ids}
 
 
 def is_gpt2(config: GPT2Config) -> bool:

@@ -43,8 +43,7 @@ def write_model(
     arrays = {name: p.numpy() for name, p in model.named_parameters()}
     write_safetensors(folder / MODEL, arrays, {"format": "pt", **(metadata or {})}, dtype)
     stored = dtype or str(arrays["transformer.wte.weight"].dtype)
-    end_of_text = tokenizer.end_of_text if tokenizer else None
-    config = config_json(model.config, stored, end_of_text)
+    config = config_json(model.config, stored, tokenizer.special_tokens if tokenizer else None)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     if tokenizer:
         tokenizer.save(folder)

@@ -51,7 +51,11 @@ def help_of(flag: str) -> str:
     return " ".join(entry.split())
 
 
-@pytest.mark.parametrize("setting", dataclasses.fields(Settings), ids=lambda field: field.name)
+# All but the one that the tokenizer decides
+FOR_USERS = [field for field in dataclasses.fields(Settings) if field.name != "vocab_size"]
+
+
+@pytest.mark.parametrize("setting", FOR_USERS, ids=lambda field: field.name)
 def test_every_setting_has_a_flag_whose_help_says_its_default(
     setting: dataclasses.Field[Any],
 ) -> None:

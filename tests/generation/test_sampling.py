@@ -62,6 +62,24 @@ def test_the_streams_of_neighbouring_seeds_are_not_each_others(model: GPT2) -> N
     assert (zero[1] != one[0]).any()
 
 
+PADDED = [
+    *({**way, **how} for way in WAYS for how in ({}, {"speculate": "prompt-lookup"})),
+    {"num_beams": 3, "num_samples": 3},
+    {"temperature": 2.0, "use_cache": False},
+    {"temperature": 1.0, "num_samples": 4, "min_p": 0.01},
+]
+
+
+@pytest.mark.parametrize("way", PADDED)
+def test_ids_from_vocab_size_on_are_never_generated(model: GPT2, way: dict[str, Any]) -> None:
+    """They pad the vocabulary, and the tokenizer has no tokens for them."""
+    prompts = [np.array([1, 2, 1, 2, 1, 2, 1]), np.array([4])]
+    for prompt in prompts:
+        free = generate(model, prompt, 40, end_of_text=None, **way)
+        kept = generate(model, prompt, 40, end_of_text=None, vocab_size=5, **way)
+        assert free.max() >= 5 > kept.max() and kept.shape == free.shape
+
+
 def test_the_caller_can_stop_a_sample(model: GPT2) -> None:
     how = Settings(max_new_tokens=9, end_of_text=None)
     samples = start_samples([[1], [2, 3], [4]], how)
@@ -73,8 +91,9 @@ def test_the_caller_can_stop_a_sample(model: GPT2) -> None:
     assert samples[2].new_ids == plainly(model, np.array([4]), 9, end_of_text=None)[1:]
 
 
-def test_log_probabilities_are_the_models_own(model: GPT2) -> None:
-    how = Settings(max_new_tokens=5, temperature=0.3, top_k=2, end_of_text=None)
+@pytest.mark.parametrize("more", [{}, {"vocab_size": 6}])
+def test_log_probabilities_are_the_models_own(model: GPT2, more: dict[str, Any]) -> None:
+    how = Settings(max_new_tokens=5, temperature=0.3, top_k=2, end_of_text=None, **more)
     (sample,) = start_samples([[1, 2]], how)
     for _ in decode(model, [sample], how):
         pass

@@ -65,6 +65,7 @@ def test_the_folder_is_a_hugging_face_folder(tmp_path: Path) -> None:
         "config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer_config.json",
     }
     file = TensorFile(tmp_path / "model.safetensors")
     assert file.metadata["format"] == "pt" and "lm_head.weight" not in file.shapes
@@ -83,6 +84,26 @@ def test_weights_may_be_stored_smaller(tmp_path: Path, dtype: str) -> None:
     half_a_unit = 2**-8 if dtype == "bfloat16" else 2**-11  # of the stored mantissa's last bit
     np.testing.assert_allclose(stored, ours, rtol=half_a_unit, atol=2**-25)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
+
+
+def test_a_run_that_an_earlier_version_saved_goes_on(tmp_path: Path) -> None:
+    """Its tokenizer.json was in a format of our own, and there was no tokenizer_config.json."""
+    model, optimizer = trained()
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER.to_dict()))
+    checkpoint.load_run(tmp_path, model, optimizer)
+    optimizer.steps = 3
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, val_loss=1.0, keep=1)
+    new = {"config.json", "model.safetensors", "tokenizer.json", "optimizer.safetensors"}
+    new |= {"tokenizer_config.json", "trainer_state.json"}
+    assert {f.name for f in (tmp_path / "best").iterdir()} == new
+    older = tmp_path / "step-000002"
+    assert {f.name for f in older.iterdir()} == new - {"tokenizer_config.json"}
+    for folder in (tmp_path, tmp_path / "best", older):
+        assert load_tokenizer(folder).to_dict() == TOKENIZER.to_dict()
+    checkpoint.remove_run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_set_of_two_steps_is_named(tmp_path: Path) -> None:
@@ -135,6 +156,7 @@ def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
         "config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer_config.json",
         "optimizer.safetensors",
         "trainer_state.json",
     ],

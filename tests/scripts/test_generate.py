@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import training
-from small_gpt2 import TEXT, interrupt_after, save_model
+from small_gpt2 import TEXT, interrupt_after, make_model, save_model
 
 from micrograd_gpt.generation.output import SEPARATOR
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 from micrograd_gpt.weights.pretrained import from_pretrained
+from micrograd_gpt.weights.saving import save_pretrained
 
 SCRIPT = Path(__file__).parents[2] / "generate.py"
 generate = training.script("generate")
@@ -261,6 +262,22 @@ def test_closed_streams(monkeypatch: pytest.MonkeyPatch, char_model: str) -> Non
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(UserError, match="stdout is closed"):
         generate.main(["--model", char_model, "--prompt", "the "])
+
+
+def test_padding_of_the_vocabulary_is_never_generated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = CharTokenizer.from_text(TEXT)
+    size = tokenizer.vocab_size
+    model = make_model(0, 8, n_layer=1, vocab_size=size + 20, n_positions=32)
+    model.transformer.wte.weight.data[size:] *= 3  # so that the model prefers these
+    save_pretrained(model, tmp_path, tokenizer)
+    flags = ["--model", str(tmp_path), "--prompt", "the ", "--max-new-tokens", "30"]
+    for how in (["--greedy"], ["--num-samples", "3"], ["--num-beams", "3"]):
+        for sample in run_json(capsys, *flags, *how):
+            ids = sample["token_ids"]
+            assert len(ids) == 30 and max(ids) < size
+    assert max(model.eval().generate(tokenizer.encode("the "), max_new_tokens=30)) >= size
 
 
 def test_a_tokenizer_of_another_model(char_model: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from faults import Fault, Server, fill_disk, kill, needs_fork, run_with_fault, s
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support import cli, files
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text import hugging_face
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import CharTokenizer
 from micrograd_gpt.weights import pretrained, releases, saving
@@ -85,6 +86,7 @@ def test_a_local_folder_is_converted(
         "config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer_config.json",
     ]
     assert tree(source)["model.safetensors"] == tree(here / "new")["model.safetensors"]
     assert load_tokenizer(here / "new").name == "gpt2"
@@ -430,10 +432,10 @@ def test_everything_is_written_inside_of_out(
     for call in ("rename", "replace"):
         monkeypatch.setattr(os, call, recorded(getattr(os, call)))
     assert script.main(["--from", str(source), "--out", out]) == 0
-    written = ["config.json", "model.safetensors", "tokenizer.json"]
+    written = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert {Path(out) / name for name in written} <= {*moved}
     assert sorted(tree(here / out)) == written
-    assert len(list((here / out).iterdir())) == 3
+    assert len(list((here / out).iterdir())) == 4
 
 
 @needs_fork
@@ -453,7 +455,8 @@ def test_killed_at_any_moment_it_leaves_a_whole_folder(
         layers = pretrained.from_pretrained(GPT2, out).config.n_layer
         names = sorted(p.name for p in out.iterdir() if p.name != ".saving")
         written = ["config.json", "model.safetensors"]
-        assert names == (written if layers == 2 else [*written, "tokenizer.json"]), number
+        tokenizer = ["tokenizer.json", "tokenizer_config.json"]
+        assert names == (written if layers == 2 else [*written, *tokenizer]), number
         found.append(layers)
         if status == 0:
             break
@@ -549,7 +552,7 @@ def test_a_disk_that_fills_up_at_the_last_files_changes_nothing(
             fill_disk(monkeypatch, files, 0)
         files.write_text(path, text)
 
-    for module in (saving, sys.modules[CharTokenizer.__module__]):
+    for module in (saving, hugging_face):
         monkeypatch.setattr(module, "write_text", full)
     with pytest.raises(UserError, match=rf"cannot write .*{name}: No space left on device; what"):
         script.main(["--from", str(source), "--out", "new"])

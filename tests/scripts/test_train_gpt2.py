@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,15 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from tokenizer_folders import added_token, tokenizer_json, vocabulary, write
 from training import SCRIPT, SMALL, metrics, run, weights
 
 from micrograd_gpt import optim
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizers import CharTokenizer
+from micrograd_gpt.weights.saving import save_pretrained
 
 FLAGS = """--data --encoding --tokenizer --size --n-layer --n-head --n-embd --block-size --dropout
     --init-from --out --resume --overwrite --allow-changes --seed --device --dtype --tf32 --no-tf32
@@ -44,14 +49,59 @@ def test_a_run_from_start_to_end(text: Path, tmp_path: Path) -> None:
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     names = {f.name for f in out.iterdir()}
     assert names == {
-        *("config.json", "model.safetensors", "tokenizer.json", "optimizer.safetensors"),
-        *("trainer_state.json", "metrics.jsonl", "loss.png", "best"),
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("optimizer.safetensors", "trainer_state.json", "metrics.jsonl", "loss.png", "best"),
     }
     # A second run does not overwrite it unless told to.
     again = run("--data", text, "--out", out, *SMALL)
     assert again.returncode == 2 and "holds a run already" in again.stderr
     anew = run(*flags, "--max-steps", 2, "--overwrite")
     assert anew.returncode == 0 and [row["step"] for row in metrics(out)] == [1, 2]
+
+
+def test_a_run_with_the_tokenizer_of_a_folder(text: Path, tmp_path: Path) -> None:
+    """It goes into the run's folder, which needs the other folder no more."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    size = len(vocabulary())
+    added = [added_token("</s>", size), added_token("<pad>", size + 1)]
+    config = {"eos_token": "</s>", "pad_token": "<pad>"}
+    write(source, tokenizer_json=tokenizer_json(added), tokenizer_config_json=config)
+    planned = run("--data", text, "--tokenizer", source, "--plan", *SMALL)
+    assert planned.returncode == 0 and f"{size + 2}" in planned.stdout
+    first = run("--data", text, "--out", out, "--tokenizer", source, *SMALL, "--max-steps", 2)
+    assert first.returncode == 0, first.stderr
+    config = json.loads((out / "config.json").read_text())
+    assert (config["vocab_size"], config["eos_token_id"]) == (size + 2, size)
+    tokenizer = load_tokenizer(out)
+    assert tokenizer.to_dict() == load_tokenizer(source).to_dict()
+    assert tokenizer.special_tokens == {"eos_token": size, "pad_token": size + 1}
+    shutil.rmtree(source)
+    again = run("--out", out, "--resume", "--max-steps", 3)
+    assert again.returncode == 0, again.stderr
+    anew = ["--data", text, "--tokenizer", source, "--out", tmp_path / "x", *SMALL]
+    result = run(*anew)
+    assert result.returncode == 2 and "source' is neither" in result.stderr
+    source.mkdir()
+    result = run(*anew)
+    assert result.returncode == 2 and "error: there is no tokenizer in" in result.stderr
+
+
+def test_weights_with_a_padded_vocabulary_are_tuned(text: Path, tmp_path: Path) -> None:
+    tokenizer = CharTokenizer.from_text(text.read_text("utf-8"))
+    size = tokenizer.vocab_size
+    model = GPT2(GPT2Config(1, 2, 16, size + 9, 16))
+    model.transformer.wte.weight.data[size:] *= 99  # so that the model prefers these
+    save_pretrained(model, tmp_path / "padded", tokenizer)
+    flags = ["--data", text, "--out", tmp_path / "out", "--max-steps", 1, "--batch-size", 2]
+    result = run("--init-from", tmp_path / "padded", *flags)
+    assert result.returncode == 0 and "sample:" in result.stdout, result.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == size + 9
+
+    CharTokenizer.from_text(text.read_text("utf-8") + "0123456789").save(tmp_path / "padded")
+    result = run("--init-from", tmp_path / "padded", *flags, "--overwrite")
+    assert result.returncode == 2 and "error: the tokenizer has" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["train_gpt2.py", "generate.py", "load_gpt2.py"])
@@ -171,7 +221,10 @@ def test_fine_tuning_starts_from_the_weights_it_is_given(text: Path, tmp_path: P
     ("flags", "message"),
     [
         (["--data", "missing.txt"], "missing.txt"),
-        (["--tokenizer", "bpe"], "invalid choice: 'bpe'"),
+        (
+            ["--tokenizer", "bpe"],
+            "is char, word, byte, gpt2 or a folder, and 'bpe' is neither",
+        ),
         (["--size", "2B"], "unknown GPT-2 size '2B'"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--batch-size", "0"], "must be 1 or more, not 0"),

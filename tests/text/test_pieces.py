@@ -11,10 +11,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_folders import MERGES, vocabulary
 
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.byte_pairs import AddedToken, BytePairTokenizer, GPT2Tokenizer
 from micrograd_gpt.text.corpus import encode_documents
-from micrograd_gpt.text.pieces import LONGEST_PIECE, PIECE_SIZE, SAFE_PLACE, cut, encode_piece
-from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, WordTokenizer
+from micrograd_gpt.text.pieces import (
+    LONGEST_PIECE,
+    PIECE_SIZE,
+    SAFE_PLACE,
+    cut,
+    encode_piece,
+    refuse_where_cut,
+)
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
 
 # Every character that Python or Unicode calls white space, and what GPT-2's pattern tells apart.
 WHITE_SPACE = [chr(c) for c in range(0x110000) if chr(c).isspace()]
@@ -56,12 +66,34 @@ def test_pieces_tokenize_as_the_whole(texts: list[str], size: int, data: st.Data
         ByteTokenizer(),
         CharTokenizer.from_text(whole + "\n"),
         WordTokenizer.from_text(whole),
+        BytePairTokenizer(vocabulary(), MERGES),
     ):
         end_last = tokenizer.end_of_text is not None
         pieces = list(cut([in_chunks(text) for text in texts], end_last, size))
         ids = [encode_piece(piece, tokenizer) for piece in pieces]
         expected = encode_documents(documents, tokenizer)
         np.testing.assert_array_equal(np.concatenate([*ids, np.empty(0, int)]), expected)
+
+
+def with_added(*contents: str) -> BytePairTokenizer:
+    tokens = vocabulary()
+    added = [AddedToken(text, len(tokens) + i, False, True) for i, text in enumerate(contents)]
+    return BytePairTokenizer(tokens, MERGES, added)
+
+
+@given(text=MIXED, size=st.integers(1, 12))
+def test_added_tokens_are_not_cut(text: str, size: int) -> None:
+    tokenizer = with_added("  ", "\n\n", "\na", "'!s", ".a", "a中", "1Z")
+    refuse_where_cut(tokenizer)
+    ids = [encode_piece(piece, tokenizer) for piece in cut([[text]], False, size)]
+    found = np.concatenate([*ids, np.empty(0, int)])
+    np.testing.assert_array_equal(found, tokenizer.encode(text))
+
+
+@pytest.mark.parametrize("content", ["U.S.", "the dog", "a\n", "中。"])
+def test_added_tokens_that_might_be_cut_are_refused(content: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"has an added token {content!r}, within which")):
+        refuse_where_cut(with_added("ok", content))
 
 
 RUNS = st.lists(

@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizer_folders import END, MERGES, vocabulary
 
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text import prepare, shards
+from micrograd_gpt.text.byte_pairs import AddedToken, BytePairTokenizer, GPT2Tokenizer
 from micrograd_gpt.text.corpus import encode_documents, load_corpus
 from micrograd_gpt.text.documents import load_documents
 from micrograd_gpt.text.pieces import cut
 from micrograd_gpt.text.prepare import PROGRESS
 from micrograd_gpt.text.shard_files import MANIFEST
 from micrograd_gpt.text.shards import Shards
-from micrograd_gpt.text.tokenizers import CharTokenizer, GPT2Tokenizer, WordTokenizer
+from micrograd_gpt.text.tokenizers import CharTokenizer, WordTokenizer
 from micrograd_gpt.text.workers import ParallelMap, worker_pool
 
 SIZE = 50  # characters of a piece
@@ -78,6 +80,29 @@ def write_texts(folder: Path) -> None:
 def prepared(cache: Path) -> Path:
     (folder,) = (cache / "tokens").iterdir()
     return folder
+
+
+def test_a_large_text_with_another_model_s_tokenizer(
+    tmp_path: Path, workers: InThisProcess
+) -> None:
+    write_texts(tmp_path / "texts")
+    tokens, cache = vocabulary(), tmp_path / "cache"
+    size = len(tokens)
+    end, mat = AddedToken(END, size, True, False), AddedToken(" mat", size + 1, False, True)
+    tokenizer = BytePairTokenizer(tokens, MERGES, [end, mat], {"eos_token": size})
+    expected = encode_documents(load_documents(tmp_path / "texts"), tokenizer)
+    corpus = load_corpus(tmp_path / "texts", tokenizer, 0.25, cache_folder=cache)
+    np.testing.assert_array_equal([*corpus.train[:], *corpus.validation[:]], expected)
+    assert {size, size + 1} <= set(expected.tolist()) and len(list(cache.rglob("*.bin"))) > 2
+    again = load_corpus(prepared(cache), tokenizer, 0.25, cache_folder=cache)
+    np.testing.assert_array_equal(again.train[:], corpus.train[:])
+    with pytest.raises(UserError, match="give --tokenizer and the folder with its files"):
+        load_corpus(prepared(cache), "gpt2", 0.25, cache_folder=cache)
+    cut = BytePairTokenizer(tokens, MERGES, [end, mat._replace(content="U.S.")], {})
+    with pytest.raises(
+        UserError, match=r"added token .U\.S\.., within which a large text may be cut"
+    ):
+        load_corpus(tmp_path / "texts", cut, 0.25, cache_folder=cache)
 
 
 def test_an_old_vocabulary_is_not_taken_for_a_changed_text(
@@ -326,7 +351,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, workers: InThisProcess) 
 def test_ids_of_a_large_text_are_uint16(tmp_path: Path, workers: InThisProcess) -> None:
     characters = [chr(c) for c in range(0x10000, 0x10000 + (1 << 16) + 1)]
     (tmp_path / "a.txt").write_text("".join(characters), "utf-8")
-    with pytest.raises(UserError, match="has 65,537 different characters"):
+    with pytest.raises(UserError, match=r"char tokenizer of .* has 65,537 ids, more"):
         load_corpus(tmp_path / "a.txt", "char", cache_folder=tmp_path / "cache")
 
 

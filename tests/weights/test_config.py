@@ -35,11 +35,11 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("extra", [{}, DROPOUT, {"layer_norm_epsilon": 1e-6}])
 def test_what_is_written_is_read(extra: dict[str, float]) -> None:
     config = GPT2Config(**SMALL, **extra)
-    assert read_config(config_json(config, "float32", end_of_text=22)) == config
+    assert read_config(config_json(config, "float32", {"eos_token": 22})) == config
 
 
 def test_the_keys_are_transformers() -> None:
-    assert config_json(GPT2Config(**SMALL), "float16", end_of_text=22) == {
+    assert config_json(GPT2Config(**SMALL), "float16", {"bos_token": 21, "eos_token": 22}) == {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         "activation_function": "gelu_new",
@@ -49,7 +49,7 @@ def test_the_keys_are_transformers() -> None:
         **dict.fromkeys(DROPOUT, 0.0),
         "layer_norm_epsilon": 1e-5,
         "dtype": "float16",
-        "bos_token_id": 22,
+        "bos_token_id": 21,
         "eos_token_id": 22,
     }
 
