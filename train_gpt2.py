@@ -153,7 +153,7 @@ def make_model(settings: argparse.Namespace, vocab_size: int, device: str) -> GP
         model = unwritten(config) if settings.resume else GPT2(config, settings.seed)
         hold_in(model, wide)
         move(model, device)
-    set_dropout(model, settings.dropout)
+    set_dropout(model.train(), settings.dropout)  # given weights come in evaluation mode
     if settings.recompute:
         recompute_blocks(model)
     return model

@@ -14,8 +14,10 @@ import numpy as np
 from micrograd_gpt import optim
 from micrograd_gpt.arrays.memory import LOGITS_AT_ONCE
 from micrograd_gpt.arrays.precision import HALF, compute_in, hold_in
-from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.gpt2 import GPT2Config
 from micrograd_gpt.runs.recompute import recompute_blocks
+from micrograd_gpt.variants import inner_width
+from micrograd_gpt.weights.config import model_class
 
 PYTHON = 75_000_000  # bytes: the interpreter, NumPy and the other libraries of a run
 TIMED_TOKENS = 2048  # a micro-batch of about this many stands for larger ones when it is timed
@@ -23,7 +25,7 @@ TIMED_TOKENS = 2048  # a micro-batch of about this many stands for larger ones w
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The sizes of a run of GPT-2 itself (a teaching variant may have a table or a norm less).
+    """The sizes of a run (an architecture for learning may have a table or a norm less).
 
     Memory is in bytes, on each device.
     """
@@ -39,9 +41,11 @@ class Plan:
     @property
     def n_parameters(self) -> int:
         c = self.config
-        embeddings = (c.vocab_size + c.n_positions) * c.n_embd
-        block = 12 * c.n_embd**2 + 13 * c.n_embd  # qkv 3, proj 1, MLP 4 + 4; biases and LayerNorms
-        return embeddings + c.n_layer * block + 2 * c.n_embd  # and the last LayerNorm
+        tables = c.vocab_size + c.n_positions  # rows of n_embd numbers
+        tables += 0 if getattr(c, "tie_word_embeddings", True) else c.vocab_size
+        biases = 9 * c.n_embd + inner_width(c)  # qkv 3, proj 1, MLP; LayerNorms 2 + 2
+        blocks = c.n_layer * (self._matrices_of_block + biases)
+        return tables * c.n_embd + blocks + 2 * c.n_embd  # and the last LayerNorm
 
     @property
     def tokens_per_step(self) -> int:
@@ -55,7 +59,7 @@ class Plan:
         the causal half in the forward, and five in the backward, which computes the weights again.
         """
         c = self.config
-        matrices = 12 * c.n_layer * c.n_embd**2  # of the blocks
+        matrices = c.n_layer * self._matrices_of_block
         attention = c.n_layer * c.n_embd * self.block_size // 2  # of one product
         again = 2 * matrices + 2 * 2 * attention if self.recompute else 0
         return 6 * (matrices + c.vocab_size * c.n_embd) + 7 * 2 * attention + again
@@ -132,6 +136,17 @@ class Plan:
         return self.batch_size * self.block_size * self.config.n_embd
 
     @property
+    def _hidden(self) -> int:
+        """Numbers in the hidden layer of an MLP for a micro-batch."""
+        return self.batch_size * self.block_size * inner_width(self.config)
+
+    @property
+    def _matrices_of_block(self) -> int:
+        """Numbers in the matrices of a block: qkv 3 and proj 1 times C², and the MLP's two."""
+        c = self.config
+        return 4 * c.n_embd**2 + 2 * inner_width(c) * c.n_embd
+
+    @property
     def _saved_by_block(self) -> int:
         """Bytes that the forward of a block saves."""
         c = self.config
@@ -139,17 +154,18 @@ class Plan:
         sums = self.batch_size * self.block_size * (c.n_head + 4)  # of attention and LayerNorm
         # In the type of the matrix work: the results of two norms, q k v, attention's result, the
         # MLP's hidden layer before and after GELU; and weights rounded to half precision.
-        branches = 2 + 3 + 1 + 4 + 4
-        weights = 12 * c.n_embd**2 if self._is_half else 0
+        branches = (2 + 3 + 1) * self._stream + 2 * self._hidden
+        weights = self._matrices_of_block if self._is_half else 0
         wide = streams * self._stream + sums
-        return wide * self._wide + (branches * self._stream + weights) * self._narrow
+        return wide * self._wide + (branches + weights) * self._narrow
 
     @property
     def _block_in_backward(self) -> int:
         """Bytes that a block holds while its backward runs: what it saved, and gradients."""
         # A CPU computes in float32: GELU's gradient of the hidden layer from two such copies.
-        copies = 3 * 4 * self._stream * self._wide if self._is_half and self.device == "cpu" else 0
-        return self._saved_by_block + 10 * self._stream * self._narrow + copies
+        copies = 3 * self._hidden * self._wide if self._is_half and self.device == "cpu" else 0
+        gradients = 2 * self._stream + 2 * self._hidden
+        return self._saved_by_block + gradients * self._narrow + copies
 
     def seconds_per_step(self, rate: float | None = None, devices: int = 1) -> float:
         """Time of a step on `devices` that reach `rate` TFLOP/s each; None: as measured here.
@@ -166,7 +182,7 @@ class Plan:
 
     def _timed_step(self, n_layer: int, rows: int) -> float:
         config = dataclasses.replace(self.config, n_layer=n_layer)
-        model = GPT2(config)
+        model = model_class(config)(config)
         hold_in(model, "float32" if self._is_half else self.dtype)
         if self.recompute:
             recompute_blocks(model)

@@ -15,7 +15,13 @@ from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import finish_set
 from micrograd_gpt.support.files import read_json
-from micrograd_gpt.variants import CHOICES, VariantConfig, VariantGPT2
+from micrograd_gpt.variants import (
+    FOR_LEARNING,
+    OWN_VALUES,
+    VariantConfig,
+    VariantGPT2,
+    differences,
+)
 
 CONFIG = "config.json"
 SIZES = {  # OpenAI's four models
@@ -61,31 +67,25 @@ def read_values(folder: str | Path) -> dict[str, Any]:
 def read_config(source: str | Path | Mapping[str, Any], file: str | Path = CONFIG) -> GPT2Config:
     """The model's shape, from a folder with a config.json or from that file's contents.
 
-    It is a VariantConfig for a teaching variant, whose config.json says so by two keys of its own.
-    Raises UserError, naming the file (`file`, where `source` is its contents), if it is missing or
-    damaged, or describes a model that is not a GPT-2.
+    It is a VariantConfig unless the architecture is GPT-2's own. Raises UserError, naming the file
+    (`file`, where `source` is its contents), if it is missing or damaged, or describes a model that
+    is not a GPT-2.
     """
     if not isinstance(source, Mapping):
         file, source = Path(source) / CONFIG, read_values(source)
-    n_embd = source.get("n_embd")
-    supported = {
-        "model_type": ("gpt2", "micrograd-gpt"),
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "tie_word_embeddings": (True,),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "n_inner": (None, 4 * n_embd if isinstance(n_embd, int) else None),
-    }
+    supported = {"model_type": ("gpt2", "micrograd-gpt"), "add_cross_attention": (False,)}
     for key, allowed in supported.items():
         if key in source and source[key] not in allowed:
             raise UserError(f"{file}: {key} is {source[key]!r}; only {allowed[0]!r} is supported")
+    if "n_ctx" in source:  # what the oldest files call it
+        source = {"n_positions": source["n_ctx"], **source}
     missing = sorted(set(REQUIRED) - source.keys())
     if missing:
         raise UserError(f"{file} lacks {', '.join(missing)}")
     values = {key: source[key] for key in (*REQUIRED, *OPTIONAL) if key in source}
-    variant = {key: source[key] for key in CHOICES if key in source}
+    variant = {key: source[key] for key in OWN_VALUES if key in source}
     try:
-        _check_numbers(values)
+        _check_numbers(values | variant)
         config = VariantConfig(**values, **variant)
         return GPT2Config(**values) if is_gpt2(config) else config
     except ValueError as error:
@@ -93,7 +93,7 @@ def read_config(source: str | Path | Mapping[str, Any], file: str | Path = CONFI
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:
-    for key in REQUIRED:
+    for key in REQUIRED if values.get("n_inner") is None else (*REQUIRED, "n_inner"):
         value = values[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{key} must be a whole number of at least 1, not {value!r}")
@@ -125,13 +125,14 @@ def config_json(config: GPT2Config, dtype: str, end_of_text: int | None = None) 
     """The contents of config.json, as Transformers reads it.
 
     `dtype` names the type that the weights are stored in, `end_of_text` is the tokenizer's id of
-    that token. A teaching variant does not say that it is a GPT-2: Transformers would load it, and
-    compute something else.
+    that token. An architecture for learning does not say that it is a GPT-2: Transformers would
+    load it, and compute something else.
     """
     shape = {key: getattr(config, key) for key in (*REQUIRED, *OPTIONAL)}
-    if not is_gpt2(config):
-        variant = {key: getattr(config, key) for key in CHOICES}
-        values = {"model_type": "micrograd-gpt", **shape, **variant}
+    variant = differences(config)
+    if variant.keys() & set(FOR_LEARNING):
+        choices = {key: getattr(config, key) for key in FOR_LEARNING}
+        values = {"model_type": "micrograd-gpt", **shape, **choices}
     else:
         values = {
             "model_type": "gpt2",
@@ -141,14 +142,15 @@ def config_json(config: GPT2Config, dtype: str, end_of_text: int | None = None) 
             "tie_word_embeddings": True,
             **shape,
         }
+    values |= variant
     return values | {"dtype": dtype, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
 
 
 def is_gpt2(config: GPT2Config) -> bool:
-    """True for GPT-2's own architecture, False for a teaching variant."""
-    return all(getattr(config, key, own) == own for key, (own, _) in CHOICES.items())
+    """True for GPT-2's own architecture, False for a variant of it."""
+    return not differences(config)
 
 
 def model_class(config: GPT2Config, cls: type[GPT2] = GPT2) -> type[GPT2]:
-    """The class of the model with this config: `cls`, unless it is a teaching variant."""
+    """The class of the model with this config: `cls`, unless it is a variant."""
     return cls if is_gpt2(config) else VariantGPT2

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from micrograd_gpt.gpt2 import GPT2Config
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import finish_set
 from micrograd_gpt.support.files import read_json
@@ -30,6 +31,9 @@ from micrograd_gpt.weights.reading import StoredTensor, Zeros, same_bytes
 from micrograd_gpt.weights.tensor_files import TensorFile
 from micrograd_gpt.weights.tf_checkpoint import TFCheckpoint
 from micrograd_gpt.weights.torch_file import read_torch, stored_tensors
+
+# What stands on the body in Transformers' models for classification and the like
+OTHER_HEADS = ("score.", "classifier.", "qa_outputs.", "multiple_choice_head.")
 
 MODEL, INDEX, HPARAMS = "model.safetensors", "model.safetensors.index.json", "hparams.json"
 TORCH_MODEL, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -102,13 +106,14 @@ def _open_file(path: Path) -> Weights:
         saved = read_torch(path)
         if is_nanogpt(saved):
             return _open_nanogpt(path, saved)
-        tensors = _gpt2_tensors(path, stored_tensors(saved, path))
+        entries = stored_tensors(saved, path)
     else:
-        tensors = _gpt2_tensors(path, TensorFile(path).entries)
-    _check_size(path, tensors)
+        entries = TensorFile(path).entries
     if not path.with_name(CONFIG).exists():
+        tensors = _gpt2_tensors(path, entries)
         return Weights(path, _published_config(path, tensors), tensors)
     config = read_config(path.parent)
+    tensors = _gpt2_tensors(path, entries, getattr(config, "tie_word_embeddings", True))
     _check_agreement(path, config, CONFIG, tensors)
     return Weights(path, config, tensors)
 
@@ -116,36 +121,44 @@ def _open_file(path: Path) -> Weights:
 def _open_nanogpt(path: Path, saved: dict[str, Any]) -> Weights:
     config = read_config(nanogpt_config(saved, path), path)
     tensors = _gpt2_tensors(path, nanogpt_tensors(saved, path))
-    _check_size(path, tensors)
     _check_agreement(path, config, "model_args", tensors)
     return Weights(path, config, tensors)
 
 
-def _gpt2_tensors(path: Path, entries: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _gpt2_tensors(
+    path: Path, entries: Mapping[str, StoredTensor], is_tied: bool = True
+) -> dict[str, StoredTensor]:
     # GPT2LMHeadModel is saved with `transformer.` before the names, the bare GPT2Model without.
     names: dict[str, str] = {}
     for name in entries:
         short = name.removeprefix("transformer.")
         if name == "lm_head.weight" or re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", short):
-            continue  # the tied head, and the causal mask that old files hold too
+            continue  # the head, and the causal mask that old files hold too
+        if name.startswith(OTHER_HEADS):
+            continue
         ours = f"transformer.{short}"
         if ours in names:
             raise UserError(f"{path} holds both {names[ours]!r} and {name!r}")
         names[ours] = name
-    if "lm_head.weight" in entries:
+    if others := [name for name in entries if name.startswith(OTHER_HEADS)]:
+        say(f"note: {path}: {', '.join(others)} left out: a language model has no such head")
+    if "lm_head.weight" in entries and not is_tied:
+        names["lm_head.weight"] = "lm_head.weight"
+    elif "lm_head.weight" in entries:
         # The head is the token embedding: files may have either name, or both.
         wte = names.setdefault("transformer.wte.weight", "lm_head.weight")
         if not same_bytes(entries[wte], entries["lm_head.weight"]):
-            raise UserError(f"{path}: lm_head.weight differs from {wte}, but GPT-2 ties the two")
-    return {ours: entries[name] for ours, name in names.items()}
-
-
-def _check_size(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+            raise UserError(
+                f"{path}: lm_head.weight differs from {wte}, but GPT-2 ties the two: if this"
+                f" model does not, {CONFIG} must say tie_word_embeddings: false"
+            )
+    tensors = {ours: entries[name] for ours, name in names.items()}
     # Tensors of a PyTorch file may overlap, so that a small file could describe a vast model.
     stored = [tensor for tensor in tensors.values() if not isinstance(tensor, Zeros)]
     size = sum(file.stat().st_size for file in {tensor.path for tensor in stored})
     if sum(tensor.nbytes for tensor in stored) > size:
         raise UserError(f"{path} is damaged: its tensors overlap; fetch it again")
+    return tensors
 
 
 def _open_openai(folder: Path, hparams: dict[str, Any]) -> Weights:

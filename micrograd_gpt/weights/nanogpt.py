@@ -7,7 +7,8 @@ nanoGPT's train.py writes `ckpt.pt`, by torch.save, which holds
     optimizer, iter_num, best_val_loss, config
 
 Its layers are torch.nn.Linear, so their weights are (n_out, n_in). With `bias` false its Linear and
-LayerNorm layers have none. The 50,257 tokens of GPT-2 are padded to 50,304, for speed on a GPU.
+LayerNorm layers have none. The 50,257 tokens of GPT-2 are padded to 50,304, for speed on a GPU. Its
+GELU is the exact one (until June 2023 it was GPT-2's approximation, which no checkpoint says).
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ def nanogpt_config(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     for name in SHAPE:
         if type(arguments.get(name)) is not int:
             raise UserError(f"{path}: its model_args have no whole number {name}")
-    config = {ours: arguments[name] for name, ours in SHAPE.items()}
-    if config["vocab_size"] == PADDED:
+    config: dict[str, Any] = {ours: arguments[name] for name, ours in SHAPE.items()}
+    if arguments["vocab_size"] == PADDED:
         config["vocab_size"] = GPT2_TOKENS
     dropout = arguments.get("dropout", 0.0)
     if type(dropout) not in (int, float):
         raise UserError(f"{path}: its model_args have a dropout that is not a number")
-    return config | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
+    config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
+    return config | {"activation_function": "gelu"}
 
 
 def nanogpt_tensors(saved: dict[str, Any], path: Path) -> dict[str, StoredTensor]:
