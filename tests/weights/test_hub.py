@@ -235,7 +235,7 @@ def test_the_cache_is_used_where_the_hub_cannot_be_asked(
     hub._listing.cache_clear()
     assert fetch(at(server, tmp_path)) == folder
     assert "the server answered 503; using the copy" in capsys.readouterr().err
-    with pytest.raises(UserError, match="is not a file or folder here, and .* cannot be asked"):
+    with pytest.raises(UserError, match=r"is not a file or folder here, and .* cannot be asked"):
         fetch(at(gone(), tmp_path, f"{NAME}@v1.0"))
 
 
