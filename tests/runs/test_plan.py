@@ -17,6 +17,7 @@ from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.recompute import recompute_blocks
+from micrograd_gpt.variants import VariantConfig, VariantGPT2
 from micrograd_gpt.weights.config import SIZES
 
 SCRIPT = Path(__file__).parents[2] / "train_gpt2.py"
@@ -54,9 +55,12 @@ class Counting(np.ndarray):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_step_s_work_is_that_of_its_matrix_products(recompute: bool) -> None:
+@pytest.mark.parametrize("relative", [{}, {"n_inner": 400, "tie_word_embeddings": False}])
+def test_a_step_s_work_is_that_of_its_matrix_products(
+    recompute: bool, relative: dict[str, Any]
+) -> None:
     shape = SMALL | {"n_embd": 64, "vocab_size": 200}
-    model = GPT2(GPT2Config(**shape))
+    model = VariantGPT2(VariantConfig(**shape, **relative))
     if recompute:
         recompute_blocks(model)
     for parameter in model.parameters():

@@ -87,6 +87,22 @@ def test_pytorch_s_folders(tmp_path: Path, form: str) -> None:
     assert_same(from_pretrained(GPT2, tmp_path), {name: a + 1 for name, a in ARRAYS.items()})
 
 
+def test_a_head_of_its_own(tmp_path: Path) -> None:
+    arrays = ARRAYS | {"lm_head.weight": ARRAYS["transformer.wte.weight"][::-1]}
+    folder = hf_folder(tmp_path, arrays, {**CONFIG, "tie_word_embeddings": False})
+    assert_same(from_pretrained(GPT2, folder), arrays)
+
+
+@pytest.mark.parametrize("head", ["score", "classifier", "qa_outputs", "multiple_choice_head"])
+def test_another_head_is_left_out(
+    tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heads = {f"{head}.weight": ARRAYS[SQUARE], f"{head}.bias": ARRAYS[SQUARE][0]}
+    assert_same(from_pretrained(GPT2, hf_folder(tmp_path, ARRAYS | heads)))
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith(f"note: {tmp_path}") and all(name in note for name in heads)
+
+
 def test_a_sharded_folder(tmp_path: Path) -> None:
     weight_map = {}
     for i, names in enumerate((sorted(ARRAYS)[::2], sorted(ARRAYS)[1::2])):
@@ -235,7 +251,7 @@ WRONG_FOLDERS: dict[str, tuple[Arrays, Any, str]] = {
         CONFIG,
         r"has a tensor that the model does not have: 'transformer\.h\.0\.crossattention\.bias'",
     ),
-    "foreign tensor": (ARRAYS | {"score.weight": ARRAYS[SQUARE]}, CONFIG, r"score\.weight"),
+    "foreign tensor": (ARRAYS | {"pooler.weight": ARRAYS[SQUARE]}, CONFIG, r"pooler\.weight"),
     "name of two lines": (ARRAYS | {"a\nb": ARRAYS[SQUARE]}, CONFIG, r"'transformer\.a\\nb'"),
     "one tensor, two names": (
         ARRAYS | {"ln_f.bias": ARRAYS["transformer.ln_f.bias"]},
@@ -248,8 +264,9 @@ WRONG_FOLDERS: dict[str, tuple[Arrays, Any, str]] = {
     "another head": (
         ARRAYS | {"lm_head.weight": ARRAYS["transformer.wte.weight"] + 1},
         CONFIG,
-        r"lm_head\.weight differs",
+        r"lm_head\.weight differs .*: if .* config\.json must say tie_word_embeddings: false",
     ),
+    "no head of its own": (ARRAYS, changed(tie_word_embeddings=False), r"lacks 'lm_head\.weight'"),
     "config of more layers": (ARRAYS, changed(n_layer=10**9), "n_layer 1000000000, the tensors 2"),
     "config of other width": (ARRAYS, changed(n_embd=20), "n_embd 20, the tensors 16"),
     "config of other vocabulary": (ARRAYS, changed(vocab_size=62), "vocab_size 62, the tensors 61"),
