@@ -25,6 +25,7 @@ import pytest
 
 from micrograd_gpt.support.errors import UserError
 
+COMMIT = "0123456789abcdef" * 2 + "01234567"  # of the files for which none is named
 LOGIN_PAGE = b"<!DOCTYPE html><html><body>Please log in to the hotel's network.</body></html>"
 
 
@@ -44,15 +45,14 @@ class Server:
     """`files` maps paths to bodies; each GET of a path first uses up one of `faults[path]`.
 
     `head_faults[path]` does the same for HEAD. `requests` lists (method, path, Range header).
-    Files that are not asked for by a commit are those of `commit`, as the Hub would call it.
+    `commits[path]` is the commit that a path's file is of, as the Hub calls it.
     """
-
-    commit = "0123456789abcdef" * 2 + "01234567"
 
     def __init__(self, url: str, files: dict[str, bytes]) -> None:
         self.url, self.files = url, files
         self.faults: defaultdict[str, list[Fault]] = defaultdict(list)
         self.head_faults: defaultdict[str, list[Fault]] = defaultdict(list)
+        self.commits: dict[str, str] = {}
         self.requests: list[tuple[str, str, str | None]] = []
 
     def ranges(self, path: str) -> list[str | None]:
@@ -82,12 +82,11 @@ def serving(files: dict[str, bytes]) -> Iterator[Server]:
             if fault.status is not None or content is None:
                 headers = {"X-Error-Code": fault.code} if fault.code else {}
                 return self.send(fault.status or 404, headers, b"", body)
-            commit = re.search(r"/resolve/([0-9a-f]{40})/", self.path)
             headers = {
                 "Content-Type": "application/octet-stream",
                 # What huggingface_hub asks of a Hub:
                 "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
-                "X-Repo-Commit": commit[1] if commit else server.commit,
+                "X-Repo-Commit": server.commits.get(self.path, COMMIT),
                 "Accept-Ranges": "bytes",
             }
             status, start = 200, 0

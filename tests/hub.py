@@ -27,9 +27,8 @@ def publish(server: Server, name: str, revision: str, commit: str, files: Files)
     for called in (revision, commit):
         server.files[f"/api/models/{name}/revision/{called.replace('/', '%2F')}"] = listing
         for file, content in files.items():
-            server.files[f"/{name}/resolve/{called.replace('/', '%2F')}/{file}"] = content
-    if revision == "main":
-        server.commit = commit
+            path = f"/{name}/resolve/{called.replace('/', '%2F')}/{file}"
+            server.files[path], server.commits[path] = content, commit
 
 
 def refuse(

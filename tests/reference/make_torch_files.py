@@ -64,15 +64,15 @@ def nanogpt_checkpoint(arrays: dict[str, np.ndarray], dropout: float = 0.0) -> d
     }
 
 
-def main() -> None:
-    (FOLDER / "old").mkdir(parents=True, exist_ok=True)
+def write_files(folder: Path) -> None:
+    (folder / "old").mkdir(parents=True, exist_ok=True)
     state = transformers_state(ARRAYS)
-    torch.save(state, FOLDER / "pytorch_model.bin")
-    torch.save(state, FOLDER / "old" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    torch.save(nanogpt_checkpoint(ARRAYS), FOLDER / "ckpt.pt")
-    for folder in (FOLDER, FOLDER / "old"):
-        (folder / "config.json").write_text(json.dumps(CONFIG) + "\n")
+    torch.save(state, folder / "pytorch_model.bin")
+    torch.save(state, folder / "old" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    torch.save(nanogpt_checkpoint(ARRAYS), folder / "ckpt.pt")
+    for place in (folder, folder / "old"):
+        (place / "config.json").write_text(json.dumps(CONFIG) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    write_files(FOLDER)
