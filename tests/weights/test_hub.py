@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -338,14 +337,21 @@ def test_a_pickle_with_code_in_it_is_refused(tmp_path: Path) -> None:
         open_weights(folder)
 
 
-def test_a_damaged_index_of_shards_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (b"[]", "is not a JSON object"),
+        (b'{"weight_map": [1]}', "is not the index of a sharded set"),
+        (b'{"weight_map": {"x": "../y"}}', r"the shard '\.\./y' is not a file beside the index"),
+        (b'{"weight_map": {"x": "z.safetensors"}}', r"cannot read .*z\.safetensors"),
+    ],
+)
+def test_a_wrong_index_of_shards_is_named(tmp_path: Path, index: bytes, message: str) -> None:
     config = json.dumps(CONFIG).encode()
-    for index in (b"[]", b'{"weight_map": [1]}', b'{"weight_map": {"x": "../y", "z": 1}}'):
-        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-        published = {"config.json": config, "model.safetensors.index.json": index, "y": b"y"}
-        with (
-            hub_of(NAME, {"main": (FIRST, published)}) as server,
-            pytest.raises(UserError, match=r"index\.json"),
-        ):
-            open_weights(fetch(at(server, tmp_path / "cache")))
-        assert f"/{NAME}/resolve/{FIRST}/../y" not in got(server)
+    published = {"config.json": config, "model.safetensors.index.json": index, "../y": b"y"}
+    with (
+        hub_of(NAME, {"main": (FIRST, published)}) as server,
+        pytest.raises(UserError, match=message),
+    ):
+        open_weights(fetch(at(server, tmp_path)))
+    assert not [path for _, path, _ in server.requests if path.endswith("/y")]

@@ -416,6 +416,64 @@ def test_archives_that_torch_did_not_write(file: Path) -> None:
         read_torch(file)
 
 
+def test_an_archive_that_points_beyond_the_file_is_damaged(file: Path) -> None:
+    write_zip(file, pickled({"x": whole("0", np.zeros(10**6, "f4"))}), {"0": bytes(40)})
+    content = bytearray(file.read_bytes())
+    last = content.rindex(b"PK\x01\x02")  # the directory's entry of data/0; its two sizes:
+    content[last + 20 : last + 28] = (4 * 10**6).to_bytes(4, "little") * 2
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"'archive/data/0' does not lie inside of it"):
+        read_torch(file)
+
+
+OLD_STORAGE = Raw(storage_reference("a", "Float", 12, None))
+OLD = {
+    "version": 1001,
+    "facts": {"little_endian": True},
+    "saved": {"x": called(REBUILD, OLD_STORAGE, 0, (12,), (1,), False, EMPTY)},
+    "keys": ["a"],
+}
+NUMBERS = (12).to_bytes(8, "little") + TWELVE.tobytes()
+
+
+def old_file(path: Path, numbers: bytes = NUMBERS, **changes: Any) -> None:
+    pickles = b"".join(pickled(value) for value in (OLD | changes).values())
+    path.write_bytes(LEGACY_START + pickles + numbers)
+
+
+def test_an_old_file_written_by_hand(file: Path) -> None:
+    old_file(file)
+    np.testing.assert_array_equal(numbers(file, read_torch(file)["x"]), TWELVE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 1000}, "has a version of PyTorch's format that is unknown here"),
+        ({"facts": None}, "has a version of PyTorch's format that is unknown here"),
+        ({"facts": {}}, "big-endian"),
+        ({"keys": []}, "lacks the storage 'a'"),
+        ({"keys": ["a", "b"], "numbers": NUMBERS * 2}, "the storage 'b' in two ways"),
+        ({"keys": {"a": 1}}, "has no list of its storages"),
+        ({"keys": [1]}, "has no list of its storages"),
+        ({"numbers": b""}, "cut short"),
+        ({"numbers": NUMBERS[:-1]}, "bytes where its storages take"),
+        ({"numbers": b"\x0d" + NUMBERS[1:] + bytes(4)}, "the storage 'a' in two ways"),
+        ({"numbers": b"\xff" * 8 + TWELVE.tobytes()}, "the storage 'a' in two ways"),
+        (
+            {"saved": {"x": OLD_STORAGE, "y": storage_reference("a", "Int", 12, None)}},
+            "the storage 'a' in two ways",
+        ),
+        ({"saved": storage_reference("a", "Float", 12, ("b", 0, 3))}, "something else"),
+    ],
+)
+def test_what_is_wrong_with_an_old_file(file: Path, changes: dict[str, Any], message: str) -> None:
+    old_file(file, **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        read_torch(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_big_endian_numbers_are_refused(file: Path) -> None:
     write_zip(file, pickled({}), {}, byteorder=b"big")
     with pytest.raises(UserError, match="byte order b'big', not little"):
