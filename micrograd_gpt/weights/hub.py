@@ -11,6 +11,7 @@ commit is fetched; if the Hub cannot be asked, the commit in the cache is used.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json
 from micrograd_gpt.weights.config import CONFIG, read_config
-from micrograd_gpt.weights.formats import WEIGHT_FILES
+from micrograd_gpt.weights.formats import MODEL, TORCH_MODEL, WEIGHT_FILES
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -94,8 +95,8 @@ def _fetch_weights(repository: Repository, commit: str, files: frozenset[str]) -
     weights = next((name for name in WEIGHT_FILES if name in files), None)
     if weights is None:
         raise UserError(
-            f"{repository} has none of {', '.join(WEIGHT_FILES)} on the Hugging Face Hub:"
-            " huggingface.co/spaces/safetensors/convert makes the first of its other weights"
+            f"{repository} has no weights that can be read on the Hugging Face Hub: it needs"
+            f" {MODEL} or {TORCH_MODEL}"
         )
     file = _file(repository, weights, commit)
     for shard in _shards(file) & files:
@@ -117,7 +118,7 @@ def _listing(repository: Repository) -> tuple[str, frozenset[str]]:
         if folder is None:
             raise
         if not isinstance(error.__cause__, OfflineModeIsEnabled):
-            say(f"{error}; using the copy of {repository} that was fetched before")
+            say(f"{error}; using the copy that was fetched before")
         return folder.name, frozenset(file.name for file in folder.iterdir())
 
 
@@ -143,9 +144,10 @@ def _asked(repository: Repository) -> tuple[str, frozenset[str]]:
             f" a private model, {login}"
         ) from error
     except Exception as error:  # its own, and those of the HTTP library that its version uses
+        is_page = isinstance(error, json.JSONDecodeError)
+        why = "its answer is not a Hub's (a login page or a proxy?)" if is_page else reason(error)
         raise UserError(
-            f"{name} is not a file or folder here, and the Hugging Face Hub cannot be asked for it:"
-            f" {reason(error)}"
+            f"cannot ask the Hugging Face Hub for {name}, which is not a file or folder here: {why}"
         ) from error
 
 

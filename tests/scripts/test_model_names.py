@@ -88,7 +88,7 @@ def test_load_gpt2(shell: Shell) -> None:
     assert numbers(from_pretrained(GPT2, shell.folder / "again")) == numbers(model(0))
     done = shell.run("load_gpt2.py", "--from", "someone/else", HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: someone/else is not a file or folder here, and the")
+    assert done.stderr.startswith("error: cannot ask the Hugging Face Hub for someone/else, which")
     assert "offline" in done.stderr
 
 

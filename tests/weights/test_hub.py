@@ -191,7 +191,7 @@ def test_config_and_tokenizer_without_weights(server: Server, tmp_path: Path) ->
     folder = fetch(at(server, tmp_path), with_weights=False)
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", "tokenizer.json"]
     # It does not count as fetched.
-    with pytest.raises(UserError, match="cannot be asked"):
+    with pytest.raises(UserError, match="cannot ask the Hugging Face Hub for"):
         fetch(at(gone(), tmp_path))
     assert fetch(at(server, tmp_path)) == folder
     assert (folder / "model.safetensors").exists()
@@ -228,13 +228,13 @@ def test_the_cache_is_used_where_the_hub_cannot_be_asked(
     capsys.readouterr()
     assert fetch(at(gone(), tmp_path)) == folder
     said = capsys.readouterr().err
-    assert said.endswith(f"; using the copy of {NAME} that was fetched before\n")
+    assert said.endswith("; using the copy that was fetched before\n")
     assert said.count("\n") == 1
     refuse(server, NAME, 503, None)
     hub._listing.cache_clear()
     assert fetch(at(server, tmp_path)) == folder
     assert "the server answered 503; using the copy" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"is not a file or folder here, and .* cannot be asked"):
+    with pytest.raises(UserError, match=r"cannot ask .*, which is not a file or folder here: "):
         fetch(at(gone(), tmp_path, f"{NAME}@v1.0"))
 
 
@@ -243,7 +243,9 @@ def test_a_download_that_breaks_off_is_continued(server: Server, tmp_path: Path)
     server.head_faults[model] = server.faults[model] = [Fault(status=403)] * 9
     with pytest.raises(UserError, match=f"cannot fetch {NAME}: "):
         fetch(at(server, tmp_path))
-    with pytest.raises(UserError, match="cannot be asked"):  # what is there is not taken for whole
+    with pytest.raises(
+        UserError, match="cannot ask the Hugging Face Hub for"
+    ):  # what is there is not taken for whole
         fetch(at(gone(), tmp_path))
     server.head_faults.clear()
     server.faults.clear()
@@ -296,8 +298,8 @@ def test_a_model_of_pytorch_s_is_fetched_only_where_there_is_no_other(tmp_path: 
         ),
         (401, "RepoNotFound", f"^{NAME} is neither a file or folder here nor .* log in"),
         (403, "GatedRepo", "needs its owner's permission: .* log in"),
-        (500, None, "cannot be asked for it: the server answered 500"),
-        (200, None, f"^{NAME} is not a file or folder here, and the Hugging Face Hub cannot"),
+        (500, None, f"^cannot ask the Hugging Face Hub for {NAME}, .*: the server answered 500"),
+        (200, None, r"its answer is not a Hub's \(a login page or a proxy\?\)$"),
     ],
 )
 def test_the_hub_s_refusals(
@@ -315,7 +317,10 @@ def test_what_is_not_a_gpt2_is_refused_before_it_is_fetched(tmp_path: Path) -> N
     for published, message in (
         (files() | {"config.json": llama}, "model_type is 'llama'"),
         ({"model.safetensors": b"x"}, r"has no config\.json on the .* Hub: it is not a GPT-2"),
-        ({"config.json": json.dumps(CONFIG).encode(), "tf_model.h5": b"x"}, "has none of model"),
+        (
+            {"config.json": json.dumps(CONFIG).encode(), "tf_model.h5": b"x"},
+            "has no weights that can be read",
+        ),
     ):
         with hub_of(NAME, {"main": (FIRST, published)}) as server:
             with pytest.raises(UserError, match=message):
