@@ -35,10 +35,10 @@ from micrograd_gpt.weights.pretrained import build
 from micrograd_gpt.weights.torch_file import (
     LEGACY_START,
     PICKLE_BYTES,
-    TorchTensor,
     read_state_dict,
     read_torch,
 )
+from micrograd_gpt.weights.torch_pickle import TorchTensor
 
 DATA = Path(__file__).parents[1] / "data" / "torch_files"
 FILES = ("pytorch_model.bin", "old/pytorch_model.bin", "ckpt.pt")
