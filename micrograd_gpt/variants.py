@@ -43,6 +43,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (True, False),
 }
 FOR_LEARNING = ("norm_position", "position_embedding")
+AT_ONCE = 1 << 17  # numbers that exact_gelu works on at a time, as it needs room for several such
 SAME_FUNCTION = {  # Transformers' other names for these activation functions
     **dict.fromkeys(("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_new"),
     "gelu_fast": "gelu_new",
@@ -185,9 +186,14 @@ def scaled_queries(qkv: Tensor, scale: float) -> Tensor:
 def exact_gelu(x: Tensor) -> Tensor:
     """x times the probability that a normal variable is below x ("gelu"): what `layers.gelu`
     approximates. Saved: the slope, which is that probability plus x times the density at x."""
-    below, density = normal_distribution(x.data)
-    slope = below + x.data * density
-    return record("exact_gelu", x.data * below, [x], lambda grad: (grad * slope,))
+    flat, shape = x.data.reshape(-1), x.shape
+    y, slope = np.empty_like(flat), np.empty_like(flat)
+    for start in range(0, flat.size, AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        below, density = normal_distribution(flat[part])
+        y[part] = flat[part] * below
+        slope[part] = below + flat[part] * density
+    return record("exact_gelu", y.reshape(shape), [x], lambda grad: (grad * slope.reshape(shape),))
 
 
 @definition

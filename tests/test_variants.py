@@ -195,6 +195,19 @@ def test_exact_gelu_keeps_the_digits_of_its_tail() -> None:
         np.testing.assert_allclose(y, expected, rtol=tolerance, atol=0)
 
 
+def test_exact_gelu_of_many_numbers_is_that_of_a_few_at_a_time() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 100_003)).astype(np.float32)
+    many = Tensor(x, requires_grad=True)
+    whole = ACTIVATIONS["gelu"](many)
+    whole.backward(x)
+    for columns in np.array_split(np.arange(100_003), 10):
+        few = Tensor(x[:, columns], requires_grad=True)
+        part = ACTIVATIONS["gelu"](few)
+        part.backward(few.data)
+        np.testing.assert_allclose(whole.data[:, columns], part.data, rtol=1e-6)
+        np.testing.assert_allclose(many.grad[:, columns], few.grad, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(), (7,), (3, 40)])
 def test_the_gradient_of_an_activation(name: str, shape: tuple[int, ...]) -> None:

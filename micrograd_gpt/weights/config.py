@@ -132,7 +132,7 @@ def config_json(config: GPT2Config, dtype: str, end_of_text: int | None = None) 
     variant = differences(config)
     if variant.keys() & set(FOR_LEARNING):
         choices = {key: getattr(config, key) for key in FOR_LEARNING}
-        values = {"model_type": "micrograd-gpt", **shape, **choices}
+        values = {"model_type": "micrograd-gpt", **shape, **choices, **variant}
     else:
         values = {
             "model_type": "gpt2",
@@ -141,8 +141,8 @@ def config_json(config: GPT2Config, dtype: str, end_of_text: int | None = None) 
             "n_ctx": config.n_positions,
             "tie_word_embeddings": True,
             **shape,
+            **variant,
         }
-    values |= variant
     return values | {"dtype": dtype, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
 
 
