@@ -65,7 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         metavar="M",
-        help="a checkpoint folder, or a size: 124M, 355M, 774M, 1558M "
+        help="a checkpoint's folder or file, a size (124M, 355M, 774M, 1558M), or a model on the "
+        "Hugging Face Hub: OWNER/NAME or OWNER/NAME@REVISION "
         "(default: the folder out if it holds a checkpoint, else 124M)",
     )
     parser.add_argument(
@@ -118,7 +119,7 @@ def read_prompt(given: str | None) -> str | None:
 
 
 def load(name: str | None, device: str, dtype: str, tf32: bool) -> tuple[GPT2, Tokenizer]:
-    """The model and its tokenizer. `name` is a folder, a size, or None for the default.
+    """The model and its tokenizer. `name` is one of names.py, or None for the default.
 
     Raises UserError where there is no such model or it does not fit into memory, and where the
     tokenizer is not the model's.
@@ -126,10 +127,9 @@ def load(name: str | None, device: str, dtype: str, tf32: bool) -> tuple[GPT2, T
     from micrograd_gpt.arrays.devices import set_tf32
     from micrograd_gpt.arrays.memory import memory_errors
     from micrograd_gpt.arrays.precision import emulation_note
-    from micrograd_gpt.gpt2 import GPT2
     from micrograd_gpt.text.tokenizer_files import load_tokenizer
-    from micrograd_gpt.text.tokenizers import GPT2Tokenizer
-    from micrograd_gpt.weights.pretrained import from_pretrained
+    from micrograd_gpt.weights.names import open_model
+    from micrograd_gpt.weights.pretrained import build
 
     set_tf32(tf32, device)
     given = name
@@ -140,9 +140,10 @@ def load(name: str | None, device: str, dtype: str, tf32: bool) -> tuple[GPT2, T
         say(note)
     smaller = "--dtype bfloat16, or --device cpu" if device != "cpu" else "a smaller --model"
     with memory_errors(f"the weights do not fit; try {smaller}"):
-        tokenizer = load_tokenizer(name) if Path(name).is_dir() else GPT2Tokenizer()
         try:
-            model = from_pretrained(GPT2, name, device, dtype)
+            weights = open_model(name)
+            tokenizer = load_tokenizer(weights.folder)
+            model = build(weights, device, dtype)
         except UserError as error:
             if given is None and name == "124M":  # a newcomer without network
                 raise UserError(f"{error}; or train a model first: python train_gpt2.py") from error

@@ -3,6 +3,8 @@
     python load_gpt2.py                           # 124M, from Hugging Face or else from OpenAI
     python load_gpt2.py --size 1558M --source openai
     python load_gpt2.py --from ~/gpt-2/models/124M --dtype float16     # no network
+    python load_gpt2.py --from distilbert/distilgpt2                   # a model on the Hub
+    python load_gpt2.py --from ckpt.pt --out mine                      # nanoGPT's checkpoint
 
 The result is a folder that generate.py, train_gpt2.py --init-from and Transformers load.
 """
@@ -28,6 +30,7 @@ from micrograd_gpt.text.hugging_face import TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_name
 from micrograd_gpt.weights.formats import Weights, open_weights
+from micrograd_gpt.weights.names import find, size_named
 from micrograd_gpt.weights.pretrained import build
 from micrograd_gpt.weights.releases import OPENAI_URL, HuggingFace, OpenAI, Source, open_release
 from micrograd_gpt.weights.saving import write_model
@@ -49,22 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     stand_ins.highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
     claimed = size_name(args.size) if args.size else None
-    if args.from_path is None:
-        size = claimed = claimed or "124M"
-        weights = open_release(size, sources(args.source, args.openai_url), verify=True)
+    named = size_named(args.model) if args.model else claimed or "124M"
+    if named:
+        weights = open_release(named, sources(args.source, args.openai_url), verify=True)
     else:
-        weights = open_weights(args.from_path)
-        size = published_size(weights.config)
-        if claimed and size != claimed:
-            raise UserError(f"{args.from_path} holds {size or 'no published size'}, not {claimed}")
-    out = args.out or Path("models") / (f"gpt2-{size}" if size else own_name(args.from_path))
+        weights = open_weights(find(args.model))
+    size = named or published_size(weights.config)
+    if claimed and size != claimed:
+        raise UserError(f"{args.model} holds {size or 'no published size'}, not {claimed}")
+    out = args.out or Path("models") / (f"gpt2-{size}" if size else own_name(args.model))
     refuse_to_overwrite(out, weights.path)
 
     say(f"loading {weights.path}")
     model = build(weights)
     tokenizer = tokenizer_of(weights)
-    # Weights from a local folder are OpenAI's only if the user says so, by --size.
-    passed, findings = check(model, tokenizer, size, claimed=claimed is not None)
+    # Other weights of that shape are OpenAI's only if the user says so, by --size.
+    passed, findings = check(model, tokenizer, size, claimed=(claimed or named) is not None)
     if passed:
         write_folder(model, out, tokenizer, None if args.dtype == "float32" else args.dtype)
         say(f"wrote {out}, weights stored as {args.dtype}")
@@ -88,10 +91,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--from",
-        dest="from_path",
-        type=Path,
-        metavar="PATH",
-        help="a local safetensors file, Hugging Face folder, checkpoint of ours, or OpenAI folder",
+        dest="model",
+        metavar="MODEL",
+        help="a local Hugging Face folder, checkpoint of ours or OpenAI folder, a file of one"
+        " (.safetensors, pytorch_model.bin, nanoGPT's ckpt.pt), or a model on the Hugging Face Hub:"
+        " OWNER/NAME or OWNER/NAME@REVISION",
     )
     parser.add_argument(
         "--out",
@@ -111,8 +115,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a mirror of OpenAI's models folder (Hugging Face's is set by HF_ENDPOINT)",
     )
     args = parser.parse_args(argv)
-    if args.from_path is not None and args.source is not None:
-        raise UserError("--from reads a local path and --source fetches: give only one of them")
+    if args.model is not None and args.source is not None:
+        raise UserError("--from says where the model is, and so does --source: give one of them")
     return args
 
 
@@ -131,8 +135,12 @@ def published_size(config: GPT2Config) -> str | None:
     return None
 
 
-def own_name(path: Path) -> str:
-    return path.resolve().name.removesuffix(".safetensors")
+def own_name(model: str) -> str:
+    """What to call the folder of a model that has no published size."""
+    path = Path(model)
+    if path.exists():
+        return path.resolve().name if path.is_dir() else path.resolve().stem
+    return Path(model.partition("@")[0]).name  # NAME of OWNER/NAME@REVISION
 
 
 def refuse_to_overwrite(out: Path, source: Path) -> None:
@@ -150,7 +158,7 @@ def refuse_to_overwrite(out: Path, source: Path) -> None:
 
 def tokenizer_of(weights: Weights) -> Tokenizer | None:
     """The tokenizer that these weights were trained with; None, and why on stderr, if unknown."""
-    folder = weights.path if weights.path.is_dir() else weights.path.parent
+    folder = weights.folder
     try:
         tokenizer = load_tokenizer(folder)
         tokenizer.check_size(weights.config.vocab_size)

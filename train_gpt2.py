@@ -32,7 +32,7 @@ from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.runs.recorder import Recorder, micro_batches
-from micrograd_gpt.runs.settings import config_of_weights, is_size, parse_flags, resolve_settings
+from micrograd_gpt.runs.settings import parse_flags, resolve_settings
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
@@ -42,6 +42,7 @@ from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import NAMES, make_tokenizer
 from micrograd_gpt.text.windows import Windows
 from micrograd_gpt.weights.config import read_config
+from micrograd_gpt.weights.names import config_named, tokenizer_folder
 from micrograd_gpt.weights.pretrained import unwritten
 
 
@@ -138,7 +139,8 @@ def load_data(settings: argparse.Namespace) -> Corpus:
 def tokenizer_of(settings: argparse.Namespace) -> Tokenizer | str:
     """The tokenizer of the weights to start from or of a folder, or the name of one to make."""
     if settings.init_from != "scratch":
-        return "gpt2" if is_size(settings.init_from) else load_tokenizer(settings.init_from)
+        folder = tokenizer_folder(settings.init_from)
+        return load_tokenizer(folder) if folder else "gpt2"
     if settings.tokenizer in NAMES:
         return settings.tokenizer
     if not os.path.isdir(settings.tokenizer):
@@ -173,7 +175,7 @@ def config_of(settings: argparse.Namespace, vocab_size: int) -> GPT2Config:
     if settings.resume:
         return read_config(settings.out)
     if settings.init_from != "scratch":
-        return config_of_weights(settings.init_from)
+        return config_named(settings.init_from)
     shape = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd")}
     try:
         return GPT2Config(**shape, vocab_size=vocab_size, n_positions=settings.block_size)

@@ -25,6 +25,7 @@ import pytest
 
 from micrograd_gpt.support.errors import UserError
 
+COMMIT = "0123456789abcdef" * 2 + "01234567"  # of the files for which none is named
 LOGIN_PAGE = b"<!DOCTYPE html><html><body>Please log in to the hotel's network.</body></html>"
 
 
@@ -33,6 +34,7 @@ class Fault:
     """How a request goes wrong."""
 
     status: int | None = None  # an error, or 200 for a login page
+    code: str | None = None  # with the error: what the Hub calls it
     drop_after: int | None = None  # the connection ends after this many bytes of the body,
     reset: bool = False  # with a reset, not an orderly close
     ignore_range: bool = False  # a request for the rest of a file gets all of it,
@@ -43,12 +45,14 @@ class Server:
     """`files` maps paths to bodies; each GET of a path first uses up one of `faults[path]`.
 
     `head_faults[path]` does the same for HEAD. `requests` lists (method, path, Range header).
+    `commits[path]` is the commit that a path's file is of, as the Hub calls it.
     """
 
     def __init__(self, url: str, files: dict[str, bytes]) -> None:
         self.url, self.files = url, files
         self.faults: defaultdict[str, list[Fault]] = defaultdict(list)
         self.head_faults: defaultdict[str, list[Fault]] = defaultdict(list)
+        self.commits: dict[str, str] = {}
         self.requests: list[tuple[str, str, str | None]] = []
 
     def ranges(self, path: str) -> list[str | None]:
@@ -76,12 +80,13 @@ def serving(files: dict[str, bytes]) -> Iterator[Server]:
                 return self.send(200, {"Content-Type": "text/html"}, LOGIN_PAGE, body)
             content = server.files.get(self.path)
             if fault.status is not None or content is None:
-                return self.send(fault.status or 404, {}, b"", body)
+                headers = {"X-Error-Code": fault.code} if fault.code else {}
+                return self.send(fault.status or 404, headers, b"", body)
             headers = {
                 "Content-Type": "application/octet-stream",
                 # What huggingface_hub asks of a Hub:
                 "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
-                "X-Repo-Commit": "0123456789abcdef" * 2 + "01234567",
+                "X-Repo-Commit": server.commits.get(self.path, COMMIT),
                 "Accept-Ranges": "bytes",
             }
             status, start = 200, 0

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from micrograd_gpt.arrays.precision import PRECISIONS
-from micrograd_gpt.gpt2 import GPT2Config
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizers import NAMES
-from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, read_config, size_name
+from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, size_name
+from micrograd_gpt.weights.names import config_named
 
 SHAPES: dict[str, dict[str, int]] = {"tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128}, **SIZES}
 
@@ -130,7 +130,8 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
     ("dropout", BELOW_1, 0.0, ASK,  # nothing to regularise if each token is seen a few times only
      "probability of dropping an activation"),
     ("init_from", TEXT, "scratch", NEVER,
-     "scratch, a size (OpenAI's weights), or a checkpoint folder"),
+     "scratch, a size (OpenAI's weights), a checkpoint's folder or file, or a model on the Hub: "
+     "OWNER/NAME or OWNER/NAME@REVISION"),
 ],
 "run": [
     ("out", TEXT, "out", FREE, "the run's folder"),
@@ -241,7 +242,7 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
             if name in flags:
                 flag = SETTINGS[name].flag
                 raise UserError(f"{flag} makes no sense with --init-from, whose weights decide it")
-        longest = config_of_weights(weights).n_positions
+        longest = config_named(weights).n_positions
         if flags.get("block_size", 0) > longest:
             raise UserError(f"--block-size is at most {longest}, the context of {weights}")
         chosen = defaults("tuned") | {"block_size": longest}
@@ -298,24 +299,11 @@ def saved_settings(out: Path) -> dict[str, Any]:
     return settings
 
 
-# ------------------------------------------------------------------------- sizes and weights
+# ------------------------------------------------------------------------------------- sizes
 
 
 def known_size(name: str) -> str:
     """The name in SHAPES of the --size that the user gave; UserError if there is none."""
-    if name not in SHAPES and not is_size(name):
+    if name not in SHAPES and name not in OLDER_NAMES:
         raise UserError(f"unknown GPT-2 size {name!r}: --size is one of {', '.join(SHAPES)}")
     return name if name in SHAPES else size_name(name)
-
-
-def is_size(weights: str) -> bool:
-    """Whether --init-from names one of OpenAI's models rather than a folder."""
-    return weights in SIZES or weights in OLDER_NAMES
-
-
-def config_of_weights(weights: str) -> GPT2Config:
-    """The shape of the weights that --init-from names; UserError where there are none."""
-    if not is_size(weights):
-        return read_config(weights)
-    shape: dict[str, Any] = SIZES[size_name(weights)]
-    return GPT2Config(**shape)

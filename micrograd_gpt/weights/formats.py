@@ -1,7 +1,8 @@
 """What a local file or folder holds: its config, and its tensors under our names.
 
-Weights come as a safetensors file, a set of them, or OpenAI's TensorFlow checkpoint; with a config
-beside them or, for OpenAI's sizes, without. `open_weights` recognises all of them.
+Weights come as a safetensors file, a PyTorch file, a set of either, nanoGPT's checkpoint or
+OpenAI's TensorFlow checkpoint; with a config beside them or, for OpenAI's sizes, without.
+`open_weights` recognises all of them.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ from micrograd_gpt.weights.config import (
     read_config,
     read_hparams,
 )
-from micrograd_gpt.weights.reading import StoredTensor
+from micrograd_gpt.weights.nanogpt import is_nanogpt, nanogpt_config, nanogpt_tensors
+from micrograd_gpt.weights.reading import StoredTensor, Zeros, same_bytes
 from micrograd_gpt.weights.tensor_files import TensorFile
 from micrograd_gpt.weights.tf_checkpoint import TFCheckpoint
+from micrograd_gpt.weights.torch_file import read_torch, stored_tensors
 
 # What stands on the body in Transformers' models for classification and the like
 OTHER_HEADS = ("score.", "classifier.", "qa_outputs.", "multiple_choice_head.")
 
 MODEL, INDEX, HPARAMS = "model.safetensors", "model.safetensors.index.json", "hparams.json"
+TORCH_MODEL, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+WEIGHT_FILES = (MODEL, INDEX, TORCH_MODEL, TORCH_INDEX)  # the first in a folder counts
+NANOGPT = "ckpt.pt"
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,21 @@ class Weights:
     config: GPT2Config
     tensors: dict[str, StoredTensor]
 
+    @property
+    def folder(self) -> Path:
+        """Where the files that belong to the model are, as its tokenizer's."""
+        return self.path if self.path.is_dir() else self.path.parent
+
 
 def open_weights(path: str | Path) -> Weights:
     """Recognise a local file or folder and read what it says of itself, but no tensor yet.
 
-    `path` is a safetensors file (with config.json beside it, or one of OpenAI's four sizes), the
-    *.safetensors.index.json of a sharded set, a Hugging Face folder or a checkpoint of ours
-    (config.json with model.safetensors or its index), or OpenAI's folder (hparams.json with a
-    TensorFlow checkpoint). Raises UserError for anything else, and for a config that the shapes of
-    the tensors contradict, naming what is wrong.
+    `path` is a safetensors or PyTorch file (with config.json beside it, or one of OpenAI's four
+    sizes), the *.index.json of a sharded set, nanoGPT's ckpt.pt, a Hugging Face folder or a
+    checkpoint of ours (config.json with one of WEIGHT_FILES), a folder with a ckpt.pt, or OpenAI's
+    folder (hparams.json with a TensorFlow checkpoint). No code in a file is run. Raises UserError
+    for anything else, and for a config that the shapes of the tensors contradict, naming what is
+    wrong.
     """
     try:
         return _open(Path(path))
@@ -68,45 +81,56 @@ def _open(path: Path) -> Weights:
         raise UserError(f"{path} does not exist")
     finish_set(path if path.is_dir() else path.parent)
     if path.is_dir():
-        for name in (MODEL, INDEX):
+        for name in WEIGHT_FILES:
             if (path / name).exists():
                 if not (path / CONFIG).exists():
                     raise UserError(f"{path} has {name} but no {CONFIG}, which belongs to it")
-                return _open_safetensors(path / name)
+                return _open_file(path / name)
+        if (path / NANOGPT).exists():
+            return _open_file(path / NANOGPT)
         if (hparams := read_json(path / HPARAMS)) is not None:
             return _open_openai(path, hparams)
-        pickles = sorted(path.glob("*.bin"))
-        if not pickles:
-            raise UserError(
-                f"{path} does not hold a model: it needs {MODEL} and {CONFIG},"
-                f" or OpenAI's {HPARAMS} and model.ckpt.*"
-            )
-        path = pickles[0]
-    if path.suffix in (".bin", ".pt", ".pth"):
         raise UserError(
-            f"{path} is a Python pickle, which can run any code when it is read: get the model's"
-            f" {MODEL}, or convert it with Transformers' save_pretrained"
+            f"{path} does not hold a model: it needs {MODEL} (or {TORCH_MODEL}) and {CONFIG},"
+            f" nanoGPT's {NANOGPT}, or OpenAI's {HPARAMS} and model.ckpt.*"
         )
-    if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
-        return _open_safetensors(path)
-    raise UserError(f"{path} is neither a .safetensors file nor a folder that holds a model")
+    if path.suffix in (".safetensors", *TORCH_SUFFIXES) or path.name.endswith(".index.json"):
+        return _open_file(path)
+    raise UserError(
+        f"{path} is neither a .safetensors, .bin or .pt file nor a folder that holds a model"
+    )
 
 
-def _open_safetensors(path: Path) -> Weights:
-    file = TensorFile(path)
+def _open_file(path: Path) -> Weights:
+    if path.suffix in TORCH_SUFFIXES:
+        saved = read_torch(path)
+        if is_nanogpt(saved):
+            return _open_nanogpt(path, saved)
+        entries = stored_tensors(saved, path)
+    else:
+        entries = TensorFile(path).entries
     if not path.with_name(CONFIG).exists():
-        tensors = _gpt2_tensors(file)
+        tensors = _gpt2_tensors(path, entries)
         return Weights(path, _published_config(path, tensors), tensors)
     config = read_config(path.parent)
-    tensors = _gpt2_tensors(file, is_tied=getattr(config, "tie_word_embeddings", True))
+    tensors = _gpt2_tensors(path, entries, getattr(config, "tie_word_embeddings", True))
     _check_agreement(path, config, CONFIG, tensors)
     return Weights(path, config, tensors)
 
 
-def _gpt2_tensors(file: TensorFile, is_tied: bool = True) -> dict[str, StoredTensor]:
+def _open_nanogpt(path: Path, saved: dict[str, Any]) -> Weights:
+    config = read_config(nanogpt_config(saved, path), path)
+    tensors = _gpt2_tensors(path, nanogpt_tensors(saved, path))
+    _check_agreement(path, config, "model_args", tensors)
+    return Weights(path, config, tensors)
+
+
+def _gpt2_tensors(
+    path: Path, entries: Mapping[str, StoredTensor], is_tied: bool = True
+) -> dict[str, StoredTensor]:
     # GPT2LMHeadModel is saved with `transformer.` before the names, the bare GPT2Model without.
     names: dict[str, str] = {}
-    for name in file.entries:
+    for name in entries:
         short = name.removeprefix("transformer.")
         if name == "lm_head.weight" or re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", short):
             continue  # the head, and the causal mask that old files hold too
@@ -114,21 +138,27 @@ def _gpt2_tensors(file: TensorFile, is_tied: bool = True) -> dict[str, StoredTen
             continue
         ours = f"transformer.{short}"
         if ours in names:
-            raise UserError(f"{file.path} holds both {names[ours]!r} and {name!r}")
+            raise UserError(f"{path} holds both {names[ours]!r} and {name!r}")
         names[ours] = name
-    if others := [name for name in file.entries if name.startswith(OTHER_HEADS)]:
-        say(f"note: {file.path}: {', '.join(others)} left out: a language model has no such head")
-    if "lm_head.weight" in file.entries and not is_tied:
+    if others := [name for name in entries if name.startswith(OTHER_HEADS)]:
+        say(f"note: {path}: {', '.join(others)} left out: a language model has no such head")
+    if "lm_head.weight" in entries and not is_tied:
         names["lm_head.weight"] = "lm_head.weight"
-    elif "lm_head.weight" in file.entries:
+    elif "lm_head.weight" in entries:
         # The head is the token embedding: files may have either name, or both.
         wte = names.setdefault("transformer.wte.weight", "lm_head.weight")
-        if not file.same_bytes(wte, "lm_head.weight"):
+        if not same_bytes(entries[wte], entries["lm_head.weight"]):
             raise UserError(
-                f"{file.path}: lm_head.weight differs from {wte}, but GPT-2 ties the two: if this"
+                f"{path}: lm_head.weight differs from {wte}, but GPT-2 ties the two: if this"
                 f" model does not, {CONFIG} must say tie_word_embeddings: false"
             )
-    return {ours: file.entries[name] for ours, name in names.items()}
+    tensors = {ours: entries[name] for ours, name in names.items()}
+    # Tensors of a PyTorch file may overlap, so that a small file could describe a vast model.
+    stored = [tensor for tensor in tensors.values() if not isinstance(tensor, Zeros)]
+    size = sum(file.stat().st_size for file in {tensor.path for tensor in stored})
+    if sum(tensor.nbytes for tensor in stored) > size:
+        raise UserError(f"{path} is damaged: its tensors overlap; fetch it again")
+    return tensors
 
 
 def _open_openai(folder: Path, hparams: dict[str, Any]) -> Weights:

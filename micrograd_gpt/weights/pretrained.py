@@ -1,13 +1,11 @@
-"""From a size's name, a file or a folder to a model: GPT2.from_pretrained.
+"""From a model's name to the model: GPT2.from_pretrained.
 
-releases.open_release(size)   OpenAI's weights, fetched if need be  } -> Weights
-formats.open_weights(path)    whatever a local file or folder holds }
-build(weights)                -> GPT2
+names.open_model(name)   a size, a name on the Hub, a file or a folder -> Weights
+build(weights)           -> GPT2
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,31 +15,24 @@ from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, model_class
-from micrograd_gpt.weights.formats import Weights, open_weights
+from micrograd_gpt.weights.config import model_class
+from micrograd_gpt.weights.formats import Weights
 from micrograd_gpt.weights.loading import fill
-from micrograd_gpt.weights.releases import open_release
+from micrograd_gpt.weights.names import open_model
 
 
 def from_pretrained(
-    cls: type[GPT2], name_or_folder: str | Path, device: str = "cpu", dtype: str = "float32"
+    cls: type[GPT2], name: str | Path, device: str = "cpu", dtype: str = "float32"
 ) -> GPT2:
-    """A GPT2 with OpenAI's weights of that size ("124M", …), or with those of a file or folder.
+    """A GPT2 with the weights of that name: a size, a file or folder, or a model on the Hub.
 
-    A size is taken from a cache, or downloaded from Hugging Face or else from OpenAI; a file or
-    folder is anything that `open_weights` reads, without the network. `dtype` is what the
-    parameters are held in ("float32", "float64", "bfloat16" or "float16"), whatever the file
-    stores. The model is in evaluation mode. Raises UserError if the weights can't be found, fetched
-    or read.
+    names.py says what a name can be. A size is taken from a cache, or downloaded from Hugging Face
+    or else from OpenAI; a file or folder is anything that `open_weights` reads, without the
+    network. `dtype` is what the parameters are held in ("float32", "float64", "bfloat16" or
+    "float16"), whatever the file stores. The model is in evaluation mode. Raises UserError if the
+    weights can't be found, fetched or read.
     """
-    name = str(name_or_folder)
-    if name in SIZES or name in OLDER_NAMES:
-        weights = open_release(name)
-    elif os.path.exists(name):
-        weights = open_weights(name)
-    else:
-        raise UserError(f"{name!r} is neither a file or folder, nor one of {', '.join(SIZES)}")
-    return build(weights, device, dtype, cls)
+    return build(open_model(str(name)), device, dtype, cls)
 
 
 def build(

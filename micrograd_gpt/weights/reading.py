@@ -94,6 +94,37 @@ class StoredTensor:
                 yield start, chunk
 
 
+class Transposed(StoredTensor):
+    """A matrix (n_in, n_out) to the model, which the file holds as (n_out, n_in), row by row.
+
+    That is how torch.nn.Linear stores its weight, and in memory it is how our Linear keeps its own.
+    """
+
+    def read_into(self, out: Array) -> bool:
+        """Fill `out`, of the model's shape, as StoredTensor.read_into does."""
+        in_file = StoredTensor(self.name, self.path, self.dtype, self.shape[::-1], self.offset)
+        return in_file.read_into(out.T)
+
+
+class Zeros(StoredTensor):
+    """A tensor that the file leaves out because it is zero, as a bias of a model without biases."""
+
+    def read_into(self, out: Array) -> bool:
+        """Fill `out` with zeros."""
+        out[...] = 0
+        return True
+
+
+def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors are equal bit for bit (dtype and shape too)."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    if (a.path, a.offset) == (b.path, b.offset):
+        return True
+    pairs = zip(a.chunks(), b.chunks(), strict=True)
+    return all(np.array_equal(x.view("u1"), y.view("u1")) for (_, x), (_, y) in pairs)
+
+
 def is_float(dtype: np.dtype) -> bool:
     return dtype.name in FLOATS
 

@@ -24,6 +24,7 @@ from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import written_whole
 from micrograd_gpt.weights.reading import CHUNK, FLOATS, StoredTensor, is_float, open_unbuffered
+from micrograd_gpt.weights.torch_file import read_state_dict
 
 # The format's dtypes in its own order: a file begins with the tensors of the last dtype here.
 STORED_DTYPES = {
@@ -45,9 +46,9 @@ FORMAT_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
 class TensorFile:
-    """A safetensors file, or a sharded set of them read as one.
+    """A safetensors file, or a sharded set of them (or of PyTorch's *.bin files) read as one.
 
-    `path` is `*.safetensors`, or the `*.safetensors.index.json` of a sharded set. The headers are
+    `path` is `*.safetensors`, or the `*.index.json` of a sharded set. The headers are
     read and checked at once, the tensors when they are asked for; no file stays open or mapped.
     Raises UserError, naming the file, for one that is missing, damaged or not safetensors.
 
@@ -74,14 +75,6 @@ class TensorFile:
         out = np.empty(self.entries[name].shape, self.entries[name].dtype)
         self.read_into(name, out)
         return out
-
-    def same_bytes(self, first: str, second: str) -> bool:
-        """Whether two tensors are equal bit for bit (dtype and shape too)."""
-        a, b = self.entries[first], self.entries[second]
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            return False
-        pairs = zip(a.chunks(), b.chunks(), strict=True)
-        return all(np.array_equal(x.view("u1"), y.view("u1")) for (_, x), (_, y) in pairs)
 
 
 def write_safetensors(
@@ -183,12 +176,13 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
         weight_map = json.loads(text)["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index} is not the index of a sharded safetensors set") from error
+        raise UserError(f"{index} is not the index of a sharded set of weights") from error
     entries: dict[str, StoredTensor] = {}
     for shard in sorted(set(files.values())):
         if Path(shard).name != shard or shard in ("", "..") or not shard.isprintable():
             raise UserError(f"{index}: the shard {shard!r} is not a file beside the index")
-        found, _ = _read_header(index.with_name(shard))
+        path = index.with_name(shard)
+        found = read_state_dict(path) if path.suffix == ".bin" else _read_header(path)[0]
         listed = {name for name, file in files.items() if file == shard}
         if listed != found.keys():
             name = min(listed ^ found.keys())

@@ -1,6 +1,6 @@
-"""Weights exchanged with Transformers and TensorFlow themselves.
+"""Weights exchanged with Transformers, PyTorch and TensorFlow themselves.
 
-Each half needs its own library and is skipped without it: `pip install transformers torch`, and
+Each part needs its own library and is skipped without it: `pip install transformers torch`, and
 `pip install tensorflow` (or tensorflow-cpu).
 """
 
@@ -17,15 +17,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_weights import ARRAYS, TINY
 
 from micrograd_gpt import no_grad
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.weights.formats import open_weights
 from micrograd_gpt.weights.pretrained import build, from_pretrained
+from micrograd_gpt.weights.reading import same_bytes
 from micrograd_gpt.weights.releases import RELEASES
 from micrograd_gpt.weights.saving import save_pretrained
 from micrograd_gpt.weights.tensor_files import TensorFile
 from micrograd_gpt.weights.tf_checkpoint import TFCheckpoint
+from micrograd_gpt.weights.torch_file import read_state_dict
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {"n_layer": 2, "n_head": 3, "n_embd": 24, "n_positions": 40, "vocab_size": 70}
@@ -142,6 +146,122 @@ def test_a_hub_of_transformers_files(transformers: Any, tmp_path: Path) -> None:
     assert "is not GPT-2 355M: its n_layer is 2, not 24" in result.stderr
     assert result.returncode == 2 and not (tmp_path / "models").exists()
     assert not [*(tmp_path / "home").rglob("model.safetensors")]
+
+
+# ---------------------------------------------------------------------------------------------
+# PyTorch's files
+
+
+@pytest.fixture(scope="module")
+def torch() -> Any:
+    return pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize("shape", [SHAPE, FULL], ids=["small", "124M"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pytorch_model_bin(
+    transformers: Any, torch: Any, tmp_path: Path, shape: dict[str, int], zipped: bool
+) -> None:
+    theirs = their_model(transformers, **shape)
+    theirs.config.save_pretrained(tmp_path)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(theirs.state_dict(), file, _use_new_zipfile_serialization=zipped)
+    model = from_pretrained(GPT2, tmp_path)
+    assert_same(model, theirs)
+    assert_logits_close(model, theirs, shape["vocab_size"])
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_every_tensor_that_torch_saves(torch: Any, tmp_path: Path, zipped: bool) -> None:
+    table = torch.arange(24).reshape(4, 6)
+    tensors = {
+        "float32": table.float() / 7,
+        "float64": table.double() / 7,
+        "float16": table.half() / 7,
+        "bfloat16": table.bfloat16() / 7,
+        "int64": table,
+        "uint8": table.to(torch.uint8),
+        "bool": table > 9,
+        "rows": table.float()[1:3],
+        "column": table.float()[:, 2:3].contiguous(),
+        "scalar": torch.tensor(1.5),
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(table.float()).detach(),
+        "again": table,
+    }
+    file = tmp_path / "x.bin"
+    torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
+    stored = read_state_dict(file)
+    assert stored.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        out = np.empty(stored[name].shape, stored[name].dtype)
+        stored[name].read_into(out)
+        np.testing.assert_array_equal(out.astype("f8"), tensor.double().numpy(), name)
+    assert stored["again"].offset == stored["int64"].offset
+    torch.save({"x": table.T}, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="not stored row by row"):
+        read_state_dict(file)
+    torch.save(torch.nn.Linear(2, 3), file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"is refused: .*torch\.nn\.modules\.linear\.Linear"):
+        read_state_dict(file)
+
+
+def nanogpt_logits(torch: Any, model: dict[str, Any], ids: Any, n_head: int) -> Any:
+    """nanoGPT's forward pass over its checkpoint's tensors, as its model.py computes it."""
+    functional = torch.nn.functional
+    w = {name.removeprefix("_orig_mod.transformer."): tensor for name, tensor in model.items()}
+
+    def norm(x: Any, name: str) -> Any:
+        return functional.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    def linear(x: Any, name: str) -> Any:
+        return functional.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    x = w["wte.weight"][ids] + w["wpe.weight"][: ids.shape[1]]
+    for layer in range(2):
+        block = f"h.{layer}"
+        qkv = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (n_head, -1)).transpose(1, 2) for part in qkv)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + linear(mixed.transpose(1, 2).flatten(2), f"{block}.attn.c_proj")
+        hidden = functional.gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc"))
+        x = x + linear(hidden, f"{block}.mlp.c_proj")
+    return functional.linear(norm(x, "ln_f"), w["_orig_mod.lm_head.weight"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("vocab_size", [61, 50304])
+def test_nanogpt_s_checkpoint_computes_what_nanogpt_does(
+    torch: Any, tmp_path: Path, bias: bool, vocab_size: int
+) -> None:
+    maker = runpy.run_path(str(Path(__file__).with_name("make_torch_files.py")))
+    tokens = torch.randn(vocab_size, TINY["n_embd"], generator=torch.Generator().manual_seed(0))
+    arrays = ARRAYS | {"transformer.wte.weight": tokens.numpy()}
+    if not bias:
+        arrays = {name: array for name, array in arrays.items() if not name.endswith("bias")}
+    saved = maker["nanogpt_checkpoint"](arrays)
+    saved["model_args"] |= {"vocab_size": vocab_size, "bias": bias}
+    torch.save(saved, tmp_path / "ckpt.pt")
+    model = from_pretrained(GPT2, tmp_path / "ckpt.pt")
+    known = 50257 if vocab_size == 50304 else vocab_size
+    ids = np.random.default_rng(0).integers(0, known, (2, 20))
+    with no_grad():
+        ours = model(ids).data
+    reference = nanogpt_logits(torch, saved["model"], torch.tensor(ids), TINY["n_head"]).numpy()
+    assert ours.shape == (2, 20, known)
+    reference = reference[..., :known]
+    assert np.abs(ours - reference).max() <= 1e-5 * np.abs(reference).max()
+
+
+def test_the_committed_files_are_what_torch_writes(torch: Any, tmp_path: Path) -> None:
+    maker = runpy.run_path(str(Path(__file__).with_name("make_torch_files.py")))
+    maker["write_files"](tmp_path)
+    for name in ("pytorch_model.bin", "old/pytorch_model.bin", "ckpt.pt"):
+        ours, committed = (open_weights(folder / name) for folder in (tmp_path, maker["FOLDER"]))
+        assert vars(ours.config) == vars(committed.config)
+        for key, tensor in ours.tensors.items():
+            other = committed.tensors[key]
+            assert type(tensor) is type(other) and same_bytes(tensor, other), key
 
 
 # ---------------------------------------------------------------------------------------------

@@ -198,14 +198,11 @@ def test_the_default_model(
         Path("out").rename(char_model)
     asked = []
 
-    def offline(cls: type[GPT2], name: str, device: str, dtype: str) -> GPT2:
+    def offline(name: str) -> None:
         asked.append(name)
         raise UserError("no network")
 
-    monkeypatch.setattr(
-        "micrograd_gpt.weights.pretrained.from_pretrained",
-        offline,
-    )
+    monkeypatch.setattr("micrograd_gpt.weights.names.open_model", offline)
     with pytest.raises(UserError, match=r"no network; or train a model first: python train_gpt2"):
         generate.main(["--prompt", "the "])
     assert asked == ["124M"] and "using 124M" in capsys.readouterr().err

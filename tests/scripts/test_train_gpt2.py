@@ -233,7 +233,7 @@ def test_fine_tuning_starts_from_the_weights_it_is_given(text: Path, tmp_path: P
         (["--learning-rate", "0"], "--learning-rate must be above 0"),
         (["--dropout", "1"], "--dropout must be in [0, 1)"),
         (["--block-size", "1000000"], "smaller --block-size"),
-        (["--init-from", "nowhere"], "nowhere holds no model"),
+        (["--init-from", "nowhere"], "'nowhere' is neither a file or folder, nor one of 124M"),
         (["--resume"], "holds no run to resume"),
         (["--resume", "--overwrite"], "--overwrite would remove: give only one"),
         (["--min-lr", "-1"], "--min-lr must be 0 or more, not -1.0"),

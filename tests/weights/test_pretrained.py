@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch_files
 from tiny_weights import (
     ARRAYS,
     CONFIG,
@@ -64,6 +65,26 @@ def head_for_wte(arrays: Arrays) -> Arrays:
 def test_hugging_face_folders(tmp_path: Path, arrays: Arrays) -> None:
     assert_same(from_pretrained(GPT2, hf_folder(tmp_path, arrays)))
     assert_same(from_pretrained(GPT2, str(tmp_path / "model.safetensors")))
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "shards"])
+def test_pytorch_s_folders(tmp_path: Path, form: str) -> None:
+    files = DATA.parent / "torch_files"
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    if form == "shards":
+        weight_map = {}
+        for i, names in enumerate((sorted(ARRAYS)[::2], sorted(ARRAYS)[1::2])):
+            shard = f"pytorch_model-{i + 1:05d}-of-00002.bin"
+            torch_files.save(tmp_path / shard, {name: ARRAYS[name] for name in names})
+            weight_map |= dict.fromkeys(names, shard)
+        index = {"weight_map": weight_map}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:
+        shutil.copy(files / {"zip": ".", "old": "old"}[form] / "pytorch_model.bin", tmp_path)
+    assert_same(from_pretrained(GPT2, tmp_path))
+    # Where both are there, safetensors count.
+    hf_folder(tmp_path, {name: array + 1 for name, array in ARRAYS.items()})
+    assert_same(from_pretrained(GPT2, tmp_path), {name: a + 1 for name, a in ARRAYS.items()})
 
 
 def test_a_head_of_its_own(tmp_path: Path) -> None:
@@ -273,7 +294,7 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not hold a model"):
         open_weights(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(UserError, match=r"neither a \.safetensors file nor a folder"):
+    with pytest.raises(UserError, match=r"neither a \.safetensors, \.bin or \.pt file nor"):
         open_weights(tmp_path / "notes.txt")
     with pytest.raises(UserError, match=r"cannot read .*: File name too long$"):
         open_weights(tmp_path / ("x" * 300))
@@ -281,9 +302,11 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
         from_pretrained(GPT2, "x" * 300)
     for name in ("pytorch_model.bin", "model.pt", "model.pth"):
         (tmp_path / name).write_bytes(b"PK\x03\x04")
-    for path in (tmp_path, *(p for p in tmp_path.iterdir() if p.suffix != ".txt")):
-        with pytest.raises(UserError, match=r"pickle, which can run any code .*safetensors"):
+    for path in (p for p in tmp_path.iterdir() if p.suffix != ".txt"):
+        with pytest.raises(UserError, match=r"is damaged|not a file that torch\.save wrote"):
             open_weights(path)
+    with pytest.raises(UserError, match=r"has pytorch_model\.bin but no config\.json"):
+        open_weights(tmp_path)
     hf_folder(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json"):
