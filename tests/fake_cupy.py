@@ -70,6 +70,7 @@ METHODS = {
     "mean": "axis dtype out keepdims",
     "min": "axis out keepdims",
     "ravel": "order",
+    "squeeze": "axis",
     "sum": "axis dtype out keepdims",
     "swapaxes": "axis1 axis2",
 }
