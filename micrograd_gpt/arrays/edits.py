@@ -44,7 +44,6 @@ class Guard:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.name = name_of(function)
         self.parts = recorded()["uses"].get(self.name, ())
-        self.is_recorded = bool(self.parts)
         # Each part and what it is reached through, when all were last found as recorded: a
         # namespace, a name in it, what stood there, its function, and that one's code
         self.seen: list[tuple[dict[str, Any], str, Any, Any, Any]] | None = None

@@ -104,6 +104,28 @@ def fitting(definition: Callable[..., Any], *dtypes: Any) -> Callable[[F], F]:
 
     A definition that is not in SHAPES has a kernel that checks its arguments itself.
     """
+
+    def check(floats: Sequence[Any], labels: Sequence[Any]) -> None:
+        check_plain(floats, dtypes)
+        if any(type(array) not in PLAIN for array in labels):
+            raise NotForMe
+
+    return _fitting(definition, check)
+
+
+def fitting_on_gpu(definition: Callable[..., Any]) -> Callable[[F], F]:
+    """The same for a kernel on a GPU, which looks at the types itself."""
+
+    def check(floats: Sequence[Any], labels: Sequence[Any]) -> None:
+        kind = type(floats[0])
+        if any(type(array) is not kind for array in (*floats, *labels) if array is not None):
+            raise NotForMe
+
+    return _fitting(definition, check)
+
+
+def _fitting(definition: Callable[..., Any], check: Callable[..., None]) -> Callable[[F], F]:
+    """Let the decorated kernel see only arrays that pass check(floats, labels) and fit."""
     if definition not in SHAPES:
         return lambda kernel: kernel
     line, n_arrays, n_floats = _counted(definition)
@@ -111,30 +133,8 @@ def fitting(definition: Callable[..., Any], *dtypes: Any) -> Callable[[F], F]:
     def decorate(kernel: F) -> F:
         @functools.wraps(kernel)
         def if_they_fit(*args: Any) -> Any:
-            check_plain(args[:n_floats], dtypes)
-            if any(type(labels) not in PLAIN for labels in args[n_floats:n_arrays]):
-                raise NotForMe
+            check(args[:n_floats], args[n_floats:n_arrays])
             check_fit(line, args[:n_arrays])
-            return kernel(*args)
-
-        return if_they_fit  # type: ignore[return-value]
-
-    return decorate
-
-
-def fitting_on_gpu(definition: Callable[..., Any]) -> Callable[[F], F]:
-    """The same for a kernel on a GPU, which looks at the types itself."""
-    if definition not in SHAPES:
-        return lambda kernel: kernel
-    line, n_arrays, _ = _counted(definition)
-
-    def decorate(kernel: F) -> F:
-        @functools.wraps(kernel)
-        def if_they_fit(*args: Any) -> Any:
-            arrays = args[:n_arrays]
-            if any(type(array) is not type(args[0]) for array in arrays if array is not None):
-                raise NotForMe
-            check_fit(line, arrays)
             return kernel(*args)
 
         return if_they_fit  # type: ignore[return-value]
