@@ -478,12 +478,13 @@ def test_a_cache_that_does_not_fit_is_measured_in_its_own_type(
 
 
 def test_tf32_is_for_the_gpu_and_only_when_asked_for(
-    train: Callable[..., Path], cupy: ModuleType, monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Path], cupy: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CUPY_TF32", "1")  # as if for another program
     for flags, expected in (([], "0"), (["--tf32"], "1")):
         train("out", "--device", "gpu", "--max-steps", "1", "--overwrite", *flags)
         assert os.environ["CUPY_TF32"] == expected
-    for name, flags in (("train_gpt2", []), ("generate", ["--prompt", "The"])):
+    out = str(tmp_path / "new")  # the folder that the tests run in may hold a run
+    for name, flags in (("train_gpt2", ["--out", out]), ("generate", ["--prompt", "The"])):
         with pytest.raises(UserError, match=r"^--tf32 is for --device gpu: leave it out"):
             script(name).main([*flags, "--tf32"])
