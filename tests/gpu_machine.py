@@ -128,4 +128,6 @@ class RealGPU(Machine):
         """Nothing to do: a GPU orders its threads anew each time."""
 
     def get(self, array: Any) -> np.ndarray:
-        return array.get(order="A")
+        """A copy with the array's layout: its axes, from the largest stride to the smallest."""
+        axes = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+        return array.transpose(axes).get().transpose(np.argsort(axes))
