@@ -284,19 +284,15 @@ def attention_backward(
     parts = dqkv.transpose(2, 0, 3, 1, 4)  # views, each (B, H, T, D)
     dq, dk, dv = parts if _are_aligned(*parts) else xp.empty((3, b, h, t, d), q.dtype)
     delta = xp.empty((b, h, t), np.float32)
-    grid, block = (-(-(b * t * h) // WARPS),), (THREADS,)
     variant = {"head_size": d, "dropout": bool(p), "tf32": _in_tf32(dtype)}
-    launch(
-        *("attention", "attention_delta", dtype, grid, block, out, grad, delta, h, t, b * t * h),
-        **variant,
-    )
     rows, threads = cuda_modules.attention_block(dtype, d, variant["tf32"])
     seed = _seed(key) if p else 0
-    for kernel, written in (("queries", [dq]), ("keys", [dk, dv])):
+    of_queries, of_keys = [out, log_total, delta, dq], [log_total, delta, dk, dv]
+    for kernel, arrays in (("queries", of_queries), ("keys", of_keys)):  # the first writes delta
         launch(
             *("attention", f"attention_backward_{kernel}", dtype, (-(-t // rows), b * h)),
-            *((threads,), grad, q, k, v, log_total, delta, *written, h, t, *_strides(q)),
-            *(*_strides(written[0]), 1 / math.sqrt(d), seed, p),
+            *((threads,), grad, q, k, v, *arrays, h, t, *_strides(q), *_strides(dq)),
+            *(1 / math.sqrt(d), seed, p),
             **variant,
         )
     if not _are_aligned(*parts):

@@ -7,6 +7,9 @@
 // No block adds to what another one writes, so there are no atomics, and the bits are the same
 // every time.
 //
+// Exponentials are computed by power(), to the base that suits the type of numbers; log_total is
+// a natural logarithm.
+//
 // q, k, v are (B, H, T, D) with strides given in elements; a row's D values have no gaps, and each
 // row starts at a multiple of 16 bytes. out and grad are (B, T, H, D), and
 // log_total and delta are (B, H, T).
@@ -25,6 +28,28 @@ constexpr bool DROPS = DROPOUT;  // if false, the kernels are compiled without t
 #include "tiles_fma.cuh"
 #endif
 
+#ifndef MINB
+#define MINB 1
+#endif
+
+// Calls load(buffer, start) and then use(buffer, start) for each tile between `start` and `end`.
+// Where there are two buffers, a tile is copied while the one before it is in use.
+template <class Tiles, class Load, class Use>
+__device__ inline void for_each_tile(
+    Tiles (&buffers)[BUFFERS], int start, int end, Load load, Use use
+) {
+    load(buffers[0], start);
+    for (int turn = 0; start < end; start += TILE, turn ^= 1) {
+        wait_for_copies();
+        __syncthreads();  // this tile is there, and no thread still needs the one before
+        bool more = start + TILE < end;
+        if (BUFFERS == 2 && more) load(buffers[turn ^ 1], start + TILE);
+        use(buffers[turn % BUFFERS], start);
+        if (BUFFERS == 1) __syncthreads();
+        if (BUFFERS == 1 && more) load(buffers[0], start + TILE);
+    }
+}
+
 // The dropout factor of the weight with which `query` sees `key`: word key % 4 of counter key / 4.
 __device__ inline float weight_dropout(
     int head, int query, int key, unsigned long long seed, float p
@@ -41,207 +66,242 @@ __device__ inline float dropped_gradient(float gradient, float factor) {
     return factor == 0.0f ? 0.0f : gradient * factor;
 }
 
+// Scores (queries, keys) of keys after the query become -infinity: row 0 sees keys 0 … `last`.
+__device__ inline void hide_later(float (&scores)[HELD][COLUMNS], int last) {
+#pragma unroll
+    for (int r = 0; r < HELD; r++) {
+        for (int c = 0; c < COLUMNS; c++) {
+            if (column_of(c) > last + row_of(r)) scores[r][c] = -infinity();
+        }
+    }
+}
+
+// The same of scores (keys, queries): query `first` is the first that sees key 0.
+__device__ inline void hide_earlier(float (&scores)[HELD][COLUMNS], int first) {
+#pragma unroll
+    for (int r = 0; r < HELD; r++) {
+        for (int c = 0; c < COLUMNS; c++) {
+            if (column_of(c) < first + row_of(r)) scores[r][c] = -infinity();
+        }
+    }
+}
+
+struct KeysAndValues {
+    Tile keys, values;
+};
+
 // The last query stands at the last key. Where there are more keys than queries, the first ones
 // come from a KV cache.
-extern "C" __global__ void attention_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_forward(
     const Activation* q, const Activation* k, const Activation* v, Activation* out,
     float* log_total, int heads, int queries, int keys, long long q_batch, long long q_head,
     long long q_row, long long k_batch, long long k_head, long long k_row, float scale,
     unsigned long long seed, float p
 ) {
-    __shared__ Tile k_tile, v_tile;
+    __shared__ KeysAndValues buffers[BUFFERS];
     __shared__ RowsInShared q_shared;
-    int batch = blockIdx.y / heads, head = blockIdx.y % heads, first = blockIdx.x * ROWS;
+    int batch = blockIdx.y / heads, head = blockIdx.y % heads;
+    int first = (gridDim.x - 1 - blockIdx.x) * ROWS;  // the blocks with most to do start first
     int past = keys - queries, end = min(keys, past + first + ROWS);
     k += batch * k_batch + head * k_head;
     v += batch * k_batch + head * k_head;
     Rows q_rows = load_rows(
         q_shared, q + batch * q_batch + head * q_head + first * q_row, q_row, queries - first
     );
+    auto load = [&](KeysAndValues& tiles, int start) {
+        load_tile(tiles.keys, k + start * k_row, k_row, keys - start);
+        load_tile(tiles.values, v + start * k_row, k_row, keys - start);
+    };
 
-    float mixed[2][CHANNELS] = {}, largest[2] = {-infinity(), -infinity()}, total[2] = {};
-    for (int start = 0; start < end; start += TILE) {
-        __syncthreads();  // all threads are done with the last tiles
-        load_tile(k_tile, k + start * k_row, k_row, keys - start);
-        load_tile(v_tile, v + start * k_row, k_row, keys - start);
-        __syncthreads();
-        float weights[2][COLUMNS];
-        multiply(q_rows, k_tile, weights);
+    float mixed[HELD][CHANNELS] = {}, largest[HELD], total[HELD] = {}, unit = scale * BASE;
+    for (float& score : largest) score = -infinity();
+    for_each_tile(buffers, 0, end, load, [&](const KeysAndValues& tiles, int start) {
+        int sees = past + first + first_row_of_warp() - start;  // the last key the first row sees
+        if (sees + ROWS_PER_WARP <= 0) return;
+        float weights[HELD][COLUMNS];
+        multiply(q_rows, tiles.keys, weights);
+        if (sees < TILE - 1) hide_later(weights, past + first - start);
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int query = first + row_of(r);
+        for (int r = 0; r < HELD; r++) {
             float so_far = largest[r];
-#pragma unroll
-            for (int c = 0; c < COLUMNS; c++) {
-                int key = start + column_of(c);
-                bool seen = key <= past + query && key < keys;
-                weights[r][c] = seen ? weights[r][c] * scale : -infinity();
-                largest[r] = fmaxf(largest[r], weights[r][c]);
-            }
+            for (float score : weights[r]) largest[r] = fmaxf(largest[r], score);
             largest[r] = over_lanes<Max>(largest[r], LANES_PER_ROW);
-            float correction = expf(so_far - largest[r]);
+            float correction = power((so_far - largest[r]) * unit), taken_off = largest[r] * unit;
             total[r] *= correction;
             for (float& channel : mixed[r]) channel *= correction;
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++) {
-                weights[r][c] = expf(weights[r][c] - largest[r]);
+                weights[r][c] = power(weights[r][c] * unit - taken_off);
                 total[r] += weights[r][c];
                 if (DROPS) {
-                    int key = start + column_of(c);
+                    int query = first + row_of(r), key = start + column_of(c);
                     weights[r][c] *= weight_dropout(blockIdx.y, query, key, seed, p);
                 }
             }
         }
-        accumulate(mixed, weights, v_tile);
-    }
+        accumulate(mixed, weights, tiles.values);
+    });
 
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
+    for (int r = 0; r < HELD; r++) {
         int query = first + row_of(r);
         float sum = over_lanes<Sum>(total[r], LANES_PER_ROW);
         if (query >= queries) continue;
         Activation* row = out + (((long long)batch * queries + query) * heads + head) * HEAD_SIZE;
-        for (int c = 0; c < CHANNELS; c++) {
-            row[channel_of(c)] = rounded<Activation>(mixed[r][c] / sum);
-        }
+        store_row(row, mixed[r], 1.0f / sum);
         if (threadIdx.x % LANES_PER_ROW == 0) {
-            log_total[(long long)blockIdx.y * queries + query] = largest[r] + logf(sum);
+            log_total[(long long)blockIdx.y * queries + query] = largest[r] * scale + logf(sum);
         }
     }
 }
 
-// delta = the sum of out * grad over each row, which the softmax's backward subtracts from the
-// gradient of every weight. One warp takes one row (b, t, h). Grid: enough for B * T * H warps.
-extern "C" __global__ void attention_delta(
-    const Activation* out, const Activation* grad, float* delta, int heads, int queries, int rows
-) {
-    int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP, lane = threadIdx.x % WARP;
-    if (row >= rows) return;
-    float values[PACK], grads[PACK], sum = 0.0f;
-    for (int i = lane * PACK; i < HEAD_SIZE; i += WARP * PACK) {
-        load_pack(out + (long long)row * HEAD_SIZE, i, HEAD_SIZE, values);
-        load_pack(grad + (long long)row * HEAD_SIZE, i, HEAD_SIZE, grads);
-        for (int j = 0; j < PACK; j++) sum += values[j] * grads[j];
+// The sum of a · b over a row of each, HEAD_SIZE numbers, in all lanes that share the row.
+__device__ inline float row_product(const Activation* a, const Activation* b) {
+    float sum = 0.0f, of_a[PACK], of_b[PACK];
+    int lane = threadIdx.x % LANES_PER_ROW;
+#pragma unroll
+    for (int i = lane * PACK; i < HEAD_SIZE; i += LANES_PER_ROW * PACK) {
+        load_pack(a, i, HEAD_SIZE, of_a);
+        load_pack(b, i, HEAD_SIZE, of_b);
+        for (int j = 0; j < PACK; j++) sum += of_a[j] * of_b[j];
     }
-    sum = over_lanes<Sum>(sum);
-    int head = row % heads, query = row / heads % queries, batch = row / heads / queries;
-    if (lane == 0) delta[((long long)batch * heads + head) * queries + query] = sum;
+    return over_lanes<Sum>(sum, LANES_PER_ROW);
 }
 
-// dq = dscores · k; each block has ROWS queries. q, k, v share their strides, and dq, dk, dv
-// theirs.
-extern "C" __global__ void attention_backward_queries(
+// dq = dscores · k; each block has ROWS queries. Also writes delta, the sum of out * grad over each
+// row, which the softmax's backward subtracts from the gradient of every weight. q, k, v share
+// their strides, and dq, dk, dv theirs.
+extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_queries(
     const Activation* grad, const Activation* q, const Activation* k, const Activation* v,
-    const float* log_total, const float* delta, Activation* dq, int heads, int length,
-    long long batch_stride, long long head_stride, long long row_stride, long long d_batch,
-    long long d_head, long long d_row, float scale, unsigned long long seed, float p
+    const Activation* out, const float* log_total, float* delta, Activation* dq, int heads,
+    int length, long long batch_stride, long long head_stride, long long row_stride,
+    long long d_batch, long long d_head, long long d_row, float scale, unsigned long long seed,
+    float p
 ) {
-    __shared__ Tile k_tile, v_tile;
+    __shared__ KeysAndValues buffers[BUFFERS];
     __shared__ RowsInShared q_shared, grad_shared;
-    int batch = blockIdx.y / heads, head = blockIdx.y % heads, first = blockIdx.x * ROWS;
+    int batch = blockIdx.y / heads, head = blockIdx.y % heads;
+    int first = (gridDim.x - 1 - blockIdx.x) * ROWS;  // the blocks with most to do start first
     long long here = batch * batch_stride + head * head_stride;
-    long long grad_row = (long long)heads * HEAD_SIZE;
-    grad += (long long)batch * length * grad_row + head * HEAD_SIZE;
+    long long grad_row = (long long)heads * HEAD_SIZE, row_of_batch = (long long)batch * length;
+    grad += row_of_batch * grad_row + head * HEAD_SIZE;
+    out += row_of_batch * grad_row + head * HEAD_SIZE;
     Rows q_rows = load_rows(q_shared, q + here + first * row_stride, row_stride, length - first);
     Rows grad_rows = load_rows(grad_shared, grad + first * grad_row, grad_row, length - first);
+    auto load = [&](KeysAndValues& tiles, int start) {
+        load_tile(tiles.keys, k + here + start * row_stride, row_stride, length - start);
+        load_tile(tiles.values, v + here + start * row_stride, row_stride, length - start);
+    };
 
-    float sums[2][CHANNELS] = {};
-    int end = min(length, first + ROWS);
-    for (int start = 0; start < end; start += TILE) {
-        __syncthreads();
-        load_tile(k_tile, k + here + start * row_stride, row_stride, length - start);
-        load_tile(v_tile, v + here + start * row_stride, row_stride, length - start);
-        __syncthreads();
-        float scores[2][COLUMNS], dweights[2][COLUMNS];
-        multiply(q_rows, k_tile, scores);
-        multiply(grad_rows, v_tile, dweights);
+    float sums[HELD][CHANNELS] = {}, log_sum[HELD], taken_off[HELD], unit = scale * BASE;
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int query = first + row_of(r);
-            long long row = (long long)blockIdx.y * length + query;
-            float log_sum = query < length ? log_total[row] : 0.0f;
-            float taken_off = query < length ? delta[row] : 0.0f;
+    for (int r = 0; r < HELD; r++) {
+        int query = min(first + row_of(r), length - 1);  // what rows after the last get is not used
+        long long row = (long long)blockIdx.y * length + query;
+        log_sum[r] = log_total[row] * BASE;
+        taken_off[r] = row_product(out + query * grad_row, grad + query * grad_row);
+        if (threadIdx.x % LANES_PER_ROW == 0) delta[row] = taken_off[r];
+    }
+    for_each_tile(buffers, 0, min(length, first + ROWS), load,
+                  [&](const KeysAndValues& tiles, int start) {
+        int sees = first + first_row_of_warp() - start;  // the last key the first row sees
+        if (sees + ROWS_PER_WARP <= 0) return;
+        float scores[HELD][COLUMNS], dweights[HELD][COLUMNS];
+        multiply(q_rows, tiles.keys, scores);
+        multiply(grad_rows, tiles.values, dweights);
+        if (sees < TILE - 1) hide_later(scores, first - start);
+#pragma unroll
+        for (int r = 0; r < HELD; r++) {
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++) {
-                int key = start + column_of(c);
-                bool seen = key <= query && query < length;
-                float weight = seen ? expf(scores[r][c] * scale - log_sum) : 0.0f;
-                float factor = DROPS ? weight_dropout(blockIdx.y, query, key, seed, p) : 1.0f;
-                float dweight = dropped_gradient(dweights[r][c], factor);
-                scores[r][c] = weight * (dweight - taken_off) * scale;
+                float weight = power(scores[r][c] * unit - log_sum[r]), dweight = dweights[r][c];
+                if (DROPS) {
+                    int query = first + row_of(r), key = start + column_of(c);
+                    float factor = weight_dropout(blockIdx.y, query, key, seed, p);
+                    dweight = dropped_gradient(dweight, factor);
+                }
+                scores[r][c] = weight * (dweight - taken_off[r]);
             }
         }
-        accumulate(sums, scores, k_tile);
-    }
+        accumulate(sums, scores, tiles.keys);
+    });
 
     dq += batch * d_batch + head * d_head;
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
+    for (int r = 0; r < HELD; r++) {
         int query = first + row_of(r);
-        if (query >= length) continue;
-        for (int c = 0; c < CHANNELS; c++) {
-            dq[query * d_row + channel_of(c)] = rounded<Activation>(sums[r][c]);
-        }
+        if (query < length) store_row(dq + query * d_row, sums[r], scale);
     }
 }
 
+struct QueriesAndGradients {
+    Tile queries, grads;
+    float log_totals[TILE], deltas[TILE];
+};
+
 // dk = dscoresᵀ · q and dv = weightsᵀ · grad; each block has ROWS keys and all queries that see
-// them.
-extern "C" __global__ void attention_backward_keys(
+// them. Rows of queries after the last are zeros, and so is all that they add.
+extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_keys(
     const Activation* grad, const Activation* q, const Activation* k, const Activation* v,
     const float* log_total, const float* delta, Activation* dk, Activation* dv, int heads,
     int length, long long batch_stride, long long head_stride, long long row_stride,
     long long d_batch, long long d_head, long long d_row, float scale, unsigned long long seed,
     float p
 ) {
-    __shared__ Tile q_tile, grad_tile;
+    __shared__ QueriesAndGradients buffers[BUFFERS];
     __shared__ RowsInShared k_shared, v_shared;
     int batch = blockIdx.y / heads, head = blockIdx.y % heads, first = blockIdx.x * ROWS;
     long long here = batch * batch_stride + head * head_stride;
     long long grad_row = (long long)heads * HEAD_SIZE;
     grad += (long long)batch * length * grad_row + head * HEAD_SIZE;
+    log_total += (long long)blockIdx.y * length;
+    delta += (long long)blockIdx.y * length;
     Rows k_rows = load_rows(k_shared, k + here + first * row_stride, row_stride, length - first);
     Rows v_rows = load_rows(v_shared, v + here + first * row_stride, row_stride, length - first);
+    auto load = [&](QueriesAndGradients& tiles, int start) {
+        load_tile(tiles.queries, q + here + start * row_stride, row_stride, length - start);
+        load_tile(tiles.grads, grad + start * grad_row, grad_row, length - start);
+        copy_numbers(tiles.log_totals, log_total + start, length - start);
+        copy_numbers(tiles.deltas, delta + start, length - start);
+    };
 
-    float dk_sums[2][CHANNELS] = {}, dv_sums[2][CHANNELS] = {};
-    for (int start = first / TILE * TILE; start < length; start += TILE) {
-        __syncthreads();
-        load_tile(q_tile, q + here + start * row_stride, row_stride, length - start);
-        load_tile(grad_tile, grad + start * grad_row, grad_row, length - start);
-        __syncthreads();
-        float scores[2][COLUMNS], weights[2][COLUMNS];  // (keys, queries)
-        multiply(k_rows, q_tile, scores);
-        multiply(v_rows, grad_tile, weights);  // these are the weights' gradients at first
+    float dk_sums[HELD][CHANNELS] = {}, dv_sums[HELD][CHANNELS] = {}, unit = scale * BASE;
+    for_each_tile(buffers, first / TILE * TILE, length, load,
+                  [&](const QueriesAndGradients& tiles, int start) {
+        int seen_by = first + first_row_of_warp() - start;  // the first query that sees a key
+        if (seen_by >= TILE) return;
+        float scores[HELD][COLUMNS], weights[HELD][COLUMNS];  // (keys, queries)
+        multiply(k_rows, tiles.queries, scores);
+        multiply(v_rows, tiles.grads, weights);  // these are the weights' gradients at first
+        if (seen_by + ROWS_PER_WARP > 1) hide_earlier(scores, first - start);
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
-            int query = start + column_of(c);
-            long long row = (long long)blockIdx.y * length + query;
-            float log_sum = query < length ? log_total[row] : 0.0f;
-            float taken_off = query < length ? delta[row] : 0.0f;
+            float log_sum = tiles.log_totals[column_of(c)] * BASE;
+            float taken_off = tiles.deltas[column_of(c)];
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                int key = first + row_of(r);
-                bool seen = key <= query && query < length;
-                float weight = seen ? expf(scores[r][c] * scale - log_sum) : 0.0f;
-                float factor = DROPS ? weight_dropout(blockIdx.y, query, key, seed, p) : 1.0f;
-                float dweight = dropped_gradient(weights[r][c], factor);
-                scores[r][c] = weight * (dweight - taken_off) * scale;
-                weights[r][c] = weight * factor;
+            for (int r = 0; r < HELD; r++) {
+                float weight = power(scores[r][c] * unit - log_sum), dweight = weights[r][c];
+                weights[r][c] = weight;
+                if (DROPS) {
+                    int key = first + row_of(r), query = start + column_of(c);
+                    float factor = weight_dropout(blockIdx.y, query, key, seed, p);
+                    dweight = dropped_gradient(dweight, factor);
+                    weights[r][c] *= factor;
+                }
+                scores[r][c] = weight * (dweight - taken_off);
             }
         }
-        accumulate(dv_sums, weights, grad_tile);
-        accumulate(dk_sums, scores, q_tile);
-    }
+        accumulate(dv_sums, weights, tiles.grads);
+        accumulate(dk_sums, scores, tiles.queries);
+    });
 
     dk += batch * d_batch + head * d_head;
     dv += batch * d_batch + head * d_head;
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
+    for (int r = 0; r < HELD; r++) {
         int key = first + row_of(r);
         if (key >= length) continue;
-        for (int c = 0; c < CHANNELS; c++) {
-            dk[key * d_row + channel_of(c)] = rounded<Activation>(dk_sums[r][c]);
-            dv[key * d_row + channel_of(c)] = rounded<Activation>(dv_sums[r][c]);
-        }
+        store_row(dk + key * d_row, dk_sums[r], scale);
+        store_row(dv + key * d_row, dv_sums[r], 1.0f);
     }
 }

@@ -6,20 +6,33 @@
 
 #pragma once
 
-constexpr int TILE = ROWS;  // rows of a tile: four tiles must fit 48 KB
+constexpr int TILE = ROWS, BUFFERS = 1;  // rows of a tile: four tiles must fit 48 KB
 constexpr int LANES_PER_ROW = 16, THREADS = ROWS / 2 * LANES_PER_ROW;
+constexpr int HELD = 2;  // rows of a product in one thread
+constexpr int ROWS_PER_WARP = WARP / LANES_PER_ROW * HELD;
 constexpr int COLUMNS = TILE / LANES_PER_ROW;  // of scores (ROWS, TILE) in one thread, for each row
 constexpr int CHANNELS = HEAD_SIZE / LANES_PER_ROW;  // of sums (ROWS, HEAD_SIZE) likewise
 
-__device__ inline int row_of(int r) { return threadIdx.x / LANES_PER_ROW * 2 + r; }
+__device__ inline int first_row_of_warp() { return threadIdx.x / WARP * ROWS_PER_WARP; }
+__device__ inline int row_of(int r) { return threadIdx.x / LANES_PER_ROW * HELD + r; }
 __device__ inline int column_of(int c) { return threadIdx.x % LANES_PER_ROW + c * LANES_PER_ROW; }
 __device__ inline int channel_of(int c) { return column_of(c); }
+
+// Exponentials are powers of e, exact to the last bits.
+constexpr float BASE = 1.0f;
+__device__ inline float power(float logarithm) { return expf(logarithm); }
 
 struct Tile {
     float at[TILE][HEAD_SIZE + 1];  // one more, so that a column is spread over banks
 };
 using RowsInShared = Tile;
 using Rows = const Tile*;
+
+__device__ inline void wait_for_copies() {}  // here a copy is made when it is asked for
+
+__device__ inline void copy_numbers(float (&numbers)[TILE], const float* first, int count) {
+    for (int i = threadIdx.x; i < TILE; i += THREADS) numbers[i] = i < count ? first[i] : 0.0f;
+}
 
 // Loads `count` rows from `first` on, `stride` elements apart, and zeros after them.
 __device__ inline void load_tile(Tile& tile, const float* first, long long stride, int count) {
@@ -40,15 +53,15 @@ __device__ inline Rows load_rows(
 }
 
 // scores (ROWS, TILE) = rows · tileᵀ
-__device__ inline void multiply(Rows rows, const Tile& tile, float (&scores)[2][COLUMNS]) {
-    for (int r = 0; r < 2; r++) {
+__device__ inline void multiply(Rows rows, const Tile& tile, float (&scores)[HELD][COLUMNS]) {
+    for (int r = 0; r < HELD; r++) {
         for (float& score : scores[r]) score = 0.0f;
     }
     for (int channel = 0; channel < HEAD_SIZE; channel++) {
-        float a[2] = {rows->at[row_of(0)][channel], rows->at[row_of(1)][channel]};
+        float a[HELD] = {rows->at[row_of(0)][channel], rows->at[row_of(1)][channel]};
         for (int c = 0; c < COLUMNS; c++) {
             float b = tile.at[column_of(c)][channel];
-            for (int r = 0; r < 2; r++) scores[r][c] += a[r] * b;
+            for (int r = 0; r < HELD; r++) scores[r][c] += a[r] * b;
         }
     }
 }
@@ -56,19 +69,24 @@ __device__ inline void multiply(Rows rows, const Tile& tile, float (&scores)[2][
 // sums (ROWS, HEAD_SIZE) += weights (ROWS, TILE) · tile. The threads of a row, which belong to one
 // warp, exchange their weights through shared memory.
 __device__ inline void accumulate(
-    float (&sums)[2][CHANNELS], const float (&weights)[2][COLUMNS], const Tile& tile
+    float (&sums)[HELD][CHANNELS], const float (&weights)[HELD][COLUMNS], const Tile& tile
 ) {
     __shared__ float of_row[ROWS][TILE];
-    for (int r = 0; r < 2; r++) {
+    for (int r = 0; r < HELD; r++) {
         for (int c = 0; c < COLUMNS; c++) of_row[row_of(r)][column_of(c)] = weights[r][c];
     }
     __syncwarp();
     for (int j = 0; j < TILE; j++) {
-        float a[2] = {of_row[row_of(0)][j], of_row[row_of(1)][j]};
+        float a[HELD] = {of_row[row_of(0)][j], of_row[row_of(1)][j]};
         for (int c = 0; c < CHANNELS; c++) {
             float b = tile.at[j][channel_of(c)];
-            for (int r = 0; r < 2; r++) sums[r][c] += a[r] * b;
+            for (int r = 0; r < HELD; r++) sums[r][c] += a[r] * b;
         }
     }
     __syncwarp();  // of_row may be written again
+}
+
+// row[channel_of(c)] = values[c] * factor
+__device__ inline void store_row(float* row, const float (&values)[CHANNELS], float factor) {
+    for (int c = 0; c < CHANNELS; c++) row[channel_of(c)] = values[c] * factor;
 }

@@ -10,6 +10,7 @@
 
 #pragma once
 
+constexpr int FRAGMENTS = 1, BUFFERS = 1;
 constexpr int TILE = 32;  // rows of a tile; with more, the backward of 128 channels lacks registers
 #include "fragments.cuh"
 
@@ -43,6 +44,12 @@ __device__ inline void mma(
 }
 #endif
 
+__device__ inline void wait_for_copies() {}  // here a copy is made when it is asked for
+
+__device__ inline void copy_numbers(float (&numbers)[TILE], const float* first, int count) {
+    for (int i = threadIdx.x; i < TILE; i += THREADS) numbers[i] = i < count ? first[i] : 0.0f;
+}
+
 // Loads `count` rows from `first` on, `stride` elements apart, and zeros after them.
 __device__ inline void load_tile(Tile& tile, const float* first, long long stride, int count) {
     constexpr int PACKS = HEAD_SIZE / PACK;
@@ -68,15 +75,15 @@ __device__ inline Rows load_rows(RowsInShared&, const float* first, long long st
 }
 
 // scores (ROWS, TILE) = rows · tileᵀ
-__device__ inline void multiply(const Rows& rows, const Tile& tile, float (&scores)[2][COLUMNS]) {
-    for (int r = 0; r < 2; r++) {
+__device__ inline void multiply(const Rows& rows, const Tile& tile, float (&scores)[HELD][COLUMNS]) {
+    for (int r = 0; r < HELD; r++) {
         for (float& score : scores[r]) score = 0.0f;
     }
     int row = lane_of() / 4, channel = lane_of() % 4;
-    for (int n = 0; n < TILE / 8; n++) {
-        float* upper = scores[0] + 2 * n;
-        float* lower = scores[1] + 2 * n;
-        for (int k = 0; k < HEAD_SIZE / 8; k++) {
+    for (int k = 0; k < HEAD_SIZE / 8; k++) {
+        for (int n = 0; n < TILE / 8; n++) {
+            float* upper = scores[0] + 2 * n;
+            float* lower = scores[1] + 2 * n;
             const unsigned* b = &tile.at[n * 8 + row][k * 8 + channel];
             mma(upper[0], upper[1], lower[0], lower[1], rows.words[k], b[0], b[4]);
         }
@@ -87,7 +94,7 @@ __device__ inline void multiply(const Rows& rows, const Tile& tile, float (&scor
 // in any order. So the weights for rows 2t and 2t + 1, which a lane holds as C, become columns t
 // and t + 4 of A, and B's rows are permuted likewise.
 __device__ inline void accumulate(
-    float (&sums)[2][CHANNELS], const float (&weights)[2][COLUMNS], const Tile& tile
+    float (&sums)[HELD][CHANNELS], const float (&weights)[HELD][COLUMNS], const Tile& tile
 ) {
     int row = lane_of() % 4 * 2, channel = lane_of() / 4;
     for (int k = 0; k < TILE / 8; k++) {
@@ -102,4 +109,9 @@ __device__ inline void accumulate(
             mma(top[0], top[1], bottom[0], bottom[1], a, b0, b1);
         }
     }
+}
+
+// row[channel_of(c)] = values[c] * factor
+__device__ inline void store_row(float* row, const float (&values)[CHANNELS], float factor) {
+    for (int c = 0; c < CHANNELS; c++) row[channel_of(c)] = values[c] * factor;
 }
