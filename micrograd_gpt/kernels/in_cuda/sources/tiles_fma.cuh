@@ -34,14 +34,21 @@ __device__ inline void copy_numbers(float (&numbers)[TILE], const float* first, 
     for (int i = threadIdx.x; i < TILE; i += THREADS) numbers[i] = i < count ? first[i] : 0.0f;
 }
 
-// Loads `count` rows from `first` on, `stride` elements apart, and zeros after them.
+// Loads `count` rows from `first` on, `stride` elements apart, and zeros after them. Every row
+// must start at a multiple of 16 bytes.
 __device__ inline void load_tile(Tile& tile, const float* first, long long stride, int count) {
     constexpr int PACKS = HEAD_SIZE / PACK;
-    for (int i = threadIdx.x; i < TILE * PACKS; i += THREADS) {
-        int row = i / PACKS, channel = i % PACKS * PACK;
-        float values[PACK] = {};
-        if (row < count) load_pack(first + row * stride, channel, HEAD_SIZE, values);
-        for (int j = 0; j < PACK; j++) tile.at[row][channel + j] = values[j];
+#pragma unroll
+    for (int done = 0; done < TILE * PACKS; done += THREADS) {
+        int i = done + threadIdx.x, row = i / PACKS, channel = i % PACKS * PACK;
+        if (done + THREADS > TILE * PACKS && i >= TILE * PACKS) break;
+        SixteenBytes values = {};
+        if (row < count) {
+            values = *reinterpret_cast<const SixteenBytes*>(first + row * stride + channel);
+        }
+        for (int j = 0; j < PACK; j++) {
+            tile.at[row][channel + j] = __uint_as_float(values.words[j]);
+        }
     }
 }
 
