@@ -50,14 +50,17 @@ __device__ inline void for_each_tile(
     }
 }
 
-// The dropout factor of the weight with which `query` sees `key`: word key % 4 of counter key / 4.
+// The dropout factor of the weight with which query first_query + row sees key first_key + column,
+// where the first ones are multiples of 16. Four weights, of two queries 8 apart and two keys 8
+// apart, share a counter: on tensor cores one thread holds all four, and draws once.
 __device__ inline float weight_dropout(
-    int head, int query, int key, unsigned long long seed, float p
+    int head, int first_query, int row, int first_key, int column, unsigned long long seed, float p
 ) {
-    FourNumbers random = philox({unsigned(key / 4), unsigned(query), unsigned(head), 0}, seed);
-    unsigned* words = random.words;
-    unsigned number = key % 4 < 2 ? (key % 2 ? words[1] : words[0]) : (key % 2 ? words[3] : words[2]);
-    return dropout_factor(number, p);
+    unsigned query = first_query + (row & ~8), key = first_key + (column & ~8);
+    FourNumbers random = philox({key, query, unsigned(head), 0}, seed);
+    unsigned upper = column & 8 ? random.words[1] : random.words[0];
+    unsigned lower = column & 8 ? random.words[3] : random.words[2];
+    return dropout_factor(row & 8 ? lower : upper, p);
 }
 
 // What flows back through dropout: nothing through a dropped weight, even where the gradient is
@@ -134,8 +137,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_forward(
                 weights[r][c] = power(weights[r][c] * unit - taken_off);
                 total[r] += weights[r][c];
                 if (DROPS) {
-                    int query = first + row_of(r), key = start + column_of(c);
-                    weights[r][c] *= weight_dropout(blockIdx.y, query, key, seed, p);
+                    weights[r][c] *= weight_dropout(
+                        blockIdx.y, first, row_of(r), start, column_of(c), seed, p
+                    );
                 }
             }
         }
@@ -216,8 +220,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_q
             for (int c = 0; c < COLUMNS; c++) {
                 float weight = power(scores[r][c] * unit - log_sum[r]), dweight = dweights[r][c];
                 if (DROPS) {
-                    int query = first + row_of(r), key = start + column_of(c);
-                    float factor = weight_dropout(blockIdx.y, query, key, seed, p);
+                    float factor = weight_dropout(
+                        blockIdx.y, first, row_of(r), start, column_of(c), seed, p
+                    );
                     dweight = dropped_gradient(dweight, factor);
                 }
                 scores[r][c] = weight * (dweight - taken_off[r]);
@@ -283,8 +288,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_k
                 float weight = power(scores[r][c] * unit - log_sum), dweight = weights[r][c];
                 weights[r][c] = weight;
                 if (DROPS) {
-                    int key = first + row_of(r), query = start + column_of(c);
-                    float factor = weight_dropout(blockIdx.y, query, key, seed, p);
+                    float factor = weight_dropout(
+                        blockIdx.y, start, column_of(c), first, row_of(r), seed, p
+                    );
                     dweight = dropped_gradient(dweight, factor);
                     weights[r][c] *= factor;
                 }

@@ -12,8 +12,9 @@ constexpr int CHANNELS = HEAD_SIZE / LANES_PER_ROW;  // of sums (ROWS, HEAD_SIZE
 
 __device__ inline int lane_of() { return threadIdx.x % WARP; }
 __device__ inline int first_row_of_warp() { return threadIdx.x / WARP * ROWS_PER_WARP; }
-__device__ inline int row_of(int r) { return first_row_of_warp() + lane_of() / 4 + 8 * r; }
-__device__ inline int column_of(int c) { return c / 2 * 8 + lane_of() % 4 * 2 + c % 2; }
+// The parts of these sums have no bit in common: written with | the compiler knows it.
+__device__ inline int row_of(int r) { return first_row_of_warp() | 8 * r | lane_of() / 4; }
+__device__ inline int column_of(int c) { return c / 2 * 8 | lane_of() % 4 * 2 | c % 2; }
 __device__ inline int channel_of(int c) { return column_of(c); }
 
 // Exponentials are powers of 2, one instruction each; BASE turns logarithms to base e into theirs.
