@@ -32,19 +32,26 @@ constexpr bool DROPS = DROPOUT;  // if false, the kernels are compiled without t
 #define MINB 1
 #endif
 
-// Calls load(buffer, start) and then use(buffer, start) for each tile between `start` and `end`.
-// Where there are two buffers, a tile is copied while the one before it is in use.
+#ifndef UNR
+#define UNR (TILE / STRIP)
+#endif
+// Goes through the tiles between `start` and `end`, the first of which is in buffers[0] or on its
+// way there: load(buffer, start) loads one. Of each tile, use(buffer, part, start) is given STRIP
+// rows at a time: those from `part` on, which stand at `start` of the whole. Where there are two
+// buffers, a tile is copied while the one before it is in use.
 template <class Tiles, class Load, class Use>
-__device__ inline void for_each_tile(
+__device__ inline void for_each_strip(
     Tiles (&buffers)[BUFFERS], int start, int end, Load load, Use use
 ) {
-    load(buffers[0], start);
     for (int turn = 0; start < end; start += TILE, turn ^= 1) {
         wait_for_copies();
         __syncthreads();  // this tile is there, and no thread still needs the one before
         bool more = start + TILE < end;
         if (BUFFERS == 2 && more) load(buffers[turn ^ 1], start + TILE);
-        use(buffers[turn % BUFFERS], start);
+#pragma unroll UNR
+        for (int part = 0; part < TILE; part += STRIP) {
+            use(buffers[turn % BUFFERS], part, start + part);
+        }
         if (BUFFERS == 1) __syncthreads();
         if (BUFFERS == 1 && more) load(buffers[0], start + TILE);
     }
@@ -108,22 +115,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_forward(
     int past = keys - queries, end = min(keys, past + first + ROWS);
     k += batch * k_batch + head * k_head;
     v += batch * k_batch + head * k_head;
-    Rows q_rows = load_rows(
-        q_shared, q + batch * q_batch + head * q_head + first * q_row, q_row, queries - first
-    );
     auto load = [&](KeysAndValues& tiles, int start) {
         load_tile(tiles.keys, k + start * k_row, k_row, keys - start);
         load_tile(tiles.values, v + start * k_row, k_row, keys - start);
     };
+    load(buffers[0], 0);
+    Rows q_rows = load_rows(
+        q_shared, q + batch * q_batch + head * q_head + first * q_row, q_row, queries - first
+    );
 
     float mixed[HELD][CHANNELS] = {}, largest[HELD], total[HELD] = {}, unit = scale * BASE;
     for (float& score : largest) score = -infinity();
-    for_each_tile(buffers, 0, end, load, [&](const KeysAndValues& tiles, int start) {
+    for_each_strip(buffers, 0, end, load, [&](const KeysAndValues& tiles, int part, int start) {
         int sees = past + first + first_row_of_warp() - start;  // the last key the first row sees
         if (sees + ROWS_PER_WARP <= 0) return;
         float weights[HELD][COLUMNS];
-        multiply(q_rows, tiles.keys, weights);
-        if (sees < TILE - 1) hide_later(weights, past + first - start);
+        multiply(q_rows, tiles.keys, part, weights);
+        if (sees < STRIP - 1) hide_later(weights, past + first - start);
 #pragma unroll
         for (int r = 0; r < HELD; r++) {
             float so_far = largest[r];
@@ -143,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_forward(
                 }
             }
         }
-        accumulate(mixed, weights, tiles.values);
+        accumulate(mixed, weights, tiles.values, part);
     });
 
 #pragma unroll
@@ -186,16 +194,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_q
     __shared__ RowsInShared q_shared, grad_shared;
     int batch = blockIdx.y / heads, head = blockIdx.y % heads;
     int first = (gridDim.x - 1 - blockIdx.x) * ROWS;  // the blocks with most to do start first
+    int end = min(length, first + ROWS);
     long long here = batch * batch_stride + head * head_stride;
     long long grad_row = (long long)heads * HEAD_SIZE, row_of_batch = (long long)batch * length;
     grad += row_of_batch * grad_row + head * HEAD_SIZE;
     out += row_of_batch * grad_row + head * HEAD_SIZE;
-    Rows q_rows = load_rows(q_shared, q + here + first * row_stride, row_stride, length - first);
-    Rows grad_rows = load_rows(grad_shared, grad + first * grad_row, grad_row, length - first);
     auto load = [&](KeysAndValues& tiles, int start) {
         load_tile(tiles.keys, k + here + start * row_stride, row_stride, length - start);
         load_tile(tiles.values, v + here + start * row_stride, row_stride, length - start);
     };
+    load(buffers[0], 0);
+    Rows q_rows = load_rows(q_shared, q + here + first * row_stride, row_stride, length - first);
+    Rows grad_rows = load_rows(grad_shared, grad + first * grad_row, grad_row, length - first);
 
     float sums[HELD][CHANNELS] = {}, log_sum[HELD], taken_off[HELD], unit = scale * BASE;
 #pragma unroll
@@ -206,14 +216,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_q
         taken_off[r] = row_product(out + query * grad_row, grad + query * grad_row);
         if (threadIdx.x % LANES_PER_ROW == 0) delta[row] = taken_off[r];
     }
-    for_each_tile(buffers, 0, min(length, first + ROWS), load,
-                  [&](const KeysAndValues& tiles, int start) {
+    for_each_strip(buffers, 0, end, load, [&](const KeysAndValues& tiles, int part, int start) {
         int sees = first + first_row_of_warp() - start;  // the last key the first row sees
         if (sees + ROWS_PER_WARP <= 0) return;
         float scores[HELD][COLUMNS], dweights[HELD][COLUMNS];
-        multiply(q_rows, tiles.keys, scores);
-        multiply(grad_rows, tiles.values, dweights);
-        if (sees < TILE - 1) hide_later(scores, first - start);
+        multiply(q_rows, tiles.keys, part, scores);
+        multiply(grad_rows, tiles.values, part, dweights);
+        if (sees < STRIP - 1) hide_later(scores, first - start);
 #pragma unroll
         for (int r = 0; r < HELD; r++) {
 #pragma unroll
@@ -228,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_q
                 scores[r][c] = weight * (dweight - taken_off[r]);
             }
         }
-        accumulate(sums, scores, tiles.keys);
+        accumulate(sums, scores, tiles.keys, part);
     });
 
     dq += batch * d_batch + head * d_head;
@@ -261,28 +270,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_k
     grad += (long long)batch * length * grad_row + head * HEAD_SIZE;
     log_total += (long long)blockIdx.y * length;
     delta += (long long)blockIdx.y * length;
-    Rows k_rows = load_rows(k_shared, k + here + first * row_stride, row_stride, length - first);
-    Rows v_rows = load_rows(v_shared, v + here + first * row_stride, row_stride, length - first);
     auto load = [&](QueriesAndGradients& tiles, int start) {
         load_tile(tiles.queries, q + here + start * row_stride, row_stride, length - start);
         load_tile(tiles.grads, grad + start * grad_row, grad_row, length - start);
         copy_numbers(tiles.log_totals, log_total + start, length - start);
         copy_numbers(tiles.deltas, delta + start, length - start);
     };
+    int begin = first / TILE * TILE;
+    load(buffers[0], begin);
+    Rows k_rows = load_rows(k_shared, k + here + first * row_stride, row_stride, length - first);
+    Rows v_rows = load_rows(v_shared, v + here + first * row_stride, row_stride, length - first);
 
     float dk_sums[HELD][CHANNELS] = {}, dv_sums[HELD][CHANNELS] = {}, unit = scale * BASE;
-    for_each_tile(buffers, first / TILE * TILE, length, load,
-                  [&](const QueriesAndGradients& tiles, int start) {
+    for_each_strip(buffers, begin, length, load, [&](const QueriesAndGradients& tiles, int part, int start) {
         int seen_by = first + first_row_of_warp() - start;  // the first query that sees a key
-        if (seen_by >= TILE) return;
+        if (seen_by >= STRIP) return;
         float scores[HELD][COLUMNS], weights[HELD][COLUMNS];  // (keys, queries)
-        multiply(k_rows, tiles.queries, scores);
-        multiply(v_rows, tiles.grads, weights);  // these are the weights' gradients at first
+        multiply(k_rows, tiles.queries, part, scores);
+        multiply(v_rows, tiles.grads, part, weights);  // these are the weights' gradients at first
         if (seen_by + ROWS_PER_WARP > 1) hide_earlier(scores, first - start);
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
-            float log_sum = tiles.log_totals[column_of(c)] * BASE;
-            float taken_off = tiles.deltas[column_of(c)];
+            float log_sum = tiles.log_totals[part + column_of(c)] * BASE;
+            float taken_off = tiles.deltas[part + column_of(c)];
 #pragma unroll
             for (int r = 0; r < HELD; r++) {
                 float weight = power(scores[r][c] * unit - log_sum), dweight = weights[r][c];
@@ -297,8 +307,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_k
                 scores[r][c] = weight * (dweight - taken_off);
             }
         }
-        accumulate(dv_sums, weights, tiles.grads);
-        accumulate(dk_sums, scores, tiles.queries);
+        accumulate(dv_sums, weights, tiles.grads, part);
+        accumulate(dk_sums, scores, tiles.queries, part);
     });
 
     dk += batch * d_batch + head * d_head;

@@ -7,7 +7,7 @@
 constexpr int LANES_PER_ROW = 4, ROWS_PER_WARP = 16 * FRAGMENTS;
 constexpr int THREADS = ROWS / ROWS_PER_WARP * WARP;
 constexpr int HELD = 2 * FRAGMENTS;  // rows of a product in one thread
-constexpr int COLUMNS = TILE / LANES_PER_ROW;  // of scores (ROWS, TILE) in one thread, for each row
+constexpr int COLUMNS = STRIP / LANES_PER_ROW;  // of scores (ROWS, STRIP) in one thread, for each row
 constexpr int CHANNELS = HEAD_SIZE / LANES_PER_ROW;  // of sums (ROWS, HEAD_SIZE) likewise
 
 __device__ inline int lane_of() { return threadIdx.x % WARP; }

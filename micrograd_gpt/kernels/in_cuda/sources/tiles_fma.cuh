@@ -6,11 +6,11 @@
 
 #pragma once
 
-constexpr int TILE = ROWS, BUFFERS = 1;  // rows of a tile: four tiles must fit 48 KB
+constexpr int TILE = ROWS, STRIP = TILE, BUFFERS = 1;  // four tiles must fit 48 KB
 constexpr int LANES_PER_ROW = 16, THREADS = ROWS / 2 * LANES_PER_ROW;
 constexpr int HELD = 2;  // rows of a product in one thread
 constexpr int ROWS_PER_WARP = WARP / LANES_PER_ROW * HELD;
-constexpr int COLUMNS = TILE / LANES_PER_ROW;  // of scores (ROWS, TILE) in one thread, for each row
+constexpr int COLUMNS = STRIP / LANES_PER_ROW;  // of scores (ROWS, STRIP) in one thread, for each row
 constexpr int CHANNELS = HEAD_SIZE / LANES_PER_ROW;  // of sums (ROWS, HEAD_SIZE) likewise
 
 __device__ inline int first_row_of_warp() { return threadIdx.x / WARP * ROWS_PER_WARP; }
@@ -44,7 +44,7 @@ __device__ inline void load_tile(Tile& tile, const float* first, long long strid
         if (done + THREADS > TILE * PACKS && i >= TILE * PACKS) break;
         SixteenBytes values = {};
         if (row < count) {
-            values = *reinterpret_cast<const SixteenBytes*>(first + row * stride + channel);
+            values = *reinterpret_cast<const SixteenBytes*>(first + row * int(stride) + channel);
         }
         for (int j = 0; j < PACK; j++) {
             tile.at[row][channel + j] = __uint_as_float(values.words[j]);
@@ -59,34 +59,34 @@ __device__ inline Rows load_rows(
     return &shared;  // the caller's next __syncthreads() makes it complete
 }
 
-// scores (ROWS, TILE) = rows · tileᵀ
-__device__ inline void multiply(Rows rows, const Tile& tile, float (&scores)[HELD][COLUMNS]) {
+// scores (ROWS, STRIP) = rows · stripᵀ, the strip being the rows of a tile from `part` on
+__device__ inline void multiply(Rows rows, const Tile& tile, int part, float (&scores)[HELD][COLUMNS]) {
     for (int r = 0; r < HELD; r++) {
         for (float& score : scores[r]) score = 0.0f;
     }
     for (int channel = 0; channel < HEAD_SIZE; channel++) {
         float a[HELD] = {rows->at[row_of(0)][channel], rows->at[row_of(1)][channel]};
         for (int c = 0; c < COLUMNS; c++) {
-            float b = tile.at[column_of(c)][channel];
+            float b = tile.at[part + column_of(c)][channel];
             for (int r = 0; r < HELD; r++) scores[r][c] += a[r] * b;
         }
     }
 }
 
-// sums (ROWS, HEAD_SIZE) += weights (ROWS, TILE) · tile. The threads of a row, which belong to one
+// sums (ROWS, HEAD_SIZE) += weights (ROWS, STRIP) · strip. The threads of a row, which belong to one
 // warp, exchange their weights through shared memory.
 __device__ inline void accumulate(
-    float (&sums)[HELD][CHANNELS], const float (&weights)[HELD][COLUMNS], const Tile& tile
+    float (&sums)[HELD][CHANNELS], const float (&weights)[HELD][COLUMNS], const Tile& tile, int part
 ) {
-    __shared__ float of_row[ROWS][TILE];
+    __shared__ float of_row[ROWS][STRIP];
     for (int r = 0; r < HELD; r++) {
         for (int c = 0; c < COLUMNS; c++) of_row[row_of(r)][column_of(c)] = weights[r][c];
     }
     __syncwarp();
-    for (int j = 0; j < TILE; j++) {
+    for (int j = 0; j < STRIP; j++) {
         float a[HELD] = {of_row[row_of(0)][j], of_row[row_of(1)][j]};
         for (int c = 0; c < CHANNELS; c++) {
-            float b = tile.at[j][channel_of(c)];
+            float b = tile.at[part + j][channel_of(c)];
             for (int r = 0; r < HELD; r++) sums[r][c] += a[r] * b;
         }
     }

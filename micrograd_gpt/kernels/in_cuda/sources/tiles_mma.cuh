@@ -18,7 +18,10 @@
 #define TILE_ (HEAD_SIZE <= 64 ? 64 : 32)
 #endif
 constexpr int FRAGMENTS = FRAGS;
-constexpr int TILE = TILE_;  // rows of a tile; registers must hold its scores
+#ifndef STRIP_
+#define STRIP_ TILE_
+#endif
+constexpr int TILE = TILE_, STRIP = STRIP_;
 constexpr int BUFFERS = 2;  // while products are made from one tile, the next is copied
 #include "fragments.cuh"
 
@@ -104,7 +107,7 @@ __device__ inline void load_tile(Tile& tile, const Activation* first, long long 
     for (int done = 0; done < TILE * PACKS; done += THREADS) {
         int i = done + threadIdx.x, row = i / PACKS, channel = i % PACKS * PACK;
         if (done + THREADS > TILE * PACKS && i >= TILE * PACKS) break;
-        copy<16>(&tile.at[row][channel], first + row * stride + channel, row < count);
+        copy<16>(&tile.at[row][channel], first + row * int(stride) + channel, row < count);
     }
 }
 
@@ -125,18 +128,18 @@ __device__ inline Rows load_rows(
     return rows;
 }
 
-// scores (ROWS, TILE) = rows · tileᵀ
+// scores (ROWS, STRIP) = rows · stripᵀ, the strip being the rows of a tile from `part` on
 __device__ inline void multiply(
-    const Rows& rows, const Tile& tile, float (&scores)[HELD][COLUMNS]
+    const Rows& rows, const Tile& tile, int part, float (&scores)[HELD][COLUMNS]
 ) {
     for (int r = 0; r < HELD; r++) {
         for (float& score : scores[r]) score = 0.0f;
     }
     int row = lane_of() / 16 * 8 + lane_of() % 8, channel = lane_of() / 8 % 2 * 8;
     for (int k = 0; k < HEAD_SIZE / 16; k++) {
-        for (int n = 0; n < TILE / 16; n++) {
+        for (int n = 0; n < STRIP / 16; n++) {
             unsigned b[4];
-            load_matrices(b, &tile.at[n * 16 + row][k * 16 + channel]);
+            load_matrices(b, &tile.at[part + n * 16 + row][k * 16 + channel]);
             for (int f = 0; f < FRAGMENTS; f++) {
                 float* upper = scores[2 * f] + 4 * n;
                 float* lower = scores[2 * f + 1] + 4 * n;
@@ -147,13 +150,13 @@ __device__ inline void multiply(
     }
 }
 
-// sums (ROWS, HEAD_SIZE) += weights (ROWS, TILE) · tile. The weights that a lane holds as C are,
+// sums (ROWS, HEAD_SIZE) += weights (ROWS, STRIP) · strip. The weights that a lane holds as C are,
 // once rounded, exactly those it must hold as A.
 __device__ inline void accumulate(
-    float (&sums)[HELD][CHANNELS], const float (&weights)[HELD][COLUMNS], const Tile& tile
+    float (&sums)[HELD][CHANNELS], const float (&weights)[HELD][COLUMNS], const Tile& tile, int part
 ) {
     int row = lane_of() / 8 % 2 * 8 + lane_of() % 8, channel = lane_of() / 16 * 8;
-    for (int k = 0; k < TILE / 16; k++) {
+    for (int k = 0; k < STRIP / 16; k++) {
         unsigned a[FRAGMENTS][4];
         for (int f = 0; f < FRAGMENTS; f++) {
             for (int half = 0; half < 2; half++) {
@@ -165,7 +168,7 @@ __device__ inline void accumulate(
         }
         for (int n = 0; n < HEAD_SIZE / 16; n++) {
             unsigned b[4];
-            load_matrices_transposed(b, &tile.at[k * 16 + row][n * 16 + channel]);
+            load_matrices_transposed(b, &tile.at[part + k * 16 + row][n * 16 + channel]);
             for (int f = 0; f < FRAGMENTS; f++) {
                 float* top = sums[2 * f] + 4 * n;
                 float* bottom = sums[2 * f + 1] + 4 * n;
