@@ -204,6 +204,14 @@ template <class T> T __shfl_sync(unsigned, T value, int source) {
     return cuda_on_cpu::exchange(value)(source);
 }
 
+inline bool __any_sync(unsigned, bool value) {
+    auto lanes = cuda_on_cpu::exchange(value);
+    for (int lane = 0; lane < cuda_on_cpu::WARP_SIZE; lane++) {
+        if (lanes(lane)) return true;
+    }
+    return false;
+}
+
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }

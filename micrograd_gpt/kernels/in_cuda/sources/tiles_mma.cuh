@@ -12,14 +12,17 @@
 #pragma once
 
 #ifndef FRAGS
-#define FRAGS 1
+#define FRAGS (HEAD_SIZE <= 64 && !BACKWARD ? 2 : 1)
 #endif
 #ifndef TILE_
 #define TILE_ (HEAD_SIZE <= 64 ? 64 : 32)
 #endif
+#ifndef MINB
+#define MINB (HEAD_SIZE > 64 ? 1 : BACKWARD ? 3 : 2)
+#endif
 constexpr int FRAGMENTS = FRAGS;
 #ifndef STRIP_
-#define STRIP_ TILE_
+#define STRIP_ (BACKWARD ? TILE_ / 2 : TILE_)
 #endif
 constexpr int TILE = TILE_, STRIP = STRIP_;
 constexpr int BUFFERS = 2;  // while products are made from one tile, the next is copied
@@ -86,10 +89,18 @@ __device__ inline unsigned pair(float first, float second) {
 // has started is there once it has waited, and for the other threads after the next barrier.
 template <int BYTES> __device__ inline void copy(void* to, const void* from, bool wanted) {
     unsigned address = unsigned(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-                 :
-                 : "r"(address), "l"(from), "n"(BYTES), "r"(wanted ? BYTES : 0)
-                 : "memory");
+    int bytes = wanted ? BYTES : 0;
+    if (BYTES == 16) {  // straight from the second-level cache
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     :
+                     : "r"(address), "l"(from), "r"(bytes)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                     :
+                     : "r"(address), "l"(from), "r"(bytes)
+                     : "memory");
+    }
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
