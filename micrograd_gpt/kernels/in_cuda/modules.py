@@ -108,7 +108,7 @@ def attention_block(
     if dtype == "float32" and not tf32:
         rows = 32 if head_size <= 64 else 16
         return rows, rows * 8
-    wide = dtype != "float32" and head_size <= 64 and not backward
+    wide = dtype != "float32" and head_size <= 64
     return (128 if wide else 64), 128
 
 

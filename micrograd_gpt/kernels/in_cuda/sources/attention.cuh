@@ -13,7 +13,7 @@
 //
 // q, k, v are (B, H, T, D) with strides given in elements; a row's D values have no gaps, and each
 // row starts at a multiple of 16 bytes. out and grad are (B, T, H, D), and
-// log_total and delta are (B, H, T).
+// log_total is (B, H, T).
 // The host chooses ROWS (-DROWS). Block: THREADS. Grid: (rows / ROWS, B * H).
 
 #pragma once

@@ -30,8 +30,11 @@ using Rows = const Tile*;
 
 __device__ inline void wait_for_copies() {}  // here a copy is made when it is asked for
 
-__device__ inline void copy_numbers(float (&numbers)[TILE], const float* first, int count) {
-    for (int i = threadIdx.x; i < TILE; i += THREADS) numbers[i] = i < count ? first[i] : 0.0f;
+template <class T>
+__device__ inline void copy_numbers(T (&numbers)[TILE], const T* first, int count) {
+    static_assert(TILE <= THREADS);
+    int i = threadIdx.x;
+    if (i < TILE) numbers[i] = i < count ? first[i] : T();
 }
 
 // Loads `count` rows from `first` on, `stride` elements apart, and zeros after them. Every row

@@ -12,17 +12,17 @@
 #pragma once
 
 #ifndef FRAGS
-#define FRAGS (HEAD_SIZE <= 64 && !BACKWARD ? 2 : 1)
+#define FRAGS (HEAD_SIZE <= 64 ? 2 : 1)
 #endif
 #ifndef TILE_
-#define TILE_ (HEAD_SIZE <= 64 ? 64 : 32)
+#define TILE_ (HEAD_SIZE <= 64 && !BACKWARD ? 64 : 32)
 #endif
 #ifndef MINB
-#define MINB (HEAD_SIZE > 64 ? 1 : BACKWARD ? 3 : 2)
+#define MINB (HEAD_SIZE > 64 ? 1 : 2)
 #endif
 constexpr int FRAGMENTS = FRAGS;
 #ifndef STRIP_
-#define STRIP_ (BACKWARD ? TILE_ / 2 : TILE_)
+#define STRIP_ (BACKWARD ? 16 : TILE_)
 #endif
 constexpr int TILE = TILE_, STRIP = STRIP_;
 constexpr int BUFFERS = 2;  // while products are made from one tile, the next is copied
@@ -85,7 +85,7 @@ __device__ inline unsigned pair(float first, float second) {
     return result;
 }
 
-// Starts to copy 4 or 16 bytes into shared memory, zeros where they are not wanted. What a thread
+// Starts to copy 4, 8 or 16 bytes into shared memory, zeros where they are not wanted. What a thread
 // has started is there once it has waited, and for the other threads after the next barrier.
 template <int BYTES> __device__ inline void copy(void* to, const void* from, bool wanted) {
     unsigned address = unsigned(__cvta_generic_to_shared(to));
@@ -96,18 +96,20 @@ template <int BYTES> __device__ inline void copy(void* to, const void* from, boo
                      : "r"(address), "l"(from), "r"(bytes)
                      : "memory");
     } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
                      :
-                     : "r"(address), "l"(from), "r"(bytes)
+                     : "r"(address), "l"(from), "n"(BYTES), "r"(bytes)
                      : "memory");
     }
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
-__device__ inline void copy_numbers(float (&numbers)[TILE], const float* first, int count) {
+template <class T>
+__device__ inline void copy_numbers(T (&numbers)[TILE], const T* first, int count) {
+    static_assert(TILE <= THREADS);
     int i = threadIdx.x;
-    if (i < TILE) copy<4>(&numbers[i], first + i, i < count);
+    if (i < TILE) copy<sizeof(T)>(&numbers[i], first + i, i < count);
 }
 
 // Starts to copy `count` rows from `first` on, `stride` elements apart, and zeros after them. Every
