@@ -10,7 +10,7 @@ constexpr float SLACK = 8.0f;
 
 // The last query stands at the last key. Where there are more keys than queries, the first ones
 // come from a KV cache.
-extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attention_forward(
     const Activation* q, const Activation* k, const Activation* v, Activation* out,
     float* log_total, int heads, int queries, int keys, long long q_batch, long long q_head,
     long long q_row, long long k_batch, long long k_head, long long k_row, float scale,

@@ -31,13 +31,6 @@ constexpr bool DROPS = DROPOUT;  // if false, the kernels are compiled without t
 #include "tiles_fma.cuh"
 #endif
 
-#ifndef MINB
-#define MINB 1
-#endif
-
-#ifndef UNR
-#define UNR (TILE / STRIP)
-#endif
 // Goes through the tiles between `start` and `end`, the first of which is in buffers[0] or on its
 // way there: load(buffer, start) loads one. Of each tile, use(buffer, part, start) is given STRIP
 // rows at a time: those from `part` on, which stand at `start` of the whole. Where there are two
@@ -51,7 +44,7 @@ __device__ inline void for_each_strip(
         __syncthreads();  // this tile is there, and no thread still needs the one before
         bool more = start + TILE < end;
         if (BUFFERS == 2 && more) load(buffers[turn ^ 1], start + TILE);
-#pragma unroll UNR
+#pragma unroll
         for (int part = 0; part < TILE; part += STRIP) {
             use(buffers[turn % BUFFERS], part, start + part);
         }

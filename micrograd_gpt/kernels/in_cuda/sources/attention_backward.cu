@@ -10,7 +10,8 @@ __device__ inline float dropped_gradient(float gradient, float factor) {
     return factor == 0.0f ? 0.0f : gradient * factor;
 }
 
-// Scores (keys, queries) of queries before the key become -infinity: query `first` is the first that sees key 0.
+// Scores (keys, queries) of queries before the key become -infinity: the first query that sees row
+// 0 is `first`.
 __device__ inline void hide_earlier(float (&scores)[HELD][COLUMNS], int first) {
 #pragma unroll
     for (int r = 0; r < HELD; r++) {
@@ -39,9 +40,9 @@ __device__ inline float row_product(const Activation* a, const Activation* b) {
     return over_lanes<Sum>(sum, LANES_PER_ROW);
 }
 
-// dq = dscores · k; each block has ROWS queries. Also writes `sums` (B, H, T, 2), what the keys need
-// to know of each query: see OfQuery. q, k, v share their strides, and dq, dk, dv theirs.
-extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_queries(
+// dq = dscores · k; each block has ROWS queries. Also writes an OfQuery for each into `sums`
+// (B, H, T, 2), for the other kernel. q, k, v share their strides, and dq, dk, dv theirs.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attention_backward_queries(
     const Activation* grad, const Activation* q, const Activation* k, const Activation* v,
     const Activation* out, const float* log_total, float* sums, Activation* dq, int heads,
     int length, long long batch_stride, long long head_stride, long long row_stride,
@@ -107,31 +108,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_q
     }
 }
 
-struct QueriesAndGradients {
-    Tile queries, grads;
-    OfQuery of_queries[TILE];
+struct Queries {
+    Tile q, grad;
+    OfQuery sums[TILE];
 };
 
 // dk = dscoresᵀ · q and dv = weightsᵀ · grad; each block has ROWS keys and all queries that see
 // them. Rows of queries after the last are zeros, and so is all that they add.
-extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_keys(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attention_backward_keys(
     const Activation* grad, const Activation* q, const Activation* k, const Activation* v,
     const float* sums, Activation* dk, Activation* dv, int heads, int length,
-    long long batch_stride, long long head_stride, long long row_stride,
-    long long d_batch, long long d_head, long long d_row, float scale, unsigned long long seed,
-    float p
+    long long batch_stride, long long head_stride, long long row_stride, long long d_batch,
+    long long d_head, long long d_row, float scale, unsigned long long seed, float p
 ) {
-    __shared__ QueriesAndGradients buffers[BUFFERS];
+    __shared__ Queries buffers[BUFFERS];
     __shared__ RowsInShared k_shared, v_shared;
     int batch = blockIdx.y / heads, head = blockIdx.y % heads, first = blockIdx.x * ROWS;
     long long here = batch * batch_stride + head * head_stride;
     long long grad_row = (long long)heads * HEAD_SIZE;
     grad += (long long)batch * length * grad_row + head * HEAD_SIZE;
-    const OfQuery* of_queries = reinterpret_cast<const OfQuery*>(sums) + (long long)blockIdx.y * length;
-    auto load = [&](QueriesAndGradients& tiles, int start) {
-        load_tile(tiles.queries, q + here + start * row_stride, row_stride, length - start);
-        load_tile(tiles.grads, grad + start * grad_row, grad_row, length - start);
-        copy_numbers(tiles.of_queries, of_queries + start, length - start);
+    auto of_queries = reinterpret_cast<const OfQuery*>(sums) + (long long)blockIdx.y * length;
+    auto load = [&](Queries& tiles, int start) {
+        load_tile(tiles.q, q + here + start * row_stride, row_stride, length - start);
+        load_tile(tiles.grad, grad + start * grad_row, grad_row, length - start);
+        copy_numbers(tiles.sums, of_queries + start, length - start);
     };
     int begin = first / TILE * TILE;
     load(buffers[0], begin);
@@ -139,16 +139,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_k
     Rows v_rows = load_rows(v_shared, v + here + first * row_stride, row_stride, length - first);
 
     float dk_sums[HELD][CHANNELS] = {}, dv_sums[HELD][CHANNELS] = {}, unit = scale * BASE;
-    for_each_strip(buffers, begin, length, load, [&](const QueriesAndGradients& tiles, int part, int start) {
+    for_each_strip(buffers, begin, length, load, [&](const Queries& tiles, int part, int start) {
         int seen_by = first + first_row_of_warp() - start;  // the first query that sees a key
         if (seen_by >= STRIP) return;
         float scores[HELD][COLUMNS], weights[HELD][COLUMNS];  // (keys, queries)
-        multiply(k_rows, tiles.queries, part, scores);
-        multiply(v_rows, tiles.grads, part, weights);  // these are the weights' gradients at first
+        multiply(k_rows, tiles.q, part, scores);
+        multiply(v_rows, tiles.grad, part, weights);  // these are the weights' gradients at first
         if (seen_by + ROWS_PER_WARP > 1) hide_earlier(scores, first - start);
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
-            OfQuery query = tiles.of_queries[part + column_of(c)];
+            OfQuery query = tiles.sums[part + column_of(c)];
 #pragma unroll
             for (int r = 0; r < HELD; r++) {
                 float weight = power(scores[r][c] * unit - query.log_sum), dweight = weights[r][c];
@@ -163,8 +163,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_k
                 scores[r][c] = weight * (dweight - query.delta);
             }
         }
-        accumulate(dv_sums, weights, tiles.grads, part);
-        accumulate(dk_sums, scores, tiles.queries, part);
+        accumulate(dv_sums, weights, tiles.grad, part);
+        accumulate(dk_sums, scores, tiles.q, part);
     });
 
     dk += batch * d_batch + head * d_head;

@@ -6,12 +6,13 @@
 
 #pragma once
 
-constexpr int TILE = ROWS, STRIP = TILE, BUFFERS = 1;  // four tiles must fit 48 KB
+constexpr int TILE = ROWS, STRIP = TILE;  // rows of a tile: four tiles must fit 48 KB
+constexpr int BUFFERS = 1, BLOCKS_AT_ONCE = 1;
 constexpr int LANES_PER_ROW = 16, THREADS = ROWS / 2 * LANES_PER_ROW;
 constexpr int HELD = 2;  // rows of a product in one thread
 constexpr int ROWS_PER_WARP = WARP / LANES_PER_ROW * HELD;
-constexpr int COLUMNS = STRIP / LANES_PER_ROW;  // of scores (ROWS, STRIP) in one thread, for each row
-constexpr int CHANNELS = HEAD_SIZE / LANES_PER_ROW;  // of sums (ROWS, HEAD_SIZE) likewise
+constexpr int COLUMNS = STRIP / LANES_PER_ROW;  // of a row of scores (ROWS, STRIP), in one thread
+constexpr int CHANNELS = HEAD_SIZE / LANES_PER_ROW;  // of a row of sums (ROWS, HEAD_SIZE)
 
 __device__ inline int first_row_of_warp() { return threadIdx.x / WARP * ROWS_PER_WARP; }
 __device__ inline int row_of(int r) { return threadIdx.x / LANES_PER_ROW * HELD + r; }
@@ -63,7 +64,9 @@ __device__ inline Rows load_rows(
 }
 
 // scores (ROWS, STRIP) = rows · stripᵀ, the strip being the rows of a tile from `part` on
-__device__ inline void multiply(Rows rows, const Tile& tile, int part, float (&scores)[HELD][COLUMNS]) {
+__device__ inline void multiply(
+    Rows rows, const Tile& tile, int part, float (&scores)[HELD][COLUMNS]
+) {
     for (int r = 0; r < HELD; r++) {
         for (float& score : scores[r]) score = 0.0f;
     }
@@ -76,8 +79,8 @@ __device__ inline void multiply(Rows rows, const Tile& tile, int part, float (&s
     }
 }
 
-// sums (ROWS, HEAD_SIZE) += weights (ROWS, STRIP) · strip. The threads of a row, which belong to one
-// warp, exchange their weights through shared memory.
+// sums (ROWS, HEAD_SIZE) += weights (ROWS, STRIP) · strip. The threads of a row, which belong to
+// one warp, exchange their weights through shared memory.
 __device__ inline void accumulate(
     float (&sums)[HELD][CHANNELS], const float (&weights)[HELD][COLUMNS], const Tile& tile, int part
 ) {

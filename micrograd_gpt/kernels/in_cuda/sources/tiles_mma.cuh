@@ -1,7 +1,7 @@
 // Products of small matrices on tensor cores: mma.sync m16n8k16, two-byte operands, float32 sums.
 //
-// A block works on ROWS rows (-DROWS), a warp on FRAGMENTS times 16 of them. The PTX ISA says which lane holds what
-// ("Matrix Fragments for mma.m16n8k16"): lane = 4 g + t holds
+// A block works on ROWS rows (-DROWS), a warp on FRAGMENTS times 16 of them. The PTX ISA says which
+// lane holds what ("Matrix Fragments for mma.m16n8k16"): lane = 4 g + t holds
 //     of A (16 × 16)  rows g and g + 8, columns 2t, 2t + 1 and the same + 8: words {g, g+8} × {2t, 2t+8}
 //     of B (16 × 8)   rows 2t, 2t + 1 and the same + 8, column g
 //     of C (16 × 8)   rows g and g + 8, columns 2t, 2t + 1
@@ -11,21 +11,10 @@
 
 #pragma once
 
-#ifndef FRAGS
-#define FRAGS (HEAD_SIZE <= 64 ? 2 : 1)
-#endif
-#ifndef TILE_
-#define TILE_ (HEAD_SIZE <= 64 && !BACKWARD ? 64 : 32)
-#endif
-#ifndef MINB
-#define MINB (HEAD_SIZE > 64 ? 1 : 2)
-#endif
-constexpr int FRAGMENTS = FRAGS;
-#ifndef STRIP_
-#define STRIP_ (BACKWARD ? 16 : TILE_)
-#endif
-constexpr int TILE = TILE_, STRIP = STRIP_;
-constexpr int BUFFERS = 2;  // while products are made from one tile, the next is copied
+// How much a warp, a block and a multiprocessor take on: as much as fits into registers
+constexpr int FRAGMENTS = HEAD_SIZE <= 64 ? 2 : 1, BLOCKS_AT_ONCE = HEAD_SIZE <= 64 ? 2 : 1;
+constexpr int TILE = HEAD_SIZE <= 64 && !BACKWARD ? 64 : 32, STRIP = BACKWARD ? 16 : TILE;
+constexpr int BUFFERS = 2;  // a tile is copied while products are made from the one before
 #include "fragments.cuh"
 
 struct Tile {
@@ -85,8 +74,8 @@ __device__ inline unsigned pair(float first, float second) {
     return result;
 }
 
-// Starts to copy 4, 8 or 16 bytes into shared memory, zeros where they are not wanted. What a thread
-// has started is there once it has waited, and for the other threads after the next barrier.
+// Starts to copy 4, 8 or 16 bytes into shared memory, zeros where they are not wanted. They are there
+// for this thread once it has waited, and for the others after the next barrier.
 template <int BYTES> __device__ inline void copy(void* to, const void* from, bool wanted) {
     unsigned address = unsigned(__cvta_generic_to_shared(to));
     int bytes = wanted ? BYTES : 0;

@@ -10,7 +10,7 @@
 
 #pragma once
 
-constexpr int FRAGMENTS = 1, BUFFERS = 1;
+constexpr int FRAGMENTS = 1, BUFFERS = 1, BLOCKS_AT_ONCE = 1;
 constexpr int TILE = 32, STRIP = TILE;  // with more, the backward of 128 channels lacks registers
 #include "fragments.cuh"
 
@@ -82,7 +82,9 @@ __device__ inline Rows load_rows(RowsInShared&, const float* first, long long st
 }
 
 // scores (ROWS, STRIP) = rows · stripᵀ, the strip being the rows of a tile from `part` on
-__device__ inline void multiply(const Rows& rows, const Tile& tile, int part, float (&scores)[HELD][COLUMNS]) {
+__device__ inline void multiply(
+    const Rows& rows, const Tile& tile, int part, float (&scores)[HELD][COLUMNS]
+) {
     for (int r = 0; r < HELD; r++) {
         for (float& score : scores[r]) score = 0.0f;
     }
