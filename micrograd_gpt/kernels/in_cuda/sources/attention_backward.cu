@@ -76,13 +76,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attention_
         OfQuery* of_query = reinterpret_cast<OfQuery*>(sums) + row;
         if (threadIdx.x % LANES_PER_ROW == 0) *of_query = {log_sum[r], taken_off[r]};
     }
-    for_each_strip(buffers, 0, end, load, [&](const KeysAndValues& tiles, int part, int start) {
+    for_each_tile(buffers, 0, end, load, [&](const KeysAndValues& tiles, int start) {
         int sees = first + first_row_of_warp() - start;  // the last key the first row sees
         if (sees + ROWS_PER_WARP <= 0) return;
         float scores[HELD][COLUMNS], dweights[HELD][COLUMNS];
-        multiply(q_rows, tiles.keys, part, scores);
-        multiply(grad_rows, tiles.values, part, dweights);
-        if (sees < STRIP - 1) hide_later(scores, first - start);
+        multiply(q_rows, tiles.keys, scores);
+        multiply(grad_rows, tiles.values, dweights);
+        if (sees < TILE - 1) hide_later(scores, first - start);
 #pragma unroll
         for (int r = 0; r < HELD; r++) {
 #pragma unroll
@@ -97,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attention_
                 scores[r][c] = weight * (dweight - taken_off[r]);
             }
         }
-        accumulate(dq_sums, scores, tiles.keys, part);
+        accumulate(dq_sums, scores, tiles.keys);
     });
 
     dq += batch * d_batch + head * d_head;
@@ -139,16 +139,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attention_
     Rows v_rows = load_rows(v_shared, v + here + first * row_stride, row_stride, length - first);
 
     float dk_sums[HELD][CHANNELS] = {}, dv_sums[HELD][CHANNELS] = {}, unit = scale * BASE;
-    for_each_strip(buffers, begin, length, load, [&](const Queries& tiles, int part, int start) {
+    for_each_tile(buffers, begin, length, load, [&](const Queries& tiles, int start) {
         int seen_by = first + first_row_of_warp() - start;  // the first query that sees a key
-        if (seen_by >= STRIP) return;
+        if (seen_by >= TILE) return;
         float scores[HELD][COLUMNS], weights[HELD][COLUMNS];  // (keys, queries)
-        multiply(k_rows, tiles.q, part, scores);
-        multiply(v_rows, tiles.grad, part, weights);  // these are the weights' gradients at first
+        multiply(k_rows, tiles.q, scores);
+        multiply(v_rows, tiles.grad, weights);  // these are the weights' gradients at first
         if (seen_by + ROWS_PER_WARP > 1) hide_earlier(scores, first - start);
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
-            OfQuery query = tiles.sums[part + column_of(c)];
+            OfQuery query = tiles.sums[column_of(c)];
 #pragma unroll
             for (int r = 0; r < HELD; r++) {
                 float weight = power(scores[r][c] * unit - query.log_sum), dweight = weights[r][c];
@@ -163,8 +163,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attention_
                 scores[r][c] = weight * (dweight - query.delta);
             }
         }
-        accumulate(dv_sums, weights, tiles.grad, part);
-        accumulate(dk_sums, scores, tiles.q, part);
+        accumulate(dv_sums, weights, tiles.grad);
+        accumulate(dk_sums, scores, tiles.q);
     });
 
     dk += batch * d_batch + head * d_head;
