@@ -89,7 +89,7 @@ class Plan:
         """What lives for a moment only: the logits, or a block that is computed again."""
         c = self.config
         tokens = self.batch_size * self.block_size
-        parts = -(-tokens * c.vocab_size // LOGITS_AT_ONCE)
+        parts = -(-tokens * c.vocab_size // LOGITS_AT_ONCE[self.device])
         logits = max(1, tokens // parts) * c.vocab_size
         head = c.vocab_size * c.n_embd
         head_gradient = head * self._wide if parts > 1 else 0  # of one part, beside their sum
