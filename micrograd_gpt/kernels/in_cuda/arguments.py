@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from micrograd_gpt.arrays.devices import Array, array_module
+from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.arrays.stand_ins import CUDA, NotForMe, stands_in_for
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.modules import ACTIVATIONS
