@@ -110,7 +110,6 @@ def gguf_package() -> ModuleType:
 def check_exportable(config: GPT2Config, tokenizer: Tokenizer) -> None:
     """Raise UserError if llama.cpp would run another model or tokenizer than this, saying why, or
     if the gguf package is not installed."""
-    gguf_package()
     variant = differences(config)
     for setting in ONLY_GPT2S:
         if setting in variant:
@@ -119,6 +118,7 @@ def check_exportable(config: GPT2Config, tokenizer: Tokenizer) -> None:
                 f"{OWN_VALUES[setting]!r}: it cannot be exported"
             )
     gguf_vocabulary(tokenizer)
+    gguf_package()
 
 
 # ------------------------------------------------------------------------------------- the tensors
