@@ -1,6 +1,6 @@
 """What lm-evaluation-harness finds for a model's folder, as it is, beside what we find.
 
-    pip install -e . torch transformers accelerate lm_eval
+    pip install -e . "lm_eval[hf]"
     python benchmarks/in_lm_eval.py --model out
 
 The harness is run by its own command, which takes any of its tasks and needs none of ours:
@@ -10,8 +10,7 @@ The harness is run by its own command, which takes any of its tasks and needs no
 
 The three tasks in benchmarks/lm_eval_tasks are small, and each asks a model in another way: for the
 likelihoods of continuations, for that of a whole text, and to generate. Exits with 1 if a figure
-differs. The harness begins and ends texts with a token, so a model of characters, whose tokenizer
-has none, cannot be asked.
+differs. The harness ends what it generates at a token, which a tokenizer of characters lacks.
 """
 
 from __future__ import annotations

@@ -82,9 +82,9 @@ def write_gguf(
         _add_tokenizer(writer, tokenizer)
         stored = {key: stored_as(key, array, dtype) for key, array in tensors.items()}
         for key, array in tensors.items():
-            numbers, kind = FLOATS[stored[key]], gguf.GGMLQuantizationType[TYPES[stored[key]][0]]
-            size = array.size * numbers.itemsize
-            writer.add_tensor_info(key, array.shape, numbers, size, raw_dtype=kind)
+            kind = gguf.GGMLQuantizationType[TYPES[stored[key]][0]]
+            size = array.size * FLOATS[stored[key]].itemsize
+            writer.add_tensor_info(key, array.shape, FLOATS[stored[key]], size, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
