@@ -6,7 +6,7 @@ from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.kernels.in_cuda.arguments import THREADS, WARPS, activation, float32, strips
 from micrograd_gpt.kernels.in_cuda.modules import launch
 
-FEW_ROWS = 8  # a product of at most this many rows is bound by reading the matrix
+FEW_ROWS = 8  # a product of at most this many rows reads the matrix once, and is bound by that
 
 
 def multiply_few_rows(
@@ -19,9 +19,9 @@ def multiply_few_rows(
 ) -> None:
     """Write x (N, K) @ weight (K, M) + bias (M,) into y (N, M), or add it to `stream` (N, M).
 
-    With `gelu`, GELU of the product goes into y. N is at most FEW_ROWS, and the weight may be
-    stored in rows or in columns. Where `stream`, which is float32, is given, `y` is None. Raises
-    NotForMe unless the other arrays are of one type that the kernels take.
+    With `gelu`, GELU of the product goes into y. The weight may be stored in rows or in columns,
+    and is read once for every FEW_ROWS rows. Where `stream`, which is float32, is given, `y` is
+    None. Raises NotForMe unless the other arrays are of one type that the kernels take.
     """
     n, (k, m) = len(x), weight.shape
     stored = weight if weight.flags.c_contiguous else weight.T
@@ -29,8 +29,9 @@ def multiply_few_rows(
     if stream is not None:
         float32(stream)
     if stored is weight:
-        kernel, grid = "matvec_columns", (strips(m, dtype, 4),)
+        kernel, parts = "matvec_columns", strips(m, dtype, 4)
     else:
-        kernel, grid = "matvec_rows", (-(-m // WARPS),)
+        kernel, parts = "matvec_rows", -(-m // WARPS)
+    grid = (-(-n // FEW_ROWS) * parts,)
     arguments = (x, stored, bias, y, stream, n, k, m, int(gelu))
     launch("matvec", kernel, dtype, grid, (THREADS,), *arguments)
