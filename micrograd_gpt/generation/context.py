@@ -18,6 +18,8 @@ from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Array, no_grad
 
+TOKENS_AT_ONCE = 2048  # of several prompts together: what a model computes for them takes memory
+
 
 @definition
 def next_logits(cache: KVCache, model: GPT2, ids: np.ndarray) -> Array:
@@ -120,8 +122,7 @@ class Context:
                 self._line_up(texts[0], 0, len(texts[0]) - 1)
                 unread = texts[0][self.starts[0] + int(self.cache.lengths[0]) :]
                 return next_logits(self.cache.rows(0, 1), self.model, np.array([unread]))
-            for row in range(len(texts)):
-                self._prepare(texts, row, len(texts[row]) - count)
+            self._prepare(texts, count)
             last = np.array([text[len(text) - count :] for text in texts])  # (B, count)
             cache = self.cache.rows(0, len(texts))
             if count == 1:
@@ -148,16 +149,26 @@ class Context:
         lengths[row] = min(int(lengths[row]), end - start) if start == self.starts[row] else 0
         self.starts[row] = start
 
-    def _prepare(self, texts: list[list[int]], row: int, end: int) -> None:
-        """Fill the row's cache with its text, from the start of the window up to token `end`."""
+    def _prepare(self, texts: list[list[int]], count: int) -> None:
+        """Fill each row's cache with its text, from the start of the window, without the last
+        `count` tokens. Neighbours of which equally many tokens are unread are read as one batch."""
         assert self.cache is not None
-        text = texts[row]
-        self._line_up(text, row, end)
-        unread = text[self.starts[row] + int(self.cache.lengths[row]) : end]
-        if unread and row and text == texts[row - 1]:  # several samples of one prompt
-            self.cache.copy_rows([*range(row), row - 1])
-        elif unread:
-            self.model.hidden(np.array([unread]), self.cache.rows(row, row + 1))
+        unread = []
+        for row, text in enumerate(texts):
+            end = len(text) - count
+            self._line_up(text, row, end)
+            unread.append(text[self.starts[row] + int(self.cache.lengths[row]) : end])
+        row = 0
+        while row < len(texts):
+            new, end = unread[row], row + 1
+            if new and row and texts[row] == texts[row - 1]:  # several samples of one prompt
+                self.cache.copy_rows([*range(row), row - 1])
+            elif new:
+                most = min(len(texts), row + TOKENS_AT_ONCE // len(new))
+                while end < most and len(unread[end]) == len(new) and texts[end] != texts[end - 1]:
+                    end += 1
+                self.model.hidden(np.array(unread[row:end]), self.cache.rows(row, end))
+            row = end
 
 
 def _check_finite(finite: np.ndarray) -> None:

@@ -46,7 +46,7 @@ void mma(float& d0, float& d1, float& d2, float& d3, const unsigned (&a)[4], uns
 
 #endif
 
-#if defined(HEAD_SIZE) && !defined(ACTIVATION_IS_FLOAT)
+#ifndef ACTIVATION_IS_FLOAT
 
 inline float element(unsigned word, int i) {
     Activation x;
@@ -78,6 +78,8 @@ void mma(float& d0, float& d1, float& d2, float& d3, const unsigned (&a)[4], uns
     }
 }
 
+#ifdef HEAD_SIZE
+
 inline void load_8x8(unsigned (&words)[4], const Activation* row, bool transposed) {
     if (reinterpret_cast<size_t>(row) % 16) cuda_on_cpu::error = "ldmatrix: a row is not aligned";
     auto rows = cuda_on_cpu::exchange(row);
@@ -91,4 +93,5 @@ inline void load_8x8(unsigned (&words)[4], const Activation* row, bool transpose
 void load_matrices(unsigned (&words)[4], const Activation* row) { load_8x8(words, row, false); }
 void load_matrices_transposed(unsigned (&words)[4], const Activation* row) { load_8x8(words, row, true); }
 
+#endif
 #endif

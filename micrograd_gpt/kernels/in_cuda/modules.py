@@ -108,7 +108,8 @@ def attention_block(dtype: str, head_size: int, tf32: bool = False) -> tuple[int
 def declarations(file: str) -> dict[str, tuple[Parameter, ...]]:
     """The kernels in a source, each with its parameters."""
     text = re.sub(r"//.*", "", source(file))
-    kernels = re.findall(r'extern "C" __global__ void (\w+)\(([^)]*)\)', text)
+    bounds = r"(?:__launch_bounds__\([^)]*\) )?"
+    kernels = re.findall(rf'extern "C" __global__ void {bounds}(\w+)\(([^)]*)\)', text)
     return {name: tuple(map(_parameter, arguments.split(","))) for name, arguments in kernels}
 
 

@@ -6,7 +6,7 @@ Guide, "CUDA Graphs"). A graph repeats its launches with the arguments they had 
 therefore reads and writes arrays that stay where they are. What changes from step to step (the
 tokens, and how many of them the cache holds) is copied into such an array first.
 
-All products are those of matvec.cu: CuPy does not let cuBLAS be captured.
+All products are those of matvec.py: CuPy does not let cuBLAS be captured.
 """
 
 from __future__ import annotations
@@ -33,15 +33,21 @@ from micrograd_gpt.kernels.blocks import (
     parameters_of,
 )
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
-from micrograd_gpt.kernels.in_cuda.arguments import HEAD_SIZES, activation, float32, strips
+from micrograd_gpt.kernels.in_cuda.arguments import (
+    HEAD_SIZES,
+    activation,
+    float32,
+    name_of,
+    strips,
+)
 from micrograd_gpt.kernels.in_cuda.kernels import normalise
-from micrograd_gpt.kernels.in_cuda.matvec import multiply_few_rows
+from micrograd_gpt.kernels.in_cuda.matvec import MOST_ROWS, multiply_few_rows
 from micrograd_gpt.kernels.in_cuda.modules import launch
 from micrograd_gpt.kernels.shapes import BLOCK, check_fit, checked_lengths
 from micrograd_gpt.tensor import is_recorded
 
-MOST_ROWS = 64  # with more, products are no longer bound by reading the matrix
 MOST_STEPS = 8  # kept for each model; a batch whose rows end in turn needs several
+WIDEST = 1792  # the rows that layer_norm_few_rows takes
 AROUND = "wte V C, wpe P C, ln_f_weight C, ln_f_bias C"
 
 
@@ -196,8 +202,11 @@ class TokenStep:
         multiply_few_rows(self.normed, wte.T, None, self.logits)
 
     def _norm(self, norm: Any) -> None:
-        weight, bias = norm.weight.data, norm.bias.data
-        normalise(self.stream, weight, bias, norm.eps, self.normed, self.mean, self.rstd)
+        weight, bias, width = norm.weight.data, norm.bias.data, self.stream.shape[1]
+        if width <= WIDEST:
+            normalise_few_rows(self.stream, weight, bias, norm.eps, self.normed)
+        else:
+            normalise(self.stream, weight, bias, norm.eps, self.normed, self.mean, self.rstd)
 
     @staticmethod
     def _linear(x: Array, layer: Any, y: Array | None = None, **then: Any) -> None:
@@ -215,6 +224,13 @@ def embed(tokens: Array, positions: Array, wte: Array, wpe: Array, stream: Array
     launch("embedding", "embedding_token", dtype, grid, (32,), *arguments)
 
 
+def normalise_few_rows(x: Array, weight: Array, bias: Array, eps: float, y: Array) -> None:
+    """As `normalise`, for x (N, C) with C at most WIDEST; mean and rstd are not kept."""
+    rows, width = x.shape
+    kernel, dtype = "layer_norm_few_rows", name_of(y.dtype)
+    launch("layer_norm", kernel, dtype, (rows,), (32,), x, weight, bias, y, width, eps)
+
+
 def attend(qkv: Array, keys: Array, values: Array, lengths: Array, out: Array) -> None:
     """Attention of one new token a row, qkv (B, 3C), over it and all before it, into out (B, C).
 
@@ -224,7 +240,7 @@ def attend(qkv: Array, keys: Array, values: Array, lengths: Array, out: Array) -
     (b, heads, _, size), dtype = keys.shape, activation(qkv, out)
     strides = (stride // keys.itemsize for stride in keys.strides[:3])
     launch(
-        *("attention_decode", "attention_token", dtype, (b * heads,), (128,)),
+        *("attention_decode", "attention_token", dtype, (b * heads,), (512,)),
         *(qkv, keys, values, lengths, out, heads, *strides, 1 / math.sqrt(size)),
         head_size=size,
     )
