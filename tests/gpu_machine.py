@@ -15,7 +15,7 @@ import pytest
 from cuda_emulator import Emulator
 from guarded_arrays import GuardedArrays
 
-from micrograd_gpt.kernels.in_cuda import cublas
+from micrograd_gpt.kernels.in_cuda import cublas, token_step
 from micrograd_gpt.kernels.in_cuda import kernels as gpu
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 
@@ -27,7 +27,8 @@ class Machine(ABC):
         self.arrays = GuardedArrays(library)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gpu, "array_module", lambda array: self.arrays)
+        for module in (gpu, token_step):
+            monkeypatch.setattr(module, "array_module", lambda array: self.arrays)
 
     @abstractmethod
     def put(self, *arrays: np.ndarray) -> list[Any]: ...

@@ -18,11 +18,12 @@ from gpu_machine import EmulatedGPU, Machine, RealGPU
 from micrograd_gpt import Tensor, optim, tensor
 from micrograd_gpt import functional as F
 from micrograd_gpt.arrays.stand_ins import NotForMe
+from micrograd_gpt.generation import filters
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_cuda import kernels as gpu
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.matvec import multiply_few_rows
-from micrograd_gpt.kernels.in_cuda.token_step import attend
+from micrograd_gpt.kernels.in_cuda.token_step import attend, likeliest, normalise_few_rows
 from micrograd_gpt.layers import IGNORE
 
 # Of the largest element: a few hundred float32 roundings, or two roundings to the result's type
@@ -290,6 +291,47 @@ def test_what_may_follow_a_product_of_few_rows(order: str, dtype: str, on: Machi
     assert on.repeated(added).tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("n", "k", "m"), [(9, 584, 40), (19, 70, 33)])
+def test_products_of_a_batch(n: int, k: int, m: int, dtype: str, on: Machine) -> None:
+    """On tensor cores, and what may follow: the same bits as from a separate kernel."""
+    x, columns, bias = (numbers(*s, dtype=dtype) for s in ((n, k), (m, k), (m,)))
+    stream = numbers(n, m, seed=4)
+    given = on.put(x, columns, bias)
+
+    def multiplied(gelu: bool) -> Any:
+        out = on.arrays.empty((n, m), dtype)
+        multiply_few_rows(given[0], given[1].T, given[2], out, gelu=gelu)
+        return out
+
+    def added() -> Any:
+        (out,) = on.put(stream.copy())
+        multiply_few_rows(given[0], given[1].T, given[2], None, stream=out)
+        return out
+
+    y = on.repeated(lambda: multiplied(gelu=False))
+    expected = F.linear_forward.definition(*doubles(x, columns.T, bias))
+    assert_close(y, expected, TOLERANCE[dtype])
+    (again,) = on.put(y)
+    assert on.get(multiplied(gelu=True)).tobytes() == on.get(gpu.gelu_forward(again)).tobytes()
+    assert on.repeated(added).tobytes() == (stream + y.astype(np.float32)).tobytes()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_more_rows_are_multiplied_in_groups(order: str, on: Machine) -> None:
+    """The same bits as from a product of each group."""
+    x, weight = numbers(19, 70), np.asarray(numbers(70, 33), order=order)
+    x, weight, bias = on.put(x, weight, numbers(33))
+
+    def together() -> Any:
+        out = on.arrays.empty((19, 33), "float32")
+        multiply_few_rows(x, weight, bias, out)
+        return out
+
+    parts = [on.get(gpu.linear_forward(x[i : i + 8], weight, bias)) for i in (0, 8, 16)]
+    assert on.repeated(together).tobytes() == np.concatenate(parts).tobytes()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize(("n", "k", "m"), [(9, 3, 5), (200, 33, 70)])
@@ -309,6 +351,35 @@ def test_linear(n: int, k: int, m: int, order: str, dtype: str, on: Machine) -> 
     (out,) = on.put(np.full((k, m), np.nan, np.float32))
     assert gpu._product(*on.put(x.T, grad), out) is out
     assert_close(on.get(out), oracle[1], TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [5, 300, 1600])
+def test_few_rows_are_normalised_as_many_are(width: int, dtype: str, on: Machine) -> None:
+    """Bit for bit, in another kernel."""
+    x, weight, bias = on.put(numbers(2, width), numbers(width, seed=1), numbers(width, seed=2))
+    y, many = on.arrays.empty((2, width), dtype), on.arrays.empty((2, width), dtype)
+    gpu.normalise(x, weight, bias, 1e-5, many, *(on.arrays.empty((2, 1), "float32") for _ in "ab"))
+    normalise_few_rows(x, weight, bias, 1e-5, y)
+    assert on.get(y).tobytes() == on.get(many).tobytes()
+
+
+# -------------------------------------------------------------------------------- greedy choices
+
+
+@pytest.mark.parametrize(("n", "v", "allowed"), [(3, 1, None), (2, 70, 69), (1, 4101, 9000)])
+def test_the_likeliest_tokens(n: int, v: int, allowed: int | None, on: Machine) -> None:
+    """In rows that are not all aligned; the last id but one is among several equal ones."""
+    scores = numbers(n, 2, v)
+    scores[0, 0, v // 3 :] = 3.0
+    found = on.repeated(lambda: likeliest(*on.put(scores), allowed))
+    expected = filters.likeliest.definition(*doubles(scores), allowed)
+    np.testing.assert_array_equal(found[::2], expected[::2])
+    assert_close(found[1], expected[1], TOLERANCE["float32"])
+    for damage in (np.nan, np.inf, -np.inf):
+        scores[-1, 1, v // 2] = damage
+        finite = on.repeated(lambda: likeliest(*on.put(scores), allowed))[2]
+        assert finite.sum() == 2 * n - 1 and not finite[-1, 1]
 
 
 # --------------------------------------------------------------------------------- attention

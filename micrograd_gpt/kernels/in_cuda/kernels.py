@@ -250,7 +250,7 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
     scale = 1 / math.sqrt(d)
     if t == 1 and not p:
         launch(
-            *("attention_decode", "attention_decode", dtype, (b * h,), (128,), q, k, v, out),
+            *("attention_decode", "attention_decode", dtype, (b * h,), (512,), q, k, v, out),
             *(log_total, h, keys, q_batch, q_head, *_strides(k), scale),
             head_size=d,
         )

@@ -66,3 +66,43 @@ extern "C" __global__ void cross_entropy_forward(
         store_pack(out, i, row_size, values);
     }
 }
+
+// ------------------------------------------------------------------------- the likeliest tokens
+
+struct Lowest {
+    __device__ static int identity() { return 0x7fffffff; }
+    __device__ static int join(int a, int b) { return min(a, b); }
+};
+
+// The choice of greedy decoding, for each row of scores (N, V): the likeliest of the first `allowed`
+// ids, the lowest where several are equally likely; the logarithm of its probability among all V;
+// and whether all V scores are finite. They go to found (3, N). Block and grid as above.
+extern "C" __global__ void likeliest(
+    const float* scores, double* found, int rows, int vocab_size, int allowed
+) {
+    const float* row = scores + (long long)blockIdx.x * vocab_size;
+    int first = -int(reinterpret_cast<unsigned long long>(row) % 16 / sizeof(float));
+    float best = -infinity(), largest = -infinity(), total = 0.0f, values[PACK];
+    int id = 0, unusable = 0;
+    for (int i = first + threadIdx.x * PACK; i < vocab_size; i += blockDim.x * PACK) {
+        load_pack(row, i, vocab_size, values, -infinity());
+        float before = largest;
+        for (int j = 0; j < PACK; j++) {
+            bool inside = i + j >= 0 && i + j < vocab_size;
+            unusable |= inside && !(fabsf(values[j]) < infinity());
+            if (i + j < allowed && values[j] > best) best = values[j], id = i + j;
+            largest = fmaxf(largest, values[j]);
+        }
+        if (largest == -infinity()) continue;
+        total *= expf(before - largest);
+        for (float value : values) total += expf(value - largest);
+    }
+    float of_row = over_block<Max>(largest), likeliest = over_block<Max>(best);
+    total = over_block<Sum>(largest == -infinity() ? 0.0f : total * expf(largest - of_row));
+    id = over_block<Lowest>(best == likeliest ? id : Lowest::identity());
+    unusable = over_block<Sum>(unusable);
+    if (threadIdx.x != 0) return;
+    found[blockIdx.x] = id;
+    found[rows + blockIdx.x] = likeliest - of_row - logf(total);
+    found[2 * rows + blockIdx.x] = unusable == 0;
+}
