@@ -33,6 +33,9 @@ OTHER_FILES = {
     "sentencepiece.bpe.model": "SentencePiece",
     "vocab.txt": "WordPiece",
 }
+# Transformers' classes that cut text up as GPT-2's does, with "Fast" after their names or without.
+# vocab.json and merges.txt are other classes' files too, and do not say how text is cut up.
+CLASSES = ("GPT2Tokenizer", "CodeGenTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 ONLY = "only byte-level BPE that cuts text up as GPT-2 does is supported"
 
 
@@ -104,6 +107,9 @@ def of_vocabulary_files(vocabulary: Mapping[str, Any], folder: Path) -> BytePair
             raise UserError(f"{folder / MERGES} is damaged: it is not UTF-8 ({error})") from None
     lines = [line for line in text.split("\n") if line and not line.startswith("#version")]
     config = read_json(folder / TOKENIZER_CONFIG) or {}
+    kind = config.get("tokenizer_class")
+    if kind is not None and str(kind).removesuffix("Fast") not in CLASSES:
+        raise UserError(f"{TOKENIZER_CONFIG} says that it is a {kind}: {ONLY}")
     _refuse_options(config)
     merges = [_pair(line.rstrip("\r").split(" ")) for line in lines]
     return _complete(_vocabulary(vocabulary), merges, [], folder)
@@ -201,7 +207,7 @@ def _complete(
     decoder = config.get("added_tokens_decoder")
     for id, described in decoder.items() if isinstance(decoder, dict) else ():
         token = _added(described, int(id) if id.isdecimal() else None)
-        tokens.setdefault(token.content, token)
+        tokens[token.content] = token  # Transformers too follows this file where the two differ
     for text, id in _vocabulary(read_json(folder / ADDED) or {}).items():
         tokens.setdefault(text, AddedToken(text, id, text in special, text not in special))
 
@@ -214,7 +220,8 @@ def _complete(
             said = by_id.get(id) if isinstance(id, int) else None
             names[name] = said or END_OF_TEXT
     for text in sorted({*special, *names.values()} & ids.keys()):
-        tokens.setdefault(text, AddedToken(text, ids[text], special=True, normalized=False))
+        token = tokens.get(text, AddedToken(text, ids[text], special=True, normalized=False))
+        tokens[text] = token._replace(special=token.special or text in names.values())
     named = {name: ids[text] for name, text in names.items() if text in ids}
     return BytePairs(vocabulary, merges, list(tokens.values()), named)
 

@@ -131,6 +131,39 @@ def test_which_token_ends_a_text(files: dict[str, Any], end: str, tmp_path: Path
     assert tokenizer.decode([tokenizer.end_of_text]) == end
 
 
+def test_a_token_that_ends_texts_is_special_whatever_its_flag_says(tmp_path: Path) -> None:
+    """Or a text from elsewhere could end itself."""
+    added = [added_token("</s>", SIZE, special=False), added_token("二匹", SIZE + 1, special=False)]
+    config = {"eos_token": "</s>", "additional_special_tokens": ["二匹"]}
+    write(tmp_path, tokenizer_json=tokenizer_json(added), tokenizer_config_json=config)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.end_of_text == SIZE
+    assert pieces(tokenizer, "the</s>二匹") == ["the", "<", "/", "s", ">", "二匹"]
+    assert pieces(tokenizer, "the</s>", allow_special=True) == ["the", "</s>"]
+
+
+def test_the_flags_in_tokenizer_config_json_count_where_both_files_have_some(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, tokenizer_json=tokenizer_json([added_token("二匹", SIZE, special=False)]))
+    assert SIZE in load_tokenizer(tmp_path).encode("二匹")
+    special = {str(SIZE): added_token("二匹", SIZE, special=True)}
+    write(tmp_path, tokenizer_config_json={"added_tokens_decoder": special})
+    assert SIZE not in load_tokenizer(tmp_path).encode("二匹")
+
+
+def test_a_tokenizer_is_described_in_one_way_before_and_after_it_is_saved(tmp_path: Path) -> None:
+    """Whether tokens on disk are of this tokenizer is told from the description."""
+    tokens = {**vocabulary(), "<pad>": SIZE, END: SIZE + 1}
+    names = {"pad_token": "<pad>", "eos_token": END}
+    write(tmp_path, vocab_json=tokens, merges_txt=merges_txt(), special_tokens_map_json=names)
+    write(tmp_path, added_tokens_json={"<|sep|>": SIZE + 2})
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert json.dumps(again.to_dict()) == json.dumps(tokenizer.to_dict())
+
+
 def test_a_tokenizer_without_an_end_of_text(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write(tmp_path, tokenizer_json=tokenizer_json()))
     assert tokenizer.end_of_text is None and tokenizer.special_tokens == {}
@@ -211,6 +244,20 @@ def test_an_option_that_changes_the_ids_is_refused_by_name(option: str, tmp_path
     (tmp_path / "tokenizer.json").unlink()
     write(tmp_path, vocab_json=vocabulary(), merges_txt=merges_txt())
     with pytest.raises(UserError, match=rf"tokenizer_config\.json sets {option}"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["CLIPTokenizer", "Qwen2Tokenizer", "RobertaTokenizerFast", 3])
+def test_vocab_json_of_a_class_that_cuts_text_up_in_another_way_is_refused(
+    kind: Any, tmp_path: Path
+) -> None:
+    write(tmp_path, vocab_json=vocabulary(), merges_txt=merges_txt())
+    for name in ("GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", None):
+        write(tmp_path, tokenizer_config_json={"tokenizer_class": name})
+        assert load_tokenizer(tmp_path).encode("dog").tolist() == [vocabulary()["dog"]]
+    write(tmp_path, tokenizer_config_json={"tokenizer_class": kind})
+    problem = rf"vocab\.json: tokenizer_config\.json says that it is a {kind}: only byte-level BPE"
+    with pytest.raises(UserError, match=problem):
         load_tokenizer(tmp_path)
 
 
