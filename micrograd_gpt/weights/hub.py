@@ -5,7 +5,8 @@ huggingface_hub resumes downloads, shows their progress, and obeys its environme
 HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, HTTPS_PROXY and the rest.
 
 The Hub is asked which commit a branch or tag stands for now. Only what the cache lacks of that
-commit is fetched; if the Hub cannot be asked, the commit in the cache is used.
+commit is fetched; if the Hub cannot be asked, the commit in the cache is used. Other programs write
+to that cache too, and fetch a model without its tokenizer, or the reverse: that is not used.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json
+from micrograd_gpt.text.foreign_tokenizers import OTHER_FILES
 from micrograd_gpt.weights.config import CONFIG, read_config
 from micrograd_gpt.weights.formats import MODEL, TORCH_MODEL, WEIGHT_FILES
 
+TOKENIZERS = ("tokenizer.json", "vocab.json", *OTHER_FILES)  # the others are refused by name
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    *TOKENIZERS,
     "tokenizer_config.json",
-    "vocab.json",
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
@@ -53,9 +55,14 @@ class Repository:
 
 def repository_named(name: str) -> Repository | None:
     """The repository that OWNER/NAME or OWNER/NAME@REVISION stands for; None for other texts."""
-    part = r"[A-Za-z0-9_](?:[\w.-]*\w)?"
-    match = re.fullmatch(rf"({part}/{part})(?:@(\S+))?", name, re.ASCII)
-    if match is None or ".." in match[1] or "--" in match[1]:
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", name, re.ASCII)
+    if match is None:
+        return None
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(match[1])
+    except HFValidationError:
         return None
     return Repository(match[1], match[2] or MAIN)
 
@@ -117,9 +124,14 @@ def _listing(repository: Repository) -> tuple[str, frozenset[str]]:
         folder = _noted(repository)
         if folder is None:
             raise
+        files = frozenset(file.name for file in folder.iterdir())
+        for what, names in {"weights": WEIGHT_FILES, "tokenizer": TOKENIZERS}.items():
+            if files.isdisjoint(names):
+                problem = f"{error}; the copy in the cache has no {what}, and the Hub may have"
+                raise UserError(problem) from error
         if not isinstance(error.__cause__, OfflineModeIsEnabled):
             say(f"{error}; using the copy that was fetched before")
-        return folder.name, frozenset(file.name for file in folder.iterdir())
+        return folder.name, files
 
 
 def _asked(repository: Repository) -> tuple[str, frozenset[str]]:
