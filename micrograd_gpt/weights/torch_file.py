@@ -78,7 +78,7 @@ def stored_tensors(saved: Any, path: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{path} does not hold a dict of tensors (torch.save(model.state_dict()))")
     for name, tensor in saved.items():
         if not isinstance(name, str) or not isinstance(tensor, TorchTensor):
-            raise UserError(f"{path} holds {name!r}, which is not a tensor of a model")
+            raise UserError(f"{path} holds {repr(name)[:80]}, which is not a tensor of a model")
     return {name: tensor.stored(name, path) for name, tensor in saved.items()}
 
 
