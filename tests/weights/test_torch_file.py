@@ -298,7 +298,7 @@ def test_what_is_not_a_model_is_named(file: Path) -> None:
     with pytest.raises(UserError, match="holds 3, which is not a tensor"):
         read_state_dict(file)
     save(file, {"x" * 10**6: 3})
-    with pytest.raises(UserError, match="holds 'xxx.*, which is not a tensor") as caught:
+    with pytest.raises(UserError, match=r"holds 'xxx.*, which is not a tensor") as caught:
         read_state_dict(file)
     assert len(str(caught.value)) < 300 + len(str(file))
 
