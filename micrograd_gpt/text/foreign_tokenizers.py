@@ -12,10 +12,12 @@ ids than it was trained with. It is refused, with what makes it different.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT
@@ -222,8 +224,20 @@ def _complete(
     for text in sorted({*special, *names.values()} & ids.keys()):
         token = tokens.get(text, AddedToken(text, ids[text], special=True, normalized=False))
         tokens[text] = token._replace(special=token.special or text in names.values())
+    for token in _beyond(tokens.values(), model.get("vocab_size")):
+        if token.content not in vocabulary:
+            say(f"note: {folder}: the model has no {token.content!a}, which its tokenizer adds")
+            del tokens[token.content], ids[token.content]
     named = {name: ids[text] for name, text in names.items() if text in ids}
     return BytePairs(vocabulary, merges, list(tokens.values()), named)
+
+
+def _beyond(added: Iterable[AddedToken], vocab_size: Any) -> list[AddedToken]:
+    """The special tokens that were added without making the model's vocabulary larger, as padding
+    often was, since no text that is trained on has it.
+    """
+    size = vocab_size if isinstance(vocab_size, int) else math.inf
+    return [token for token in added if token.special and token.id >= size]
 
 
 def _special(*files: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:

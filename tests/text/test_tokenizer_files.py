@@ -164,6 +164,29 @@ def test_a_tokenizer_is_described_in_one_way_before_and_after_it_is_saved(tmp_pa
     assert json.dumps(again.to_dict()) == json.dumps(tokenizer.to_dict())
 
 
+def test_special_tokens_that_the_model_has_no_room_for_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokens to pad with were often added to a tokenizer, and not to its model."""
+    added = [added_token(END, SIZE), added_token("[PAD]", SIZE + 1)]
+    config = {"eos_token": END, "pad_token": "[PAD]"}
+    write(tmp_path, tokenizer_json=tokenizer_json(added), tokenizer_config_json=config)
+    for size, tokens in ((SIZE + 2, SIZE + 2), (SIZE + 1, SIZE + 1), ("?", SIZE + 2)):
+        write(tmp_path, config_json={"vocab_size": size})
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer.vocab_size == tokens
+        assert ("pad_token" in tokenizer.special_tokens) == (tokens == SIZE + 2)
+        assert tokenizer.end_of_text == SIZE
+        note = capsys.readouterr().err
+        left_out = f"note: {tmp_path}: the model has no '[PAD]', which its tokenizer adds\n"
+        assert note == ("" if tokens == SIZE + 2 else left_out)
+    # Not so a token that is looked for in every text
+    added[1]["special"] = False
+    write(tmp_path, config_json={"vocab_size": SIZE + 1}, tokenizer_config_json={})
+    write(tmp_path, tokenizer_json=tokenizer_json(added))
+    assert load_tokenizer(tmp_path).vocab_size == SIZE + 2
+
+
 def test_a_tokenizer_without_an_end_of_text(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write(tmp_path, tokenizer_json=tokenizer_json()))
     assert tokenizer.end_of_text is None and tokenizer.special_tokens == {}
