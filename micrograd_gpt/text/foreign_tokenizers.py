@@ -75,7 +75,7 @@ def of_tokenizer_json(settings: Mapping[str, Any], folder: Path) -> BytePairs:
         raise UserError("it is damaged: it has no model")
     kind = model.get("type", "BPE" if "merges" in model else None)  # older files do not say it
     if kind != "BPE":
-        raise UserError(f"its model is {kind}: {ONLY}")
+        raise UserError(f"its model is {_shown(kind)}: {ONLY}")
     config = read_json(folder / TOKENIZER_CONFIG) or {}
     _refuse_differences(settings, model, config)
     described = settings.get("added_tokens") or []
@@ -111,7 +111,7 @@ def of_vocabulary_files(vocabulary: Mapping[str, Any], folder: Path) -> BytePair
     config = read_json(folder / TOKENIZER_CONFIG) or {}
     kind = config.get("tokenizer_class")
     if kind is not None and str(kind).removesuffix("Fast") not in CLASSES:
-        raise UserError(f"{TOKENIZER_CONFIG} says that it is a {kind}: {ONLY}")
+        raise UserError(f"{TOKENIZER_CONFIG} says that it is a {_shown(kind)}: {ONLY}")
     _refuse_options(config)
     merges = [_pair(line.rstrip("\r").split(" ")) for line in lines]
     return _complete(_vocabulary(vocabulary), merges, [], folder)
@@ -139,7 +139,7 @@ def _refuse_differences(
         ("end_of_word_suffix", model.get("end_of_word_suffix"), (None, "")),
     ):
         if value not in allowed:
-            raise UserError(f"its {what} is {value}: {ONLY}")
+            raise UserError(f"its {what} is {_shown(value)}: {ONLY}")
     assert isinstance(pre_tokenizer, dict)
     for option, wanted in (("add_prefix_space", False), ("use_regex", True)):
         if pre_tokenizer.get(option, True) is not wanted:
@@ -152,6 +152,12 @@ def _refuse_options(config: Mapping[str, Any]) -> None:
     for option in ("add_prefix_space", "add_bos_token", "add_eos_token"):
         if config.get(option):
             raise UserError(f"{TOKENIZER_CONFIG} sets {option}, which is not supported")
+
+
+def _shown(value: Any) -> str:
+    """What a stranger's file says, short and printable."""
+    text = str(value)
+    return text if text.isprintable() and len(text) <= 80 else f"{text!a:.80}"
 
 
 def _type(part: Any) -> Any:
@@ -191,7 +197,7 @@ def _added(token: Any, id: Any) -> AddedToken:
     """An added token as tokenizer.json or tokenizer_config.json describes it."""
     content = token.get("content") if isinstance(token, dict) else None
     if not isinstance(content, str) or not content or type(id) is not int:
-        raise UserError(f"it is damaged: it has the added token {token!r}")
+        raise UserError(f"it is damaged: it has the added token {_shown(token)}")
     for option in ("lstrip", "rstrip", "single_word"):
         if token.get(option):
             raise UserError(f"its added token {content!r} has {option}, which is not supported")
@@ -208,7 +214,7 @@ def _complete(
     tokens = {token.content: token for token in added}
     decoder = config.get("added_tokens_decoder")
     for id, described in decoder.items() if isinstance(decoder, dict) else ():
-        token = _added(described, int(id) if id.isdecimal() else None)
+        token = _added(described, int(id) if id.isdecimal() and len(id) < 10 else None)
         tokens[token.content] = token  # Transformers too follows this file where the two differ
     for text, id in _vocabulary(read_json(folder / ADDED) or {}).items():
         tokens.setdefault(text, AddedToken(text, id, text in special, text not in special))

@@ -355,6 +355,24 @@ def test_a_tokenizer_json_with_parts_that_are_damaged_is_named(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"normalizer": {"type": "NFC\n\x1b[2J"}},
+        {"pre_tokenizer": {"type": "x" * 10**5}},
+        {"model": {"type": "Unigram\r"}},
+        {"added_tokens": [{"content": "a", "x": "x" * 10**5}]},
+    ],
+)
+def test_what_a_stranger_wrote_is_short_and_printable_in_the_message(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    write(tmp_path, tokenizer_json={**tokenizer_json(), **content})
+    with pytest.raises(UserError, match=r"is supported$|added token") as caught:
+        load_tokenizer(tmp_path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
 def test_names_of_special_tokens_that_say_nothing_are_passed_over(tmp_path: Path) -> None:
     names: dict[str, Any] = {"eos_token": 3, "bos_token": {"content": []}, "pad_token": "nowhere"}
     names |= {"additional_special_tokens": 3, "extra_special_tokens": {"x": [], "y": "the"}}
@@ -368,9 +386,11 @@ def test_the_damaged_file_is_named_and_not_the_one_beside_it(tmp_path: Path) -> 
     write(tmp_path, tokenizer_json=tokenizer_json(), tokenizer_config_json="{")
     with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'tokenizer_config.json'))} "):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": {}}}')
-    with pytest.raises(UserError, match="it is damaged: it has the added token"):
-        load_tokenizer(tmp_path)
+    for id in ("x", "²", "9" * 5000):
+        decoder = {id: added_token("<s>", SIZE)}
+        write(tmp_path, tokenizer_config_json={"added_tokens_decoder": decoder})
+        with pytest.raises(UserError, match="it is damaged: it has the added token"):
+            load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "tokenizer.json").unlink()
     write(tmp_path, vocab_json=vocabulary())
