@@ -56,10 +56,17 @@ def byte_pair_tokenizer(found: BytePairs) -> BytePairTokenizer:
 
 
 def refuse_other_files(folder: Path) -> None:
-    """Raise UserError if the folder has the files of a tokenizer of another kind."""
+    """Raise UserError if the folder has the files of a tokenizer of another kind, or says so."""
     for name, kind in OTHER_FILES.items():
         if (folder / name).exists():
             raise UserError(f"{folder / name} is a {kind} tokenizer: {ONLY}")
+    _refuse_other_classes(folder)
+
+
+def _refuse_other_classes(folder: Path) -> None:
+    kind = (read_json(folder / TOKENIZER_CONFIG) or {}).get("tokenizer_class")
+    if kind is not None and str(kind).removesuffix("Fast") not in CLASSES:
+        raise UserError(f"{folder / TOKENIZER_CONFIG}: a {_shown(kind)} is refused: {ONLY}")
 
 
 # -------------------------------------------------------------------------------- the two formats
@@ -109,9 +116,7 @@ def of_vocabulary_files(vocabulary: Mapping[str, Any], folder: Path) -> BytePair
             raise UserError(f"{folder / MERGES} is damaged: it is not UTF-8 ({error})") from None
     lines = [line for line in text.split("\n") if line and not line.startswith("#version")]
     config = read_json(folder / TOKENIZER_CONFIG) or {}
-    kind = config.get("tokenizer_class")
-    if kind is not None and str(kind).removesuffix("Fast") not in CLASSES:
-        raise UserError(f"{TOKENIZER_CONFIG} says that it is a {_shown(kind)}: {ONLY}")
+    _refuse_other_classes(folder)
     _refuse_options(config)
     merges = [_pair(line.rstrip("\r").split(" ")) for line in lines]
     return _complete(_vocabulary(vocabulary), merges, [], folder)
