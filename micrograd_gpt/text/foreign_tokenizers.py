@@ -21,7 +21,7 @@ from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT
-from micrograd_gpt.text.byte_pairs import AddedToken, BytePairTokenizer
+from micrograd_gpt.text.byte_pairs import AddedToken
 from micrograd_gpt.text.hugging_face import TOKENIZER_CONFIG
 from micrograd_gpt.text.merges import Merges
 
@@ -42,17 +42,12 @@ ONLY = "only byte-level BPE that cuts text up as GPT-2 does is supported"
 
 
 class BytePairs(NamedTuple):
-    """What a folder says of its byte-pair encoding."""
+    """What a folder says of its byte-pair encoding: the arguments of BytePairTokenizer."""
 
     vocabulary: dict[str, int]
     merges: Merges
     added: list[AddedToken]
     special_tokens: dict[str, int]  # by name
-
-
-def byte_pair_tokenizer(found: BytePairs) -> BytePairTokenizer:
-    """The tokenizer of what a folder says; UserError where that does not fit together."""
-    return BytePairTokenizer(*found)
 
 
 def refuse_other_files(folder: Path) -> None:

@@ -21,11 +21,10 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import finish_set
 from micrograd_gpt.support.files import read_json
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT, Tokenizer
-from micrograd_gpt.text.byte_pairs import GPT2Tokenizer, gpt2_vocabulary
+from micrograd_gpt.text.byte_pairs import BytePairTokenizer, GPT2Tokenizer, gpt2_vocabulary
 from micrograd_gpt.text.foreign_tokenizers import (
     MERGES,
     BytePairs,
-    byte_pair_tokenizer,
     of_tokenizer_json,
     of_vocabulary_files,
     refuse_other_files,
@@ -105,7 +104,7 @@ def _byte_pairs(found: BytePairs) -> Tokenizer:
         merges = merges_sha256(found.merges)
         if found.vocabulary == gpt2_vocabulary() and merges == GPT2_MERGES_SHA256:
             return GPT2Tokenizer()
-    return byte_pair_tokenizer(found)
+    return BytePairTokenizer(*found)
 
 
 def merges_sha256(merges: Merges) -> str:
@@ -121,7 +120,7 @@ def _ours(settings: Mapping[str, Any]) -> Tokenizer | None:
         return None
     vocab, added = model.get("vocab"), settings.get("added_tokens") or []
     kind = _kind_of_words(pre_tokenizer)
-    if kind is None or model.get("type") != "WordLevel":
+    if kind is None or model.get("type") != "WordLevel" or settings.get("normalizer") is not None:
         return None
     if not isinstance(vocab, dict) or list(vocab.values()) != list(range(len(vocab))):
         raise UserError(f"the vocabulary of a {kind.name} tokenizer has the ids 0, 1, 2, …")

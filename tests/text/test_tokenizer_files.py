@@ -402,6 +402,15 @@ def test_the_damaged_file_is_named_and_not_the_one_beside_it(tmp_path: Path) -> 
         load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_like_ours_that_changes_characters_first_is_refused(tmp_path: Path) -> None:
+    make_tokenizer("char", TEXT).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**content, "normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(UserError, match="its model is WordLevel"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_word_tokenizer_with_added_tokens_is_refused(tmp_path: Path) -> None:
     make_tokenizer("word", TEXT).save(tmp_path)
     path = tmp_path / "tokenizer.json"
