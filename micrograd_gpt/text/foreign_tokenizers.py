@@ -210,9 +210,11 @@ def _complete(
 ) -> BytePairs:
     """Add to what a tokenizer's own file says what the files beside it say of special tokens."""
     config = read_json(folder / TOKENIZER_CONFIG) or {}
-    names, special = _special(read_json(folder / SPECIAL) or {}, config)
-    tokens = {token.content: token for token in added}
     decoder = config.get("added_tokens_decoder")
+    files = [config, read_json(folder / SPECIAL) or {}]
+    # As in Transformers, the older file counts unless the other one lists the tokens too
+    names, special = _special(*(files if decoder is None else reversed(files)))
+    tokens = {token.content: token for token in added}
     for id, described in decoder.items() if isinstance(decoder, dict) else ():
         token = _added(described, int(id) if id.isdecimal() and len(id) < 10 else None)
         tokens[token.content] = token  # Transformers too follows this file where the two differ

@@ -116,6 +116,20 @@ def test_vocab_json_and_merges_txt(tmp_path: Path) -> None:
     [
         ({"special_tokens_map_json": {"eos_token": {"content": "</s>"}}}, "</s>"),
         ({"tokenizer_config_json": {"eos_token": "</s>"}}, "</s>"),
+        (
+            {
+                "special_tokens_map_json": {"eos_token": "</s>"},
+                "tokenizer_config_json": {"eos_token": END},
+            },
+            "</s>",
+        ),
+        (
+            {
+                "special_tokens_map_json": {"eos_token": END},
+                "tokenizer_config_json": {"eos_token": "</s>", "added_tokens_decoder": {}},
+            },
+            "</s>",
+        ),
         ({"config_json": {"eos_token_id": SIZE + 1}}, "</s>"),
         # As in many folders: the ids of GPT-2 were left where the vocabulary is another one
         ({"config_json": {"eos_token_id": 50256}}, END),
