@@ -26,6 +26,8 @@ from micrograd_gpt.text.hugging_face import TOKENIZER_CONFIG
 from micrograd_gpt.text.merges import Merges
 
 MERGES, ADDED, SPECIAL = "merges.txt", "added_tokens.json", "special_tokens_map.json"
+MODEL = "config.json"
+BESIDE = (TOKENIZER_CONFIG, MERGES, ADDED, SPECIAL, MODEL)  # the files that are read besides
 NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
 OTHER_SPECIAL = ("additional_special_tokens", "extra_special_tokens")  # lists
 # Files that only tokenizers of other kinds have
@@ -223,7 +225,7 @@ def _complete(
 
     ids = vocabulary | {token.content: token.id for token in tokens.values()}
     by_id = {token.id: token.content for token in tokens.values()}
-    model = read_json(folder / "config.json") or {}
+    model = read_json(folder / MODEL) or {}
     for name in ("bos_token", "eos_token"):
         if names.get(name) not in ids:
             id = model.get(f"{name}_id")  # often GPT-2's, where the vocabulary is another

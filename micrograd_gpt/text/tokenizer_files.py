@@ -23,6 +23,7 @@ from micrograd_gpt.support.files import read_json
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT, Tokenizer
 from micrograd_gpt.text.byte_pairs import BytePairTokenizer, GPT2Tokenizer, gpt2_vocabulary
 from micrograd_gpt.text.foreign_tokenizers import (
+    BESIDE,
     MERGES,
     BytePairs,
     of_tokenizer_json,
@@ -87,11 +88,12 @@ def load_tokenizer(folder: str | Path, or_gpt2: bool = True) -> Tokenizer:
 
 @contextmanager
 def naming(path: Path, problem: str = "") -> Iterator[None]:
-    """Within the block, a UserError says which file it is about."""
+    """Within the block, a UserError says which file it is about, if not one of those beside it."""
     try:
         yield
     except UserError as error:
-        if str(path.parent) in str(error):  # it names another file
+        others = [str(path.with_name(name)) for name in BESIDE]
+        if str(error).removeprefix("cannot read ").startswith(tuple(others)):
             raise
         raise UserError(f"{path}{problem}: {error}") from error
 

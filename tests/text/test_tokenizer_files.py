@@ -425,6 +425,28 @@ def test_a_tokenizer_like_ours_that_changes_characters_first_is_refused(tmp_path
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("folder", [".", "a", "token"])
+def test_the_file_is_named_whatever_its_folder_is_called(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(folder, "tokenizer.json")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"tokenizer": "klingon"}')
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))} is damaged: 'klingon'"):
+        load_tokenizer(folder)
+    write(path.parent, tokenizer_json={**tokenizer_json(), "normalizer": {"type": "NFC"}})
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: its normalizer is NFC"):
+        load_tokenizer(folder)
+    write(path.parent, tokenizer_json=tokenizer_json(), special_tokens_map_json="{")
+    with pytest.raises(UserError, match=f"^{re.escape(str(path.with_name('special_')))}.*damaged"):
+        load_tokenizer(folder)
+    path.unlink()
+    vocab = write(path.parent, vocab_json=vocabulary()) / "vocab.json"
+    with pytest.raises(UserError, match=rf"^{re.escape(str(vocab))}: there is no merges\.txt"):
+        load_tokenizer(folder)
+
+
 def test_a_word_tokenizer_with_added_tokens_is_refused(tmp_path: Path) -> None:
     make_tokenizer("word", TEXT).save(tmp_path)
     path = tmp_path / "tokenizer.json"
