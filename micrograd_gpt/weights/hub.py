@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,8 @@ def fetch(repository: Repository, with_weights: bool = True) -> Path:
         for name in TOKENIZER_FILES:
             if name in files:
                 _file(repository, name, commit)
+        if _lacking(repository, commit, files) == "tokenizer":
+            _ask_for_a_tokenizer(repository, commit)
         if with_weights:
             _fetch_weights(repository, commit, files)
             if is_new:  # only now the cache is told which commit the branch or tag stands for
@@ -96,6 +99,28 @@ def fetch(repository: Repository, with_weights: bool = True) -> Path:
     except Exception as error:  # its own, and those of the HTTP library that its version uses
         raise UserError(f"cannot fetch {repository}: {reason(error)}") from error
     return folder
+
+
+def _lacking(repository: Repository, commit: str, files: frozenset[str]) -> str | None:
+    """What these files of a commit are without, unless the Hub has said that it has none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if files.isdisjoint(WEIGHT_FILES):
+        return "weights"
+    name, folder = repository.name, repository.cache_folder
+    if files.isdisjoint(TOKENIZERS) and not try_to_load_from_cache(
+        name, TOKENIZERS[0], folder, commit
+    ):
+        return "tokenizer"
+    return None
+
+
+def _ask_for_a_tokenizer(repository: Repository, commit: str) -> None:
+    """Have the cache keep the Hub's answer that there is none."""
+    from huggingface_hub.utils import EntryNotFoundError
+
+    with suppress(EntryNotFoundError):
+        _file(repository, TOKENIZERS[0], commit)
 
 
 def _fetch_weights(repository: Repository, commit: str, files: frozenset[str]) -> None:
@@ -125,10 +150,9 @@ def _listing(repository: Repository) -> tuple[str, frozenset[str]]:
         if folder is None:
             raise
         files = frozenset(file.name for file in folder.iterdir())
-        for what, names in {"weights": WEIGHT_FILES, "tokenizer": TOKENIZERS}.items():
-            if files.isdisjoint(names):
-                problem = f"{error}; the copy in the cache has no {what}, and the Hub may have"
-                raise UserError(problem) from error
+        if lacking := _lacking(repository, folder.name, files):
+            problem = f"{error}; the copy in the cache has no {lacking}, and the Hub may have"
+            raise UserError(problem) from error
         if not isinstance(error.__cause__, OfflineModeIsEnabled):
             say(f"{error}; using the copy that was fetched before")
         return folder.name, files

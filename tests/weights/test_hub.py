@@ -262,6 +262,16 @@ def test_a_copy_that_other_programs_fetched_in_part_is_not_used(
     assert fetch(at(gone(), tmp_path)) == whole
 
 
+def test_a_model_without_a_tokenizer_is_used_from_the_cache_too(tmp_path: Path) -> None:
+    with hub_of(NAME, {"main": (FIRST, files())}) as server:
+        absent = f"/{NAME}/resolve/{FIRST}/tokenizer.json"
+        server.commits[absent] = FIRST
+        folder = fetch(at(server, tmp_path))
+    hub._listing.cache_clear()
+    assert fetch(at(gone(), tmp_path)) == folder
+    assert load_tokenizer(tmp_path).name == "gpt2"
+
+
 def test_tokenizers_that_are_refused_by_name_are_fetched_for_that(tmp_path: Path) -> None:
     published = files() | {"spiece.model": b"\0"}
     with hub_of(NAME, {"main": (FIRST, published)}) as server:
