@@ -280,9 +280,13 @@ def test_tokenizers_that_are_refused_by_name_are_fetched_for_that(tmp_path: Path
         load_tokenizer(folder)
 
 
-def test_a_download_that_breaks_off_is_continued(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", [Fault(status=403), Fault(drop_after=100, reset=True)])
+def test_a_download_that_breaks_off_is_continued(
+    server: Server, tmp_path: Path, fault: Fault
+) -> None:
     model = f"/{NAME}/resolve/{FIRST}/model.safetensors"
-    server.head_faults[model] = server.faults[model] = [Fault(status=403)] * 9
+    server.faults[model] = [fault] * 9
+    server.head_faults[model] = [fault] * 9 if fault.status else []
     with pytest.raises(UserError, match=f"cannot fetch {NAME}: "):
         fetch(at(server, tmp_path))
     with pytest.raises(
