@@ -17,9 +17,9 @@ our tokenizers becomes the model that gives its very ids:
     word        WordLevel: the pieces are what WordTokenizer.PATTERN matches
 
 A special token that is typed out in a text is text to our tokenizers, so that no text from
-elsewhere can end a document. "split_special_tokens" tells Transformers so. (It finds special tokens
-with `AutoTokenizer.from_pretrained(folder, split_special_tokens=False)`, as ours do with
-`encode(text, allow_special=True)`.)
+elsewhere can end a document. "split_special_tokens" tells Transformers so. (With
+`AutoTokenizer.from_pretrained(folder, split_special_tokens=False)` it finds them, as ours find
+`<|endoftext|>` with `encode(text, allow_special=True)`.)
 """
 
 from __future__ import annotations
