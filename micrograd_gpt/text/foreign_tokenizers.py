@@ -234,20 +234,22 @@ def _complete(
     for text in sorted({*special, *names.values()} & ids.keys()):
         token = tokens.get(text, AddedToken(text, ids[text], special=True, normalized=False))
         tokens[text] = token._replace(special=token.special or text in names.values())
-    for token in _beyond(tokens.values(), model.get("vocab_size")):
-        if token.content not in vocabulary:
-            say(f"note: {folder}: the model has no {token.content!a}, which its tokenizer adds")
-            del tokens[token.content], ids[token.content]
+    for text in _beyond(tokens.values(), vocabulary, model.get("vocab_size")):
+        say(f"note: {folder}: the model has no {text!a}, which its tokenizer adds")
+        del tokens[text], ids[text]
     named = {name: ids[text] for name, text in names.items() if text in ids}
     return BytePairs(vocabulary, merges, list(tokens.values()), named)
 
 
-def _beyond(added: Iterable[AddedToken], vocab_size: Any) -> list[AddedToken]:
+def _beyond(
+    added: Iterable[AddedToken], vocabulary: Mapping[str, int], vocab_size: Any
+) -> list[str]:
     """The special tokens that were added without making the model's vocabulary larger, as padding
     often was, since no text that is trained on has it.
     """
-    size = vocab_size if isinstance(vocab_size, int) else math.inf
-    return [token for token in added if token.special and token.id >= size]
+    if not isinstance(vocab_size, int) or vocab_size < len(vocabulary):
+        return []  # the model is another tokenizer's, which is for others to say
+    return [token.content for token in added if token.special and token.id >= vocab_size]
 
 
 def _special(*files: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:

@@ -194,7 +194,9 @@ def test_special_tokens_that_the_model_has_no_room_for_are_left_out(
         note = capsys.readouterr().err
         left_out = f"note: {tmp_path}: the model has no '[PAD]', which its tokenizer adds\n"
         assert note == ("" if tokens == SIZE + 2 else left_out)
-    # Not so a token that is looked for in every text
+    # Not so where the model is another tokenizer's, and a token that is looked for in every text
+    write(tmp_path, config_json={"vocab_size": SIZE - 1})
+    assert load_tokenizer(tmp_path).vocab_size == SIZE + 2
     added[1]["special"] = False
     write(tmp_path, config_json={"vocab_size": SIZE + 1}, tokenizer_config_json={})
     write(tmp_path, tokenizer_json=tokenizer_json(added))
