@@ -12,7 +12,6 @@ ids than it was trained with. It is refused, with what makes it different.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
