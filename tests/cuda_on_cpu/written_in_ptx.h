@@ -46,7 +46,7 @@ void mma(float& d0, float& d1, float& d2, float& d3, const unsigned (&a)[4], uns
 
 #endif
 
-#if defined(HEAD_SIZE) && !defined(ACTIVATION_IS_FLOAT)
+#ifndef ACTIVATION_IS_FLOAT
 
 inline float element(unsigned word, int i) {
     Activation x;
@@ -77,6 +77,8 @@ void mma(float& d0, float& d1, float& d2, float& d3, const unsigned (&a)[4], uns
         *d[i] = sum;
     }
 }
+
+#ifdef HEAD_SIZE
 
 inline void load_8x8(unsigned (&words)[4], const Activation* row, bool transposed) {
     if (reinterpret_cast<size_t>(row) % 16) cuda_on_cpu::error = "ldmatrix: a row is not aligned";
@@ -110,4 +112,5 @@ void wait_for_copies() {
     cuda_on_cpu::current->copies.clear();
 }
 
+#endif
 #endif
