@@ -1,13 +1,7 @@
-// Products of small matrices on tensor cores: mma.sync m16n8k16, two-byte operands, float32 sums.
-//
-// A block works on ROWS rows (-DROWS), a warp on FRAGMENTS times 16 of them. The PTX ISA says which
-// lane holds what ("Matrix Fragments for mma.m16n8k16"): lane = 4 g + t holds
-//     of A (16 × 16)  rows g and g + 8, columns 2t, 2t + 1 and the same + 8: words {g, g+8} × {2t, 2t+8}
-//     of B (16 × 8)   rows 2t, 2t + 1 and the same + 8, column g
-//     of C (16 × 8)   rows g and g + 8, columns 2t, 2t + 1
-// with two neighbours in a word, the first in its lower half. So a thread holds two rows of such a
-// product, and pairs of columns 8 apart. tiles_fma.cuh offers the same functions without tensor
-// cores.
+// Products of small matrices on tensor cores, two-byte operands, float32 sums; mma.cuh says which
+// lane holds what. A block works on ROWS rows (-DROWS), a warp on FRAGMENTS times 16 of them: of
+// each 16, a thread holds two rows of a product, and pairs of columns 8 apart. tiles_fma.cuh offers
+// the same functions without tensor cores.
 
 #pragma once
 
@@ -19,6 +13,7 @@ constexpr int TILE = (NARROW ? 64 : 32) / (BACKWARD ? 2 : 1);
 constexpr int BLOCKS_AT_ONCE = NARROW ? (BACKWARD ? 3 : 2) : 1;
 constexpr int BUFFERS = 2;  // a tile is copied while products are made from the one before
 #include "fragments.cuh"
+#include "mma.cuh"
 
 struct Tile {
     alignas(16) Activation at[TILE][HEAD_SIZE + 8];  // 16 bytes more: rows in different banks
@@ -30,29 +25,12 @@ struct Rows {
 
 // These are written in PTX; tests/cuda_on_cpu defines the same for a CPU.
 #ifdef CUDA_ON_CPU
-void mma(float& d0, float& d1, float& d2, float& d3, const unsigned (&a)[4], unsigned b0, unsigned b1);
 void load_matrices(unsigned (&words)[4], const Activation* row);
 void load_matrices_transposed(unsigned (&words)[4], const Activation* row);
 unsigned pair(float first, float second);
 template <int BYTES> void copy(void* to, const void* from, bool wanted);
 void wait_for_copies();
 #else
-#ifdef ACTIVATION_IS_HALF
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-#define PAIR "cvt.rn.f16x2.f32"
-#else
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-#define PAIR "cvt.rn.bf16x2.f32"
-#endif
-// D (16 × 8) += A (16 × 16) · B (16 × 8)
-__device__ inline void mma(
-    float& d0, float& d1, float& d2, float& d3, const unsigned (&a)[4], unsigned b0, unsigned b1
-) {
-    asm(MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // Loads four 8 × 8 matrices from shared memory; lane 8 i + j says where row j of matrix i begins. A
 // lane gets a word of each matrix: elements (g, 2t) and (g, 2t + 1) or, transposed, (2t, g) and
 // (2t + 1, g).
@@ -70,14 +48,19 @@ __device__ inline void load_matrices_transposed(unsigned (&words)[4], const Acti
                  : "r"(address)
                  : "memory");
 }
+
 // Two neighbours in a word, the first in the lower half.
 __device__ inline unsigned pair(float first, float second) {
     unsigned result;
-    asm(PAIR " %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+#ifdef ACTIVATION_IS_HALF
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+#endif
     return result;
 }
 
-// Starts to copy 4, 8 or 16 bytes into shared memory, zeros where they are not wanted. They are there
+// Starts to copy 8 or 16 bytes into shared memory, zeros where they are not wanted. They are there
 // for this thread once it has waited, and for the others after the next barrier.
 template <int BYTES> __device__ inline void copy(void* to, const void* from, bool wanted) {
     unsigned address = unsigned(__cvta_generic_to_shared(to));
