@@ -6,7 +6,7 @@ constexpr bool BACKWARD = false;
 
 // A row's weights are computed relative to one of its scores, at first the largest, and then until
 // a score is so much larger that its weight would exceed power(SLACK). Then the row is rescaled.
-constexpr float SLACK = 8.0f;
+constexpr float SLACK = 4.0f;
 
 // The last query stands at the last key. Where there are more keys than queries, the first ones
 // come from a KV cache.
