@@ -89,7 +89,6 @@ class Steps:
         layers = parameters_of(blocks, cache) if blocks else None
         if not around or not layers:
             raise NotForMe
-        self.parts = Parts(model)
         arrays = [parameter.data for parameter in around]
         check_fit(AROUND, arrays)
         self.room, self.width = (len(arrays[0]), len(arrays[1])), arrays[0].shape[1]
@@ -108,7 +107,7 @@ class Steps:
         self.dtype = activation(*(a if a.flags.c_contiguous else a.T for a in matrices))
         if not matrices[0].flags.c_contiguous or type(wide[0]) is not type(matrices[0]):
             raise NotForMe
-        self.steps: dict[tuple[Any, ...], TokenStep] = {}
+        self.parts, self.steps = Parts(model), dict[tuple[Any, ...], TokenStep]()
 
     def of(self, data: Array, model: GPT2) -> TokenStep:
         """The step for a cache's array. A graph knows only addresses: it serves any cache at this
