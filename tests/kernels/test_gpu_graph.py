@@ -107,7 +107,7 @@ def assert_same(ours: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "lengths", "tokens"),
-    [("float32", [1, 7, 3], 12), ("bfloat16", [4, 4], 3), ("float16", [3], 3)],
+    [("float32", [1, 7, 3], 12), ("bfloat16", [4, 4], 3)],
 )
 def test_tokens_are_those_of_the_launches_one_by_one(
     dtype: str,
