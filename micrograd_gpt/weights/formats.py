@@ -32,8 +32,8 @@ from micrograd_gpt.weights.tensor_files import TensorFile
 from micrograd_gpt.weights.tf_checkpoint import TFCheckpoint
 from micrograd_gpt.weights.torch_file import read_torch, stored_tensors
 
-# What stands on the body in Transformers' models for classification and the like
-OTHER_HEADS = ("score.", "classifier.", "qa_outputs.", "multiple_choice_head.")
+# What stands on the body in Transformers' models for classification and the like, and in TRL's
+OTHER_HEADS = ("score.", "classifier.", "qa_outputs.", "multiple_choice_head.", "v_head.")
 
 MODEL, INDEX, HPARAMS = "model.safetensors", "model.safetensors.index.json", "hparams.json"
 TORCH_MODEL, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -141,7 +141,8 @@ def _gpt2_tensors(
             raise UserError(f"{path} holds both {names[ours]!r} and {name!r}")
         names[ours] = name
     if others := [name for name in entries if name.startswith(OTHER_HEADS)]:
-        say(f"note: {path}: {', '.join(others)} left out: a language model has no such head")
+        named = ", ".join(map(ascii, others))[:200]  # a file can have any names, and any number
+        say(f"note: {path}: {named} left out: a language model has no such head")
     if "lm_head.weight" in entries and not is_tied:
         names["lm_head.weight"] = "lm_head.weight"
     elif "lm_head.weight" in entries:

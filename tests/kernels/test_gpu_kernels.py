@@ -523,10 +523,13 @@ def factors(random: np.ndarray, p: float) -> np.ndarray:
 
 
 def attention_mask(key: tuple[int, ...], b: int, h: int, t: int, p: float) -> np.ndarray:
-    head, query, column = np.indices((b * h, t, -(-t // 4)))
-    counters = np.stack([column, query, head, head * 0], axis=-1).reshape(-1, 4)
-    random = philox(counters, gpu._seed(key)).reshape(b, h, t, -1)
-    return factors(random[..., :t], p)
+    """A counter's four words are for two queries 8 apart and two keys 8 apart."""
+    head, query, column = np.indices((b * h, t, t))
+    counters = np.stack([column & ~8, query & ~8, head, head * 0], axis=-1).reshape(-1, 4)
+    random = philox(counters, gpu._seed(key)).reshape(*head.shape, 4)
+    word = query // 8 % 2 * 2 + column // 8 % 2
+    chosen = np.take_along_axis(random, word[..., None], axis=-1)
+    return factors(chosen.reshape(b, h, t, t), p)
 
 
 def test_the_reference_draws_the_published_numbers() -> None:

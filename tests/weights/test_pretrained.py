@@ -94,7 +94,9 @@ def test_a_head_of_its_own(tmp_path: Path) -> None:
     assert_same(from_pretrained(GPT2, folder), arrays)
 
 
-@pytest.mark.parametrize("head", ["score", "classifier", "qa_outputs", "multiple_choice_head"])
+@pytest.mark.parametrize(
+    "head", ["score", "classifier", "qa_outputs", "multiple_choice_head", "v_head.summary"]
+)
 def test_another_head_is_left_out(
     tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +104,15 @@ def test_another_head_is_left_out(
     assert_same(from_pretrained(GPT2, hf_folder(tmp_path, ARRAYS | heads)))
     (note,) = capsys.readouterr().err.splitlines()
     assert note.startswith(f"note: {tmp_path}") and all(name in note for name in heads)
+
+
+def test_names_that_a_stranger_chose_do_not_reach_the_terminal_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heads = {f"score.\x1b[2J\r{'x' * i}": ARRAYS[SQUARE] for i in range(100)}
+    from_pretrained(GPT2, hf_folder(tmp_path, ARRAYS | heads))
+    note = capsys.readouterr().err
+    assert note.rstrip("\n").isprintable() and len(note) < 300 + len(str(tmp_path))
 
 
 def test_a_sharded_folder(tmp_path: Path) -> None:

@@ -285,19 +285,15 @@ def attention_backward(
     parts = dqkv.transpose(2, 0, 3, 1, 4)  # views, each (B, H, T, D)
     dq, dk, dv = parts if _are_aligned(*parts) else xp.empty((3, b, h, t, d), q.dtype)
     delta = xp.empty((b, h, t), np.float32)
-    grid, block = (-(-(b * t * h) // WARPS),), (THREADS,)
     variant = {"head_size": d, "dropout": bool(p), "tf32": _in_tf32(dtype)}
-    launch(
-        *("attention", "attention_delta", dtype, grid, block, out, grad, delta, h, t, b * t * h),
-        **variant,
-    )
-    rows, threads = cuda_modules.attention_block(dtype, d, variant["tf32"])
+    rows, threads = cuda_modules.attention_block(dtype, d, variant["tf32"], backward=True)
     seed = _seed(key) if p else 0
-    for kernel, written in (("queries", [dq]), ("keys", [dk, dv])):
+    of_queries, of_keys = [out, log_total, delta, dq], [log_total, delta, dk, dv]
+    for kernel, arrays in (("queries", of_queries), ("keys", of_keys)):  # the first writes delta
         launch(
-            *("attention", f"attention_backward_{kernel}", dtype, (-(-t // rows), b * h)),
-            *((threads,), grad, q, k, v, log_total, delta, *written, h, t, *_strides(q)),
-            *(*_strides(written[0]), 1 / math.sqrt(d), seed, p),
+            *("attention_backward", f"attention_backward_{kernel}", dtype),
+            *((-(-t // rows), b * h), (threads,), grad, q, k, v, *arrays, h, t),
+            *(*_strides(q), *_strides(dq), 1 / math.sqrt(d), seed, p),
             **variant,
         )
     if not _are_aligned(*parts):
@@ -333,12 +329,14 @@ def _strides(x: Array) -> list[int]:
 def _are_aligned(*arrays: Array) -> bool:
     """Whether these arrays (B, H, T, D) have the same strides, and rows as 16-byte loads need them.
 
-    Each row must start at a multiple of 16 bytes, and its D numbers must have no gaps.
+    Each row must start at a multiple of 16 bytes, and its D numbers must have no gaps. Within a tile
+    of rows, offsets are 32-bit integers.
     """
     first = arrays[0]
     starts = [cuda_modules.address(x) for x in arrays]
     return (
         all(x.strides == first.strides for x in arrays)
+        and abs(first.strides[2]) < 2**25
         and first.strides[3] == first.itemsize
         and not any(number % 16 for number in (*starts, *first.strides[:3]))
     )
