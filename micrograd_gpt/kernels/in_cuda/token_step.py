@@ -35,6 +35,7 @@ from micrograd_gpt.kernels.blocks import (
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.arguments import (
     HEAD_SIZES,
+    THREADS,
     activation,
     float32,
     name_of,
@@ -47,7 +48,7 @@ from micrograd_gpt.kernels.shapes import BLOCK, check_fit, checked_lengths
 from micrograd_gpt.tensor import is_recorded
 
 MOST_STEPS = 8  # kept for each model; a batch whose rows end in turn needs several
-WIDEST = 1792  # the rows that layer_norm_few_rows takes
+WIDEST = 2048  # the rows that layer_norm_few_rows takes
 AROUND = "wte V C, wpe P C, ln_f_weight C, ln_f_bias C"
 
 
@@ -227,7 +228,7 @@ def normalise_few_rows(x: Array, weight: Array, bias: Array, eps: float, y: Arra
     """As `normalise`, for x (N, C) with C at most WIDEST; mean and rstd are not kept."""
     rows, width = x.shape
     kernel, dtype = "layer_norm_few_rows", name_of(y.dtype)
-    launch("layer_norm", kernel, dtype, (rows,), (32,), x, weight, bias, y, width, eps)
+    launch("layer_norm", kernel, dtype, (rows,), (THREADS,), x, weight, bias, y, width, eps)
 
 
 def attend(qkv: Array, keys: Array, values: Array, lengths: Array, out: Array) -> None:
