@@ -373,9 +373,9 @@ def test_normalisation_of_few_rows(width: int, dtype: str, on: Machine) -> None:
 
 @pytest.mark.parametrize(("n", "v", "allowed"), [(3, 1, None), (2, 70, 69), (1, 4101, 9000)])
 def test_the_likeliest_tokens(n: int, v: int, allowed: int | None, on: Machine) -> None:
-    """In rows that are not all aligned; the last id but one is among several equal ones."""
+    """In rows that are not all aligned, and where many are equally likely."""
     scores = numbers(n, 2, v)
-    scores[0, 0, v // 3 :] = 3.0
+    scores[0, 0, v // 3 - 2 :] = 9.0
     found = on.repeated(lambda: likeliest(*on.put(scores), allowed))
     expected = filters.likeliest.definition(*doubles(scores), allowed)
     np.testing.assert_array_equal(found[::2], expected[::2])
