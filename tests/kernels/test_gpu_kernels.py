@@ -75,6 +75,29 @@ def assert_close(ours: Any, reference: Any, tolerance: float, name: str = "") ->
 SHAPES = [(1, 1), (3, 37), (9, 64), (5, 300), (130, 72)]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_conversion(shape: tuple[int, int], dtype: str, on: Machine) -> None:
+    """As NumPy rounds, in both directions, and with the layout that the array has."""
+    wide = numbers(*shape) * 100
+    wide.flat[:4] = np.array([np.inf, -np.inf, np.nan, 1e-7])[: wide.size]
+    for array in (wide, np.asfortranarray(wide), wide[0]):
+        half = on.repeated(lambda array=array: gpu.converted(*on.put(array), np.dtype(dtype)))
+        again = on.repeated(lambda half=half: gpu.converted(*on.put(half), np.dtype(np.float32)))
+        rounded = array.astype(dtype).astype(np.float32)
+        np.testing.assert_array_equal(half.astype(np.float32), rounded)
+        np.testing.assert_array_equal(again, rounded)
+        assert half.dtype == dtype and again.dtype == np.float32
+        assert half.flags.f_contiguous == again.flags.f_contiguous == array.flags.f_contiguous
+
+
+def test_conversions_that_no_kernel_does(on: Machine) -> None:
+    (wide,) = on.put(numbers(6, 8))
+    for array, dtype in ((wide, np.float64), (wide[:, ::2], np.float16), (wide[:0], np.float16)):
+        with pytest.raises(NotForMe):
+            gpu.converted(array, np.dtype(dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_layer_norm(shape: tuple[int, int], dtype: str, on: Machine) -> None:

@@ -22,8 +22,8 @@ import numpy as np
 
 from micrograd_gpt import functional, layers, optim, tensor
 from micrograd_gpt.arrays.devices import Array, array_module
-from micrograd_gpt.arrays.precision import is_half
-from micrograd_gpt.arrays.stand_ins import NotForMe
+from micrograd_gpt.arrays.precision import HALF, is_half
+from micrograd_gpt.arrays.stand_ins import NotForMe, converts
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_cuda import cublas
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
@@ -53,6 +53,23 @@ ALIGNED = 64  # the head's rows are filled up to a multiple of this
 def _seed(key: Key) -> int:
     """The 64-bit key of Philox for a draw."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+@converts
+def converted(array: Array, dtype: np.dtype) -> Array:
+    """`array`, without gaps, between float32 and half precision; with the same layout in memory."""
+    names = name_of(array.dtype), name_of(dtype)
+    if "float32" not in names or not (array.flags.c_contiguous or array.flags.f_contiguous):
+        raise NotForMe
+    stored = array if array.flags.c_contiguous else array.T
+    activation(stored)
+    result = array_module(array).empty(stored.shape, dtype)
+    kernel, half = ("narrow", names[1]) if names[0] == "float32" else ("widen", names[0])
+    if half not in HALF:
+        raise NotForMe
+    grid = blocks(stored.size, half)
+    launch("convert", kernel, half, grid, (THREADS,), stored, result, stored.size)
+    return result if stored is array else result.T
 
 
 # ------------------------------------------------------------------------------- matrix products
@@ -329,8 +346,8 @@ def _strides(x: Array) -> list[int]:
 def _are_aligned(*arrays: Array) -> bool:
     """Whether these arrays (B, H, T, D) have the same strides, and rows as 16-byte loads need them.
 
-    Each row must start at a multiple of 16 bytes, and its D numbers must have no gaps. Within a tile
-    of rows, offsets are 32-bit integers.
+    Each row must start at a multiple of 16 bytes, and its D numbers must have no gaps. Within a
+    tile of rows, offsets are 32-bit integers.
     """
     first = arrays[0]
     starts = [cuda_modules.address(x) for x in arrays]
