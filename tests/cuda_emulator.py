@@ -36,8 +36,11 @@ def _compiler() -> str | None:
 COMPILER = _compiler()
 
 
+_COMPILED: dict[tuple[str, tuple[str, ...]], ctypes.CDLL] = {}  # by program and definitions
+
+
 class Emulator:
-    """Compiles each source with each set of options once, into `folder`.
+    """Compiles each source with each set of options once in a process, into `folder`.
 
     `order` says in which order the threads of a block take turns: 0 upwards, 1 downwards, any other
     number shuffled with that seed. `launched` lists (file, kernel, options) of every launch.
@@ -68,17 +71,23 @@ class Emulator:
 
     def library(self, file: str, options: tuple[str, ...]) -> ctypes.CDLL:
         if (file, options) not in self.libraries:
-            path = self.folder / f"{file}-{len(self.libraries)}.cpp"
-            path.write_text(self._program(file))
-            defines = [option for option in options if option.startswith("-D")]
-            command = [str(COMPILER), "-std=c++20", "-O1", "-fno-strict-aliasing", "-shared"]
-            # Else libraries share the statics of inline functions: shared memory of wrong sizes
-            command += ["-fno-gnu-unique"]
-            command += ["-fPIC", "-w", *defines, f"-I{HEADERS}", str(path), "-o", f"{path}.so"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[:3000]
-            self.libraries[file, options] = ctypes.CDLL(f"{path}.so")
+            defines = tuple(option for option in options if option.startswith("-D"))
+            program = self._program(file)
+            if (program, defines) not in _COMPILED:
+                _COMPILED[program, defines] = self._compiled(file, program, defines)
+            self.libraries[file, options] = _COMPILED[program, defines]
         return self.libraries[file, options]
+
+    def _compiled(self, file: str, program: str, defines: tuple[str, ...]) -> ctypes.CDLL:
+        path = self.folder / f"{file}-{len(self.libraries)}.cpp"
+        path.write_text(program)
+        command = [str(COMPILER), "-std=c++20", "-O1", "-fno-strict-aliasing", "-shared"]
+        # Else libraries share the statics of inline functions: shared memory of wrong sizes
+        command += ["-fno-gnu-unique"]
+        command += ["-fPIC", "-w", *defines, f"-I{HEADERS}", str(path), "-o", f"{path}.so"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[:3000]
+        return ctypes.CDLL(f"{path}.so")
 
     @staticmethod
     def _program(file: str) -> str:

@@ -57,6 +57,8 @@ class KVCache:
 
     def rows(self, first: int, end: int) -> KVCache:
         """Rows first … end-1 as a cache of their own: a view, so nothing is copied."""
+        if (first, end) == (0, len(self.lengths)):
+            return self
         part = copy.copy(self)
         part.data, part.lengths = self.data[:, :, first:end], self.lengths[first:end]
         return part

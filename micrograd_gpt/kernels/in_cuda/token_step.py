@@ -35,6 +35,7 @@ from micrograd_gpt.kernels.blocks import (
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.arguments import (
     HEAD_SIZES,
+    THREADS,
     activation,
     float32,
     name_of,
@@ -47,7 +48,7 @@ from micrograd_gpt.kernels.shapes import BLOCK, check_fit, checked_lengths
 from micrograd_gpt.tensor import is_recorded
 
 MOST_STEPS = 8  # kept for each model; a batch whose rows end in turn needs several
-WIDEST = 1792  # the rows that layer_norm_few_rows takes
+WIDEST = 2048  # the rows that layer_norm_few_rows takes
 AROUND = "wte V C, wpe P C, ln_f_weight C, ln_f_bias C"
 
 
@@ -89,7 +90,6 @@ class Steps:
         layers = parameters_of(blocks, cache) if blocks else None
         if not around or not layers:
             raise NotForMe
-        self.parts = Parts(model)
         arrays = [parameter.data for parameter in around]
         check_fit(AROUND, arrays)
         self.room, self.width = (len(arrays[0]), len(arrays[1])), arrays[0].shape[1]
@@ -108,7 +108,7 @@ class Steps:
         self.dtype = activation(*(a if a.flags.c_contiguous else a.T for a in matrices))
         if not matrices[0].flags.c_contiguous or type(wide[0]) is not type(matrices[0]):
             raise NotForMe
-        self.steps: dict[tuple[Any, ...], TokenStep] = {}
+        self.parts, self.steps = Parts(model), dict[tuple[Any, ...], TokenStep]()
 
     def of(self, data: Array, model: GPT2) -> TokenStep:
         """The step for a cache's array. A graph knows only addresses: it serves any cache at this
@@ -228,7 +228,7 @@ def normalise_few_rows(x: Array, weight: Array, bias: Array, eps: float, y: Arra
     """As `normalise`, for x (N, C) with C at most WIDEST; mean and rstd are not kept."""
     rows, width = x.shape
     kernel, dtype = "layer_norm_few_rows", name_of(y.dtype)
-    launch("layer_norm", kernel, dtype, (rows,), (32,), x, weight, bias, y, width, eps)
+    launch("layer_norm", kernel, dtype, (rows,), (THREADS,), x, weight, bias, y, width, eps)
 
 
 def attend(qkv: Array, keys: Array, values: Array, lengths: Array, out: Array) -> None:

@@ -53,51 +53,43 @@ extern "C" __global__ void layer_norm_forward(
     if (lane == 0) mean[row] = centre, rstd[row] = scale_of_row;
 }
 
-// The same for few rows of up to WIDEST numbers, in decoding: all that a lane needs is asked for
-// before the first of it is needed, since loads take much longer than the arithmetic. The results
-// are the same, bit for bit; mean and rstd are not kept. Block: a warp. Grid: N.
-constexpr int WIDEST = 1792, HELD = WIDEST / WARP / PACK;
-
-__device__ inline void load_held(const float* row, int width, float (&held)[HELD][PACK]) {
-#pragma unroll
-    for (int a = 0; a < HELD; a++) {
-        load_pack(row, (a * WARP + threadIdx.x) * PACK, width, held[a]);
-    }
-}
-
-// The sum of a lane's numbers less `centre`, or of their squares.
-template <bool SQUARED>
-__device__ inline float sum_of(const float (&held)[HELD][PACK], int width, float centre) {
-    float total = 0.0f;
-#pragma unroll
-    for (int a = 0; a < HELD; a++) {
-#pragma unroll
-        for (int j = 0; j < PACK; j++) {
-            bool inside = (a * WARP + int(threadIdx.x)) * PACK + j < width;
-            float value = inside ? held[a][j] - centre : 0.0f;
-            total += SQUARED ? value * value : value;
-        }
-    }
-    return total;
-}
+// The same for few rows of up to WIDEST numbers, in decoding: a block takes a row, and each thread
+// asks for all of its numbers before it needs the first, since loads take much longer than the
+// arithmetic. The mean and rstd are not kept. Block: THREADS. Grid: N.
+constexpr int WIDEST = 2048, THREADS = 256, HELD = WIDEST / THREADS;
 
 extern "C" __global__ void layer_norm_few_rows(
     const float* x, const float* weight, const float* bias, Activation* y, int width, float eps
 ) {
-    float values[HELD][PACK], scale[HELD][PACK], shift[HELD][PACK];
-    load_held(x + (long long)blockIdx.x * width, width, values);
-    load_held(weight, width, scale);
-    load_held(bias, width, shift);
-    float centre = over_lanes<Sum>(sum_of<false>(values, width, 0.0f)) / width;
-    centre += over_lanes<Sum>(sum_of<false>(values, width, centre)) / width;
-    float squares = over_lanes<Sum>(sum_of<true>(values, width, centre));
-    float scale_of_row = 1.0f / sqrtf(squares / width + eps);
+    long long start = (long long)blockIdx.x * width;
+    float values[HELD], scale[HELD], shift[HELD];
 #pragma unroll
     for (int a = 0; a < HELD; a++) {
-        for (int j = 0; j < PACK; j++) {
-            values[a][j] = (values[a][j] - centre) * scale_of_row * scale[a][j] + shift[a][j];
-        }
-        store_pack(y + (long long)blockIdx.x * width, (a * WARP + threadIdx.x) * PACK, width, values[a]);
+        int i = threadIdx.x + a * THREADS;
+        bool inside = i < width;
+        values[a] = inside ? x[start + i] : 0.0f;
+        scale[a] = inside ? weight[i] : 0.0f;
+        shift[a] = inside ? bias[i] : 0.0f;
+    }
+
+    float centre = 0.0f, total = 0.0f, squares = 0.0f;
+    for (int a = 0; a < HELD; a++) total += values[a];
+    centre = over_block<Sum>(total) / width;
+    total = 0.0f;
+    for (int a = 0; a < HELD; a++) {
+        total += threadIdx.x + a * THREADS < width ? values[a] - centre : 0.0f;
+    }
+    centre += over_block<Sum>(total) / width;
+    for (int a = 0; a < HELD; a++) {
+        float value = threadIdx.x + a * THREADS < width ? values[a] - centre : 0.0f;
+        squares += value * value;
+    }
+    float scale_of_row = 1.0f / sqrtf(over_block<Sum>(squares) / width + eps);
+#pragma unroll
+    for (int a = 0; a < HELD; a++) {
+        int i = threadIdx.x + a * THREADS;
+        float value = (values[a] - centre) * scale_of_row * scale[a] + shift[a];
+        if (i < width) y[start + i] = rounded<Activation>(value);
     }
 }
 
