@@ -146,13 +146,13 @@ class Context:
         """The tokens in each text's window that its row does not hold, without the last `count`.
         What the row holds beyond those, of other tokens or of another window, it forgets."""
         assert self.cache is not None
-        lengths, unread = self.cache.lengths[: len(texts)].tolist(), []
+        lengths, starts, unread = self.cache.lengths[: len(texts)].tolist(), [], []
         for row, text in enumerate(texts):
             start, end = window_start(len(text), self.n_positions), len(text) - count
             lengths[row] = min(lengths[row], end - start) if start == self.starts[row] else 0
-            self.starts[row] = start
+            starts.append(start)
             unread.append(text[start + lengths[row] : end])
-        self.cache.lengths[: len(texts)] = lengths
+        self.cache.lengths[: len(texts)], self.starts[: len(texts)] = lengths, starts
         return unread
 
     def _prepare(self, texts: list[list[int]], count: int) -> None:
