@@ -528,6 +528,16 @@ def test_attention_of_arrays_that_no_kernel_reads_as_they_are(on: Machine) -> No
         assert_close(a, other, 5e-5)
 
 
+def test_rows_too_far_apart_for_32_bit_offsets_are_copied() -> None:
+    """Such an array is too large for a test: these are views, and only the decision is seen."""
+    views = [
+        np.lib.stride_tricks.as_strided(numbers(8), (1, 1, 2, 4), (0, 0, stride, 4))
+        for stride in (16, 2**25)
+    ]
+    as_they_are = [gpu._are_aligned(view) for view in views]
+    assert as_they_are == [True, False]
+
+
 # ----------------------------------------------------------------------------------- dropout
 
 

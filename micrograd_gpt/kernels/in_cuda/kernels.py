@@ -301,12 +301,12 @@ def attention_backward(
     dqkv = xp.empty((b, t, 3, h, d), q.dtype)
     parts = dqkv.transpose(2, 0, 3, 1, 4)  # views, each (B, H, T, D)
     dq, dk, dv = parts if _are_aligned(*parts) else xp.empty((3, b, h, t, d), q.dtype)
-    delta = xp.empty((b, h, t), np.float32)
+    sums = xp.empty((b, h, t, 2), np.float32)
     variant = {"head_size": d, "dropout": bool(p), "tf32": _in_tf32(dtype)}
     rows, threads = cuda_modules.attention_block(dtype, d, variant["tf32"], backward=True)
     seed = _seed(key) if p else 0
-    of_queries, of_keys = [out, log_total, delta, dq], [log_total, delta, dk, dv]
-    for kernel, arrays in (("queries", of_queries), ("keys", of_keys)):  # the first writes delta
+    of_queries, of_keys = [out, log_total, sums, dq], [sums, dk, dv]
+    for kernel, arrays in (("queries", of_queries), ("keys", of_keys)):  # the first writes the sums
         launch(
             *("attention_backward", f"attention_backward_{kernel}", dtype),
             *((-(-t // rows), b * h), (threads,), grad, q, k, v, *arrays, h, t),

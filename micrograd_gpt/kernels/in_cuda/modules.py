@@ -103,7 +103,7 @@ def attention_block(
     """How many rows of queries or keys a block of attention works on, and its number of threads.
 
     In float32 without TF32, four tiles of that many rows fit a block's 48 KB of shared memory. Else
-    a warp works on 16 rows, or on 32 where registers hold their products.
+    there are four warps, each with 16 rows, or with 32 where registers hold their products.
     """
     if dtype == "float32" and not tf32:
         rows = 32 if head_size <= 64 else 16

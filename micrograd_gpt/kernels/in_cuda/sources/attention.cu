@@ -10,7 +10,7 @@ constexpr float SLACK = 8.0f;
 
 // The last query stands at the last key. Where there are more keys than queries, the first ones
 // come from a KV cache.
-extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attention_forward(
     const Activation* q, const Activation* k, const Activation* v, Activation* out,
     float* log_total, int heads, int queries, int keys, long long q_batch, long long q_head,
     long long q_row, long long k_batch, long long k_head, long long k_row, float scale,
@@ -34,12 +34,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_forward(
 
     float mixed[HELD][CHANNELS] = {}, total[HELD] = {}, reference[HELD], unit = scale * BASE;
     for (float& score : reference) score = -infinity();
-    for_each_strip(buffers, 0, end, load, [&](const KeysAndValues& tiles, int part, int start) {
+    for_each_tile(buffers, 0, end, load, [&](const KeysAndValues& tiles, int start) {
         int sees = past + first + first_row_of_warp() - start;  // the last key the first row sees
         if (sees + ROWS_PER_WARP <= 0) return;
         float weights[HELD][COLUMNS], largest[HELD];
-        multiply(q_rows, tiles.keys, part, weights);
-        if (sees < STRIP - 1) hide_later(weights, past + first - start);
+        multiply(q_rows, tiles.keys, weights);
+        if (sees < TILE - 1) hide_later(weights, past + first - start);
         bool grows = false;
 #pragma unroll
         for (int r = 0; r < HELD; r++) {
@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_forward(
                 }
             }
         }
-        accumulate(mixed, weights, tiles.values, part);
+        accumulate(mixed, weights, tiles.values);
     });
 
 #pragma unroll

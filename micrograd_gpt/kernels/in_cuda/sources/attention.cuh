@@ -1,19 +1,16 @@
 // Causal attention in memory that grows with T: no T × T matrix is ever stored.
 //
 // After FlashAttention-2 (Dao 2023, arXiv:2307.08691). A block owns ROWS queries (or keys) of one
-// head, and loops over the keys (or queries) in tiles that pass through shared memory. Whenever a
-// row's maximum has grown much, the forward rescales what it has summed so far. The backward
+// head, and loops over the keys (or queries) in tiles that pass through shared memory. The backward
 // computes the weights again from log_total, once for the queries' gradients and once for the keys'
-// and values'.
-// No block adds to what another one writes, so there are no atomics, and the bits are the same
-// every time.
+// and values'. No block adds to what another one writes, so there are no atomics, and the bits are
+// the same every time.
 //
-// Exponentials are computed by power(), to the base that suits the type of numbers; log_total is
-// a natural logarithm.
+// Exponentials are taken by power(), to the base that suits the type of numbers; log_total holds
+// natural logarithms.
 //
 // q, k, v are (B, H, T, D) with strides given in elements; a row's D values have no gaps, and each
-// row starts at a multiple of 16 bytes. out and grad are (B, T, H, D), and
-// log_total and delta are (B, H, T).
+// row starts at a multiple of 16 bytes. out and grad are (B, T, H, D), and log_total is (B, H, T).
 // The host chooses ROWS (-DROWS). Block: THREADS. Grid: (rows / ROWS, B * H).
 
 #pragma once
@@ -31,30 +28,19 @@ constexpr bool DROPS = DROPOUT;  // if false, the kernels are compiled without t
 #include "tiles_fma.cuh"
 #endif
 
-#ifndef MINB
-#define MINB 1
-#endif
-
-#ifndef UNR
-#define UNR (TILE / STRIP)
-#endif
-// Goes through the tiles between `start` and `end`, the first of which is in buffers[0] or on its
-// way there: load(buffer, start) loads one. Of each tile, use(buffer, part, start) is given STRIP
-// rows at a time: those from `part` on, which stand at `start` of the whole. Where there are two
-// buffers, a tile is copied while the one before it is in use.
+// Calls use(buffer, start) for each tile from `start` to `end`, the first of which is in buffers[0]
+// or on its way there; load(buffer, start) loads one. Where there are two buffers, a tile is copied
+// while the one before it is in use.
 template <class Tiles, class Load, class Use>
-__device__ inline void for_each_strip(
+__device__ inline void for_each_tile(
     Tiles (&buffers)[BUFFERS], int start, int end, Load load, Use use
 ) {
-    for (int turn = 0; start < end; start += TILE, turn ^= 1) {
+    for (int turn = 0; start < end; start += TILE, turn++) {
         wait_for_copies();
         __syncthreads();  // this tile is there, and no thread still needs the one before
         bool more = start + TILE < end;
-        if (BUFFERS == 2 && more) load(buffers[turn ^ 1], start + TILE);
-#pragma unroll UNR
-        for (int part = 0; part < TILE; part += STRIP) {
-            use(buffers[turn % BUFFERS], part, start + part);
-        }
+        if (BUFFERS == 2 && more) load(buffers[(turn + 1) % BUFFERS], start + TILE);
+        use(buffers[turn % BUFFERS], start);
         if (BUFFERS == 1) __syncthreads();
         if (BUFFERS == 1 && more) load(buffers[0], start + TILE);
     }

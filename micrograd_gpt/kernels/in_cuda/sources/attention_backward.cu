@@ -10,7 +10,8 @@ __device__ inline float dropped_gradient(float gradient, float factor) {
     return factor == 0.0f ? 0.0f : gradient * factor;
 }
 
-// Scores (keys, queries) of queries before the key become -infinity: query `first` is the first that sees key 0.
+// Scores (keys, queries) of queries before the key become -infinity: the first query that sees row
+// 0 is `first`.
 __device__ inline void hide_earlier(float (&scores)[HELD][COLUMNS], int first) {
 #pragma unroll
     for (int r = 0; r < HELD; r++) {
@@ -19,6 +20,12 @@ __device__ inline void hide_earlier(float (&scores)[HELD][COLUMNS], int first) {
         }
     }
 }
+
+// Of a query: the logarithm of its softmax's denominator, as power() takes it, and the sum of
+// out * grad, which the softmax's backward subtracts from the gradient of every weight.
+struct alignas(8) OfQuery {
+    float log_sum, delta;
+};
 
 // The sum of a · b over a row of each, HEAD_SIZE numbers, in all lanes that share the row.
 __device__ inline float row_product(const Activation* a, const Activation* b) {
@@ -33,12 +40,11 @@ __device__ inline float row_product(const Activation* a, const Activation* b) {
     return over_lanes<Sum>(sum, LANES_PER_ROW);
 }
 
-// dq = dscores · k; each block has ROWS queries. Also writes delta, the sum of out * grad over each
-// row, which the softmax's backward subtracts from the gradient of every weight. q, k, v share
-// their strides, and dq, dk, dv theirs.
-extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_queries(
+// dq = dscores · k; each block has ROWS queries. Also writes an OfQuery for each into `sums`
+// (B, H, T, 2), for the other kernel. q, k, v share their strides, and dq, dk, dv theirs.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attention_backward_queries(
     const Activation* grad, const Activation* q, const Activation* k, const Activation* v,
-    const Activation* out, const float* log_total, float* delta, Activation* dq, int heads,
+    const Activation* out, const float* log_total, float* sums, Activation* dq, int heads,
     int length, long long batch_stride, long long head_stride, long long row_stride,
     long long d_batch, long long d_head, long long d_row, float scale, unsigned long long seed,
     float p
@@ -60,22 +66,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_q
     Rows q_rows = load_rows(q_shared, q + here + first * row_stride, row_stride, length - first);
     Rows grad_rows = load_rows(grad_shared, grad + first * grad_row, grad_row, length - first);
 
-    float sums[HELD][CHANNELS] = {}, log_sum[HELD], taken_off[HELD], unit = scale * BASE;
+    float dq_sums[HELD][CHANNELS] = {}, log_sum[HELD], taken_off[HELD], unit = scale * BASE;
 #pragma unroll
     for (int r = 0; r < HELD; r++) {
         int query = min(first + row_of(r), length - 1);  // what rows after the last get is not used
         long long row = (long long)blockIdx.y * length + query;
         log_sum[r] = log_total[row] * BASE;
         taken_off[r] = row_product(out + query * grad_row, grad + query * grad_row);
-        if (threadIdx.x % LANES_PER_ROW == 0) delta[row] = taken_off[r];
+        OfQuery* of_query = reinterpret_cast<OfQuery*>(sums) + row;
+        if (threadIdx.x % LANES_PER_ROW == 0) *of_query = {log_sum[r], taken_off[r]};
     }
-    for_each_strip(buffers, 0, end, load, [&](const KeysAndValues& tiles, int part, int start) {
+    for_each_tile(buffers, 0, end, load, [&](const KeysAndValues& tiles, int start) {
         int sees = first + first_row_of_warp() - start;  // the last key the first row sees
         if (sees + ROWS_PER_WARP <= 0) return;
         float scores[HELD][COLUMNS], dweights[HELD][COLUMNS];
-        multiply(q_rows, tiles.keys, part, scores);
-        multiply(grad_rows, tiles.values, part, dweights);
-        if (sees < STRIP - 1) hide_later(scores, first - start);
+        multiply(q_rows, tiles.keys, scores);
+        multiply(grad_rows, tiles.values, dweights);
+        if (sees < TILE - 1) hide_later(scores, first - start);
 #pragma unroll
         for (int r = 0; r < HELD; r++) {
 #pragma unroll
@@ -90,44 +97,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_q
                 scores[r][c] = weight * (dweight - taken_off[r]);
             }
         }
-        accumulate(sums, scores, tiles.keys, part);
+        accumulate(dq_sums, scores, tiles.keys);
     });
 
     dq += batch * d_batch + head * d_head;
 #pragma unroll
     for (int r = 0; r < HELD; r++) {
         int query = first + row_of(r);
-        if (query < length) store_row(dq + query * d_row, sums[r], scale);
+        if (query < length) store_row(dq + query * d_row, dq_sums[r], scale);
     }
 }
 
-struct QueriesAndGradients {
-    Tile queries, grads;
-    float log_totals[TILE], deltas[TILE];
+struct Queries {
+    Tile q, grad;
+    OfQuery sums[TILE];
 };
 
 // dk = dscoresᵀ · q and dv = weightsᵀ · grad; each block has ROWS keys and all queries that see
 // them. Rows of queries after the last are zeros, and so is all that they add.
-extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_keys(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) attention_backward_keys(
     const Activation* grad, const Activation* q, const Activation* k, const Activation* v,
-    const float* log_total, const float* delta, Activation* dk, Activation* dv, int heads,
-    int length, long long batch_stride, long long head_stride, long long row_stride,
-    long long d_batch, long long d_head, long long d_row, float scale, unsigned long long seed,
-    float p
+    const float* sums, Activation* dk, Activation* dv, int heads, int length,
+    long long batch_stride, long long head_stride, long long row_stride, long long d_batch,
+    long long d_head, long long d_row, float scale, unsigned long long seed, float p
 ) {
-    __shared__ QueriesAndGradients buffers[BUFFERS];
+    __shared__ Queries buffers[BUFFERS];
     __shared__ RowsInShared k_shared, v_shared;
     int batch = blockIdx.y / heads, head = blockIdx.y % heads, first = blockIdx.x * ROWS;
     long long here = batch * batch_stride + head * head_stride;
     long long grad_row = (long long)heads * HEAD_SIZE;
     grad += (long long)batch * length * grad_row + head * HEAD_SIZE;
-    log_total += (long long)blockIdx.y * length;
-    delta += (long long)blockIdx.y * length;
-    auto load = [&](QueriesAndGradients& tiles, int start) {
-        load_tile(tiles.queries, q + here + start * row_stride, row_stride, length - start);
-        load_tile(tiles.grads, grad + start * grad_row, grad_row, length - start);
-        copy_numbers(tiles.log_totals, log_total + start, length - start);
-        copy_numbers(tiles.deltas, delta + start, length - start);
+    auto of_queries = reinterpret_cast<const OfQuery*>(sums) + (long long)blockIdx.y * length;
+    auto load = [&](Queries& tiles, int start) {
+        load_tile(tiles.q, q + here + start * row_stride, row_stride, length - start);
+        load_tile(tiles.grad, grad + start * grad_row, grad_row, length - start);
+        copy_numbers(tiles.sums, of_queries + start, length - start);
     };
     int begin = first / TILE * TILE;
     load(buffers[0], begin);
@@ -135,20 +139,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_k
     Rows v_rows = load_rows(v_shared, v + here + first * row_stride, row_stride, length - first);
 
     float dk_sums[HELD][CHANNELS] = {}, dv_sums[HELD][CHANNELS] = {}, unit = scale * BASE;
-    for_each_strip(buffers, begin, length, load, [&](const QueriesAndGradients& tiles, int part, int start) {
+    for_each_tile(buffers, begin, length, load, [&](const Queries& tiles, int start) {
         int seen_by = first + first_row_of_warp() - start;  // the first query that sees a key
-        if (seen_by >= STRIP) return;
+        if (seen_by >= TILE) return;
         float scores[HELD][COLUMNS], weights[HELD][COLUMNS];  // (keys, queries)
-        multiply(k_rows, tiles.queries, part, scores);
-        multiply(v_rows, tiles.grads, part, weights);  // these are the weights' gradients at first
+        multiply(k_rows, tiles.q, scores);
+        multiply(v_rows, tiles.grad, weights);  // these are the weights' gradients at first
         if (seen_by + ROWS_PER_WARP > 1) hide_earlier(scores, first - start);
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
-            float log_sum = tiles.log_totals[part + column_of(c)] * BASE;
-            float taken_off = tiles.deltas[part + column_of(c)];
+            OfQuery query = tiles.sums[column_of(c)];
 #pragma unroll
             for (int r = 0; r < HELD; r++) {
-                float weight = power(scores[r][c] * unit - log_sum), dweight = weights[r][c];
+                float weight = power(scores[r][c] * unit - query.log_sum), dweight = weights[r][c];
                 weights[r][c] = weight;
                 if (DROPS) {
                     float factor = weight_dropout(
@@ -157,11 +160,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) attention_backward_k
                     dweight = dropped_gradient(dweight, factor);
                     weights[r][c] *= factor;
                 }
-                scores[r][c] = weight * (dweight - taken_off);
+                scores[r][c] = weight * (dweight - query.delta);
             }
         }
-        accumulate(dv_sums, weights, tiles.grads, part);
-        accumulate(dk_sums, scores, tiles.queries, part);
+        accumulate(dv_sums, weights, tiles.grad);
+        accumulate(dk_sums, scores, tiles.q);
     });
 
     dk += batch * d_batch + head * d_head;

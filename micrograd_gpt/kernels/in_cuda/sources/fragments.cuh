@@ -7,8 +7,8 @@
 constexpr int LANES_PER_ROW = 4, ROWS_PER_WARP = 16 * FRAGMENTS;
 constexpr int THREADS = ROWS / ROWS_PER_WARP * WARP;
 constexpr int HELD = 2 * FRAGMENTS;  // rows of a product in one thread
-constexpr int COLUMNS = STRIP / LANES_PER_ROW;  // of scores (ROWS, STRIP) in one thread, for each row
-constexpr int CHANNELS = HEAD_SIZE / LANES_PER_ROW;  // of sums (ROWS, HEAD_SIZE) likewise
+constexpr int COLUMNS = TILE / LANES_PER_ROW;  // of a row of scores (ROWS, TILE), in one thread
+constexpr int CHANNELS = HEAD_SIZE / LANES_PER_ROW;  // of a row of sums (ROWS, HEAD_SIZE)
 
 __device__ inline int lane_of() { return threadIdx.x % WARP; }
 __device__ inline int first_row_of_warp() { return threadIdx.x / WARP * ROWS_PER_WARP; }

@@ -6,12 +6,13 @@
 
 #pragma once
 
-constexpr int TILE = ROWS, STRIP = TILE, BUFFERS = 1;  // four tiles must fit 48 KB
+constexpr int TILE = ROWS;  // rows of a tile: four tiles must fit 48 KB
+constexpr int BUFFERS = 1, BLOCKS_AT_ONCE = 1;
 constexpr int LANES_PER_ROW = 16, THREADS = ROWS / 2 * LANES_PER_ROW;
 constexpr int HELD = 2;  // rows of a product in one thread
 constexpr int ROWS_PER_WARP = WARP / LANES_PER_ROW * HELD;
-constexpr int COLUMNS = STRIP / LANES_PER_ROW;  // of scores (ROWS, STRIP) in one thread, for each row
-constexpr int CHANNELS = HEAD_SIZE / LANES_PER_ROW;  // of sums (ROWS, HEAD_SIZE) likewise
+constexpr int COLUMNS = TILE / LANES_PER_ROW;  // of a row of scores (ROWS, TILE), in one thread
+constexpr int CHANNELS = HEAD_SIZE / LANES_PER_ROW;  // of a row of sums (ROWS, HEAD_SIZE)
 
 __device__ inline int first_row_of_warp() { return threadIdx.x / WARP * ROWS_PER_WARP; }
 __device__ inline int row_of(int r) { return threadIdx.x / LANES_PER_ROW * HELD + r; }
@@ -30,8 +31,11 @@ using Rows = const Tile*;
 
 __device__ inline void wait_for_copies() {}  // here a copy is made when it is asked for
 
-__device__ inline void copy_numbers(float (&numbers)[TILE], const float* first, int count) {
-    for (int i = threadIdx.x; i < TILE; i += THREADS) numbers[i] = i < count ? first[i] : 0.0f;
+template <class T>
+__device__ inline void copy_numbers(T (&numbers)[TILE], const T* first, int count) {
+    static_assert(TILE <= THREADS);
+    int i = threadIdx.x;
+    if (i < TILE) numbers[i] = i < count ? first[i] : T();
 }
 
 // Loads `count` rows from `first` on, `stride` elements apart, and zeros after them. Every row
@@ -59,34 +63,34 @@ __device__ inline Rows load_rows(
     return &shared;  // the caller's next __syncthreads() makes it complete
 }
 
-// scores (ROWS, STRIP) = rows · stripᵀ, the strip being the rows of a tile from `part` on
-__device__ inline void multiply(Rows rows, const Tile& tile, int part, float (&scores)[HELD][COLUMNS]) {
+// scores (ROWS, TILE) = rows · tileᵀ
+__device__ inline void multiply(Rows rows, const Tile& tile, float (&scores)[HELD][COLUMNS]) {
     for (int r = 0; r < HELD; r++) {
         for (float& score : scores[r]) score = 0.0f;
     }
     for (int channel = 0; channel < HEAD_SIZE; channel++) {
         float a[HELD] = {rows->at[row_of(0)][channel], rows->at[row_of(1)][channel]};
         for (int c = 0; c < COLUMNS; c++) {
-            float b = tile.at[part + column_of(c)][channel];
+            float b = tile.at[column_of(c)][channel];
             for (int r = 0; r < HELD; r++) scores[r][c] += a[r] * b;
         }
     }
 }
 
-// sums (ROWS, HEAD_SIZE) += weights (ROWS, STRIP) · strip. The threads of a row, which belong to one
-// warp, exchange their weights through shared memory.
+// sums (ROWS, HEAD_SIZE) += weights (ROWS, TILE) · tile. The threads of a row, which belong to
+// one warp, exchange their weights through shared memory.
 __device__ inline void accumulate(
-    float (&sums)[HELD][CHANNELS], const float (&weights)[HELD][COLUMNS], const Tile& tile, int part
+    float (&sums)[HELD][CHANNELS], const float (&weights)[HELD][COLUMNS], const Tile& tile
 ) {
-    __shared__ float of_row[ROWS][STRIP];
+    __shared__ float of_row[ROWS][TILE];
     for (int r = 0; r < HELD; r++) {
         for (int c = 0; c < COLUMNS; c++) of_row[row_of(r)][column_of(c)] = weights[r][c];
     }
     __syncwarp();
-    for (int j = 0; j < STRIP; j++) {
+    for (int j = 0; j < TILE; j++) {
         float a[HELD] = {of_row[row_of(0)][j], of_row[row_of(1)][j]};
         for (int c = 0; c < CHANNELS; c++) {
-            float b = tile.at[part + j][channel_of(c)];
+            float b = tile.at[j][channel_of(c)];
             for (int r = 0; r < HELD; r++) sums[r][c] += a[r] * b;
         }
     }
