@@ -24,6 +24,8 @@ import micrograd_gpt
 from micrograd_gpt import Tensor, functional, layers, nn, no_grad, optim, tensor, variants
 from micrograd_gpt.arrays.precision import compute_in, hold_in
 from micrograd_gpt.arrays.stand_ins import highest_level
+from micrograd_gpt.generation.context import next_logits
+from micrograd_gpt.generation.filters import likeliest
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2, GPT2Config, through_blocks
 from micrograd_gpt.kernels import linear_cross_entropy
@@ -695,6 +697,21 @@ def _(a: Arguments) -> Any:
             parameter.requires_grad = a.rate > 0.4
     x = a.tensor(rows, a.pick((1, 1, 2, 3, 8)), 8, leaf=cache is None)
     return x, model.transformer.h, cache
+
+
+@arguments_of(next_logits)
+def _(a: Arguments) -> Any:
+    model, rows = small_model(a).eval(), a.size(4)
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    cache = filled_cache(a, model, rows)
+    cache = spoil_cache(a, cache, model) if a.chance(a.rate) else cache
+    return cache, model, a.ids(rows, a.pick((1, 1, 2, 3)), below=11)
+
+
+@arguments_of(likeliest)
+def _(a: Arguments) -> Any:
+    return a.array(a.size(4), a.size(3), a.size(9)), a.pick((None, 1, 5, 20))
 
 
 @program

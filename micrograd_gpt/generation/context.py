@@ -119,9 +119,9 @@ class Context:
             if self.cache is None:
                 return np.stack([self._read(text, count) for text in texts])
             if len(texts) == 1 and count == 1:  # everything that is unread, in one go
-                self._line_up(texts[0], 0, len(texts[0]) - 1)
-                unread = texts[0][self.starts[0] + int(self.cache.lengths[0]) :]
-                return next_logits(self.cache.rows(0, 1), self.model, np.array([unread]))
+                (unread,) = self._unread(texts, count)
+                ids = np.array([[*unread, texts[0][-1]]])
+                return next_logits(self.cache.rows(0, 1), self.model, ids)
             self._prepare(texts, count)
             last = np.array([text[len(text) - count :] for text in texts])  # (B, count)
             cache = self.cache.rows(0, len(texts))
@@ -142,22 +142,24 @@ class Context:
         window = text[window_start(len(text), self.n_positions) :]
         return self.model(np.array([window]), last_only=count == 1).data[0, -count:]
 
-    def _line_up(self, text: list[int], row: int, end: int) -> None:
-        """Cut the row's cache down to tokens of its text's window that come before token `end`."""
+    def _unread(self, texts: list[list[int]], count: int) -> list[list[int]]:
+        """The tokens in each text's window that its row does not hold, without the last `count`.
+        What the row holds beyond those, of other tokens or of another window, it forgets."""
         assert self.cache is not None
-        lengths, start = self.cache.lengths, window_start(len(text), self.n_positions)
-        lengths[row] = min(int(lengths[row]), end - start) if start == self.starts[row] else 0
-        self.starts[row] = start
+        lengths, starts, unread = self.cache.lengths[: len(texts)].tolist(), [], []
+        for row, text in enumerate(texts):
+            start, end = window_start(len(text), self.n_positions), len(text) - count
+            lengths[row] = min(lengths[row], end - start) if start == self.starts[row] else 0
+            starts.append(start)
+            unread.append(text[start + lengths[row] : end])
+        self.cache.lengths[: len(texts)], self.starts[: len(texts)] = lengths, starts
+        return unread
 
     def _prepare(self, texts: list[list[int]], count: int) -> None:
         """Fill each row's cache with its text, from the start of the window, without the last
         `count` tokens. Neighbours of which equally many tokens are unread are read as one batch."""
         assert self.cache is not None
-        unread = []
-        for row, text in enumerate(texts):
-            end = len(text) - count
-            self._line_up(text, row, end)
-            unread.append(text[self.starts[row] + int(self.cache.lengths[row]) : end])
+        unread = self._unread(texts, count)
         row = 0
         while row < len(texts):
             new, end = unread[row], row + 1

@@ -138,7 +138,8 @@ def log_probability(scores: np.ndarray, token: int) -> float:
 
 @definition
 def likeliest(scores: Array, vocab_size: int | None = None) -> Array:
-    """The likeliest tokens, given scores (…, V) on any device: float64 (3, …), to be read at once.
+    """The likeliest tokens, given float32 or float64 scores (…, V) on any device: float64 (3, …),
+    to be read at once.
 
     For each place: its id, the lowest where several are equally likely, among the first
     `vocab_size`; the logarithm of its probability among all V; and whether all V scores are finite,

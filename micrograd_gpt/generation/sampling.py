@@ -110,10 +110,9 @@ def _choices(
     log-probability of it. A sample must have got one before the next is asked for.
     """
     if _takes_the_likeliest(settings):
-        for tokens, log_probs in zip(
-            *context.likeliest(texts, count, settings.vocab_size), strict=True
-        ):
-            yield zip(tokens.tolist(), log_probs.tolist(), strict=True)
+        found = context.likeliest(texts, count, settings.vocab_size)
+        for tokens, log_probs in zip(*(part.tolist() for part in found), strict=True):
+            yield zip(tokens, log_probs, strict=True)
         return
     for sample, places in zip(samples, context.logits(texts, count), strict=True):
         yield (_choice(scores, sample, settings) for scores in places)

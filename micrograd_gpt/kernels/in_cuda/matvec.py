@@ -7,8 +7,9 @@ from micrograd_gpt.kernels.in_cuda.arguments import THREADS, WARPS, activation, 
 from micrograd_gpt.kernels.in_cuda.modules import launch
 
 FEW_ROWS = 8  # a product of at most this many rows reads the matrix once, and is bound by that
-MOST_ROWS = 64  # on tensor cores it still is with this many
-OUTPUTS = 16  # that a block of batch_rows.cu computes
+BATCH = 32  # as many rows as a block of batch_rows.cu takes, and
+OUTPUTS = 16  # as many results of each
+MOST_ROWS = 64
 
 
 def multiply_few_rows(
@@ -22,9 +23,9 @@ def multiply_few_rows(
     """Write x (N, K) @ weight (K, M) + bias (M,) into y (N, M), or add it to `stream` (N, M).
 
     With `gelu`, GELU of the product goes into y. N is at most MOST_ROWS. The weight may be stored
-    in rows or in columns; unless those hold two-byte numbers and lie in columns, it is read once
-    for every FEW_ROWS rows. Where `stream`, which is float32, is given, `y` is None. Raises
-    NotForMe unless the other arrays are of one type that the kernels take.
+    in rows or in columns, and is read once for every FEW_ROWS rows; in columns of two-byte numbers,
+    which tensor cores multiply, once for every BATCH. Where `stream`, which is float32, is given,
+    `y` is None. Raises NotForMe unless the other arrays are of one type that the kernels take.
     """
     n, (k, m) = len(x), weight.shape
     stored = weight if weight.flags.c_contiguous else weight.T
@@ -39,6 +40,6 @@ def multiply_few_rows(
     elif n <= FEW_ROWS or dtype == "float32":
         file, kernel, blocks = "matvec", "matvec_rows", groups * -(-m // WARPS)
     else:
-        file, kernel, blocks = "batch_rows", "multiply_batch", -(-m // OUTPUTS)
+        file, kernel, blocks = "batch_rows", "multiply_batch", -(-n // BATCH) * -(-m // OUTPUTS)
     arguments = (x, stored, bias, y, stream, n, k, m, int(gelu))
     launch(file, kernel, dtype, (blocks,), (THREADS,), *arguments)

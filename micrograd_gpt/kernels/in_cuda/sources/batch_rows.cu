@@ -1,15 +1,16 @@
-// Products of up to 64 rows x (B, K) with a matrix, for decoding a batch, on tensor cores. The matrix
-// is read once for all of them, and reading it sets the pace.
+// Products of a batch of rows x (B, K) with a matrix, for decoding, on tensor cores. A block takes 32
+// of the rows at most: more blocks wait for fewer loads each. Those that read the same part of the
+// matrix for other rows run beside it, and find it in the cache.
 
 #include "common.cuh"
 #include "gelu.cuh"
-#include "finish.cuh"
+#include "few_rows.cuh"
 #include "packs.cuh"
 #include "mma.cuh"
 
-constexpr int WARPS = 8, OUTPUTS = 16, MOST_ROWS = 64, TILES = MOST_ROWS / 8;
+constexpr int WARPS = 8, OUTPUTS = 16, MOST_ROWS = 32, TILES = MOST_ROWS / 8;
 constexpr int STEP = 4 * PACK;  // of K, in which each of the four lanes on a row has a pack
-constexpr int AHEAD = 2;        // steps whose weights are asked for before the first is needed
+constexpr int AHEAD = 3;        // steps whose weights are asked for before the first is needed
 
 // Adds weights (16, STEP) · xᵀ (STEP, 8) to sums. Each lane brings packs of rows g and g + 8 of the
 // weights, and of row g of x. Which four of its eight numbers meet in which mma does not matter, as
@@ -27,14 +28,16 @@ __device__ inline void add_product(
 
 // y (B, M) = x · weightᵀ + bias, where weight is (M, K) and bias may be null. A block takes OUTPUTS
 // rows of the weight. Its warps take turns at the steps of K, and their sums are joined at the end.
-// Block: WARPS * WARP. Grid: M / OUTPUTS.
+// Block: WARPS * WARP. Grid: B / MOST_ROWS * M / OUTPUTS.
 extern "C" __global__ void __launch_bounds__(256, 2) multiply_batch(
     const Activation* x, const Activation* weight, const Activation* bias, Activation* y,
     float* stream, int batch, int inputs, int outputs, int with_gelu
 ) {
     __shared__ float of_warp[WARPS][MOST_ROWS][OUTPUTS + 1];
     int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-    int first = blockIdx.x * OUTPUTS;
+    Share share = share_of(batch, MOST_ROWS);
+    int first = share.part * OUTPUTS;
+    x += (long long)share.first * inputs;
     bool aligned = inputs % PACK == 0 && is_aligned(weight) && is_aligned(x);
     const Activation* rows[2];  // outside of the matrix any will do
     for (int i = 0; i < 2; i++) {
@@ -51,8 +54,8 @@ extern "C" __global__ void __launch_bounds__(256, 2) multiply_batch(
         }
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-            if (8 * tile >= batch) break;
-            const Activation* row = x + (long long)min(8 * tile + g, batch - 1) * inputs;
+            if (8 * tile >= share.rows) break;
+            const Activation* row = x + (long long)min(8 * tile + g, share.rows - 1) * inputs;
             Pack values[AHEAD];
 #pragma unroll
             for (int a = 0; a < AHEAD; a++) {
@@ -71,10 +74,10 @@ extern "C" __global__ void __launch_bounds__(256, 2) multiply_batch(
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < batch * OUTPUTS; i += blockDim.x) {
+    for (int i = threadIdx.x; i < share.rows * OUTPUTS; i += blockDim.x) {
         int row = i / OUTPUTS, output = first + i % OUTPUTS;
         if (output >= outputs) continue;
-        long long place = (long long)row * outputs + output;
+        long long place = (long long)(share.first + row) * outputs + output;
         float sum = bias ? to_float(bias[output]) : 0.0f;
         for (int w = 0; w < WARPS; w++) sum += of_warp[w][row][i % OUTPUTS];
         finish(sum, stream ? stream[place] : 0.0f, place, y, stream, with_gelu);

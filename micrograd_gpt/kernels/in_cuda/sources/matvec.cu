@@ -4,19 +4,10 @@
 
 #include "common.cuh"
 #include "gelu.cuh"
-#include "finish.cuh"
+#include "few_rows.cuh"
 #include "packs.cuh"
 
 constexpr int MAX_BATCH = 8;
-
-// Which of the `batch` rows this block takes, `most` of them or fewer, and which part of the matrix.
-struct Share {
-    int first, rows, part;
-};
-__device__ inline Share share_of(int batch, int most) {
-    int groups = (batch + most - 1) / most, first = blockIdx.x % groups * most;
-    return {first, min(most, batch - first), int(blockIdx.x) / groups};
-}
 
 // The next packs of a row for one lane, in which the lanes of a warp stand side by side.
 template <int AHEAD>
