@@ -1,19 +1,23 @@
 """What a user calls a model, in every script the same.
 
 124M, 355M, 774M, 1558M             OpenAI's sizes, and the older names of them
-out, models/x, model.safetensors    a local file or folder; it wins over a name on the Hub
+out, models/x, model.safetensors    a local file or folder; it wins over a name on the Hub.
+                                    A LoRA adapter's folder stands for its base with it folded in
 gpt2, gpt2-medium, distilgpt2, …    what everybody calls these models on the Hub
 OWNER/NAME, OWNER/NAME@REVISION     any GPT-2 on the Hub (weights/hub.py)
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
 from micrograd_gpt.gpt2 import GPT2Config
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.hugging_face import TOKENIZER
+from micrograd_gpt.weights.adapters import ADAPTER_CONFIG, is_adapter, merged, open_adapter
 from micrograd_gpt.weights.config import (
     CONFIG,
     OLDER_NAMES,
@@ -42,7 +46,25 @@ def open_model(name: str) -> Weights:
     """The weights of a model, fetched if need be; UserError if there is none of that name."""
     if size := size_named(name):
         return open_release(size)
-    return open_weights(find(name))
+    return open_local(find(name))
+
+
+def open_local(path: Path) -> Weights:
+    """The weights in a file or folder: of an adapter's folder, its base's with it folded in.
+
+    The folder of the result is the one that holds the tokenizer.
+    """
+    if not is_adapter(path):
+        return open_weights(path)
+    adapter = open_adapter(path)
+    if os.path.exists(adapter.base) and is_adapter(adapter.base):
+        raise UserError(f"the base of {path} is an adapter itself: merge that with load_gpt2.py")
+    try:
+        base = open_model(adapter.base)
+    except UserError as error:
+        raise UserError(f"{path / ADAPTER_CONFIG} names its base, but {error}") from error
+    weights = merged(base, adapter)
+    return dataclasses.replace(weights, path=path) if (path / TOKENIZER).exists() else weights
 
 
 def find(name: str, with_weights: bool = True) -> Path:
@@ -70,7 +92,9 @@ def config_named(name: str) -> GPT2Config:
     if size := size_named(name):
         return read_config(published_shape(size))
     path = find(name, with_weights=False)
-    return read_config(path) if (path / CONFIG).exists() else open_weights(path).config
+    if (path / CONFIG).exists() and not is_adapter(path):
+        return read_config(path)
+    return open_local(path).config
 
 
 def tokenizer_folder(name: str) -> Path | None:
@@ -78,4 +102,6 @@ def tokenizer_folder(name: str) -> Path | None:
     if size_named(name):
         return None
     path = find(name, with_weights=False)
+    if is_adapter(path) and not (path / TOKENIZER).exists():
+        return tokenizer_folder(open_adapter(path).base)
     return path if path.is_dir() else path.parent

@@ -1,0 +1,232 @@
+"""LoRA adapters in PEFT's format, and a model with one folded in.
+
+A layer with weight W (n_in, n_out) and a low-rank addition computes x W + scale (x A) B, which is
+what a layer with weight W + scale A B computes (Hu et al. 2021, arXiv:2106.09685). An adapter's
+folder holds the additions, not the model that they are made for:
+
+    adapter_config.json          the name of that model, its base, and the scale: lora_alpha / r
+    adapter_model.safetensors    of each layer lora_A, (r, n_in), and lora_B, (n_out, r)
+
+The names and the orientation of the matrices are those of PEFT, which reads and writes the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from micrograd_gpt.arrays.devices import Array
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.file_sets import finish_set
+from micrograd_gpt.support.files import read_json, write_text
+from micrograd_gpt.weights.formats import Weights
+from micrograd_gpt.weights.reading import StoredTensor
+from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
+
+ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # before every name in PEFT's files
+HEAD = "score.weight"  # a classifier's head, which is trained in full and kept beside the additions
+
+# Settings of PEFT by which an adapter is another than the plain one, and what each must be.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # others change the base as well
+    **dict.fromkeys(("use_dora", "use_qalora", "use_bdlora", "lora_bias"), (False, None)),
+    "alpha_pattern": ({}, None),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+}
+
+
+@dataclass(frozen=True)
+class Addition:
+    """scale * a @ b, for a weight (n_in, n_out): a is (n_in, r), b (r, n_out), both float32."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.a.shape[0], self.b.shape[1]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter in a folder.
+
+    `additions` are by the names of the layers, as `transformer.h.0.attn.c_attn`. `head` is a
+    classifier's, (n_labels, n_embd), None for a language model's adapter. `config` is all that
+    adapter_config.json says.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    additions: dict[str, Addition]
+    head: np.ndarray | None = None
+
+    @property
+    def base(self) -> str:
+        """The name of the model that it was made for, as `--model` takes it."""
+        name = self.config.get("base_model_name_or_path")
+        if not isinstance(name, str) or not name:
+            raise UserError(
+                f"{self.folder / ADAPTER_CONFIG} does not name its model"
+                " (base_model_name_or_path): fold it in with load_gpt2.py --from MODEL --merge"
+            )
+        return name
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether there is an adapter in this folder."""
+    return Path(path, ADAPTER_CONFIG).is_file()
+
+
+def open_adapter(folder: str | Path) -> Adapter:
+    """Read an adapter, ours or PEFT's; no code in its files is run.
+
+    Raises UserError, naming the file, where there is none, where it is damaged, and where it is
+    more than low-rank additions to the four linear layers of a block.
+    """
+    folder = Path(folder)
+    finish_set(folder)
+    config = read_json(folder / ADAPTER_CONFIG)
+    if config is None:
+        raise UserError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
+    scale = _scale_times_rank(config, folder / ADAPTER_CONFIG)
+    file = TensorFile(folder / ADAPTER_MODEL)
+    arrays: dict[str, dict[str, np.ndarray]] = {}
+    head = None
+    for name in file.entries:
+        short = name.removeprefix(PREFIX)
+        pattern = r"(?:transformer\.)?(h\.\d+\.(?:attn|mlp)\.c_\w+)\.lora_([AB])\.weight"
+        if match := re.fullmatch(pattern, short):
+            layer = arrays.setdefault(f"transformer.{match[1]}", {})
+            layer[match[2]] = _matrix(file, name).T
+        elif short == HEAD:
+            head = _matrix(file, name)
+        else:
+            raise UserError(f"{file.path}: {name!r} is not a low-rank addition: merge it with PEFT")
+    additions = {}
+    for layer_name, pair in sorted(arrays.items()):
+        if pair.keys() != {"A", "B"} or pair["A"].shape[1] != pair["B"].shape[0]:
+            raise UserError(f"{file.path}: lora_A and lora_B of {layer_name} do not fit together")
+        rank = pair["A"].shape[1]
+        root = math.sqrt(rank) if config.get("use_rslora") else rank
+        additions[layer_name] = Addition(pair["A"], pair["B"], scale / root)
+    return Adapter(folder, config, additions, head)
+
+
+def _scale_times_rank(config: Mapping[str, Any], path: Path) -> float:
+    """lora_alpha; UserError for an adapter that is not a plain one."""
+    for key, allowed in PLAIN.items():
+        if (value := config.get(key, allowed[0])) not in allowed:
+            raise UserError(
+                f"{path}: {key} is {value!r}; only {allowed[0]!r} is supported: merge it with PEFT"
+            )
+    alpha = config.get("lora_alpha")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise UserError(f"{path}: lora_alpha must be a number, not {alpha!r}")
+    return float(alpha)
+
+
+def _matrix(file: TensorFile, name: str) -> np.ndarray:
+    shape = file.shapes[name]
+    if len(shape) != 2 or 0 in shape:
+        raise UserError(f"{file.path}: {name!r} has shape {shape}, where a matrix is needed")
+    file.read_into(name, out := np.empty(shape, np.float32))
+    return out
+
+
+def write_adapter(
+    folder: str | Path,
+    additions: Mapping[str, Addition],
+    head: np.ndarray | None,
+    settings: Mapping[str, Any],
+) -> None:
+    """Write both files of an adapter, as PEFT does, into `folder`; UserError if that fails.
+
+    `settings` go into adapter_config.json: base_model_name_or_path, r, lora_alpha, lora_dropout and
+    target_modules.
+    """
+    arrays = {}
+    for name, addition in additions.items():
+        arrays[f"{PREFIX}{name}.lora_A.weight"] = addition.a.T
+        arrays[f"{PREFIX}{name}.lora_B.weight"] = addition.b.T
+    if head is not None:
+        arrays[PREFIX + HEAD] = head
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
+        **settings,
+        "fan_in_fan_out": True,  # weights are (in, out), as GPT-2 stores them
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None if head is None else ["classifier", "score"],
+    }
+    write_safetensors(Path(folder) / ADAPTER_MODEL, arrays, {"format": "pt"})
+    write_text(Path(folder) / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def merged(weights: Weights, adapter: Adapter) -> Weights:
+    """The model of `weights` with the adapter folded in, a tensor at a time, while it is read.
+
+    Raises UserError where the adapter was made for another model.
+    """
+    if adapter.head is not None:
+        raise UserError(
+            f"{adapter.folder} is the adapter of a classifier, not of a language model: use it with"
+            " finetune_gpt2.py classify --predict"
+        )
+    check_made_for(adapter, {name: t.shape for name, t in weights.tensors.items()}, weights.path)
+    tensors = dict(weights.tensors)
+    for name, addition in adapter.additions.items():
+        base = tensors[f"{name}.weight"]
+        values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+        tensors[f"{name}.weight"] = Merged(**values, base=base, addition=addition)
+    return dataclasses.replace(weights, tensors=tensors)
+
+
+def check_made_for(
+    adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], model: str | Path
+) -> None:
+    """UserError unless a model whose tensors have these shapes has every layer of the adapter."""
+    for name, addition in adapter.additions.items():
+        shape = shapes.get(f"{name}.weight")
+        if shape != addition.shape:
+            has = "none" if shape is None else f"one of shape {shape}"
+            raise UserError(
+                f"{adapter.folder} is for another model: it adds to a {name} of shape"
+                f" {addition.shape}, and {model} has {has}"
+            )
+
+
+@dataclass(frozen=True)
+class Merged(StoredTensor):
+    """A weight of the file with an addition to it."""
+
+    base: StoredTensor
+    addition: Addition
+
+    def read_into(self, out: Array) -> bool:
+        """Fill `out` with the sum, computed in float32 or wider, as StoredTensor.read_into does."""
+        wide = np.empty(out.shape, np.result_type(out.dtype, np.float32), order="F")
+        self.base.read_into(wide)
+        wide += self.addition.scale * (self.addition.a @ self.addition.b)
+        if isinstance(out, np.ndarray):
+            out[...] = wide
+        else:
+            out.set(np.ascontiguousarray(wide, out.dtype))
+        return bool(np.isfinite(wide).all())
