@@ -5,6 +5,7 @@
     python load_gpt2.py --from ~/gpt-2/models/124M --dtype float16     # no network
     python load_gpt2.py --from distilbert/distilgpt2                   # a model on the Hub
     python load_gpt2.py --from ckpt.pt --out mine                      # nanoGPT's checkpoint
+    python load_gpt2.py --from mine --merge adapter --out merged       # LoRA folded in
 
 The result is a folder that generate.py, train_gpt2.py --init-from and Transformers load.
 """
@@ -28,9 +29,10 @@ from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.weights.adapters import is_adapter, merged, open_adapter
 from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_name
-from micrograd_gpt.weights.formats import Weights, open_weights
-from micrograd_gpt.weights.names import find, size_named
+from micrograd_gpt.weights.formats import Weights
+from micrograd_gpt.weights.names import find, open_local, size_named
 from micrograd_gpt.weights.pretrained import build
 from micrograd_gpt.weights.releases import OPENAI_URL, HuggingFace, OpenAI, Source, open_release
 from micrograd_gpt.weights.saving import write_model
@@ -56,18 +58,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if named:
         weights = open_release(named, sources(args.source, args.openai_url), verify=True)
     else:
-        weights = open_weights(find(args.model))
+        weights = open_local(find(args.model))
+    if args.merge:
+        weights = merged(weights, open_adapter(args.merge))
     size = named or published_size(weights.config)
     if claimed and size != claimed:
         raise UserError(f"{args.model} holds {size or 'no published size'}, not {claimed}")
-    out = args.out or Path("models") / (f"gpt2-{size}" if size else own_name(args.model))
-    refuse_to_overwrite(out, weights.path)
+    own = f"gpt2-{size}" if size and not args.merge else own_name(args.merge or args.model)
+    out = args.out or Path("models") / own
+    for source in (weights.path, *filter(is_adapter, filter(None, (args.model, args.merge)))):
+        refuse_to_overwrite(out, Path(source))
 
     say(f"loading {weights.path}")
     model = build(weights)
     tokenizer = tokenizer_of(weights)
     # Other weights of that shape are OpenAI's only if the user says so, by --size.
-    passed, findings = check(model, tokenizer, size, claimed=(claimed or named) is not None)
+    is_claimed = (claimed or named) is not None and not args.merge
+    passed, findings = check(model, tokenizer, size, is_claimed)
     if passed:
         write_folder(model, out, tokenizer, None if args.dtype == "float32" else args.dtype)
         say(f"wrote {out}, weights stored as {args.dtype}")
@@ -98,9 +105,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         " OWNER/NAME or OWNER/NAME@REVISION",
     )
     parser.add_argument(
+        "--merge",
+        metavar="ADAPTER",
+        help="fold in the LoRA adapter in this folder, as finetune_gpt2.py or PEFT saved it",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
-        help="folder to write (default models/gpt2-SIZE, or models/ and the name of --from)",
+        help="folder to write (default models/gpt2-SIZE, or models/ and the name of --from, or of"
+        " --merge)",
     )
     parser.add_argument(
         "--dtype",

@@ -118,6 +118,8 @@ def open_adapter(folder: str | Path) -> Adapter:
             head = _matrix(file, name)
         else:
             raise UserError(f"{file.path}: {name!r} is not a low-rank addition: merge it with PEFT")
+    if not arrays:
+        raise UserError(f"{file.path} holds no low-rank additions")
     additions = {}
     for layer_name, pair in sorted(arrays.items()):
         if pair.keys() != {"A", "B"} or pair["A"].shape[1] != pair["B"].shape[0]:
