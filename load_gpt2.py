@@ -29,9 +29,9 @@ from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.weights.adapters import is_adapter, merged, open_adapter
+from micrograd_gpt.weights.adapters import merged, open_adapter
 from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_name
-from micrograd_gpt.weights.formats import Weights
+from micrograd_gpt.weights.formats import Weights, is_adapter
 from micrograd_gpt.weights.names import find, open_local, size_named
 from micrograd_gpt.weights.pretrained import build
 from micrograd_gpt.weights.releases import OPENAI_URL, HuggingFace, OpenAI, Source, open_release
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = tokenizer_of(weights)
     # Other weights of that shape are OpenAI's only if the user says so, by --size.
     is_claimed = (claimed or named) is not None and not args.merge
-    passed, findings = check(model, tokenizer, size, is_claimed)
+    passed, findings = check(model, tokenizer, size, claimed=is_claimed)
     if passed:
         write_folder(model, out, tokenizer, None if args.dtype == "float32" else args.dtype)
         say(f"wrote {out}, weights stored as {args.dtype}")

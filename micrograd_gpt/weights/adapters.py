@@ -25,13 +25,14 @@ import numpy as np
 
 from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.file_sets import finish_set
 from micrograd_gpt.support.files import read_json, write_text
-from micrograd_gpt.weights.formats import Weights
+from micrograd_gpt.text.hugging_face import TOKENIZER
+from micrograd_gpt.weights.formats import ADAPTER_CONFIG, Weights, is_adapter
+from micrograd_gpt.weights.names import open_model
 from micrograd_gpt.weights.reading import StoredTensor
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 
-ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_MODEL = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # before every name in PEFT's files
 HEAD = "score.weight"  # a classifier's head, which is trained in full and kept beside the additions
 
@@ -88,9 +89,22 @@ class Adapter:
         return name
 
 
-def is_adapter(path: str | Path) -> bool:
-    """Whether there is an adapter in this folder."""
-    return Path(path, ADAPTER_CONFIG).is_file()
+def open_with_base(folder: Path) -> Weights:
+    """The base of the adapter in this folder, wherever it is, with the adapter folded in.
+
+    The folder of the result is the one that holds the tokenizer. Raises UserError as `open_adapter`
+    and `open_model` do.
+    """
+    adapter = open_adapter(folder)
+    if is_adapter(adapter.base):
+        raise UserError(f"the base of {folder} is an adapter itself: merge that with load_gpt2.py")
+    try:
+        base = open_model(adapter.base)
+    except UserError as error:
+        raise UserError(f"{folder / ADAPTER_CONFIG} names its base, but {error}") from error
+    weights = merged(base, adapter)
+    has_tokenizer = (folder / TOKENIZER).exists()
+    return dataclasses.replace(weights, path=folder) if has_tokenizer else weights
 
 
 def open_adapter(folder: str | Path) -> Adapter:
@@ -100,8 +114,7 @@ def open_adapter(folder: str | Path) -> Adapter:
     more than low-rank additions to the four linear layers of a block.
     """
     folder = Path(folder)
-    finish_set(folder)
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = read_json(folder / ADAPTER_CONFIG) if is_adapter(folder) else None
     if config is None:
         raise UserError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
     scale = _scale_times_rank(config, folder / ADAPTER_CONFIG)

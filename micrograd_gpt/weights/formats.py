@@ -8,6 +8,7 @@ OpenAI's TensorFlow checkpoint; with a config beside them or, for OpenAI's sizes
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 from micrograd_gpt.gpt2 import GPT2Config
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.file_sets import finish_set
+from micrograd_gpt.support.file_sets import SAVED, finish_set
 from micrograd_gpt.support.files import read_json
 from micrograd_gpt.weights.config import (
     CONFIG,
@@ -39,6 +40,7 @@ MODEL, INDEX, HPARAMS = "model.safetensors", "model.safetensors.index.json", "hp
 TORCH_MODEL, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHT_FILES = (MODEL, INDEX, TORCH_MODEL, TORCH_INDEX)  # the first in a folder counts
 NANOGPT = "ckpt.pt"
+ADAPTER_CONFIG = "adapter_config.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 
 
@@ -58,6 +60,13 @@ class Weights:
     def folder(self) -> Path:
         """Where the files that belong to the model are, as its tokenizer's."""
         return self.path if self.path.is_dir() else self.path.parent
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether this folder holds a LoRA adapter (weights/adapters.py) and not a whole model."""
+    if os.path.isdir(Path(path, SAVED)):
+        finish_set(path)
+    return os.path.isfile(Path(path, ADAPTER_CONFIG))
 
 
 def open_weights(path: str | Path) -> Weights:

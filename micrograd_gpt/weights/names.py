@@ -9,15 +9,12 @@ OWNER/NAME, OWNER/NAME@REVISION     any GPT-2 on the Hub (weights/hub.py)
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
 from micrograd_gpt.gpt2 import GPT2Config
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.hugging_face import TOKENIZER
-from micrograd_gpt.weights.adapters import ADAPTER_CONFIG, is_adapter, merged, open_adapter
 from micrograd_gpt.weights.config import (
     CONFIG,
     OLDER_NAMES,
@@ -26,7 +23,7 @@ from micrograd_gpt.weights.config import (
     read_config,
     size_name,
 )
-from micrograd_gpt.weights.formats import Weights, open_weights
+from micrograd_gpt.weights.formats import Weights, is_adapter, open_weights
 from micrograd_gpt.weights.hub import fetch, repository_named
 from micrograd_gpt.weights.releases import RELEASES, open_release
 
@@ -50,21 +47,12 @@ def open_model(name: str) -> Weights:
 
 
 def open_local(path: Path) -> Weights:
-    """The weights in a file or folder: of an adapter's folder, its base's with it folded in.
-
-    The folder of the result is the one that holds the tokenizer.
-    """
+    """The weights in a file or folder: of an adapter's folder, its base's with it folded in."""
     if not is_adapter(path):
         return open_weights(path)
-    adapter = open_adapter(path)
-    if os.path.exists(adapter.base) and is_adapter(adapter.base):
-        raise UserError(f"the base of {path} is an adapter itself: merge that with load_gpt2.py")
-    try:
-        base = open_model(adapter.base)
-    except UserError as error:
-        raise UserError(f"{path / ADAPTER_CONFIG} names its base, but {error}") from error
-    weights = merged(base, adapter)
-    return dataclasses.replace(weights, path=path) if (path / TOKENIZER).exists() else weights
+    from micrograd_gpt.weights.adapters import open_with_base  # it opens the base by its name
+
+    return open_with_base(path)
 
 
 def find(name: str, with_weights: bool = True) -> Path:
@@ -102,6 +90,6 @@ def tokenizer_folder(name: str) -> Path | None:
     if size_named(name):
         return None
     path = find(name, with_weights=False)
-    if is_adapter(path) and not (path / TOKENIZER).exists():
-        return tokenizer_folder(open_adapter(path).base)
+    if is_adapter(path):
+        return open_local(path).folder
     return path if path.is_dir() else path.parent

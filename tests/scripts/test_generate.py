@@ -19,7 +19,9 @@ from small_gpt2 import TEXT, interrupt_after, make_model, save_model
 from micrograd_gpt.generation.output import SEPARATOR
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.tuning.lora import add_lora, lora_layers, save_adapter
 from micrograd_gpt.weights.pretrained import from_pretrained
 from micrograd_gpt.weights.saving import save_pretrained
 
@@ -54,6 +56,23 @@ def start(*argv: str, **more: Any) -> subprocess.Popen[bytes]:
 
 
 # ------------------------------------------------------------------------------------------- text
+
+
+def test_an_adapter_s_folder_is_a_model(
+    char_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its text is that of its base with the adapter folded in, and not its base's."""
+    model = from_pretrained(GPT2, char_model)
+    add_lora(model, rank=2)
+    for layer in lora_layers(model).values():
+        layer.lora_B.data = layer.lora_B.data + 1
+    save_adapter(model, tmp_path, char_model)
+    argv = ("--prompt", "the ", "--greedy", "--max-new-tokens", "20")
+    letters = load_tokenizer(char_model)
+    expected = model.generate(letters.encode("the ")[None], max_new_tokens=20, temperature=0)
+    out = run(capsys, "--model", str(tmp_path), *argv)
+    assert out == letters.decode(np.ravel(expected)) + "\n"
+    assert out != run(capsys, "--model", char_model, *argv)
 
 
 def test_prompt_then_text(char_model: str, capsys: pytest.CaptureFixture[str]) -> None:
