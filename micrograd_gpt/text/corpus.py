@@ -40,6 +40,10 @@ class Corpus:
     tokenizer: Tokenizer
     name: str
 
+    def amount(self) -> str:
+        """How much there is to train on, in words."""
+        return f"{len(self.train):,} tokens of {self.name}"
+
     @cached_property
     def bytes_per_token(self) -> float | None:
         """How many bytes of UTF-8 a token of the validation text stands for, on average.
