@@ -38,6 +38,10 @@ class Data(Protocol):
     def amount(self) -> str:
         """How much of what, in words."""
 
+    @property
+    def unit(self) -> str:
+        """What the loss is the mean over, as a token."""
+
 
 class Due(NamedTuple):
     """What happens after a step, as the flags --log-interval and so on have it."""
@@ -54,7 +58,8 @@ class Recorder:
     Creating one opens the folder (which removes an earlier run for --overwrite) and announces the
     run on stderr; `start()` then starts the clock, the progress bar and the signal handlers. Raises
     UserError if a resumed run is complete already, or if the folder cannot be written. `write` puts
-    the model and its tokenizer into a folder, as `write_model` does.
+    the model and its tokenizer into a folder, as `write_model` does. `tokens_per_step` is the most
+    that a step has, if that is not a full batch of `settings.block_size` each.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class Recorder:
         optimizer: AdamW,
         scaler: LossScaler,
         write: Callable[..., None] = write_model,
+        tokens_per_step: int | None = None,
     ) -> None:
         self.settings, self.data, self._write = settings, data, write
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
@@ -85,7 +91,7 @@ class Recorder:
         self._unread = Unread()
         self._train_loss = self._grad_norm = math.nan  # of the step that was looked at last
         self._saved_step = optimizer.steps
-        self._tokens_per_step = (
+        self._tokens_per_step = tokens_per_step or (
             settings.batch_size * settings.grad_accum_steps * settings.block_size
         )
         self._tokens = 0  # taken since the last row
@@ -219,7 +225,7 @@ class Recorder:
         self._attempt(self._append, row)
         self._tokens, self._last_time = 0, time.perf_counter()
         if self.val_loss is not None:
-            self._attempt(self.metrics.draw, needed=False)
+            self._attempt(self.metrics.draw, self.data.unit, needed=False)
 
     def save_if_due(self) -> None:
         """Save if --save-interval says so, or the validation loss is the lowest so far."""
@@ -237,7 +243,7 @@ class Recorder:
         self._bar.close()
         if self._saved_step < self.optimizer.steps:
             self._save()
-        self._attempt(self.metrics.draw, needed=False)
+        self._attempt(self.metrics.draw, self.data.unit, needed=False)
         if self.stopped:
             done = self.optimizer.steps
             can_resume = 0 < done < self.settings.max_steps
