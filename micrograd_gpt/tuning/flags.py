@@ -62,6 +62,9 @@ CLASSIFIER = [
     Setting("train_layers", one_of("all", "last", "head"), "all", NEVER,
      "which layers learn; last: the final block and LayerNorm, and the head"),
 ]
+INSTRUCTIONS = [
+    Setting("data", TEXT, None, ASK, "instructions with their answers: .json or .jsonl"),
+]
 MODEL = [
     Setting("model", TEXT, "124M", NEVER,
      "trained weights to start from: a size, a checkpoint's folder or file, or a model on the Hub"),
@@ -99,7 +102,7 @@ PLANNING = _as_in_training("plan", "rate", "devices")
 SHARED = {"run": RUN, "optimizer": OPTIMIZER, "watching": WATCHING, "planning": PLANNING}
 GROUPS: dict[str, dict[str, list[Setting]]] = {
     "classify": {"data": LABELLED_DATA, "model": MODEL + CLASSIFIER, **SHARED},
-    "instruct": {"data": [], "model": MODEL, **SHARED},
+    "instruct": {"data": INSTRUCTIONS, "model": MODEL, **SHARED},
 }
 SUMMARIES = {
     "classify": "learn to label texts, or label them",
