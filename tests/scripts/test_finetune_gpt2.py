@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import fake_cupy
 import numpy as np
 import pytest
 from training import ROOT, assert_same, everything, metrics, weights
 
+from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.support.errors import UserError
@@ -309,6 +311,16 @@ def test_other_types(classify: Main, tmp_path: Path, dtype: str) -> None:
     assert metrics(out)[-1]["val_loss"] < metrics(out)[0]["train_loss"]
     expected = "float64" if dtype == "float64" else "float32"
     assert {array.dtype.name for array in weights(out).values()} == {expected}
+
+
+def test_on_a_gpu_as_on_the_cpu(classify: Main, tmp_path: Path) -> None:
+    flags = ["--max-steps", 3, "--dtype", "float64", "--train-layers", "last"]
+    assert classify(tmp_path / "cpu", *flags) == 0
+    with fake_cupy.installed(), at_most("fused"):
+        assert classify(tmp_path / "gpu", *flags, "--device", "gpu") == 0
+    rows = [metrics(tmp_path / name)[-1] for name in ("cpu", "gpu")]
+    for name in ("train_loss", "val_loss", "val_accuracy", "grad_norm"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-9)
 
 
 def test_help_is_quick_and_complete() -> None:
