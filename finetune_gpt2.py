@@ -49,6 +49,7 @@ from micrograd_gpt.tuning.classifier import (
     set_layers,
     write_classifier,
 )
+from micrograd_gpt.tuning.lora import add_as_told
 from micrograd_gpt.tuning.scores import draw_confusion
 from micrograd_gpt.weights.config import read_config
 from micrograd_gpt.weights.names import config_named, tokenizer_folder
@@ -163,6 +164,7 @@ def tune(
 
     # Model and optimizer, and what a resumed run saved of them
     model = make(make_body(settings, device))
+    add_as_told(model, settings)  # LoRA
     set_dropout(model.train(), settings.dropout)
     if settings.recompute:
         recompute_blocks(model)
@@ -213,7 +215,7 @@ def tune(
 def make_body(settings: argparse.Namespace, device: str) -> GPT2:
     """The language model to start from, or one still to be filled by a resumed run."""
     wide = "float32" if settings.dtype in HALF else settings.dtype
-    if not settings.resume:
+    if not settings.resume or settings.lora_rank:
         return GPT2.from_pretrained(settings.model, device, wide)
     body = unwritten(read_config(settings.out))
     hold_in(body, wide)

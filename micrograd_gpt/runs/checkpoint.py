@@ -7,6 +7,9 @@
     optimizer.safetensors   AdamW's moments            } only if the
     trainer_state.json      the step and the settings  } run can be resumed
 
+Of a model with LoRA the first two are an adapter instead (weights/adapters.py), with a
+model_config.json.
+
     best/                   the same six, from the step with the lowest validation loss so far
     step-000100/            the same six, from an earlier step; --keep says how many of these
 
@@ -38,14 +41,15 @@ from micrograd_gpt.support.file_sets import (
 from micrograd_gpt.support.files import read_json, reading, write_text
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import TOKENIZER, TOKENIZER_CONFIG
-from micrograd_gpt.weights.config import CONFIG
-from micrograd_gpt.weights.formats import MODEL
+from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG
+from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, MODEL, is_adapter
 from micrograd_gpt.weights.loading import fill
-from micrograd_gpt.weights.saving import write_model
+from micrograd_gpt.weights.saving import stored_arrays, write_model
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
 SET = (CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG, OPTIMIZER, STATE)
+ADAPTER = (ADAPTED_CONFIG, ADAPTER_CONFIG, ADAPTER_MODEL)  # instead of the first two
 MAY_LACK = (TOKENIZER_CONFIG,)  # which earlier versions did not write
 BEST = "best"
 SCALER = ("scale", "growth_interval", "good_steps", "skipped_steps")  # of a LossScaler
@@ -102,8 +106,7 @@ def load_run(
     step = state["step"]
     if scaler and scaler.enabled:
         _fill_scaler(scaler, state.get("loss_scaler"), folder)
-    weights = {name: p.data for name, p in model.named_parameters()}
-    for name, arrays in ((MODEL, weights), (OPTIMIZER, _moments(model, optimizer))):
+    for name, arrays in (stored_arrays(model), (OPTIMIZER, _moments(model, optimizer))):
         file = TensorFile(folder / name)
         if file.metadata.get("step") != str(step):
             raise UserError(
@@ -139,7 +142,10 @@ def remove_run(folder: str | Path) -> None:
     for place in (folder, folder / BEST, *folder.glob("step-*")):
         finish_set(place)  # or a set that a kill left unfinished would come back later
     try:
-        for name in reversed(SET):  # trainer_state.json first: it is what makes this a run
+        for name in (
+            *reversed(SET),
+            *ADAPTER,
+        ):  # trainer_state.json first: it is what makes this a run
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot remove the run in {folder}: {error.strerror}") from error
@@ -226,7 +232,8 @@ def _moments(model: Module, optimizer: AdamW) -> dict[str, Any]:
 
 def _files(folder: Path) -> list[Path]:
     """The files of the set in `folder`."""
-    files = [folder / name for name in SET]
+    names = (*ADAPTER, *SET[2:]) if is_adapter(folder) else SET
+    files = [folder / name for name in names]
     return [file for file in files if file.name not in MAY_LACK or file.exists()]
 
 

@@ -20,6 +20,7 @@ from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizers import NAMES
 from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, size_name
+from micrograd_gpt.weights.formats import is_adapter
 from micrograd_gpt.weights.names import config_named
 
 SHAPES: dict[str, dict[str, int]] = {"tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128}, **SIZES}
@@ -261,7 +262,7 @@ def check_free(out: Path) -> None:
         raise UserError(
             f"{out} holds a run already: --resume it, --overwrite it, or give another --out"
         )
-    if (out / checkpoint.MODEL).exists():
+    if (out / checkpoint.MODEL).exists() or is_adapter(out):
         raise UserError(f"{out} holds a model: --overwrite it, or give another --out")
 
 

@@ -71,6 +71,13 @@ MODEL = [
     Setting("block_size", COUNT, None, NEVER, "the most tokens of a text (the model's context)"),
     Setting("dropout", BELOW_1, 0.1, ASK,  # few texts, each seen many times
      "probability of dropping an activation"),
+    Setting("lora_rank", COUNT, None, NEVER,
+     "LoRA: train only additions of this rank to some layers, and save them as an adapter"),
+    Setting("lora_alpha", ABOVE_0, None, NEVER,
+     "scale the additions by this, divided by the rank (twice the rank)"),
+    Setting("lora_layers", TEXT, "c_attn", NEVER,
+     "which layers have additions, separated by commas: attn.c_attn, attn.c_proj, mlp.c_fc, "
+     "mlp.c_proj"),
 ]
 RUN = [
     SETTINGS["out"]._replace(default="tuned"),

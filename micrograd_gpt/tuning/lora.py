@@ -4,9 +4,9 @@ Hu et al. 2021 (arXiv:2106.09685). Of a weight W of n_in × n_out numbers, what 
 is taken to be a product A B of rank r, with r (n_in + n_out) numbers. Gradients and AdamW's moments
 exist for these alone. A is drawn and B begins at zero, so training begins at the model as it was.
 
-    add_lora(model, rank=8)               the layers become LoRALinear, the rest is frozen
+    add_lora(model, rank=8, base="124M")  the layers become LoRALinear, the rest is frozen
     AdamW(trained_parameters(model))      then train as ever
-    save_adapter(model, folder, base)     what was trained, as PEFT reads it (weights/adapters.py)
+    model.save_pretrained(folder)         what was trained, as PEFT reads it (weights/adapters.py)
     load_adapter(model, folder)           and back, to train on
 
 Initial values, scale and names are those of the reference implementation, PEFT.
@@ -15,25 +15,26 @@ Initial values, scale and names are those of the reference implementation, PEFT.
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from micrograd_gpt import layers
-from micrograd_gpt.arrays.devices import device_of, move, to_device
+from micrograd_gpt.arrays.devices import Array, device_of, move, to_device
 from micrograd_gpt.nn import Draws, Dropout, Linear, Module, Parameter
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.file_sets import written_as_set
 from micrograd_gpt.tensor import Tensor
 from micrograd_gpt.weights.adapters import (
     HEAD,
-    Addition,
+    PREFIX,
     check_made_for,
     open_adapter,
-    write_adapter,
 )
+from micrograd_gpt.weights.formats import is_adapter
 from micrograd_gpt.weights.names import size_named
 from micrograd_gpt.weights.releases import RELEASES
 
@@ -76,12 +77,14 @@ def add_lora(
     layer_names: Sequence[str] = DEFAULT_LAYERS,
     seed: int = 0,
     dropout: float = 0.0,
+    base: str | None = None,
 ) -> None:
     """Turn these layers of a model, a GPT2 or a classifier, into LoRALinear, and freeze the rest.
 
     A name is one of LAYERS, or the last part of one: `c_proj` is both of that name. `alpha` is
-    twice the rank if left out. A classifier's head is trained in full. Raises UserError for a name
-    that there is not.
+    twice the rank if left out. A classifier's head is trained in full. From now on the model is
+    saved as an adapter, which names `base`, what the model is called, if given. Raises UserError
+    for a layer that there is not.
     """
     if not layer_names:
         raise UserError(f"--lora-layers: no layer given; choose from {', '.join(LAYERS)}")
@@ -96,7 +99,26 @@ def add_lora(
     ]
     for i, name in enumerate(names):
         replace_by_lora(model, name, rank, alpha or 2 * rank, (seed, i), dropout)
+    model.adapter = AdapterFiles(base)
     freeze(model)
+
+
+def add_as_told(model: Any, settings: Namespace) -> None:
+    """What --lora-rank and its companions say, if they say anything; UserError if that is wrong."""
+    rank, alpha = settings.lora_rank, settings.lora_alpha
+    if rank is None:
+        if alpha is not None or settings.lora_layers != " ".join(DEFAULT_LAYERS):
+            raise UserError("--lora-alpha and --lora-layers are for LoRA: give --lora-rank too")
+        return
+    if getattr(settings, "train_layers", "all") != "all":
+        raise UserError("--lora-rank says what learns, and so does --train-layers: give one")
+    if is_adapter(settings.model):
+        raise UserError(
+            f"{settings.model} is an adapter, and an adapter of one cannot be named: merge it "
+            f"first, with load_gpt2.py --from {settings.model} --out FOLDER"
+        )
+    layer_names = settings.lora_layers.replace(",", " ").split()
+    add_lora(model, rank, alpha, layer_names, settings.seed, base=settings.model)
 
 
 def replace_by_lora(
@@ -134,33 +156,46 @@ def named_layers(model: Any, kind: type[M]) -> dict[str, M]:
     return {name: part for name, part in parts if isinstance(part, kind)}
 
 
-def save_adapter(model: Any, folder: str | Path, base: str) -> None:
-    """Write the additions, and a classifier's head, into `folder`, whole or not at all.
+@dataclass(frozen=True)
+class AdapterFiles:
+    """How a model with LoRA is saved (weights/saving.py): by its additions alone.
 
-    `peft.PeftModel.from_pretrained(model, folder)` loads them. `base` is what the model that they
-    were trained on is called. Raises UserError if the files can't be written.
+    `base` is what the model that they are made for is called, None if that is not known.
     """
-    with written_as_set(folder) as new:
-        write_lora(model, new, base)
 
+    base: str | None
 
-def write_lora(model: Any, folder: str | Path, base: str) -> None:
-    """The files of `save_adapter`, one after the other, for a set that has more files."""
-    lora = lora_layers(model)
-    additions = {
-        name: Addition(layer.lora_A.numpy(), layer.lora_B.numpy(), layer.scale)
-        for name, layer in lora.items()
-    }
-    heads = [p.numpy() for name, p in model.named_parameters() if name == HEAD]
-    first = next(iter(lora.values()))
-    settings = {
-        "base_model_name_or_path": base_name(base),
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout.p,
-        "target_modules": _target_modules(model, lora),
-    }
-    write_adapter(folder, additions, heads[0] if heads else None, settings)
+    def arrays(self, model: Any) -> dict[str, Array]:
+        """What adapter_model.safetensors holds, by name: views of the parameters that are trained.
+
+        lora_A is (r, n_in) there, and lora_B (n_out, r), as torch.nn.Linear stores its weight.
+        """
+        arrays = {}
+        for name, layer in lora_layers(model).items():
+            arrays[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.data.T
+            arrays[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.data.T
+        heads = {PREFIX + name: p.data for name, p in model.named_parameters() if name == HEAD}
+        return arrays | heads
+
+    def config(self, model: Any) -> dict[str, Any]:
+        """What adapter_config.json says."""
+        lora = lora_layers(model)
+        first = next(iter(lora.values()))
+        is_classifier = HEAD in dict(model.named_parameters())
+        return {
+            "peft_type": "LORA",
+            "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
+            "base_model_name_or_path": None if self.base is None else base_name(self.base),
+            "r": first.rank,
+            "lora_alpha": first.alpha,
+            "lora_dropout": first.dropout.p,
+            "target_modules": _target_modules(model, lora),
+            "modules_to_save": ["classifier", "score"] if is_classifier else None,
+            "fan_in_fan_out": True,  # weights are (in, out), as GPT-2 stores them
+            "bias": "none",
+            "init_lora_weights": True,
+            "inference_mode": True,
+        }
 
 
 def base_name(model: str) -> str:
@@ -183,6 +218,7 @@ def load_adapter(model: Any, folder: str | Path) -> None:
     Raises UserError, naming the file, where it can't be read or was made for another model.
     """
     adapter = open_adapter(folder)
+    model.adapter = AdapterFiles(adapter.config.get("base_model_name_or_path"))
     parameters = dict(model.named_parameters())
     check_made_for(adapter, {name: p.shape for name, p in parameters.items()}, "this one")
     if len(ranks := {a.a.shape[1] for a in adapter.additions.values()}) > 1:
@@ -191,7 +227,8 @@ def load_adapter(model: Any, folder: str | Path) -> None:
         if HEAD not in parameters or parameters[HEAD].shape != adapter.head.shape:
             has = parameters[HEAD].shape if HEAD in parameters else "no"
             raise UserError(f"{folder} has a head {adapter.head.shape}, the model has {has} head")
-        _set(parameters[HEAD], adapter.head)
+        adapter.head.read_into(head := np.empty(adapter.head.shape, np.float32))
+        _set(parameters[HEAD], head)
     dropout = adapter.config.get("lora_dropout") or 0.0
     for name, addition in adapter.additions.items():
         rank = addition.a.shape[1]

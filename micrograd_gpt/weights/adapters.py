@@ -13,7 +13,6 @@ The names and the orientation of the matrices are those of PEFT, which reads and
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -25,14 +24,13 @@ import numpy as np
 
 from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import read_json, write_text
+from micrograd_gpt.support.files import read_json
 from micrograd_gpt.text.hugging_face import TOKENIZER
-from micrograd_gpt.weights.formats import ADAPTER_CONFIG, Weights, is_adapter
+from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, Weights, is_adapter
 from micrograd_gpt.weights.names import open_model
 from micrograd_gpt.weights.reading import StoredTensor
-from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
+from micrograd_gpt.weights.tensor_files import TensorFile
 
-ADAPTER_MODEL = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # before every name in PEFT's files
 HEAD = "score.weight"  # a classifier's head, which is trained in full and kept beside the additions
 
@@ -75,7 +73,7 @@ class Adapter:
     folder: Path
     config: dict[str, Any]
     additions: dict[str, Addition]
-    head: np.ndarray | None = None
+    head: StoredTensor | None = None
 
     @property
     def base(self) -> str:
@@ -128,7 +126,7 @@ def open_adapter(folder: str | Path) -> Adapter:
             layer = arrays.setdefault(f"transformer.{match[1]}", {})
             layer[match[2]] = _matrix(file, name).T
         elif short == HEAD:
-            head = _matrix(file, name)
+            head = file.entries[name]
         else:
             raise UserError(f"{file.path}: {name!r} is not a low-rank addition: merge it with PEFT")
     if not arrays:
@@ -164,54 +162,19 @@ def _matrix(file: TensorFile, name: str) -> np.ndarray:
     return out
 
 
-def write_adapter(
-    folder: str | Path,
-    additions: Mapping[str, Addition],
-    head: np.ndarray | None,
-    settings: Mapping[str, Any],
-) -> None:
-    """Write both files of an adapter, as PEFT does, into `folder`; UserError if that fails.
-
-    `settings` go into adapter_config.json: base_model_name_or_path, r, lora_alpha, lora_dropout and
-    target_modules.
-    """
-    arrays = {}
-    for name, addition in additions.items():
-        arrays[f"{PREFIX}{name}.lora_A.weight"] = addition.a.T
-        arrays[f"{PREFIX}{name}.lora_B.weight"] = addition.b.T
-    if head is not None:
-        arrays[PREFIX + HEAD] = head
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
-        **settings,
-        "fan_in_fan_out": True,  # weights are (in, out), as GPT-2 stores them
-        "bias": "none",
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": None if head is None else ["classifier", "score"],
-    }
-    write_safetensors(Path(folder) / ADAPTER_MODEL, arrays, {"format": "pt"})
-    write_text(Path(folder) / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
-
-
 def merged(weights: Weights, adapter: Adapter) -> Weights:
     """The model of `weights` with the adapter folded in, a tensor at a time, while it is read.
 
     Raises UserError where the adapter was made for another model.
     """
-    if adapter.head is not None:
-        raise UserError(
-            f"{adapter.folder} is the adapter of a classifier, not of a language model: use it with"
-            " finetune_gpt2.py classify --predict"
-        )
     check_made_for(adapter, {name: t.shape for name, t in weights.tensors.items()}, weights.path)
     tensors = dict(weights.tensors)
     for name, addition in adapter.additions.items():
         base = tensors[f"{name}.weight"]
         values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
         tensors[f"{name}.weight"] = Merged(**values, base=base, addition=addition)
-    return dataclasses.replace(weights, tensors=tensors)
+    heads = weights.heads | ({} if adapter.head is None else {HEAD: adapter.head})
+    return dataclasses.replace(weights, tensors=tensors, heads=heads)
 
 
 def check_made_for(

@@ -39,7 +39,7 @@ MODEL, INDEX, HPARAMS = "model.safetensors", "model.safetensors.index.json", "hp
 TORCH_MODEL, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHT_FILES = (MODEL, INDEX, TORCH_MODEL, TORCH_INDEX)  # the first in a folder counts
 NANOGPT = "ckpt.pt"
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 
 
@@ -66,7 +66,8 @@ def is_adapter(path: str | Path) -> bool:
     """Whether this folder holds a LoRA adapter (weights/adapters.py) and not a whole model."""
     if os.path.isdir(Path(path, SAVED)):
         finish_set(path)
-    return os.path.isfile(Path(path, ADAPTER_CONFIG))
+    whole = any(os.path.exists(Path(path, name)) for name in WEIGHT_FILES)
+    return os.path.isfile(Path(path, ADAPTER_CONFIG)) and not whole
 
 
 def open_weights(path: str | Path) -> Weights:

@@ -16,7 +16,6 @@ from micrograd_gpt.tuning.lora import (
     add_lora,
     load_adapter,
     lora_layers,
-    save_adapter,
     trained_parameters,
 )
 
@@ -111,11 +110,11 @@ def test_we_load_what_peft_saves(
 @pytest.mark.parametrize("layers", SHORT)
 def test_peft_loads_what_we_save(base: Path, tmp_path: Path, layers: list[str]) -> None:
     ours = GPT2.from_pretrained(base)
-    add_lora(ours, rank=4, alpha=12, layer_names=layers)
+    add_lora(ours, rank=4, alpha=12, layer_names=layers, base=str(base))
     rng = np.random.default_rng(2)
     for parameter in trained_parameters(ours):
         parameter.data = rng.normal(0, 0.1, parameter.shape).astype(np.float32)
-    save_adapter(ours, tmp_path, str(base))
+    ours.save_pretrained(tmp_path)
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     ids = random_ids(3, 20)
     assert relative_error(our_logits(ours, ids), their_logits(theirs, ids)) < 1e-5

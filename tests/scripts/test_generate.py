@@ -21,7 +21,7 @@ from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
-from micrograd_gpt.tuning.lora import add_lora, lora_layers, save_adapter
+from micrograd_gpt.tuning.lora import add_lora, lora_layers
 from micrograd_gpt.weights.pretrained import from_pretrained
 from micrograd_gpt.weights.saving import save_pretrained
 
@@ -63,10 +63,10 @@ def test_an_adapter_s_folder_is_a_model(
 ) -> None:
     """Its text is that of its base with the adapter folded in, and not its base's."""
     model = from_pretrained(GPT2, char_model)
-    add_lora(model, rank=2)
+    add_lora(model, rank=2, base=char_model)
     for layer in lora_layers(model).values():
         layer.lora_B.data = layer.lora_B.data + 1
-    save_adapter(model, tmp_path, char_model)
+    model.save_pretrained(tmp_path)
     argv = ("--prompt", "the ", "--greedy", "--max-new-tokens", "20")
     letters = load_tokenizer(char_model)
     expected = model.generate(letters.encode("the ")[None], max_new_tokens=20, temperature=0)

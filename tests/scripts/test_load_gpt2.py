@@ -25,7 +25,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text import hugging_face
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import CharTokenizer
-from micrograd_gpt.tuning.lora import add_lora, save_adapter, trained_parameters
+from micrograd_gpt.tuning.lora import add_lora, trained_parameters
 from micrograd_gpt.weights import pretrained, releases, saving
 from micrograd_gpt.weights.config import SIZES, published_shape, read_config
 from micrograd_gpt.weights.releases import OPENAI_FILES, Release
@@ -135,10 +135,10 @@ def test_the_model_s_own_tokenizer_goes_with_it(script: ModuleType, here: Path) 
 def adapter(source: Path, tmp_path: Path) -> Path:
     """A folder with an adapter for `source`, both matrices of each addition other than zero."""
     model = GPT2.from_pretrained(source)
-    add_lora(model, rank=2)
+    add_lora(model, rank=2, base=str(source))
     for parameter in trained_parameters(model):
         parameter.data = np.full(parameter.shape, 0.3, np.float32)
-    save_adapter(model, tmp_path / "adapter", str(source))
+    model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
 

@@ -25,7 +25,6 @@ from micrograd_gpt.tuning.lora import (
     add_lora,
     load_adapter,
     lora_layers,
-    save_adapter,
     trained_parameters,
 )
 from micrograd_gpt.weights.names import config_named, open_model, tokenizer_folder
@@ -148,7 +147,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(tmp_path: Path, base: Path) -> Path:
-    save_adapter(with_lora(), tmp_path / "adapter", str(base))
+    with_lora(base=str(base)).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -202,7 +201,7 @@ def test_a_set_that_was_decided_on_is_completed(adapter: Path, tmp_path: Path) -
 def test_the_tokenizer_is_the_adapter_s_or_else_its_base_s(tmp_path: Path) -> None:
     letters = CharTokenizer("abcdefghij\n")
     save_pretrained(make_model(), tmp_path / "base", letters)
-    save_adapter(with_lora(), tmp_path / "adapter", str(tmp_path / "base"))
+    with_lora(base=str(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
     for expected in ("base", "adapter"):
         assert open_model(str(tmp_path / "adapter")).folder == tmp_path / expected
         assert tokenizer_folder(str(tmp_path / "adapter")) == tmp_path / expected
@@ -215,7 +214,7 @@ def test_the_shape_is_the_base_s_also_where_a_config_lies_beside(adapter: Path) 
 
 
 def test_an_adapter_of_openai_s_model_names_it_as_the_hub_does(tmp_path: Path) -> None:
-    save_adapter(with_lora(), tmp_path, "124M")
+    with_lora(base="124M").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "openai-community/gpt2"
 
@@ -256,7 +255,6 @@ def rewrite(adapter: Path, change: dict[str, Any] | None = None, **config: Any) 
             {},
             "'base_model.model.lm_head.weight' is not a low-rank addition",
         ),
-        ({"base_model.model.score.weight": np.zeros((2, 16), "f4")}, {}, "of a classifier"),
     ],
 )
 def test_what_is_not_a_plain_adapter_is_refused(
@@ -291,7 +289,7 @@ def test_an_adapter_of_another_model_is_refused(adapter: Path, tmp_path: Path) -
 
 
 def test_an_adapter_of_an_adapter_is_refused(adapter: Path, tmp_path: Path) -> None:
-    save_adapter(with_lora(), tmp_path / "second", str(adapter))
+    with_lora(base=str(adapter)).save_pretrained(tmp_path / "second")
     with pytest.raises(UserError, match="second is an adapter itself: merge that"):
         GPT2.from_pretrained(tmp_path / "second")
 
