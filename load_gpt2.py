@@ -60,7 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         weights = open_local(find(args.model))
     if args.merge:
-        weights = merged(weights, open_adapter(args.merge))
+        adapter = open_adapter(args.merge)
+        if adapter.head is not None:
+            raise UserError(
+                f"{args.merge} is a classifier's adapter: use it as it is, with --model"
+            )
+        weights = merged(weights, adapter)
     size = named or published_size(weights.config)
     if claimed and size != claimed:
         raise UserError(f"{args.model} holds {size or 'no published size'}, not {claimed}")
