@@ -213,6 +213,16 @@ def test_the_shape_is_the_base_s_also_where_a_config_lies_beside(adapter: Path) 
     assert config_named(str(adapter)) == make_model().config
 
 
+def test_in_a_folder_is_what_was_saved_last(base: Path) -> None:
+    plain = make_model(seed=8)
+    for model in (with_lora(base="124M"), plain):
+        model.save_pretrained(base)
+        whole = model is plain
+        assert (base / "model.safetensors").exists() == (base / "config.json").exists() == whole
+        if whole:  # beside what is left of the adapter
+            np.testing.assert_array_equal(logits(GPT2.from_pretrained(base)), logits(plain))
+
+
 def test_an_adapter_of_openai_s_model_names_it_as_the_hub_does(tmp_path: Path) -> None:
     with_lora(base="124M").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
