@@ -11,6 +11,8 @@ import pytest
 
 from micrograd_gpt import no_grad, optim
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.text.tokenizers import ByteTokenizer
+from micrograd_gpt.tuning.classifier import GPT2Classifier, load_classifier, write_classifier
 from micrograd_gpt.tuning.lora import (
     LAYERS,
     add_lora,
@@ -173,3 +175,53 @@ def test_the_initial_values_are_distributed_as_peft_s(base: Path) -> None:
         # of 384 uniform numbers
         assert np.abs(layer.lora_A.data).max() == pytest.approx(np.abs(a).max(), rel=0.05)
         assert layer.lora_A.data.std() == pytest.approx(a.std(), rel=0.1)
+
+
+# ------------------------------------------------------------------------------------ classifiers
+
+LENGTHS = np.array([7, 20, 1])  # of the texts in random_ids(3, 20)
+
+
+def our_labels(model: GPT2Classifier, ids: np.ndarray) -> np.ndarray:
+    with no_grad():
+        return model(ids, LENGTHS).data
+
+
+def their_labels(model: Any, ids: np.ndarray) -> np.ndarray:
+    """Text by text, so that nothing is padded and the last token is the text's."""
+    with torch.no_grad():
+        rows = [
+            model.eval()(torch.tensor(r[None, :n])).logits
+            for r, n in zip(ids, LENGTHS, strict=True)
+        ]
+    return torch.cat(rows).numpy()
+
+
+def test_peft_loads_the_adapter_of_our_classifier(base: Path, tmp_path: Path) -> None:
+    ours = GPT2Classifier(GPT2.from_pretrained(base), ["ant", "bee", "cat"], seed=3)
+    add_lora(ours, rank=4, alpha=12, base=str(base))
+    rng = np.random.default_rng(2)
+    for parameter in trained_parameters(ours):
+        parameter.data = rng.normal(0, 0.1, parameter.shape).astype(np.float32)
+    write_classifier(ours, tmp_path, ByteTokenizer())
+    ids = random_ids(3, 20)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    assert relative_error(our_labels(ours, ids), their_labels(theirs, ids)) < 1e-5
+
+
+def test_we_load_the_adapter_of_their_classifier(base: Path, tmp_path: Path) -> None:
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=12, fan_in_fan_out=True)
+    theirs = peft.get_peft_model(theirs, config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    ids, ours = random_ids(3, 20), load_classifier(tmp_path)
+    assert ours.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert relative_error(our_labels(ours, ids), their_labels(theirs, ids)) < 1e-5
+    fresh = GPT2Classifier(GPT2.from_pretrained(base), ours.labels)
+    load_adapter(fresh, tmp_path)
+    assert relative_error(our_labels(fresh, ids), their_labels(theirs, ids)) < 1e-5

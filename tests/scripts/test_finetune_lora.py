@@ -65,7 +65,8 @@ def test_an_adapter_is_trained_and_used(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    assert classify(out, "--epochs", 25, "--dropout", 0, "--lora-layers", "c_attn,mlp.c_fc") == 0
+    fast = ["--epochs", 10, "--learning-rate", 0.06, "--dropout", 0]
+    assert classify(out, *fast, "--lora-layers", "c_attn,mlp.c_fc") == 0
     trained = BLOCKS * RANK * (WIDTH + 3 * WIDTH + WIDTH + 4 * WIDTH) + 3 * WIDTH
     printed = capsys.readouterr()
     assert f"training {trained:,} parameters" in printed.err
