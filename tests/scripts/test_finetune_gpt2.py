@@ -22,7 +22,7 @@ from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.tokenizers import ByteTokenizer
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 from micrograd_gpt.tuning.classification import Classification
 from micrograd_gpt.tuning.classifier import load_classifier
 
@@ -366,6 +366,21 @@ def test_mistakes_are_one_line(
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         finetune_gpt2.main(named)
     assert "\n" not in str(caught.value) and not (tmp_path / "tuned").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    classify: Main, data: Path, tmp_path: Path, finetune_gpt2: ModuleType
+) -> None:
+    small, out = tmp_path / "small", tmp_path / "out"
+    GPT2(GPT2Config(1, 2, 16, 100, 32)).save_pretrained(small, ByteTokenizer())
+    with pytest.raises(UserError, match="the tokenizer has 257 tokens and the model 100"):
+        classify(out, "--model", small)
+    classify(out, "--max-steps", 1)
+    CharTokenizer.from_text("abc 0123456789").save(out)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("abc\n")
+    with pytest.raises(UserError, match="the tokenizer has 14 tokens and the model 257"):
+        finetune_gpt2.main(["classify", "--model", str(out), "--predict", str(texts)])
 
 
 def test_a_mistake_ends_with_status_2(base: Path, data: Path) -> None:
