@@ -1,4 +1,4 @@
-"""Fetch, convert and check GPT-2's weights.
+"""Fetch, convert, check and export GPT-2's weights.
 
     python load_gpt2.py                           # 124M, from Hugging Face or else from OpenAI
     python load_gpt2.py --size 1558M --source openai
@@ -6,8 +6,10 @@
     python load_gpt2.py --from distilbert/distilgpt2                   # a model on the Hub
     python load_gpt2.py --from ckpt.pt --out mine                      # nanoGPT's checkpoint
     python load_gpt2.py --from mine --merge adapter --out merged       # LoRA folded in
+    python load_gpt2.py --from out --export model.gguf                 # a file for llama.cpp
 
-The result is a folder that generate.py, train_gpt2.py --init-from and Transformers load.
+The result is a folder that generate.py, train_gpt2.py --init-from and Transformers load, or with
+--export one file that llama.cpp runs.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.weights import gguf_file
 from micrograd_gpt.weights.adapters import merged, open_adapter
 from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_name
 from micrograd_gpt.weights.formats import Weights, is_adapter
@@ -60,28 +63,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         weights = open_local(find(args.model))
     if args.merge:
-        adapter = open_adapter(args.merge)
-        if adapter.head is not None:
-            raise UserError(
-                f"{args.merge} is a classifier's adapter: use it as it is, with --model"
-            )
-        weights = merged(weights, adapter)
+        weights = with_adapter(weights, args.merge)
     size = named or published_size(weights.config)
     if claimed and size != claimed:
         raise UserError(f"{args.model} holds {size or 'no published size'}, not {claimed}")
-    own = f"gpt2-{size}" if size and not args.merge else own_name(args.merge or args.model)
-    out = args.out or Path("models") / own
-    for source in (weights.path, *filter(is_adapter, filter(None, (args.model, args.merge)))):
-        refuse_to_overwrite(out, Path(source))
+    name = f"gpt2-{size}" if size and not args.merge else own_name(args.merge or args.model)
+    out = args.export or args.out or Path("models") / name
+    adapters = [Path(given) for given in (args.model, args.merge) if given and is_adapter(given)]
+    for source in () if args.export else (weights.path, *adapters):
+        refuse_to_overwrite(out, source)
+    tokenizer = exportable_tokenizer(weights) if args.export else tokenizer_of(weights)
 
     say(f"loading {weights.path}")
     model = build(weights)
-    tokenizer = tokenizer_of(weights)
     # Other weights of that shape are OpenAI's only if the user says so, by --size.
     is_claimed = (claimed or named) is not None and not args.merge
     passed, findings = check(model, tokenizer, size, claimed=is_claimed)
     if passed:
-        write_folder(model, out, tokenizer, None if args.dtype == "float32" else args.dtype)
+        if args.export:
+            assert tokenizer is not None
+            gguf_file.write_gguf(out, model, tokenizer, args.dtype, name)
+        else:
+            write_folder(model, out, tokenizer, None if args.dtype == "float32" else args.dtype)
         say(f"wrote {out}, weights stored as {args.dtype}")
     else:
         say(f"the check failed: {out} is not written")
@@ -121,6 +124,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         " --merge)",
     )
     parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE.gguf",
+        help="write this file, tokenizer included, instead of a folder: llama.cpp runs it",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
@@ -135,6 +144,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.model is not None and args.source is not None:
         raise UserError("--from says where the model is, and so does --source: give one of them")
+    if args.export is not None and args.out is not None:
+        raise UserError("--export writes a file and --out a folder: give one of them")
+    if args.export is not None and args.export.suffix != ".gguf":
+        raise UserError(f"--export writes GGUF: end {args.export} in .gguf")
     return args
 
 
@@ -161,6 +174,14 @@ def own_name(model: str) -> str:
     return Path(model.partition("@")[0]).name  # NAME of OWNER/NAME@REVISION
 
 
+def with_adapter(weights: Weights, folder: str) -> Weights:
+    """The weights with the adapter in this folder folded in; UserError for a classifier's."""
+    adapter = open_adapter(folder)
+    if adapter.head is not None:
+        raise UserError(f"{folder} is a classifier's adapter: use it as it is, with --model")
+    return merged(weights, adapter)
+
+
 def refuse_to_overwrite(out: Path, source: Path) -> None:
     """UserError if `out` holds the weights at `source`, also by a link, or a training run."""
     try:
@@ -174,16 +195,27 @@ def refuse_to_overwrite(out: Path, source: Path) -> None:
         raise UserError(f"{out} holds a training run ({STATE}): choose another --out")
 
 
+def own_tokenizer(weights: Weights) -> Tokenizer:
+    """The tokenizer that these weights were trained with; UserError if it is unknown."""
+    tokenizer = load_tokenizer(weights.folder)
+    tokenizer.check_size(weights.config.vocab_size)
+    return tokenizer
+
+
+def exportable_tokenizer(weights: Weights) -> Tokenizer:
+    """The tokenizer to export with these weights; UserError if llama.cpp cannot run them."""
+    tokenizer = own_tokenizer(weights)
+    gguf_file.check_exportable(weights.config, tokenizer)
+    return tokenizer
+
+
 def tokenizer_of(weights: Weights) -> Tokenizer | None:
     """The tokenizer that these weights were trained with; None, and why on stderr, if unknown."""
-    folder = weights.folder
     try:
-        tokenizer = load_tokenizer(folder)
-        tokenizer.check_size(weights.config.vocab_size)
+        return own_tokenizer(weights)
     except UserError as error:
         say(f"no tokenizer is written: {error}")
         return None
-    return tokenizer
 
 
 def write_folder(model: GPT2, out: Path, tokenizer: Tokenizer | None, dtype: str | None) -> None:

@@ -15,9 +15,10 @@ import numpy as np
 from common import median, peak_megabytes
 from train import flops_per_token
 
-from micrograd_gpt import gpt2, no_grad, optim
+from micrograd_gpt import no_grad, optim
 from micrograd_gpt.arrays.devices import library_for, move, set_tf32
 from micrograd_gpt.arrays.precision import compute_in, hold_in
+from micrograd_gpt.generation import context
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.text.documents import load_documents
 from micrograd_gpt.text.windows import Windows
@@ -165,8 +166,8 @@ def decoding(task: dict[str, Any]) -> dict[str, Any]:
 def our_generate(task: dict[str, Any]) -> Callable[[np.ndarray, int], Any]:
     model = our_model(task["model"], task["device"]).eval()
     hold_in(model, "bfloat16")
-    if not task.get("graph", True):  # the kernels of each block, launched one by one
-        gpt2.through_blocks = gpt2.through_blocks.definition  # type: ignore[attr-defined]
+    if not task.get("graph", True):  # the kernels of each layer, launched one by one
+        context.next_logits = context.next_logits.definition  # type: ignore[attr-defined]
 
     def generate(ids: np.ndarray, count: int) -> Any:
         with no_grad():

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from micrograd_gpt.arrays.stand_ins import definition  # marks what faster code may replace
+from micrograd_gpt.arrays.stand_ins import converted, definition  # where faster code comes in
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
 
@@ -166,7 +166,7 @@ class Tensor:
 
     def astype(self, dtype: Any) -> Tensor:
         """This tensor in another type; a float's gradient comes back in the type of this tensor."""
-        data = self.data.astype(dtype, copy=False)
+        data = converted(self.data, dtype)
         result = Tensor(self if data is self.data else data)
         if is_recorded(self) and result.dtype.kind not in "iub":
             result.requires_grad, result._node = True, node_of(self)
@@ -394,7 +394,7 @@ def fit(grad: Array | Picked, shape: tuple[int, ...], dtype: Any) -> Array:
     if grad.shape != shape:
         raise ValueError(f"a gradient of shape {grad.shape} for a tensor that is now {shape}")
     grad = np.asarray(grad) if isinstance(grad, np.generic) else grad  # a sum to () is no array
-    return grad.astype(dtype, copy=False)
+    return converted(grad, dtype)
 
 
 def total(x: Array, axis: Any = None, keepdims: bool = False) -> Array:

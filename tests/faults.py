@@ -80,7 +80,9 @@ def serving(files: dict[str, bytes]) -> Iterator[Server]:
                 return self.send(200, {"Content-Type": "text/html"}, LOGIN_PAGE, body)
             content = server.files.get(self.path)
             if fault.status is not None or content is None:
-                headers = {"X-Error-Code": fault.code} if fault.code else {}
+                code = fault.code if fault.status else "EntryNotFound"
+                commit = server.commits.get(self.path, COMMIT)
+                headers = {"X-Error-Code": code, "X-Repo-Commit": commit} if code else {}
                 return self.send(fault.status or 404, headers, b"", body)
             headers = {
                 "Content-Type": "application/octet-stream",

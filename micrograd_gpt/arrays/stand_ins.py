@@ -38,6 +38,7 @@ CUDA = "cuda"  # the kernels for a GPU's arrays; they stand in wherever "numpy" 
 IN_THE_ENVIRONMENT = ("definitions", "numpy", "c")
 
 _IN_C: list[Callable[[], str]] = []
+_CONVERSIONS: list[Callable[[Any, np.dtype], Any]] = []
 _HIGHEST: ContextVar[str | None] = ContextVar("highest level", default=None)
 
 
@@ -128,6 +129,23 @@ def stands_in_for(
         return definition if level == "fused" else stand_in  # type: ignore[return-value]
 
     return register
+
+
+def converted(array: Any, dtype: Any) -> Any:
+    """`array` in this type: itself where it has it, else a copy, which a GPU's kernel may make."""
+    if not isinstance(array, np.ndarray) and array.dtype != dtype:
+        for conversion in _CONVERSIONS:
+            try:
+                return conversion(array, np.dtype(dtype))
+            except NotForMe:
+                continue
+    return array.astype(dtype, copy=False)
+
+
+def converts(conversion: Callable[[Any, np.dtype], Any]) -> Callable[[Any, np.dtype], Any]:
+    """Register a function that copies some arrays of a GPU's into another type, or is NotForMe."""
+    _CONVERSIONS.append(conversion)
+    return conversion
 
 
 @contextmanager

@@ -7,13 +7,25 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from micrograd_gpt.arrays.devices import to_device
 from micrograd_gpt.arrays.memory import keep_freed_memory
 from micrograd_gpt.arrays.precision import widened
+from micrograd_gpt.arrays.stand_ins import definition
+from micrograd_gpt.generation.filters import likeliest
 from micrograd_gpt.generation.kv_cache import KVCache, bytes_of_cache
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.tensor import no_grad
+from micrograd_gpt.tensor import Array, no_grad
+
+TOKENS_AT_ONCE = 2048  # of several prompts together: what a model computes for them takes memory
+
+
+@definition
+def next_logits(cache: KVCache, model: GPT2, ids: np.ndarray) -> Array:
+    """The logits after the last of the tokens ids (B, T) that follow those in the cache: (B, 1, V),
+    on the model's device. The cache then holds T tokens more in each row."""
+    return model(ids, cache, last_only=True).data
 
 
 def window_start(length: int, n_positions: int) -> int:
@@ -81,25 +93,41 @@ class Context:
         No text may be empty, and all `count` tokens are seen through the window of the whole text.
         Raises UserError where the logits are not finite numbers.
         """
-        # In a context of its own, so that nothing stays switched off if Ctrl-C comes at any moment
-        logits = widened(contextvars.copy_context().run(self._model_logits, texts, count))
-        if not np.isfinite(logits).all():
-            raise UserError("the model's logits are not finite: its weights must be damaged")
+        logits = to_device(self._logits_on_device(texts, count), "cpu")
+        _check_finite(np.isfinite(logits))
         return logits
 
-    def _model_logits(self, texts: list[list[int]], count: int) -> np.ndarray:
+    def likeliest(
+        self, texts: list[list[int]], count: int = 1, vocab_size: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The likeliest tokens at the places of `logits`, and their log-probabilities: (B, count).
+
+        Tokens are chosen among the first `vocab_size` ids. On a GPU no more than these two come
+        back to Python. Raises UserError as `logits` does.
+        """
+        logits = self._logits_on_device(texts, count)
+        tokens, log_probs, finite = to_device(likeliest(logits, vocab_size), "cpu")
+        _check_finite(finite)
+        return tokens.astype(int), log_probs
+
+    def _logits_on_device(self, texts: list[list[int]], count: int) -> Array:
+        # In a context of its own, so that nothing stays switched off if Ctrl-C comes at any moment
+        return widened(contextvars.copy_context().run(self._model_logits, texts, count))
+
+    def _model_logits(self, texts: list[list[int]], count: int) -> Array:
         with no_grad(), no_dropout():
             if self.cache is None:
                 return np.stack([self._read(text, count) for text in texts])
             if len(texts) == 1 and count == 1:  # everything that is unread, in one go
                 self._line_up(texts[0], 0, len(texts[0]) - 1)
-                cache = self.cache.rows(0, 1)
-                unread = np.array([texts[0][self.starts[0] + cache.length :]])  # (1, T)
-                return self.model(unread, cache, last_only=True).numpy()
-            for row in range(len(texts)):
-                self._prepare(texts, row, len(texts[row]) - count)
+                unread = texts[0][self.starts[0] + int(self.cache.lengths[0]) :]
+                return next_logits(self.cache.rows(0, 1), self.model, np.array([unread]))
+            self._prepare(texts, count)
             last = np.array([text[len(text) - count :] for text in texts])  # (B, count)
-            return self.model(last, self.cache.rows(0, len(texts))).numpy()
+            cache = self.cache.rows(0, len(texts))
+            if count == 1:
+                return next_logits(cache, self.model, last)
+            return self.model(last, cache).data
 
     def keep(self, rows: list[int], shared: int = 0) -> None:
         """Let row i continue the text of row rows[i]; the first `shared` tokens agree in all."""
@@ -109,28 +137,43 @@ class Context:
             self.cache.copy_rows(rows, since=max(0, shared - starts[0]) if alike else 0)
         self.starts[: len(rows)] = starts
 
-    def _read(self, text: list[int], count: int) -> np.ndarray:
+    def _read(self, text: list[int], count: int) -> Array:
         """Logits at the last `count` positions of one text, without the cache: (count, V)."""
         window = text[window_start(len(text), self.n_positions) :]
-        return self.model(np.array([window]), last_only=count == 1).numpy()[0, -count:]
+        return self.model(np.array([window]), last_only=count == 1).data[0, -count:]
 
     def _line_up(self, text: list[int], row: int, end: int) -> None:
         """Cut the row's cache down to tokens of its text's window that come before token `end`."""
         assert self.cache is not None
-        cache, start = self.cache.rows(row, row + 1), window_start(len(text), self.n_positions)
-        cache.length = min(cache.length, end - start) if start == self.starts[row] else 0
+        lengths, start = self.cache.lengths, window_start(len(text), self.n_positions)
+        lengths[row] = min(int(lengths[row]), end - start) if start == self.starts[row] else 0
         self.starts[row] = start
 
-    def _prepare(self, texts: list[list[int]], row: int, end: int) -> None:
-        """Fill the row's cache with its text, from the start of the window up to token `end`."""
+    def _prepare(self, texts: list[list[int]], count: int) -> None:
+        """Fill each row's cache with its text, from the start of the window, without the last
+        `count` tokens. Neighbours of which equally many tokens are unread are read as one batch."""
         assert self.cache is not None
-        text, cache = texts[row], self.cache.rows(row, row + 1)
-        self._line_up(text, row, end)
-        unread = text[self.starts[row] + cache.length : end]
-        if unread and row and text == texts[row - 1]:  # several samples of one prompt
-            self.cache.copy_rows([*range(row), row - 1])
-        elif unread:
-            self.model.hidden(np.array([unread]), cache)
+        unread = []
+        for row, text in enumerate(texts):
+            end = len(text) - count
+            self._line_up(text, row, end)
+            unread.append(text[self.starts[row] + int(self.cache.lengths[row]) : end])
+        row = 0
+        while row < len(texts):
+            new, end = unread[row], row + 1
+            if new and row and texts[row] == texts[row - 1]:  # several samples of one prompt
+                self.cache.copy_rows([*range(row), row - 1])
+            elif new:
+                most = min(len(texts), row + TOKENS_AT_ONCE // len(new))
+                while end < most and len(unread[end]) == len(new) and texts[end] != texts[end - 1]:
+                    end += 1
+                self.model.hidden(np.array(unread[row:end]), self.cache.rows(row, end))
+            row = end
+
+
+def _check_finite(finite: np.ndarray) -> None:
+    if not finite.all():
+        raise UserError("the model's logits are not finite: its weights must be damaged")
 
 
 def _allocate(model: GPT2, rows: int, capacity: int) -> KVCache:

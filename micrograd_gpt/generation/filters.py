@@ -15,7 +15,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from micrograd_gpt.arrays.stand_ins import definition
 from micrograd_gpt.generation.settings import Settings
+from micrograd_gpt.tensor import Array
 
 NEVER = -np.inf
 NO_TOKEN_LEFT = "every token would repeat an n-gram: raise no_repeat_ngram_size, or set it to 0"
@@ -126,6 +128,29 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
     """Scores (…, V) -> natural logarithms of the probabilities."""
     shifted = scores - scores.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def log_probability(scores: np.ndarray, token: int) -> float:
+    """The natural logarithm of the probability of one token, given scores (V,)."""
+    largest = scores.max()
+    return float(scores[token] - largest - np.log(np.exp(scores - largest).sum()))
+
+
+@definition
+def likeliest(scores: Array, vocab_size: int | None = None) -> Array:
+    """The likeliest tokens, given scores (…, V) on any device: float64 (3, …), to be read at once.
+
+    For each place: its id, the lowest where several are equally likely, among the first
+    `vocab_size`; the logarithm of its probability among all V; and whether all V scores are finite,
+    1 or 0, without which the others mean nothing.
+    """
+    allowed = scores[..., :vocab_size]
+    with np.errstate(invalid="ignore"):
+        shifted = scores - scores.max(axis=-1, keepdims=True)
+        totals = np.log(np.exp(shifted).sum(axis=-1))
+        log_probs = shifted[..., :vocab_size].max(axis=-1) - totals
+    parts = allowed.argmax(axis=-1), log_probs, np.isfinite(scores).all(axis=-1)
+    return np.stack([part.astype(np.float64) for part in parts])
 
 
 def draw(probabilities: np.ndarray, uniform: float) -> int:

@@ -90,10 +90,10 @@ def decode(model: GPT2, samples: list[Sample], settings: Settings) -> Iterator[S
     while running:
         guesses = _guess(running, context, settings)  # B lists, empty if B > 1
         texts = [sample.ids + guess for sample, guess in zip(running, guesses, strict=True)]
-        logits = context.logits(texts, count=1 + len(guesses[0]))  # (B, 1 + guesses, V)
-        for sample, guess, places in zip(running, guesses, logits, strict=True):
-            for scores, guessed in zip(places, [*guess, None], strict=True):
-                token = _add_token(sample, scores, settings, started)
+        choices = _choices(context, texts, 1 + len(guesses[0]), running, settings)
+        for sample, guess, places in zip(running, guesses, choices, strict=True):
+            for (token, log_prob), guessed in zip(places, [*guess, None], strict=True):
+                _add_token(sample, token, log_prob, settings, started)
                 yield sample
                 if sample.stopped or token != guessed:
                     break
@@ -103,22 +103,47 @@ def decode(model: GPT2, samples: list[Sample], settings: Settings) -> Iterator[S
             running = [running[row] for row in going_on]
 
 
-def _add_token(
-    sample: Sample, logits: np.ndarray, settings: Settings, started: float
-) -> int | None:
-    """Choose a sample's next token and append it; sets `stopped` where the sample ends with it."""
+def _choices(
+    context: Context, texts: list[list[int]], count: int, samples: list[Sample], settings: Settings
+) -> Iterator[Iterator[tuple[int | None, float]]]:
+    """For each text, the token chosen after each of its last `count` ones, and the model's
+    log-probability of it. A sample must have got one before the next is asked for.
+    """
+    if _takes_the_likeliest(settings):
+        for tokens, log_probs in zip(
+            *context.likeliest(texts, count, settings.vocab_size), strict=True
+        ):
+            yield zip(tokens.tolist(), log_probs.tolist(), strict=True)
+        return
+    for sample, places in zip(samples, context.logits(texts, count), strict=True):
+        yield (_choice(scores, sample, settings) for scores in places)
+
+
+def _takes_the_likeliest(settings: Settings) -> bool:
+    """Whether each token is the likeliest, whatever the text so far."""
+    penalises = settings.repetition_penalty != 1 or settings.no_repeat_ngram_size
+    return settings.temperature == 0 and not penalises
+
+
+def _choice(logits: np.ndarray, sample: Sample, settings: Settings) -> tuple[int | None, float]:
     token = choose(logits, sample.ids, settings, sample.rng)
+    return token, 0.0 if token is None else filters.log_probability(logits, token)
+
+
+def _add_token(
+    sample: Sample, token: int | None, log_prob: float, settings: Settings, started: float
+) -> None:
+    """Append a sample's next token; sets `stopped` where the sample ends with it."""
     if token is None:
         sample.stopped = "no token left"
-        return None
+        return
     sample.ids.append(token)
-    sample.log_probs.append(float(filters.log_softmax(logits)[token]))
+    sample.log_probs.append(log_prob)
     sample.seconds = time.perf_counter() - started
     if token == settings.end_of_text:
         sample.stopped = "end-of-text"
-    elif len(sample.new_ids) == settings.max_new_tokens:
+    elif len(sample.ids) - sample.n_prompt == settings.max_new_tokens:
         sample.stopped = "length"
-    return token
 
 
 def _guess(running: list[Sample], context: Context, settings: Settings) -> list[list[int]]:

@@ -243,15 +243,15 @@ def check_apart(starts: Array, ends: Array) -> None:
 # -------------------------------------------------------------------------------- a step of tokens
 
 
-def checked_lengths(cache: Any, x: Array, n_layer: int, n_head: int) -> Array:
-    """A copy of the lengths of a KV cache that takes tokens x (B, T, C) in the blocks of a GPT-2.
+def checked_lengths(cache: Any, shape: tuple[int, ...], n_layer: int, n_head: int) -> Array:
+    """A copy of the lengths of a KV cache for the blocks of a GPT-2 that read (B, T, C) = `shape`.
 
     NotForMe where it does not, or where its array's axes are not laid out in their order.
     """
     data, lengths = cache.data, cache.lengths
-    if x.ndim != 3 or data.ndim != 6 or not x.size or not data.size:
+    if len(shape) != 3 or data.ndim != 6 or 0 in shape or not data.size:
         raise NotForMe
-    (rows, tokens, width), (_, _, _, _, capacity, size) = x.shape, data.shape
+    (rows, tokens, width), (_, _, _, _, capacity, size) = shape, data.shape
     if data.shape[:4] != (n_layer, 2, rows, n_head) or n_head * size != width:
         raise NotForMe
     inner = data.itemsize

@@ -135,8 +135,10 @@ class BytePairTokenizer(Tokenizer):
         """
         import tiktoken
 
-        self.vocabulary, self.merges, self.added = dict(vocabulary), list(merges), list(added)
-        self._special_tokens = dict(special_tokens or {})
+        self.vocabulary, self.merges = dict(vocabulary), list(merges)
+        # In one order, so that `to_dict` is the same after the tokenizer has been saved and read
+        self.added = sorted(added, key=lambda token: token.id)
+        self._special_tokens = dict(sorted((special_tokens or {}).items()))
         super().__init__(
             _tokens(self.vocabulary, self.added), self._special_tokens.get("eos_token")
         )
@@ -225,11 +227,12 @@ class BytePairTokenizer(Tokenizer):
 
 
 def _tokens(vocabulary: Mapping[str, int], added: Sequence[AddedToken]) -> list[bytes]:
-    """The bytes of each id; UserError where an id is missing or taken."""
+    """The bytes of each id; UserError where an id is missing or taken. `added` is in the order of
+    ids."""
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise UserError(f"its vocabulary's ids are not 0 to {len(vocabulary) - 1}, each once")
     tokens = [unspelled(token) for token in sorted(vocabulary, key=vocabulary.__getitem__)]
-    for token in sorted(added, key=lambda token: token.id):
+    for token in added:
         due = vocabulary.get(token.content, len(tokens))
         if token.id != due:
             raise UserError(

@@ -16,14 +16,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT
-from micrograd_gpt.text.byte_pairs import AddedToken, BytePairTokenizer
+from micrograd_gpt.text.byte_pairs import AddedToken
 from micrograd_gpt.text.hugging_face import TOKENIZER_CONFIG
 from micrograd_gpt.text.merges import Merges
 
 MERGES, ADDED, SPECIAL = "merges.txt", "added_tokens.json", "special_tokens_map.json"
+MODEL = "config.json"
+BESIDE = (TOKENIZER_CONFIG, MERGES, ADDED, SPECIAL, MODEL)  # the files that are read besides
 NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
 OTHER_SPECIAL = ("additional_special_tokens", "extra_special_tokens")  # lists
 # Files that only tokenizers of other kinds have
@@ -33,11 +36,14 @@ OTHER_FILES = {
     "sentencepiece.bpe.model": "SentencePiece",
     "vocab.txt": "WordPiece",
 }
+# Transformers' classes that cut text up as GPT-2's does, with "Fast" after their names or without.
+# vocab.json and merges.txt are other classes' files too, and do not say how text is cut up.
+CLASSES = ("GPT2Tokenizer", "CodeGenTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 ONLY = "only byte-level BPE that cuts text up as GPT-2 does is supported"
 
 
 class BytePairs(NamedTuple):
-    """What a folder says of its byte-pair encoding."""
+    """What a folder says of its byte-pair encoding: the arguments of BytePairTokenizer."""
 
     vocabulary: dict[str, int]
     merges: Merges
@@ -45,16 +51,18 @@ class BytePairs(NamedTuple):
     special_tokens: dict[str, int]  # by name
 
 
-def byte_pair_tokenizer(found: BytePairs) -> BytePairTokenizer:
-    """The tokenizer of what a folder says; UserError where that does not fit together."""
-    return BytePairTokenizer(*found)
-
-
 def refuse_other_files(folder: Path) -> None:
-    """Raise UserError if the folder has the files of a tokenizer of another kind."""
+    """Raise UserError if the folder has the files of a tokenizer of another kind, or says so."""
     for name, kind in OTHER_FILES.items():
         if (folder / name).exists():
             raise UserError(f"{folder / name} is a {kind} tokenizer: {ONLY}")
+    _refuse_other_classes(folder)
+
+
+def _refuse_other_classes(folder: Path) -> None:
+    kind = (read_json(folder / TOKENIZER_CONFIG) or {}).get("tokenizer_class")
+    if kind is not None and str(kind).removesuffix("Fast") not in CLASSES:
+        raise UserError(f"{folder / TOKENIZER_CONFIG}: a {_shown(kind)} is refused: {ONLY}")
 
 
 # -------------------------------------------------------------------------------- the two formats
@@ -70,7 +78,7 @@ def of_tokenizer_json(settings: Mapping[str, Any], folder: Path) -> BytePairs:
         raise UserError("it is damaged: it has no model")
     kind = model.get("type", "BPE" if "merges" in model else None)  # older files do not say it
     if kind != "BPE":
-        raise UserError(f"its model is {kind}: {ONLY}")
+        raise UserError(f"its model is {_shown(kind)}: {ONLY}")
     config = read_json(folder / TOKENIZER_CONFIG) or {}
     _refuse_differences(settings, model, config)
     described = settings.get("added_tokens") or []
@@ -104,6 +112,7 @@ def of_vocabulary_files(vocabulary: Mapping[str, Any], folder: Path) -> BytePair
             raise UserError(f"{folder / MERGES} is damaged: it is not UTF-8 ({error})") from None
     lines = [line for line in text.split("\n") if line and not line.startswith("#version")]
     config = read_json(folder / TOKENIZER_CONFIG) or {}
+    _refuse_other_classes(folder)
     _refuse_options(config)
     merges = [_pair(line.rstrip("\r").split(" ")) for line in lines]
     return _complete(_vocabulary(vocabulary), merges, [], folder)
@@ -131,7 +140,7 @@ def _refuse_differences(
         ("end_of_word_suffix", model.get("end_of_word_suffix"), (None, "")),
     ):
         if value not in allowed:
-            raise UserError(f"its {what} is {value}: {ONLY}")
+            raise UserError(f"its {what} is {_shown(value)}: {ONLY}")
     assert isinstance(pre_tokenizer, dict)
     for option, wanted in (("add_prefix_space", False), ("use_regex", True)):
         if pre_tokenizer.get(option, True) is not wanted:
@@ -144,6 +153,12 @@ def _refuse_options(config: Mapping[str, Any]) -> None:
     for option in ("add_prefix_space", "add_bos_token", "add_eos_token"):
         if config.get(option):
             raise UserError(f"{TOKENIZER_CONFIG} sets {option}, which is not supported")
+
+
+def _shown(value: Any) -> str:
+    """What a stranger's file says, short and printable."""
+    text = str(value)
+    return text if text.isprintable() and len(text) <= 80 else f"{text!a:.80}"
 
 
 def _type(part: Any) -> Any:
@@ -183,7 +198,7 @@ def _added(token: Any, id: Any) -> AddedToken:
     """An added token as tokenizer.json or tokenizer_config.json describes it."""
     content = token.get("content") if isinstance(token, dict) else None
     if not isinstance(content, str) or not content or type(id) is not int:
-        raise UserError(f"it is damaged: it has the added token {token!r}")
+        raise UserError(f"it is damaged: it has the added token {_shown(token)}")
     for option in ("lstrip", "rstrip", "single_word"):
         if token.get(option):
             raise UserError(f"its added token {content!r} has {option}, which is not supported")
@@ -196,27 +211,44 @@ def _complete(
 ) -> BytePairs:
     """Add to what a tokenizer's own file says what the files beside it say of special tokens."""
     config = read_json(folder / TOKENIZER_CONFIG) or {}
-    names, special = _special(read_json(folder / SPECIAL) or {}, config)
-    tokens = {token.content: token for token in added}
     decoder = config.get("added_tokens_decoder")
+    files = [config, read_json(folder / SPECIAL) or {}]
+    # As in Transformers, the older file counts unless the other one lists the tokens too
+    names, special = _special(*(files if decoder is None else reversed(files)))
+    tokens = {token.content: token for token in added}
     for id, described in decoder.items() if isinstance(decoder, dict) else ():
-        token = _added(described, int(id) if id.isdecimal() else None)
-        tokens.setdefault(token.content, token)
+        token = _added(described, int(id) if id.isdecimal() and len(id) < 10 else None)
+        tokens[token.content] = token  # Transformers too follows this file where the two differ
     for text, id in _vocabulary(read_json(folder / ADDED) or {}).items():
         tokens.setdefault(text, AddedToken(text, id, text in special, text not in special))
 
     ids = vocabulary | {token.content: token.id for token in tokens.values()}
     by_id = {token.id: token.content for token in tokens.values()}
-    model = read_json(folder / "config.json") or {}
+    model = read_json(folder / MODEL) or {}
     for name in ("bos_token", "eos_token"):
         if names.get(name) not in ids:
             id = model.get(f"{name}_id")  # often GPT-2's, where the vocabulary is another
             said = by_id.get(id) if isinstance(id, int) else None
             names[name] = said or END_OF_TEXT
     for text in sorted({*special, *names.values()} & ids.keys()):
-        tokens.setdefault(text, AddedToken(text, ids[text], special=True, normalized=False))
+        token = tokens.get(text, AddedToken(text, ids[text], special=True, normalized=False))
+        tokens[text] = token._replace(special=token.special or text in names.values())
+    for text in _beyond(tokens.values(), vocabulary, model.get("vocab_size")):
+        say(f"note: {folder}: the model has no {text!a}, which its tokenizer adds")
+        del tokens[text], ids[text]
     named = {name: ids[text] for name, text in names.items() if text in ids}
     return BytePairs(vocabulary, merges, list(tokens.values()), named)
+
+
+def _beyond(
+    added: Iterable[AddedToken], vocabulary: Mapping[str, int], vocab_size: Any
+) -> list[str]:
+    """The special tokens that were added without making the model's vocabulary larger, as padding
+    often was, since no text that is trained on has it.
+    """
+    if not isinstance(vocab_size, int) or vocab_size < len(vocabulary):
+        return []  # the model is another tokenizer's, which is for others to say
+    return [token.content for token in added if token.special and token.id >= vocab_size]
 
 
 def _special(*files: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:

@@ -17,9 +17,9 @@ our tokenizers becomes the model that gives its very ids:
     word        WordLevel: the pieces are what WordTokenizer.PATTERN matches
 
 A special token that is typed out in a text is text to our tokenizers, so that no text from
-elsewhere can end a document. "split_special_tokens" tells Transformers so. (It finds special tokens
-with `AutoTokenizer.from_pretrained(folder, split_special_tokens=False)`, as ours do with
-`encode(text, allow_special=True)`.)
+elsewhere can end a document. "split_special_tokens" tells Transformers so. (With
+`AutoTokenizer.from_pretrained(folder, split_special_tokens=False)` it finds them, as ours find
+`<|endoftext|>` with `encode(text, allow_special=True)`.)
 """
 
 from __future__ import annotations
@@ -86,12 +86,11 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     else:
         assert isinstance(tokenizer, BytePairTokenizer)
         parts = _byte_level(tokenizer.vocabulary, tokenizer.merges)
-    added = sorted(added_tokens(tokenizer), key=lambda token: token.id)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_as_json(token) for token in added],
+        "added_tokens": [_as_json(token) for token in added_tokens(tokenizer)],
         "normalizer": None,
         "pre_tokenizer": parts["pre_tokenizer"],
         "post_processor": None,
@@ -101,7 +100,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def added_tokens(tokenizer: Tokenizer) -> list[AddedToken]:
-    """The tokens that do not come about by cutting text up."""
+    """The tokens that do not come about by cutting text up, in the order of their ids."""
     if isinstance(tokenizer, BytePairTokenizer):
         return tokenizer.added
     ids = sorted(set(tokenizer.special_tokens.values()))

@@ -21,11 +21,11 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import finish_set
 from micrograd_gpt.support.files import read_json
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT, Tokenizer
-from micrograd_gpt.text.byte_pairs import GPT2Tokenizer, gpt2_vocabulary
+from micrograd_gpt.text.byte_pairs import BytePairTokenizer, GPT2Tokenizer, gpt2_vocabulary
 from micrograd_gpt.text.foreign_tokenizers import (
+    BESIDE,
     MERGES,
     BytePairs,
-    byte_pair_tokenizer,
     of_tokenizer_json,
     of_vocabulary_files,
     refuse_other_files,
@@ -88,11 +88,12 @@ def load_tokenizer(folder: str | Path, or_gpt2: bool = True) -> Tokenizer:
 
 @contextmanager
 def naming(path: Path, problem: str = "") -> Iterator[None]:
-    """Within the block, a UserError says which file it is about."""
+    """Within the block, a UserError says which file it is about, if not one of those beside it."""
     try:
         yield
     except UserError as error:
-        if str(path.parent) in str(error):  # it names another file
+        others = [str(path.with_name(name)) for name in BESIDE]
+        if str(error).removeprefix("cannot read ").startswith(tuple(others)):
             raise
         raise UserError(f"{path}{problem}: {error}") from error
 
@@ -105,7 +106,7 @@ def _byte_pairs(found: BytePairs) -> Tokenizer:
         merges = merges_sha256(found.merges)
         if found.vocabulary == gpt2_vocabulary() and merges == GPT2_MERGES_SHA256:
             return GPT2Tokenizer()
-    return byte_pair_tokenizer(found)
+    return BytePairTokenizer(*found)
 
 
 def merges_sha256(merges: Merges) -> str:
@@ -121,7 +122,7 @@ def _ours(settings: Mapping[str, Any]) -> Tokenizer | None:
         return None
     vocab, added = model.get("vocab"), settings.get("added_tokens") or []
     kind = _kind_of_words(pre_tokenizer)
-    if kind is None or model.get("type") != "WordLevel":
+    if kind is None or model.get("type") != "WordLevel" or settings.get("normalizer") is not None:
         return None
     if not isinstance(vocab, dict) or list(vocab.values()) != list(range(len(vocab))):
         raise UserError(f"the vocabulary of a {kind.name} tokenizer has the ids 0, 1, 2, …")

@@ -32,8 +32,8 @@ from micrograd_gpt.weights.tensor_files import TensorFile
 from micrograd_gpt.weights.tf_checkpoint import TFCheckpoint
 from micrograd_gpt.weights.torch_file import read_torch, stored_tensors
 
-# What stands on the body in Transformers' models for classification and the like
-OTHER_HEADS = ("score.", "classifier.", "qa_outputs.", "multiple_choice_head.")
+# What stands on the body in Transformers' models for classification and the like, and in TRL's
+OTHER_HEADS = ("score.", "classifier.", "qa_outputs.", "multiple_choice_head.", "v_head.")
 
 MODEL, INDEX, HPARAMS = "model.safetensors", "model.safetensors.index.json", "hparams.json"
 TORCH_MODEL, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -5,7 +5,8 @@ huggingface_hub resumes downloads, shows their progress, and obeys its environme
 HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, HTTPS_PROXY and the rest.
 
 The Hub is asked which commit a branch or tag stands for now. Only what the cache lacks of that
-commit is fetched; if the Hub cannot be asked, the commit in the cache is used.
+commit is fetched; if the Hub cannot be asked, the commit in the cache is used. Other programs write
+to that cache too, and fetch a model without its tokenizer, or the reverse: that is not used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +22,14 @@ from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json
+from micrograd_gpt.text.foreign_tokenizers import OTHER_FILES
 from micrograd_gpt.weights.config import CONFIG, read_config
 from micrograd_gpt.weights.formats import MODEL, TORCH_MODEL, WEIGHT_FILES
 
+TOKENIZERS = ("tokenizer.json", "vocab.json", *OTHER_FILES)  # the others are refused by name
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    *TOKENIZERS,
     "tokenizer_config.json",
-    "vocab.json",
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
@@ -53,9 +56,14 @@ class Repository:
 
 def repository_named(name: str) -> Repository | None:
     """The repository that OWNER/NAME or OWNER/NAME@REVISION stands for; None for other texts."""
-    part = r"[A-Za-z0-9_](?:[\w.-]*\w)?"
-    match = re.fullmatch(rf"({part}/{part})(?:@(\S+))?", name, re.ASCII)
-    if match is None or ".." in match[1] or "--" in match[1]:
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", name, re.ASCII)
+    if match is None:
+        return None
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(match[1])
+    except HFValidationError:
         return None
     return Repository(match[1], match[2] or MAIN)
 
@@ -80,6 +88,8 @@ def fetch(repository: Repository, with_weights: bool = True) -> Path:
         for name in TOKENIZER_FILES:
             if name in files:
                 _file(repository, name, commit)
+        if _lacking(repository, commit, files) == "tokenizer":
+            _ask_for_a_tokenizer(repository, commit)
         if with_weights:
             _fetch_weights(repository, commit, files)
             if is_new:  # only now the cache is told which commit the branch or tag stands for
@@ -89,6 +99,28 @@ def fetch(repository: Repository, with_weights: bool = True) -> Path:
     except Exception as error:  # its own, and those of the HTTP library that its version uses
         raise UserError(f"cannot fetch {repository}: {reason(error)}") from error
     return folder
+
+
+def _lacking(repository: Repository, commit: str, files: frozenset[str]) -> str | None:
+    """What these files of a commit are without, unless the Hub has said that it has none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if files.isdisjoint(WEIGHT_FILES):
+        return "weights"
+    name, folder = repository.name, repository.cache_folder
+    if files.isdisjoint(TOKENIZERS) and not try_to_load_from_cache(
+        name, TOKENIZERS[0], folder, commit
+    ):
+        return "tokenizer"
+    return None
+
+
+def _ask_for_a_tokenizer(repository: Repository, commit: str) -> None:
+    """Have the cache keep the Hub's answer that there is none."""
+    from huggingface_hub.utils import EntryNotFoundError
+
+    with suppress(EntryNotFoundError):
+        _file(repository, TOKENIZERS[0], commit)
 
 
 def _fetch_weights(repository: Repository, commit: str, files: frozenset[str]) -> None:
@@ -117,9 +149,13 @@ def _listing(repository: Repository) -> tuple[str, frozenset[str]]:
         folder = _noted(repository)
         if folder is None:
             raise
+        files = frozenset(file.name for file in folder.iterdir())
+        if lacking := _lacking(repository, folder.name, files):
+            problem = f"{error}; the copy in the cache has no {lacking}, and the Hub may have"
+            raise UserError(problem) from error
         if not isinstance(error.__cause__, OfflineModeIsEnabled):
             say(f"{error}; using the copy that was fetched before")
-        return folder.name, frozenset(file.name for file in folder.iterdir())
+        return folder.name, files
 
 
 def _asked(repository: Repository) -> tuple[str, frozenset[str]]:

@@ -46,7 +46,7 @@ def build(
     for a model that does not fit into memory.
     """
     if weights.heads:
-        names = ", ".join(weights.heads)
+        names = ", ".join(map(ascii, weights.heads))[:200]  # there can be any, and any number
         say(f"note: {weights.path}: {names} left out: a language model has no such head")
     try:
         model = unwritten(weights.config, cls)

@@ -47,7 +47,7 @@ def read_torch(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        with open_unbuffered(path) as raw, io.BufferedReader(raw) as file:
+        with open_unbuffered(path) as raw, _File(raw) as file:
             start = file.read(len(LEGACY_START))
             if start.startswith(ZIP_MAGIC):
                 return _read_zip(path, file)
@@ -78,12 +78,24 @@ def stored_tensors(saved: Any, path: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{path} does not hold a dict of tensors (torch.save(model.state_dict()))")
     for name, tensor in saved.items():
         if not isinstance(name, str) or not isinstance(tensor, TorchTensor):
-            raise UserError(f"{path} holds {name!r}, which is not a tensor of a model")
+            raise UserError(f"{path} holds {repr(name)[:80]}, which is not a tensor of a model")
     return {name: tensor.stored(name, path) for name, tensor in saved.items()}
 
 
 # ----------------------------------------------------------------------------------------------
 # The two formats: where the pickle is, and where each storage's numbers are
+
+
+class _File(io.BufferedReader):
+    """A file of which no more may be asked for at a time than a pickle may have.
+
+    That limits a zip directory too, of which zipfile makes ten times as many bytes of objects.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > PICKLE_BYTES:
+            raise ValueError(f"a part of it has {size:,} bytes, which no model needs")
+        return super().read(size)
 
 
 def _read_zip(path: Path, file: BinaryIO) -> Any:
@@ -171,8 +183,6 @@ def _read_legacy(path: Path, file: BinaryIO) -> Any:
 
 
 def _bytes_at(file: BinaryIO, start: int, count: int) -> bytes:
-    if count > PICKLE_BYTES:
-        raise ValueError(f"its pickle has {count:,} bytes, which no model needs")
     file.seek(start)
     data = file.read(count)
     if len(data) != count:

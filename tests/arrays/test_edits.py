@@ -26,7 +26,7 @@ from micrograd_gpt.arrays.stand_ins import LEVELS, at_most
 from micrograd_gpt.generation import kv_cache
 from micrograd_gpt.generation.kv_cache import KVCache, Past
 from micrograd_gpt.gpt2 import GPT2, MLP, Block, CausalSelfAttention, GPT2Config
-from micrograd_gpt.nn import LayerNorm, Linear
+from micrograd_gpt.nn import Embedding, LayerNorm, Linear
 
 IDS = np.random.default_rng(0).integers(0, 13, (2, 8))
 PACKAGE = Path(micrograd_gpt.__file__).parent
@@ -366,11 +366,26 @@ def test_every_definition_is_recorded_and_unchanged() -> None:
 def test_an_edit_stops_only_what_it_touches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "gelu", Tensor.relu)
     stopped = {d.__name__ for d in all_definitions() if d.stand_ins and not d.guard.holds()}
-    assert stopped == {"gelu", "through_blocks"}
+    assert stopped == {"gelu", "through_blocks", "next_logits"}
     monkeypatch.setattr(tensor.Tensor, "exp", lambda self: self)
     stopped = {d.__name__ for d in all_definitions() if d.stand_ins and not d.guard.holds()}
     assert {"attention", "self_attention", "cross_entropy"} <= stopped
     assert not stopped & {"linear", "layer_norm", "gelu_forward", "adamw_update"}
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [
+        *((GPT2, "__call__"), (GPT2, "hidden"), (gpt2.Transformer, "__call__")),
+        *((Embedding, "__call__"), (KVCache, "positions")),
+    ],
+)
+def test_an_edit_around_the_blocks_stops_what_computes_whole_models(
+    owner: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, method, halved(getattr(owner, method)))
+    stopped = {d.__name__ for d in all_definitions() if d.stand_ins and not d.guard.holds()}
+    assert stopped == {"next_logits"}
 
 
 @pytest.fixture

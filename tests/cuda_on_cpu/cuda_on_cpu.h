@@ -42,6 +42,12 @@ constexpr size_t STACK = 128 * 1024;
 
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 
+struct Copy {
+    void* to;
+    const void* from;  // nullptr: zeros
+    size_t bytes;
+};
+
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[STACK]};
@@ -49,6 +55,7 @@ struct Fiber {
     Dim3 index;
     int number;            // within the block
     unsigned exchanges = 0;  // how many values it has given to its warp
+    std::vector<Copy> copies;  // those it has started and not waited for
 };
 
 // Two buffers in turns: a lane may give its next value while others still read the last one.
@@ -127,6 +134,7 @@ template <class Body> void run_block(Body body, size_t threads, unsigned order) 
         fiber.state = State::ready;
         fiber.number = int(i);
         fiber.exchanges = 0;
+        fiber.copies.clear();
         unsigned n = unsigned(i);
         fiber.index = {n % block_size.x, n / block_size.x % block_size.y,
                        n / block_size.x / block_size.y};
@@ -194,6 +202,14 @@ template <class T> T __shfl_xor_sync(unsigned, T value, int mask) {
 }
 template <class T> T __shfl_sync(unsigned, T value, int source) {
     return cuda_on_cpu::exchange(value)(source);
+}
+
+inline bool __any_sync(unsigned, bool value) {
+    auto lanes = cuda_on_cpu::exchange(value);
+    for (int lane = 0; lane < cuda_on_cpu::WARP_SIZE; lane++) {
+        if (lanes(lane)) return true;
+    }
+    return false;
 }
 
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }

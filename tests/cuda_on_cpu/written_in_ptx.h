@@ -46,7 +46,7 @@ void mma(float& d0, float& d1, float& d2, float& d3, const unsigned (&a)[4], uns
 
 #endif
 
-#if defined(HEAD_SIZE) && !defined(ACTIVATION_IS_FLOAT)
+#ifndef ACTIVATION_IS_FLOAT
 
 inline float element(unsigned word, int i) {
     Activation x;
@@ -78,6 +78,8 @@ void mma(float& d0, float& d1, float& d2, float& d3, const unsigned (&a)[4], uns
     }
 }
 
+#ifdef HEAD_SIZE
+
 inline void load_8x8(unsigned (&words)[4], const Activation* row, bool transposed) {
     if (reinterpret_cast<size_t>(row) % 16) cuda_on_cpu::error = "ldmatrix: a row is not aligned";
     auto rows = cuda_on_cpu::exchange(row);
@@ -91,4 +93,24 @@ inline void load_8x8(unsigned (&words)[4], const Activation* row, bool transpose
 void load_matrices(unsigned (&words)[4], const Activation* row) { load_8x8(words, row, false); }
 void load_matrices_transposed(unsigned (&words)[4], const Activation* row) { load_8x8(words, row, true); }
 
+unsigned pair(float first, float second) {
+    return rounded<Activation>(first).bits | unsigned(rounded<Activation>(second).bits) << 16;
+}
+
+// Nothing is copied before the thread waits, so that to read it any earlier is to read what was
+// there before.
+template <int BYTES> void copy(void* to, const void* from, bool wanted) {
+    size_t addresses = reinterpret_cast<size_t>(to) | (wanted ? reinterpret_cast<size_t>(from) : 0);
+    if (addresses % BYTES) cuda_on_cpu::error = "cp.async: an address is not aligned";
+    cuda_on_cpu::current->copies.push_back({to, wanted ? from : nullptr, BYTES});
+}
+void wait_for_copies() {
+    for (auto [to, from, bytes] : cuda_on_cpu::current->copies) {
+        if (from) std::memcpy(to, from, bytes);
+        else std::memset(to, 0, bytes);
+    }
+    cuda_on_cpu::current->copies.clear();
+}
+
+#endif
 #endif

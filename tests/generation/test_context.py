@@ -12,6 +12,7 @@ from small_gpt2 import POSITIONS, VOCABULARY, make_model, random_prompts
 
 from micrograd_gpt import no_grad
 from micrograd_gpt.arrays.stand_ins import at_most
+from micrograd_gpt.generation import context
 from micrograd_gpt.generation.context import Context, window_start
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.generation.sampling import generate
@@ -84,6 +85,26 @@ def test_samples_of_one_prompt_read_it_once(model: GPT2, monkeypatch: pytest.Mon
     )
     generate(model, np.arange(8), 3, num_samples=5)
     assert sum(tokens_read) == 7 + 3 * 5  # the prompt but for its last token, then one each
+
+
+def test_prompts_of_one_length_are_read_together(
+    model: GPT2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as `TOKENS_AT_ONCE` allows; a repeated one is copied, one of another length waits."""
+    shapes = []
+    hidden = GPT2.hidden
+    monkeypatch.setattr(context, "TOKENS_AT_ONCE", 12)
+    monkeypatch.setattr(
+        GPT2,
+        "hidden",
+        lambda self, ids, cache: shapes.append(ids.shape) or hidden(self, ids, cache),
+    )
+    prompts = [[1, 2, 3, 4, 5], [2, 3, 4, 5, 6], [3] * 5, [4] * 5, [4] * 5, [5] * 5, [6] * 7]
+    together = generate(model, prompts, 1, temperature=0)
+    assert shapes == [(3, 4), (1, 4), (1, 4), (1, 6), (7, 1)]
+    monkeypatch.undo()
+    alone = [generate(model, prompt, 1, temperature=0).tolist() for prompt in prompts]
+    assert [ids.tolist() for ids in together] == alone
 
 
 def test_cache_rows_of_different_lengths_have_no_common_length(model: GPT2) -> None:

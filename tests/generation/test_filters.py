@@ -13,6 +13,21 @@ from micrograd_gpt.generation.sampling import choose, next_token_distribution
 from micrograd_gpt.generation.settings import Settings
 
 
+def test_the_likeliest_tokens_are_found_with_their_log_probabilities() -> None:
+    """Of several that are equally likely the first; its probability is that among all ids."""
+    scores = np.array([[[0.5, 2.0, 2.0, 3.0], [1.0, -1.0, 0.0, -2.0]]], np.float32)
+    tokens, log_probs, finite = filters.likeliest(scores, 3)
+    np.testing.assert_array_equal(tokens, [[1, 0]])
+    exact = scores.astype(float) - np.log(np.exp(scores.astype(float)).sum(-1, keepdims=True))
+    np.testing.assert_allclose(log_probs, [[exact[0, 0, 1], exact[0, 1, 0]]], rtol=1e-6)
+    assert finite.all()
+    assert filters.likeliest(scores)[0].tolist() == [[3, 0]]
+    assert filters.log_probability(scores[0, 0], 1) == pytest.approx(exact[0, 0, 1], rel=1e-6)
+    for damage in (np.nan, np.inf, -np.inf):
+        scores[0, 1, 3] = damage
+        assert filters.likeliest(scores, 3)[2].tolist() == [[1, 0]]
+
+
 def test_repetition_penalty() -> None:
     scores = np.array([2.0, -2.0, 3.0, 0.0])
     penalised = filters.repetition_penalty(scores, [0, 1, 1, 3], 2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +15,21 @@ from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.generation.speculation import PromptLookup
 
 
-def test_speculation_does_decide_several_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def passes_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """How many texts, and how many tokens of each, are read at once in greedy decoding."""
     passes = []
-    logits = Context.logits
-    monkeypatch.setattr(
-        Context,
-        "logits",
-        lambda self, texts, count: passes.append(count) or logits(self, texts, count),
-    )
+    likeliest = Context.likeliest
+
+    def counted(self: Context, texts: list[list[int]], count: int, *more: Any) -> Any:
+        passes.append((len(texts), count))
+        return likeliest(self, texts, count, *more)
+
+    monkeypatch.setattr(Context, "likeliest", counted)
+    return passes
+
+
+def test_speculation_does_decide_several_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = passes_of(monkeypatch)
     model = make_model(n_positions=128)
     model.transformer.wpe.weight.data *= 0  # blind to positions, it soon goes in circles
     plain = generate(model, np.array([1, 2]), 100, temperature=0)
@@ -33,13 +41,7 @@ def test_speculation_does_decide_several_tokens_at_once(monkeypatch: pytest.Monk
 
 
 def test_only_a_lone_sample_speculates(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = []
-    logits = Context.logits
-    monkeypatch.setattr(
-        Context,
-        "logits",
-        lambda self, texts, count: passes.append((len(texts), count)) or logits(self, texts, count),
-    )
+    passes = passes_of(monkeypatch)
     how = Settings(max_new_tokens=30, temperature=0, end_of_text=None, speculate="prompt-lookup")
     samples = start_samples([[1, 2, 3, 4] * 3, [1, 2, 3, 4] * 3], how)
     for _ in decode(make_model(n_positions=128), samples, how):

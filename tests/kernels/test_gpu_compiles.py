@@ -13,14 +13,21 @@ if nvrtc.library() is None:
     pytest.skip(nvrtc.MISSING, allow_module_level=True)
 
 ARCHITECTURES = (80, 90)  # Ampere, Hopper; a kernel that needs more than Ampere fails on the first
-BY_HEAD_SIZE = ("attention", "attention_decode")
-INSTANCES = [
-    (file, dtype, size, dropout, tf32)
+TILED = ("attention", "attention_backward")
+BY_HEAD_SIZE = (*TILED, "attention_decode")
+OF_TWO_BYTES = ("batch_rows",)  # files for these types alone
+FILES = [
+    (file, dtype)
     for file in cuda_modules.FILES
     for dtype in cuda_modules.ACTIVATIONS
+    if not (file in OF_TWO_BYTES and dtype == "float32")
+]
+INSTANCES = [
+    (file, dtype, size, dropout, tf32)
+    for file, dtype in FILES
     for size in ((16, 64, 128) if file in BY_HEAD_SIZE else (0,))
-    for dropout in ((False, True) if file == "attention" and size == 64 else (False,))
-    for tf32 in ((False, True) if file == "attention" and dtype == "float32" else (False,))
+    for dropout in ((False, True) if file in TILED and size == 64 else (False,))
+    for tf32 in ((False, True) if file in TILED and dtype == "float32" else (False,))
 ]
 
 
@@ -35,12 +42,13 @@ def compiled(file: str, options: tuple[str, ...], arch: str) -> tuple[str, str]:
 def test_it_compiles(
     file: str, dtype: str, head_size: int, dropout: bool, tf32: bool, architecture: int
 ) -> None:
-    options = cuda_modules.options(dtype, head_size, dropout, tf32)
+    backward = file == "attention_backward"
+    options = cuda_modules.options(dtype, head_size, dropout, tf32, backward)
     ptx, _ = compiled(file, options, f"compute_{architecture}")
     entries = set(re.findall(r"\.visible \.entry (\w+)\(", ptx))
     assert entries == set(cuda_modules.declarations(file)), "kernels and declarations differ"
-    assert "ld.global.v4" in ptx, "nothing is loaded 16 bytes at a time"
-    on_tensor_cores = file == "attention" and dtype != "float32"
+    assert "ld.global.v4" in ptx or "cp.async.cg" in ptx, "nothing is loaded 16 bytes at a time"
+    on_tensor_cores = file in (*TILED, *OF_TWO_BYTES) and dtype != "float32"
     assert ("mma.sync.aligned.m16n8k16" in ptx) == on_tensor_cores
     assert ("mma.sync.aligned.m16n8k8" in ptx) == tf32
 
@@ -49,19 +57,16 @@ def test_it_compiles(
 @pytest.mark.parametrize(
     ("file", "dtype", "tf32"),
     [
-        *(
-            (file, dtype, False)
-            for file in cuda_modules.FILES
-            for dtype in cuda_modules.ACTIVATIONS
-        ),
-        ("attention", "float32", True),
+        *((file, dtype, False) for file, dtype in FILES),
+        *((file, "float32", True) for file in TILED),
     ],
 )
 def test_nothing_spills_into_local_memory(
     file: str, dtype: str, tf32: bool, architecture: int
 ) -> None:
     """Compiled to machine code at GPT-2's head size, each kernel fits in registers."""
-    options = cuda_modules.options(dtype, 64 if file in BY_HEAD_SIZE else 0, False, tf32)
+    size, backward = 64 if file in BY_HEAD_SIZE else 0, file == "attention_backward"
+    options = cuda_modules.options(dtype, size, False, tf32, backward)
     _, log = compiled(file, options, f"sm_{architecture}")
     frames = re.findall(r"Function properties for (\w+)\nptxas\W+(\d+) bytes stack", log)
     assert {name for name, _ in frames} >= set(cuda_modules.declarations(file)), log

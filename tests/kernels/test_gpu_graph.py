@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cuda_emulator
@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 from gpu_machine import emulated_cupy
 
-from micrograd_gpt import Tensor, gpt2, no_grad
+from micrograd_gpt import layers, no_grad
 from micrograd_gpt.arrays.devices import move
 from micrograd_gpt.arrays.precision import compute_in, hold_in
 from micrograd_gpt.arrays.stand_ins import NotForMe
+from micrograd_gpt.generation.context import next_logits
 from micrograd_gpt.generation.kv_cache import KVCache
-from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.gpt2 import GPT2, GPT2Config, Transformer
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda import token_step
+from micrograd_gpt.nn import DROPPING, Embedding, no_dropout
 from micrograd_gpt.tensor import RECORDING, setting
 from micrograd_gpt.variants import VariantConfig, VariantGPT2
 
@@ -31,7 +33,10 @@ fake_cupy = pytest.importorskip("fake_cupy")
 pytestmark = pytest.mark.skipif(cuda_emulator.COMPILER is None, reason=cuda_emulator.MISSING)
 
 CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=53, n_positions=48)
-one_by_one = gpt2.through_blocks.definition
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # products added up, and rounded, otherwise
+ONE = np.zeros((1, 1), int)  # a token for a row
+LAUNCHES = 7 * CONFIG.n_layer + 3  # the embeddings, the blocks, the last LayerNorm, the head
+one_by_one = next_logits.definition
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +88,16 @@ def prefill(model: GPT2, cache: KVCache, lengths: list[int], seed: int = 0) -> N
         model.hidden(rng.integers(0, 53, (1, length)), part)
 
 
-def logits_of(model: GPT2, cache: KVCache, steps: int, seed: int = 1) -> np.ndarray:
+def logits_of(
+    model: GPT2, cache: KVCache, steps: int, seed: int = 1, function: Any = next_logits
+) -> np.ndarray:
     ids = np.random.default_rng(seed).integers(0, 53, (steps, len(cache.lengths), 1))
-    return np.stack([model(step, cache).data.get() for step in ids])
+    return np.stack([function(cache, model, step).get() for step in ids])
 
 
-def uncaptured(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **more: Any) -> np.ndarray:
-    """The logits computed block by block, each kernel launched on its own."""
-    with monkeypatch.context() as patch:
-        patch.setattr(gpt2, "through_blocks", one_by_one)
-        return logits_of(*arguments, **more)
+def uncaptured(model: GPT2, cache: KVCache, steps: int) -> np.ndarray:
+    """The logits computed layer by layer, each kernel launched on its own."""
+    return logits_of(model, cache, steps, function=one_by_one)
 
 
 def assert_same(ours: np.ndarray, expected: np.ndarray) -> None:
@@ -102,35 +107,32 @@ def assert_same(ours: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "lengths", "tokens"),
-    [("float32", [1, 7, 3], 40), ("bfloat16", [4, 4], 6), ("float16", [3], 6)],
+    [("float32", [1, 7, 3], 12), ("bfloat16", [4, 4], 3), ("float16", [3], 3)],
 )
 def test_tokens_are_those_of_the_launches_one_by_one(
     dtype: str,
     lengths: list[int],
     tokens: int,
     replays: list[int],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bit for bit, the cache too; the first token by launches, the others by the graph."""
     model = make(dtype)
     ours, theirs = (KVCache(model, len(lengths)) for _ in range(2))
     for cache in (ours, theirs):
         prefill(model, cache, lengths)
-    assert_same(logits_of(model, ours, tokens), uncaptured(monkeypatch, model, theirs, tokens))
-    assert replays == [7 * CONFIG.n_layer] * (tokens - 1)
+    assert_same(logits_of(model, ours, tokens), uncaptured(model, theirs, tokens))
+    assert replays == [LAUNCHES] * (tokens - 1)
     np.testing.assert_array_equal(ours.lengths, np.array(lengths) + tokens)
     for row, length in enumerate(ours.lengths):
         parts = (c.data[:, :, row, :, :length].get() for c in (ours, theirs))
         np.testing.assert_array_equal(*parts)
 
 
-def test_a_second_prompt_and_rows_that_end(
-    replays: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_prompt_and_rows_that_end(replays: list[int]) -> None:
     model = make()
     ours, theirs = (KVCache(model, 3) for _ in range(2))
     found = []
-    for cache, decoded in ((ours, logits_of), (theirs, lambda *a: uncaptured(monkeypatch, *a))):
+    for cache, decoded in ((ours, logits_of), (theirs, uncaptured)):
         prefill(model, cache, [3, 3, 3])
         results = [decoded(model, cache, 3)]
         prefill(model, cache, [5, 2, 9], seed=2)  # shorter or longer: the same graph serves it
@@ -142,19 +144,18 @@ def test_a_second_prompt_and_rows_that_end(
     for a, b in zip(*found, strict=True):
         assert_same(a, b)
     assert len(replays) == 2 + 2 + 1 + 1 + 2
-    assert len(token_step._STEPS[model.transformer.h[0]]) == 3
+    assert len(token_step._STEPS[model].steps) == 3
 
 
-def test_parameters_that_are_replaced_or_changed_are_noticed(
-    replays: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["wte", "wpe", "ln_f", "h.1.mlp.c_fc"])
+def test_parameters_that_are_replaced_or_changed_are_noticed(name: str, replays: list[int]) -> None:
     model = make()
-    cache, layer = KVCache(model), model.transformer.h[1].mlp.c_fc
+    cache, layer = KVCache(model), dict(model.transformer.modules())[f"{name}."]
     prefill(model, cache, [4])
 
     def step() -> np.ndarray:
         results = []
-        for decoded in (logits_of, lambda *a: uncaptured(monkeypatch, *a)):
+        for decoded in (logits_of, uncaptured):
             results.append(decoded(model, cache, 3))
             cache.length -= 3
         assert_same(*results)
@@ -170,6 +171,90 @@ def test_parameters_that_are_replaced_or_changed_are_noticed(
     assert len({x.tobytes() for x in (before, doubled, replaced)}) == 3
 
 
+class Scaled(Embedding):
+    def __call__(self, ids: Any) -> Any:
+        return super().__call__(ids) * 2.0
+
+
+def halved(function: Any) -> Any:
+    return lambda *args, **named: function(*args, **named) * 0.5
+
+
+CHANGES: dict[str, Callable[[GPT2], None]] = {
+    "another part": lambda m: setattr(m.transformer, "wpe", m.transformer.wte),
+    "another block": lambda m: m.transformer.h.reverse(),
+    "one block less": lambda m: m.transformer.h.pop(),
+    "another number": lambda m: setattr(m.transformer.ln_f, "eps", 0.5),
+    "another class": lambda m: setattr(m.transformer.wte, "__class__", Scaled),
+    "a method of its own": lambda m: setattr(m, "hidden", halved(m.hidden)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_changed_after_the_first_tokens_is_followed(change: str) -> None:
+    model = make()
+    cache = KVCache(model)
+    before = logits_of(model, cache, 3)[-1]
+    CHANGES[change](model)
+    found = []
+    for function in (one_by_one, next_logits):
+        again = KVCache(model)
+        found.append(logits_of(model, again, 3, function=function))
+    assert_same(*found)
+    assert np.abs(found[0][-1] - before).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute"),
+    [
+        *((GPT2, "__call__"), (GPT2, "hidden"), (Transformer, "__call__")),
+        *((Embedding, "__call__"), (layers, "linear"), (layers, "embedding")),
+    ],
+)
+def test_an_edit_of_the_embeddings_or_of_the_head_is_followed(
+    owner: Any, attribute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    before = logits_of(model, KVCache(model), 2)
+    monkeypatch.setattr(owner, attribute, halved(getattr(owner, attribute)))
+    after = logits_of(model, KVCache(model), 2)
+    assert_same(after, uncaptured(model, KVCache(model), 2))
+    assert np.abs(after - before).max() > 1e-3
+
+
+def test_dropout_and_the_type_of_the_products_may_change_from_token_to_token() -> None:
+    model = make(resid_pdrop=0.5).train()
+    cache = KVCache(model)
+    with no_dropout():
+        token_step.next_logits(cache, model, ONE)
+    for wrong in (setting(DROPPING, True), compute_in("bfloat16")):
+        with wrong, pytest.raises(NotForMe):
+            token_step.next_logits(cache, model, ONE)
+    assert cache.length == 1
+
+
+@pytest.mark.parametrize("ids", [[[53]], [[-1]], [[0.0]], [[0, 0]], [0], [[0], [0]]])
+def test_ids_that_are_none_are_refused(ids: list[Any]) -> None:
+    model = make()
+    cache = KVCache(model)
+    with pytest.raises(NotForMe):
+        token_step.next_logits(cache, model, np.array(ids))
+    assert cache.length == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_batch_is_read_in_groups_of_rows(dtype: str, replays: list[int]) -> None:
+    """More rows than one pass over a matrix serves; layer by layer they go through cuBLAS."""
+    model = make(dtype, n_layer=1)
+    ours, theirs = (KVCache(model, 9) for _ in range(2))
+    for cache in (ours, theirs):
+        prefill(model, cache, [2, 5, *[3] * 7])
+    found = [logits_of(model, ours, 3), uncaptured(model, theirs, 3)]
+    a, b = (logits.astype(np.float32) for logits in found)
+    assert len(replays) == 2
+    np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE[dtype] * np.abs(b).max())
+
+
 def test_a_model_and_a_cache_go_with_their_owners() -> None:
     model = make()
     cache = KVCache(model)
@@ -182,7 +267,7 @@ def test_a_model_and_a_cache_go_with_their_owners() -> None:
     block.attn.c_attn.weight.data = block.attn.c_attn.weight.data.copy()
     gc.collect()
     assert weight() is None
-    step = weakref.ref(next(iter(token_step._STEPS[block].values())))
+    step = weakref.ref(next(iter(token_step._STEPS[model].steps.values())))
     whole, begun = weakref.ref(model), weakref.ref(block)
     del model, block
     gc.collect()
@@ -196,7 +281,7 @@ def test_only_so_many_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for cache in (*caches, caches[1]):
         prefill(model, cache, [2])
         logits_of(model, cache, 2)
-    steps = token_step._STEPS[model.transformer.h[0]]
+    steps = token_step._STEPS[model].steps
     places = [cuda_modules.address(caches[i].data) for i in (2, 1)]
     assert [place[0] for place in steps] == places  # the latest used comes last
 
@@ -222,7 +307,7 @@ def test_what_cannot_be_captured_is_launched_and_said_once(
     assert [w.category for w in caught] == [RuntimeWarning]
     assert "kernels of decoding are launched one by one" in str(caught[0].message)
     assert "cudaErrorStreamCaptureUnsupported" in str(caught[0].message) and replays == []
-    assert_same(found, uncaptured(monkeypatch, model, theirs, 6))
+    assert_same(found, uncaptured(model, theirs, 6))
     assert fake_cupy.capture.launches is None  # the capture was ended
 
 
@@ -248,7 +333,7 @@ def refusals() -> dict[str, tuple[GPT2, int, int]]:
         "post-norm": (on_gpu(post, "float32"), 1, 1),
         "dropout": (make(attn_pdrop=0.5).train(), 1, 1),
         "head size": (make(n_head=4), 1, 1),
-        "many rows": (make(), 9, 1),
+        "many rows": (make(), 65, 1),
         "several tokens": (make(), 1, 2),
         "float64": (make("float64"), 1, 1),
         "rounded weights": (make(), 1, 1),
@@ -265,24 +350,20 @@ def test_what_it_does_not_do_is_refused_before_anything_is_written(which: str) -
     with compute_in("bfloat16" if which == "rounded weights" else "float32"):
         cache = KVCache(model, rows)
         cache.data.fill(0)
-        kind = model.transformer.wte(np.zeros((1, 1), int)).dtype
-        x = Tensor(fake_cupy.ones((rows, tokens, 32), kind))
+        ids = np.zeros((rows, tokens), int)
         with pytest.raises(NotForMe):
-            token_step.through_blocks(x, model.transformer.h, cache)
+            token_step.next_logits(cache, model, ids)
         assert cache.length == 0 and not cache.data.get().astype(float).any()
-        model(np.zeros((rows, tokens), int), cache)  # block by block it works
+        next_logits(cache, model, ids)  # layer by layer it works
     assert cache.length == tokens
 
 
-def test_without_a_cache_or_where_a_gradient_is_wanted_it_is_refused() -> None:
+def test_where_a_gradient_is_wanted_it_is_refused() -> None:
     model = make()
-    x = Tensor(fake_cupy.ones((1, 1, 32), "float32"))
-    with pytest.raises(NotForMe):
-        token_step.through_blocks(x, model.transformer.h)
     with setting(RECORDING, True), pytest.raises(NotForMe):
-        token_step.through_blocks(x, model.transformer.h, KVCache(model))
+        token_step.next_logits(KVCache(model), model, ONE)
     with setting(RECORDING, True), pytest.raises(RuntimeError, match="use it within no_grad"):
-        model(np.zeros((1, 1), int), KVCache(model))
+        next_logits(KVCache(model), model, ONE)
 
 
 def test_a_full_cache_is_named(replays: list[int]) -> None:
@@ -306,24 +387,27 @@ def test_a_cache_of_another_model_is_not_read(
     assert replays == []
 
 
-@pytest.mark.parametrize("name", dict(GPT2(CONFIG).transformer.h[1].named_parameters()))
+PARAMETERS = dict(GPT2(CONFIG).transformer.named_parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if not name.startswith("h.0.")])
 def test_a_parameter_of_another_size_is_refused(name: str) -> None:
-    model, x = make(), Tensor(fake_cupy.ones((1, 1, 32), "float32"))
-    token_step.through_blocks(x, model.transformer.h, KVCache(model))
-    parameter = dict(model.transformer.h[1].named_parameters())[name]
+    model = make()
+    token_step.next_logits(KVCache(model), model, ONE)
+    parameter = dict(model.transformer.named_parameters())[name]
     parameter.data = parameter.data[..., :-1].copy("F")
     cache = KVCache(model)
     cache.data.fill(0)
     with pytest.raises(NotForMe):
-        token_step.through_blocks(x, model.transformer.h, cache)
+        token_step.next_logits(cache, model, ONE)
     assert cache.length == 0 and not cache.data.get().any()
 
 
 @pytest.mark.parametrize("lengths", [[-1], [48], [2**62], [5, 5], [5.0], [[5]]])
 def test_lengths_that_are_none_of_the_caches_rows_are_refused(lengths: list[Any]) -> None:
-    model, x = make(), Tensor(fake_cupy.ones((1, 1, 32), "float32"))
+    model = make()
     cache = KVCache(model)
     cache.lengths = np.array(lengths)
     with pytest.raises(NotForMe):
-        token_step.through_blocks(x, model.transformer.h, cache)
+        token_step.next_logits(cache, model, ONE)
     np.testing.assert_array_equal(cache.lengths, lengths)

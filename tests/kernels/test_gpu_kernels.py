@@ -18,11 +18,12 @@ from gpu_machine import EmulatedGPU, Machine, RealGPU
 from micrograd_gpt import Tensor, optim, tensor
 from micrograd_gpt import functional as F
 from micrograd_gpt.arrays.stand_ins import NotForMe
+from micrograd_gpt.generation import filters
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_cuda import kernels as gpu
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.matvec import multiply_few_rows
-from micrograd_gpt.kernels.in_cuda.token_step import attend
+from micrograd_gpt.kernels.in_cuda.token_step import attend, likeliest, normalise_few_rows
 from micrograd_gpt.layers import IGNORE
 
 # Of the largest element: a few hundred float32 roundings, or two roundings to the result's type
@@ -72,6 +73,29 @@ def assert_close(ours: Any, reference: Any, tolerance: float, name: str = "") ->
 # ------------------------------------------------------------------------- rows and elements
 
 SHAPES = [(1, 1), (3, 37), (9, 64), (5, 300), (130, 72)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_conversion(shape: tuple[int, int], dtype: str, on: Machine) -> None:
+    """As NumPy rounds, in both directions, and with the layout that the array has."""
+    wide = numbers(*shape) * 100
+    wide.flat[:4] = np.array([np.inf, -np.inf, np.nan, 1e-7])[: wide.size]
+    for array in (wide, np.asfortranarray(wide), wide[0]):
+        half = on.repeated(lambda array=array: gpu.converted(*on.put(array), np.dtype(dtype)))
+        again = on.repeated(lambda half=half: gpu.converted(*on.put(half), np.dtype(np.float32)))
+        rounded = array.astype(dtype).astype(np.float32)
+        np.testing.assert_array_equal(half.astype(np.float32), rounded)
+        np.testing.assert_array_equal(again, rounded)
+        assert half.dtype == dtype and again.dtype == np.float32
+        assert half.flags.f_contiguous == again.flags.f_contiguous == array.flags.f_contiguous
+
+
+def test_conversions_that_no_kernel_does(on: Machine) -> None:
+    (wide,) = on.put(numbers(6, 8))
+    for array, dtype in ((wide, np.float64), (wide[:, ::2], np.float16), (wide[:0], np.float16)):
+        with pytest.raises(NotForMe):
+            gpu.converted(array, np.dtype(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -151,13 +175,13 @@ def test_cross_entropy(shape: tuple[int, int], dtype: str, on: Machine) -> None:
     assert_close(loss, expected, TOLERANCE["float32"], "loss")
     assert_close(dlogits, gradient, TOLERANCE[dtype], "dlogits")
     in_place, same_labels = on.put(logits.copy(), labels)
-    again = gpu._cross_entropy(in_place, same_labels, in_place)
+    again = gpu._cross_entropy(in_place, same_labels, in_place, logits.shape[1])
     assert float(again) == float(loss)
     assert on.get(in_place).tobytes() == dlogits.tobytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "channels", "vocab_size"), [(3, 5, 9), (40, 33, 131)])
+@pytest.mark.parametrize(("n", "channels", "vocab_size"), [(3, 5, 9), (40, 33, 131), (9, 8, 128)])
 def test_linear_cross_entropy(
     n: int, channels: int, vocab_size: int, dtype: str, on: Machine
 ) -> None:
@@ -290,6 +314,47 @@ def test_what_may_follow_a_product_of_few_rows(order: str, dtype: str, on: Machi
     assert on.repeated(added).tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("n", "k", "m"), [(9, 584, 40), (19, 70, 33)])
+def test_products_of_a_batch(n: int, k: int, m: int, dtype: str, on: Machine) -> None:
+    """On tensor cores, and what may follow: the same bits as from a separate kernel."""
+    x, columns, bias = (numbers(*s, dtype=dtype) for s in ((n, k), (m, k), (m,)))
+    stream = numbers(n, m, seed=4)
+    given = on.put(x, columns, bias)
+
+    def multiplied(gelu: bool) -> Any:
+        out = on.arrays.empty((n, m), dtype)
+        multiply_few_rows(given[0], given[1].T, given[2], out, gelu=gelu)
+        return out
+
+    def added() -> Any:
+        (out,) = on.put(stream.copy())
+        multiply_few_rows(given[0], given[1].T, given[2], None, stream=out)
+        return out
+
+    y = on.repeated(lambda: multiplied(gelu=False))
+    expected = F.linear_forward.definition(*doubles(x, columns.T, bias))
+    assert_close(y, expected, TOLERANCE[dtype])
+    (again,) = on.put(y)
+    assert on.get(multiplied(gelu=True)).tobytes() == on.get(gpu.gelu_forward(again)).tobytes()
+    assert on.repeated(added).tobytes() == (stream + y.astype(np.float32)).tobytes()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_more_rows_are_multiplied_in_groups(order: str, on: Machine) -> None:
+    """The same bits as from a product of each group."""
+    x, weight = numbers(19, 70), np.asarray(numbers(70, 33), order=order)
+    x, weight, bias = on.put(x, weight, numbers(33))
+
+    def together() -> Any:
+        out = on.arrays.empty((19, 33), "float32")
+        multiply_few_rows(x, weight, bias, out)
+        return out
+
+    parts = [on.get(gpu.linear_forward(x[i : i + 8], weight, bias)) for i in (0, 8, 16)]
+    assert on.repeated(together).tobytes() == np.concatenate(parts).tobytes()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize(("n", "k", "m"), [(9, 3, 5), (200, 33, 70)])
@@ -309,6 +374,35 @@ def test_linear(n: int, k: int, m: int, order: str, dtype: str, on: Machine) -> 
     (out,) = on.put(np.full((k, m), np.nan, np.float32))
     assert gpu._product(*on.put(x.T, grad), out) is out
     assert_close(on.get(out), oracle[1], TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [5, 300, 1600])
+def test_few_rows_are_normalised_as_many_are(width: int, dtype: str, on: Machine) -> None:
+    """Bit for bit, in another kernel."""
+    x, weight, bias = on.put(numbers(2, width), numbers(width, seed=1), numbers(width, seed=2))
+    y, many = on.arrays.empty((2, width), dtype), on.arrays.empty((2, width), dtype)
+    gpu.normalise(x, weight, bias, 1e-5, many, *(on.arrays.empty((2, 1), "float32") for _ in "ab"))
+    normalise_few_rows(x, weight, bias, 1e-5, y)
+    assert on.get(y).tobytes() == on.get(many).tobytes()
+
+
+# -------------------------------------------------------------------------------- greedy choices
+
+
+@pytest.mark.parametrize(("n", "v", "allowed"), [(3, 1, None), (2, 70, 69), (1, 4101, 9000)])
+def test_the_likeliest_tokens(n: int, v: int, allowed: int | None, on: Machine) -> None:
+    """In rows that are not all aligned; the last id but one is among several equal ones."""
+    scores = numbers(n, 2, v)
+    scores[0, 0, v // 3 :] = 3.0
+    found = on.repeated(lambda: likeliest(*on.put(scores), allowed))
+    expected = filters.likeliest.definition(*doubles(scores), allowed)
+    np.testing.assert_array_equal(found[::2], expected[::2])
+    assert_close(found[1], expected[1], TOLERANCE["float32"])
+    for damage in (np.nan, np.inf, -np.inf):
+        scores[-1, 1, v // 2] = damage
+        finite = on.repeated(lambda: likeliest(*on.put(scores), allowed))[2]
+        assert finite.sum() == 2 * n - 1 and not finite[-1, 1]
 
 
 # --------------------------------------------------------------------------------- attention
@@ -452,10 +546,13 @@ def factors(random: np.ndarray, p: float) -> np.ndarray:
 
 
 def attention_mask(key: tuple[int, ...], b: int, h: int, t: int, p: float) -> np.ndarray:
-    head, query, column = np.indices((b * h, t, -(-t // 4)))
-    counters = np.stack([column, query, head, head * 0], axis=-1).reshape(-1, 4)
-    random = philox(counters, gpu._seed(key)).reshape(b, h, t, -1)
-    return factors(random[..., :t], p)
+    """A counter's four words are for two queries 8 apart and two keys 8 apart."""
+    head, query, column = np.indices((b * h, t, t))
+    counters = np.stack([column & ~8, query & ~8, head, head * 0], axis=-1).reshape(-1, 4)
+    random = philox(counters, gpu._seed(key)).reshape(*head.shape, 4)
+    word = query // 8 % 2 * 2 + column // 8 % 2
+    chosen = np.take_along_axis(random, word[..., None], axis=-1)
+    return factors(chosen.reshape(b, h, t, t), p)
 
 
 def test_the_reference_draws_the_published_numbers() -> None:
@@ -540,8 +637,16 @@ def test_optimizer(count: int, on: Machine) -> None:
     shapes = [tuple(rng.integers(1, 60, n % 3)) for n in range(count)]
     grads = [numbers(*s, seed=1) for s in shapes]
     decays = [0.1 * (len(s) == 2) for s in shapes]
-    squares = on.repeated(lambda: gpu._squares(on.put(*grads)))
-    assert_close(squares.sum(), sum((g.astype(float) ** 2).sum() for g in grads), 1e-12)
+
+    def clipped() -> tuple[Any, ...]:
+        tensors = with_gradients(on.put(*(grad.copy() for grad in grads)))
+        return gpu.clip_grad_norm(tensors, 0.5), *(tensor.grad for tensor in tensors[1:])
+
+    norm, *ours = on.repeated(clipped)
+    length = np.sqrt(sum((g.astype(float) ** 2).sum() for g in grads))
+    assert_close(norm, length, 1e-6)
+    for a, grad in zip(ours, grads, strict=True):
+        assert_close(a, grad * min(1, 0.5 / length), 1e-6)
 
     def start(kind: str) -> list[list[np.ndarray]]:
         p, m, v = (
@@ -594,6 +699,8 @@ def test_what_no_kernel_does_is_refused_before_anything_is_written(on: Machine) 
         lambda: gpu.attention_forward(fine, fine, fine, 1.0, (1,)),  # not in [0, 1)
         lambda: gpu.clip_grad_norm(with_gradients([x]), 1.0),
         lambda: gpu.clip_grad_norm([Tensor(1.0)], 1.0),
+        lambda: gpu.clip_grad_norm(with_gradients([fine[..., ::2]]), 1.0),  # it has gaps
+        lambda: gpu.clip_grad_norm(with_gradients([fine, fine[:, 1:]]), 1.0),  # memory in common
         lambda: gpu.adamw_update([(x, x, x, x, 0.1)], 1e-2, 0.9, 0.95, 1e-8, 1),
         lambda: gpu.dropout_forward(x, 0.5, (1,)),
         lambda: gpu.dropout_forward(fine, 1.0, (1,)),

@@ -333,6 +333,32 @@ def test_another_s_tokenizer_has_the_same_ids_once_saved(
     assert_agree(load_tokenizer_once(mine), loaded(mine), text)
 
 
+def test_where_the_two_files_differ_we_read_what_transformers_reads(tmp_path: Path) -> None:
+    made = trained(special_tokens=["<s>", "</s>"])
+    made.add_tokens(["dog", "二匹", " the"])
+    ids = [made.token_to_id(token) for token in ("dog", "二匹", " the")]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{"bos_token": "<s>", "eos_token": "dog", "additional_special_tokens": [" the"]},
+        "added_tokens_decoder": {
+            str(id): {"content": token, "special": special, **flags}
+            for id, token, special in zip(
+                ids, ("dog", "二匹", " the"), (False, True, False), strict=True
+            )
+        },
+    }
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "<s>the dog 二匹 the"
+    assert ours.encode(text, allow_special=True).tolist() == theirs.encode(text)
+    assert ours.encode(text).tolist() == theirs.encode(text, split_special_tokens=True)
+    assert [id in ours.encode(text) for id in ids] == [False, False, True]
+    assert theirs.eos_token_id == ours.end_of_text == ids[0]
+
+
 LOADED: dict[Path, Any] = {}
 READ: dict[Path, Tokenizer] = {}
 

@@ -116,6 +116,20 @@ def test_vocab_json_and_merges_txt(tmp_path: Path) -> None:
     [
         ({"special_tokens_map_json": {"eos_token": {"content": "</s>"}}}, "</s>"),
         ({"tokenizer_config_json": {"eos_token": "</s>"}}, "</s>"),
+        (
+            {
+                "special_tokens_map_json": {"eos_token": "</s>"},
+                "tokenizer_config_json": {"eos_token": END},
+            },
+            "</s>",
+        ),
+        (
+            {
+                "special_tokens_map_json": {"eos_token": END},
+                "tokenizer_config_json": {"eos_token": "</s>", "added_tokens_decoder": {}},
+            },
+            "</s>",
+        ),
         ({"config_json": {"eos_token_id": SIZE + 1}}, "</s>"),
         # As in many folders: the ids of GPT-2 were left where the vocabulary is another one
         ({"config_json": {"eos_token_id": 50256}}, END),
@@ -129,6 +143,64 @@ def test_which_token_ends_a_text(files: dict[str, Any], end: str, tmp_path: Path
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.end_of_text is not None
     assert tokenizer.decode([tokenizer.end_of_text]) == end
+
+
+def test_a_token_that_ends_texts_is_special_whatever_its_flag_says(tmp_path: Path) -> None:
+    """Or a text from elsewhere could end itself."""
+    added = [added_token("</s>", SIZE, special=False), added_token("二匹", SIZE + 1, special=False)]
+    config = {"eos_token": "</s>", "additional_special_tokens": ["二匹"]}
+    write(tmp_path, tokenizer_json=tokenizer_json(added), tokenizer_config_json=config)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.end_of_text == SIZE
+    assert pieces(tokenizer, "the</s>二匹") == ["the", "<", "/", "s", ">", "二匹"]
+    assert pieces(tokenizer, "the</s>", allow_special=True) == ["the", "</s>"]
+
+
+def test_the_flags_in_tokenizer_config_json_count_where_both_files_have_some(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, tokenizer_json=tokenizer_json([added_token("二匹", SIZE, special=False)]))
+    assert SIZE in load_tokenizer(tmp_path).encode("二匹")
+    special = {str(SIZE): added_token("二匹", SIZE, special=True)}
+    write(tmp_path, tokenizer_config_json={"added_tokens_decoder": special})
+    assert SIZE not in load_tokenizer(tmp_path).encode("二匹")
+
+
+def test_a_tokenizer_is_described_in_one_way_before_and_after_it_is_saved(tmp_path: Path) -> None:
+    """Whether tokens on disk are of this tokenizer is told from the description."""
+    tokens = {**vocabulary(), "<pad>": SIZE, END: SIZE + 1}
+    names = {"pad_token": "<pad>", "eos_token": END}
+    write(tmp_path, vocab_json=tokens, merges_txt=merges_txt(), special_tokens_map_json=names)
+    write(tmp_path, added_tokens_json={"<|sep|>": SIZE + 2})
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert json.dumps(again.to_dict()) == json.dumps(tokenizer.to_dict())
+
+
+def test_special_tokens_that_the_model_has_no_room_for_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokens to pad with were often added to a tokenizer, and not to its model."""
+    added = [added_token(END, SIZE), added_token("[PAD]", SIZE + 1)]
+    config = {"eos_token": END, "pad_token": "[PAD]"}
+    write(tmp_path, tokenizer_json=tokenizer_json(added), tokenizer_config_json=config)
+    for size, tokens in ((SIZE + 2, SIZE + 2), (SIZE + 1, SIZE + 1), ("?", SIZE + 2)):
+        write(tmp_path, config_json={"vocab_size": size})
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer.vocab_size == tokens
+        assert ("pad_token" in tokenizer.special_tokens) == (tokens == SIZE + 2)
+        assert tokenizer.end_of_text == SIZE
+        note = capsys.readouterr().err
+        left_out = f"note: {tmp_path}: the model has no '[PAD]', which its tokenizer adds\n"
+        assert note == ("" if tokens == SIZE + 2 else left_out)
+    # Not so where the model is another tokenizer's, and a token that is looked for in every text
+    write(tmp_path, config_json={"vocab_size": SIZE - 1})
+    assert load_tokenizer(tmp_path).vocab_size == SIZE + 2
+    added[1]["special"] = False
+    write(tmp_path, config_json={"vocab_size": SIZE + 1}, tokenizer_config_json={})
+    write(tmp_path, tokenizer_json=tokenizer_json(added))
+    assert load_tokenizer(tmp_path).vocab_size == SIZE + 2
 
 
 def test_a_tokenizer_without_an_end_of_text(tmp_path: Path) -> None:
@@ -214,6 +286,23 @@ def test_an_option_that_changes_the_ids_is_refused_by_name(option: str, tmp_path
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["CLIPTokenizer", "Qwen2Tokenizer", "RobertaTokenizerFast", 3])
+def test_vocab_json_of_a_class_that_cuts_text_up_in_another_way_is_refused(
+    kind: Any, tmp_path: Path
+) -> None:
+    write(tmp_path, vocab_json=vocabulary(), merges_txt=merges_txt())
+    for name in ("GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", None):
+        write(tmp_path, tokenizer_config_json={"tokenizer_class": name})
+        assert load_tokenizer(tmp_path).encode("dog").tolist() == [vocabulary()["dog"]]
+    write(tmp_path, tokenizer_config_json={"tokenizer_class": kind})
+    problem = rf"^{re.escape(str(tmp_path))}.tokenizer_config\.json: a {kind} is refused: only byte"
+    with pytest.raises(UserError, match=problem):
+        load_tokenizer(tmp_path)
+    (tmp_path / "vocab.json").unlink()  # nor is it taken for GPT-2's
+    with pytest.raises(UserError, match=problem):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("tokenizer.model", "SentencePiece"), ("vocab.txt", "WordPiece")]
 )
@@ -285,6 +374,24 @@ def test_a_tokenizer_json_with_parts_that_are_damaged_is_named(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"normalizer": {"type": "NFC\n\x1b[2J"}},
+        {"pre_tokenizer": {"type": "x" * 10**5}},
+        {"model": {"type": "Unigram\r"}},
+        {"added_tokens": [{"content": "a", "x": "x" * 10**5}]},
+    ],
+)
+def test_what_a_stranger_wrote_is_short_and_printable_in_the_message(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    write(tmp_path, tokenizer_json={**tokenizer_json(), **content})
+    with pytest.raises(UserError, match=r"is supported$|added token") as caught:
+        load_tokenizer(tmp_path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
 def test_names_of_special_tokens_that_say_nothing_are_passed_over(tmp_path: Path) -> None:
     names: dict[str, Any] = {"eos_token": 3, "bos_token": {"content": []}, "pad_token": "nowhere"}
     names |= {"additional_special_tokens": 3, "extra_special_tokens": {"x": [], "y": "the"}}
@@ -298,15 +405,48 @@ def test_the_damaged_file_is_named_and_not_the_one_beside_it(tmp_path: Path) -> 
     write(tmp_path, tokenizer_json=tokenizer_json(), tokenizer_config_json="{")
     with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'tokenizer_config.json'))} "):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": {}}}')
-    with pytest.raises(UserError, match="it is damaged: it has the added token"):
-        load_tokenizer(tmp_path)
+    for id in ("x", "²", "9" * 5000):
+        decoder = {id: added_token("<s>", SIZE)}
+        write(tmp_path, tokenizer_config_json={"added_tokens_decoder": decoder})
+        with pytest.raises(UserError, match="it is damaged: it has the added token"):
+            load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "tokenizer.json").unlink()
     write(tmp_path, vocab_json=vocabulary())
     (tmp_path / "merges.txt").write_bytes(b"\xff \xff")
     with pytest.raises(UserError, match=r"merges\.txt is damaged: it is not UTF-8"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_like_ours_that_changes_characters_first_is_refused(tmp_path: Path) -> None:
+    make_tokenizer("char", TEXT).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**content, "normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(UserError, match="its model is WordLevel"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("folder", [".", "a", "token"])
+def test_the_file_is_named_whatever_its_folder_is_called(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(folder, "tokenizer.json")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"tokenizer": "klingon"}')
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))} is damaged: 'klingon'"):
+        load_tokenizer(folder)
+    write(path.parent, tokenizer_json={**tokenizer_json(), "normalizer": {"type": "NFC"}})
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: its normalizer is NFC"):
+        load_tokenizer(folder)
+    write(path.parent, tokenizer_json=tokenizer_json(), special_tokens_map_json="{")
+    with pytest.raises(UserError, match=f"^{re.escape(str(path.with_name('special_')))}.*damaged"):
+        load_tokenizer(folder)
+    path.unlink()
+    vocab = write(path.parent, vocab_json=vocabulary()) / "vocab.json"
+    with pytest.raises(UserError, match=rf"^{re.escape(str(vocab))}: there is no merges\.txt"):
+        load_tokenizer(folder)
 
 
 def test_a_word_tokenizer_with_added_tokens_is_refused(tmp_path: Path) -> None:

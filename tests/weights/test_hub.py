@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -15,6 +16,7 @@ from hub import hub_of, publish, refuse
 from tiny_weights import ARRAYS, CONFIG, Arrays, assert_same
 
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.weights import hub, names
 from micrograd_gpt.weights.formats import open_weights
 from micrograd_gpt.weights.hub import Repository, fetch, repository_named
@@ -98,6 +100,8 @@ def got(server: Server) -> list[str]:
         ("a/", None),
         ("a/b..c", None),
         ("a/b--c", None),
+        ("a/b.git", None),
+        ("a/" + "b" * 97, None),
         ("a\\b", None),
         ("~/a", None),
         ("a/é", None),
@@ -238,9 +242,51 @@ def test_the_cache_is_used_where_the_hub_cannot_be_asked(
         fetch(at(gone(), tmp_path, f"{NAME}@v1.0"))
 
 
-def test_a_download_that_breaks_off_is_continued(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cached", "lacking"),
+    [
+        (("config.json", "model.safetensors"), "tokenizer"),
+        (("config.json", "tokenizer.json"), "weights"),
+    ],
+)
+def test_a_copy_that_other_programs_fetched_in_part_is_not_used(
+    server: Server, tmp_path: Path, cached: tuple[str, ...], lacking: str
+) -> None:
+    """Without its tokenizer's files it would seem to have GPT-2's."""
+    for name in cached:
+        huggingface_hub.hf_hub_download(NAME, name, endpoint=server.url, cache_dir=tmp_path)
+    with pytest.raises(UserError, match=f"cannot ask .*; the copy in the cache has no {lacking}"):
+        fetch(at(gone(), tmp_path))
+    whole = fetch(at(server, tmp_path))
+    hub._listing.cache_clear()
+    assert fetch(at(gone(), tmp_path)) == whole
+
+
+def test_a_model_without_a_tokenizer_is_used_from_the_cache_too(tmp_path: Path) -> None:
+    with hub_of(NAME, {"main": (FIRST, files())}) as server:
+        absent = f"/{NAME}/resolve/{FIRST}/tokenizer.json"
+        server.commits[absent] = FIRST
+        folder = fetch(at(server, tmp_path))
+    hub._listing.cache_clear()
+    assert fetch(at(gone(), tmp_path)) == folder
+    assert load_tokenizer(tmp_path).name == "gpt2"
+
+
+def test_tokenizers_that_are_refused_by_name_are_fetched_for_that(tmp_path: Path) -> None:
+    published = files() | {"spiece.model": b"\0"}
+    with hub_of(NAME, {"main": (FIRST, published)}) as server:
+        folder = fetch(at(server, tmp_path))
+    with pytest.raises(UserError, match=r"spiece\.model is a SentencePiece tokenizer"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("fault", [Fault(status=403), Fault(drop_after=100, reset=True)])
+def test_a_download_that_breaks_off_is_continued(
+    server: Server, tmp_path: Path, fault: Fault
+) -> None:
     model = f"/{NAME}/resolve/{FIRST}/model.safetensors"
-    server.head_faults[model] = server.faults[model] = [Fault(status=403)] * 9
+    server.faults[model] = [fault] * 9
+    server.head_faults[model] = [fault] * 9 if fault.status else []
     with pytest.raises(UserError, match=f"cannot fetch {NAME}: "):
         fetch(at(server, tmp_path))
     with pytest.raises(

@@ -27,6 +27,7 @@ from tiny_weights import (
 )
 
 from micrograd_gpt import no_grad
+from micrograd_gpt.arrays.devices import move
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json
@@ -93,7 +94,9 @@ def test_a_head_of_its_own(tmp_path: Path) -> None:
     assert_same(from_pretrained(GPT2, folder), arrays)
 
 
-@pytest.mark.parametrize("head", ["score", "classifier", "qa_outputs", "multiple_choice_head"])
+@pytest.mark.parametrize(
+    "head", ["score", "classifier", "qa_outputs", "multiple_choice_head", "v_head.summary"]
+)
 def test_another_head_is_left_out(
     tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +104,15 @@ def test_another_head_is_left_out(
     assert_same(from_pretrained(GPT2, hf_folder(tmp_path, ARRAYS | heads)))
     (note,) = capsys.readouterr().err.splitlines()
     assert note.startswith(f"note: {tmp_path}") and all(name in note for name in heads)
+
+
+def test_names_that_a_stranger_chose_do_not_reach_the_terminal_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heads = {f"score.\x1b[2J\r{'x' * i}": ARRAYS[SQUARE] for i in range(100)}
+    from_pretrained(GPT2, hf_folder(tmp_path, ARRAYS | heads))
+    note = capsys.readouterr().err
+    assert note.rstrip("\n").isprintable() and len(note) < 300 + len(str(tmp_path))
 
 
 def test_a_sharded_folder(tmp_path: Path) -> None:
@@ -197,7 +209,8 @@ def test_loading_keeps_one_copy(tmp_path: Path) -> None:
 def test_loading_onto_a_gpu() -> None:
     model = from_pretrained(GPT2, DATA / "saver", device="gpu")
     assert all(p.device == "gpu" for p in model.parameters())
-    assert_same(model.to("cpu"))  # type: ignore[arg-type]
+    move(model, "cpu")
+    assert_same(model)
 
 
 @pytest.mark.parametrize(

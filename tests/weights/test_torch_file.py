@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import random
+import struct
 import tracemalloc
 import zipfile
 from collections import OrderedDict
@@ -296,6 +297,10 @@ def test_what_is_not_a_model_is_named(file: Path) -> None:
     save(file, {"x": TWELVE, 3: TWELVE})
     with pytest.raises(UserError, match="holds 3, which is not a tensor"):
         read_state_dict(file)
+    save(file, {"x" * 10**6: 3})
+    with pytest.raises(UserError, match=r"holds 'xxx.*, which is not a tensor") as caught:
+        read_state_dict(file)
+    assert len(str(caught.value)) < 300 + len(str(file))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -364,6 +369,24 @@ def test_a_pickle_of_any_size_fills_a_limited_memory(
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 120 * limit, (instruction, peak)
+
+
+def test_a_zip_directory_of_any_size_fills_a_limited_memory(file: Path) -> None:
+    count = PICKLE_BYTES // 46 + 1  # an entry has 46 bytes, and its name
+    entry = struct.pack("<4s6H3L5H2L", b"PK\x01\x02", *[0] * 16)
+    write_zip(file, pickled({}), {})
+    whole = file.read_bytes()
+    end = whole.rindex(b"PK\x05\x06")
+    start = whole.index(b"PK\x01\x02")
+    directory = whole[start:end] + entry * count
+    sizes = (0, 0, 0xFFFF, 0xFFFF, len(directory), start, 0)
+    file.write_bytes(whole[:start] + directory + struct.pack("<4s4H2LH", b"PK\x05\x06", *sizes))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"a part of it has 2,\d+,\d+ bytes, which no"):
+        read_torch(file)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * PICKLE_BYTES
 
 
 def test_a_small_file_does_not_describe_a_large_model(file: Path) -> None:

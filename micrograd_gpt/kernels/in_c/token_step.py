@@ -53,7 +53,7 @@ def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
     arrays = [[parameter.data for parameter in layer] for layer in layers]
     heads, data = blocks[0].attn.n_head, cache.data
     check_plain([x.data, data], [FLOAT32])
-    lengths = checked_lengths(cache, x.data, len(blocks), heads)
+    lengths = checked_lengths(cache, x.shape, len(blocks), heads)
     rows, tokens, width = x.shape
     *strides, token, element = strides_of(data)
     if rows * tokens > FEW_ROWS or (token, element) != (width // heads, 1):

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from micrograd_gpt import functional, layers, optim, tensor
 from micrograd_gpt.arrays.devices import Array, array_module
-from micrograd_gpt.arrays.precision import is_half
-from micrograd_gpt.arrays.stand_ins import NotForMe
+from micrograd_gpt.arrays.precision import HALF, is_half
+from micrograd_gpt.arrays.stand_ins import NotForMe, converts
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_cuda import cublas
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
@@ -36,7 +37,6 @@ from micrograd_gpt.kernels.in_cuda.arguments import (
     float32,
     in_cuda,
     name_of,
-    rows_in_memory,
     strips,
 )
 from micrograd_gpt.kernels.in_cuda.matvec import FEW_ROWS, multiply_few_rows
@@ -47,11 +47,29 @@ from micrograd_gpt.layers import Key
 from micrograd_gpt.tensor import Tensor
 
 ROWS_AT_ONCE = 128  # how many rows one block adds up, column by column
+ALIGNED = 64  # the head's rows are filled up to a multiple of this
 
 
 def _seed(key: Key) -> int:
     """The 64-bit key of Philox for a draw."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+@converts
+def converted(array: Array, dtype: np.dtype) -> Array:
+    """`array`, without gaps, between float32 and half precision; with the same layout in memory."""
+    names = name_of(array.dtype), name_of(dtype)
+    if "float32" not in names or not (array.flags.c_contiguous or array.flags.f_contiguous):
+        raise NotForMe
+    stored = array if array.flags.c_contiguous else array.T
+    activation(stored)
+    result = array_module(array).empty(stored.shape, dtype)
+    kernel, half = ("narrow", names[1]) if names[0] == "float32" else ("widen", names[0])
+    if half not in HALF:
+        raise NotForMe
+    grid = blocks(stored.size, half)
+    launch("convert", kernel, half, grid, (THREADS,), stored, result, stored.size)
+    return result if stored is array else result.T
 
 
 # ------------------------------------------------------------------------------- matrix products
@@ -249,7 +267,7 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
     scale = 1 / math.sqrt(d)
     if t == 1 and not p:
         launch(
-            *("attention_decode", "attention_decode", dtype, (b * h,), (128,), q, k, v, out),
+            *("attention_decode", "attention_decode", dtype, (b * h,), (512,), q, k, v, out),
             *(log_total, h, keys, q_batch, q_head, *_strides(k), scale),
             head_size=d,
         )
@@ -284,19 +302,15 @@ def attention_backward(
     parts = dqkv.transpose(2, 0, 3, 1, 4)  # views, each (B, H, T, D)
     dq, dk, dv = parts if _are_aligned(*parts) else xp.empty((3, b, h, t, d), q.dtype)
     delta = xp.empty((b, h, t), np.float32)
-    grid, block = (-(-(b * t * h) // WARPS),), (THREADS,)
     variant = {"head_size": d, "dropout": bool(p), "tf32": _in_tf32(dtype)}
-    launch(
-        *("attention", "attention_delta", dtype, grid, block, out, grad, delta, h, t, b * t * h),
-        **variant,
-    )
-    rows, threads = cuda_modules.attention_block(dtype, d, variant["tf32"])
+    rows, threads = cuda_modules.attention_block(dtype, d, variant["tf32"], backward=True)
     seed = _seed(key) if p else 0
-    for kernel, written in (("queries", [dq]), ("keys", [dk, dv])):
+    of_queries, of_keys = [out, log_total, delta, dq], [log_total, delta, dk, dv]
+    for kernel, arrays in (("queries", of_queries), ("keys", of_keys)):  # the first writes delta
         launch(
-            *("attention", f"attention_backward_{kernel}", dtype, (-(-t // rows), b * h)),
-            *((threads,), grad, q, k, v, log_total, delta, *written, h, t, *_strides(q)),
-            *(*_strides(written[0]), 1 / math.sqrt(d), seed, p),
+            *("attention_backward", f"attention_backward_{kernel}", dtype),
+            *((-(-t // rows), b * h), (threads,), grad, q, k, v, *arrays, h, t),
+            *(*_strides(q), *_strides(dq), 1 / math.sqrt(d), seed, p),
             **variant,
         )
     if not _are_aligned(*parts):
@@ -332,12 +346,14 @@ def _strides(x: Array) -> list[int]:
 def _are_aligned(*arrays: Array) -> bool:
     """Whether these arrays (B, H, T, D) have the same strides, and rows as 16-byte loads need them.
 
-    Each row must start at a multiple of 16 bytes, and its D numbers must have no gaps.
+    Each row must start at a multiple of 16 bytes, and its D numbers must have no gaps. Within a
+    tile of rows, offsets are 32-bit integers.
     """
     first = arrays[0]
     starts = [cuda_modules.address(x) for x in arrays]
     return (
         all(x.strides == first.strides for x in arrays)
+        and abs(first.strides[2]) < 2**25
         and first.strides[3] == first.itemsize
         and not any(number % 16 for number in (*starts, *first.strides[:3]))
     )
@@ -371,7 +387,7 @@ def dropout_forward(x: Array, p: float, key: Key) -> Array:
 def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
     activation(logits)
     dlogits = array_module(logits).empty_like(logits)
-    return dlogits, _cross_entropy(logits, labels, dlogits)
+    return dlogits, _cross_entropy(logits, labels, dlogits, logits.shape[1])
 
 
 @in_cuda(linear_cross_entropy.linear_cross_entropy_forward)
@@ -380,26 +396,42 @@ def linear_cross_entropy_forward(
 ) -> tuple[Array | None, Array, Array | None]:
     """As the definition; the logits become their own gradient in place."""
     activation(x, weight)
-    logits = linear_forward(x, weight.T, None)
-    loss = _cross_entropy(logits, labels, logits)
+    vocab_size, padded = len(weight), _padded(weight)
+    logits = _product(x, padded.T)
+    loss = _cross_entropy(logits, labels, logits, vocab_size)
     if not with_gradients:
         return None, loss, None
-    dweight = array_module(weight).empty(weight.shape, np.float32)
-    return _product(logits, weight), loss, _product(logits.T, x, dweight)
+    dweight = array_module(weight).empty(padded.shape, np.float32)
+    return _product(logits, padded), loss, _product(logits.T, x, dweight)[:vocab_size]
 
 
-def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
+def _padded(weight: Array) -> Array:
+    """The head's weight (V, C), filled up to a multiple of ALIGNED rows with zeros.
+
+    cuBLAS multiplies matrices whose rows are not aligned five times more slowly, and the 50,257
+    tokens of GPT-2 are an odd number.
+    """
+    (vocab_size, width), xp = weight.shape, array_module(weight)
+    if vocab_size % ALIGNED == 0:
+        return weight
+    padded = xp.zeros((-(-vocab_size // ALIGNED) * ALIGNED, width), weight.dtype)
+    padded[:vocab_size] = weight
+    return padded
+
+
+def _cross_entropy(logits: Array, labels: Array, dlogits: Array, vocab_size: int) -> Array:
     """The summed loss; writes the gradient into `dlogits`, which may be `logits` itself.
 
-    The loss is NaN where a label is outside the vocabulary: to see that here would be to wait.
+    Columns from `vocab_size` on stand for no token. The loss is NaN where a label is outside the
+    vocabulary: to see that here would be to wait.
     """
-    (n, vocab_size), xp = logits.shape, array_module(logits)
+    (n, row_size), xp = logits.shape, array_module(logits)
     if labels.dtype.kind not in "iu":
         raise NotForMe
     labels, losses = xp.ascontiguousarray(labels, dtype=np.int64), xp.empty(n, np.float32)
     launch(
         *("cross_entropy", "cross_entropy_forward", name_of(logits.dtype), (n,), (THREADS,)),
-        *(logits, labels, dlogits, losses, vocab_size),
+        *(logits, labels, dlogits, losses, vocab_size, row_size),
     )
     return _total(losses)
 
@@ -410,26 +442,25 @@ def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
 @in_cuda(optim.clip_grad_norm)
 def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> Array:
     """As the definition; where the norm is not finite, every gradient is multiplied by 1."""
-    grads = gradients(parameters)
-    norm, factor = _norm_and_factor(_squares(grads), max_norm, loss_scale)
-    for grad in grads:
-        grad *= factor
+    grads = [g if g.flags.c_contiguous else g.T for g in gradients(parameters)]
+    float32(*grads)
+    spans = sorted((cuda_modules.address(grad), grad.nbytes) for grad in grads)
+    if any(start + size > after for (start, size), (after, _) in pairwise(spans)):
+        raise NotForMe  # what is written to twice
+    (across,) = blocks(max(grad.size for grad in grads), "float32")
+    partials = array_module(grads[0]).empty((len(grads), across), np.float64)
+    tables = [
+        (slice(start, start + TENSORS_AT_ONCE), _table(gradients=grads[start:][:TENSORS_AT_ONCE]))
+        for start in range(0, len(grads), TENSORS_AT_ONCE)
+    ]
+    for some, table in tables:
+        grid = (across, len(grads[some]))
+        launch("optimizer", "sum_of_squares", "float32", grid, (THREADS,), table, partials[some])
+    norm, factor = _norm_and_factor(partials, max_norm, loss_scale)
+    for some, table in tables:
+        grid = (across, len(grads[some]))
+        launch("optimizer", "scale", "float32", grid, (THREADS,), table, factor)
     return norm
-
-
-def _squares(arrays: Sequence[Array]) -> Array:
-    """The sums of the squares of parts of each array, in float64: those of floats may leave its
-    range."""
-    arrays = [rows_in_memory(array) for array in arrays]
-    float32(*arrays)
-    (across,) = blocks(max(a.size for a in arrays), "float32")
-    partials = array_module(arrays[0]).empty((len(arrays), across), np.float64)
-    for start in range(0, len(arrays), TENSORS_AT_ONCE):
-        some = arrays[start : start + TENSORS_AT_ONCE]
-        table, part = _table(gradients=some), partials[start : start + len(some)]
-        grid = (across, len(some))
-        launch("optimizer", "sum_of_squares", "float32", grid, (THREADS,), table, part)
-    return partials
 
 
 def _norm_and_factor(squares: Array, max_norm: float, loss_scale: float) -> tuple[Array, Array]:

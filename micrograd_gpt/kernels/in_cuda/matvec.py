@@ -6,7 +6,9 @@ from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.kernels.in_cuda.arguments import THREADS, WARPS, activation, float32, strips
 from micrograd_gpt.kernels.in_cuda.modules import launch
 
-FEW_ROWS = 8  # a product of at most this many rows is bound by reading the matrix
+FEW_ROWS = 8  # a product of at most this many rows reads the matrix once, and is bound by that
+MOST_ROWS = 64  # on tensor cores it still is with this many
+OUTPUTS = 16  # that a block of batch_rows.cu computes
 
 
 def multiply_few_rows(
@@ -19,8 +21,9 @@ def multiply_few_rows(
 ) -> None:
     """Write x (N, K) @ weight (K, M) + bias (M,) into y (N, M), or add it to `stream` (N, M).
 
-    With `gelu`, GELU of the product goes into y. N is at most FEW_ROWS, and the weight may be
-    stored in rows or in columns. Where `stream`, which is float32, is given, `y` is None. Raises
+    With `gelu`, GELU of the product goes into y. N is at most MOST_ROWS. The weight may be stored
+    in rows or in columns; unless those hold two-byte numbers and lie in columns, it is read once
+    for every FEW_ROWS rows. Where `stream`, which is float32, is given, `y` is None. Raises
     NotForMe unless the other arrays are of one type that the kernels take.
     """
     n, (k, m) = len(x), weight.shape
@@ -28,9 +31,14 @@ def multiply_few_rows(
     dtype = activation(x, stored, *(array for array in (bias, y) if array is not None))
     if stream is not None:
         float32(stream)
+    groups = -(-n // FEW_ROWS)
     if stored is weight:
-        kernel, grid = "matvec_columns", (strips(m, dtype, 4),)
+        file, kernel, blocks = "matvec", "matvec_columns", groups * strips(m, dtype, 4)
+    elif n == 1:
+        file, kernel, blocks = "matvec", "matvec_row", -(-m // WARPS)
+    elif n <= FEW_ROWS or dtype == "float32":
+        file, kernel, blocks = "matvec", "matvec_rows", groups * -(-m // WARPS)
     else:
-        kernel, grid = "matvec_rows", (-(-m // WARPS),)
+        file, kernel, blocks = "batch_rows", "multiply_batch", -(-m // OUTPUTS)
     arguments = (x, stored, bias, y, stream, n, k, m, int(gelu))
-    launch("matvec", kernel, dtype, grid, (THREADS,), *arguments)
+    launch(file, kernel, dtype, (blocks,), (THREADS,), *arguments)

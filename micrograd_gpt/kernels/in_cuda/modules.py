@@ -78,37 +78,46 @@ def source(file: str) -> str:
 
 @cache
 def options(
-    dtype: str, head_size: int = 0, dropout: bool = False, tf32: bool = False
+    dtype: str,
+    head_size: int = 0,
+    dropout: bool = False,
+    tf32: bool = False,
+    backward: bool = False,
 ) -> tuple[str, ...]:
     """The compiler's options, to which CuPy adds the device's architecture and -ftz=true.
 
-    The last three arguments are only for attention, and `tf32` only for float32.
+    All but the first are only for attention, and `tf32` only for float32.
     """
     name = ACTIVATIONS[dtype]
     of_type = ("-std=c++17", f"-DACTIVATION={name}", f"-DACTIVATION_IS_{name.upper()}")
     if not head_size:
         return of_type
-    rows, _ = attention_block(dtype, head_size, tf32)
+    rows, _ = attention_block(dtype, head_size, tf32, backward)
     shape = (f"-DHEAD_SIZE={head_size}", f"-DROWS={rows}", f"-DDROPOUT={dropout:d}")
     return (*of_type, *shape, *(["-DTF32"] if tf32 else []))
 
 
-def attention_block(dtype: str, head_size: int, tf32: bool = False) -> tuple[int, int]:
-    """How many rows of queries or keys a block of attention.cu works on, and its number of threads.
+def attention_block(
+    dtype: str, head_size: int, tf32: bool = False, backward: bool = False
+) -> tuple[int, int]:
+    """How many rows of queries or keys a block of attention works on, and its number of threads.
 
-    In float32 without TF32, four tiles of that many rows fit a block's 48 KB of shared memory.
+    In float32 without TF32, four tiles of that many rows fit a block's 48 KB of shared memory. Else
+    a warp works on 16 rows, or on 32 where registers hold their products.
     """
     if dtype == "float32" and not tf32:
         rows = 32 if head_size <= 64 else 16
         return rows, rows * 8
-    return 64, 128
+    wide = dtype != "float32" and head_size <= 64 and not backward
+    return (128 if wide else 64), 128
 
 
 @cache
 def declarations(file: str) -> dict[str, tuple[Parameter, ...]]:
     """The kernels in a source, each with its parameters."""
     text = re.sub(r"//.*", "", source(file))
-    kernels = re.findall(r'extern "C" __global__ void (\w+)\(([^)]*)\)', text)
+    bounds = r"(?:__launch_bounds__\([^)]*\) )?"
+    kernels = re.findall(rf'extern "C" __global__ void {bounds}(\w+)\(([^)]*)\)', text)
     return {name: tuple(map(_parameter, arguments.split(","))) for name, arguments in kernels}
 
 
@@ -156,7 +165,8 @@ def launch(
             raise TypeError(
                 f"{kernel}: {parameter.name} must be {expected}, not {given or argument!r}"
             )
-    run(file, kernel, options(dtype, head_size, dropout, tf32), grid, block, values)
+    backward = file == "attention_backward"
+    run(file, kernel, options(dtype, head_size, dropout, tf32, backward), grid, block, values)
 
 
 @cache

@@ -1,4 +1,5 @@
-// The backward of picking rows of a table (V, C): gradients are added to the rows they came from.
+// Picking rows of a table (V, C), for decoding, and the backward: gradients are added to the rows
+// they came from.
 
 #include "common.cuh"
 
@@ -30,4 +31,18 @@ extern "C" __global__ void embedding_backward(
         for (int y = 0; y < 8; y++) sum[j] += of_thread[y][threadIdx.x][j];
     }
     store_pack(dweight + id * width, column, width, sum);
+}
+
+// stream (B, C) = wte[tokens] + wpe[positions]. Block: one warp, whose threads own PACK columns
+// each. Grid: (B, columns / (32 * PACK)).
+extern "C" __global__ void embedding_token(
+    const long long* tokens, const long long* positions, const Activation* wte,
+    const Activation* wpe, float* stream, int width
+) {
+    int row = blockIdx.x, column = (blockIdx.y * WARP + threadIdx.x) * PACK;
+    float sum[PACK], position[PACK];
+    load_pack(wte + tokens[row] * width, column, width, sum);
+    load_pack(wpe + positions[row] * width, column, width, position);
+    for (int j = 0; j < PACK; j++) sum[j] += position[j];
+    store_pack(stream + (long long)row * width, column, width, sum);
 }

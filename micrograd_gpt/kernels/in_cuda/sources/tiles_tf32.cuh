@@ -10,7 +10,8 @@
 
 #pragma once
 
-constexpr int TILE = 32;  // rows of a tile; with more, the backward of 128 channels lacks registers
+constexpr int FRAGMENTS = 1, BUFFERS = 1;
+constexpr int TILE = 32, STRIP = TILE;  // with more, the backward of 128 channels lacks registers
 #include "fragments.cuh"
 
 struct Tile {
@@ -43,16 +44,26 @@ __device__ inline void mma(
 }
 #endif
 
-// Loads `count` rows from `first` on, `stride` elements apart, and zeros after them.
+__device__ inline void wait_for_copies() {}  // here a copy is made when it is asked for
+
+__device__ inline void copy_numbers(float (&numbers)[TILE], const float* first, int count) {
+    for (int i = threadIdx.x; i < TILE; i += THREADS) numbers[i] = i < count ? first[i] : 0.0f;
+}
+
+// Loads `count` rows from `first` on, `stride` elements apart, and zeros after them. Every row
+// must start at a multiple of 16 bytes.
 __device__ inline void load_tile(Tile& tile, const float* first, long long stride, int count) {
     constexpr int PACKS = HEAD_SIZE / PACK;
-    for (int i = threadIdx.x; i < TILE * PACKS; i += THREADS) {
-        int row = i / PACKS, channel = i % PACKS * PACK;
-        float values[PACK] = {};
-        if (row < count) load_pack(first + row * stride, channel, HEAD_SIZE, values);
-        SixteenBytes words;
-        for (int j = 0; j < PACK; j++) words.words[j] = to_tf32(values[j]);
-        *reinterpret_cast<SixteenBytes*>(&tile.at[row][channel]) = words;
+#pragma unroll
+    for (int done = 0; done < TILE * PACKS; done += THREADS) {
+        int i = done + threadIdx.x, row = i / PACKS, channel = i % PACKS * PACK;
+        if (done + THREADS > TILE * PACKS && i >= TILE * PACKS) break;
+        SixteenBytes values = {};
+        if (row < count) {
+            values = *reinterpret_cast<const SixteenBytes*>(first + row * int(stride) + channel);
+        }
+        for (unsigned& word : values.words) word = to_tf32(__uint_as_float(word));
+        *reinterpret_cast<SixteenBytes*>(&tile.at[row][channel]) = values;
     }
 }
 
@@ -67,39 +78,44 @@ __device__ inline Rows load_rows(RowsInShared&, const float* first, long long st
     return rows;
 }
 
-// scores (ROWS, TILE) = rows · tileᵀ
-__device__ inline void multiply(const Rows& rows, const Tile& tile, float (&scores)[2][COLUMNS]) {
-    for (int r = 0; r < 2; r++) {
+// scores (ROWS, STRIP) = rows · stripᵀ, the strip being the rows of a tile from `part` on
+__device__ inline void multiply(const Rows& rows, const Tile& tile, int part, float (&scores)[HELD][COLUMNS]) {
+    for (int r = 0; r < HELD; r++) {
         for (float& score : scores[r]) score = 0.0f;
     }
     int row = lane_of() / 4, channel = lane_of() % 4;
-    for (int n = 0; n < TILE / 8; n++) {
-        float* upper = scores[0] + 2 * n;
-        float* lower = scores[1] + 2 * n;
-        for (int k = 0; k < HEAD_SIZE / 8; k++) {
-            const unsigned* b = &tile.at[n * 8 + row][k * 8 + channel];
+    for (int k = 0; k < HEAD_SIZE / 8; k++) {
+        for (int n = 0; n < STRIP / 8; n++) {
+            float* upper = scores[0] + 2 * n;
+            float* lower = scores[1] + 2 * n;
+            const unsigned* b = &tile.at[part + n * 8 + row][k * 8 + channel];
             mma(upper[0], upper[1], lower[0], lower[1], rows.words[k], b[0], b[4]);
         }
     }
 }
 
-// sums (ROWS, HEAD_SIZE) += weights (ROWS, TILE) · tile. A sum over eight rows of the tile may go
+// sums (ROWS, HEAD_SIZE) += weights (ROWS, STRIP) · strip. A sum over eight rows of the tile may go
 // in any order. So the weights for rows 2t and 2t + 1, which a lane holds as C, become columns t
 // and t + 4 of A, and B's rows are permuted likewise.
 __device__ inline void accumulate(
-    float (&sums)[2][CHANNELS], const float (&weights)[2][COLUMNS], const Tile& tile
+    float (&sums)[HELD][CHANNELS], const float (&weights)[HELD][COLUMNS], const Tile& tile, int part
 ) {
     int row = lane_of() % 4 * 2, channel = lane_of() / 4;
-    for (int k = 0; k < TILE / 8; k++) {
+    for (int k = 0; k < STRIP / 8; k++) {
         const float* upper = weights[0] + 2 * k;
         const float* lower = weights[1] + 2 * k;
         unsigned a[4] = {to_tf32(upper[0]), to_tf32(lower[0]), to_tf32(upper[1]), to_tf32(lower[1])};
         for (int n = 0; n < HEAD_SIZE / 8; n++) {
             float* top = sums[0] + 2 * n;
             float* bottom = sums[1] + 2 * n;
-            unsigned b0 = tile.at[k * 8 + row][n * 8 + channel];
-            unsigned b1 = tile.at[k * 8 + row + 1][n * 8 + channel];
+            unsigned b0 = tile.at[part + k * 8 + row][n * 8 + channel];
+            unsigned b1 = tile.at[part + k * 8 + row + 1][n * 8 + channel];
             mma(top[0], top[1], bottom[0], bottom[1], a, b0, b1);
         }
     }
+}
+
+// row[channel_of(c)] = values[c] * factor
+__device__ inline void store_row(float* row, const float (&values)[CHANNELS], float factor) {
+    for (int c = 0; c < CHANNELS; c++) row[channel_of(c)] = values[c] * factor;
 }
