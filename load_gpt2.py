@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights = open_release(named, sources(args.source, args.openai_url), verify=True)
     else:
         weights = open_local(find(args.model))
-    if args.merge:
-        weights = with_adapter(weights, args.merge)
+    weights = with_adapter(weights, args.merge) if args.merge else weights
     size = named or published_size(weights.config)
     if claimed and size != claimed:
         raise UserError(f"{args.model} holds {size or 'no published size'}, not {claimed}")
@@ -76,18 +75,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     say(f"loading {weights.path}")
     model = build(weights)
-    # Other weights of that shape are OpenAI's only if the user says so, by --size.
-    is_claimed = (claimed or named) is not None and not args.merge
+    # Weights of OpenAI's shape are theirs only if the user says so, by --size
+    is_claimed = bool(claimed or named) and not args.merge
     passed, findings = check(model, tokenizer, size, claimed=is_claimed)
     if passed:
         if args.export:
-            assert tokenizer is not None
+            assert tokenizer
             gguf_file.write_gguf(out, model, tokenizer, args.dtype, name)
         else:
             write_folder(model, out, tokenizer, None if args.dtype == "float32" else args.dtype)
-        say(f"wrote {out}, weights stored as {args.dtype}")
-    else:
-        say(f"the check failed: {out} is not written")
+    written = f"wrote {out}, weights stored as {args.dtype}"
+    say(written if passed else f"the check failed: {out} is not written")
     print("\n".join([*parameter_table(model), *findings]))
     return 0 if passed else 1
 
