@@ -31,6 +31,7 @@ BELOW = {
 }
 BELOW["weights"] = BELOW["generation"] = (*BELOW["text"], *ON_THE_SIX, "text")
 BELOW["runs"] = (*BELOW["weights"], "weights", "generation")
+BELOW["tuning"] = (*BELOW["runs"], "runs")
 BELOW["kernels"] = ("arrays", "support", *SIX, "generation")  # whose KV cache they write
 
 
