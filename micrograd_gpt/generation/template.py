@@ -19,7 +19,8 @@ import re
 from pathlib import Path
 
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import reading, write_text
+from micrograd_gpt.support.files import read_json, reading, write_text
+from micrograd_gpt.text.hugging_face import TOKENIZER_CONFIG
 
 TEMPLATE = "prompt_template.txt"  # in the folder of a tuned model
 NEEDED, OPTIONAL = ("instruction", "output"), ("system", "input")
@@ -134,5 +135,14 @@ def template_of(folder: str | Path) -> Template | None:
 
 
 def save_template(template: Template, folder: str | Path) -> None:
-    """Write the template into a model's folder; UserError if that fails."""
+    """Write the template into a model's folder, and its chat template into the settings of the
+    tokenizer that is there already. UserError if that fails.
+
+    Transformers renders a conversation as one text, in which end-of-text is typed out; so there it
+    must be found in a text, as in the texts of any other chat model.
+    """
+    path = Path(folder) / TOKENIZER_CONFIG
+    chat = {"split_special_tokens": False, "chat_template": template.chat_template()}
+    settings = (read_json(path) or {}) | chat
+    write_text(path, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
     write_text(Path(folder) / TEMPLATE, template.text + "\n")
