@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from micrograd_gpt import layers
-from micrograd_gpt.generation.template import Template
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.layers import IGNORE
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading
 from micrograd_gpt.tensor import Tensor
 from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.template import Template
 from micrograd_gpt.variants import VariantGPT2
 
 LOSS_ON = ("answers", "all")  # which tokens are learned

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from micrograd_gpt import optim
-from micrograd_gpt.generation.template import Template, save_template
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.text.template import Template, save_template
 from micrograd_gpt.text.tokenizers import ByteTokenizer
 from micrograd_gpt.tuning.instructions import Batches, Example, Turn, answer_loss, encode
 

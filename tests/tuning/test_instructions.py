@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from small_gpt2 import make_model
 
-from micrograd_gpt.generation.template import Template
 from micrograd_gpt.layers import IGNORE
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.template import Template
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 from micrograd_gpt.tuning.instructions import (
     Batches,

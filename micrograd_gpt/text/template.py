@@ -20,9 +20,8 @@ from pathlib import Path
 
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading, write_text
-from micrograd_gpt.text.hugging_face import TOKENIZER_CONFIG
+from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER_CONFIG
 
-TEMPLATE = "prompt_template.txt"  # in the folder of a tuned model
 NEEDED, OPTIONAL = ("instruction", "output"), ("system", "input")
 PLACE = re.compile(r"\{(system|instruction|input|output)\}")
 
@@ -130,7 +129,7 @@ def read_template(path: str | Path) -> Template:
 
 def template_of(folder: str | Path) -> Template | None:
     """The template that the model in `folder` was tuned with; None: with none."""
-    path = Path(folder) / TEMPLATE
+    path = Path(folder) / PROMPT_TEMPLATE
     return read_template(path) if path.exists() else None
 
 
@@ -145,4 +144,4 @@ def save_template(template: Template, folder: str | Path) -> None:
     chat = {"split_special_tokens": False, "chat_template": template.chat_template()}
     settings = (read_json(path) or {}) | chat
     write_text(path, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
-    write_text(Path(folder) / TEMPLATE, template.text + "\n")
+    write_text(Path(folder) / PROMPT_TEMPLATE, template.text + "\n")

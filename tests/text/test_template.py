@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from micrograd_gpt.generation.template import Template, read_template, save_template, template_of
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.template import Template, read_template, save_template, template_of
 
 
 def test_the_default_leaves_out_what_there_is_not() -> None:
