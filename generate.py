@@ -109,7 +109,7 @@ def load(given: argparse.Namespace) -> tuple[GPT2, Tokenizer, Template | None]:
     from micrograd_gpt.arrays.precision import emulation_note
     from micrograd_gpt.text.template import template_of
     from micrograd_gpt.text.tokenizer_files import load_tokenizer
-    from micrograd_gpt.weights.names import open_model
+    from micrograd_gpt.weights.names import open_language_model
     from micrograd_gpt.weights.pretrained import build
 
     set_tf32(given.tf32, given.device)
@@ -122,7 +122,7 @@ def load(given: argparse.Namespace) -> tuple[GPT2, Tokenizer, Template | None]:
     smaller = "--dtype bfloat16, or --device cpu" if given.device != "cpu" else "a smaller --model"
     with memory_errors(f"the weights do not fit; try {smaller}"):
         try:
-            weights = open_model(name)
+            weights = open_language_model(name)
             tokenizer = load_tokenizer(weights.folder)
             template = template_of(weights.folder)
             if given.instruction is not None and template is None:
