@@ -133,6 +133,13 @@ def template_of(folder: str | Path) -> Template | None:
     return read_template(path) if path.exists() else None
 
 
+def choose_template(path: str | Path | None, folder: str | Path | None) -> Template:
+    """The template in a file, or else that of the model in a folder, or else the default."""
+    if path is not None:
+        return read_template(path)
+    return (folder and template_of(folder)) or Template()
+
+
 def save_template(template: Template, folder: str | Path) -> None:
     """Write the template into a model's folder, and its chat template into the settings of the
     tokenizer that is there already. UserError if that fails.
