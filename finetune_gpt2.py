@@ -24,7 +24,7 @@ from micrograd_gpt.arrays import stand_ins
 from micrograd_gpt.arrays.devices import move, resolve_device, set_tf32
 from micrograd_gpt.arrays.memory import memory_errors
 from micrograd_gpt.arrays.precision import HALF, compute_in, emulation_note, hold_in
-from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.nn import Module
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.dropout import set_dropout
@@ -39,42 +39,35 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.tuning import flags, labelled
 from micrograd_gpt.tuning.batches import Order, Task, micro_batches
-from micrograd_gpt.tuning.classification import Classification, labelled
+from micrograd_gpt.tuning.classification import Classification, label_texts
 from micrograd_gpt.tuning.classifier import (
     GPT2Classifier,
     load_classifier,
     set_layers,
     write_classifier,
 )
-from micrograd_gpt.tuning.flags import parse_flags, resolve_settings, schedule, table
-from micrograd_gpt.tuning.labelled import (
-    Columns,
-    Example,
-    read_examples,
-    read_parts,
-    text_lines,
-    warn_if_unbalanced,
-)
 from micrograd_gpt.tuning.scores import draw_confusion
 from micrograd_gpt.weights.config import read_config
 from micrograd_gpt.weights.names import config_named, tokenizer_folder
 from micrograd_gpt.weights.pretrained import unwritten
 
+RATES = ("max_steps", "warmup_steps", "learning_rate", "min_lr")  # the schedule's arguments
+
 
 def main(argv: list[str] | None = None) -> int:
-    given = parse_flags(argv)
+    given = flags.parse_flags(argv)
     stand_ins.highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    if "predict" in given or is_piped(given):
-        return predict(given)
-    settings = resolve_settings(given)
+    to_predict = "predict" in given or is_piped(given)
+    settings = flags.for_prediction(given) if to_predict else flags.resolve_settings(given)
     device = resolve_device(settings.device)
     set_tf32(settings.tf32, device)
     command = {"classify": classify, "instruct": instruct}[settings.command]
     advice = "lower --batch-size (and raise --grad-accum-steps), or add --recompute"
     with memory_errors(advice), compute_in(settings.dtype):
-        return command(settings, device)
+        return (predict if to_predict else command)(settings, device)
 
 
 # -------------------------------------------------------------------------------- classification
@@ -83,10 +76,9 @@ def main(argv: list[str] | None = None) -> int:
 def classify(settings: argparse.Namespace, device: str) -> int:
     """Train a classifier as the settings say; returns the script's exit status."""
     # Data: texts with labels, in three parts
-    columns = columns_of(vars(settings))
     files = (settings.data, settings.validation, settings.test)
-    parts = read_parts(*files, columns, settings.encoding)
-    warn_if_unbalanced(parts.train, settings.balance)
+    parts = labelled.read_parts(*files, labelled.columns_of(settings), settings.encoding)
+    labelled.warn_if_unbalanced(parts.train, settings.balance)
     tokenizer, longest = tokenizer_of(settings), longest_of(settings)
     name, size = Path(settings.data).name, settings.batch_size
     task = Classification(parts, tokenizer, longest, size, name, settings.balance)
@@ -104,21 +96,16 @@ def classify(settings: argparse.Namespace, device: str) -> int:
 
 
 def report_classifier(settings: argparse.Namespace, task: Classification, device: str) -> None:
-    """The scores of the best checkpoint, on stdout and as files in the run's folder."""
-    out = Path(settings.out)
-    best = load_classifier(out / checkpoint.BEST, device)
-    scores = {
-        "validation": task.scores(best, task.validation),
-        "test": task.scores(best, task.test),
-    }
-    for name, score in scores.items():
-        print(f"{name}: {score.report()}\n")
-        draw_confusion(score, out / f"confusion-{name}.png")
+    """The scores of the best checkpoint, on stdout and as pictures in the run's folder."""
+    out, best = Path(settings.out), Path(settings.out, checkpoint.BEST)
+    model = load_classifier(best, device)
+    for name, part in (("validation", task.validation), ("test", task.test)):
+        scores = task.scores(model, part)
+        print(f"{name}: {scores.report()}\n")
+        draw_confusion(scores, out / f"confusion-{name}.png")
     print(f"saved in {out}/: the model and the run, metrics.jsonl, loss.png, confusion-*.png")
-    print(f"{out}/{checkpoint.BEST} has the lowest validation loss; the scores are its")
-    print(
-        f"try: python finetune_gpt2.py classify --model {out}/{checkpoint.BEST} --predict FILE.txt"
-    )
+    print(f"{best} has the lowest validation loss, and these scores")
+    print(f"try: python finetune_gpt2.py classify --model {best} --predict FILE.txt")
 
 
 def is_piped(given: dict[str, Any]) -> bool:
@@ -128,38 +115,17 @@ def is_piped(given: dict[str, Any]) -> bool:
     return sys.stdin is not None and not sys.stdin.isatty()
 
 
-def predict(given: dict[str, Any]) -> int:
+def predict(settings: argparse.Namespace, device: str) -> int:
     """Label the texts of a file or a pipe: one JSON object a line, on stdout."""
-    s = argparse.Namespace(**{name: row.default for name, row in table("classify").items()})
-    vars(s).update(given)
-    examples = texts_to_label(given)
-    device = resolve_device(s.device)
-    set_tf32(s.tf32, device)
-    with memory_errors("lower --batch-size"), compute_in(s.dtype):
-        model = load_classifier(s.model, device, "float32" if s.dtype in HALF else s.dtype)
-        tokenizer = load_tokenizer(tokenizer_folder(s.model) or s.model)
-        for result in labelled(model, examples, tokenizer, s.batch_size):
-            print(json.dumps(result, ensure_ascii=False), flush=True)
+    columns = labelled.columns_of(settings)
+    texts = labelled.read_texts(settings.predict, columns, settings.encoding)
+    wide = "float32" if settings.dtype in HALF else settings.dtype
+    model = load_classifier(settings.model, device, wide)
+    folder = tokenizer_folder(settings.model)
+    tokenizer = load_tokenizer(folder) if folder else GPT2Tokenizer()
+    for result in label_texts(model, texts, tokenizer, settings.batch_size):
+        print(json.dumps(result, ensure_ascii=False), flush=True)
     return 0
-
-
-def texts_to_label(given: dict[str, Any]) -> list[Example]:
-    """The texts of the file that --predict names, or of stdin, a line each."""
-    if (source := given.get("predict", "-")) != "-":
-        encoding = given.get("encoding", "utf-8")
-        return read_examples(source, columns_of(given), encoding, with_labels=False)
-    if sys.stdin is None:
-        raise UserError("stdin is closed: name a file with --predict FILE")
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"stdin is not UTF-8 text ({error}): convert it") from None
-    return [Example(row.text, None, f"stdin, {row.place}") for row in text_lines(text)]
-
-
-def columns_of(given: dict[str, Any]) -> Columns:
-    chosen = {name: given.get(f"{name}_field") or name for name in ("text", "label")}
-    return Columns(**chosen, given=chosen != {"text": "text", "label": "label"})
 
 
 # ---------------------------------------------------------------------------------- instructions
@@ -199,7 +165,7 @@ def tune(
     """
     per_step = settings.batch_size * settings.grad_accum_steps
     order = Order(task.lengths, per_step, settings.seed, task.kinds)
-    schedule(settings, order.steps_per_epoch)
+    flags.schedule(settings, order.steps_per_epoch)
     longest = int(task.lengths.max())
     if settings.plan:
         print(plan_of(settings, longest, device))
@@ -218,10 +184,11 @@ def tune(
         checkpoint.load_run(settings.out, model, optimizer, scaler)
     recorder = Recorder(settings, task, model, optimizer, scaler, write, per_step * longest)
     recorder.start()
+    rates = [getattr(settings, name) for name in RATES]
 
     while optimizer.steps < settings.max_steps and not recorder.stopped:
         step = optimizer.steps
-        optimizer.lr = learning_rate(step, settings)
+        optimizer.lr = optim.cosine_schedule(step, *rates)
 
         # Gradients of the mean over all that counts in the step, however the micro-batches cut it
         batches = [
@@ -279,32 +246,30 @@ def make_optimizer(settings: argparse.Namespace, model: Module) -> tuple[optim.A
     return optimizer, scaler
 
 
-def learning_rate(step: int, settings: argparse.Namespace) -> float:
-    """The learning rate of `step`: a linear warm-up, then half a cosine."""
-    s = settings
-    return optim.cosine_schedule(step, s.max_steps, s.warmup_steps, s.learning_rate, s.min_lr)
-
-
 def tokenizer_of(settings: argparse.Namespace) -> Tokenizer:
     """The tokenizer of the weights to start from, or of the run that is resumed."""
     folder = settings.out if settings.resume else tokenizer_folder(settings.model)
     return load_tokenizer(folder) if folder else GPT2Tokenizer()
 
 
+def config_of(settings: argparse.Namespace) -> GPT2Config:
+    """The shape of the weights to start from, or of the run that is resumed."""
+    return read_config(settings.out) if settings.resume else config_named(settings.model)
+
+
 def longest_of(settings: argparse.Namespace) -> int:
     """The most tokens of an example; UserError for more than the model has room for."""
-    config = read_config(settings.out) if settings.resume else config_named(settings.model)
-    if settings.block_size and settings.block_size > config.n_positions:
-        raise UserError(f"--block-size is at most {config.n_positions}, the context of the model")
-    return settings.block_size or config.n_positions
+    room = config_of(settings).n_positions
+    if settings.block_size and settings.block_size > room:
+        raise UserError(f"--block-size is at most {room}, the context of the model")
+    return settings.block_size or room
 
 
 def plan_of(settings: argparse.Namespace, longest: int, device: str) -> str:
     """What --plan prints: what the longest batches of a run take in which all layers learn."""
-    config = read_config(settings.out) if settings.resume else config_named(settings.model)
     s = settings
-    plan = Plan(config, s.batch_size, longest, s.grad_accum_steps, s.recompute, s.dtype, device)
-    return plan.report(s.max_steps, s.rate, s.devices)
+    sizes = (s.batch_size, longest, s.grad_accum_steps, s.recompute, s.dtype, device)
+    return Plan(config_of(s), *sizes).report(s.max_steps, s.rate, s.devices)
 
 
 if __name__ == "__main__":

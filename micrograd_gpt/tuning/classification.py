@@ -148,7 +148,7 @@ def label_log_probs(model: GPT2Classifier, ids: Sequence[Array], batch_size: int
     return log_probs
 
 
-def labelled(
+def label_texts(
     model: GPT2Classifier, examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     """For each text its most likely label and the probabilities of all, as JSON objects."""

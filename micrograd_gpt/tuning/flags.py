@@ -178,6 +178,14 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
     return argparse.Namespace(command=command, **settings)
 
 
+def for_prediction(given: dict[str, Any]) -> argparse.Namespace:
+    """The settings of `classify --predict`; UserError for one that is not of its kind."""
+    rows = table(given["command"])
+    settings = {name: row.default for name, row in rows.items()} | {"predict": "-"} | given
+    check_kinds(settings, rows)
+    return argparse.Namespace(**settings)
+
+
 def _resumed(out: Path, flags: dict[str, Any], command: str) -> dict[str, Any]:
     saved = checkpoint.load_settings(out)
     if saved.get("command") != command:

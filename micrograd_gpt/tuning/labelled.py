@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +39,12 @@ class Columns:
     text: str = "text"
     label: str = "label"
     given: bool = field(default=False)
+
+
+def columns_of(settings: argparse.Namespace) -> Columns:
+    """The columns that --text-field and --label-field name."""
+    names = (settings.text_field, settings.label_field)
+    return Columns(*names, given=names != ("text", "label"))
 
 
 class Parts(NamedTuple):
@@ -73,6 +81,25 @@ def read_examples(
     examples = [Example(*_checked(row, path, with_labels)) for row in rows]
     if with_labels:
         _check_same_kind(rows, path)
+    return examples
+
+
+def read_texts(source: str, columns: Columns, encoding: str = "utf-8") -> list[Example]:
+    """The texts of a file, without labels, or of stdin where the source is "-", a line each."""
+    if source != "-":
+        return read_examples(source, columns, encoding, with_labels=False)
+    if sys.stdin is None:
+        raise UserError("stdin is closed: name a file with --predict FILE")
+    try:
+        text = sys.stdin.buffer.read().decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin is not {encoding.upper()} text ({error}): convert it") from None
+    examples = [Example(row.text, None, f"stdin, {row.place}") for row in text_lines(text)]
+    if not examples:
+        raise UserError(
+            "stdin holds no texts: send some, a line each, or name a file with --predict FILE (to "
+            "learn, give --data FILE)"
+        )
     return examples
 
 
