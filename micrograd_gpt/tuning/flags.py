@@ -122,8 +122,9 @@ SUMMARIES = {
 
 
 EPILOGS = {
-    "instruct": "the prompt template; a paragraph is left out where it has no place but {system}\n"
-    "or {input}, and there is none:\n\n" + textwrap.indent(DEFAULT, "    ")
+    "instruct": "The prompt template. A paragraph is left out where it has no place but {system}\n"
+    "or {input}, and there is none; {output} is the answer, and end-of-text follows:\n\n"
+    + textwrap.indent(DEFAULT, "    ")
 }
 
 
