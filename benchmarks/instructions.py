@@ -25,7 +25,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import write_text
 from micrograd_gpt.text.template import Template, template_of
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.tuning.instructions import read_conversations
+from micrograd_gpt.tuning.conversations import read_conversations
 from micrograd_gpt.weights.pretrained import from_pretrained
 
 LETTERS = "bdfgklmnprstvz", "aeiou"
