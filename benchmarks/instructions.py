@@ -68,7 +68,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     write = commands.add_parser("write", help="make the data")
     write.add_argument("folder", type=Path)
-    write.add_argument("--train", type=cli.positive_int, default=12_000, help="items (12000)")
+    write.add_argument("--train", type=cli.positive_int, default=30_000, help="items (30000)")
     write.add_argument("--test", type=cli.positive_int, default=600, help="items (600)")
     score = commands.add_parser("score", help="have a model answer, and count what is right")
     score.add_argument("file", type=Path)
