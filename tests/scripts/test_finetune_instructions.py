@@ -74,7 +74,8 @@ def test_it_learns_to_answer_and_to_stop(
     instruct: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert instruct(out, "--epochs", 30) == 0
+    flags = ["--max-steps", 130, "--eval-interval", 130, "--save-interval", 130]
+    assert instruct(out, *flags) == 0
     printed = capsys.readouterr().out
     assert "instruction: " in printed and "expected: " in printed
     assert metrics(out)[-1]["val_loss"] < 0.1
