@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import fake_cupy
 import numpy as np
 import pytest
 from training import ROOT, assert_same, everything, metrics, weights
 
+from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.support.errors import UserError
@@ -172,13 +174,11 @@ def test_layers_that_do_not_learn_stay_as_they_were(
 def test_accumulated_gradients_are_those_of_the_big_batch(classify: Main, tmp_path: Path) -> None:
     """Also in an epoch's last step, whose micro-batches do not have the same number of texts."""
     flags = ["--epochs", 1, "--log-interval", 1]
-    classify(tmp_path / "big", "--batch-size", 12, *flags)
-    classify(tmp_path / "parts", "--batch-size", 5, "--grad-accum-steps", 2, *flags[:2])
-    big = metrics(tmp_path / "big")
-    assert len(big) == 6  # of 64 texts
-    other = tmp_path / "other"
-    classify(other, "--batch-size", 4, "--grad-accum-steps", 3, *flags)
-    for ours, theirs in zip(metrics(other), big, strict=True):
+    big, parts = tmp_path / "big", tmp_path / "parts"
+    classify(big, "--batch-size", 12, *flags)
+    classify(parts, "--batch-size", 3, "--grad-accum-steps", 4, *flags)
+    assert len(metrics(big)) == 6  # the last with 4 of the 64 texts: 3 and 1
+    for ours, theirs in zip(metrics(parts), metrics(big), strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
     assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
@@ -309,6 +309,16 @@ def test_other_types(classify: Main, tmp_path: Path, dtype: str) -> None:
     assert metrics(out)[-1]["val_loss"] < metrics(out)[0]["train_loss"]
     expected = "float64" if dtype == "float64" else "float32"
     assert {array.dtype.name for array in weights(out).values()} == {expected}
+
+
+def test_on_a_gpu_as_on_the_cpu(classify: Main, tmp_path: Path) -> None:
+    flags = ["--max-steps", 3, "--dtype", "float64", "--train-layers", "last"]
+    assert classify(tmp_path / "cpu", *flags) == 0
+    with fake_cupy.installed(), at_most("fused"):
+        assert classify(tmp_path / "gpu", *flags, "--device", "gpu") == 0
+    rows = [metrics(tmp_path / name)[-1] for name in ("cpu", "gpu")]
+    for name in ("train_loss", "val_loss", "val_accuracy", "grad_norm"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-9)
 
 
 def test_help_is_quick_and_complete() -> None:
