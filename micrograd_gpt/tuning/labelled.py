@@ -295,8 +295,9 @@ def label_names(examples: Sequence[Example]) -> list[str]:
     """The different labels: numbers by their size, words by their letters; UserError for one."""
     labels = {example.label for example in examples if example.label is not None}
     if len(labels) < 2:
+        file = examples[0].place.rpartition(", ")[0]
         raise UserError(
-            f"all {len(examples)} texts have the label {min(labels, default='')!r}: "
+            f"{file}: all {len(examples)} texts have the label {min(labels, default='')!r}: "
             "give texts of two labels or more"
         )
     numbers = all(map(is_number, labels))

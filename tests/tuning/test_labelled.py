@@ -135,13 +135,17 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def made(count: int, label: str) -> list[Example]:
-    return [Example(f"{label} {i}", label, f"line {i}") for i in range(count)]
+    return [Example(f"{label} {i}", label, f"a.tsv, line {i}") for i in range(count)]
 
 
 def test_one_label_only_and_an_unknown_one() -> None:
-    with pytest.raises(UserError, match="all 3 texts have the label 'a': give texts of two"):
+    with pytest.raises(
+        UserError, match=r"^a\.tsv: all 3 texts have the label 'a': give texts of two"
+    ):
         label_names(made(3, "a"))
-    with pytest.raises(UserError, match=r"^line 0: the label 'c' is unknown: .* a, b; correct it"):
+    with pytest.raises(
+        UserError, match=r"^a\.tsv, line 0: the label 'c' is unknown: .* a, b; correct it"
+    ):
         label_numbers([*made(2, "a"), *made(1, "c")], ["a", "b"])
 
 
