@@ -219,6 +219,8 @@ def test_texts_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     with pytest.raises(UserError, match="stdin is not UTF-8 text"):
         pipe(b"\xff")
+    with pytest.raises(UserError, match="'klingon' is not a text encoding"):
+        read_texts("-", Columns(), "klingon")
     with pytest.raises(UserError, match="stdin holds no texts"):
         pipe(b"\n")
     monkeypatch.setattr(sys, "stdin", None)
