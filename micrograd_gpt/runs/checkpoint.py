@@ -4,6 +4,7 @@
     model.safetensors       its weights, under GPT-2's own names
     tokenizer.json          which tokenizer, and its vocabulary
     tokenizer_config.json   which of its tokens ends a text
+    prompt_template.txt     how to ask, only of a model that was tuned on instructions
     optimizer.safetensors   AdamW's moments            } only if the
     trainer_state.json      the step and the settings  } run can be resumed
 
@@ -40,7 +41,7 @@ from micrograd_gpt.support.file_sets import (
 )
 from micrograd_gpt.support.files import read_json, reading, write_text
 from micrograd_gpt.text.base_tokenizer import Tokenizer
-from micrograd_gpt.text.hugging_face import TOKENIZER, TOKENIZER_CONFIG
+from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG
 from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, MODEL, is_adapter
 from micrograd_gpt.weights.loading import fill
@@ -50,7 +51,8 @@ from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
 SET = (CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG, OPTIMIZER, STATE)
 ADAPTER = (ADAPTED_CONFIG, ADAPTER_CONFIG, ADAPTER_MODEL)  # instead of the first two
-MAY_LACK = (TOKENIZER_CONFIG,)  # which earlier versions did not write
+ALSO = (PROMPT_TEMPLATE,)  # which only some runs have
+MAY_LACK = (TOKENIZER_CONFIG, *ALSO)  # the first in runs of earlier versions
 BEST = "best"
 SCALER = ("scale", "growth_interval", "good_steps", "skipped_steps")  # of a LossScaler
 
@@ -142,7 +144,7 @@ def remove_run(folder: str | Path) -> None:
     for place in (folder, folder / BEST, *folder.glob("step-*")):
         finish_set(place)  # or a set that a kill left unfinished would come back later
     try:
-        for name in (*reversed(SET), *ADAPTER):  # trainer_state.json first: it makes this a run
+        for name in (*reversed(SET), *ADAPTER, *ALSO):  # trainer_state.json makes this a run
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot remove the run in {folder}: {error.strerror}") from error
@@ -229,8 +231,8 @@ def _moments(model: Module, optimizer: AdamW) -> dict[str, Any]:
 
 def _files(folder: Path) -> list[Path]:
     """The files of the set in `folder`."""
-    names = (*ADAPTER, *SET[2:]) if is_adapter(folder) else SET
-    files = [folder / name for name in names]
+    model_and_rest = (*ADAPTER, *SET[2:]) if is_adapter(folder) else SET
+    files = [folder / name for name in (*model_and_rest, *ALSO)]
     return [file for file in files if file.name not in MAY_LACK or file.exists()]
 
 
