@@ -5,6 +5,7 @@
     python load_gpt2.py --from ~/gpt-2/models/124M --dtype float16     # no network
     python load_gpt2.py --from distilbert/distilgpt2                   # a model on the Hub
     python load_gpt2.py --from ckpt.pt --out mine                      # nanoGPT's checkpoint
+    python load_gpt2.py --from mine --merge adapter --out merged       # LoRA folded in
     python load_gpt2.py --from out --export model.gguf                 # a file for llama.cpp
 
 The result is a folder that generate.py, train_gpt2.py --init-from and Transformers load, or with
@@ -31,9 +32,10 @@ from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.weights import gguf_file
+from micrograd_gpt.weights.adapters import merged, open_adapter
 from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_name
-from micrograd_gpt.weights.formats import Weights, open_weights
-from micrograd_gpt.weights.names import find, size_named
+from micrograd_gpt.weights.formats import Weights, is_adapter
+from micrograd_gpt.weights.names import find, open_local, size_named
 from micrograd_gpt.weights.pretrained import build
 from micrograd_gpt.weights.releases import OPENAI_URL, HuggingFace, OpenAI, Source, open_release
 from micrograd_gpt.weights.saving import write_model
@@ -59,29 +61,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if named:
         weights = open_release(named, sources(args.source, args.openai_url), verify=True)
     else:
-        weights = open_weights(find(args.model))
+        weights = open_local(find(args.model))
+    weights = with_adapter(weights, args.merge) if args.merge else weights
     size = named or published_size(weights.config)
     if claimed and size != claimed:
         raise UserError(f"{args.model} holds {size or 'no published size'}, not {claimed}")
-    name = f"gpt2-{size}" if size else own_name(args.model)
+    name = f"gpt2-{size}" if size and not args.merge else own_name(args.merge or args.model)
     out = args.export or args.out or Path("models") / name
-    if not args.export:
-        refuse_to_overwrite(out, weights.path)
+    adapters = [Path(given) for given in (args.model, args.merge) if given and is_adapter(given)]
+    for source in () if args.export else (weights.path, *adapters):
+        refuse_to_overwrite(out, source)
     tokenizer = exportable_tokenizer(weights) if args.export else tokenizer_of(weights)
 
     say(f"loading {weights.path}")
     model = build(weights)
-    # Other weights of that shape are OpenAI's only if the user says so, by --size.
-    passed, findings = check(model, tokenizer, size, claimed=(claimed or named) is not None)
+    # Weights of OpenAI's shape are theirs only if the user says so, by --size
+    is_claimed = bool(claimed or named) and not args.merge
+    passed, findings = check(model, tokenizer, size, claimed=is_claimed)
     if passed:
         if args.export:
-            assert tokenizer is not None
+            assert tokenizer
             gguf_file.write_gguf(out, model, tokenizer, args.dtype, name)
         else:
             write_folder(model, out, tokenizer, None if args.dtype == "float32" else args.dtype)
-        say(f"wrote {out}, weights stored as {args.dtype}")
-    else:
-        say(f"the check failed: {out} is not written")
+    written = f"wrote {out}, weights stored as {args.dtype}"
+    say(written if passed else f"the check failed: {out} is not written")
     print("\n".join([*parameter_table(model), *findings]))
     return 0 if passed else 1
 
@@ -107,9 +111,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         " OWNER/NAME or OWNER/NAME@REVISION",
     )
     parser.add_argument(
+        "--merge",
+        metavar="ADAPTER",
+        help="fold in the LoRA adapter in this folder, as finetune_gpt2.py or PEFT saved it",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
-        help="folder to write (default models/gpt2-SIZE, or models/ and the name of --from)",
+        help="folder to write (default models/gpt2-SIZE, or models/ and the name of --from, or of"
+        " --merge)",
     )
     parser.add_argument(
         "--export",
@@ -160,6 +170,14 @@ def own_name(model: str) -> str:
     if path.exists():
         return path.resolve().name if path.is_dir() else path.resolve().stem
     return Path(model.partition("@")[0]).name  # NAME of OWNER/NAME@REVISION
+
+
+def with_adapter(weights: Weights, folder: str) -> Weights:
+    """The weights with the adapter in this folder folded in; UserError for a classifier's."""
+    adapter = open_adapter(folder)
+    if adapter.head is not None:
+        raise UserError(f"{folder} is a classifier's adapter: use it as it is, with --model")
+    return merged(weights, adapter)
 
 
 def refuse_to_overwrite(out: Path, source: Path) -> None:

@@ -24,6 +24,8 @@ from micrograd_gpt.variants import (
 )
 
 CONFIG = "config.json"
+# The same beside an adapter, which Transformers would take for a whole model if it were config.json
+ADAPTED_CONFIG = "model_config.json"
 SIZES = {  # OpenAI's four models
     "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "355M": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
@@ -56,9 +58,12 @@ def published_shape(size: str) -> dict[str, int]:
 
 
 def read_values(folder: str | Path) -> dict[str, Any]:
-    """Everything that a folder's config.json says; UserError if it is missing or damaged."""
+    """Everything that a folder's config.json, or the one beside an adapter, says.
+
+    Raises UserError if it is missing or damaged.
+    """
     finish_set(folder)
-    values = read_json(Path(folder) / CONFIG)
+    values = read_json(Path(folder) / CONFIG) or read_json(Path(folder) / ADAPTED_CONFIG)
     if values is None:
         raise UserError(f"{folder} holds no model: there is no {CONFIG}")
     return values

@@ -8,16 +8,16 @@ OpenAI's TensorFlow checkpoint; with a config beside them or, for OpenAI's sizes
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from micrograd_gpt.gpt2 import GPT2Config
-from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.file_sets import finish_set
+from micrograd_gpt.support.file_sets import SAVED, finish_set
 from micrograd_gpt.support.files import read_json
 from micrograd_gpt.weights.config import (
     CONFIG,
@@ -39,6 +39,7 @@ MODEL, INDEX, HPARAMS = "model.safetensors", "model.safetensors.index.json", "hp
 TORCH_MODEL, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHT_FILES = (MODEL, INDEX, TORCH_MODEL, TORCH_INDEX)  # the first in a folder counts
 NANOGPT = "ckpt.pt"
+ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 
 
@@ -47,17 +48,26 @@ class Weights:
     """A model as its files describe it, whatever their format.
 
     `path` is the file or folder, `tensors` maps each of GPT-2's parameter names to where its
-    numbers are.
+    numbers are. `heads` has the tensors of other heads, for classification and the like.
     """
 
     path: Path
     config: GPT2Config
     tensors: dict[str, StoredTensor]
+    heads: dict[str, StoredTensor] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
         """Where the files that belong to the model are, as its tokenizer's."""
         return self.path if self.path.is_dir() else self.path.parent
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether this folder holds a LoRA adapter (weights/adapters.py) and not a whole model."""
+    if os.path.isdir(Path(path, SAVED)):
+        finish_set(path)
+    whole = any(os.path.exists(Path(path, name)) for name in WEIGHT_FILES)
+    return os.path.isfile(Path(path, ADAPTER_CONFIG)) and not whole
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -111,11 +121,11 @@ def _open_file(path: Path) -> Weights:
         entries = TensorFile(path).entries
     if not path.with_name(CONFIG).exists():
         tensors = _gpt2_tensors(path, entries)
-        return Weights(path, _published_config(path, tensors), tensors)
+        return Weights(path, _published_config(path, tensors), tensors, _other_heads(entries))
     config = read_config(path.parent)
     tensors = _gpt2_tensors(path, entries, getattr(config, "tie_word_embeddings", True))
     _check_agreement(path, config, CONFIG, tensors)
-    return Weights(path, config, tensors)
+    return Weights(path, config, tensors, _other_heads(entries))
 
 
 def _open_nanogpt(path: Path, saved: dict[str, Any]) -> Weights:
@@ -140,9 +150,6 @@ def _gpt2_tensors(
         if ours in names:
             raise UserError(f"{path} holds both {names[ours]!r} and {name!r}")
         names[ours] = name
-    if others := [name for name in entries if name.startswith(OTHER_HEADS)]:
-        named = ", ".join(map(ascii, others))[:200]  # a file can have any names, and any number
-        say(f"note: {path}: {named} left out: a language model has no such head")
     if "lm_head.weight" in entries and not is_tied:
         names["lm_head.weight"] = "lm_head.weight"
     elif "lm_head.weight" in entries:
@@ -160,6 +167,10 @@ def _gpt2_tensors(
     if sum(tensor.nbytes for tensor in stored) > size:
         raise UserError(f"{path} is damaged: its tensors overlap; fetch it again")
     return tensors
+
+
+def _other_heads(entries: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    return {name: tensor for name, tensor in entries.items() if name.startswith(OTHER_HEADS)}
 
 
 def _open_openai(folder: Path, hparams: dict[str, Any]) -> Weights:

@@ -1,7 +1,8 @@
 """What a user calls a model, in every script the same.
 
 124M, 355M, 774M, 1558M             OpenAI's sizes, and the older names of them
-out, models/x, model.safetensors    a local file or folder; it wins over a name on the Hub
+out, models/x, model.safetensors    a local file or folder; it wins over a name on the Hub.
+                                    A LoRA adapter's folder stands for its base with it folded in
 gpt2, gpt2-medium, distilgpt2, …    what everybody calls these models on the Hub
 OWNER/NAME, OWNER/NAME@REVISION     any GPT-2 on the Hub (weights/hub.py)
 """
@@ -22,7 +23,7 @@ from micrograd_gpt.weights.config import (
     read_config,
     size_name,
 )
-from micrograd_gpt.weights.formats import Weights, open_weights
+from micrograd_gpt.weights.formats import Weights, is_adapter, open_weights
 from micrograd_gpt.weights.hub import fetch, repository_named
 from micrograd_gpt.weights.releases import RELEASES, open_release
 
@@ -42,7 +43,27 @@ def open_model(name: str) -> Weights:
     """The weights of a model, fetched if need be; UserError if there is none of that name."""
     if size := size_named(name):
         return open_release(size)
-    return open_weights(find(name))
+    return open_local(find(name))
+
+
+def open_local(path: Path) -> Weights:
+    """The weights in a file or folder: of an adapter's folder, its base's with it folded in."""
+    if not is_adapter(path):
+        return open_weights(path)
+    from micrograd_gpt.weights.adapters import open_with_base  # it opens the base by its name
+
+    return open_with_base(path)
+
+
+def open_language_model(name: str) -> Weights:
+    """As `open_model`; UserError too for a classifier, which predicts no next token."""
+    weights = open_model(name)
+    if "score.weight" in weights.heads:
+        raise UserError(
+            f"{name} is a classifier, which labels texts and writes none: "
+            f"finetune_gpt2.py classify --model {name} --predict FILE"
+        )
+    return weights
 
 
 def find(name: str, with_weights: bool = True) -> Path:
@@ -70,7 +91,9 @@ def config_named(name: str) -> GPT2Config:
     if size := size_named(name):
         return read_config(published_shape(size))
     path = find(name, with_weights=False)
-    return read_config(path) if (path / CONFIG).exists() else open_weights(path).config
+    if (path / CONFIG).exists() and not is_adapter(path):
+        return read_config(path)
+    return open_local(path).config
 
 
 def tokenizer_folder(name: str) -> Path | None:
@@ -78,4 +101,6 @@ def tokenizer_folder(name: str) -> Path | None:
     if size_named(name):
         return None
     path = find(name, with_weights=False)
+    if is_adapter(path):
+        return open_local(path).folder
     return path if path.is_dir() else path.parent

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from micrograd_gpt.arrays.devices import Array, to_device
 from micrograd_gpt.gpt2 import GPT2
-from micrograd_gpt.support.file_sets import written_as_set
+from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.support.files import write_text
 from micrograd_gpt.text.tokenizers import Tokenizer
-from micrograd_gpt.weights.config import CONFIG, config_json
-from micrograd_gpt.weights.formats import MODEL
+from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG, config_json
+from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, MODEL
 from micrograd_gpt.weights.tensor_files import write_safetensors
 
 
@@ -23,27 +25,57 @@ def save_pretrained(
 ) -> None:
     """Write config.json, model.safetensors and, if given, the tokenizer into `folder`, as a set.
 
-    `transformers.GPT2LMHeadModel.from_pretrained(folder)` loads it. `dtype` ("float16", "bfloat16")
-    stores the weights in that type, rounded to nearest; `metadata` is added to the safetensors
-    file's own. Raises UserError if the files can't be written, and leaves what was there before.
+    `transformers.GPT2LMHeadModel.from_pretrained(folder)` loads it. Of a model with an adapter only
+    the adapter is written, and `peft.PeftModel.from_pretrained(base, folder)` loads it. `dtype`
+    ("float16", "bfloat16") stores the weights in that type, rounded to nearest; `metadata` is added
+    to the safetensors file's own. Raises UserError if the files can't be written, and leaves what
+    was there before.
     """
     with written_as_set(folder) as new:
         write_model(model, new, tokenizer, dtype, metadata)
 
 
 def write_model(
-    model: GPT2,
+    model: Any,
     folder: str | Path,
     tokenizer: Tokenizer | None = None,
     dtype: str | None = None,
     metadata: dict[str, str] | None = None,
+    also_in_config: dict[str, Any] | None = None,
 ) -> None:
-    """The files of `save_pretrained`, one after the other, for a set that has more files."""
+    """The files of `save_pretrained`, one after the other, for a set that has more files.
+
+    `model` may be any module with a GPT2Config whose parameters have the checkpoint's names;
+    `also_in_config` is added to config.json, or replaces what is there.
+    """
     folder = Path(folder)
-    arrays = {name: p.numpy() for name, p in model.named_parameters()}
-    write_safetensors(folder / MODEL, arrays, {"format": "pt", **(metadata or {})}, dtype)
-    stored = dtype or str(arrays["transformer.wte.weight"].dtype)
+    file, arrays = stored_arrays(model)
+    on_cpu = {name: to_device(array, "cpu") for name, array in arrays.items()}
+    write_safetensors(folder / file, on_cpu, {"format": "pt", **(metadata or {})}, dtype)
+    stored = dtype or str(model.transformer.wte.weight.dtype)
     config = config_json(model.config, stored, tokenizer.special_tokens if tokenizer else None)
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    config |= also_in_config or {}
+    if file == MODEL:
+        _write_json(folder / CONFIG, config)
+    else:
+        _write_json(folder / ADAPTED_CONFIG, config)
+        _write_json(folder / ADAPTER_CONFIG, model.adapter.config(model))
+        for whole in (MODEL, CONFIG):  # of a model that was saved here before
+            without(folder / whole)
     if tokenizer:
         tokenizer.save(folder)
+
+
+def stored_arrays(model: Any) -> tuple[str, dict[str, Array]]:
+    """The file that keeps what a model has learned, and by their names in it the arrays.
+
+    They are its parameters, or for one with an adapter (tuning/lora.py) the adapter's.
+    """
+    adapter = getattr(model, "adapter", None)
+    if adapter is not None:
+        return ADAPTER_MODEL, adapter.arrays(model)
+    return MODEL, {name: p.data for name, p in model.named_parameters()}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -25,6 +25,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text import hugging_face
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import CharTokenizer
+from micrograd_gpt.tuning.lora import add_lora, trained_parameters
 from micrograd_gpt.weights import pretrained, releases, saving
 from micrograd_gpt.weights.config import SIZES, published_shape, read_config
 from micrograd_gpt.weights.releases import OPENAI_FILES, Release
@@ -128,6 +129,55 @@ def test_the_model_s_own_tokenizer_goes_with_it(script: ModuleType, here: Path) 
     save_pretrained(GPT2(config), here / "source", tokenizer)
     assert script.main(["--from", "source", "--out", "new"]) == 0
     assert load_tokenizer("new").encode("cab").tolist() == tokenizer.encode("cab").tolist()
+
+
+@pytest.fixture
+def adapter(source: Path, tmp_path: Path) -> Path:
+    """A folder with an adapter for `source`, both matrices of each addition other than zero."""
+    model = GPT2.from_pretrained(source)
+    add_lora(model, rank=2, base=str(source))
+    for parameter in trained_parameters(model):
+        parameter.data = np.full(parameter.shape, 0.3, np.float32)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_is_merged(
+    script: ModuleType, source: Path, adapter: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main(["--from", str(source), "--merge", str(adapter), "--out", "new"]) == 0
+    total = capsys.readouterr().out.splitlines()[-2]
+    assert total.split() == ["16", "parameters", "201,408"]  # as many as before
+    old, new = (TensorFile(f / "model.safetensors") for f in (source, here / "new"))
+    for name in old.entries:
+        changed = name == "transformer.h.0.attn.c_attn.weight"
+        scale = 2.0  # alpha is twice the rank; each product of a row and a column is 2 × 0.3 × 0.3
+        expected = old.read(name) + (scale * 0.18 if changed else 0)
+        np.testing.assert_allclose(new.read(name), expected, rtol=1e-6)
+    assert script.main(["--from", str(adapter)]) == 0  # it knows its base
+    assert tree(here / "models" / "adapter") == tree(here / "new")
+
+
+def test_what_cannot_be_merged(script: ModuleType, source: Path, adapter: Path, here: Path) -> None:
+    base = ["--from", str(source)]
+    with pytest.raises(UserError, match=r"source holds no adapter: there is no adapter_config"):
+        script.main([*base, "--merge", str(source)])
+    for taken in (source, adapter):
+        with pytest.raises(UserError, match="is where the weights come from"):
+            script.main([*base, "--merge", str(adapter), "--out", str(taken)])
+    with pytest.raises(UserError, match="is where the weights come from"):
+        script.main(["--from", str(adapter), "--out", str(adapter)])
+    assert not list(here.iterdir())
+
+
+def test_openai_s_model_with_an_adapter_is_not_openai_s(
+    script: ModuleType, source: Path, adapter: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its check must not ask for the published continuation."""
+    monkeypatch.setitem(SIZES, "124M", TINY_SHAPE)
+    claimed = ["--from", str(source), "--size", "124M"]
+    assert script.main([*claimed, "--out", "refused"]) == 1
+    assert script.main([*claimed, "--merge", str(adapter), "--out", "new"]) == 0
 
 
 def test_out_is_named_after_what_it_holds(

@@ -1,0 +1,244 @@
+"""LoRA: training low-rank additions to some layers, with everything else frozen.
+
+Hu et al. 2021 (arXiv:2106.09685). Of a weight W of n_in × n_out numbers, what fine-tuning changes
+is taken to be a product A B of rank r, with r (n_in + n_out) numbers. Gradients and AdamW's moments
+exist for these alone. A is drawn and B begins at zero, so training begins at the model as it was.
+
+    add_lora(model, rank=8, base="124M")  the layers become LoRALinear, the rest is frozen
+    AdamW(trained_parameters(model))      then train as ever
+    model.save_pretrained(folder)         what was trained, as PEFT reads it (weights/adapters.py)
+    load_adapter(model, folder)           and back, to train on
+
+Initial values, scale and names are those of the reference implementation, PEFT.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from micrograd_gpt import layers
+from micrograd_gpt.arrays.devices import Array, device_of, move, to_device
+from micrograd_gpt.nn import Draws, Dropout, Linear, Module, Parameter
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.tensor import Tensor
+from micrograd_gpt.weights.adapters import (
+    HEAD,
+    PREFIX,
+    check_made_for,
+    open_adapter,
+)
+from micrograd_gpt.weights.formats import is_adapter
+from micrograd_gpt.weights.names import size_named
+from micrograd_gpt.weights.releases import RELEASES
+
+M = TypeVar("M", bound=Module)
+
+# The linear layers of a block, as --lora-layers takes them; the last part alone is enough.
+LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+DEFAULT_LAYERS = ("c_attn",)  # PEFT's for GPT-2
+
+
+class LoRALinear(Module):
+    """x (…, n_in) -> x @ weight + bias + alpha / r * (x @ lora_A) @ lora_B, (…, n_out).
+
+    It takes the place of `base`, whose weight (n_in, n_out) and bias (n_out,) it keeps under their
+    names. lora_A is (n_in, r), lora_B (r, n_out). While training, x is dropped out before lora_A.
+    """
+
+    def __init__(
+        self, base: Linear, rank: int, alpha: float, draws: Draws, seed: Any = 0, dropout: float = 0
+    ) -> None:
+        n_in, n_out = base.weight.shape
+        self.weight, self.bias = base.weight, base.bias
+        # torch.nn.Linear's default, which PEFT takes over; in its order of drawing, (r, n_in)
+        bound, dtype = 1 / math.sqrt(n_in), np.result_type(base.weight.dtype, np.float32)
+        start = np.random.default_rng(seed).uniform(-bound, bound, (rank, n_in))
+        self.lora_A = Parameter(start.astype(dtype).T)
+        self.lora_B = Parameter(np.zeros((n_out, rank), dtype).T)
+        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
+        self.dropout = Dropout(dropout, draws)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        low = layers.linear(self.dropout(x), self.lora_A) * self.scale  # (…, r)
+        return layers.linear(x, self.weight, self.bias) + layers.linear(low, self.lora_B)
+
+
+def add_lora(
+    model: Any,
+    rank: int,
+    alpha: float | None = None,
+    layer_names: Sequence[str] = DEFAULT_LAYERS,
+    seed: int = 0,
+    dropout: float = 0.0,
+    base: str | None = None,
+) -> None:
+    """Turn these layers of a model, a GPT2 or a classifier, into LoRALinear, and freeze the rest.
+
+    A name is one of LAYERS, or the last part of one: `c_proj` is both of that name. `alpha` is
+    twice the rank if left out. A classifier's head is trained in full. From now on the model is
+    saved as an adapter, which names `base`, what the model is called, if given. Raises UserError
+    for a layer that there is not.
+    """
+    if not layer_names:
+        raise UserError(f"--lora-layers: no layer given; choose from {', '.join(LAYERS)}")
+    for wanted in layer_names:
+        if not any(f".{name}".endswith(f".{wanted}") for name in LAYERS):
+            known = ", ".join(LAYERS)
+            raise UserError(f"--lora-layers: there is no {wanted!r}; choose from {known}")
+    names = [
+        name
+        for name in named_layers(model, Linear)
+        if any(name.endswith(f".{wanted}") for wanted in layer_names)
+    ]
+    for i, name in enumerate(names):
+        replace_by_lora(model, name, rank, alpha or 2 * rank, (seed, i), dropout)
+    model.adapter = AdapterFiles(base)
+    freeze(model)
+
+
+def add_as_told(model: Any, settings: Namespace) -> None:
+    """What --lora-rank and its companions say, if they say anything; UserError if that is wrong."""
+    rank, alpha = settings.lora_rank, settings.lora_alpha
+    if rank is None:
+        if alpha is not None or settings.lora_layers != " ".join(DEFAULT_LAYERS):
+            raise UserError("--lora-alpha and --lora-layers are for LoRA: give --lora-rank too")
+        return
+    if getattr(settings, "train_layers", "all") != "all":
+        raise UserError("--lora-rank says what learns, and so does --train-layers: give one")
+    if is_adapter(settings.model):
+        raise UserError(
+            f"{settings.model} is an adapter, and an adapter of one cannot be named: merge it "
+            f"first, with load_gpt2.py --from {settings.model} --out FOLDER"
+        )
+    layer_names = settings.lora_layers.replace(",", " ").split()
+    add_lora(model, rank, alpha, layer_names, settings.seed, base=settings.model)
+
+
+def replace_by_lora(
+    model: Any, name: str, rank: int, alpha: float, seed: Any = 0, dropout: float = 0.0
+) -> LoRALinear:
+    """Put a LoRALinear, on the same device, in the place of the Linear of this full name."""
+    path, _, last = name.rpartition(".")
+    parent = named_layers(model, Module)[path]
+    base, draws = getattr(parent, last), model.transformer.drop.draws
+    layer = LoRALinear(base, rank, alpha, draws, seed, dropout)
+    move(layer, device_of(base.weight.data))
+    setattr(parent, last, layer)
+    return layer
+
+
+def freeze(model: Any) -> None:
+    """Have no parameter trained but the additions and a classifier's head."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.endswith((".lora_A", ".lora_B")) or name == HEAD
+
+
+def trained_parameters(model: Any) -> list[Parameter]:
+    """The parameters that are trained; an optimizer that gets no others keeps no other moments."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def lora_layers(model: Any) -> dict[str, LoRALinear]:
+    """The layers with additions, by their full names, as `transformer.h.0.attn.c_attn`."""
+    return named_layers(model, LoRALinear)
+
+
+def named_layers(model: Any, kind: type[M]) -> dict[str, M]:
+    """The modules of this class by their full names."""
+    parts = ((prefix.removesuffix("."), part) for prefix, part in model.modules())
+    return {name: part for name, part in parts if isinstance(part, kind)}
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """How a model with LoRA is saved (weights/saving.py): by its additions alone.
+
+    `base` is what the model that they are made for is called, None if that is not known.
+    """
+
+    base: str | None
+
+    def arrays(self, model: Any) -> dict[str, Array]:
+        """What adapter_model.safetensors holds, by name: views of the parameters that are trained.
+
+        lora_A is (r, n_in) there, and lora_B (n_out, r), as torch.nn.Linear stores its weight.
+        """
+        arrays = {}
+        for name, layer in lora_layers(model).items():
+            arrays[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.data.T
+            arrays[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.data.T
+        heads = {PREFIX + name: p.data for name, p in model.named_parameters() if name == HEAD}
+        return arrays | heads
+
+    def config(self, model: Any) -> dict[str, Any]:
+        """What adapter_config.json says."""
+        lora = lora_layers(model)
+        first = next(iter(lora.values()))
+        is_classifier = HEAD in dict(model.named_parameters())
+        return {
+            "peft_type": "LORA",
+            "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
+            "base_model_name_or_path": None if self.base is None else base_name(self.base),
+            "r": first.rank,
+            "lora_alpha": first.alpha,
+            "lora_dropout": first.dropout.p,
+            "target_modules": _target_modules(model, lora),
+            "modules_to_save": ["classifier", "score"] if is_classifier else None,
+            "fan_in_fan_out": True,  # weights are (in, out), as GPT-2 stores them
+            "bias": "none",
+            "init_lora_weights": True,
+            "inference_mode": True,
+        }
+
+
+def base_name(model: str) -> str:
+    """What adapter_config.json calls a model: as PEFT can find it, from whichever folder."""
+    if size := size_named(model):
+        return RELEASES[size].repository
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def _target_modules(model: Any, lora: Mapping[str, LoRALinear]) -> list[str]:
+    """How PEFT is to find these layers: as `attn.c_attn`, or by full names if not in each block."""
+    kinds = {".".join(name.split(".")[-2:]) for name in lora}
+    complete = len(lora) == len(kinds) * len(model.transformer.h)
+    return sorted(kinds) if complete else list(lora)
+
+
+def load_adapter(model: Any, folder: str | Path) -> None:
+    """Put the additions of an adapter, ours or PEFT's, into its base model, and freeze the rest.
+
+    Raises UserError, naming the file, where it can't be read or was made for another model.
+    """
+    adapter = open_adapter(folder)
+    model.adapter = AdapterFiles(adapter.config.get("base_model_name_or_path"))
+    parameters = dict(model.named_parameters())
+    check_made_for(adapter, {name: p.shape for name, p in parameters.items()}, "this one")
+    if len(ranks := {a.a.shape[1] for a in adapter.additions.values()}) > 1:
+        raise UserError(f"{folder}: the rank differs between layers: {sorted(ranks)}; merge it")
+    if adapter.head is not None:
+        if HEAD not in parameters or parameters[HEAD].shape != adapter.head.shape:
+            has = parameters[HEAD].shape if HEAD in parameters else "no"
+            raise UserError(f"{folder} has a head {adapter.head.shape}, the model has {has} head")
+        adapter.head.read_into(head := np.empty(adapter.head.shape, np.float32))
+        _set(parameters[HEAD], head)
+    dropout = adapter.config.get("lora_dropout") or 0.0
+    for name, addition in adapter.additions.items():
+        rank = addition.a.shape[1]
+        layer = replace_by_lora(model, name, rank, addition.scale * rank, dropout=dropout)
+        _set(layer.lora_A, addition.a)
+        _set(layer.lora_B, addition.b)
+    freeze(model)
+
+
+def _set(parameter: Parameter, values: np.ndarray) -> None:
+    """Give a parameter these values, on its device and in its type."""
+    values = values.astype(parameter.dtype, copy=False)
+    parameter.data = to_device(values, device_of(parameter.data))

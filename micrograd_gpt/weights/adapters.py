@@ -1,0 +1,210 @@
+"""LoRA adapters in PEFT's format, and a model with one folded in.
+
+A layer with weight W (n_in, n_out) and a low-rank addition computes x W + scale (x A) B, which is
+what a layer with weight W + scale A B computes (Hu et al. 2021, arXiv:2106.09685). An adapter's
+folder holds the additions, not the model that they are made for:
+
+    adapter_config.json          the name of that model, its base, and the scale: lora_alpha / r
+    adapter_model.safetensors    of each layer lora_A, (r, n_in), and lora_B, (n_out, r)
+
+The names and the orientation of the matrices are those of PEFT, which reads and writes the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from micrograd_gpt.arrays.devices import Array
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import read_json
+from micrograd_gpt.text.hugging_face import TOKENIZER
+from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, Weights, is_adapter
+from micrograd_gpt.weights.names import open_model
+from micrograd_gpt.weights.reading import StoredTensor
+from micrograd_gpt.weights.tensor_files import TensorFile
+
+PREFIX = "base_model.model."  # before every name in PEFT's files
+HEAD = "score.weight"  # a classifier's head, which is trained in full and kept beside the additions
+
+# Settings of PEFT by which an adapter is another than the plain one, and what each must be.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # others change the base as well
+    **dict.fromkeys(("use_dora", "use_qalora", "use_bdlora", "lora_bias"), (False, None)),
+    "alpha_pattern": ({}, None),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+}
+
+
+@dataclass(frozen=True)
+class Addition:
+    """scale * a @ b, for a weight (n_in, n_out): a is (n_in, r), b (r, n_out), both float32."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.a.shape[0], self.b.shape[1]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter in a folder.
+
+    `additions` are by the names of the layers, as `transformer.h.0.attn.c_attn`. `head` is a
+    classifier's, (n_labels, n_embd), None for a language model's adapter. `config` is all that
+    adapter_config.json says.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    additions: dict[str, Addition]
+    head: StoredTensor | None = None
+
+    @property
+    def base(self) -> str:
+        """The name of the model that it was made for, as `--model` takes it."""
+        name = self.config.get("base_model_name_or_path")
+        if not isinstance(name, str) or not name:
+            raise UserError(
+                f"{self.folder / ADAPTER_CONFIG} does not name its model"
+                " (base_model_name_or_path): fold it in with load_gpt2.py --from MODEL --merge"
+            )
+        return name
+
+
+def open_with_base(folder: Path) -> Weights:
+    """The base of the adapter in this folder, wherever it is, with the adapter folded in.
+
+    The folder of the result is the one that holds the tokenizer. Raises UserError as `open_adapter`
+    and `open_model` do.
+    """
+    adapter = open_adapter(folder)
+    if is_adapter(adapter.base):
+        raise UserError(f"the base of {folder} is an adapter itself: merge that with load_gpt2.py")
+    try:
+        base = open_model(adapter.base)
+    except UserError as error:
+        raise UserError(f"{folder / ADAPTER_CONFIG} names its base, but {error}") from error
+    weights = merged(base, adapter)
+    has_tokenizer = (folder / TOKENIZER).exists()
+    return dataclasses.replace(weights, path=folder) if has_tokenizer else weights
+
+
+def open_adapter(folder: str | Path) -> Adapter:
+    """Read an adapter, ours or PEFT's; no code in its files is run.
+
+    Raises UserError, naming the file, where there is none, where it is damaged, and where it is
+    more than low-rank additions to the four linear layers of a block.
+    """
+    folder = Path(folder)
+    config = read_json(folder / ADAPTER_CONFIG) if is_adapter(folder) else None
+    if config is None:
+        raise UserError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
+    scale = _scale_times_rank(config, folder / ADAPTER_CONFIG)
+    file = TensorFile(folder / ADAPTER_MODEL)
+    arrays: dict[str, dict[str, np.ndarray]] = {}
+    head = None
+    for name in file.entries:
+        short = name.removeprefix(PREFIX)
+        pattern = r"(?:transformer\.)?(h\.\d+\.(?:attn|mlp)\.c_\w+)\.lora_([AB])\.weight"
+        if match := re.fullmatch(pattern, short):
+            layer = arrays.setdefault(f"transformer.{match[1]}", {})
+            layer[match[2]] = _matrix(file, name).T
+        elif short == HEAD:
+            head = file.entries[name]
+        else:
+            raise UserError(f"{file.path}: {name!r} is not a low-rank addition: merge it with PEFT")
+    if not arrays:
+        raise UserError(f"{file.path} holds no low-rank additions")
+    additions = {}
+    for layer_name, pair in sorted(arrays.items()):
+        if pair.keys() != {"A", "B"} or pair["A"].shape[1] != pair["B"].shape[0]:
+            raise UserError(f"{file.path}: lora_A and lora_B of {layer_name} do not fit together")
+        rank = pair["A"].shape[1]
+        root = math.sqrt(rank) if config.get("use_rslora") else rank
+        additions[layer_name] = Addition(pair["A"], pair["B"], scale / root)
+    return Adapter(folder, config, additions, head)
+
+
+def _scale_times_rank(config: Mapping[str, Any], path: Path) -> float:
+    """lora_alpha; UserError for an adapter that is not a plain one."""
+    for key, allowed in PLAIN.items():
+        if (value := config.get(key, allowed[0])) not in allowed:
+            raise UserError(
+                f"{path}: {key} is {value!r}; only {allowed[0]!r} is supported: merge it with PEFT"
+            )
+    alpha = config.get("lora_alpha")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise UserError(f"{path}: lora_alpha must be a number, not {alpha!r}")
+    return float(alpha)
+
+
+def _matrix(file: TensorFile, name: str) -> np.ndarray:
+    shape = file.shapes[name]
+    if len(shape) != 2 or 0 in shape:
+        raise UserError(f"{file.path}: {name!r} has shape {shape}, where a matrix is needed")
+    file.read_into(name, out := np.empty(shape, np.float32))
+    return out
+
+
+def merged(weights: Weights, adapter: Adapter) -> Weights:
+    """The model of `weights` with the adapter folded in, a tensor at a time, while it is read.
+
+    Raises UserError where the adapter was made for another model.
+    """
+    check_made_for(adapter, {name: t.shape for name, t in weights.tensors.items()}, weights.path)
+    tensors = dict(weights.tensors)
+    for name, addition in adapter.additions.items():
+        base = tensors[f"{name}.weight"]
+        values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+        tensors[f"{name}.weight"] = Merged(**values, base=base, addition=addition)
+    heads = weights.heads | ({} if adapter.head is None else {HEAD: adapter.head})
+    return dataclasses.replace(weights, tensors=tensors, heads=heads)
+
+
+def check_made_for(
+    adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], model: str | Path
+) -> None:
+    """UserError unless a model whose tensors have these shapes has every layer of the adapter."""
+    for name, addition in adapter.additions.items():
+        shape = shapes.get(f"{name}.weight")
+        if shape != addition.shape:
+            has = "none" if shape is None else f"one of shape {shape}"
+            raise UserError(
+                f"{adapter.folder} is for another model: it adds to a {name} of shape"
+                f" {addition.shape}, and {model} has {has}"
+            )
+
+
+@dataclass(frozen=True)
+class Merged(StoredTensor):
+    """A weight of the file with an addition to it."""
+
+    base: StoredTensor
+    addition: Addition
+
+    def read_into(self, out: Array) -> bool:
+        """Fill `out` with the sum, computed in float32 or wider, as StoredTensor.read_into does."""
+        wide = np.empty(out.shape, np.result_type(out.dtype, np.float32), order="F")
+        self.base.read_into(wide)
+        wide += self.addition.scale * (self.addition.a @ self.addition.b)
+        if isinstance(out, np.ndarray):
+            out[...] = wide
+        else:
+            out.set(np.ascontiguousarray(wide, out.dtype))
+        return bool(np.isfinite(wide).all())
