@@ -31,6 +31,7 @@ BELOW = {
 }
 BELOW["weights"] = BELOW["generation"] = (*BELOW["text"], *ON_THE_SIX, "text")
 BELOW["runs"] = (*BELOW["weights"], "weights", "generation")
+BELOW["evaluation"] = (*BELOW["weights"], "weights", "generation", "tuning")
 BELOW["kernels"] = ("arrays", "support", *SIX, "generation")  # whose KV cache they write
 
 

@@ -1,0 +1,102 @@
+"""The flags of evaluate_gpt2.py: one command for each thing that can be evaluated."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from micrograd_gpt.support import cli
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+DETOKENIZERS = ("wikitext",)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    parser = cli.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _perplexity(commands.add_parser("perplexity", help="how well a model predicts a text"))
+    _items(
+        commands.add_parser(
+            "multiple-choice", help="which of several endings it finds likeliest (HellaSwag, PIQA)"
+        ),
+        "a .jsonl file: context, endings and label, or HellaSwag's or PIQA's own fields",
+    )
+    _items(
+        commands.add_parser("last-word", help="whether it knows a text's last word (LAMBADA)"),
+        'a .jsonl file with a "text" in each line, whose last word is asked for',
+    )
+    return parser
+
+
+def _perplexity(parser: argparse.ArgumentParser) -> None:
+    _common(parser, "pydocs, shakespeare, or a text file, a .jsonl or .parquet file, or a folder")
+    parser.add_argument(
+        "--stride",
+        type=cli.positive_int,
+        metavar="N",
+        help="tokens that a window scores; the rest is their context (default: half a window)",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=cli.positive_int,
+        metavar="N",
+        help="tokens of a window (default: the model's context)",
+    )
+    parser.add_argument(
+        "--detokenize",
+        choices=DETOKENIZERS,
+        help="undo the spacing of a text cut into words (default: off)",
+    )
+    parser.add_argument("--encoding", default="utf-8", help="of the text (default: utf-8)")
+
+
+def _items(parser: argparse.ArgumentParser, data: str) -> None:
+    _common(parser, data)
+
+
+def _common(parser: argparse.ArgumentParser, data: str) -> None:
+    parser.add_argument("--data", required=True, metavar="PATH", help=data)
+    parser.add_argument(
+        "--model",
+        metavar="M",
+        help="a checkpoint's folder or file, a size (124M, 355M, 774M, 1558M), or a model on the "
+        "Hugging Face Hub (default: the folder out if it holds a checkpoint, else 124M)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="keep what is done, and the report, there; the same command again goes on where it "
+        "was stopped (default: keep nothing)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=cli.positive_int,
+        metavar="N",
+        help="only the first N windows or items (default: all)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=cli.positive_int,
+        metavar="N",
+        help="tokens read at a time, in contexts of the model (default: 2,048 tokens)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "gpu", "cuda"],
+        default="cpu",
+        help="where to compute (default: cpu)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="type of the weights; half precision is faster only on a GPU (default: float32)",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="the report as one JSON object (default: off, lines of text)",
+    )

@@ -1,0 +1,182 @@
+"""Questions about a text, one JSON object a line: which ending is right, or what the last word is.
+
+How an object is read follows from its fields, in the form of the task of that name in
+lm-evaluation-harness:
+
+    context, endings, label                      as they are
+    activity_label, ctx_a, ctx_b, endings, label HellaSwag (Zellers et al. 2019, arXiv:1905.07830)
+    goal, sol1, sol2, label                      PIQA (Bisk et al. 2020, arXiv:1911.11641)
+    text                                         LAMBADA (Paperno et al. 2016, arXiv:1606.06031)
+
+A label is the number of the right ending, from 0. One space stands between context and ending.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from micrograd_gpt.evaluation.scoring import Request
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import reading
+from micrograd_gpt.text.base_tokenizer import Tokenizer
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A context, its possible endings, and the number of the right one."""
+
+    context: str
+    endings: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class LastWord:
+    """A text up to its last word, and that word."""
+
+    context: str
+    word: str
+
+
+def read_choices(path: str | Path) -> list[Choice]:
+    """The items of a file; UserError, with the line, for one that is none."""
+    return [_in_place(path, number, _choice, fields) for number, fields in read_objects(path)]
+
+
+def read_last_words(path: str | Path) -> list[LastWord]:
+    """The texts of a file; UserError, with the line, for one without a word to ask for."""
+    return [_in_place(path, number, _last_word, fields) for number, fields in read_objects(path)]
+
+
+def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a file, one a line, with the line's number; empty lines are left out.
+
+    Raises UserError for a line that is something else, and for a file without any.
+    """
+    with reading(path):
+        lines = Path(path).read_bytes().split(b"\n")
+    found = False
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}, line {number}: not JSON ({error}): correct the line"
+            ) from error
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object: correct the line")
+        found = True
+        yield number, fields
+    if not found:
+        raise UserError(f"{path} has no items: give a file with one JSON object a line")
+
+
+def _in_place(path: str | Path, number: int, read: Callable[[Fields], Any], fields: Fields) -> Any:
+    try:
+        return read(fields)
+    except UserError as error:
+        raise UserError(f"{path}, line {number}: {error}") from error
+
+
+# -------------------------------------------------------------------------------- multiple choice
+
+
+def _choice(fields: Fields) -> Choice:
+    if {"goal", "sol1", "sol2"} <= fields.keys():
+        endings = [_text(fields, "sol1"), _text(fields, "sol2")]
+        context = f"Question: {_text(fields, 'goal')}\nAnswer:"
+    elif {"activity_label", "ctx_a", "ctx_b"} <= fields.keys():
+        begun = f"{_text(fields, 'ctx_a')} {_text(fields, 'ctx_b').capitalize()}"
+        context = without_headings(f"{_text(fields, 'activity_label')}: {begun}")
+        endings = [without_headings(ending) for ending in _endings(fields)]
+    elif "context" in fields:
+        context, endings = _text(fields, "context"), _endings(fields)
+    else:
+        raise UserError(
+            "an item has context, endings and label, or the fields of HellaSwag (activity_label, "
+            f"ctx_a, ctx_b, endings) or PIQA (goal, sol1, sol2); this one has {', '.join(fields)}"
+        )
+    return Choice(context, tuple(endings), _label(fields, len(endings)))
+
+
+def without_headings(text: str) -> str:
+    """A text of HellaSwag without what was left of WikiHow's headings: [title], [step], …"""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def _text(fields: Fields, name: str) -> str:
+    if not isinstance(fields.get(name), str):
+        raise UserError(f"{name!r} is to be a text, not {json.dumps(fields.get(name))}")
+    return fields[name]
+
+
+def _endings(fields: Fields) -> list[str]:
+    endings = fields.get("endings")
+    if not isinstance(endings, list) or not all(isinstance(e, str) and e for e in endings):
+        raise UserError("'endings' is to be a list of texts, none of them empty")
+    if len(endings) < 2:
+        raise UserError(f"there is nothing to choose from: {len(endings)} endings")
+    return endings
+
+
+def _label(fields: Fields, count: int) -> int:
+    label = fields.get("label")
+    if isinstance(label, str) and label.strip().isdecimal():
+        label = int(label)
+    if type(label) is not int or not 0 <= label < count:
+        given = "there is none" if label in (None, "") else f"this is {json.dumps(label)}"
+        raise UserError(
+            f"'label' is to be the number of the right ending, 0 to {count - 1}: {given}"
+        )
+    return label
+
+
+# ------------------------------------------------------------------------------------- last word
+
+
+def _last_word(fields: Fields) -> LastWord:
+    context, _, word = _text(fields, "text").rpartition(" ")
+    if not context.strip() or not word.strip():
+        raise UserError("the text is to end in a word to ask for, after a space and other words")
+    return LastWord(context, word)
+
+
+# ------------------------------------------------------------------------------------ as token ids
+
+
+def request_of(context: str, continuation: str, tokenizer: Tokenizer) -> Request:
+    """A context and its continuation as ids, exactly as lm-evaluation-harness makes them.
+
+    Spaces at the end of the context belong to the continuation, as GPT-2's tokens begin with them.
+    Both are encoded as one text, and as many tokens taken for the context's as it has alone.
+    Without a context, the continuation follows what a text begins with (`start_of_text`).
+
+    Raises UserError where nothing is left to score.
+    """
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    before = tokenizer.encode(stripped).tolist()
+    after = tokenizer.encode(stripped + continuation).tolist()[len(before) :]
+    if not before and after:
+        start = start_of_text(tokenizer)
+        before, after = ([start], after) if after[0] != start else (after[:1], after[1:])
+    if not after:
+        raise UserError(f"there is no token of {continuation!r} to score after {stripped[-20:]!r}")
+    return Request(before, after)
+
+
+def start_of_text(tokenizer: Tokenizer) -> int:
+    """The token that a text without a context follows: end-of-text, or else a line end."""
+    if tokenizer.end_of_text is not None:
+        return tokenizer.end_of_text
+    return int(tokenizer.encode("\n")[-1])
