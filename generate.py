@@ -128,7 +128,7 @@ def load(name: str | None, device: str, dtype: str, tf32: bool) -> tuple[GPT2, T
     from micrograd_gpt.arrays.memory import memory_errors
     from micrograd_gpt.arrays.precision import emulation_note
     from micrograd_gpt.text.tokenizer_files import load_tokenizer
-    from micrograd_gpt.weights.names import open_model
+    from micrograd_gpt.weights.names import open_language_model
     from micrograd_gpt.weights.pretrained import build
 
     set_tf32(tf32, device)
@@ -141,7 +141,7 @@ def load(name: str | None, device: str, dtype: str, tf32: bool) -> tuple[GPT2, T
     smaller = "--dtype bfloat16, or --device cpu" if device != "cpu" else "a smaller --model"
     with memory_errors(f"the weights do not fit; try {smaller}"):
         try:
-            weights = open_model(name)
+            weights = open_language_model(name)
             tokenizer = load_tokenizer(weights.folder)
             model = build(weights, device, dtype)
         except UserError as error:

@@ -223,7 +223,7 @@ def test_wikitext_is_detokenized_as_in_the_harness_s_task() -> None:
 
     text = (
         " \n = Robert <unk> = \n \n Robert <unk> ( born 1 @,@ 980 ) is an actor , well @-@ known ;"
-        " he said : \" so it is ! \" and the friends ' house cost 2 @.@ 5 [ sic ] 's { a b } ? , . \n"
+        " he said : \" so it is ! \" and the friends ' house cost 2 @.@ 5 [ sic ] 's { a } ? , . \n"
         " \n = = Career = = \n \n = = = 2000 – 2005 = = = \n at 5 ° C , the ' word ' it 's . \n"
         " = = = = end = = = = \n"
     )

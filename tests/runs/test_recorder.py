@@ -130,4 +130,4 @@ def test_a_resumed_run_that_is_complete_says_so(tmp_path: Path) -> None:
     run.finish()
     settings = argparse.Namespace(**vars(run.settings) | {"resume": True})
     with pytest.raises(UserError, match=r"is complete at step 1; give a larger --max-steps"):
-        Recorder(settings, run.corpus, run.model, run.optimizer, run.scaler)
+        Recorder(settings, run.data, run.model, run.optimizer, run.scaler)
