@@ -132,7 +132,21 @@ def predict(settings: argparse.Namespace, device: str) -> int:
 
 
 def instruct(settings: argparse.Namespace, device: str) -> int:
-    raise UserError("instruct is not there yet")
+    """Teach a model to follow instructions; returns the script's exit status."""
+    # Data: conversations in two parts, and the template that lays them out
+    train, validation = read_parts(settings.data, settings.validation, settings.encoding)
+    folder = settings.out if settings.resume else tokenizer_folder(settings.model)
+    template = choose_template(None if settings.resume else settings.template, folder)
+    how = tokenizer_of(settings), longest_of(settings), settings.batch_size, settings.loss_on
+    task = Instructions(train, validation, template, *how, Path(settings.data).name)
+
+    model, signal_number = tune(settings, device, task, lambda body: body, task.write)
+    if model and not signal_number:
+        print(f"{task.report(model)}\n")
+        print(f"saved in {settings.out}/: the model and the run, metrics.jsonl, loss.png")
+        print(f"{settings.out}/{checkpoint.BEST} has the lowest validation loss")
+        print(f'try: python generate.py --model {settings.out} --instruction "…"')
+    return signal_number and 128 + signal_number
 
 
 # ----------------------------------------------------------------------- the loop they all share

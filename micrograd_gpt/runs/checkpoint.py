@@ -4,6 +4,7 @@
     model.safetensors       its weights, under GPT-2's own names
     tokenizer.json          which tokenizer, and its vocabulary
     tokenizer_config.json   which of its tokens ends a text
+    prompt_template.txt     how to ask, only of a model that was tuned on instructions
     optimizer.safetensors   AdamW's moments            } only if the
     trainer_state.json      the step and the settings  } run can be resumed
 
@@ -37,7 +38,7 @@ from micrograd_gpt.support.file_sets import (
 )
 from micrograd_gpt.support.files import read_json, reading, write_text
 from micrograd_gpt.text.base_tokenizer import Tokenizer
-from micrograd_gpt.text.hugging_face import TOKENIZER, TOKENIZER_CONFIG
+from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.weights.config import CONFIG
 from micrograd_gpt.weights.formats import MODEL
 from micrograd_gpt.weights.loading import fill
@@ -45,8 +46,8 @@ from micrograd_gpt.weights.saving import write_model
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
-SET = (CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG, OPTIMIZER, STATE)
-MAY_LACK = (TOKENIZER_CONFIG,)  # which earlier versions did not write
+SET = (CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG, PROMPT_TEMPLATE, OPTIMIZER, STATE)
+MAY_LACK = (TOKENIZER_CONFIG, PROMPT_TEMPLATE)  # in runs of earlier versions, and in most runs
 BEST = "best"
 SCALER = ("scale", "growth_interval", "good_steps", "skipped_steps")  # of a LossScaler
 

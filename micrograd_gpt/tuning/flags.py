@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from micrograd_gpt.runs.settings import (
 )
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.template import DEFAULT
 
 OPTIONAL_FILE = Kind(str, {"nargs": "?", "const": "-", "metavar": "FILE"}, allowed="a file")
 
@@ -63,7 +65,16 @@ CLASSIFIER = [
      "which layers learn; last: the final block and LayerNorm, and the head"),
 ]
 INSTRUCTIONS = [
-    Setting("data", TEXT, None, ASK, "instructions with their answers: .json or .jsonl"),
+    Setting("data", TEXT, None, ASK,
+     "instructions and answers: a .json list or .jsonl of objects, each with instruction, output "
+     "and perhaps input, or with messages (role: system, user or assistant; content)"),
+    Setting("validation", TEXT, None, ASK,
+     "more of them to validate on (a tenth of --data, and 1,000 at most)"),
+    Setting("encoding", TEXT, "utf-8", ASK, "of the files"),
+    Setting("template", TEXT, None, NEVER,
+     "a file with another prompt template than the one below (that of --model, if it has one)"),
+    Setting("loss_on", one_of("answers", "all"), "answers", NEVER,
+     "which tokens to learn: those of the answers, or of the prompts too"),
 ]
 MODEL = [
     Setting("model", TEXT, "124M", NEVER,
@@ -110,6 +121,12 @@ SUMMARIES = {
 }
 
 
+EPILOGS = {
+    "instruct": "the prompt template; a paragraph is left out where it has no place but {system}\n"
+    "or {input}, and there is none:\n\n" + textwrap.indent(DEFAULT, "    ")
+}
+
+
 def parse_flags(argv: list[str] | None) -> dict[str, Any]:
     """The command and the flags that were given, by name; what was left out is not in it."""
     parser = cli.ArgumentParser(
@@ -121,6 +138,8 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
             name,
             help=SUMMARIES[name],
             description=f"{SUMMARIES[name].capitalize()}.",
+            epilog=EPILOGS.get(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             argument_default=argparse.SUPPRESS,
         )
         for title, rows in groups.items():
