@@ -14,16 +14,15 @@ import numpy as np
 from micrograd_gpt.evaluation.estimates import mean_and_error, perplexity
 from micrograd_gpt.evaluation.items import Choice, LastWord, request_of
 from micrograd_gpt.evaluation.records import Row
+from micrograd_gpt.evaluation.running import ScoredTask
 from micrograd_gpt.evaluation.scoring import Request, Score
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 
 DELIMITER = " "  # between a context and what continues it
 
 
-class ChoiceTask:
+class ChoiceTask(ScoredTask):
     """Multiple choice: the ending that has the highest log-probability is the model's answer."""
-
-    unit = "item"
 
     def __init__(self, items: Sequence[Choice], tokenizer: Tokenizer) -> None:
         self.items, self.tokenizer = items, tokenizer
@@ -64,10 +63,8 @@ class ChoiceTask:
         }
 
 
-class LastWordTask:
+class LastWordTask(ScoredTask):
     """The last word of a text: right if greedy decoding would write it."""
-
-    unit = "item"
 
     def __init__(self, items: Sequence[LastWord], tokenizer: Tokenizer) -> None:
         self.items, self.tokenizer = items, tokenizer

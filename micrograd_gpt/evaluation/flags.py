@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from micrograd_gpt.evaluation.detokenize import DETOKENIZERS
 from micrograd_gpt.support import cli
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-DETOKENIZERS = ("wikitext",)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -17,16 +17,18 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _perplexity(commands.add_parser("perplexity", help="how well a model predicts a text"))
-    _items(
+    _common(
         commands.add_parser(
             "multiple-choice", help="which of several endings it finds likeliest (HellaSwag, PIQA)"
         ),
-        "a .jsonl file: context, endings and label, or HellaSwag's or PIQA's own fields",
+        ".jsonl or .json: context, endings and label, or HellaSwag's or PIQA's own fields",
     )
-    _items(
+    _common(
         commands.add_parser("last-word", help="whether it knows a text's last word (LAMBADA)"),
-        'a .jsonl file with a "text" in each line, whose last word is asked for',
+        '.jsonl or .json with a "text" in each item, whose last word is asked for',
     )
+    _classify(commands.add_parser("classify", help="how well a classifier labels texts"))
+    _generate(commands.add_parser("generate", help="its answers to prompts or instructions"))
     return parser
 
 
@@ -46,14 +48,59 @@ def _perplexity(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--detokenize",
-        choices=DETOKENIZERS,
+        choices=tuple(DETOKENIZERS),
         help="undo the spacing of a text cut into words (default: off)",
     )
     parser.add_argument("--encoding", default="utf-8", help="of the text (default: utf-8)")
 
 
-def _items(parser: argparse.ArgumentParser, data: str) -> None:
-    _common(parser, data)
+def _classify(parser: argparse.ArgumentParser) -> None:
+    _common(parser, "texts with labels: .tsv, .csv, .jsonl or .parquet, as for finetune_gpt2.py")
+    parser.add_argument(
+        "--text-field", default="text", metavar="NAME", help="the text's column (default: text)"
+    )
+    parser.add_argument(
+        "--label-field", default="label", metavar="NAME", help="the label's column (default: label)"
+    )
+    parser.add_argument("--encoding", default="utf-8", help="of the file (default: utf-8)")
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    _common(
+        parser,
+        ".jsonl or .json: prompt; or instruction and input, or messages, for a model that was "
+        "tuned on such; and output, if the right answer is known",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=cli.positive_int,
+        default=200,
+        metavar="N",
+        help="of an answer (default: 200)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0: always the likeliest token; above it, chance plays a part (default: 0)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="only the likeliest tokens that together have probability P (default: all)",
+    )
+    parser.add_argument(
+        "--seed", type=cli.non_negative_int, default=0, metavar="N", help="of chance (default: 0)"
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; repeatable (default: off)",
+    )
 
 
 def _common(parser: argparse.ArgumentParser, data: str) -> None:
@@ -81,7 +128,8 @@ def _common(parser: argparse.ArgumentParser, data: str) -> None:
         "--batch-size",
         type=cli.positive_int,
         metavar="N",
-        help="tokens read at a time, in contexts of the model (default: 2,048 tokens)",
+        help="texts read at a time; where tokens are scored, as many tokens as N texts have that "
+        "fill the model's context (default: 8 texts, 2,048 tokens)",
     )
     parser.add_argument(
         "--device",

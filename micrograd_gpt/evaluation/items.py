@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from micrograd_gpt.evaluation.records import Row
 from micrograd_gpt.evaluation.scoring import Request
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.documents import read_text
 
-Fields = Mapping[str, Any]
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -46,66 +47,85 @@ class LastWord:
 
 
 def read_choices(path: str | Path) -> list[Choice]:
-    """The items of a file; UserError, with the line, for one that is none."""
-    return [_in_place(path, number, _choice, fields) for number, fields in read_objects(path)]
+    """The items of a file; UserError, with the place, for one that is none."""
+    return [_choice(fields, place) for place, fields in read_objects(path)]
 
 
 def read_last_words(path: str | Path) -> list[LastWord]:
-    """The texts of a file; UserError, with the line, for one without a word to ask for."""
-    return [_in_place(path, number, _last_word, fields) for number, fields in read_objects(path)]
+    """The texts of a file; UserError, with the place, for one without a word to ask for."""
+    return [_last_word(fields, place) for place, fields in read_objects(path)]
 
 
-def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a file, one a line, with the line's number; empty lines are left out.
+def read_objects(path: str | Path) -> Iterator[tuple[str, Row]]:
+    """The objects of a .jsonl file, one a line, or of a .json file, which holds a list of them;
+    each with where it stands.
 
-    Raises UserError for a line that is something else, and for a file without any.
+    Raises UserError for what is something else, and for a file without any.
     """
-    with reading(path):
-        lines = Path(path).read_bytes().split(b"\n")
-    found = False
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path}, line {number}: not JSON ({error}): correct the line"
-            ) from error
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object: correct the line")
-        found = True
-        yield number, fields
-    if not found:
+    text = read_text(Path(path)).removeprefix("\ufeff")
+    if Path(path).suffix.lower() == ".json":
+        listed = _parsed(text, str(path))
+        if not isinstance(listed, list):
+            raise UserError(f"{path} holds no list: give a list of objects, or a .jsonl file")
+        values = [(f"{path}, item {number}", value) for number, value in enumerate(listed, 1)]
+    else:
+        lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1)]
+        values = [(place, _parsed(line, place)) for place, line in lines if line.strip()]
+    for place, value in values:
+        if not isinstance(value, dict):
+            raise UserError(f"{place}: this is not a JSON object: correct it")
+        yield place, value
+    if not values:
         raise UserError(f"{path} has no items: give a file with one JSON object a line")
 
 
-def _in_place(path: str | Path, number: int, read: Callable[[Fields], Any], fields: Fields) -> Any:
+def _parsed(text: str, place: str) -> Any:
     try:
-        return read(fields)
-    except UserError as error:
-        raise UserError(f"{path}, line {number}: {error}") from error
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: this is not JSON ({error}): correct it") from error
+
+
+def text_field(fields: Row, name: str, place: str, default: str | None = None) -> Any:
+    """The text of a field, or the default where it is missing or null.
+
+    Raises UserError for any other value, and for half a character.
+    """
+    text = fields.get(name)
+    if text is None and default is not None:
+        return default
+    if not is_text(text):
+        raise UserError(f"{place}: {name!r} is to be a text, not {json.dumps(text)[:40]}")
+    return text
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text without half characters (lone surrogates)."""
+    return isinstance(value, str) and not HALF_CHARACTER.search(value)
 
 
 # -------------------------------------------------------------------------------- multiple choice
 
 
-def _choice(fields: Fields) -> Choice:
+def _choice(fields: Row, place: str) -> Choice:
+    def text(name: str) -> str:
+        return text_field(fields, name, place)
+
     if {"goal", "sol1", "sol2"} <= fields.keys():
-        endings = [_text(fields, "sol1"), _text(fields, "sol2")]
-        context = f"Question: {_text(fields, 'goal')}\nAnswer:"
+        context, endings = f"Question: {text('goal')}\nAnswer:", [text("sol1"), text("sol2")]
     elif {"activity_label", "ctx_a", "ctx_b"} <= fields.keys():
-        begun = f"{_text(fields, 'ctx_a')} {_text(fields, 'ctx_b').capitalize()}"
-        context = without_headings(f"{_text(fields, 'activity_label')}: {begun}")
-        endings = [without_headings(ending) for ending in _endings(fields)]
+        begun = f"{text('activity_label')}: {text('ctx_a')} {text('ctx_b').capitalize()}"
+        context = without_headings(begun)
+        endings = [without_headings(ending) for ending in _endings(fields, place)]
     elif "context" in fields:
-        context, endings = _text(fields, "context"), _endings(fields)
+        context, endings = text("context"), _endings(fields, place)
     else:
         raise UserError(
-            "an item has context, endings and label, or the fields of HellaSwag (activity_label, "
-            f"ctx_a, ctx_b, endings) or PIQA (goal, sol1, sol2); this one has {', '.join(fields)}"
+            f"{place}: an item has context, endings and label, or the fields of HellaSwag "
+            "(activity_label, ctx_a, ctx_b, endings) or PIQA (goal, sol1, sol2); this one has "
+            f"{', '.join(fields) or 'none'}"
         )
-    return Choice(context, tuple(endings), _label(fields, len(endings)))
+    return Choice(context, tuple(endings), _label(fields, len(endings), place))
 
 
 def without_headings(text: str) -> str:
@@ -114,29 +134,23 @@ def without_headings(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def _text(fields: Fields, name: str) -> str:
-    if not isinstance(fields.get(name), str):
-        raise UserError(f"{name!r} is to be a text, not {json.dumps(fields.get(name))}")
-    return fields[name]
-
-
-def _endings(fields: Fields) -> list[str]:
+def _endings(fields: Row, place: str) -> list[str]:
     endings = fields.get("endings")
-    if not isinstance(endings, list) or not all(isinstance(e, str) and e for e in endings):
-        raise UserError("'endings' is to be a list of texts, none of them empty")
+    if not isinstance(endings, list) or not all(e and is_text(e) for e in endings):
+        raise UserError(f"{place}: 'endings' is to be a list of texts, none of them empty")
     if len(endings) < 2:
-        raise UserError(f"there is nothing to choose from: {len(endings)} endings")
+        raise UserError(f"{place}: there is nothing to choose from: {len(endings)} endings")
     return endings
 
 
-def _label(fields: Fields, count: int) -> int:
+def _label(fields: Row, count: int, place: str) -> int:
     label = fields.get("label")
     if isinstance(label, str) and label.strip().isdecimal():
         label = int(label)
     if type(label) is not int or not 0 <= label < count:
         given = "there is none" if label in (None, "") else f"this is {json.dumps(label)}"
         raise UserError(
-            f"'label' is to be the number of the right ending, 0 to {count - 1}: {given}"
+            f"{place}: 'label' is to be the number of the right ending, 0 to {count - 1}: {given}"
         )
     return label
 
@@ -144,10 +158,12 @@ def _label(fields: Fields, count: int) -> int:
 # ------------------------------------------------------------------------------------- last word
 
 
-def _last_word(fields: Fields) -> LastWord:
-    context, _, word = _text(fields, "text").rpartition(" ")
+def _last_word(fields: Row, place: str) -> LastWord:
+    context, _, word = text_field(fields, "text", place).rpartition(" ")
     if not context.strip() or not word.strip():
-        raise UserError("the text is to end in a word to ask for, after a space and other words")
+        raise UserError(
+            f"{place}: the text is to end in a word to ask for, after a space and other words"
+        )
     return LastWord(context, word)
 
 

@@ -10,7 +10,7 @@ from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.weights.names import open_model
+from micrograd_gpt.weights.names import open_language_model
 from micrograd_gpt.weights.pretrained import build
 
 
@@ -24,7 +24,7 @@ def load(name: str | None, device: str = "cpu", dtype: str = "float32") -> tuple
         name = "out" if Path("out", "config.json").exists() else "124M"
         say(f"no --model given: using {name}")
     with memory_errors("the weights do not fit; try --dtype bfloat16, or a smaller --model"):
-        weights = open_model(name)
+        weights = open_language_model(name)
         tokenizer = load_tokenizer(weights.folder)
         tokenizer.check_size(weights.config.vocab_size)
         return build(weights, resolve_device(device), dtype), tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from micrograd_gpt.evaluation.records import Row
 
 STDERR = "_stderr"
-PERCENT = ("accuracy", "f1")  # what the names of shares begin or end with
+SHARES = ("accuracy", "exact_match")  # what is said in percent
 
 
 def report_lines(report: Row) -> list[str]:
@@ -28,6 +28,6 @@ def figure(name: str, value: float | None) -> str:
         return "unknown"
     if isinstance(value, int):
         return f"{value:,}"
-    if any(kind in name for kind in PERCENT):
+    if any(kind in name for kind in SHARES):
         return f"{value:.2%}"
     return f"{value:,.2f}" if "perplexity" in name else f"{value:.4f}"

@@ -16,6 +16,7 @@ import numpy as np
 
 from micrograd_gpt.evaluation.estimates import perplexity, ratio_and_error
 from micrograd_gpt.evaluation.records import Row
+from micrograd_gpt.evaluation.running import ScoredTask
 from micrograd_gpt.evaluation.scoring import Request, Score
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
@@ -51,7 +52,7 @@ def sliding_windows(length: int, width: int, stride: int) -> list[Window]:
     return windows
 
 
-class PerplexityTask:
+class PerplexityTask(ScoredTask):
     """The windows on a text, whose documents are joined as for training.
 
     Args:

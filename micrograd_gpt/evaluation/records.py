@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,19 @@ Row = dict[str, Any]
 
 class Records:
     """The rows of the items that are done, by the number of the item; in memory, or in a folder.
+    `show` is called with each new one.
 
     A folder that holds the same evaluation goes on: its rows are there already. Raises UserError
     for a folder that holds another one, and where a file cannot be read or written.
     """
 
-    def __init__(self, folder: str | Path | None, settings: Row) -> None:
+    def __init__(
+        self,
+        folder: str | Path | None,
+        settings: Row,
+        show: Callable[[Row], None] | None = None,
+    ) -> None:
+        self.show = show
         self.folder = None if folder is None else Path(folder)
         self.rows: dict[int, Row] = {}
         if self.folder is None:
@@ -62,6 +70,8 @@ class Records:
             except OSError as error:
                 raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         self.rows[row["item"]] = row
+        if self.show is not None:
+            self.show(row)
 
     def finish(self, report: Row) -> None:
         """Keep the results of the whole evaluation."""
