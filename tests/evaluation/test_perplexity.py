@@ -111,7 +111,8 @@ def test_the_size_of_a_window() -> None:
 
 def test_wikitext_without_its_spaces() -> None:
     text = (
-        ' = A = \n \n The ( well @-@ known ) cat \'s 1 @,@ 000 lives , " as said " . \n = = B = = '
+        " = A = \n \n The ( well @-@ known ) cat 's 1 @,@ 000 lives , "
+        '" the cats \' own " . \n = = B = = '
     )
-    expected = ' = A =\n\nThe (well-known) cat\'s 1,000 lives, "as said".\n== B == '
+    expected = " = A =\n\nThe (well-known) cat's 1,000 lives, \"the cats' own\".\n== B == "
     assert wikitext(text) == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,9 @@ def test_answers_equal_those_of_generate_one_by_one() -> None:
     whole = found[0].text
     stopped = dict(answers(model, CHARS, prompts[:1], settings, stop_texts=[whole[4:6], "never"]))
     assert stopped[0] == (whole[: whole.index(whole[4:6])], "stop")
+    last = int(CHARS.encode(whole)[4])
+    ended = dict(answers(model, CHARS, prompts[:1], replace(settings, end_of_text=last)))
+    assert ended[0] == (whole[: whole.index(whole[4])], "end-of-text")
 
 
 def test_questions_as_prompts_as_instructions_and_as_conversations(tmp_path: Path) -> None:
@@ -123,6 +127,12 @@ def test_questions_as_prompts_as_instructions_and_as_conversations(tmp_path: Pat
     assert records.rows[0].keys() == {*objects[0], "item", "answer", "stopped", "right"}
     assert records.rows[1].keys() == {*objects[1], "item", "answer", "stopped"}
     assert (report["answers"], report["with_expected"]) == (2, 1)
+    assert (report["exact_match"], records.rows[0]["right"]) == (0, False)
+
+    objects[0]["output"] = f" {records.rows[0]['answer']}\n"  # spaces around it do not matter
+    path.write_text(json.dumps(objects[0]))
+    task = GenerationTask(read_questions(path), tokenizer, template, settings)
+    assert run(model, task, Records(None, {}))["exact_match"] == 1
 
     said = [
         {"role": "user", "content": "one"},

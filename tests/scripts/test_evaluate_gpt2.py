@@ -125,7 +125,10 @@ def test_classify(classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert [row["label"] for row in rows] == ["ham", "spam", "ham", "spam"]
     assert sum(row["label"] == row["answer"] for row in rows) == 4 * report["accuracy"]
     assert sum(report["confusion"][0]) == sum(report["confusion"][1]) == 2
-    assert all(sum(row["probabilities"].values()) == pytest.approx(1) for row in rows)
+    assert {row["answer"] for row in rows} == {"ham", "spam"}
+    for row in rows:
+        assert sum(row["probabilities"].values()) == pytest.approx(1)
+        assert row["answer"] == max(row["probabilities"], key=row["probabilities"].get)
     assert (out / "confusion.png").read_bytes().startswith(b"\x89PNG")
     text = run(capsys, *flags)
     assert "macro F1" in text and "standard error of the accuracy" in text
