@@ -116,3 +116,4 @@ def test_wikitext_without_its_spaces() -> None:
     )
     expected = " = A =\n\nThe (well-known) cat's 1,000 lives, \"the cats' own\".\n== B == "
     assert wikitext(text) == expected
+    assert wikitext("the cats ' own") == "the cats' own"
