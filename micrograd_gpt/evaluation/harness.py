@@ -1,4 +1,4 @@
-"""This package as a model of lm-evaluation-harness (`pip install lm_eval`), without PyTorch's.
+"""This package as a model of lm-evaluation-harness, without a PyTorch model.
 
     python -m micrograd_gpt.evaluation.harness run --tasks hellaswag --model_args pretrained=out
 
@@ -16,9 +16,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from micrograd_gpt.evaluation.answers import answers
@@ -27,8 +24,20 @@ from micrograd_gpt.evaluation.loading import load
 from micrograd_gpt.evaluation.scoring import TOKENS_AT_ONCE, Request, Score, score
 from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ImportError as error:
+    problem = f"lm-evaluation-harness is missing ({error}): pip install 'micrograd-gpt[harness]'"
+    if __name__ == "__main__":
+        cli.say(f"error: {problem}")
+        sys.exit(2)
+    raise ImportError(problem) from error
 
 NAME = "micrograd-gpt"
 MOST_NEW_TOKENS = 256  # where a request does not say
@@ -183,8 +192,8 @@ def rolling_windows(ids: list[int], start: int, limit: int) -> list[Request]:
     return requests
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """lm-evaluation-harness's command line, which then knows this model."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """lm-evaluation-harness's command line, which then knows this model; returns the status."""
     from lm_eval.__main__ import cli_evaluate
 
     given = list(sys.argv[1:] if argv is None else argv)
@@ -192,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         given += ["--model", NAME]
     sys.argv = ["lm_eval", *given]
     cli_evaluate()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -26,6 +26,7 @@ from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Array, Tensor, no_grad
+from micrograd_gpt.tuning.batches import padded
 
 TOKENS_AT_ONCE = 2048  # enough to keep a processor busy; the cache of 124M then has 150 MB
 ROWS_AT_ONCE = 128  # of logits: 26 MB for GPT-2's vocabulary
@@ -132,7 +133,7 @@ def _score_batch(
 
 def _read(model: GPT2, groups: list[Group], tokens_at_once: int) -> list[Array]:
     """The hidden states from which the tokens of each continuation are predicted, each (n, C)."""
-    shared = padded([group.shared for group in groups])  # (G, P)
+    shared = padded([np.array(group.shared or [0]) for group in groups])  # (G, P)
     lengths = np.array([len(group.shared) for group in groups])
     own = [(row, rest) for row, group in enumerate(groups) for rest in group.rest]
     longest_first = sorted(range(len(own)), key=lambda place: -len(own[place][1]))
@@ -144,7 +145,7 @@ def _read(model: GPT2, groups: list[Group], tokens_at_once: int) -> list[Array]:
         cache.lengths[:] = lengths  # without the padding
         part = _fitting(unread, own, lengths, model.config.n_positions, tokens_at_once)
         unread = unread[len(part) :]
-        rest = padded([own[place][1] for place in part])  # (B, S)
+        rest = padded([np.array(own[place][1]) for place in part])  # (B, S)
         copies = _copies(model, cache, [own[place][0] for place in part], rest.shape[1])
         for place, state in zip(part, model.hidden(rest, copies).data, strict=True):
             states[place].append(state[: len(own[place][1])])  # (S, C)
@@ -177,14 +178,6 @@ def _copies(model: GPT2, cache: KVCache, rows: list[int], more: int) -> KVCache:
     copies.data[:, :, :, :, :longest] = source
     copies.lengths[:] = cache.lengths[rows]
     return copies
-
-
-def padded(texts: Sequence[Sequence[int]]) -> np.ndarray:
-    """Texts as one array (B, T), filled up on the right: causal attention never looks there."""
-    rows = np.zeros((len(texts), max(1, *map(len, texts))), np.int64)
-    for row, text in zip(rows, texts, strict=True):
-        row[: len(text)] = text
-    return rows
 
 
 def token_scores(model: GPT2, states: Array, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

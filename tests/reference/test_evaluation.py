@@ -15,7 +15,6 @@ from small_gpt2 import make_model
 from training import script
 
 from micrograd_gpt.evaluation.detokenize import wikitext
-from micrograd_gpt.evaluation.harness import MicrogradGPT
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
 from micrograd_gpt.weights.saving import save_pretrained
 
@@ -42,6 +41,12 @@ def theirs(folder: Path) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=4)
+
+
+def adapter(folder: Path, **how: Any) -> Any:
+    from micrograd_gpt.evaluation.harness import MicrogradGPT
+
+    return MicrogradGPT(str(folder), **how)
 
 
 def sentence(rng: np.random.Generator, least: int, most: int) -> str:
@@ -168,7 +173,7 @@ def test_hellaswag_s_and_piqa_s_own_fields(
 def test_last_word(
     folder: Path, theirs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rng, own = np.random.default_rng(2), MicrogradGPT(str(folder))
+    rng, own = np.random.default_rng(2), adapter(folder)
     texts = [sentence(rng, 2, 30) for _ in range(15)]
     for context in [sentence(rng, 2, 10) for _ in range(60)]:  # and words that the model would say
         ids = own.encoder.encode(context)
@@ -250,7 +255,7 @@ def test_log_likelihoods_equal_hf_s(folder: Path, theirs: Any, batch_size: int) 
     ]
     asked.append(("print", " " + "dog" * 40))  # as many tokens as the context has room for
     requests = instances("loglikelihood", asked)
-    ours = MicrogradGPT(str(folder), batch_size=batch_size).loglikelihood(requests, True)
+    ours = adapter(folder, batch_size=batch_size).loglikelihood(requests, True)
     expected = theirs.loglikelihood(requests, disable_tqdm=True)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
     np.testing.assert_allclose([x for x, _ in ours], [x for x, _ in expected], rtol=1e-5)
@@ -260,7 +265,7 @@ def test_rolling_log_likelihoods_equal_hf_s(folder: Path, theirs: Any) -> None:
     rng = np.random.default_rng(4)
     texts = [(sentence(rng, n, n),) for n in (1, 20, POSITIONS - 1, POSITIONS, POSITIONS + 1, 300)]
     requests = instances("loglikelihood_rolling", texts)
-    ours = MicrogradGPT(str(folder)).loglikelihood_rolling(requests, True)
+    ours = adapter(folder).loglikelihood_rolling(requests, True)
     np.testing.assert_allclose(ours, theirs.loglikelihood_rolling(requests, True), rtol=1e-5)
 
 
@@ -272,7 +277,7 @@ def test_generation_equals_hf_s(folder: Path, theirs: Any) -> None:
         {"until": ["\n\n"], "max_gen_toks": 20, "do_sample": False, "temperature": 0.0},
     ]
     requests = instances("generate_until", [(c, dict(h)) for c in contexts for h in how])
-    own = MicrogradGPT(str(folder))
+    own = adapter(folder)
     whole = own.generate_until(requests, True)
     assert whole == theirs.generate_until(requests, disable_tqdm=True)
     assert len(set(whole)) > 6
@@ -285,6 +290,8 @@ def test_generation_equals_hf_s(folder: Path, theirs: Any) -> None:
 
 
 def test_the_harness_evaluates_by_name(folder: Path, tmp_path: Path, theirs: Any) -> None:
+    import micrograd_gpt.evaluation.harness  # which registers the name  # noqa: F401
+
     data = write_lines(tmp_path / "items.jsonl", choices(12))
     config = {
         "task": "local",
