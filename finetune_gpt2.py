@@ -36,6 +36,7 @@ from micrograd_gpt.runs.recorder import Recorder
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import write_text
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
@@ -98,12 +99,14 @@ def classify(settings: argparse.Namespace, device: str) -> int:
 def report_classifier(settings: argparse.Namespace, task: Classification, device: str) -> None:
     """The scores of the best checkpoint, on stdout and as pictures in the run's folder."""
     out, best = Path(settings.out), Path(settings.out, checkpoint.BEST)
-    model = load_classifier(best, device)
+    model, results = load_classifier(best, device), {}
     for name, part in (("validation", task.validation), ("test", task.test)):
         scores = task.scores(model, part)
+        results[name] = scores.as_dict()
         print(f"{name}: {scores.report()}\n")
         draw_confusion(scores, out / f"confusion-{name}.png")
-    print(f"saved in {out}/: the model and the run, metrics.jsonl, loss.png, confusion-*.png")
+    write_text(out / "scores.json", json.dumps(results, ensure_ascii=False, indent=2) + "\n")
+    print(f"saved in {out}/: the model and the run, metrics.jsonl, scores.json, pictures")
     print(f"{best} has the lowest validation loss, and these scores")
     print(f"try: python finetune_gpt2.py classify --model {best} --predict FILE.txt")
 

@@ -157,7 +157,6 @@ def build_classifier(
     move(model, device)
     arrays = {name: parameter.data for name, parameter in model.named_parameters()}
     tensors = {**weights.tensors, SCORE: weights.heads[SCORE]}
-    tensors.pop("lm_head.weight", None)
     fill(arrays, tensors, weights.path)
     return model.eval()
 

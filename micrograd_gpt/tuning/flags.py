@@ -191,6 +191,8 @@ def _resumed(out: Path, flags: dict[str, Any], command: str) -> dict[str, Any]:
     if saved.get("command") != command:
         maker = saved.get("command", "train_gpt2.py")
         raise UserError(f"the run in {out} is one of {maker}, which can continue it")
+    if type(saved.get("max_steps")) is not int:
+        raise UserError(f"{out / checkpoint.STATE} is damaged: its settings lack max_steps")
     settings = resumed_settings(out, flags, table(command), "model")
     settings["planned_steps"] = saved["max_steps"]
     if "epochs" in flags and "max_steps" not in flags:

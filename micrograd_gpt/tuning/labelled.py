@@ -152,7 +152,7 @@ def _tsv_rows(path: Path, columns: Columns, encoding: str, with_labels: bool) ->
         return
     values = [Counter(fields[i] for _, fields in table) for i in (0, 1)]
     label = 0 if len(values[0]) <= len(values[1]) else 1
-    if len(table) > 1 and values[label][table[0][1][label]] == 1:
+    if with_labels and len(table) > 1 and values[label][table[0][1][label]] == 1:
         raise _no_column(path, columns.label, table[0][1])  # what is there only once is a header
     for place, fields in table:
         yield Row(place, fields[1 - label], fields[label])

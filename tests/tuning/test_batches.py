@@ -44,6 +44,7 @@ def test_balanced_epochs_have_as_many_of_each_kind() -> None:
     seen: list[np.ndarray] = []
     for epoch in range(3):
         steps = [order.step(epoch * order.steps_per_epoch + i) for i in range(27)]
+        assert any(len(set(kinds[step])) == 3 for step in steps)  # not one kind after another
         seen.append(np.concatenate(steps))
         counts = np.bincount(kinds[seen[-1]], minlength=6)
         assert counts.tolist() == [35, 0, 35, 0, 0, 35]

@@ -159,7 +159,14 @@ def test_folders_that_hold_something_else(tmp_path: Path) -> None:
     changed_config(folder, problem_type="regression")
     with pytest.raises(UserError, match="not regression"):
         load_classifier(folder)
-    for wrong in ({"0": "a", "1": "b"}, {"0": "a", "1": "a", "2": "b"}, ["a", "b", "c"], "abc"):
+    four = {"0": "a", "1": "b", "2": "c", "3": "d"}
+    for wrong in (
+        {"0": "a", "1": "b"},
+        {"0": "a", "1": "a", "2": "b"},
+        ["a", "b", "c"],
+        "abc",
+        four,
+    ):
         changed_config(folder, problem_type=None, id2label=wrong)
         with pytest.raises(UserError, match="id2label does not name 3 labels"):
             load_classifier(folder)
