@@ -2,7 +2,8 @@
 
     python finetune_gpt2.py classify --model 124M --data spam.tsv --out spam
     python finetune_gpt2.py classify --model spam/best --predict new.txt
-    python finetune_gpt2.py classify --resume --out spam       # a run that was stopped
+    python finetune_gpt2.py instruct --model 355M --data alpaca.json --out tuned
+    python finetune_gpt2.py instruct --resume --out tuned      # a run that was stopped
 
 Read it from `main()` down: a command makes a model and a task, `tune()` is the loop that both
 commands share. The flags are the tables in micrograd_gpt/tuning/flags.py. Every random choice is a
@@ -39,8 +40,9 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import write_text
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
+from micrograd_gpt.text.template import choose_template
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.tuning import flags, labelled
+from micrograd_gpt.tuning import conversations, flags, labelled
 from micrograd_gpt.tuning.batches import Order, Task, micro_batches
 from micrograd_gpt.tuning.classification import Classification, label_texts
 from micrograd_gpt.tuning.classifier import (
@@ -49,6 +51,7 @@ from micrograd_gpt.tuning.classifier import (
     set_layers,
     write_classifier,
 )
+from micrograd_gpt.tuning.instructions import Instructions
 from micrograd_gpt.tuning.scores import draw_confusion
 from micrograd_gpt.weights.config import read_config
 from micrograd_gpt.weights.names import config_named, tokenizer_folder
@@ -137,7 +140,8 @@ def predict(settings: argparse.Namespace, device: str) -> int:
 def instruct(settings: argparse.Namespace, device: str) -> int:
     """Teach a model to follow instructions; returns the script's exit status."""
     # Data: conversations in two parts, and the template that lays them out
-    train, validation = read_parts(settings.data, settings.validation, settings.encoding)
+    files = settings.data, settings.validation
+    train, validation = conversations.read_parts(*files, settings.encoding)
     folder = settings.out if settings.resume else tokenizer_folder(settings.model)
     template = choose_template(None if settings.resume else settings.template, folder)
     how = tokenizer_of(settings), longest_of(settings), settings.batch_size, settings.loss_on

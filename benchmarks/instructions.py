@@ -25,12 +25,12 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import write_text
 from micrograd_gpt.text.template import Template, template_of
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.tuning.instructions import read_conversations
+from micrograd_gpt.tuning.conversations import read_conversations
 from micrograd_gpt.weights.pretrained import from_pretrained
 
 LETTERS = "bdfgklmnprstvz", "aeiou"
 WORDS = 8_000  # to make up, some of them more than once
-LARGEST = 50  # number to add
+LARGEST = 20  # number to add
 BATCH = 50  # instructions answered at once
 # What may be asked, as (instruction, input)
 PHRASINGS = {
@@ -68,7 +68,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     write = commands.add_parser("write", help="make the data")
     write.add_argument("folder", type=Path)
-    write.add_argument("--train", type=cli.positive_int, default=12_000, help="items (12000)")
+    write.add_argument("--train", type=cli.positive_int, default=20_000, help="items (20000)")
     write.add_argument("--test", type=cli.positive_int, default=600, help="items (600)")
     score = commands.add_parser("score", help="have a model answer, and count what is right")
     score.add_argument("file", type=Path)
@@ -88,7 +88,8 @@ def write_data(folder: Path, train: int, test: int) -> None:
     """Write both files; the same ones each time."""
     rng = np.random.default_rng(0)
     words = sorted({made_up_word(rng) for _ in range(WORDS)})
-    pairs = [f"{a} {b}" for a in range(1, LARGEST) for b in range(1, LARGEST)]
+    numbers = range(1, LARGEST + 1)
+    pairs = [f"{a} {b}" for a in numbers for b in numbers]
     (train_words, test_words), (train_pairs, test_pairs) = (
         split(things, rng) for things in (words, pairs)
     )
@@ -103,8 +104,8 @@ def write_data(folder: Path, train: int, test: int) -> None:
 
 
 def made_up_word(rng: np.random.Generator) -> str:
-    """A word of 3 to 7 letters: consonants and vowels in turn."""
-    letters = [str(rng.choice(list(LETTERS[i % 2]))) for i in range(rng.integers(3, 8))]
+    """A word of 3 to 6 letters: consonants and vowels in turn."""
+    letters = [str(rng.choice(list(LETTERS[i % 2]))) for i in range(rng.integers(3, 7))]
     return "".join(letters)
 
 

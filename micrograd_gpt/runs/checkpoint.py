@@ -46,8 +46,9 @@ from micrograd_gpt.weights.saving import write_model
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
-SET = (CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG, PROMPT_TEMPLATE, OPTIMIZER, STATE)
-MAY_LACK = (TOKENIZER_CONFIG, PROMPT_TEMPLATE)  # in runs of earlier versions, and in most runs
+SET = (CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG, OPTIMIZER, STATE)
+ALSO = (PROMPT_TEMPLATE,)  # which only some runs have
+MAY_LACK = (TOKENIZER_CONFIG, *ALSO)  # the first in runs of earlier versions
 BEST = "best"
 SCALER = ("scale", "growth_interval", "good_steps", "skipped_steps")  # of a LossScaler
 
@@ -140,7 +141,9 @@ def remove_run(folder: str | Path) -> None:
     for place in (folder, folder / BEST, *folder.glob("step-*")):
         finish_set(place)  # or a set that a kill left unfinished would come back later
     try:
-        for name in reversed(SET):  # trainer_state.json first: it is what makes this a run
+        for name in reversed(
+            (*ALSO, *SET)
+        ):  # trainer_state.json first: it is what makes this a run
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot remove the run in {folder}: {error.strerror}") from error
@@ -227,7 +230,7 @@ def _moments(model: Module, optimizer: AdamW) -> dict[str, Any]:
 
 def _files(folder: Path) -> list[Path]:
     """The files of the set in `folder`."""
-    files = [folder / name for name in SET]
+    files = [folder / name for name in (*SET, *ALSO)]
     return [file for file in files if file.name not in MAY_LACK or file.exists()]
 
 

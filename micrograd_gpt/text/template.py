@@ -22,7 +22,8 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading, write_text
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER_CONFIG
 
-NEEDED, OPTIONAL = ("instruction", "output"), ("system", "input")
+NEEDED = "instruction", "output"
+OPTIONAL = {"system": "a system message", "input": "an input"}
 PLACE = re.compile(r"\{(system|instruction|input|output)\}")
 
 DEFAULT = """\
@@ -54,10 +55,6 @@ class Template:
             )
         self._paragraphs = self.text.removesuffix("{output}").split("\n\n")
 
-    def has_place(self, name: str) -> bool:
-        """Whether the template has a place of that name."""
-        return name in PLACE.findall(self.text)
-
     def prompt(self, instruction: str, input: str = "", system: str = "") -> str:
         """The text that the answer to an instruction follows.
 
@@ -65,9 +62,9 @@ class Template:
         """
         values = {"instruction": instruction, "input": input, "system": system}
         given = {name for name, value in values.items() if value}
-        for name in OPTIONAL:
-            if name in given and not self.has_place(name):
-                raise UserError(f"the template has no place for this {name}: add {{{name}}} to it")
+        for name, what in OPTIONAL.items():
+            if name in given and f"{{{name}}}" not in self.text:
+                raise UserError(f"the template has no place for {what}: add {{{name}}} to it")
         *before, last = self._paragraphs
         kept = [paragraph for paragraph in before if _is_kept(paragraph, given)]
         return PLACE.sub(lambda place: values[place[1]], "\n\n".join([*kept, last]))

@@ -69,7 +69,7 @@ INSTRUCTIONS = [
      "instructions and answers: a .json list or .jsonl of objects, each with instruction, output "
      "and perhaps input, or with messages (role: system, user or assistant; content)"),
     Setting("validation", TEXT, None, ASK,
-     "more of them to validate on (a tenth of --data, and 1,000 at most)"),
+     "more of them to validate on (of a tenth of the instructions in --data, or 1,000)"),
     Setting("encoding", TEXT, "utf-8", ASK, "of the files"),
     Setting("template", TEXT, None, NEVER,
      "a file with another prompt template than the one below (that of --model, if it has one)"),
@@ -122,8 +122,9 @@ SUMMARIES = {
 
 
 EPILOGS = {
-    "instruct": "the prompt template; a paragraph is left out where it has no place but {system}\n"
-    "or {input}, and there is none:\n\n" + textwrap.indent(DEFAULT, "    ")
+    "instruct": "The prompt template. A paragraph is left out where it has no place but {system}\n"
+    "or {input}, and there is none; {output} is the answer, and end-of-text follows:\n\n"
+    + textwrap.indent(DEFAULT, "    ")
 }
 
 

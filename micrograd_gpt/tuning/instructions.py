@@ -8,6 +8,7 @@ B batch   T time (tokens of the longest example, less the last)   N tokens that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from micrograd_gpt.tensor import Tensor, no_grad
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.template import Template, save_template
 from micrograd_gpt.tuning.batches import by_length, padded
-from micrograd_gpt.tuning.conversations import Conversation
+from micrograd_gpt.tuning.conversations import Conversation, Turn
 from micrograd_gpt.variants import VariantGPT2
 from micrograd_gpt.weights.saving import write_model
 
@@ -100,7 +101,7 @@ class Instructions:
         name: str,
     ) -> None:
         self.template, self.tokenizer, self.name = template, tokenizer, name
-        self.batch_size = batch_size
+        self.batch_size, self.val_loss = batch_size, math.nan
         self.shown = [conversation[0] for conversation in validation[:SHOWN]]
         self.train, self.validation = (
             encode_all(part, template, tokenizer, longest, what, loss_on)
@@ -132,21 +133,29 @@ class Instructions:
                 batch = batch_of([self.validation[i] for i in numbers])
                 total += answer_loss(model, batch).item() * batch.count
                 count += batch.count
-        return {"val_loss": total / count}
+        self.val_loss = total / count
+        return {"val_loss": self.val_loss}
 
     def report(self, model: GPT2) -> str:
-        """Some validation instructions with the model's answers, the likeliest ones."""
+        """Some validation instructions with the model's answers, and the latest loss."""
         lines = []
         for turn in self.shown:
-            prompt = self.template.prompt(turn.instruction, turn.input, turn.system)
-            ids = self.tokenizer.encode(prompt)
-            end, size = end_of_text(self.tokenizer), self.tokenizer.vocab_size
-            text = model.generate(
-                ids, max_new_tokens=100, temperature=0, end_of_text=end, vocab_size=size
-            )
-            answer = [int(token) for token in text[len(ids) :] if token != end]
-            lines.append(f"--- {turn.instruction} {turn.input}\n{self.tokenizer.decode(answer)}")
-        return "\n".join([*lines, "---"])
+            lines.append(f"instruction: {turn.instruction}")
+            lines += [f"input: {turn.input}"] if turn.input else []
+            lines += [f"answer: {self.answer(model, turn)}", f"expected: {turn.output}", ""]
+        perplexity = math.exp(min(self.val_loss, 700))  # the largest power that is a float
+        loss = f"validation loss {self.val_loss:.4f} nats per token, perplexity {perplexity:.2f}"
+        return "\n".join([*lines, loss])
+
+    def answer(self, model: GPT2, turn: Turn) -> str:
+        """The model's likeliest answer to the instruction of a turn."""
+        prompt = self.template.prompt(turn.instruction, turn.input, turn.system)
+        ids, end = self.tokenizer.encode(prompt), end_of_text(self.tokenizer)
+        size = self.tokenizer.vocab_size
+        text = model.generate(
+            ids, max_new_tokens=100, temperature=0, end_of_text=end, vocab_size=size
+        )
+        return self.tokenizer.decode([token for token in text[len(ids) :] if token != end])
 
     def write(
         self,

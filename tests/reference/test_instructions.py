@@ -12,7 +12,8 @@ from micrograd_gpt import optim
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.text.template import Template, save_template
 from micrograd_gpt.text.tokenizers import ByteTokenizer
-from micrograd_gpt.tuning.instructions import Batches, Example, Turn, answer_loss, encode
+from micrograd_gpt.tuning.conversations import Turn
+from micrograd_gpt.tuning.instructions import Example, answer_loss, batch_of, encode
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -75,7 +76,7 @@ def loss_one_by_one(model: Any, examples: list[Example]) -> Any:
 def test_loss_and_every_gradient(reference: Any) -> None:
     theirs, examples = their_model(), conversations(7)
     ours = our_model(theirs)
-    loss = answer_loss(ours, *Batches(examples).batch(0, 0, 7))
+    loss = answer_loss(ours, batch_of(examples))
     loss.backward()
     expected = reference(theirs, examples)
     expected.backward()
@@ -100,13 +101,13 @@ def test_ten_adamw_steps_on_micro_batches() -> None:
         batch = [examples[i] for i in chosen]
         expected = their_loss(theirs, batch)
         expected.backward()
-        parts = [next(Batches(part).in_order(8)) for part in (batch[:3], batch[3:])]
-        counts = [int((targets != IGNORE).sum()) for _, targets in parts]
+        parts = [batch_of(part) for part in (batch[:3], batch[3:])]
+        count = sum(part.count for part in parts)
         loss = 0.0
-        for (ids, targets), count in zip(parts, counts, strict=True):
-            part = answer_loss(ours, ids, targets) * (count / sum(counts))
-            part.backward()
-            loss += part.item()
+        for part in parts:
+            weighted = answer_loss(ours, part) * (part.count / count)
+            weighted.backward()
+            loss += weighted.item()
         assert loss == pytest.approx(expected.item(), rel=1e-4), step
         their_optimizer.step()
         their_optimizer.zero_grad()

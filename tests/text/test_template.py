@@ -75,7 +75,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_template(tmp_path / "latin")
 
 
-@pytest.mark.parametrize("name", ["input", "system"])
-def test_a_template_without_a_place_for_what_is_given(name: str) -> None:
-    with pytest.raises(UserError, match=f"no place for this {name}: add {{{name}}}"):
+@pytest.mark.parametrize(("name", "what"), [("input", "an input"), ("system", "a system message")])
+def test_a_template_without_a_place_for_what_is_given(name: str, what: str) -> None:
+    with pytest.raises(UserError, match=f"no place for {what}: add {{{name}}} to it"):
         Template("{instruction}{output}").prompt("a", **{name: "b"})
