@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from micrograd_gpt.arrays.devices import library_for
 from micrograd_gpt.evaluation.answers import answers
 from micrograd_gpt.evaluation.items import request_of, start_of_text
 from micrograd_gpt.evaluation.loading import load
@@ -51,7 +52,9 @@ class MicrogradGPT(LM):
     Args:
         pretrained: what weights/names.py can name, such as a folder or "124M"; or a GPT2 itself,
             and then its `tokenizer` too.
-        device, dtype: as for `GPT2.from_pretrained`.
+        device: "cpu", "gpu", or what the harness calls a GPU, "cuda:0", its default: the CPU
+            computes where there is none.
+        dtype: as for `GPT2.from_pretrained`.
         batch_size: how many contexts of the model have the tokens that are read at a time;
             None, "auto" or 1, the harness's default: as many as TOKENS_AT_ONCE.
         more: what the harness says to every model, such as max_batch_size; it changes nothing.
@@ -73,7 +76,7 @@ class MicrogradGPT(LM):
             assert tokenizer is not None, "a GPT2 comes with its tokenizer"
             self.model, self.encoder = pretrained, tokenizer
         else:
-            self.model, self.encoder = load(pretrained, device or "cpu", dtype)
+            self.model, self.encoder = load(pretrained, device_named(device), dtype)
         contexts = 1 if batch_size in (None, "auto") else int(str(batch_size))
         self.tokens_at_once = max(TOKENS_AT_ONCE, contexts * self.model.config.n_positions)
 
@@ -177,6 +180,18 @@ class MicrogradGPT(LM):
             **how,
         )
         return settings, stops
+
+
+def device_named(name: str | None) -> str:
+    """What the harness calls a device, as we call it."""
+    if name is None or not name.startswith("cuda"):
+        return name or "cpu"
+    try:
+        library_for("gpu")
+    except UserError as problem:
+        cli.say(f"note: computing on the CPU ({problem})")
+        return "cpu"
+    return "gpu"
 
 
 def rolling_windows(ids: list[int], start: int, limit: int) -> list[Request]:

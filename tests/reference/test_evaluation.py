@@ -68,9 +68,118 @@ def choices(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def write_lines(path: Path, objects: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(fields) + "\n" for fields in objects))
-    return str(path)
+def hellaswag(count: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(1)
+    return [
+        {
+            "activity_label": sentence(rng, 1, 2),
+            "ctx_a": f"{sentence(rng, 2, 6)} [title] {sentence(rng, 1, 3)}.",
+            "ctx_b": sentence(rng, 1, 3),
+            "endings": [f"{sentence(rng, 2, 5)} [step]  {sentence(rng, 1, 4)}" for _ in range(4)],
+            "label": str(rng.integers(4)),
+        }
+        for _ in range(count)
+    ]
+
+
+def as_the_harness_reads(item: dict[str, Any]) -> dict[str, Any]:
+    """An item of HellaSwag as the harness's own task has it."""
+    from lm_eval.tasks.hellaswag.utils import preprocess
+
+    context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}"
+    endings = [preprocess(ending) for ending in item["endings"]]
+    return {"context": preprocess(context), "endings": endings, "label": int(item["label"])}
+
+
+def piqa(count: int) -> list[dict[str, Any]]:
+    """Items whose two solutions begin alike, as they often do."""
+    rng = np.random.default_rng(2)
+    items = []
+    for _ in range(count):
+        begun = sentence(rng, 2, 6)
+        one, other = (f"{begun} {sentence(rng, 1, 3)}" for _ in range(2))
+        items.append({"goal": sentence(rng, 2, 6), "sol1": one, "sol2": other, "label": 1})
+    return items
+
+
+def last_words(folder: Path) -> list[dict[str, Any]]:
+    """Texts with words that a model would not say, and some that it would."""
+    rng, own = np.random.default_rng(3), adapter(folder)
+    texts = [sentence(rng, 2, 30) for _ in range(15)]
+    for context in [sentence(rng, 2, 10) for _ in range(60)]:
+        ids = own.encoder.encode(context)
+        word = own.encoder.decode(own.model.generate(ids, max_new_tokens=1, temperature=0)[-1:])
+        if word[:1] == " " and word[1:].isalpha():
+            texts.append(context + word)
+    return [{"text": text} for text in texts]
+
+
+def task(name: str, data: Path, **more: Any) -> dict[str, Any]:
+    """A task of the harness on a local file."""
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(data)},
+            "cache_dir": str(data.parent / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{label}}",
+        "doc_to_choice": "{{endings}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        **more,
+    }
+
+
+PIQA = {"doc_to_text": "Question: {{goal}}\nAnswer:", "doc_to_choice": "{{[sol1, sol2]}}"}
+LAST_WORD = {
+    "output_type": "loglikelihood",
+    "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
+    "doc_to_target": "{{' '+text.split(' ')[-1]}}",
+    "doc_to_choice": None,
+    "metric_list": [{"metric": "acc"}, {"metric": "perplexity"}],
+}
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file of items of each kind; "read" has those of "hellaswag" as the harness reads them."""
+    swag = hellaswag(20)
+    items = {
+        "plain": choices(40),
+        "hellaswag": swag,
+        "read": [as_the_harness_reads(item) for item in swag],
+        "piqa": piqa(20),
+        "lambada": last_words(folder),
+    }
+    place, paths = tmp_path_factory.mktemp("data"), {}
+    for name, objects in items.items():
+        paths[name] = place / f"{name}.jsonl"
+        paths[name].write_text("".join(json.dumps(fields) + "\n" for fields in objects))
+    return paths
+
+
+def results(model: Any, tasks: list[dict[str, Any]], **how: Any) -> dict[str, dict[str, float]]:
+    """What the harness finds, by task and metric."""
+    found = lm_eval.simple_evaluate(model=model, tasks=tasks, bootstrap_iters=0, **how)["results"]
+    return {
+        name: {metric.split(",")[0]: value for metric, value in figures.items()}
+        for name, figures in found.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(theirs: Any, data: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """What the harness finds with its own model, by the name of the file."""
+    tasks = [
+        task("plain", data["plain"]),
+        task("hellaswag", data["read"]),
+        task("piqa", data["piqa"], **PIQA),
+        task("lambada", data["lambada"], **LAST_WORD),
+    ]
+    return results(theirs, tasks)
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], command: str, *flags: str) -> dict[str, Any]:
@@ -80,112 +189,36 @@ def evaluated(capsys: pytest.CaptureFixture[str], command: str, *flags: str) -> 
     return json.loads(capsys.readouterr().out)
 
 
-def their_results(model: Any, tmp_path: Path, data: str, **task: Any) -> dict[str, float]:
-    """What the harness makes of a local task, by the names of its metrics."""
-    config = {
-        "task": "local",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": data}, "cache_dir": str(tmp_path / "cache")},
-        "test_split": "test",
-        **task,
-    }
-    results = lm_eval.simple_evaluate(model=model, tasks=[config], bootstrap_iters=0)
-    return {name.split(",")[0]: value for name, value in results["results"]["local"].items()}
-
-
-MULTIPLE_CHOICE = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{context}}",
-    "doc_to_target": "{{label}}",
-    "doc_to_choice": "{{endings}}",
-    "metric_list": [
-        {"metric": name, "aggregation": "mean", "higher_is_better": True}
-        for name in ("acc", "acc_norm")
-    ],
-}
-LAST_WORD = {
-    "output_type": "loglikelihood",
-    "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
-    "doc_to_target": "{{' '+text.split(' ')[-1]}}",
-    "metric_list": [{"metric": "acc"}, {"metric": "perplexity"}],
-}
-
-
 # ------------------------------------------------------------------------------------ the script
 
 
+@pytest.mark.parametrize("name", ["plain", "hellaswag", "piqa"])
 def test_multiple_choice(
-    folder: Path, theirs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    data: dict[str, Path],
+    expected: dict[str, dict[str, float]],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
-    data = write_lines(tmp_path / "items.jsonl", choices(40))
-    ours = evaluated(capsys, "multiple-choice", "--model", str(folder), "--data", data)
-    expected = their_results(theirs, tmp_path, data, **MULTIPLE_CHOICE)
-    assert ours["items"] == 40
-    assert ours["accuracy"] == pytest.approx(expected["acc"])
-    assert ours["accuracy_by_length"] == pytest.approx(expected["acc_norm"])
-    assert ours["accuracy"] != ours["accuracy_by_length"]
-
-
-def test_hellaswag_s_and_piqa_s_own_fields(
-    folder: Path, theirs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from lm_eval.tasks.hellaswag.utils import preprocess
-
-    rng = np.random.default_rng(1)
-    swag = [
-        {
-            "activity_label": sentence(rng, 1, 2),
-            "ctx_a": f"{sentence(rng, 2, 6)} [title] {sentence(rng, 1, 3)}.",
-            "ctx_b": sentence(rng, 1, 3),
-            "endings": [f"{sentence(rng, 2, 5)} [step]  {sentence(rng, 1, 4)}" for _ in range(4)],
-            "label": str(rng.integers(4)),
-        }
-        for _ in range(12)
-    ]
-    piqa = [
-        {
-            "goal": sentence(rng, 2, 6),
-            "sol1": (begun := sentence(rng, 2, 6)) + " one",
-            "sol2": begun + " and more",
-            "label": int(rng.integers(2)),
-        }
-        for _ in range(12)
-    ]
-    contexts = [f"{i['activity_label']}: {i['ctx_a']} {i['ctx_b'].capitalize()}" for i in swag]
-    plain = [
-        {"context": preprocess(c), "endings": [*map(preprocess, i["endings"])], "label": i["label"]}
-        for c, i in zip(contexts, swag, strict=True)
-    ]
-    for name, items, seen in (("swag", swag, plain), ("piqa", piqa, piqa)):
-        data = write_lines(tmp_path / f"{name}.jsonl", items)
-        ours = evaluated(capsys, "multiple-choice", "--model", str(folder), "--data", data)
-        task = dict(MULTIPLE_CHOICE, doc_to_target="{{label|int}}")
-        if name == "piqa":
-            task["doc_to_text"] = "Question: {{goal}}\nAnswer:"
-            task["doc_to_choice"] = "{{[sol1, sol2]}}"
-        expected = their_results(
-            theirs, tmp_path, write_lines(tmp_path / f"{name}-seen.jsonl", seen), **task
-        )
-        assert ours["accuracy"] == pytest.approx(expected["acc"]), name
-        assert ours["accuracy_by_length"] == pytest.approx(expected["acc_norm"]), name
+    flags = ["--model", str(folder), "--data", str(data[name])]
+    ours = evaluated(capsys, "multiple-choice", *flags)
+    assert ours["accuracy"] == pytest.approx(expected[name]["acc"])
+    assert ours["accuracy_by_length"] == pytest.approx(expected[name]["acc_norm"])
+    assert 0 < ours["accuracy"] < 1
 
 
 def test_last_word(
-    folder: Path, theirs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    data: dict[str, Path],
+    expected: dict[str, dict[str, float]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    rng, own = np.random.default_rng(2), adapter(folder)
-    texts = [sentence(rng, 2, 30) for _ in range(15)]
-    for context in [sentence(rng, 2, 10) for _ in range(60)]:  # and words that the model would say
-        ids = own.encoder.encode(context)
-        word = own.encoder.decode(own.model.generate(ids, max_new_tokens=1, temperature=0)[-1:])
-        if word[:1] == " " and word[1:].isalpha():
-            texts.append(context + word)
-    data = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
-    ours = evaluated(capsys, "last-word", "--model", str(folder), "--data", data)
-    expected = their_results(theirs, tmp_path, data, **LAST_WORD)
+    flags = ["--model", str(folder), "--data", str(data["lambada"])]
+    ours = evaluated(capsys, "last-word", *flags)
+    theirs = expected["lambada"]
     assert 0.1 < ours["accuracy"] < 0.9
-    assert ours["accuracy"] == pytest.approx(expected["acc"])
-    assert np.log(ours["perplexity"]) == pytest.approx(np.log(expected["perplexity"]), rel=1e-5)
+    assert ours["accuracy"] == pytest.approx(theirs["acc"])
+    assert np.log(ours["perplexity"]) == pytest.approx(np.log(theirs["perplexity"]), rel=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 16, 40, POSITIONS - 1])
@@ -289,23 +322,13 @@ def test_generation_equals_hf_s(folder: Path, theirs: Any) -> None:
     assert any(text != begun for text, begun in zip(ours, whole[1::2], strict=True))
 
 
-def test_the_harness_evaluates_by_name(folder: Path, tmp_path: Path, theirs: Any) -> None:
+def test_the_harness_evaluates_by_name(
+    folder: Path, data: dict[str, Path], expected: dict[str, dict[str, float]]
+) -> None:
     import micrograd_gpt.evaluation.harness  # which registers the name  # noqa: F401
 
-    data = write_lines(tmp_path / "items.jsonl", choices(12))
-    config = {
-        "task": "local",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": data}, "cache_dir": str(tmp_path / "cache")},
-        "test_split": "test",
-        **MULTIPLE_CHOICE,
-    }
-    results = lm_eval.simple_evaluate(
-        model="micrograd-gpt",
-        model_args=f"pretrained={folder},dtype=float32",
-        tasks=[config],
-        bootstrap_iters=0,
-    )
-    expected = their_results(theirs, tmp_path, data, **MULTIPLE_CHOICE)
-    assert results["results"]["local"]["acc,none"] == pytest.approx(expected["acc"])
-    assert results["results"]["local"]["acc_norm,none"] == pytest.approx(expected["acc_norm"])
+    model_args = f"pretrained={folder},dtype=float32"
+    tasks = [task("plain", data["plain"])]
+    found = results("micrograd-gpt", tasks, model_args=model_args, device="cuda:0")
+    for metric in ("acc", "acc_norm"):
+        assert found["plain"][metric] == pytest.approx(expected["plain"][metric])
