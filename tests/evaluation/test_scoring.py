@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import fake_cupy
 import numpy as np
 import pytest
 from small_gpt2 import POSITIONS, VOCABULARY, make_model
 
+from micrograd_gpt.arrays.devices import move
+from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.evaluation.scoring import Request, Score, score, score_all
 from micrograd_gpt.generation.filters import log_softmax
 from micrograd_gpt.gpt2 import GPT2
@@ -54,6 +57,19 @@ def test_equal_to_one_pass_over_each_text(tokens_at_once: int, config: dict[str,
             np.testing.assert_allclose(ours.log_probs, expected.log_probs, atol=1e-4)
             assert ours.likeliest.tolist() == expected.likeliest.tolist()
             assert ours.log_prob == pytest.approx(expected.log_probs.sum(), abs=1e-3)
+
+
+def test_the_same_on_a_gpu_s_arrays() -> None:
+    groups = random_groups(8)
+    expected = score_all(make_model(factor=6).eval(), groups)
+    with fake_cupy.installed(), at_most("fused"):
+        model = make_model(factor=6).eval()
+        move(model, "gpu")
+        found = score_all(model, groups)
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-4)
+            assert one.likeliest.tolist() == other.likeliest.tolist()
 
 
 def test_an_ending_is_greedy_where_every_token_is_the_likeliest() -> None:
