@@ -1,12 +1,14 @@
-"""Fetch, convert and check GPT-2's weights.
+"""Fetch, convert, check and export GPT-2's weights.
 
     python load_gpt2.py                           # 124M, from Hugging Face or else from OpenAI
     python load_gpt2.py --size 1558M --source openai
     python load_gpt2.py --from ~/gpt-2/models/124M --dtype float16     # no network
     python load_gpt2.py --from distilbert/distilgpt2                   # a model on the Hub
     python load_gpt2.py --from ckpt.pt --out mine                      # nanoGPT's checkpoint
+    python load_gpt2.py --from out --export model.gguf                 # a file for llama.cpp
 
-The result is a folder that generate.py, train_gpt2.py --init-from and Transformers load.
+The result is a folder that generate.py, train_gpt2.py --init-from and Transformers load, or with
+--export one file that llama.cpp runs.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.weights import gguf_file
 from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_name
 from micrograd_gpt.weights.formats import Weights, open_weights
 from micrograd_gpt.weights.names import find, size_named
@@ -60,16 +63,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = named or published_size(weights.config)
     if claimed and size != claimed:
         raise UserError(f"{args.model} holds {size or 'no published size'}, not {claimed}")
-    out = args.out or Path("models") / (f"gpt2-{size}" if size else own_name(args.model))
-    refuse_to_overwrite(out, weights.path)
+    name = f"gpt2-{size}" if size else own_name(args.model)
+    out = args.export or args.out or Path("models") / name
+    if not args.export:
+        refuse_to_overwrite(out, weights.path)
+    tokenizer = exportable_tokenizer(weights) if args.export else tokenizer_of(weights)
 
     say(f"loading {weights.path}")
     model = build(weights)
-    tokenizer = tokenizer_of(weights)
     # Other weights of that shape are OpenAI's only if the user says so, by --size.
     passed, findings = check(model, tokenizer, size, claimed=(claimed or named) is not None)
     if passed:
-        write_folder(model, out, tokenizer, None if args.dtype == "float32" else args.dtype)
+        if args.export:
+            assert tokenizer is not None
+            gguf_file.write_gguf(out, model, tokenizer, args.dtype, name)
+        else:
+            write_folder(model, out, tokenizer, None if args.dtype == "float32" else args.dtype)
         say(f"wrote {out}, weights stored as {args.dtype}")
     else:
         say(f"the check failed: {out} is not written")
@@ -103,6 +112,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="folder to write (default models/gpt2-SIZE, or models/ and the name of --from)",
     )
     parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE.gguf",
+        help="write this file, tokenizer included, instead of a folder: llama.cpp runs it",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
@@ -117,6 +132,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.model is not None and args.source is not None:
         raise UserError("--from says where the model is, and so does --source: give one of them")
+    if args.export is not None and args.out is not None:
+        raise UserError("--export writes a file and --out a folder: give one of them")
+    if args.export is not None and args.export.suffix != ".gguf":
+        raise UserError(f"--export writes GGUF: end {args.export} in .gguf")
     return args
 
 
@@ -156,16 +175,27 @@ def refuse_to_overwrite(out: Path, source: Path) -> None:
         raise UserError(f"{out} holds a training run ({STATE}): choose another --out")
 
 
+def own_tokenizer(weights: Weights) -> Tokenizer:
+    """The tokenizer that these weights were trained with; UserError if it is unknown."""
+    tokenizer = load_tokenizer(weights.folder)
+    tokenizer.check_size(weights.config.vocab_size)
+    return tokenizer
+
+
+def exportable_tokenizer(weights: Weights) -> Tokenizer:
+    """The tokenizer to export with these weights; UserError if llama.cpp cannot run them."""
+    tokenizer = own_tokenizer(weights)
+    gguf_file.check_exportable(weights.config, tokenizer)
+    return tokenizer
+
+
 def tokenizer_of(weights: Weights) -> Tokenizer | None:
     """The tokenizer that these weights were trained with; None, and why on stderr, if unknown."""
-    folder = weights.folder
     try:
-        tokenizer = load_tokenizer(folder)
-        tokenizer.check_size(weights.config.vocab_size)
+        return own_tokenizer(weights)
     except UserError as error:
         say(f"no tokenizer is written: {error}")
         return None
-    return tokenizer
 
 
 def write_folder(model: GPT2, out: Path, tokenizer: Tokenizer | None, dtype: str | None) -> None:

@@ -174,7 +174,7 @@ class Profile:
 
     def ends(self) -> None:
         """The loss and the embedding."""
-        some = min(self.tokens, max(1, loss.LOGITS_AT_ONCE // self.vocabulary))
+        some = min(self.tokens, max(1, loss.LOGITS_AT_ONCE[self.timer.device] // self.vocabulary))
         logits = self.numbers(self.half, some, self.vocabulary)
         labels = self.timer.xp.arange(some) % self.vocabulary
         self.measure(

@@ -146,9 +146,10 @@ def attention_backward(
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, T, T), as in the forward
     scores = np.where(causal_mask(q.shape[-2], k.shape[-2], q), scores, -np.inf)
     weights = np.exp(scores - log_total[..., None])
-    dweights = grad @ v.swapaxes(-1, -2)  # (B, H, T, T)
-    factors = dropout_factors(weights, p, key) if p else 1
-    dropped, dweights = weights * factors, np.where(factors, dweights, 0) * factors
+    dropped, dweights = weights, grad @ v.swapaxes(-1, -2)  # (B, H, T, T)
+    if p:
+        factors = dropout_factors(weights, p, key)
+        dropped, dweights = weights * factors, np.where(factors, dweights, 0) * factors
     row_sums = (grad * out).sum(axis=-1, keepdims=True)  # (B, H, T, 1)
     dscores = weights * (dweights - row_sums) / math.sqrt(q.shape[-1])
     dq, dk = dscores @ k, dscores.swapaxes(-1, -2) @ q  # (B, H, T, D)

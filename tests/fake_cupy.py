@@ -77,7 +77,7 @@ METHODS = {
 }
 ANY_NUMBER = ("reshape", "transpose")  # methods that take a shape or axes as several arguments
 READS = ("__bool__", "__float__", "__int__", "item", "tolist")  # each waits
-ATTRIBUTES = ("dtype", "flags", "itemsize", "nbytes", "ndim", "shape", "size", "strides")
+ATTRIBUTES = ("dtype", "itemsize", "nbytes", "ndim", "shape", "size", "strides")
 OPERATORS = (
     *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"),
     *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "neg", "abs", "invert"),
@@ -264,6 +264,12 @@ class ndarray:
         return f"fake_cupy.{self._numbers!r}"
 
     @property
+    def flags(self) -> SimpleNamespace:
+        """CuPy's, which do not say whether an array is writable: all are."""
+        names = ("c_contiguous", "f_contiguous", "owndata")
+        return SimpleNamespace(**{name: getattr(self._numbers.flags, name) for name in names})
+
+    @property
     def T(self) -> ndarray:
         return wrap(self._numbers.T, self)
 
@@ -330,6 +336,8 @@ ndarray.__itruediv__ = _in_place("divide")
 def _function(name: str, accepted: str) -> Any:
     def function(*args: Any, **kwargs: Any) -> Any:
         check_arguments(name, accepted, args, kwargs)
+        if name == "where" and not isinstance(args[0], ndarray):
+            raise AttributeError("CuPy's where calls condition.astype, which a number lacks")
         capture.forbids(f"{name}, which is not recorded here")
         counts.reads += name in WAITING
         uploads = name in ("array", "asarray") and isinstance(args[0], np.ndarray | list | tuple)

@@ -15,7 +15,6 @@ import pytest
 from cuda_emulator import Emulator
 from guarded_arrays import GuardedArrays
 
-from micrograd_gpt.kernels.in_cuda import arguments as gpu_arguments
 from micrograd_gpt.kernels.in_cuda import cublas
 from micrograd_gpt.kernels.in_cuda import kernels as gpu
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
@@ -28,8 +27,7 @@ class Machine(ABC):
         self.arrays = GuardedArrays(library)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (gpu, gpu_arguments):
-            monkeypatch.setattr(module, "array_module", lambda array: self.arrays)
+        monkeypatch.setattr(gpu, "array_module", lambda array: self.arrays)
 
     @abstractmethod
     def put(self, *arrays: np.ndarray) -> list[Any]: ...
@@ -128,4 +126,6 @@ class RealGPU(Machine):
         """Nothing to do: a GPU orders its threads anew each time."""
 
     def get(self, array: Any) -> np.ndarray:
-        return array.get(order="A")
+        """A copy with the array's layout: its axes, from the largest stride to the smallest."""
+        axes = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+        return array.transpose(axes).get().transpose(np.argsort(axes))

@@ -10,7 +10,8 @@ from functools import cache
 
 from micrograd_gpt.support.errors import UserError
 
-LOGITS_AT_ONCE = 2**26  # the most logits that a loss holds at a time: 256 MB in float32
+# The most logits that a loss holds at a time: in float32 256 MB, and 1 GB of a GPU's larger memory
+LOGITS_AT_ONCE = {"cpu": 2**26, "gpu": 2**28}
 
 # What the runtime, the driver and cuBLAS say when they get no memory for their own needs
 NO_GPU_MEMORY = (

@@ -47,7 +47,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     dx: Any = np.empty_like(rows) if wanted else None
     dweight: Any = None
     loss = 0.0
-    size = max(1, len(rows) // -(-len(rows) * vocab_size // LOGITS_AT_ONCE))
+    size = max(1, len(rows) // -(-len(rows) * vocab_size // LOGITS_AT_ONCE[x.device]))
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         dpart, total, dw = linear_cross_entropy_forward(rows[part], w, labels[part], wanted)

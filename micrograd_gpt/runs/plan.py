@@ -12,6 +12,7 @@ import time
 import numpy as np
 
 from micrograd_gpt import optim
+from micrograd_gpt.arrays.devices import move, to_device
 from micrograd_gpt.arrays.memory import LOGITS_AT_ONCE
 from micrograd_gpt.arrays.precision import HALF, compute_in, hold_in
 from micrograd_gpt.gpt2 import GPT2Config
@@ -20,7 +21,7 @@ from micrograd_gpt.variants import inner_width
 from micrograd_gpt.weights.config import model_class
 
 PYTHON = 75_000_000  # bytes: the interpreter, NumPy and the other libraries of a run
-TIMED_TOKENS = 2048  # a micro-batch of about this many stands for larger ones when it is timed
+TIMED_TOKENS = 2048  # a micro-batch of about this many stands for larger ones when a CPU is timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Plan:
         """What lives for a moment only: the logits, or a block that is computed again."""
         c = self.config
         tokens = self.batch_size * self.block_size
-        parts = -(-tokens * c.vocab_size // LOGITS_AT_ONCE)
+        parts = -(-tokens * c.vocab_size // LOGITS_AT_ONCE[self.device])
         logits = max(1, tokens // parts) * c.vocab_size
         head = c.vocab_size * c.n_embd
         head_gradient = head * self._wide if parts > 1 else 0  # of one part, beside their sum
@@ -175,7 +176,9 @@ class Plan:
         """
         if rate is not None:
             return self.flops_per_token * self.tokens_per_step / (rate * 1e12 * devices)
-        rows = max(1, min(self.batch_size, TIMED_TOKENS // self.block_size))
+        rows = self.batch_size  # a GPU needs them all to be busy
+        if self.device == "cpu":
+            rows = max(1, min(rows, TIMED_TOKENS // self.block_size))
         one, two = (self._timed_step(n_layer, rows) for n_layer in (1, 2))
         micro_batches = self.grad_accum_steps * self.batch_size / rows
         return (one + (self.config.n_layer - 1) * max(0.0, two - one)) * micro_batches / devices
@@ -183,6 +186,7 @@ class Plan:
     def _timed_step(self, n_layer: int, rows: int) -> float:
         config = dataclasses.replace(self.config, n_layer=n_layer)
         model = model_class(config)(config)
+        move(model, self.device)
         hold_in(model, "float32" if self._is_half else self.dtype)
         if self.recompute:
             recompute_blocks(model)
@@ -196,6 +200,7 @@ class Plan:
             optim.clip_grad_norm(optimizer.parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            to_device(optimizer.parameters[-1].data, "cpu")  # a GPU has then done all of the step
             times.append(time.perf_counter() - start)
         return min(times)
 

@@ -125,16 +125,17 @@ def write_safetensors(
             flat = np.ascontiguousarray(tensors[name]).reshape(-1)
             step = CHUNK // flat.itemsize
             for start in range(0, flat.size, step):
-                chunk = _converted(flat[start : start + step], stored[name], name)
+                chunk = converted(flat[start : start + step], stored[name], name)
                 file.write(chunk.view(np.uint8).data)
 
 
-def _converted(chunk: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+def converted(chunk: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Floats of another type, rounded to nearest; UserError where a finite one becomes infinity."""
     with np.errstate(over="ignore"):
-        converted = chunk.astype(dtype, copy=False)
-    if converted is not chunk and np.isinf(converted).sum() != np.isinf(chunk).sum():
+        numbers = chunk.astype(dtype, copy=False)
+    if numbers is not chunk and np.isinf(numbers).sum() != np.isinf(chunk).sum():
         raise UserError(f"{name} holds numbers too large for {dtype}: store it in a wider type")
-    return converted
+    return numbers
 
 
 def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

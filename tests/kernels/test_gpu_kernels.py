@@ -151,13 +151,13 @@ def test_cross_entropy(shape: tuple[int, int], dtype: str, on: Machine) -> None:
     assert_close(loss, expected, TOLERANCE["float32"], "loss")
     assert_close(dlogits, gradient, TOLERANCE[dtype], "dlogits")
     in_place, same_labels = on.put(logits.copy(), labels)
-    again = gpu._cross_entropy(in_place, same_labels, in_place)
+    again = gpu._cross_entropy(in_place, same_labels, in_place, logits.shape[1])
     assert float(again) == float(loss)
     assert on.get(in_place).tobytes() == dlogits.tobytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "channels", "vocab_size"), [(3, 5, 9), (40, 33, 131)])
+@pytest.mark.parametrize(("n", "channels", "vocab_size"), [(3, 5, 9), (40, 33, 131), (9, 8, 128)])
 def test_linear_cross_entropy(
     n: int, channels: int, vocab_size: int, dtype: str, on: Machine
 ) -> None:
@@ -540,8 +540,16 @@ def test_optimizer(count: int, on: Machine) -> None:
     shapes = [tuple(rng.integers(1, 60, n % 3)) for n in range(count)]
     grads = [numbers(*s, seed=1) for s in shapes]
     decays = [0.1 * (len(s) == 2) for s in shapes]
-    squares = on.repeated(lambda: gpu._squares(on.put(*grads)))
-    assert_close(squares.sum(), sum((g.astype(float) ** 2).sum() for g in grads), 1e-12)
+
+    def clipped() -> tuple[Any, ...]:
+        tensors = with_gradients(on.put(*(grad.copy() for grad in grads)))
+        return gpu.clip_grad_norm(tensors, 0.5), *(tensor.grad for tensor in tensors[1:])
+
+    norm, *ours = on.repeated(clipped)
+    length = np.sqrt(sum((g.astype(float) ** 2).sum() for g in grads))
+    assert_close(norm, length, 1e-6)
+    for a, grad in zip(ours, grads, strict=True):
+        assert_close(a, grad * min(1, 0.5 / length), 1e-6)
 
     def start(kind: str) -> list[list[np.ndarray]]:
         p, m, v = (
@@ -594,6 +602,8 @@ def test_what_no_kernel_does_is_refused_before_anything_is_written(on: Machine) 
         lambda: gpu.attention_forward(fine, fine, fine, 1.0, (1,)),  # not in [0, 1)
         lambda: gpu.clip_grad_norm(with_gradients([x]), 1.0),
         lambda: gpu.clip_grad_norm([Tensor(1.0)], 1.0),
+        lambda: gpu.clip_grad_norm(with_gradients([fine[..., ::2]]), 1.0),  # it has gaps
+        lambda: gpu.clip_grad_norm(with_gradients([fine, fine[:, 1:]]), 1.0),  # memory in common
         lambda: gpu.adamw_update([(x, x, x, x, 0.1)], 1e-2, 0.9, 0.95, 1e-8, 1),
         lambda: gpu.dropout_forward(x, 0.5, (1,)),
         lambda: gpu.dropout_forward(fine, 1.0, (1,)),

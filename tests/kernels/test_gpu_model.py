@@ -20,6 +20,7 @@ from micrograd_gpt.arrays.precision import compute_in, hold_in
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
+from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.recompute import recompute_blocks
 
 fake_cupy = pytest.importorskip("fake_cupy")
@@ -114,6 +115,12 @@ def test_training_with_dropout(emulator: cuda_emulator.Emulator) -> None:
             p.data += fake_cupy.asarray((sign * g / norm).astype(np.float32))
         found.append(loss().item())
     assert (found[0] - found[1]) / (2 * size) == pytest.approx(norm, rel=1e-2)
+
+
+def test_a_plan_is_timed_on_the_gpu(emulator: cuda_emulator.Emulator) -> None:
+    config = dataclasses.replace(CONFIG, n_positions=8)
+    assert "measured here" in Plan(config, 1, 8, device="gpu").report(max_steps=10)
+    assert "adamw_update" in {kernel for _, kernel, _ in emulator.launched}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -353,6 +353,8 @@ def test_hf_hub_offline_is_obeyed(tmp_path: Path) -> None:
         (["--from", "x", "--source", "openai"], "give one of them"),
         (["--source", "torrent"], "invalid choice"),
         (["--dtype", "int8"], "invalid choice"),
+        (["--export", "a.bin"], r"--export writes GGUF: end a\.bin in \.gguf"),
+        (["--export", "a.gguf", "--out", "b"], "a file and --out a folder: give one of them"),
     ],
 )
 def test_mistakes_are_named(script: ModuleType, here: Path, args: list[str], message: str) -> None:
@@ -365,6 +367,27 @@ def test_a_size_that_is_not_what_is_there(script: ModuleType, source: Path, here
     with pytest.raises(UserError, match="source holds no published size, not 355M"):
         script.main(["--from", str(source), "--size", "345M"])
     assert list(here.iterdir()) == []
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(
+    script: ModuleType,
+    source: Path,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What can be, tests/reference/test_gguf.py exports."""
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    save_pretrained(GPT2(GPT2Config(1, 1, 4, 3, 8)), here / "char", CharTokenizer("abc"))
+    for model, message in (
+        (source, r"needs gguf: pip install 'micrograd-gpt\[gguf\]'"),
+        ("char", "a char tokenizer cannot be exported"),
+        (DATA / "saver", "the tokenizer has 50257 tokens and the model 61"),
+    ):
+        with pytest.raises(UserError, match=message):
+            script.main(["--from", str(model), "--export", "a.gguf"])
+    assert capsys.readouterr().err == ""
+    assert [p.name for p in here.iterdir()] == ["char"]
 
 
 def test_the_source_is_not_overwritten(script: ModuleType, source: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from micrograd_gpt.arrays.devices import Array, array_module
+from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.arrays.stand_ins import CUDA, NotForMe, stands_in_for
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.modules import ACTIVATIONS
@@ -76,10 +76,3 @@ def blocks(n: int, dtype: str) -> tuple[int]:
 def strips(width: int, dtype: str, threads: int = 32) -> int:
     """How many blocks stand side by side on a row of `width`, each `threads` packs wide."""
     return -(-width // (threads * pack(dtype)))
-
-
-def rows_in_memory(array: Array) -> Array:
-    """The array if it is C-contiguous, else its transpose, copied unless that is."""
-    if array.flags.c_contiguous:
-        return array
-    return array_module(array).ascontiguousarray(array.T)

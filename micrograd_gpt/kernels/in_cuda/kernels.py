@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,6 @@ from micrograd_gpt.kernels.in_cuda.arguments import (
     float32,
     in_cuda,
     name_of,
-    rows_in_memory,
     strips,
 )
 from micrograd_gpt.kernels.in_cuda.matvec import FEW_ROWS, multiply_few_rows
@@ -47,6 +47,7 @@ from micrograd_gpt.layers import Key
 from micrograd_gpt.tensor import Tensor
 
 ROWS_AT_ONCE = 128  # how many rows one block adds up, column by column
+ALIGNED = 64  # the head's rows are filled up to a multiple of this
 
 
 def _seed(key: Key) -> int:
@@ -371,7 +372,7 @@ def dropout_forward(x: Array, p: float, key: Key) -> Array:
 def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
     activation(logits)
     dlogits = array_module(logits).empty_like(logits)
-    return dlogits, _cross_entropy(logits, labels, dlogits)
+    return dlogits, _cross_entropy(logits, labels, dlogits, logits.shape[1])
 
 
 @in_cuda(linear_cross_entropy.linear_cross_entropy_forward)
@@ -380,26 +381,42 @@ def linear_cross_entropy_forward(
 ) -> tuple[Array | None, Array, Array | None]:
     """As the definition; the logits become their own gradient in place."""
     activation(x, weight)
-    logits = linear_forward(x, weight.T, None)
-    loss = _cross_entropy(logits, labels, logits)
+    vocab_size, padded = len(weight), _padded(weight)
+    logits = _product(x, padded.T)
+    loss = _cross_entropy(logits, labels, logits, vocab_size)
     if not with_gradients:
         return None, loss, None
-    dweight = array_module(weight).empty(weight.shape, np.float32)
-    return _product(logits, weight), loss, _product(logits.T, x, dweight)
+    dweight = array_module(weight).empty(padded.shape, np.float32)
+    return _product(logits, padded), loss, _product(logits.T, x, dweight)[:vocab_size]
 
 
-def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
+def _padded(weight: Array) -> Array:
+    """The head's weight (V, C), filled up to a multiple of ALIGNED rows with zeros.
+
+    cuBLAS multiplies matrices whose rows are not aligned five times more slowly, and the 50,257
+    tokens of GPT-2 are an odd number.
+    """
+    (vocab_size, width), xp = weight.shape, array_module(weight)
+    if vocab_size % ALIGNED == 0:
+        return weight
+    padded = xp.zeros((-(-vocab_size // ALIGNED) * ALIGNED, width), weight.dtype)
+    padded[:vocab_size] = weight
+    return padded
+
+
+def _cross_entropy(logits: Array, labels: Array, dlogits: Array, vocab_size: int) -> Array:
     """The summed loss; writes the gradient into `dlogits`, which may be `logits` itself.
 
-    The loss is NaN where a label is outside the vocabulary: to see that here would be to wait.
+    Columns from `vocab_size` on stand for no token. The loss is NaN where a label is outside the
+    vocabulary: to see that here would be to wait.
     """
-    (n, vocab_size), xp = logits.shape, array_module(logits)
+    (n, row_size), xp = logits.shape, array_module(logits)
     if labels.dtype.kind not in "iu":
         raise NotForMe
     labels, losses = xp.ascontiguousarray(labels, dtype=np.int64), xp.empty(n, np.float32)
     launch(
         *("cross_entropy", "cross_entropy_forward", name_of(logits.dtype), (n,), (THREADS,)),
-        *(logits, labels, dlogits, losses, vocab_size),
+        *(logits, labels, dlogits, losses, vocab_size, row_size),
     )
     return _total(losses)
 
@@ -410,26 +427,25 @@ def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
 @in_cuda(optim.clip_grad_norm)
 def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> Array:
     """As the definition; where the norm is not finite, every gradient is multiplied by 1."""
-    grads = gradients(parameters)
-    norm, factor = _norm_and_factor(_squares(grads), max_norm, loss_scale)
-    for grad in grads:
-        grad *= factor
+    grads = [g if g.flags.c_contiguous else g.T for g in gradients(parameters)]
+    float32(*grads)
+    spans = sorted((cuda_modules.address(grad), grad.nbytes) for grad in grads)
+    if any(start + size > after for (start, size), (after, _) in pairwise(spans)):
+        raise NotForMe  # what is written to twice
+    (across,) = blocks(max(grad.size for grad in grads), "float32")
+    partials = array_module(grads[0]).empty((len(grads), across), np.float64)
+    tables = [
+        (slice(start, start + TENSORS_AT_ONCE), _table(gradients=grads[start:][:TENSORS_AT_ONCE]))
+        for start in range(0, len(grads), TENSORS_AT_ONCE)
+    ]
+    for some, table in tables:
+        grid = (across, len(grads[some]))
+        launch("optimizer", "sum_of_squares", "float32", grid, (THREADS,), table, partials[some])
+    norm, factor = _norm_and_factor(partials, max_norm, loss_scale)
+    for some, table in tables:
+        grid = (across, len(grads[some]))
+        launch("optimizer", "scale", "float32", grid, (THREADS,), table, factor)
     return norm
-
-
-def _squares(arrays: Sequence[Array]) -> Array:
-    """The sums of the squares of parts of each array, in float64: those of floats may leave its
-    range."""
-    arrays = [rows_in_memory(array) for array in arrays]
-    float32(*arrays)
-    (across,) = blocks(max(a.size for a in arrays), "float32")
-    partials = array_module(arrays[0]).empty((len(arrays), across), np.float64)
-    for start in range(0, len(arrays), TENSORS_AT_ONCE):
-        some = arrays[start : start + TENSORS_AT_ONCE]
-        table, part = _table(gradients=some), partials[start : start + len(some)]
-        grid = (across, len(some))
-        launch("optimizer", "sum_of_squares", "float32", grid, (THREADS,), table, part)
-    return partials
 
 
 def _norm_and_factor(squares: Array, max_norm: float, loss_scale: float) -> tuple[Array, Array]:

@@ -470,7 +470,7 @@ def gradients(parameters: list[Tensor]) -> list[Array]:
     if not isinstance(parameters, list | tuple):  # what can be gone through only once
         raise NotForMe
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not grads or not all(grad.flags.writeable for grad in grads):
+    if not grads or not all(getattr(g.flags, "writeable", True) for g in grads):
         raise NotForMe
     return grads
 

@@ -5,6 +5,9 @@
 // writes the gradient, softmax minus 1 at the target, possibly over the logits. With an odd V a row
 // may begin at an unaligned address, so packs are counted from the last aligned address at or
 // before it. The loss of a target that is not in the vocabulary is NaN.
+//
+// Rows are row_size long, of which only the first vocab_size elements are logits; the others get the
+// gradient 0.
 
 #include "common.cuh"
 
@@ -14,9 +17,9 @@ constexpr long long IGNORE = -100;
 // Block: any number of whole warps, grid: N. dlogits may be logits.
 extern "C" __global__ void cross_entropy_forward(
     const Activation* logits, const long long* targets, Activation* dlogits, float* losses,
-    int vocab_size
+    int vocab_size, int row_size
 ) {
-    long long start = (long long)blockIdx.x * vocab_size, target = targets[blockIdx.x];
+    long long start = (long long)blockIdx.x * row_size, target = targets[blockIdx.x];
     const Activation* row = logits + start;
     Activation* out = dlogits + start;
     int first = -int(reinterpret_cast<unsigned long long>(row) % 16 / sizeof(Activation));
@@ -26,7 +29,7 @@ extern "C" __global__ void cross_entropy_forward(
 
     if (target == IGNORE) {
         for (float& value : values) value = 0.0f;
-        for (int i = first; i < vocab_size; i += stride) store_pack(out, i, vocab_size, values);
+        for (int i = first; i < row_size; i += stride) store_pack(out, i, row_size, values);
         if (threadIdx.x == 0) losses[blockIdx.x] = 0.0f;
         return;
     }
@@ -55,11 +58,11 @@ extern "C" __global__ void cross_entropy_forward(
     __syncthreads();
 
     float factor = 1.0f / total;
-    for (int i = first; i < vocab_size; i += stride) {
-        load_pack(row, i, vocab_size, values);
+    for (int i = first; i < row_size; i += stride) {
+        load_pack(row, i, vocab_size, values, -infinity());
         for (int j = 0; j < PACK; j++) {
             values[j] = expf(values[j] - of_row) * factor - (i + j == target ? 1.0f : 0.0f);
         }
-        store_pack(out, i, vocab_size, values);
+        store_pack(out, i, row_size, values);
     }
 }

@@ -78,3 +78,16 @@ extern "C" __global__ void clip_scale(
     *norm = length;
     *scale = length < infinity() ? (length > max_norm ? max_norm / length : 1.0f) / loss_scale : 1.0f;
 }
+
+// Multiplies the table's gradients by the number that `factor` points to.
+extern "C" __global__ void scale(TensorTable tensors, const float* factor) {
+    long long n = tensors.sizes[blockIdx.y];
+    float* gradient = reinterpret_cast<float*>(tensors.arrays[GRADIENT][blockIdx.y]);
+    long long stride = (long long)gridDim.x * blockDim.x * PACK;
+    for (long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * PACK; i < n; i += stride) {
+        float g[PACK];
+        load_pack(gradient, i, n, g);
+        for (float& value : g) value *= *factor;
+        store_pack(gradient, i, n, g);
+    }
+}
