@@ -129,6 +129,7 @@ def predict(settings: argparse.Namespace, device: str) -> int:
     model = load_classifier(settings.model, device, wide)
     folder = tokenizer_folder(settings.model)
     tokenizer = load_tokenizer(folder) if folder else GPT2Tokenizer()
+    tokenizer.check_size(model.config.vocab_size)
     for result in label_texts(model, texts, tokenizer, settings.batch_size):
         print(json.dumps(result, ensure_ascii=False), flush=True)
     return 0
@@ -180,7 +181,9 @@ def tune(
     check_fingerprint(settings, task.fingerprint())
 
     # Model and optimizer, and what a resumed run saved of them
-    model = make(make_body(settings, device))
+    body = make_body(settings, device)
+    task.tokenizer.check_size(body.config.vocab_size)
+    model = make(body)
     set_dropout(model.train(), settings.dropout)
     if settings.recompute:
         recompute_blocks(model)
@@ -191,16 +194,28 @@ def tune(
         checkpoint.load_run(settings.out, model, optimizer, scaler)
     recorder = Recorder(settings, task, model, optimizer, scaler, write, per_step * longest)
     recorder.start()
-    rates = [getattr(settings, name) for name in RATES]
+    learn(settings, task, order, model, optimizer, scaler, recorder)
+    return model, recorder.finish()
 
+
+def learn(
+    settings: argparse.Namespace,
+    task: Task,
+    order: Order,
+    model: Any,
+    optimizer: optim.AdamW,
+    scaler: LossScaler,
+    recorder: Recorder,
+) -> None:
+    """The loop: one step after the other, until all are taken or a signal comes."""
+    rates = [getattr(settings, name) for name in RATES]
     while optimizer.steps < settings.max_steps and not recorder.stopped:
         step = optimizer.steps
         optimizer.lr = optim.cosine_schedule(step, *rates)
 
         # Gradients of the mean over all that counts in the step, however the micro-batches cut it
-        batches = [
-            task.batch(part) for part in micro_batches(order.step(step), settings.batch_size)
-        ]
+        parts = micro_batches(order.step(step), settings.batch_size)
+        batches = [task.batch(part) for part in parts]
         count = sum(batch.count for batch in batches)
         losses = []
         for number, batch in enumerate(batches):
@@ -211,21 +226,18 @@ def tune(
         norm = optim.clip_grad_norm(optimizer.parameters, settings.grad_clip, scaler.scale)
 
         # The step, except where float16 overflowed: then it is tried again with a smaller scale
-        if not recorder.accepts(step, losses, norm, sum(batch.tokens for batch in batches)):
-            optimizer.zero_grad()
-            continue
-        optimizer.step()
+        accepted = recorder.accepts(step, losses, norm, sum(batch.tokens for batch in batches))
+        if accepted:
+            optimizer.step()
         optimizer.zero_grad()
-
+        if not accepted:
+            continue
         # What is due now: metrics, validation, a checkpoint
         due = recorder.due_after(step)
         if due.log:
             row = recorder.measure()
-            if due.evaluation:
-                row |= task.evaluate(model)
-            recorder.log(row)
+            recorder.log(row | (task.evaluate(model) if due.evaluation else {}))
         recorder.save_if_due()
-    return model, recorder.finish()
 
 
 def make_body(settings: argparse.Namespace, device: str) -> GPT2:

@@ -111,7 +111,7 @@ def read_documents(
     Raises UserError for an unknown `encoding`, and, naming the file and the place, for bytes that
     are not in that encoding and for lines or columns without text.
     """
-    _check_encoding(encoding)
+    check_encoding(encoding)
     match path.suffix.lower():
         case ".jsonl":
             yield from ([text] for text in _jsonl_texts(path, encoding, on_read))
@@ -123,11 +123,12 @@ def read_documents(
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
     """Return the whole text of a file, whatever its name; UserError as `read_documents` says."""
-    _check_encoding(encoding)
+    check_encoding(encoding)
     return "".join(_text_chunks(path, encoding, lambda _: None))
 
 
-def _check_encoding(encoding: str) -> None:
+def check_encoding(encoding: str) -> None:
+    """Raise UserError unless there is such an encoding of text."""
     try:
         io.TextIOWrapper(io.BytesIO(), encoding)
     except (LookupError, ValueError) as error:  # ValueError: a null character in the name

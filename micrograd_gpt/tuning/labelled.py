@@ -17,7 +17,7 @@ import numpy as np
 
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.documents import read_text
+from micrograd_gpt.text.documents import check_encoding, read_text
 
 UNBALANCED = 3.0  # warn where a label is so many times as frequent as another
 SPLIT_SEED = 0  # one split for all runs on the same data, whatever their --seed
@@ -88,6 +88,7 @@ def read_texts(source: str, columns: Columns, encoding: str = "utf-8") -> list[E
     """The texts of a file, without labels, or of stdin where the source is "-", a line each."""
     if source != "-":
         return read_examples(source, columns, encoding, with_labels=False)
+    check_encoding(encoding)
     if sys.stdin is None:
         raise UserError("stdin is closed: name a file with --predict FILE")
     try:
@@ -295,8 +296,9 @@ def label_names(examples: Sequence[Example]) -> list[str]:
     """The different labels: numbers by their size, words by their letters; UserError for one."""
     labels = {example.label for example in examples if example.label is not None}
     if len(labels) < 2:
+        file = examples[0].place.rpartition(", ")[0]
         raise UserError(
-            f"all {len(examples)} texts have the label {min(labels, default='')!r}: "
+            f"{file}: all {len(examples)} texts have the label {min(labels, default='')!r}: "
             "give texts of two labels or more"
         )
     numbers = all(map(is_number, labels))

@@ -135,13 +135,17 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def made(count: int, label: str) -> list[Example]:
-    return [Example(f"{label} {i}", label, f"line {i}") for i in range(count)]
+    return [Example(f"{label} {i}", label, f"a.tsv, line {i}") for i in range(count)]
 
 
 def test_one_label_only_and_an_unknown_one() -> None:
-    with pytest.raises(UserError, match="all 3 texts have the label 'a': give texts of two"):
+    with pytest.raises(
+        UserError, match=r"^a\.tsv: all 3 texts have the label 'a': give texts of two"
+    ):
         label_names(made(3, "a"))
-    with pytest.raises(UserError, match=r"^line 0: the label 'c' is unknown: .* a, b; correct it"):
+    with pytest.raises(
+        UserError, match=r"^a\.tsv, line 0: the label 'c' is unknown: .* a, b; correct it"
+    ):
         label_numbers([*made(2, "a"), *made(1, "c")], ["a", "b"])
 
 
@@ -215,6 +219,8 @@ def test_texts_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     with pytest.raises(UserError, match="stdin is not UTF-8 text"):
         pipe(b"\xff")
+    with pytest.raises(UserError, match="'klingon' is not a text encoding"):
+        read_texts("-", Columns(), "klingon")
     with pytest.raises(UserError, match="stdin holds no texts"):
         pipe(b"\n")
     monkeypatch.setattr(sys, "stdin", None)
