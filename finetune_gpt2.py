@@ -141,19 +141,15 @@ def predict(settings: argparse.Namespace, device: str) -> int:
 def instruct(settings: argparse.Namespace, device: str) -> int:
     """Teach a model to follow instructions; returns the script's exit status."""
     # Data: conversations in two parts, and the template that lays them out
-    files = settings.data, settings.validation
-    train, validation = conversations.read_parts(*files, settings.encoding)
+    parts = conversations.read_parts(settings.data, settings.validation, settings.encoding)
     folder = settings.out if settings.resume else tokenizer_folder(settings.model)
     template = choose_template(None if settings.resume else settings.template, folder)
     how = tokenizer_of(settings), longest_of(settings), settings.batch_size, settings.loss_on
-    task = Instructions(train, validation, template, *how, Path(settings.data).name)
+    task = Instructions(*parts, template, *how, Path(settings.data).name)
 
     model, signal_number = tune(settings, device, task, lambda body: body, task.write)
     if model and not signal_number:
-        print(f"{task.report(model)}\n")
-        print(f"saved in {settings.out}/: the model and the run, metrics.jsonl, loss.png")
-        print(f"{settings.out}/{checkpoint.BEST} has the lowest validation loss")
-        print(f'try: python generate.py --model {settings.out} --instruction "…"')
+        print(task.report(model, settings.out))
     return signal_number and 128 + signal_number
 
 

@@ -21,6 +21,7 @@ from micrograd_gpt import layers
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.layers import IGNORE
 from micrograd_gpt.nn import no_dropout
+from micrograd_gpt.runs.checkpoint import BEST
 from micrograd_gpt.runs.fingerprint import fingerprint
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
@@ -136,16 +137,23 @@ class Instructions:
         self.val_loss = total / count
         return {"val_loss": self.val_loss}
 
-    def report(self, model: GPT2) -> str:
-        """Some validation instructions with the model's answers, and the latest loss."""
+    def report(self, model: GPT2, out: str) -> str:
+        """What a complete run in the folder `out` ends with: some validation instructions with the
+        model's answers, and the latest loss.
+        """
         lines = []
         for turn in self.shown:
             lines.append(f"instruction: {turn.instruction}")
             lines += [f"input: {turn.input}"] if turn.input else []
             lines += [f"answer: {self.answer(model, turn)}", f"expected: {turn.output}", ""]
         perplexity = math.exp(min(self.val_loss, 700))  # the largest power that is a float
-        loss = f"validation loss {self.val_loss:.4f} nats per token, perplexity {perplexity:.2f}"
-        return "\n".join([*lines, loss])
+        lines += [
+            f"validation loss {self.val_loss:.4f} nats per token, perplexity {perplexity:.2f}",
+            f"saved in {out}/: the model and the run, metrics.jsonl, loss.png",
+            f"{out}/{BEST} has the lowest validation loss",
+            f'try: python generate.py --model {out} --instruction "…"',
+        ]
+        return "\n".join(lines)
 
     def answer(self, model: GPT2, turn: Turn) -> str:
         """The model's likeliest answer to the instruction of a turn."""
