@@ -125,6 +125,15 @@ def _common(parser: argparse.ArgumentParser, data: str) -> None:
         help="only the first N windows or items (default: all)",
     )
     parser.add_argument(
+        "--json",
+        action="store_true",
+        help="the report as one JSON object (default: off, lines of text)",
+    )
+    _how_to_compute(parser)
+
+
+def _how_to_compute(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--batch-size",
         type=cli.positive_int,
         metavar="N",
@@ -142,9 +151,4 @@ def _common(parser: argparse.ArgumentParser, data: str) -> None:
         choices=DTYPES,
         default="float32",
         help="type of the weights; half precision is faster only on a GPU (default: float32)",
-    )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="the report as one JSON object (default: off, lines of text)",
     )

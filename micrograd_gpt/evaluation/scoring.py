@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -84,10 +84,13 @@ class Group:
         self.shared = [tokens[0] for tokens in same]  # (P,)
         self.rest = [tokens[len(self.shared) :] for tokens in inputs]  # each (S,)
 
-    @property
-    def tokens(self) -> int:
-        """How many tokens are read."""
-        return len(self.shared) + sum(map(len, self.rest))
+
+class Rest(NamedTuple):
+    """The tokens of a continuation that its group does not share: at least one."""
+
+    place: int  # of the continuation among all of a batch
+    row: int  # of its group
+    tokens: list[int]
 
 
 def score(
@@ -102,15 +105,18 @@ def score(
     keep_freed_memory()
     n_positions = model.config.n_positions
     groups = [Group(i, group, n_positions) for i, group in enumerate(requests)]
-    groups.sort(key=lambda group: (len(group.shared), group.tokens), reverse=True)
-    batch: list[Group] = []
-    for group in groups:
-        if batch and sum(g.tokens for g in batch) + group.tokens > tokens_at_once:
-            yield from _score_batch(model, batch, tokens_at_once)
-            batch = []
-        batch.append(group)
-    if batch:
-        yield from _score_batch(model, batch, tokens_at_once)
+    groups.sort(key=lambda group: len(group.shared), reverse=True)
+    while groups:
+        count, tokens = 0, 0
+        for (
+            group
+        ) in groups:  # as many as fit, with what they share padded to the first one's length
+            tokens += len(groups[0].shared) + sum(map(len, group.rest))
+            if count and tokens > tokens_at_once:
+                break
+            count += 1
+        yield from _score_batch(model, groups[:count], tokens_at_once)
+        del groups[:count]
 
 
 def score_all(model: GPT2, requests: Sequence[Sequence[Request]]) -> list[list[Score]]:
@@ -133,41 +139,38 @@ def _score_batch(
 
 def _read(model: GPT2, groups: list[Group], tokens_at_once: int) -> list[Array]:
     """The hidden states from which the tokens of each continuation are predicted, each (n, C)."""
-    shared = padded([np.array(group.shared or [0]) for group in groups])  # (G, P)
     lengths = np.array([len(group.shared) for group in groups])
-    own = [(row, rest) for row, group in enumerate(groups) for rest in group.rest]
-    longest_first = sorted(range(len(own)), key=lambda place: -len(own[place][1]))
-    unread = [place for place in longest_first if own[place][1]]
+    shared = padded([np.array(group.shared or [0]) for group in groups])  # (G, P)
+    own = [(row, tokens) for row, group in enumerate(groups) for tokens in group.rest]
+    unread = [Rest(place, row, tokens) for place, (row, tokens) in enumerate(own) if tokens]
+    unread.sort(key=lambda rest: len(rest.tokens), reverse=True)
+
     cache = KVCache(model, *shared.shape) if unread else None
     common = model.hidden(shared, cache).data  # (G, P, C)
     states = [[common[row, : lengths[row]]] for row, _ in own]
     while unread and cache is not None:
         cache.lengths[:] = lengths  # without the padding
-        part = _fitting(unread, own, lengths, model.config.n_positions, tokens_at_once)
-        unread = unread[len(part) :]
-        rest = padded([np.array(own[place][1]) for place in part])  # (B, S)
-        copies = _copies(model, cache, [own[place][0] for place in part], rest.shape[1])
-        for place, state in zip(part, model.hidden(rest, copies).data, strict=True):
-            states[place].append(state[: len(own[place][1])])  # (S, C)
+        part = unread[: _how_many(unread, lengths, model.config.n_positions, tokens_at_once)]
+        tokens = padded([np.array(rest.tokens) for rest in part])  # (B, S)
+        copies = _copies(model, cache, [rest.row for rest in part], tokens.shape[1])
+        for rest, state in zip(part, model.hidden(tokens, copies).data, strict=True):
+            states[rest.place].append(state[: len(rest.tokens)])  # (S, C)
+        del unread[: len(part)]
+
     labels = (ids for group in groups for ids in group.labels)
     return [np.concatenate(parts)[-len(ids) :] for ids, parts in zip(labels, states, strict=True)]
 
 
-def _fitting(
-    unread: list[int],
-    own: list[tuple[int, list[int]]],
-    lengths: np.ndarray,
-    n_positions: int,
-    tokens_at_once: int,
-) -> list[int]:
-    """The first of the unread texts, as many as fit into one batch: at least one."""
-    width = len(own[unread[0]][1])  # the longest comes first
-    longest = 0
-    for count, place in enumerate(unread):
-        longest = max(longest, int(lengths[own[place][0]]) + width)
+def _how_many(
+    unread: list[Rest], lengths: np.ndarray, n_positions: int, tokens_at_once: int
+) -> int:
+    """How many of the unread, the longest of which comes first, fit into one batch: at least 1."""
+    longest = 0  # tokens of a row: those of its group and, padded, its own
+    for count, rest in enumerate(unread):
+        longest = max(longest, int(lengths[rest.row]) + len(unread[0].tokens))
         if count and (longest > n_positions or (count + 1) * longest > tokens_at_once):
-            return unread[:count]
-    return unread
+            return count
+    return len(unread)
 
 
 def _copies(model: GPT2, cache: KVCache, rows: list[int], more: int) -> KVCache:

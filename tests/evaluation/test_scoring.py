@@ -82,18 +82,36 @@ def test_an_ending_is_greedy_where_every_token_is_the_likeliest() -> None:
     assert second.likeliest.tolist() == [True] * 5 + [False]
 
 
-def test_what_requests_have_in_common_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, read = make_model().eval(), 0
-    hidden = model.hidden
+def read_by(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each pass through the model reads from now on, padding included."""
+    hidden, sizes = model.hidden, list[int]()
 
     def counting(ids: Any, cache: Any = None) -> Any:
-        nonlocal read
-        read += ids.size
+        sizes.append(ids.size)
         return hidden(ids, cache)
 
     monkeypatch.setattr(model, "hidden", counting)
+    return sizes
+
+
+def test_what_requests_have_in_common_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model().eval()
+    sizes = read_by(model, monkeypatch)
     score_all(model, [[Request([1] * 10, [2, ending, 4, 5]) for ending in range(3, 7)]])
-    assert read == 10 + 1 + 4 * 2  # the context and the 2, then two more of each; never the 5
+    assert sizes == [10 + 1, 4 * 2]  # the context and the 2, then two more of each; never the 5
+
+
+def test_no_pass_reads_more_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model().eval()
+    sizes = read_by(model, monkeypatch)
+    long, short = Request([1] * 15, [2]), Request([1], [2])
+    list(
+        score(model, [[short]] * 40 + [[long]] + [[Request([1], [i, 3, 4])] for i in range(9)], 64)
+    )
+    assert max(sizes) <= 64 and sum(sizes) < 200
+    sizes.clear()
+    list(score(model, [[Request([1] * 10, [i, 3, 4]) for i in range(9)]], 64))
+    assert sizes == [10, 5 * 2, 4 * 2]  # five rows of 12 tokens in a cache are no more than 64
 
 
 def test_a_continuation_that_is_too_long_is_refused() -> None:
