@@ -129,9 +129,9 @@ def _rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Ite
 
 def text_lines(text: str) -> Iterator[Row]:
     """The lines of a text that are not blank, without labels."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield Row(f"line {number}", line, None)
+            yield Row(f"line {number}", line.removesuffix("\r"), None)
 
 
 def _text(path: Path, encoding: str) -> str:
@@ -148,9 +148,14 @@ def _tsv_rows(path: Path, columns: Columns, encoding: str, with_labels: bool) ->
     if not table:
         return
     has_header = columns.text in table[0][1] and (not with_labels or columns.label in table[0][1])
-    if has_header or columns.given or {len(fields) for _, fields in table} != {2}:
+    if has_header or columns.given or len(table[0][1]) != 2:
         yield from _under_header(path, table[0], iter(table[1:]), columns, with_labels)
         return
+    if odd := next(((place, fields) for place, fields in table if len(fields) != 2), None):
+        raise UserError(
+            f"{path}, {odd[0]}: {len(odd[1])} fields between tabs where the first line has 2: "
+            "correct it, or begin with a header"
+        )
     values = [Counter(fields[i] for _, fields in table) for i in (0, 1)]
     label = 0 if len(values[0]) <= len(values[1]) else 1
     if with_labels and len(table) > 1 and values[label][table[0][1][label]] == 1:

@@ -95,6 +95,7 @@ WRONG = {
         "has no column 'label': it has 'v1'",
     ),
     "three columns": ("a.tsv", "ham\tHi\t1\nham\tHo\t2\n", "has no column 'text'"),
+    "a tab in a text": ("a.tsv", "ham\tHi\nham\tH\to\n", r"a\.tsv, line 2: 3 fields between tabs"),
     "ragged": ("a.csv", "text,label\na,b,c\n", r"a\.csv, line 2: 3 fields under a header of 2"),
     "quotes": ("a.csv", 'text,label\n"a"b,c\n', r"a\.csv, line 2: .*correct the quotes"),
     "no key": ("a.jsonl", '{"text": "a"}', r"line 1: no 'label' among 'text'; name the keys"),
@@ -198,7 +199,7 @@ def test_parts_from_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.txt", "a.tsv", "a.csv", "a.jsonl"])
 def test_texts_without_labels(tmp_path: Path, name: str) -> None:
     contents = {
-        "a.txt": "one\n\ntwo\n",
+        "a.txt": "one\r\n\r\ntwo",
         "a.tsv": "text\tid\none\t1\ntwo\t2\n",
         "a.csv": "text\none\ntwo\n",
         "a.jsonl": '{"text": "one"}\n{"text": "two"}\n',
@@ -213,9 +214,9 @@ def test_texts_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
         return read_texts("-", Columns())
 
-    assert pipe("grün\n\nb".encode()) == [
+    assert pipe("grün\n\nb\x85c".encode()) == [
         ("grün", None, "stdin, line 1"),
-        ("b", None, "stdin, line 3"),
+        ("b\x85c", None, "stdin, line 3"),
     ]
     with pytest.raises(UserError, match="stdin is not UTF-8 text"):
         pipe(b"\xff")
