@@ -89,7 +89,7 @@ def write_data(folder: Path, train: int, test: int) -> None:
     rng = np.random.default_rng(0)
     words = sorted({made_up_word(rng) for _ in range(WORDS)})
     numbers = range(1, LARGEST + 1)
-    pairs = [f"{a} {b}" for a in numbers for b in numbers]
+    pairs = [f"{a} {b}" for a in numbers for b in numbers if a <= b]
     (train_words, test_words), (train_pairs, test_pairs) = (
         split(things, rng) for things in (words, pairs)
     )
@@ -142,7 +142,7 @@ def reverse(words: list[str], rng: np.random.Generator) -> tuple[list[str], str]
 
 
 def add(pairs: list[str], rng: np.random.Generator) -> tuple[list[str], str]:
-    parts = str(rng.choice(pairs)).split()
+    parts = [str(part) for part in rng.permutation(str(rng.choice(pairs)).split())]
     return parts, str(sum(map(int, parts)))
 
 

@@ -141,9 +141,7 @@ def remove_run(folder: str | Path) -> None:
     for place in (folder, folder / BEST, *folder.glob("step-*")):
         finish_set(place)  # or a set that a kill left unfinished would come back later
     try:
-        for name in reversed(
-            (*ALSO, *SET)
-        ):  # trainer_state.json first: it is what makes this a run
+        for name in (*reversed(SET), *ALSO):  # trainer_state.json first: it makes this a run
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot remove the run in {folder}: {error.strerror}") from error
