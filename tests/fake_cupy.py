@@ -63,7 +63,7 @@ WAITING = ("flatnonzero",)  # functions whose result has a shape that only the d
 METHODS = {
     "all": "axis out keepdims",
     "any": "axis out keepdims",
-    "argmax": "axis out dtype keepdims",
+    "argmax": "axis out",
     "astype": "dtype order casting subok copy",
     "copy": "order",
     "fill": "value",
