@@ -1,0 +1,176 @@
+"""Evaluate a model on a file.
+
+    python evaluate_gpt2.py perplexity --model 124M --data wiki.test.txt --stride 512
+    python evaluate_gpt2.py multiple-choice --model 124M --data hellaswag_val.jsonl --limit 1000
+    python evaluate_gpt2.py last-word --model 124M --data lambada_test.jsonl
+    python evaluate_gpt2.py classify --model spam/best --data spam-test.tsv
+    python evaluate_gpt2.py generate --model tuned --data questions.jsonl --out answers
+
+The report goes to stdout, everything else to stderr. A ± is a standard error: how far chance would
+move a figure if other items were drawn. With --out, Ctrl-C loses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from micrograd_gpt.evaluation.flags import make_parser
+from micrograd_gpt.support import cli
+from micrograd_gpt.support.cli import say
+
+if TYPE_CHECKING:
+    from micrograd_gpt.evaluation.running import Task
+    from micrograd_gpt.gpt2 import GPT2
+    from micrograd_gpt.nn import Module
+    from micrograd_gpt.text.base_tokenizer import Tokenizer
+
+    Result = tuple[Task, dict[str, Any]]  # what was evaluated, and the report on it
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = make_parser(__doc__).parse_args(argv)
+    # Not for --help, which is to be quick
+    from micrograd_gpt.arrays.memory import memory_errors
+    from micrograd_gpt.arrays.stand_ins import highest_level
+
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
+    commands = {
+        "perplexity": perplexity,
+        "multiple-choice": multiple_choice,
+        "last-word": last_word,
+        "classify": classify,
+        "generate": generate,
+    }
+    with memory_errors("lower --batch-size"):
+        task, report = commands[given.command](given)
+    text = json.dumps(report, ensure_ascii=False) if given.json else "\n".join(task.lines(report))
+    if given.command == "generate" and given.out is None:
+        say(text)  # stdout has the answers
+    else:
+        print(text)
+    return 0
+
+
+# ------------------------------------------------------------------------- what can be evaluated
+
+
+def perplexity(given: argparse.Namespace) -> Result:
+    """How well a model predicts a text."""
+    from micrograd_gpt.evaluation.detokenize import DETOKENIZERS
+    from micrograd_gpt.evaluation.perplexity import PerplexityTask, window_size
+    from micrograd_gpt.text.documents import load_documents
+
+    originals = load_documents(given.data, given.encoding)
+    detokenize = DETOKENIZERS[given.detokenize] if given.detokenize else str
+    documents = [detokenize(text) for text in originals]
+    model, tokenizer = load(given)
+    width = window_size(model, given.block_size)
+    stride = given.stride or max(1, width // 2)
+    task = PerplexityTask(documents, originals, tokenizer, width, stride, given.limit)
+    return measure(given, model, task, documents, {"stride": stride, "block_size": width})
+
+
+def multiple_choice(given: argparse.Namespace) -> Result:
+    """How often a model finds the right one of several endings the likeliest."""
+    from micrograd_gpt.evaluation.choices import ChoiceTask
+    from micrograd_gpt.evaluation.items import read_choices
+
+    items = read_choices(given.data)
+    model, tokenizer = load(given)
+    texts = [text for item in items for text in (item.context, *item.endings)]
+    return measure(given, model, ChoiceTask(items[: given.limit], tokenizer), texts)
+
+
+def last_word(given: argparse.Namespace) -> Result:
+    """How often a model would have written the last word of a text."""
+    from micrograd_gpt.evaluation.choices import LastWordTask
+    from micrograd_gpt.evaluation.items import read_last_words
+
+    items = read_last_words(given.data)
+    model, tokenizer = load(given)
+    texts = [f"{item.context} {item.word}" for item in items]
+    return measure(given, model, LastWordTask(items[: given.limit], tokenizer), texts)
+
+
+def classify(given: argparse.Namespace) -> Result:
+    """How often a classifier labels a text as it is labelled, and what it takes for what."""
+    from micrograd_gpt.evaluation.labels import ClassificationTask, load_model
+    from micrograd_gpt.tuning.labelled import columns_of, read_examples
+
+    examples = read_examples(given.data, columns_of(given), given.encoding)
+    model, tokenizer = load_model(given.model, given.device, given.dtype)
+    task = ClassificationTask(examples[: given.limit], model, tokenizer)
+    texts = [text for example in examples for text in (example.text, example.label or "")]
+    _, report = measure(given, model, task, texts)
+    if given.out is not None:
+        task.draw(report, given.out)
+    return task, report
+
+
+def generate(given: argparse.Namespace) -> Result:
+    """What a model answers to prompts or instructions; how often that is the right answer."""
+    from micrograd_gpt.evaluation.questions import GenerationTask, read_questions, template_named
+    from micrograd_gpt.generation.settings import Settings
+
+    how = {
+        name: getattr(given, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")
+    }
+    Settings(**how)  # what is wrong with them is said before a large model is loaded
+    questions = read_questions(given.data)
+    model, tokenizer = load(given)
+    template = template_named(given.model)
+    settings = Settings(**how, end_of_text=tokenizer.end_of_text, vocab_size=tokenizer.vocab_size)
+    task = GenerationTask(questions[: given.limit], tokenizer, template, settings, given.stop)
+    texts = [json.dumps(question.fields, ensure_ascii=False) for question in questions]
+    template_text = template.text if template else None
+    how |= {"stop": given.stop, "template": template_text}
+    return measure(given, model, task, texts, how)
+
+
+# ---------------------------------------------------------------------- what the commands share
+
+
+def load(given: argparse.Namespace) -> tuple[GPT2, Tokenizer]:
+    """The language model and its tokenizer."""
+    from micrograd_gpt.arrays.precision import emulation_note
+    from micrograd_gpt.evaluation import loading
+
+    if note := emulation_note(given.dtype, given.device):
+        say(note)
+    return loading.load(given.model, given.device, given.dtype)
+
+
+def measure(
+    given: argparse.Namespace,
+    model: Module,
+    task: Task,
+    texts: list[str],
+    how: dict[str, Any] | None = None,
+) -> Result:
+    """A task, which is made of all these texts, and the report on it; --out keeps what is done."""
+    from micrograd_gpt.evaluation.records import Records, text_checksum, weights_checksum
+    from micrograd_gpt.evaluation.running import run
+
+    settings = {}
+    if given.out is not None:
+        settings = {
+            "command": given.command,
+            "weights": weights_checksum(model),
+            "dtype": given.dtype,
+            "data": text_checksum(texts),
+            **(how or {}),
+        }
+    show = print_row if given.command == "generate" and given.out is None else None
+    return task, run(model, task, Records(given.out, settings, show), given.batch_size)
+
+
+def print_row(row: dict[str, Any]) -> None:
+    print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,154 @@
+"""The flags of evaluate_gpt2.py: one command for each thing that can be evaluated."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from micrograd_gpt.evaluation.detokenize import DETOKENIZERS
+from micrograd_gpt.support import cli
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    parser = cli.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _perplexity(commands.add_parser("perplexity", help="how well a model predicts a text"))
+    _common(
+        commands.add_parser(
+            "multiple-choice", help="which of several endings it finds likeliest (HellaSwag, PIQA)"
+        ),
+        ".jsonl or .json: context, endings and label, or HellaSwag's or PIQA's own fields",
+    )
+    _common(
+        commands.add_parser("last-word", help="whether it knows a text's last word (LAMBADA)"),
+        '.jsonl or .json with a "text" in each item, whose last word is asked for',
+    )
+    _classify(commands.add_parser("classify", help="how well a classifier labels texts"))
+    _generate(commands.add_parser("generate", help="its answers to prompts or instructions"))
+    return parser
+
+
+def _perplexity(parser: argparse.ArgumentParser) -> None:
+    _common(parser, "pydocs, shakespeare, or a text file, a .jsonl or .parquet file, or a folder")
+    parser.add_argument(
+        "--stride",
+        type=cli.positive_int,
+        metavar="N",
+        help="tokens that a window scores; the rest is their context (default: half a window)",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=cli.positive_int,
+        metavar="N",
+        help="tokens of a window (default: the model's context)",
+    )
+    parser.add_argument(
+        "--detokenize",
+        choices=tuple(DETOKENIZERS),
+        help="undo the spacing of a text cut into words (default: off)",
+    )
+    parser.add_argument("--encoding", default="utf-8", help="of the text (default: utf-8)")
+
+
+def _classify(parser: argparse.ArgumentParser) -> None:
+    _common(parser, "texts with labels: .tsv, .csv, .jsonl or .parquet, as for finetune_gpt2.py")
+    parser.add_argument(
+        "--text-field", default="text", metavar="NAME", help="the text's column (default: text)"
+    )
+    parser.add_argument(
+        "--label-field", default="label", metavar="NAME", help="the label's column (default: label)"
+    )
+    parser.add_argument("--encoding", default="utf-8", help="of the file (default: utf-8)")
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    _common(
+        parser,
+        ".jsonl or .json: prompt; or instruction and input, or messages, for a model that was "
+        "tuned on such; and output, if the right answer is known",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=cli.positive_int,
+        default=200,
+        metavar="N",
+        help="of an answer (default: 200)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0: always the likeliest token; above it, chance plays a part (default: 0)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="only the likeliest tokens that together have probability P (default: all)",
+    )
+    parser.add_argument(
+        "--seed", type=cli.non_negative_int, default=0, metavar="N", help="of chance (default: 0)"
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; repeatable (default: off)",
+    )
+
+
+def _common(parser: argparse.ArgumentParser, data: str) -> None:
+    parser.add_argument("--data", required=True, metavar="PATH", help=data)
+    parser.add_argument(
+        "--model",
+        metavar="M",
+        help="a checkpoint's folder or file, a size (124M, 355M, 774M, 1558M), or a model on the "
+        "Hugging Face Hub (default: the folder out if it holds a checkpoint, else 124M)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="keep what is done, and the report, there; the same command again goes on where it "
+        "was stopped (default: keep nothing)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=cli.positive_int,
+        metavar="N",
+        help="only the first N windows or items (default: all)",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="the report as one JSON object (default: off, lines of text)",
+    )
+    _how_to_compute(parser)
+
+
+def _how_to_compute(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-size",
+        type=cli.positive_int,
+        metavar="N",
+        help="texts read at a time; where tokens are scored, as many tokens as N texts have that "
+        "fill the model's context (default: 8 texts, 2,048 tokens)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "gpu", "cuda"],
+        default="cpu",
+        help="where to compute (default: cpu)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="type of the weights; half precision is faster only on a GPU (default: float32)",
+    )

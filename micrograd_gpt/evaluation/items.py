@@ -1,0 +1,198 @@
+"""Questions about a text, one JSON object a line: which ending is right, or what the last word is.
+
+How an object is read follows from its fields, in the form of the task of that name in
+lm-evaluation-harness:
+
+    context, endings, label                      as they are
+    activity_label, ctx_a, ctx_b, endings, label HellaSwag (Zellers et al. 2019, arXiv:1905.07830)
+    goal, sol1, sol2, label                      PIQA (Bisk et al. 2020, arXiv:1911.11641)
+    text                                         LAMBADA (Paperno et al. 2016, arXiv:1606.06031)
+
+A label is the number of the right ending, from 0. One space stands between context and ending.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from micrograd_gpt.evaluation.records import Row
+from micrograd_gpt.evaluation.scoring import Request
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.documents import read_text
+
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A context, its possible endings, and the number of the right one."""
+
+    context: str
+    endings: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class LastWord:
+    """A text up to its last word, and that word."""
+
+    context: str
+    word: str
+
+
+def read_choices(path: str | Path) -> list[Choice]:
+    """The items of a file; UserError, with the place, for one that is none."""
+    return [_choice(fields, place) for place, fields in read_objects(path)]
+
+
+def read_last_words(path: str | Path) -> list[LastWord]:
+    """The texts of a file; UserError, with the place, for one without a word to ask for."""
+    return [_last_word(fields, place) for place, fields in read_objects(path)]
+
+
+def read_objects(path: str | Path) -> Iterator[tuple[str, Row]]:
+    """The objects of a .jsonl file, one a line, or of a .json file, which holds a list of them;
+    each with where it stands.
+
+    Raises UserError for what is something else, and for a file without any.
+    """
+    text = read_text(Path(path)).removeprefix("\ufeff")
+    if Path(path).suffix.lower() == ".json":
+        listed = _parsed(text, str(path))
+        if not isinstance(listed, list):
+            raise UserError(f"{path} holds no list: give a list of objects, or a .jsonl file")
+        values = [(f"{path}, item {number}", value) for number, value in enumerate(listed, 1)]
+    else:
+        lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1)]
+        values = [(place, _parsed(line, place)) for place, line in lines if line.strip()]
+    for place, value in values:
+        if not isinstance(value, dict):
+            raise UserError(f"{place}: this is not a JSON object: correct it")
+        yield place, value
+    if not values:
+        raise UserError(f"{path} has no items: give a file with one JSON object a line")
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: this is not JSON ({error}): correct it") from error
+
+
+def text_field(fields: Row, name: str, place: str, default: str | None = None) -> Any:
+    """The text of a field, or the default where it is missing or null.
+
+    Raises UserError for any other value, and for half a character.
+    """
+    text = fields.get(name)
+    if text is None and default is not None:
+        return default
+    if not is_text(text):
+        raise UserError(f"{place}: {name!r} is to be a text, not {json.dumps(text)[:40]}")
+    return text
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text without half characters (lone surrogates)."""
+    return isinstance(value, str) and not HALF_CHARACTER.search(value)
+
+
+# -------------------------------------------------------------------------------- multiple choice
+
+
+def _choice(fields: Row, place: str) -> Choice:
+    def text(name: str) -> str:
+        return text_field(fields, name, place)
+
+    if {"goal", "sol1", "sol2"} <= fields.keys():
+        context, endings = f"Question: {text('goal')}\nAnswer:", [text("sol1"), text("sol2")]
+    elif {"activity_label", "ctx_a", "ctx_b"} <= fields.keys():
+        begun = f"{text('activity_label')}: {text('ctx_a')} {text('ctx_b').capitalize()}"
+        context = without_headings(begun)
+        endings = [without_headings(ending) for ending in _endings(fields, place)]
+    elif "context" in fields:
+        context, endings = text("context"), _endings(fields, place)
+    else:
+        raise UserError(
+            f"{place}: an item has context, endings and label, or the fields of HellaSwag "
+            "(activity_label, ctx_a, ctx_b, endings) or PIQA (goal, sol1, sol2); this one has "
+            f"{', '.join(fields) or 'none'}"
+        )
+    return Choice(context, tuple(endings), _label(fields, len(endings), place))
+
+
+def without_headings(text: str) -> str:
+    """A text of HellaSwag without what was left of WikiHow's headings: [title], [step], …"""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def _endings(fields: Row, place: str) -> list[str]:
+    endings = fields.get("endings")
+    if not isinstance(endings, list) or not all(e and is_text(e) for e in endings):
+        raise UserError(f"{place}: 'endings' is to be a list of texts, none of them empty")
+    if len(endings) < 2:
+        raise UserError(f"{place}: there is nothing to choose from: {len(endings)} endings")
+    return endings
+
+
+def _label(fields: Row, count: int, place: str) -> int:
+    label = fields.get("label")
+    if isinstance(label, str) and label.strip().isdecimal():
+        label = int(label)
+    if type(label) is not int or not 0 <= label < count:
+        given = "there is none" if label in (None, "") else f"this is {json.dumps(label)}"
+        raise UserError(
+            f"{place}: 'label' is to be the number of the right ending, 0 to {count - 1}: {given}"
+        )
+    return label
+
+
+# ------------------------------------------------------------------------------------- last word
+
+
+def _last_word(fields: Row, place: str) -> LastWord:
+    context, _, word = text_field(fields, "text", place).rpartition(" ")
+    if not context.strip() or not word.strip():
+        raise UserError(
+            f"{place}: the text is to end in a word to ask for, after a space and other words"
+        )
+    return LastWord(context, word)
+
+
+# ------------------------------------------------------------------------------------ as token ids
+
+
+def request_of(context: str, continuation: str, tokenizer: Tokenizer) -> Request:
+    """A context and its continuation as ids, exactly as lm-evaluation-harness makes them.
+
+    Spaces at the end of the context belong to the continuation, as GPT-2's tokens begin with them.
+    Both are encoded as one text, and as many tokens taken for the context's as it has alone.
+    Without a context, the continuation follows what a text begins with (`start_of_text`).
+
+    Raises UserError where nothing is left to score.
+    """
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    before = tokenizer.encode(stripped).tolist()
+    after = tokenizer.encode(stripped + continuation).tolist()[len(before) :]
+    if not before and after:
+        start = start_of_text(tokenizer)
+        before, after = ([start], after) if after[0] != start else (after[:1], after[1:])
+    if not after:
+        raise UserError(f"there is no token of {continuation!r} to score after {stripped[-20:]!r}")
+    return Request(before, after)
+
+
+def start_of_text(tokenizer: Tokenizer) -> int:
+    """The token that a text without a context follows: end-of-text, or else a line end."""
+    if tokenizer.end_of_text is not None:
+        return tokenizer.end_of_text
+    return int(tokenizer.encode("\n")[-1])

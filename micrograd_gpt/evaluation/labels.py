@@ -1,0 +1,83 @@
+"""How well a classifier labels the texts of a file whose labels are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from micrograd_gpt.arrays.devices import resolve_device
+from micrograd_gpt.arrays.memory import memory_errors
+from micrograd_gpt.evaluation.estimates import mean_and_error
+from micrograd_gpt.evaluation.records import Row
+from micrograd_gpt.evaluation.running import Task
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.tuning.classification import encode, label_log_probs
+from micrograd_gpt.tuning.classifier import GPT2Classifier, build_classifier
+from micrograd_gpt.tuning.labelled import Example, label_numbers
+from micrograd_gpt.tuning.scores import Scores, draw_confusion, score
+from micrograd_gpt.weights.names import open_model
+
+TEXTS_AT_ONCE = 8
+
+
+def load_model(name: str | None, device: str, dtype: str) -> tuple[GPT2Classifier, Tokenizer]:
+    """The classifier called `name` and its tokenizer; UserError where there is none."""
+    if name is None:
+        raise UserError("--model is missing: give the folder of a classifier")
+    with memory_errors("the weights do not fit; try --dtype bfloat16, or a smaller --model"):
+        weights = open_model(name)
+        tokenizer = load_tokenizer(weights.folder)
+        model = build_classifier(weights, resolve_device(device), dtype)
+    tokenizer.check_size(model.config.vocab_size)
+    return model, tokenizer
+
+
+class ClassificationTask(Task):
+    """Texts with labels that the classifier knows; UserError for one that it does not know."""
+
+    unit = "text"
+
+    def __init__(
+        self, examples: Sequence[Example], model: GPT2Classifier, tokenizer: Tokenizer
+    ) -> None:
+        self.names = model.labels
+        self.labels = label_numbers(examples, self.names)  # (texts,)
+        self.ids = encode(examples, tokenizer, model.longest, "given")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(
+        self, model: GPT2Classifier, items: Sequence[int], batch_size: int | None
+    ) -> Iterator[tuple[int, Row]]:
+        texts = [self.ids[item] for item in items]
+        log_probs = label_log_probs(model, texts, batch_size or TEXTS_AT_ONCE)  # (texts, N)
+        for item, row in zip(items, log_probs, strict=True):
+            probabilities = dict(zip(self.names, np.exp(row).tolist(), strict=True))
+            label, answer = self.names[self.labels[item]], self.names[int(row.argmax())]
+            yield item, {"label": label, "answer": answer, "probabilities": probabilities}
+
+    def report(self, rows: Sequence[Row]) -> Row:
+        """Accuracy with its standard error, and all that tuning/scores.py knows."""
+        accuracy, error = mean_and_error([row["answer"] == row["label"] for row in rows])
+        places = {name: i for i, name in enumerate(self.names)}
+        label, answer = ([places[row[name]] for row in rows] for name in ("label", "answer"))
+        scores = score(label, answer, self.names).as_dict()
+        return {"accuracy": accuracy, "accuracy_stderr": error} | scores
+
+    def lines(self, report: Row) -> list[str]:
+        lines = self.scores(report).report().split("\n")
+        error = report["accuracy_stderr"]
+        return lines if error is None else [*lines, f"standard error of the accuracy: {error:.1%}"]
+
+    def draw(self, report: Row, folder: Path) -> None:
+        """Draw the confusion matrix of a report, as confusion.png in a folder."""
+        draw_confusion(self.scores(report), folder / "confusion.png")
+
+    def scores(self, report: Row) -> Scores:
+        """The scores that a report tells of."""
+        return Scores(self.names, np.array(report["confusion"]))

@@ -1,0 +1,142 @@
+"""What a model answers to the questions of a file, for judges, human or not.
+
+A question is a JSON object with one of
+
+    prompt                 a text to continue
+    instruction, input     put into the template that the model was tuned with; input may be missing
+    messages               a conversation (tuning/conversations.py), whose last answer is asked for
+
+and perhaps the right answer, `output`. All that it has is in its answer's row too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from micrograd_gpt.evaluation.answers import PROMPTS_AT_ONCE, answers
+from micrograd_gpt.evaluation.estimates import mean_and_error
+from micrograd_gpt.evaluation.items import read_objects, text_field
+from micrograd_gpt.evaluation.records import Row
+from micrograd_gpt.evaluation.running import Task
+from micrograd_gpt.generation.output import prompt_ids
+from micrograd_gpt.generation.settings import Settings
+from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.template import Template, template_of
+from micrograd_gpt.tuning.conversations import Conversation, Turn, read_conversations
+from micrograd_gpt.tuning.instructions import encode
+from micrograd_gpt.weights.names import tokenizer_folder
+
+
+class Question(NamedTuple):
+    """A prompt, or a conversation whose last answer is asked for; its fields; where it stands."""
+
+    asked: str | Conversation
+    expected: str  # the right answer, or "" where it is not known
+    fields: Row
+    place: str
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """The questions of a .jsonl file, one a line, or of a .json file, which holds a list of them.
+
+    Raises UserError, naming the place, for an object that is none.
+    """
+    objects = list(read_objects(path))
+    if any("messages" in fields for _, fields in objects):
+        conversations = read_conversations(path)
+        return [
+            Question(conversation, conversation[-1].output, fields, place)
+            for conversation, (place, fields) in zip(conversations, objects, strict=True)
+        ]
+    return [_question(fields, place) for place, fields in objects]
+
+
+def template_named(name: str | None) -> Template | None:
+    """The template that a model was tuned with, by the model's name; None: with none."""
+    folder = tokenizer_folder(name) if name is not None else Path("out")
+    return None if folder is None else template_of(folder)
+
+
+def _question(fields: Row, place: str) -> Question:
+    names = [name for name in ("prompt", "instruction") if name in fields]
+    if len(names) != 1:
+        raise UserError(
+            f"{place}: a question has either a prompt, or an instruction, or messages; this one "
+            f"has {', '.join(fields) or 'no fields'}"
+        )
+    asked, input, expected = (
+        text_field(fields, name, place, "") for name in (names[0], "input", "output")
+    )
+    if names == ["prompt"]:
+        return Question(asked, expected, fields, place)
+    return Question([Turn(asked, expected, input)], expected, fields, place)
+
+
+class GenerationTask(Task):
+    """Questions to a model; UserError for one that it cannot be asked.
+
+    Args:
+        template: what an instruction is put into; None for a model that was not tuned on any.
+        settings: how to decode; `stop_texts` end an answer too.
+    """
+
+    unit = "answer"
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        tokenizer: Tokenizer,
+        template: Template | None,
+        settings: Settings,
+        stop_texts: Sequence[str] = (),
+    ) -> None:
+        self.questions, self.tokenizer, self.template = questions, tokenizer, template
+        self.settings, self.stop_texts = settings, stop_texts
+        self.prompts = [self._prompt(question) for question in questions]
+
+    def _prompt(self, question: Question) -> list[int]:
+        try:
+            if isinstance(question.asked, str):
+                return prompt_ids(question.asked, self.tokenizer)
+            if self.template is None:
+                raise UserError("the model was not tuned on instructions: give it a prompt")
+            *earlier, last = question.asked
+            prompt = self.template.prompt(last.instruction, last.input, last.system)
+            ids = self.tokenizer.encode(prompt).tolist()
+            if earlier:
+                ids = encode(earlier, self.template, self.tokenizer).ids.tolist() + ids
+            return ids
+        except UserError as error:
+            raise UserError(f"{question.place}: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def rows(
+        self, model: GPT2, items: Sequence[int], batch_size: int | None
+    ) -> Iterator[tuple[int, Row]]:
+        prompts = [self.prompts[item] for item in items]
+        how = (self.settings, self.stop_texts, batch_size or PROMPTS_AT_ONCE)
+        for place, answer in answers(model, self.tokenizer, prompts, *how):
+            question = self.questions[items[place]]
+            row = {**question.fields, "answer": answer.text, "stopped": answer.stopped}
+            if question.expected:
+                row["right"] = answer.text.strip() == question.expected.strip()
+            yield items[place], row
+
+    def report(self, rows: Sequence[Row]) -> Row:
+        """How many answers there are, and how many equal the expected ones, but for spaces around
+        them; None where none is expected."""
+        right = [row["right"] for row in rows if "right" in row]
+        exact, error = mean_and_error(right) if right else (None, None)
+        return {
+            "answers": len(rows),
+            "cut_off": sum(row["stopped"] == "length" for row in rows),
+            "with_expected": len(right),
+            "exact_match": exact,
+            "exact_match_stderr": error,
+        }

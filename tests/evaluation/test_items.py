@@ -1,0 +1,125 @@
+"""Items of a file as contexts and endings, and those as token ids; mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from micrograd_gpt.evaluation.items import (
+    Choice,
+    LastWord,
+    read_choices,
+    read_last_words,
+    read_objects,
+    request_of,
+)
+from micrograd_gpt.evaluation.scoring import Request
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
+from micrograd_gpt.text.tokenizers import CharTokenizer
+
+PLAIN = {"context": "The sky is", "endings": ["blue", "a fish"], "label": 0}
+HELLASWAG = {
+    "activity_label": "Baking",
+    "ctx_a": "A man bakes [header] Bread [title] Start.",
+    "ctx_b": "he",
+    "endings": ["eats.", "[step] flies  off ."],
+    "label": "1",
+}
+PIQA = {"goal": "Open it", "sol1": "Pull.", "sol2": "Push.", "label": 1}
+
+
+def write(folder: Path, *objects: Any) -> Path:
+    path = folder / "items.jsonl"
+    path.write_text("\n".join(json.dumps(fields) for fields in objects) + "\n\n", "utf-8")
+    return path
+
+
+def test_each_form_is_known_by_its_fields(tmp_path: Path) -> None:
+    plain, hellaswag, piqa = read_choices(write(tmp_path, PLAIN, HELLASWAG, PIQA))
+    assert plain == Choice("The sky is", ("blue", "a fish"), 0)
+    context = "Baking: A man bakes Bread. Start. He"
+    assert hellaswag == Choice(context, ("eats.", " flies off ."), 1)
+    assert piqa == Choice("Question: Open it\nAnswer:", ("Pull.", "Push."), 1)
+
+
+def test_a_json_file_holds_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "items.json"
+    path.write_text(json.dumps([PLAIN, PIQA]))
+    assert [item.label for item in read_choices(path)] == [0, 1]
+    path.write_text(json.dumps(PLAIN))
+    with pytest.raises(UserError, match=r"items.json holds no list"):
+        read_choices(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"label": 2}, r"line 2: 'label' is to be the number of .* 0 to 1: this is 2"),
+        ({"label": None}, "there is none"),
+        ({"label": True}, "this is true"),
+        ({"label": "first"}, 'this is "first"'),
+        ({"endings": ["blue"]}, "nothing to choose from: 1 endings"),
+        ({"endings": ["blue", ""]}, "'endings' is to be a list of texts, none of them empty"),
+        ({"endings": "blue"}, "'endings' is to be a list"),
+        ({"context": 3}, "'context' is to be a text, not 3"),
+        ({"context": "\ud800"}, "'context' is to be a text"),
+    ],
+)
+def test_a_wrong_item_is_named(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        read_choices(write(tmp_path, PLAIN, PLAIN | change))
+
+
+def test_other_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"line 1: an item has .* this one has a, b"):
+        read_choices(write(tmp_path, {"a": 1, "b": 2}))
+    with pytest.raises(UserError, match=r"line 1: this is not a JSON object"):
+        read_choices(write(tmp_path, [1]))
+    with pytest.raises(UserError, match="has no items"):
+        list(read_objects(write(tmp_path)))
+    (tmp_path / "items.jsonl").write_text("{\n")
+    with pytest.raises(UserError, match=r"line 1: this is not JSON"):
+        read_choices(tmp_path / "items.jsonl")
+    with pytest.raises(UserError, match="cannot read"):
+        read_choices(tmp_path / "missing.jsonl")
+
+
+def test_last_words(tmp_path: Path) -> None:
+    texts = ["to be or not to be", "one  two"]
+    words = read_last_words(write(tmp_path, *({"text": text} for text in texts)))
+    assert words == [LastWord("to be or not to", "be"), LastWord("one ", "two")]
+    for text in ("word", " word", "ends in a space "):
+        with pytest.raises(UserError, match="line 1: the text is to end in a word to ask for"):
+            read_last_words(write(tmp_path, {"text": text}))
+
+
+# -------------------------------------------------------------------------------- as token ids
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation"),
+    [("The dog", " was found"), ("The dog \n", " was"), ("un", "believable"), ("  ", "The dog")],
+)
+def test_both_are_one_text_and_no_context_ends_in_spaces(context: str, continuation: str) -> None:
+    tokenizer = GPT2Tokenizer()
+    request = request_of(context, continuation, tokenizer)
+    known = [] if not context.strip() else tokenizer.encode(context.rstrip()).tolist()
+    assert request.context == (known or [50256])
+    assert request.continuation == tokenizer.encode(context + continuation).tolist()[len(known) :]
+
+
+def test_without_a_context_a_text_begins() -> None:
+    tokenizer = CharTokenizer.from_text("ab\n")
+    newline = int(tokenizer.encode("\n")[0])
+    assert request_of("", "ab", tokenizer) == Request([newline], tokenizer.encode("ab").tolist())
+    again = request_of("", "\nab", tokenizer)  # the token that it begins with is there already
+    assert again == Request([newline], tokenizer.encode("ab").tolist())
+
+
+def test_nothing_to_score_is_an_error() -> None:
+    with pytest.raises(UserError, match="no token of '' to score after 'The dog'"):
+        request_of("The dog", "", GPT2Tokenizer())

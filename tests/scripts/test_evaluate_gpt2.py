@@ -1,0 +1,200 @@
+"""evaluate_gpt2.py as its users meet it: reports, JSON, one-line errors, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import training
+from small_gpt2 import TEXT, make_model, save_model
+
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.template import Template, save_template
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.tuning.classifier import GPT2Classifier, write_classifier
+
+SCRIPT = Path(__file__).parents[2] / "evaluate_gpt2.py"
+evaluate = training.script("evaluate_gpt2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("char"), CharTokenizer.from_text(TEXT))
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tuned")
+    save_model(folder, ByteTokenizer())
+    save_template(Template("{instruction} {output}"), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("classifier")
+    body = make_model(0, 8, vocab_size=ByteTokenizer().vocab_size)
+    write_classifier(GPT2Classifier(body, ["ham", "spam"]), folder, ByteTokenizer())
+    return str(folder)
+
+
+def lines(path: Path, *objects: Any) -> str:
+    path.write_text("".join(json.dumps(fields) + "\n" for fields in objects))
+    return str(path)
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """stdout of the script, run here."""
+    capsys.readouterr()
+    assert evaluate.main(list(argv)) == 0
+    return capsys.readouterr().out
+
+
+def test_perplexity(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 3)
+    flags = ["perplexity", "--model", model, "--data", str(path)]
+    report = json.loads(run(capsys, *flags, "--stride", "8", "--json"))
+    assert report["tokens"] == len(TEXT) * 3 - 1
+    text = run(capsys, *flags, "--stride", "8")
+    assert f"perplexity           {report['perplexity']:,.2f}\n" in text
+    error = report["nats_per_token_stderr"]
+    assert f"nats per token       {report['nats_per_token']:.4f} ± {error:.4f}\n" in text
+    limited = json.loads(run(capsys, *flags, "--stride", "8", "--limit", "2", "--json"))
+    assert limited["windows"] == 2
+    narrow = json.loads(run(capsys, *flags, "--block-size", "4", "--json"))
+    assert narrow["nats_per_token"] != report["nats_per_token"]
+
+
+def test_detokenizing_changes_what_is_read_and_not_what_is_counted(
+    tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("a , b . c")
+    flags = ["perplexity", "--model", tuned, "--data", str(path), "--json"]
+    as_it_is = json.loads(run(capsys, *flags))
+    undone = json.loads(run(capsys, *flags, "--detokenize", "wikitext"))
+    assert (as_it_is["tokens"], undone["tokens"]) == (8, 6)
+
+
+def test_multiple_choice_and_last_word(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [{"context": "the", "endings": ["dog", "fox", "lazy"], "label": i} for i in range(3)]
+    data = lines(tmp_path / "items.jsonl", *items)
+    flags = ["multiple-choice", "--model", model, "--data", data]
+    report = json.loads(run(capsys, *flags, "--json"))
+    assert (report["items"], report["accuracy"]) == (3, pytest.approx(1 / 3))
+    assert "accuracy            33.33% ± 33.33%\n" in run(capsys, *flags)
+    data = lines(tmp_path / "texts.jsonl", {"text": "the dog"}, {"text": "the lazy fox"})
+    flags = ["last-word", "--model", model, "--data", data, "--limit", "1"]
+    assert json.loads(run(capsys, *flags, "--json"))["items"] == 1
+
+
+def test_out_keeps_the_items_and_goes_on(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [{"context": "the", "endings": ["dog", word], "label": 0} for word in ("fox", "lazy")]
+    data, out = lines(tmp_path / "items.jsonl", *items), tmp_path / "out"
+    flags = ["multiple-choice", "--model", model, "--data", data, "--out", str(out), "--json"]
+    first = json.loads(run(capsys, *flags, "--limit", "1"))
+    whole = json.loads(run(capsys, *flags))
+    assert (first["items"], whole["items"]) == (1, 2)
+    rows = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+    assert [row["item"] for row in rows] == [0, 1]
+    assert json.loads((out / "report.json").read_text()) == whole
+    lines(tmp_path / "items.jsonl", *items[::-1])
+    with pytest.raises(UserError, match="another data"):
+        evaluate.main(flags)
+    with pytest.raises(UserError, match="another dtype"):
+        lines(tmp_path / "items.jsonl", *items)
+        evaluate.main([*flags, "--dtype", "float64"])
+
+
+def test_classify(classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "test.tsv", tmp_path / "out"
+    path.write_text("ham\tsee you\nspam\tWIN now\nham\tok\nspam\tcall 123\n")
+    flags = ["classify", "--model", classifier, "--data", str(path)]
+    report = json.loads(run(capsys, *flags, "--json", "--out", str(out)))
+    assert report["count"] == 4 and report["labels"].keys() == {"ham", "spam"}
+    rows = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in rows] == ["ham", "spam", "ham", "spam"]
+    assert sum(row["label"] == row["answer"] for row in rows) == 4 * report["accuracy"]
+    assert sum(report["confusion"][0]) == sum(report["confusion"][1]) == 2
+    assert {row["answer"] for row in rows} == {"ham", "spam"}
+    for row in rows:
+        assert sum(row["probabilities"].values()) == pytest.approx(1)
+        assert row["answer"] == max(row["probabilities"], key=row["probabilities"].get)
+    assert (out / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    text = run(capsys, *flags)
+    assert "macro F1" in text and "standard error of the accuracy" in text
+
+
+def test_generate(tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = lines(tmp_path / "q.jsonl", {"instruction": "Say é.", "id": 1}, {"prompt": "ab"})
+    flags = ["generate", "--model", tuned, "--data", data, "--max-new-tokens", "5"]
+    answers = [json.loads(line) for line in run(capsys, *flags).splitlines()]
+    assert sorted(answer["item"] for answer in answers) == [0, 1]
+    first = next(answer for answer in answers if answer["item"] == 0)
+    assert first["instruction"] == "Say é." and first["id"] == 1
+    report = json.loads(run(capsys, *flags, "--json", "--out", str(tmp_path / "out")))
+    assert report["answers"] == 2
+    kept = (tmp_path / "out/items.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in kept] == answers
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["perplexity", "--data", "{text}", "--stride", "32"], "give a --stride from 1 to 31"),
+        (["perplexity", "--data", "{text}", "--block-size", "99"], "at most 32 tokens"),
+        (["perplexity", "--data", "{missing}"], "does not exist"),
+        (["perplexity", "--data", "{text}", "--encoding", "klingon"], "not a text encoding"),
+        (["multiple-choice", "--data", "{text}"], "line 1: this is not JSON"),
+        (["last-word", "--data", "{items}"], "'text' is to be a text, not null"),
+        (["generate", "--data", "{text}", "--temperature", "-1"], "temperature must be"),
+        (["generate", "--data", "{questions}"], "not tuned on instructions"),
+        (["classify", "--data", "{table}"], "is a language model, not a classifier"),
+        (["classify", "--data", "{table}", "--limit", "0"], "must be 1 or more"),
+        (["perplexity"], "--data"),
+        (["guess", "--data", "{text}"], "invalid choice"),
+    ],
+)
+def test_mistakes_are_named(model: str, tmp_path: Path, argv: list[str], problem: str) -> None:
+    files = {name: str(tmp_path / name) for name in ("text", "missing", "items", "questions")}
+    files["table"] = str(tmp_path / "table.tsv")
+    Path(files["text"]).write_text(TEXT * 2)
+    Path(files["table"]).write_text("a\tx\nb\ty\na\tz\n")
+    lines(Path(files["items"]), {"context": "a", "endings": ["b", "c"], "label": 0})
+    lines(Path(files["questions"]), {"instruction": "a"})
+    with pytest.raises(UserError, match=problem):
+        evaluate.main([word.format(**files) for word in [*argv, "--model", model]])
+
+
+def test_a_model_of_another_kind_is_refused(classifier: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    with pytest.raises(UserError, match="is a classifier"):
+        evaluate.main(["perplexity", "--model", classifier, "--data", str(tmp_path / "text")])
+
+
+def test_an_error_is_one_line_and_status_2(model: str) -> None:
+    command = [sys.executable, str(SCRIPT), "last-word", "--model", model, "--data", "nowhere"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ("tiktoken", "huggingface_hub", "matplotlib", "cupy", "safetensors", "tqdm", "lm_eval")
+    code = (
+        "import runpy, sys; sys.argv = ['evaluate_gpt2.py', 'generate', '--help']\n"
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        f"finally: print('imported:', *sorted(set(sys.modules) & set({heavy})))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "--max-new-tokens" in result.stdout
+    assert result.stdout.splitlines()[-1] == "imported:"
