@@ -24,13 +24,12 @@ from micrograd_gpt.text.documents import load_documents
 from micrograd_gpt.text.windows import Windows
 
 BLOCKS = 3  # of steps, each timed as a whole: only at its end do we wait for the device
-SIDE = 8192  # of the square matrices whose product measures the matrix rate on a GPU
 
 
 def limits(task: dict[str, Any]) -> dict[str, float]:
     """The machine's best rates: of a large copy, bytes read plus written, and of large products."""
     timer = gpu_profile.Timer(task["device"])
-    xp, n = timer.xp, SIDE if task["device"] == "gpu" else 256
+    xp, n = timer.xp, gpu_profile.SIDE if task["device"] == "gpu" else 256
     found = {}
     source = xp.ones(2**28 if task["device"] == "gpu" else 2**20, np.float32)
     target = xp.empty_like(source)
