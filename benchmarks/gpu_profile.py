@@ -18,7 +18,6 @@ from micrograd_gpt import layers, optim, tensor
 from micrograd_gpt.arrays.devices import library_for, set_tf32
 from micrograd_gpt.kernels import linear_cross_entropy as loss
 
-
 SIDE = 8192  # of the square matrices whose product measures the matrix rate on a GPU
 
 
