@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kill-seed", type=int, default=0, help="seed of the random moments (0)")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow_cases(items)
+    skip_without_a_gpu(items)
+
+
+def mark_slow_cases(items: list[pytest.Item]) -> None:
+    """Of a test marked slow_after(n), all cases but the first n are slow; a GPU is quick."""
+    cases = Counter[tuple[Path, str]]()
+    for item in items:
+        if (marker := item.get_closest_marker("slow_after")) and not item.get_closest_marker("gpu"):
+            test = item.path, item.name.split("[")[0]
+            cases[test] += 1
+            if cases[test] > marker.args[0]:
+                item.add_marker(pytest.mark.slow)
+
+
+def skip_without_a_gpu(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu`, with the reason, where there is no GPU to run them on."""
     try:
         library_for("gpu")

@@ -363,6 +363,7 @@ def final_loss(compute: str, ids: np.ndarray, steps: int = 200) -> float:
     return float(np.mean(losses[-20:]))
 
 
+@pytest.mark.slow
 def test_200_steps_in_bfloat16_end_within_1_percent_of_float32() -> None:
     topics = pydoc_data.topics.topics  # the manual that comes with every Python
     text = "".join(topics[name] for name in sorted(topics))

@@ -331,6 +331,7 @@ def test_a_part_that_was_picked_joins_others_in_either_order(dtype: str) -> None
             np.testing.assert_array_equal(leaf.grad.astype(float), [[4, 4], [3, 2], [4, 3]])
 
 
+@pytest.mark.slow
 def test_a_graph_50_000_operations_deep() -> None:
     x = Tensor(1.0, requires_grad=True)
     y = x

@@ -370,6 +370,7 @@ def test_the_plan_counts_a_relative_s_parameters(choice: dict[str, Any]) -> None
     assert "measured here on one and two blocks" in plan.report(max_steps=10)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("choice", [{}, *RELATIVES], ids=name_of)
 def test_given_weights_are_trained_stopped_and_resumed(
     choice: dict[str, Any],

@@ -57,6 +57,7 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng((seed, *shape)).standard_normal(shape).astype("float32")
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are for x86-64")
 @pytest.mark.parametrize("option", ["-mno-avx512f", "-mno-avx"])
@@ -123,6 +124,7 @@ def test_they_are_compiled_once_and_whole(tmp_path: Path) -> None:
     assert cc.compilations == before
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_several_threads_may_use_them_first(tmp_path: Path) -> None:
     code = """if True:
@@ -140,6 +142,7 @@ def test_several_threads_may_use_them_first(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_failure_that_passes_does_not_leave_slow_code(tmp_path: Path) -> None:
     """Once the compiler recovers, code for any processor does not stand for code for this one."""
@@ -157,6 +160,7 @@ def test_a_failure_that_passes_does_not_leave_slow_code(tmp_path: Path) -> None:
     assert len(kept[0]) == 1 and len(kept[1]) == 2
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("command", ["cc 'open quote", "cc -fvisibility=hidden", "true", "false"])
 def test_a_strange_compiler_is_no_hindrance(command: str, tmp_path: Path) -> None:
     result = run_apart(COMPARE, CC=command, XDG_CACHE_HOME=str(tmp_path))
@@ -184,6 +188,7 @@ def test_the_compiler_does_not_read_the_users_input(tmp_path: Path) -> None:
     assert result.stdout == "'C, compiled by quick 1'\na prompt\n"
 
 
+@pytest.mark.slow_after(1)
 @needs_cc
 @pytest.mark.parametrize("where", ["HOME", "XDG_CACHE_HOME", "TMPDIR", "CC"])
 def test_a_path_need_not_be_utf8(where: str, tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def assert_close(ours: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("dtype", "lengths", "tokens"),
     [("float32", [1, 7, 3], 12), ("bfloat16", [4, 4], 3)],
@@ -128,6 +129,7 @@ def test_tokens_are_those_of_the_launches_one_by_one(
         assert_close(*(c.data[:, :, row, :, :length].get() for c in (ours, theirs)))
 
 
+@pytest.mark.slow
 def test_a_second_prompt_and_rows_that_end(replays: list[int]) -> None:
     model = make()
     ours, theirs = (KVCache(model, 3) for _ in range(2))
@@ -242,6 +244,7 @@ def test_ids_that_are_none_are_refused(ids: list[Any]) -> None:
     assert cache.length == 0
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_batch_is_read_in_groups_of_rows(dtype: str, replays: list[int]) -> None:
     """More rows than one pass over a matrix serves; layer by layer they go through cuBLAS."""

@@ -140,6 +140,7 @@ def test_half_precision_arrays_are_2_bytes_wide(dtype: str, cupy: ModuleType) ->
     assert all(isinstance(p.data, np.ndarray) for p in model.parameters())
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_training_script_reads_once_a_logged_step(
     dtype: str, train: Callable[..., Path], cupy: ModuleType, monkeypatch: pytest.MonkeyPatch
@@ -166,6 +167,7 @@ def test_the_training_script_reads_once_a_logged_step(
         assert ours == pytest.approx(theirs, rel=rtol)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("flags", [[], ["--recompute"]])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_run_resumes_bit_for_bit(

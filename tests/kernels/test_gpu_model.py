@@ -59,6 +59,7 @@ def train(model: GPT2, steps: int = 3) -> list[float]:
     return losses
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_training(dtype: str, emulator: cuda_emulator.Emulator) -> None:
     model = GPT2(CONFIG, seed=1)
@@ -123,6 +124,7 @@ def test_a_plan_is_timed_on_the_gpu(emulator: cuda_emulator.Emulator) -> None:
     assert "adamw_update" in {kernel for _, kernel, _ in emulator.launched}
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_decoding(dtype: str, emulator: cuda_emulator.Emulator) -> None:
     """Greedy; the model is trained for a moment, since at random two logits may be almost equal."""

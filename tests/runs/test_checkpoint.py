@@ -271,6 +271,7 @@ def test_the_last_good_checkpoint_is_named_whatever_else_is_wrong(
     assert checkpoint.last_good(tmp_path / "nowhere", 12) == "there is none yet"
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize(("fault", "status"), [(kill, 9), (fail, 1)])
 def test_stopped_at_any_operation_a_run_is_whole(

@@ -113,6 +113,7 @@ def test_time_is_measured_where_no_rate_is_given() -> None:
     assert "1,600 in 100 steps" in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
     "flags",

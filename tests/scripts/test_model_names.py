@@ -92,6 +92,7 @@ def test_load_gpt2(shell: Shell) -> None:
     assert "offline" in done.stderr
 
 
+@pytest.mark.slow
 def test_generate(shell: Shell) -> None:
     args = ("--prompt", "The ", "--greedy", "--max-new-tokens", "8")
     texts = [shell.run("generate.py", "--model", name, *args) for name in (NAME, f"{NAME}@v2")]
@@ -101,6 +102,7 @@ def test_generate(shell: Shell) -> None:
     assert offline.stdout == texts[1].stdout and offline.stderr == ""
 
 
+@pytest.mark.slow
 def test_train_gpt2(shell: Shell) -> None:
     (shell.folder / "text.txt").write_text(TEXT * 40)
     args = ("--data", "text.txt", "--init-from", f"{NAME}@v2")

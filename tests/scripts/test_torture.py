@@ -38,6 +38,7 @@ def state(folder: Path) -> dict[str, object]:
     return arrays | {"rows": rows, "best": (best["step"], best["val_loss"])}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
 def test_killed_at_random_moments(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     kills = request.config.getoption("--kills")

@@ -58,6 +58,7 @@ def status_after(number: int, process: subprocess.Popen[bytes], out: Path) -> in
     return status
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(("number", "status"), SIGNALS)
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_signal_with_closed_streams(
@@ -71,6 +72,7 @@ def test_a_signal_with_closed_streams(
         assert (process.stderr.read() == b"") == ("2>&-" in closed)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(("number", "status"), SIGNALS)
 @pytest.mark.parametrize("stream", ["pipe", "full"])
 @pytest.mark.parametrize("names", [["stderr"], ["stdout", "stderr"]], ids="+".join)
@@ -98,6 +100,7 @@ def test_a_signal_with_the_output_cut_off(
     assert status_after(number, process, tmp_path / "out") == status
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("stdout", "stderr", "status"),
     [

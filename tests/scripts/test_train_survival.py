@@ -25,6 +25,7 @@ from micrograd_gpt.support import files
 from micrograd_gpt.support.errors import UserError
 
 
+@pytest.mark.slow
 def test_200_steps_equal_100_and_100(train_gpt2: ModuleType, text: Path, tmp_path: Path) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     flags = ["--data", text, *SMALL, "--dropout", 0.1, "--grad-accum-steps", 2, "--keep", 1]
@@ -40,6 +41,7 @@ def test_200_steps_equal_100_and_100(train_gpt2: ModuleType, text: Path, tmp_pat
     assert last[0]["val_bits_per_byte"] == pytest.approx(last[0]["val_loss"] / np.log(2))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="this system does not tell a child's memory")
 def test_resuming_takes_no_more_memory_than_starting(text: Path, tmp_path: Path) -> None:
     shape = ["--n-layer", 2, "--n-head", 4, "--n-embd", 512, "--block-size", 16]
@@ -301,6 +303,7 @@ def test_a_run_that_version_0_1_0_wrote_goes_on(
 # ------------------------------------------------------------------------ damage, and full disks
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -477,6 +480,7 @@ def test_dropout_may_be_changed_where_changes_are_allowed(
     assert ends[0][0] != ends[1][0] and [end[1] for end in ends] == [0.1, 0.6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--batch-size", 10**20], ["--n-embd", 10**7, "--n-head", 1]])
 def test_what_no_machine_can_hold_is_one_line(
     text: Path, tmp_path: Path, flags: list[object]

@@ -153,6 +153,7 @@ def test_only_letters_and_digits_come_before_a_mark_at_which_text_is_cut() -> No
         assert not cut_after or unicodedata.category(chr(code))[0] in "LN", hex(code)
 
 
+@pytest.mark.slow
 def test_text_without_white_space_takes_bounded_memory() -> None:
     """64 MB in chunks, as a file is read, and in one, as from a .jsonl file."""
     chunk = "abcdefghijklmnop" * (1 << 14)
