@@ -1,7 +1,5 @@
 """Kernels for NVIDIA GPUs in CUDA (sources/), which stand in for the definitions on CuPy arrays.
 
-They have been compiled and emulated, but not yet run on a GPU.
-
 Arrays are float32. Linear, gelu, attention, dropout and the loss also take float16 or bfloat16:
 their first result then has the type of the first argument, and the others are float32. A kernel
 that does not take its arguments (another type, sizes that do not fit together, a GPU older than
