@@ -316,6 +316,7 @@ def copy_of_the_package(to: Path) -> Path:
     return to
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("file", EDITS)
 def test_an_edit_of_a_file_is_followed_everywhere(
     file: str, tmp_path: Path, unchanged: dict[str, Any]

@@ -106,7 +106,7 @@ def assert_close(ours: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "lengths", "tokens"),
     [("float32", [1, 7, 3], 12), ("bfloat16", [4, 4], 3)],
@@ -149,6 +149,7 @@ def test_a_second_prompt_and_rows_that_end(replays: list[int]) -> None:
     assert len(token_step._STEPS[model].steps) == 3
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", ["wte", "wpe", "ln_f", "h.1.mlp.c_fc"])
 def test_parameters_that_are_replaced_or_changed_are_noticed(name: str, replays: list[int]) -> None:
     model = make()
@@ -192,6 +193,7 @@ CHANGES: dict[str, Callable[[GPT2], None]] = {
 }
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_changed_after_the_first_tokens_is_followed(change: str) -> None:
     model = make()
@@ -206,6 +208,7 @@ def test_a_model_changed_after_the_first_tokens_is_followed(change: str) -> None
     assert np.abs(found[0][-1] - before).max() > 1e-3
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("owner", "attribute"),
     [
@@ -244,7 +247,7 @@ def test_ids_that_are_none_are_refused(ids: list[Any]) -> None:
     assert cache.length == 0
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_batch_is_read_in_groups_of_rows(dtype: str, replays: list[int]) -> None:
     """More rows than one pass over a matrix serves; layer by layer they go through cuBLAS."""
@@ -341,6 +344,7 @@ def refusals() -> dict[str, tuple[GPT2, int, int]]:
     }
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "which",
     ["post-norm", "dropout", "head size", "many rows", "several tokens", "float64"]
@@ -391,6 +395,7 @@ def test_a_cache_of_another_model_is_not_read(
 PARAMETERS = dict(GPT2(CONFIG).transformer.named_parameters())
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", [name for name in PARAMETERS if not name.startswith("h.0.")])
 def test_a_parameter_of_another_size_is_refused(name: str) -> None:
     model = make()

@@ -23,7 +23,7 @@ from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_cuda import kernels as gpu
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.matvec import multiply_few_rows
-from micrograd_gpt.kernels.in_cuda.token_step import attend, likeliest, normalise_few_rows
+from micrograd_gpt.kernels.in_cuda.token_step import attend, embed, likeliest, normalise_few_rows
 from micrograd_gpt.layers import IGNORE
 
 # Of the largest element: a few hundred float32 roundings, or two roundings to the result's type
@@ -89,6 +89,20 @@ def test_conversion(shape: tuple[int, int], dtype: str, on: Machine) -> None:
         np.testing.assert_array_equal(again, rounded)
         assert half.dtype == dtype and again.dtype == np.float32
         assert half.flags.f_contiguous == again.flags.f_contiguous == array.flags.f_contiguous
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embeddings_of_a_token_a_row(dtype: str, on: Machine) -> None:
+    wte, wpe = numbers(9, 44, dtype=dtype), numbers(6, 44, dtype=dtype, seed=1)
+    tokens, positions = np.array([8, 0, 8]), np.array([5, 0, 2])
+
+    def embedded() -> Any:
+        (stream,) = on.put(np.full((3, 44), np.nan, np.float32))
+        embed(*on.put(tokens, positions, wte, wpe), stream)
+        return stream
+
+    expected = wte[tokens].astype(np.float32) + wpe[positions].astype(np.float32)
+    np.testing.assert_array_equal(on.repeated(embedded), expected)
 
 
 def test_conversions_that_no_kernel_does(on: Machine) -> None:
@@ -424,7 +438,7 @@ HEADS += [(1, 1, 70, 128), (1, 1, 33, 80)]
 ATTENTION = [(*shape, p) for shape in HEADS for p in (0.0, 0.4) if p == 0 or shape[3] in (32, 64)]
 
 
-@pytest.mark.slow_after(8)
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("dtype", [*DTYPES, "TF32"])
 @pytest.mark.parametrize(("b", "h", "t", "d", "p"), ATTENTION)
 def test_attention(

@@ -118,6 +118,7 @@ def test_training_with_dropout(emulator: cuda_emulator.Emulator) -> None:
     assert (found[0] - found[1]) / (2 * size) == pytest.approx(norm, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_plan_is_timed_on_the_gpu(emulator: cuda_emulator.Emulator) -> None:
     config = dataclasses.replace(CONFIG, n_positions=8)
     assert "measured here" in Plan(config, 1, 8, device="gpu").report(max_steps=10)

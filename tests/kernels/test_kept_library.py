@@ -336,6 +336,7 @@ def program(tmp_path: Path) -> Program:
     return Program(tmp_path)
 
 
+@pytest.mark.slow_after(1)
 @needs_cc
 @pytest.mark.parametrize("damage", [truncate, zero_the_tail])
 def test_a_damaged_library_is_compiled_again_once(
@@ -350,6 +351,7 @@ def test_a_damaged_library_is_compiled_again_once(
     assert program.library().read_bytes() == whole
 
 
+@pytest.mark.slow_after(1)
 @needs_root
 @needs_cc
 @pytest.mark.parametrize("opened", [True, False])

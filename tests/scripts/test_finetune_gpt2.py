@@ -303,6 +303,7 @@ def test_a_plan_reads_the_data_and_writes_nothing(
 # ------------------------------------------------------------------------------- types, and errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_other_types(classify: Main, tmp_path: Path, dtype: str) -> None:
     out = tmp_path / "out"

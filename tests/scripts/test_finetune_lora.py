@@ -57,6 +57,7 @@ def classify(finetune_gpt2: ModuleType, base: Path, data: Path) -> Main:
     return main
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_and_used(
     classify: Main,
     finetune_gpt2: ModuleType,

@@ -120,6 +120,7 @@ def test_train_gpt2(shell: Shell) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("script", "flag"),
     [("load_gpt2.py", "--from"), ("generate.py", "--model"), ("train_gpt2.py", "--init-from")],

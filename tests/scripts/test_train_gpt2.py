@@ -59,6 +59,7 @@ def test_a_run_from_start_to_end(text: Path, tmp_path: Path) -> None:
     assert anew.returncode == 0 and [row["step"] for row in metrics(out)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_with_the_tokenizer_of_a_folder(text: Path, tmp_path: Path) -> None:
     """It goes into the run's folder, which needs the other folder no more."""
     source, out = tmp_path / "source", tmp_path / "out"
@@ -104,6 +105,7 @@ def test_weights_with_a_padded_vocabulary_are_tuned(text: Path, tmp_path: Path) 
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", ["train_gpt2.py", "generate.py", "load_gpt2.py"])
 def test_unknown_kernels_are_refused_before_anything_is_lost(
     name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -173,6 +175,7 @@ def test_the_same_seed_gives_the_same_losses(text: Path, tmp_path: Path) -> None
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.slow
 def test_resume_refuses_what_would_change_the_run(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("--data", text, "--out", out, *SMALL, "--max-steps", 3)
@@ -193,6 +196,7 @@ def test_resume_refuses_what_would_change_the_run(text: Path, tmp_path: Path) ->
     assert any((weights(out)[name] != before[name]).any() for name in before)
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_weights_it_is_given(text: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     run("--data", text, "--out", first, *SMALL, "--max-steps", 30)
@@ -217,6 +221,7 @@ def test_fine_tuning_starts_from_the_weights_it_is_given(text: Path, tmp_path: P
     assert result.returncode == 2 and "--block-size is at most 8" in result.stderr
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

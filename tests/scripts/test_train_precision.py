@@ -145,6 +145,7 @@ def test_a_loss_scale_that_collapses_stops_the_run(
         train("out", "--dtype", "float16")
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "values", [None, {}, {"scale": "large"}, {"scale": -1.0}, {"scale": 2.0, "more": 1}]
 )

@@ -206,6 +206,7 @@ def test_metrics_are_added_to_and_mended(text: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_other_data_is_not_resumed_on(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("--data", text, "--out", out, *SMALL, "--max-steps", 2)
@@ -253,6 +254,7 @@ def test_recomputed_runs_are_the_same_runs(
     assert_same(tmp_path / "plain", tmp_path / "recompute")
 
 
+@pytest.mark.slow
 def test_event_files(text: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
     out = tmp_path / "out"
@@ -267,6 +269,7 @@ def test_event_files(text: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------- data that became other data
 
 
+@pytest.mark.slow
 def test_a_changed_validation_text_is_noticed(text: Path, tmp_path: Path) -> None:
     """One character in the middle, which samples of the tokens would have missed."""
     out, long = tmp_path / "out", text.read_text() * 2000  # 3.6 million characters
@@ -347,6 +350,7 @@ def test_a_damaged_best_is_one_line(text: Path, tmp_path: Path) -> None:
         assert f"{path} is damaged: it lacks the val_loss; remove {path.parent}" in result.stderr
 
 
+@pytest.mark.slow
 def test_damaged_metrics_do_not_stop_a_run(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("--data", text, "--out", out, *SMALL, "--max-steps", 3, "--eval-interval", 1)
