@@ -219,8 +219,9 @@ def test_in_a_folder_is_what_was_saved_last(base: Path) -> None:
         model.save_pretrained(base)
         whole = model is plain
         assert (base / "model.safetensors").exists() == (base / "config.json").exists() == whole
-        if whole:  # beside what is left of the adapter
+        if whole:
             np.testing.assert_array_equal(logits(GPT2.from_pretrained(base)), logits(plain))
+            assert not list(base.glob("*adapt*"))  # which Transformers would add to it
 
 
 def test_an_adapter_of_openai_s_model_names_it_as_the_hub_does(tmp_path: Path) -> None:
