@@ -120,7 +120,7 @@ class GenerationTask(Task):
         self, model: GPT2, items: Sequence[int], batch_size: int | None
     ) -> Iterator[tuple[int, Row]]:
         prompts = [self.prompts[item] for item in items]
-        how = (self.settings, self.stop_texts, batch_size or PROMPTS_AT_ONCE)
+        how = (self.settings, self.stop_texts, batch_size or PROMPTS_AT_ONCE, items)
         for place, answer in answers(model, self.tokenizer, prompts, *how):
             question = self.questions[items[place]]
             row = {**question.fields, "answer": answer.text, "stopped": answer.stopped}

@@ -17,7 +17,7 @@ from micrograd_gpt.evaluation.answers import answers
 from micrograd_gpt.evaluation.choices import ChoiceTask, LastWordTask
 from micrograd_gpt.evaluation.estimates import mean_and_error, ratio_and_error
 from micrograd_gpt.evaluation.items import Choice, LastWord
-from micrograd_gpt.evaluation.questions import GenerationTask, read_questions
+from micrograd_gpt.evaluation.questions import GenerationTask, Question, read_questions
 from micrograd_gpt.evaluation.records import Records, Row, text_checksum, weights_checksum
 from micrograd_gpt.evaluation.running import run
 from micrograd_gpt.evaluation.scoring import Score
@@ -108,6 +108,17 @@ def test_answers_equal_those_of_generate_one_by_one() -> None:
     last = int(CHARS.encode(whole)[4])
     ended = dict(answers(model, CHARS, prompts[:1], replace(settings, end_of_text=last)))
     assert ended[0] == (whole[: whole.index(whole[4])], "end-of-text")
+
+
+def test_what_is_drawn_depends_on_the_question_alone() -> None:
+    """Not on what is answered with it: a batch, or what is left after a stop."""
+    settings = Settings(max_new_tokens=5, seed=3, end_of_text=None)
+    task = GenerationTask([Question("a", "", {}, "")] * 5, CHARS, None, settings)
+    expected = dict(task.rows(char_model(), range(5), 5))
+    assert len({row["answer"] for row in expected.values()}) == 5  # each with its own numbers
+    for items, batch_size in ((range(5), 2), ([3, 1], None)):
+        for item, row in task.rows(char_model(), items, batch_size):
+            assert row == expected[item]
 
 
 def test_questions_as_prompts_as_instructions_and_as_conversations(tmp_path: Path) -> None:
