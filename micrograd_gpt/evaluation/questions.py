@@ -6,7 +6,8 @@ A question is a JSON object with one of
     instruction, input     put into the template that the model was tuned with; input may be missing
     messages               a conversation (tuning/conversations.py), whose last answer is asked for
 
-and perhaps the right answer, `output`. All that it has is in its answer's row too.
+and perhaps the right answer, `output`. All that it has is in its answer's row too, beside the
+fields OF_ANSWERS.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from micrograd_gpt.tuning.conversations import Conversation, Turn, read_conversa
 from micrograd_gpt.tuning.instructions import encode
 from micrograd_gpt.weights.names import tokenizer_folder
 
+OF_ANSWERS = ("item", "answer", "stopped", "right")  # the fields that an answer's row adds
+
 
 class Question(NamedTuple):
     """A prompt, or a conversation whose last answer is asked for; its fields; where it stands."""
@@ -46,6 +49,12 @@ def read_questions(path: str | Path) -> list[Question]:
     Raises UserError, naming the place, for an object that is none.
     """
     objects = list(read_objects(path))
+    for place, fields in objects:
+        if taken := [name for name in OF_ANSWERS if name in fields]:
+            raise UserError(
+                f"{place}: {taken[0]!r} is what a field of the answers is called: give it another "
+                "name ('output' for the right answer)"
+            )
     if any("messages" in fields for _, fields in objects):
         conversations = read_conversations(path)
         return [

@@ -177,6 +177,8 @@ def test_exact_match_is_over_those_that_have_an_answer() -> None:
         ({"text": "a"}, "line 1: a question has either .* this one has text"),
         ({"prompt": "a", "instruction": "b"}, "line 1: a question has either"),
         ({"prompt": 3}, "line 1: 'prompt' is to be a text, not 3"),
+        ({"prompt": "a", "answer": "b"}, "line 1: 'answer' is what a field of the answers is"),
+        ({"messages": [], "item": 3}, "line 1: 'item' is what a field of the answers is"),
         ({"instruction": "a"}, "line 1: the model was not tuned on instructions"),
     ],
 )
