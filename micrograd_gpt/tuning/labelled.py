@@ -341,14 +341,18 @@ def split(examples: Sequence[Example], parts: Sequence[float]) -> list[list[Exam
     """Cut examples up by chance, the same on every machine: the rest, and then `parts` of them.
 
     Each part has the same share of each label, and at least one example where there are enough. The
-    same text with the same label is never in two of the results, which would be learning by heart.
+    same text is never in two of the results, which would be learning by heart; one with several
+    labels counts as one with the first of them.
     """
     results: list[list[int]] = [[] for _ in range(len(parts) + 1)]
-    of_label: dict[str | None, dict[str, list[int]]] = {}
+    of_text: dict[str, list[int]] = {}
     for i, example in enumerate(examples):
-        of_label.setdefault(example.label, {}).setdefault(example.text, []).append(i)
+        of_text.setdefault(example.text, []).append(i)
+    of_label: dict[str | None, list[list[int]]] = {}
+    for same in of_text.values():
+        of_label.setdefault(examples[same[0]].label, []).append(same)
     for number, label in enumerate(sorted(of_label, key=str)):
-        texts = list(of_label[label].values())  # indices of equal texts
+        texts = of_label[label]  # indices of equal texts
         order = np.random.default_rng((SPLIT_SEED, number)).permutation(len(texts))
         end = 0
         for result, part in zip(results[1:], parts, strict=True):

@@ -174,10 +174,14 @@ def test_a_split_has_all_examples_in_the_same_shares() -> None:
 
 
 def test_the_same_text_is_in_one_part_only() -> None:
-    examples = [Example(f"text {i % 20}", "ab"[i % 2], f"line {i}") for i in range(200)]
-    parts = split(examples, [0.2, 0.2])
-    texts = [{e.text for e in part} for part in parts]
-    assert [len(part) for part in parts] == [120, 40, 40] and sum(map(len, texts)) == 20
+    # With the same label each time, and with several
+    for labels, sizes in (("ab", [108, 36, 36]), ("abc", [126, 27, 27])):
+        examples = [
+            Example(f"text {i % 20}", labels[i % len(labels)], f"line {i}") for i in range(180)
+        ]
+        parts = split(examples, [0.2, 0.2])
+        texts = [{e.text for e in part} for part in parts]
+        assert [len(part) for part in parts] == sizes and sum(map(len, texts)) == 20
 
 
 def test_parts_from_files(tmp_path: Path) -> None:
