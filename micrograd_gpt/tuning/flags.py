@@ -126,7 +126,7 @@ SUMMARIES = {
     "classify": "learn to label texts, or label them",
     "instruct": "learn to follow instructions",
 }
-
+LEARNING = ("data", "validation", "test", "resume", "plan")  # makes no sense with --predict
 
 EPILOGS = {
     "instruct": "The prompt template. A paragraph is left out where it has no place but {system}\n"
@@ -187,8 +187,14 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
 
 
 def for_prediction(given: dict[str, Any]) -> argparse.Namespace:
-    """The settings of `classify --predict`; UserError for one that is not of its kind."""
+    """The settings of `classify --predict`; UserError without --model, with flags that are about
+    learning, and for a setting that is not of its kind.
+    """
     rows = table(given["command"])
+    if "model" not in given:
+        raise UserError("--model is missing: give the folder of a classifier")
+    if other := next((name for name in LEARNING if name in given), None):
+        raise UserError(f"--predict labels texts, and {rows[other].flag} is to learn: give one")
     settings = {name: row.default for name, row in rows.items()} | {"predict": "-"} | given
     check_kinds(settings, rows)
     return argparse.Namespace(**settings)
