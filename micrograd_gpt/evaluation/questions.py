@@ -26,10 +26,9 @@ from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
-from micrograd_gpt.text.template import Template, template_of
+from micrograd_gpt.text.template import Template
 from micrograd_gpt.tuning.conversations import Conversation, Turn, read_conversations
 from micrograd_gpt.tuning.instructions import encode
-from micrograd_gpt.weights.names import tokenizer_folder
 
 OF_ANSWERS = ("item", "answer", "stopped", "right")  # the fields that an answer's row adds
 
@@ -62,12 +61,6 @@ def read_questions(path: str | Path) -> list[Question]:
             for conversation, (place, fields) in zip(conversations, objects, strict=True)
         ]
     return [_question(fields, place) for place, fields in objects]
-
-
-def template_named(name: str | None) -> Template | None:
-    """The template that a model was tuned with, by the model's name; None: with none."""
-    folder = tokenizer_folder(name) if name is not None else Path("out")
-    return None if folder is None else template_of(folder)
 
 
 def _question(fields: Row, place: str) -> Question:

@@ -27,6 +27,7 @@ from micrograd_gpt.tuning.lora import (
     lora_layers,
     trained_parameters,
 )
+from micrograd_gpt.weights.language_model import load_language_model
 from micrograd_gpt.weights.names import config_named, open_model, tokenizer_folder
 from micrograd_gpt.weights.saving import save_pretrained
 
@@ -206,6 +207,17 @@ def test_the_tokenizer_is_the_adapter_s_or_else_its_base_s(tmp_path: Path) -> No
         assert open_model(str(tmp_path / "adapter")).folder == tmp_path / expected
         assert tokenizer_folder(str(tmp_path / "adapter")) == tmp_path / expected
         letters.save(tmp_path / "adapter")
+
+
+def test_a_run_s_adapter_is_the_model_of_scripts_that_are_given_none(
+    adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CharTokenizer("abcdefghijk").save(base)
+    adapter.rename(adapter.with_name("out"))
+    monkeypatch.chdir(adapter.parent)
+    model, tokenizer, template = load_language_model(None)
+    assert error(logits(model), logits(with_lora())) < 1e-5
+    assert tokenizer.decode([10]) == "k" and template is None
 
 
 def test_the_shape_is_the_base_s_also_where_a_config_lies_beside(adapter: Path) -> None:
