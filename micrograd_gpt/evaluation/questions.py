@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from micrograd_gpt.evaluation.answers import PROMPTS_AT_ONCE, answers
 from micrograd_gpt.evaluation.estimates import mean_and_error
-from micrograd_gpt.evaluation.items import read_objects, text_field
+from micrograd_gpt.evaluation.items import text_field
 from micrograd_gpt.evaluation.records import Row
 from micrograd_gpt.evaluation.running import Task
 from micrograd_gpt.generation.output import prompt_ids
@@ -26,6 +26,7 @@ from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.json_objects import read_objects
 from micrograd_gpt.text.template import Template
 from micrograd_gpt.tuning.conversations import Conversation, Turn, read_conversations
 from micrograd_gpt.tuning.instructions import encode

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.documents import check_encoding, read_text
+from micrograd_gpt.text.json_objects import read_objects
 
 UNBALANCED = 3.0  # warn where a label is so many times as frequent as another
 SPLIT_SEED = 0  # one split for all runs on the same data, whatever their --seed
@@ -206,23 +206,14 @@ def _no_column(path: Path, name: str, names: Sequence[str]) -> UserError:
 
 
 def _jsonl_rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Iterator[Row]:
-    for number, line in enumerate(_text(path, encoding).split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, {place}: this is not JSON ({error})") from error
-        if not isinstance(value, dict):
-            raise UserError(f"{path}, {place}: this is not a JSON object: correct the line")
+    for where, value in read_objects(path, encoding):
         for name in (columns.text, columns.label) if with_labels else (columns.text,):
             if name not in value:
                 raise UserError(
-                    f"{path}, {place}: no {name!r} among {', '.join(map(repr, value))}; "
+                    f"{where}: no {name!r} among {', '.join(map(repr, value))}; "
                     "name the keys with --text-field and --label-field"
                 )
-        yield Row(place, value[columns.text], value.get(columns.label))
+        yield Row(where.removeprefix(f"{path}, "), value[columns.text], value.get(columns.label))
 
 
 def _parquet_rows(path: Path, columns: Columns, with_labels: bool) -> Iterator[Row]:

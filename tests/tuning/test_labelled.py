@@ -101,6 +101,11 @@ WRONG = {
     "no key": ("a.jsonl", '{"text": "a"}', r"line 1: no 'label' among 'text'; name the keys"),
     "no object": ("a.jsonl", "[1]", "line 1: this is not a JSON object"),
     "no JSON": ("a.jsonl", '{"text": "a", "label": 1}\n{"te', r"line 2: this is not JSON \("),
+    "half a character": (
+        "a.jsonl",
+        '{"text": "a", "label": "\\ud800"}',
+        "line 1: there is half a character",
+    ),
     "empty text": ("a.tsv", "ham\tHi\nham\t \n", r"a\.tsv, line 2: the text is empty: remove"),
     "no text": ("a.jsonl", '{"text": null, "label": 1}', "line 1: the text is None, not a string"),
     "no label": (
