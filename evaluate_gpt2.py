@@ -149,8 +149,9 @@ def measure(
     how: dict[str, Any] | None = None,
 ) -> Result:
     """A task, which is made of all these texts, and the report on it; --out keeps what is done."""
-    from micrograd_gpt.evaluation.records import Records, text_checksum, weights_checksum
+    from micrograd_gpt.evaluation.records import Records, text_checksum
     from micrograd_gpt.evaluation.running import run
+    from micrograd_gpt.weights.checksum import weights_checksum
 
     settings = {}
     if given.out is not None:

@@ -179,7 +179,7 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
         if not flags.get("overwrite") and not flags.get("plan"):
             check_free(out)
         settings = {name: row.default for name, row in rows.items()}
-        settings |= {"data_fingerprint": None, "planned_steps": 0, **flags}
+        settings |= {"data_fingerprint": None, "base_weights": None, "planned_steps": 0, **flags}
         if "learning_rate" in flags and "min_lr" not in flags:
             settings["min_lr"] = settings["learning_rate"] / 10
     check_kinds(settings, rows)
@@ -209,6 +209,7 @@ def _resumed(out: Path, flags: dict[str, Any], command: str) -> dict[str, Any]:
         raise UserError(f"{out / checkpoint.STATE} is damaged: its settings lack max_steps")
     settings = resumed_settings(out, flags, table(command), "model")
     settings["planned_steps"] = saved["max_steps"]
+    settings["base_weights"] = saved.get("base_weights")
     if "epochs" in flags and "max_steps" not in flags:
         settings["max_steps"] = None  # as many as the new number of epochs has
     return settings

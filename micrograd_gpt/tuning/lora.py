@@ -34,6 +34,7 @@ from micrograd_gpt.weights.adapters import (
     check_made_for,
     open_adapter,
 )
+from micrograd_gpt.weights.checksum import weights_checksum
 from micrograd_gpt.weights.formats import is_adapter
 from micrograd_gpt.weights.names import size_named
 from micrograd_gpt.weights.releases import RELEASES
@@ -117,8 +118,23 @@ def add_as_told(model: Any, settings: Namespace) -> None:
             f"{settings.model} is an adapter, and an adapter of one cannot be named: merge it "
             f"first, with load_gpt2.py --from {settings.model} --out FOLDER"
         )
+    check_base(model, settings)
     layer_names = settings.lora_layers.replace(",", " ").split()
     add_lora(model, rank, alpha, layer_names, settings.seed, base=settings.model)
+
+
+def check_base(model: Any, settings: Namespace) -> None:
+    """UserError if a run would resume on another base; the settings note which base this is.
+
+    A run's folder names its base and does not hold it, so that somebody may have trained it on.
+    """
+    before, found = settings.base_weights, weights_checksum(model.transformer)
+    if before is not None and found != before and not settings.allow_changes:
+        raise UserError(
+            f"{settings.model} has other weights now than when the run in {settings.out} began: "
+            "give it back those, or add --allow-changes"
+        )
+    settings.base_weights = found
 
 
 def replace_by_lora(

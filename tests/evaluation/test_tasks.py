@@ -18,7 +18,7 @@ from micrograd_gpt.evaluation.choices import ChoiceTask, LastWordTask
 from micrograd_gpt.evaluation.estimates import mean_and_error, ratio_and_error
 from micrograd_gpt.evaluation.items import Choice, LastWord
 from micrograd_gpt.evaluation.questions import GenerationTask, Question, read_questions
-from micrograd_gpt.evaluation.records import Records, Row, text_checksum, weights_checksum
+from micrograd_gpt.evaluation.records import Records, Row, text_checksum
 from micrograd_gpt.evaluation.running import run
 from micrograd_gpt.evaluation.scoring import Score
 from micrograd_gpt.generation.settings import Settings
@@ -26,6 +26,7 @@ from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import Template
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.weights.checksum import weights_checksum
 
 CHARS = CharTokenizer.from_text(TEXT)
 

@@ -101,6 +101,18 @@ def test_a_run_that_was_stopped_goes_on_exactly(classify: Main, tmp_path: Path) 
     assert losses[0][4:] == losses[1] and len(losses[0]) == 6
 
 
+def test_a_run_is_not_resumed_on_another_base(classify: Main, base: Path, tmp_path: Path) -> None:
+    changed, out = tmp_path / "changed", tmp_path / "out"
+    shutil.copytree(base, changed)
+    assert classify(out, "--model", changed, "--max-steps", 1) == 0
+    model = GPT2.from_pretrained(changed)
+    model.transformer.ln_f.bias.data += 0.5
+    model.save_pretrained(changed)
+    with pytest.raises(UserError, match="changed has other weights now than when the run in"):
+        classify(out, "--max-steps", 2, resume=True)
+    assert classify(out, "--max-steps", 2, "--allow-changes", resume=True) == 0
+
+
 def test_an_adapter_and_a_whole_model_replace_each_other(
     classify: Main, finetune_gpt2: ModuleType, base: Path, data: Path, tmp_path: Path
 ) -> None:
