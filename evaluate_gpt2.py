@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from micrograd_gpt.evaluation.flags import make_parser
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.errors import UserError
 
 if TYPE_CHECKING:
     from micrograd_gpt.evaluation.running import Task
@@ -99,11 +100,14 @@ def last_word(given: argparse.Namespace) -> Result:
 
 def classify(given: argparse.Namespace) -> Result:
     """How often a classifier labels a text as it is labelled, and what it takes for what."""
-    from micrograd_gpt.evaluation.labels import ClassificationTask, load_model
+    from micrograd_gpt.evaluation.labels import ClassificationTask
+    from micrograd_gpt.tuning.classifier import load_with_tokenizer
     from micrograd_gpt.tuning.labelled import columns_of, read_examples
 
     examples = read_examples(given.data, columns_of(given), given.encoding)
-    model, tokenizer = load_model(given.model, given.device, given.dtype)
+    if given.model is None:
+        raise UserError("--model is missing: give the folder of a classifier")
+    model, tokenizer = load_with_tokenizer(given.model, given.device, given.dtype)
     task = ClassificationTask(examples[: given.limit], model, tokenizer)
     texts = [text for example in examples for text in (example.text, example.label or "")]
     _, report = measure(given, model, task, texts)
