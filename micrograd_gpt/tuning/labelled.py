@@ -375,7 +375,10 @@ def read_parts(
         if file:
             cut[i] = read_examples(file, columns, encoding)
             label_numbers(cut[i], labels)
+    learned = {example.text for example in train}
     for name, part in (("validate on", cut[0]), ("test on", cut[1])):
         if not part:
             raise UserError(f"{data} has too few texts to {name}: give more, or a file of them")
+        if again := sum(example.text in learned for example in part):
+            say(f"warning: {again:,} of {len(part):,} texts to {name} are learned from as well")
     return Parts(train, cut[0], cut[1], labels)

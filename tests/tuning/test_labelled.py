@@ -189,7 +189,7 @@ def test_the_same_text_is_in_one_part_only() -> None:
         assert [len(part) for part in parts] == sizes and sum(map(len, texts)) == 20
 
 
-def test_parts_from_files(tmp_path: Path) -> None:
+def test_parts_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, labels in (("a", "xyxyxyxyxy"), ("b", "xxy"), ("c", "xz")):
         rows = "".join(f"{label}\t{name}{i}\n" for i, label in enumerate(labels))
         (tmp_path / f"{name}.tsv").write_text("label\ttext\n" + rows)
@@ -197,7 +197,10 @@ def test_parts_from_files(tmp_path: Path) -> None:
     parts = read_parts(a, b, None, Columns(), fraction=0.2)
     assert [e.text for e in parts.validation] == ["b0", "b1", "b2"] and parts.labels == ["x", "y"]
     assert len(parts.train) == 8 and len(parts.test) == 2
-    assert len(read_parts(a, b, b, Columns()).train) == 10
+    assert len(read_parts(a, b, b, Columns()).train) == 10 and not capsys.readouterr().err
+    read_parts(a, b, a, Columns())
+    expected = "warning: 10 of 10 texts to test on are learned from as well\n"
+    assert capsys.readouterr().err == expected
     with pytest.raises(UserError, match=r"c\.tsv, line 3: the label 'z' is unknown"):
         read_parts(a, None, c, Columns())
     (tmp_path / "d.tsv").write_text("label\ttext\nx\td1\ny\td2\n")
