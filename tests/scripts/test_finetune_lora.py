@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,7 @@ def test_an_adapter_is_trained_and_used(
     trained = BLOCKS * RANK * (WIDTH + 3 * WIDTH + WIDTH + 4 * WIDTH) + 3 * WIDTH
     printed = capsys.readouterr()
     assert f"training {trained:,} parameters" in printed.err
+    assert re.search(r"\(at most \d+ tokens a step\)", printed.err)
     assert printed.out.startswith("validation: accuracy 100.0% of 6 texts")
     for folder in (out, out / "best"):
         assert not (folder / "model.safetensors").exists()
