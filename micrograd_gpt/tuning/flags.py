@@ -35,6 +35,7 @@ from micrograd_gpt.runs.settings import (
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import DEFAULT
+from micrograd_gpt.tuning import lora
 
 OPTIONAL_FILE = Kind(str, {"nargs": "?", "const": "-", "metavar": "FILE"}, allowed="a file")
 
@@ -183,7 +184,9 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
         if "learning_rate" in flags and "min_lr" not in flags:
             settings["min_lr"] = settings["learning_rate"] / 10
     check_kinds(settings, rows)
-    return argparse.Namespace(command=command, **settings)
+    complete = argparse.Namespace(command=command, **settings)
+    lora.check_flags(complete)
+    return complete
 
 
 def for_prediction(given: dict[str, Any]) -> argparse.Namespace:

@@ -169,9 +169,10 @@ def test_mistakes_are_one_line(
 
 @pytest.mark.parametrize("flag", [["--lora-alpha", "4"], ["--lora-layers", "c_proj"]])
 def test_lora_s_flags_need_a_rank(
-    finetune_gpt2: ModuleType, base: Path, data: Path, tmp_path: Path, flag: list[str]
+    finetune_gpt2: ModuleType, data: Path, tmp_path: Path, flag: list[str]
 ) -> None:
-    start = ["classify", "--model", str(base), "--data", str(data), "--out", str(tmp_path / "out")]
+    """What is said before a model is loaded, or as here found to be missing."""
+    start = ["classify", "--model", "none", "--data", str(data), "--out", str(tmp_path / "out")]
     with pytest.raises(UserError, match="give --lora-rank too"):
         finetune_gpt2.main([*start, *flag])
 
