@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 from micrograd_gpt.evaluation.flags import make_parser
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.errors import UserError
 
 if TYPE_CHECKING:
     from micrograd_gpt.evaluation.running import Task
     from micrograd_gpt.gpt2 import GPT2
     from micrograd_gpt.nn import Module
     from micrograd_gpt.text.base_tokenizer import Tokenizer
+    from micrograd_gpt.text.template import Template
 
     Result = tuple[Task, dict[str, Any]]  # what was evaluated, and the report on it
 
@@ -67,7 +69,7 @@ def perplexity(given: argparse.Namespace) -> Result:
     originals = load_documents(given.data, given.encoding)
     detokenize = DETOKENIZERS[given.detokenize] if given.detokenize else str
     documents = [detokenize(text) for text in originals]
-    model, tokenizer = load(given)
+    model, tokenizer, _ = load(given)
     width = window_size(model, given.block_size)
     stride = given.stride or max(1, width // 2)
     task = PerplexityTask(documents, originals, tokenizer, width, stride, given.limit)
@@ -80,7 +82,7 @@ def multiple_choice(given: argparse.Namespace) -> Result:
     from micrograd_gpt.evaluation.items import read_choices
 
     items = read_choices(given.data)
-    model, tokenizer = load(given)
+    model, tokenizer, _ = load(given)
     texts = [text for item in items for text in (item.context, *item.endings)]
     return measure(given, model, ChoiceTask(items[: given.limit], tokenizer), texts)
 
@@ -91,18 +93,21 @@ def last_word(given: argparse.Namespace) -> Result:
     from micrograd_gpt.evaluation.items import read_last_words
 
     items = read_last_words(given.data)
-    model, tokenizer = load(given)
+    model, tokenizer, _ = load(given)
     texts = [f"{item.context} {item.word}" for item in items]
     return measure(given, model, LastWordTask(items[: given.limit], tokenizer), texts)
 
 
 def classify(given: argparse.Namespace) -> Result:
     """How often a classifier labels a text as it is labelled, and what it takes for what."""
-    from micrograd_gpt.evaluation.labels import ClassificationTask, load_model
+    from micrograd_gpt.evaluation.labels import ClassificationTask
+    from micrograd_gpt.tuning.classifier import load_with_tokenizer
     from micrograd_gpt.tuning.labelled import columns_of, read_examples
 
     examples = read_examples(given.data, columns_of(given), given.encoding)
-    model, tokenizer = load_model(given.model, given.device, given.dtype)
+    if given.model is None:
+        raise UserError("--model is missing: give the folder of a classifier")
+    model, tokenizer = load_with_tokenizer(given.model, given.device, given.dtype)
     task = ClassificationTask(examples[: given.limit], model, tokenizer)
     texts = [text for example in examples for text in (example.text, example.label or "")]
     _, report = measure(given, model, task, texts)
@@ -113,7 +118,7 @@ def classify(given: argparse.Namespace) -> Result:
 
 def generate(given: argparse.Namespace) -> Result:
     """What a model answers to prompts or instructions; how often that is the right answer."""
-    from micrograd_gpt.evaluation.questions import GenerationTask, read_questions, template_named
+    from micrograd_gpt.evaluation.questions import GenerationTask, read_questions
     from micrograd_gpt.generation.settings import Settings
 
     how = {
@@ -121,8 +126,7 @@ def generate(given: argparse.Namespace) -> Result:
     }
     Settings(**how)  # what is wrong with them is said before a large model is loaded
     questions = read_questions(given.data)
-    model, tokenizer = load(given)
-    template = template_named(given.model)
+    model, tokenizer, template = load(given)
     settings = Settings(**how, end_of_text=tokenizer.end_of_text, vocab_size=tokenizer.vocab_size)
     task = GenerationTask(questions[: given.limit], tokenizer, template, settings, given.stop)
     texts = [json.dumps(question.fields, ensure_ascii=False) for question in questions]
@@ -134,14 +138,11 @@ def generate(given: argparse.Namespace) -> Result:
 # ---------------------------------------------------------------------- what the commands share
 
 
-def load(given: argparse.Namespace) -> tuple[GPT2, Tokenizer]:
-    """The language model and its tokenizer."""
-    from micrograd_gpt.arrays.precision import emulation_note
-    from micrograd_gpt.evaluation import loading
+def load(given: argparse.Namespace) -> tuple[GPT2, Tokenizer, Template | None]:
+    """The language model, its tokenizer, and its template where it was tuned on instructions."""
+    from micrograd_gpt.weights.language_model import load_language_model
 
-    if note := emulation_note(given.dtype, given.device):
-        say(note)
-    return loading.load(given.model, given.device, given.dtype)
+    return load_language_model(given.model, given.device, given.dtype)
 
 
 def measure(
@@ -152,8 +153,9 @@ def measure(
     how: dict[str, Any] | None = None,
 ) -> Result:
     """A task, which is made of all these texts, and the report on it; --out keeps what is done."""
-    from micrograd_gpt.evaluation.records import Records, text_checksum, weights_checksum
+    from micrograd_gpt.evaluation.records import Records, text_checksum
     from micrograd_gpt.evaluation.running import run
+    from micrograd_gpt.weights.checksum import weights_checksum
 
     settings = {}
     if given.out is not None:

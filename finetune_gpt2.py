@@ -48,6 +48,7 @@ from micrograd_gpt.tuning.classification import Classification, label_texts
 from micrograd_gpt.tuning.classifier import (
     GPT2Classifier,
     load_classifier,
+    load_with_tokenizer,
     set_layers,
     write_classifier,
 )
@@ -127,10 +128,7 @@ def predict(settings: argparse.Namespace, device: str) -> int:
     columns = labelled.columns_of(settings)
     texts = labelled.read_texts(settings.predict, columns, settings.encoding)
     wide = "float32" if settings.dtype in HALF else settings.dtype
-    model = load_classifier(settings.model, device, wide)
-    folder = tokenizer_folder(settings.model)
-    tokenizer = load_tokenizer(folder) if folder else GPT2Tokenizer()
-    tokenizer.check_size(model.config.vocab_size)
+    model, tokenizer = load_with_tokenizer(settings.model, device, wide)
     for result in label_texts(model, texts, tokenizer, settings.batch_size):
         print(json.dumps(result, ensure_ascii=False), flush=True)
     return 0

@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from micrograd_gpt.generation import flags
 from micrograd_gpt.generation.question import add_question_flags, read_question
 from micrograd_gpt.support import cli
-from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 
 if TYPE_CHECKING:
     from micrograd_gpt.gpt2 import GPT2
+    from micrograd_gpt.text.base_tokenizer import Tokenizer
     from micrograd_gpt.text.template import Template
-    from micrograd_gpt.text.tokenizers import Tokenizer
 
 # This script's own defaults, and why; all others are the library's
 DEFAULTS: flags.Defaults = {
@@ -99,41 +97,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def load(given: argparse.Namespace) -> tuple[GPT2, Tokenizer, Template | None]:
-    """The model, its tokenizer, and its template where it was tuned on instructions.
-
-    Raises UserError where there is no such model, where it does not fit into memory, where the
-    tokenizer is not the model's, and where there is no template for an instruction.
-    """
+    """The model, its tokenizer, and its template where it was tuned on instructions."""
     from micrograd_gpt.arrays.devices import set_tf32
-    from micrograd_gpt.arrays.memory import memory_errors
-    from micrograd_gpt.arrays.precision import emulation_note
-    from micrograd_gpt.text.template import template_of
-    from micrograd_gpt.text.tokenizer_files import load_tokenizer
-    from micrograd_gpt.weights.names import open_language_model
-    from micrograd_gpt.weights.pretrained import build
+    from micrograd_gpt.weights.language_model import load_language_model
 
     set_tf32(given.tf32, given.device)
-    name = given.model
-    if name is None:
-        name = "out" if Path("out", "config.json").exists() else "124M"
-        say(f"no --model given: using {name}")
-    if note := emulation_note(given.dtype, given.device):
-        say(note)
-    smaller = "--dtype bfloat16, or --device cpu" if given.device != "cpu" else "a smaller --model"
-    with memory_errors(f"the weights do not fit; try {smaller}"):
-        try:
-            weights = open_language_model(name)
-            tokenizer = load_tokenizer(weights.folder)
-            template = template_of(weights.folder)
-            if given.instruction is not None and template is None:
-                raise UserError(f"{name} was not tuned on instructions: give it a --prompt")
-            model = build(weights, given.device, given.dtype)
-        except UserError as error:
-            if given.model is None and name == "124M":  # a newcomer without network
-                raise UserError(f"{error}; or train a model first: python train_gpt2.py") from error
-            raise
-    tokenizer.check_size(model.config.vocab_size)
-    return model, tokenizer, template
+    answers = given.instruction is not None
+    return load_language_model(given.model, given.device, given.dtype, answers)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.text.base_tokenizer import Tokenizer
-from micrograd_gpt.text.hugging_face import TOKENIZER, TOKENIZER_CONFIG
+from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from micrograd_gpt.text.template import save_template, template_of
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.weights import gguf_file
 from micrograd_gpt.weights.adapters import merged, open_adapter
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             assert tokenizer
             gguf_file.write_gguf(out, model, tokenizer, args.dtype, name)
         else:
-            write_folder(model, out, tokenizer, None if args.dtype == "float32" else args.dtype)
+            write_folder(model, out, tokenizer, args.dtype, (args.merge, weights.folder))
     written = f"wrote {out}, weights stored as {args.dtype}"
     say(written if passed else f"the check failed: {out} is not written")
     print("\n".join([*parameter_table(model), *findings]))
@@ -216,10 +217,24 @@ def tokenizer_of(weights: Weights) -> Tokenizer | None:
         return None
 
 
-def write_folder(model: GPT2, out: Path, tokenizer: Tokenizer | None, dtype: str | None) -> None:
-    """Write the model into `out`, as a set that has no tokenizer of an earlier model."""
+def write_folder(
+    model: GPT2,
+    out: Path,
+    tokenizer: Tokenizer | None,
+    dtype: str,
+    sources: Sequence[str | Path | None] = (),
+) -> None:
+    """Write the model into `out`, as a set that has nothing of an earlier model: no tokenizer, and
+    no prompt template but that of the first of the folders `sources` with one.
+    """
+    templates = [template_of(folder) for folder in sources if folder and tokenizer]
+    template = next(filter(None, templates), None)
     with written_as_set(out) as new:
-        write_model(model, new, tokenizer, dtype)
+        write_model(model, new, tokenizer, None if dtype == "float32" else dtype)
+        if template:
+            save_template(template, new)
+        else:
+            without(new / PROMPT_TEMPLATE)
         if tokenizer is None:
             for name in (TOKENIZER, TOKENIZER_CONFIG):
                 without(new / name)

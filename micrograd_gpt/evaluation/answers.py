@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from micrograd_gpt.generation.output import TextStream
-from micrograd_gpt.generation.sampling import Sample, decode, start_samples
+from micrograd_gpt.generation.sampling import Sample, decode
 from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.text.base_tokenizer import Tokenizer
@@ -28,19 +30,29 @@ def answers(
     settings: Settings,
     stop_texts: Sequence[str] = (),
     at_once: int = PROMPTS_AT_ONCE,
+    streams: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """Continue prompts, each a list of token ids; yields the place of a prompt and its answer.
 
     Prompts of like length go together, the shortest first. An answer ends before the first of the
-    `stop_texts` in it. Raises what `decode` raises.
+    `stop_texts` in it. A prompt draws from a stream of random numbers of its own, whatever goes
+    with it: `streams` are their numbers, the places if left out. Raises what `decode` raises.
     """
+    streams = range(len(prompts)) if streams is None else streams
     shortest_first = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     for start in range(0, len(prompts), at_once):
         places = shortest_first[start : start + at_once]
-        samples = start_samples([prompts[place] for place in places], settings)
-        streams = {id(sample): TextStream(tokenizer, stop_texts) for sample in samples}
+        samples = [
+            Sample(
+                ids=list(prompts[place]),
+                n_prompt=len(prompts[place]),
+                rng=np.random.default_rng((settings.seed, streams[place])),
+            )
+            for place in places
+        ]
+        texts = {id(sample): TextStream(tokenizer, stop_texts) for sample in samples}
         for sample in decode(model, samples, settings):
-            streams[id(sample)].follow(sample)  # which ends it at a stop text
+            texts[id(sample)].follow(sample)  # which ends it at a stop text
         for place, sample in zip(places, samples, strict=True):
             yield place, Answer(text_of(sample, tokenizer, stop_texts), sample.stopped or "length")
 

@@ -21,13 +21,13 @@ from tqdm import tqdm
 from micrograd_gpt.arrays.devices import library_for
 from micrograd_gpt.evaluation.answers import answers
 from micrograd_gpt.evaluation.items import request_of, start_of_text
-from micrograd_gpt.evaluation.loading import load
 from micrograd_gpt.evaluation.scoring import TOKENS_AT_ONCE, Request, Score, score
 from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.weights.language_model import load_language_model
 
 try:
     from lm_eval.api.instance import Instance
@@ -76,7 +76,8 @@ class MicrogradGPT(LM):
             assert tokenizer is not None, "a GPT2 comes with its tokenizer"
             self.model, self.encoder = pretrained, tokenizer
         else:
-            self.model, self.encoder = load(pretrained, device_named(device), dtype)
+            loaded = load_language_model(pretrained, device_named(device), dtype)
+            self.model, self.encoder, _ = loaded
         contexts = 1 if batch_size in (None, "auto") else int(str(batch_size))
         self.tokens_at_once = max(TOKENS_AT_ONCE, contexts * self.model.config.n_positions)
 

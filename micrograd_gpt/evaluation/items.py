@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,7 @@ from micrograd_gpt.evaluation.records import Row
 from micrograd_gpt.evaluation.scoring import Request
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
-from micrograd_gpt.text.documents import read_text
-
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+from micrograd_gpt.text.json_objects import read_objects
 
 
 @dataclass(frozen=True)
@@ -56,52 +53,16 @@ def read_last_words(path: str | Path) -> list[LastWord]:
     return [_last_word(fields, place) for place, fields in read_objects(path)]
 
 
-def read_objects(path: str | Path) -> Iterator[tuple[str, Row]]:
-    """The objects of a .jsonl file, one a line, or of a .json file, which holds a list of them;
-    each with where it stands.
-
-    Raises UserError for what is something else, and for a file without any.
-    """
-    text = read_text(Path(path)).removeprefix("\ufeff")
-    if Path(path).suffix.lower() == ".json":
-        listed = _parsed(text, str(path))
-        if not isinstance(listed, list):
-            raise UserError(f"{path} holds no list: give a list of objects, or a .jsonl file")
-        values = [(f"{path}, item {number}", value) for number, value in enumerate(listed, 1)]
-    else:
-        lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1)]
-        values = [(place, _parsed(line, place)) for place, line in lines if line.strip()]
-    for place, value in values:
-        if not isinstance(value, dict):
-            raise UserError(f"{place}: this is not a JSON object: correct it")
-        yield place, value
-    if not values:
-        raise UserError(f"{path} has no items: give a file with one JSON object a line")
-
-
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: this is not JSON ({error}): correct it") from error
-
-
 def text_field(fields: Row, name: str, place: str, default: str | None = None) -> Any:
-    """The text of a field, or the default where it is missing or null.
-
-    Raises UserError for any other value, and for half a character.
+    """The text of a field, or the default where it is missing or null; UserError for any other
+    value.
     """
     text = fields.get(name)
     if text is None and default is not None:
         return default
-    if not is_text(text):
+    if not isinstance(text, str):
         raise UserError(f"{place}: {name!r} is to be a text, not {json.dumps(text)[:40]}")
     return text
-
-
-def is_text(value: Any) -> bool:
-    """Whether a value is a text without half characters (lone surrogates)."""
-    return isinstance(value, str) and not HALF_CHARACTER.search(value)
 
 
 # -------------------------------------------------------------------------------- multiple choice
@@ -136,7 +97,7 @@ def without_headings(text: str) -> str:
 
 def _endings(fields: Row, place: str) -> list[str]:
     endings = fields.get("endings")
-    if not isinstance(endings, list) or not all(e and is_text(e) for e in endings):
+    if not isinstance(endings, list) or not all(e and isinstance(e, str) for e in endings):
         raise UserError(f"{place}: 'endings' is to be a list of texts, none of them empty")
     if len(endings) < 2:
         raise UserError(f"{place}: there is nothing to choose from: {len(endings)} endings")

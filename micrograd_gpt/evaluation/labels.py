@@ -7,33 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from micrograd_gpt.arrays.devices import resolve_device
-from micrograd_gpt.arrays.memory import memory_errors
 from micrograd_gpt.evaluation.estimates import mean_and_error
 from micrograd_gpt.evaluation.records import Row
 from micrograd_gpt.evaluation.running import Task
-from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
-from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.tuning.classification import encode, label_log_probs
-from micrograd_gpt.tuning.classifier import GPT2Classifier, build_classifier
+from micrograd_gpt.tuning.classifier import GPT2Classifier
 from micrograd_gpt.tuning.labelled import Example, label_numbers
 from micrograd_gpt.tuning.scores import Scores, draw_confusion, score
-from micrograd_gpt.weights.names import open_model
 
 TEXTS_AT_ONCE = 8
-
-
-def load_model(name: str | None, device: str, dtype: str) -> tuple[GPT2Classifier, Tokenizer]:
-    """The classifier called `name` and its tokenizer; UserError where there is none."""
-    if name is None:
-        raise UserError("--model is missing: give the folder of a classifier")
-    with memory_errors("the weights do not fit; try --dtype bfloat16, or a smaller --model"):
-        weights = open_model(name)
-        tokenizer = load_tokenizer(weights.folder)
-        model = build_classifier(weights, resolve_device(device), dtype)
-    tokenizer.check_size(model.config.vocab_size)
-    return model, tokenizer
 
 
 class ClassificationTask(Task):

@@ -6,7 +6,8 @@ A question is a JSON object with one of
     instruction, input     put into the template that the model was tuned with; input may be missing
     messages               a conversation (tuning/conversations.py), whose last answer is asked for
 
-and perhaps the right answer, `output`. All that it has is in its answer's row too.
+and perhaps the right answer, `output`. All that it has is in its answer's row too, beside the
+fields OF_ANSWERS.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 from micrograd_gpt.evaluation.answers import PROMPTS_AT_ONCE, answers
 from micrograd_gpt.evaluation.estimates import mean_and_error
-from micrograd_gpt.evaluation.items import read_objects, text_field
+from micrograd_gpt.evaluation.items import text_field
 from micrograd_gpt.evaluation.records import Row
 from micrograd_gpt.evaluation.running import Task
 from micrograd_gpt.generation.output import prompt_ids
@@ -25,10 +26,12 @@ from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
-from micrograd_gpt.text.template import Template, template_of
+from micrograd_gpt.text.json_objects import read_objects
+from micrograd_gpt.text.template import Template
 from micrograd_gpt.tuning.conversations import Conversation, Turn, read_conversations
 from micrograd_gpt.tuning.instructions import encode
-from micrograd_gpt.weights.names import tokenizer_folder
+
+OF_ANSWERS = ("item", "answer", "stopped", "right")  # the fields that an answer's row adds
 
 
 class Question(NamedTuple):
@@ -46,6 +49,12 @@ def read_questions(path: str | Path) -> list[Question]:
     Raises UserError, naming the place, for an object that is none.
     """
     objects = list(read_objects(path))
+    for place, fields in objects:
+        if taken := [name for name in OF_ANSWERS if name in fields]:
+            raise UserError(
+                f"{place}: {taken[0]!r} is what a field of the answers is called: give it another "
+                "name ('output' for the right answer)"
+            )
     if any("messages" in fields for _, fields in objects):
         conversations = read_conversations(path)
         return [
@@ -53,12 +62,6 @@ def read_questions(path: str | Path) -> list[Question]:
             for conversation, (place, fields) in zip(conversations, objects, strict=True)
         ]
     return [_question(fields, place) for place, fields in objects]
-
-
-def template_named(name: str | None) -> Template | None:
-    """The template that a model was tuned with, by the model's name; None: with none."""
-    folder = tokenizer_folder(name) if name is not None else Path("out")
-    return None if folder is None else template_of(folder)
 
 
 def _question(fields: Row, place: str) -> Question:
@@ -120,7 +123,7 @@ class GenerationTask(Task):
         self, model: GPT2, items: Sequence[int], batch_size: int | None
     ) -> Iterator[tuple[int, Row]]:
         prompts = [self.prompts[item] for item in items]
-        how = (self.settings, self.stop_texts, batch_size or PROMPTS_AT_ONCE)
+        how = (self.settings, self.stop_texts, batch_size or PROMPTS_AT_ONCE, items)
         for place, answer in answers(model, self.tokenizer, prompts, *how):
             question = self.questions[items[place]]
             row = {**question.fields, "answer": answer.text, "stopped": answer.stopped}

@@ -14,10 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from micrograd_gpt.arrays.devices import to_device
-from micrograd_gpt.nn import Module
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading, write_text
 
@@ -91,17 +87,6 @@ class Records:
             return {int(row["item"]): row for row in rows}
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): choose another --out") from error
-
-
-def weights_checksum(model: Module) -> str:
-    """What tells the weights of two models apart: the CRC-32 of all, in their order."""
-    checksum = 0
-    for name, parameter in model.named_parameters():
-        array = np.ascontiguousarray(to_device(parameter.data, "cpu").T)  # no copy in Fortran order
-        checksum = zlib.crc32(
-            array.view(np.uint8).reshape(-1).data, zlib.crc32(name.encode(), checksum)
-        )
-    return f"{checksum:08x}"
 
 
 def text_checksum(texts: list[str]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Array, Tensor, no_grad
 from micrograd_gpt.tuning.batches import padded
+from micrograd_gpt.variants import head_of
 
 TOKENS_AT_ONCE = 2048  # enough to keep a processor busy; the cache of 124M then has 150 MB
 ROWS_AT_ONCE = 128  # of logits: 26 MB for GPT-2's vocabulary
@@ -108,9 +109,8 @@ def score(
     groups.sort(key=lambda group: len(group.shared), reverse=True)
     while groups:
         count, tokens = 0, 0
-        for (
-            group
-        ) in groups:  # as many as fit, with what they share padded to the first one's length
+        # As many as fit, with what they share padded to the first one's length
+        for group in groups:
             tokens += len(groups[0].shared) + sum(map(len, group.rest))
             if count and tokens > tokens_at_once:
                 break
@@ -189,7 +189,7 @@ def token_scores(model: GPT2, states: Array, labels: np.ndarray) -> tuple[np.nda
 
     Raises UserError where a logit is not a finite number.
     """
-    head: Any = getattr(model, "head", model.transformer.wte.weight)  # a relative may have its own
+    head = head_of(model)  # (V, C)
     labels = np.asarray(labels, like=states)
     log_probs, likeliest = [], []
     for start in range(0, len(labels), ROWS_AT_ONCE):

@@ -113,7 +113,7 @@ def load_run(
         if file.metadata.get("step") != str(step):
             raise UserError(
                 f"{folder / name} is from step {file.metadata.get('step')}, {STATE} from step "
-                f"{step}: they were saved apart; start again from the weights with --init-from"
+                f"{step}: they were saved apart; start another run from the weights"
             )
         fill(arrays, file.entries, file.path)
     for parameter in model.parameters():
@@ -203,8 +203,8 @@ def _fill_scaler(scaler: LossScaler, values: Any, folder: Path) -> None:
     good = all(isinstance(x, int | float) and math.isfinite(x) and x >= 0 for x in numbers)
     if not good or not isinstance(values, dict) or values.keys() != set(SCALER):
         raise UserError(
-            f"{folder / STATE} is damaged: its loss_scaler is {values!r}; start again from the "
-            "weights with --init-from"
+            f"{folder / STATE} is damaged: its loss_scaler is {values!r}; start another run "
+            "from the weights"
         )
     for name, value in values.items():
         setattr(scaler, name, value)

@@ -91,6 +91,7 @@ class Recorder:
         self._unread = Unread()
         self._train_loss = self._grad_norm = math.nan  # of the step that was looked at last
         self._saved_step = optimizer.steps
+        self._varies = tokens_per_step is not None  # how many tokens a step has
         self._tokens_per_step = tokens_per_step or (
             settings.batch_size * settings.grad_accum_steps * settings.block_size
         )
@@ -104,9 +105,10 @@ class Recorder:
                 f"ignored, the first is line {damaged[0]}"
             )
         count = sum(parameter.size for parameter in self.optimizer.parameters)
+        most = "at most " if self._varies else ""
         say(
             f"training {count:,} parameters on {self.data.amount()} "
-            f"({self._tokens_per_step:,} tokens a step) from step {self.optimizer.steps}; "
+            f"({most}{self._tokens_per_step:,} tokens a step) from step {self.optimizer.steps}; "
             f"writing to {self.out}/"
         )
 

@@ -57,7 +57,8 @@ def written_as_set(folder: str | Path) -> Iterator[Path]:
 def without(file: Path) -> None:
     """Within the block of `written_as_set`: have the set end without this file of its folder."""
     with _named(file.parent):
-        file.mkdir()
+        if (file.parent.parent / file.name).exists():
+            file.mkdir()
 
 
 def finish_set(folder: str | Path) -> None:

@@ -87,7 +87,8 @@ class Classification:
         return f"{len(self.lengths):,} texts of {self.name}"
 
     def fingerprint(self) -> str:
-        streams = [[*part.ids, part.labels] for part in (self.train, self.validation)]
+        parts = (self.train, self.validation)
+        streams = [[*part.ids, part.lengths, part.labels] for part in parts]
         return " and ".join(fingerprint(np.concatenate(stream)) for stream in streams)
 
     def batch(self, examples: Array) -> TextBatch:

@@ -17,6 +17,7 @@ import numpy as np
 
 from micrograd_gpt import layers
 from micrograd_gpt.arrays.devices import device_of, move
+from micrograd_gpt.arrays.memory import memory_errors
 from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.nn import Init, Module, Parameter, normal
@@ -25,6 +26,7 @@ from micrograd_gpt.support.files import read_json, write_text
 from micrograd_gpt.tensor import Tensor
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import TOKENIZER_CONFIG, tokenizer_config_json
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.weights.config import CONFIG, read_values
 from micrograd_gpt.weights.formats import Weights
 from micrograd_gpt.weights.loading import fill
@@ -139,6 +141,19 @@ def load_classifier(
     Raises UserError where there is none of that name, or a model of another kind.
     """
     return build_classifier(open_model(str(name)), device, dtype)
+
+
+def load_with_tokenizer(
+    name: str, device: str = "cpu", dtype: str = "float32"
+) -> tuple[GPT2Classifier, Tokenizer]:
+    """The classifier of that name and its tokenizer; UserError as for `load_classifier`, where it
+    does not fit into memory, and where the tokenizer is not the model's.
+    """
+    with memory_errors("the weights do not fit; try --dtype bfloat16, or a smaller --model"):
+        weights = open_model(name)
+        tokenizer = load_tokenizer(weights.folder)
+        tokenizer.check_size(weights.config.vocab_size)
+        return build_classifier(weights, device, dtype), tokenizer
 
 
 def build_classifier(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.documents import read_text
+from micrograd_gpt.text.json_objects import read_objects
 
 SPLIT_SEED = 0  # one split for all runs on the same data, whatever their --seed
 PART, MOST = 0.1, 1000  # of the instructions, to validate on
@@ -29,46 +29,17 @@ Conversation = Sequence[Turn]  # most files have conversations of one turn
 
 
 def read_conversations(path: str | Path, encoding: str = "utf-8") -> list[Conversation]:
-    """The conversations in a file: a JSON list, or in a .jsonl file an object on each line.
+    """The conversations in a file: in .json a list of objects, in any other an object a line.
 
     An object has either `instruction`, `output` and perhaps `input`, or `messages`: objects with a
     `role` (system, which may come first; then user and assistant in turns) and a `content`.
 
     Raises UserError, naming the file and the example, for anything else.
     """
-    conversations = [_conversation(value, where) for where, value in _values(Path(path), encoding)]
-    if not conversations:
-        raise UserError(f"{path} has no examples: give instructions with their outputs")
-    return conversations
+    return [_conversation(fields, where) for where, fields in read_objects(path, encoding)]
 
 
-def _values(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
-    """The values in a file, each with where it stands, for messages."""
-    text = read_text(path, encoding).removeprefix("\ufeff")
-    if path.suffix.lower() == ".jsonl":
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield f"{path}, line {number}", _parsed(line, f"{path}, line {number}")
-        return
-    values = _parsed(text, str(path)) if text.strip() else []
-    if not isinstance(values, list):
-        raise UserError(
-            f"{path} holds no list of examples: give a JSON list, or a .jsonl file with one "
-            "example on each line"
-        )
-    yield from ((f"{path}, example {number}", value) for number, value in enumerate(values, 1))
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: this cannot be read as JSON ({error}); correct it") from None
-
-
-def _conversation(value: Any, where: str) -> Conversation:
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is not an object with an instruction and an output")
+def _conversation(value: dict[str, Any], where: str) -> Conversation:
     if "messages" in value:
         return _turns(value["messages"], where)
     for name in ("instruction", "output"):
@@ -114,11 +85,6 @@ def _text(fields: dict[str, Any], name: str, where: str) -> str:
         return ""
     if not isinstance(text, str):
         raise UserError(f"{where}: {name!r} is {json.dumps(text)[:40]}, and must be a text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = text[error.start]
-        raise UserError(f"{where}: {name!r} has half a character, {half!r}: remove it") from None
     return text
 
 

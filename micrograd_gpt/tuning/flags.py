@@ -35,6 +35,7 @@ from micrograd_gpt.runs.settings import (
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import DEFAULT
+from micrograd_gpt.tuning import lora
 
 OPTIONAL_FILE = Kind(str, {"nargs": "?", "const": "-", "metavar": "FILE"}, allowed="a file")
 
@@ -126,7 +127,7 @@ SUMMARIES = {
     "classify": "learn to label texts, or label them",
     "instruct": "learn to follow instructions",
 }
-
+LEARNING = ("data", "validation", "test", "resume", "plan")  # makes no sense with --predict
 
 EPILOGS = {
     "instruct": "The prompt template. A paragraph is left out where it has no place but {system}\n"
@@ -179,16 +180,24 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
         if not flags.get("overwrite") and not flags.get("plan"):
             check_free(out)
         settings = {name: row.default for name, row in rows.items()}
-        settings |= {"data_fingerprint": None, "planned_steps": 0, **flags}
+        settings |= {"data_fingerprint": None, "base_weights": None, "planned_steps": 0, **flags}
         if "learning_rate" in flags and "min_lr" not in flags:
             settings["min_lr"] = settings["learning_rate"] / 10
     check_kinds(settings, rows)
-    return argparse.Namespace(command=command, **settings)
+    complete = argparse.Namespace(command=command, **settings)
+    lora.check_flags(complete)
+    return complete
 
 
 def for_prediction(given: dict[str, Any]) -> argparse.Namespace:
-    """The settings of `classify --predict`; UserError for one that is not of its kind."""
+    """The settings of `classify --predict`; UserError without --model, with flags that are about
+    learning, and for a setting that is not of its kind.
+    """
     rows = table(given["command"])
+    if "model" not in given:
+        raise UserError("--model is missing: give the folder of a classifier")
+    if other := next((name for name in LEARNING if name in given), None):
+        raise UserError(f"--predict labels texts, and {rows[other].flag} is to learn: give one")
     settings = {name: row.default for name, row in rows.items()} | {"predict": "-"} | given
     check_kinds(settings, rows)
     return argparse.Namespace(**settings)
@@ -203,6 +212,7 @@ def _resumed(out: Path, flags: dict[str, Any], command: str) -> dict[str, Any]:
         raise UserError(f"{out / checkpoint.STATE} is damaged: its settings lack max_steps")
     settings = resumed_settings(out, flags, table(command), "model")
     settings["planned_steps"] = saved["max_steps"]
+    settings["base_weights"] = saved.get("base_weights")
     if "epochs" in flags and "max_steps" not in flags:
         settings["max_steps"] = None  # as many as the new number of epochs has
     return settings

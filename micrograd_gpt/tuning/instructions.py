@@ -30,7 +30,7 @@ from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.template import Template, save_template
 from micrograd_gpt.tuning.batches import by_length, padded
 from micrograd_gpt.tuning.conversations import Conversation, Turn
-from micrograd_gpt.variants import VariantGPT2
+from micrograd_gpt.variants import head_of
 from micrograd_gpt.weights.saving import write_model
 
 Array = np.ndarray
@@ -75,8 +75,7 @@ def answer_loss(model: GPT2, batch: Batch) -> Tensor:
     """
     hidden = model.hidden(batch.ids)  # (B, T, C)
     places = np.nonzero(batch.targets != IGNORE)  # rows (N,), columns (N,)
-    head = model.head if isinstance(model, VariantGPT2) else model.transformer.wte.weight  # (V, C)
-    return layers.linear_cross_entropy(hidden[places], head, batch.targets[places])
+    return layers.linear_cross_entropy(hidden[places], head_of(model), batch.targets[places])
 
 
 class Instructions:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.documents import check_encoding, read_text
+from micrograd_gpt.text.json_objects import read_objects
 
 UNBALANCED = 3.0  # warn where a label is so many times as frequent as another
 SPLIT_SEED = 0  # one split for all runs on the same data, whatever their --seed
@@ -206,23 +206,14 @@ def _no_column(path: Path, name: str, names: Sequence[str]) -> UserError:
 
 
 def _jsonl_rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Iterator[Row]:
-    for number, line in enumerate(_text(path, encoding).split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, {place}: this is not JSON ({error})") from error
-        if not isinstance(value, dict):
-            raise UserError(f"{path}, {place}: this is not a JSON object: correct the line")
+    for where, value in read_objects(path, encoding):
         for name in (columns.text, columns.label) if with_labels else (columns.text,):
             if name not in value:
                 raise UserError(
-                    f"{path}, {place}: no {name!r} among {', '.join(map(repr, value))}; "
+                    f"{where}: no {name!r} among {', '.join(map(repr, value))}; "
                     "name the keys with --text-field and --label-field"
                 )
-        yield Row(place, value[columns.text], value.get(columns.label))
+        yield Row(where.removeprefix(f"{path}, "), value[columns.text], value.get(columns.label))
 
 
 def _parquet_rows(path: Path, columns: Columns, with_labels: bool) -> Iterator[Row]:
@@ -341,14 +332,18 @@ def split(examples: Sequence[Example], parts: Sequence[float]) -> list[list[Exam
     """Cut examples up by chance, the same on every machine: the rest, and then `parts` of them.
 
     Each part has the same share of each label, and at least one example where there are enough. The
-    same text with the same label is never in two of the results, which would be learning by heart.
+    same text is never in two of the results, which would be learning by heart; one with several
+    labels counts as one with the first of them.
     """
     results: list[list[int]] = [[] for _ in range(len(parts) + 1)]
-    of_label: dict[str | None, dict[str, list[int]]] = {}
+    of_text: dict[str, list[int]] = {}
     for i, example in enumerate(examples):
-        of_label.setdefault(example.label, {}).setdefault(example.text, []).append(i)
+        of_text.setdefault(example.text, []).append(i)
+    of_label: dict[str | None, list[list[int]]] = {}
+    for same in of_text.values():
+        of_label.setdefault(examples[same[0]].label, []).append(same)
     for number, label in enumerate(sorted(of_label, key=str)):
-        texts = list(of_label[label].values())  # indices of equal texts
+        texts = of_label[label]  # indices of equal texts
         order = np.random.default_rng((SPLIT_SEED, number)).permutation(len(texts))
         end = 0
         for result, part in zip(results[1:], parts, strict=True):
@@ -380,7 +375,10 @@ def read_parts(
         if file:
             cut[i] = read_examples(file, columns, encoding)
             label_numbers(cut[i], labels)
+    learned = {example.text for example in train}
     for name, part in (("validate on", cut[0]), ("test on", cut[1])):
         if not part:
             raise UserError(f"{data} has too few texts to {name}: give more, or a file of them")
+        if again := sum(example.text in learned for example in part):
+            say(f"warning: {again:,} of {len(part):,} texts to {name} are learned from as well")
     return Parts(train, cut[0], cut[1], labels)

@@ -34,6 +34,7 @@ from micrograd_gpt.weights.adapters import (
     check_made_for,
     open_adapter,
 )
+from micrograd_gpt.weights.checksum import weights_checksum
 from micrograd_gpt.weights.formats import is_adapter
 from micrograd_gpt.weights.names import size_named
 from micrograd_gpt.weights.releases import RELEASES
@@ -86,12 +87,7 @@ def add_lora(
     saved as an adapter, which names `base`, what the model is called, if given. Raises UserError
     for a layer that there is not.
     """
-    if not layer_names:
-        raise UserError(f"--lora-layers: no layer given; choose from {', '.join(LAYERS)}")
-    for wanted in layer_names:
-        if not any(f".{name}".endswith(f".{wanted}") for name in LAYERS):
-            known = ", ".join(LAYERS)
-            raise UserError(f"--lora-layers: there is no {wanted!r}; choose from {known}")
+    check_layer_names(layer_names)
     names = [
         name
         for name in named_layers(model, Linear)
@@ -103,11 +99,20 @@ def add_lora(
     freeze(model)
 
 
-def add_as_told(model: Any, settings: Namespace) -> None:
-    """What --lora-rank and its companions say, if they say anything; UserError if that is wrong."""
-    rank, alpha = settings.lora_rank, settings.lora_alpha
-    if rank is None:
-        if alpha is not None or settings.lora_layers != " ".join(DEFAULT_LAYERS):
+def check_layer_names(layer_names: Sequence[str]) -> None:
+    """UserError unless each name is one of LAYERS, or the last part of one, and there are some."""
+    if not layer_names:
+        raise UserError(f"--lora-layers: no layer given; choose from {', '.join(LAYERS)}")
+    for wanted in layer_names:
+        if not any(f".{name}".endswith(f".{wanted}") for name in LAYERS):
+            known = ", ".join(LAYERS)
+            raise UserError(f"--lora-layers: there is no {wanted!r}; choose from {known}")
+
+
+def check_flags(settings: Namespace) -> None:
+    """UserError if what --lora-rank and its companions say is wrong."""
+    if settings.lora_rank is None:
+        if settings.lora_alpha is not None or told_layers(settings) != list(DEFAULT_LAYERS):
             raise UserError("--lora-alpha and --lora-layers are for LoRA: give --lora-rank too")
         return
     if getattr(settings, "train_layers", "all") != "all":
@@ -117,8 +122,34 @@ def add_as_told(model: Any, settings: Namespace) -> None:
             f"{settings.model} is an adapter, and an adapter of one cannot be named: merge it "
             f"first, with load_gpt2.py --from {settings.model} --out FOLDER"
         )
-    layer_names = settings.lora_layers.replace(",", " ").split()
-    add_lora(model, rank, alpha, layer_names, settings.seed, base=settings.model)
+    check_layer_names(told_layers(settings))
+
+
+def told_layers(settings: Namespace) -> list[str]:
+    """The names in --lora-layers."""
+    return settings.lora_layers.replace(",", " ").split()
+
+
+def add_as_told(model: Any, settings: Namespace) -> None:
+    """Do what --lora-rank and its companions say, if they say anything."""
+    if settings.lora_rank is not None:
+        check_base(model, settings)
+        how = settings.lora_rank, settings.lora_alpha, told_layers(settings), settings.seed
+        add_lora(model, *how, base=settings.model)
+
+
+def check_base(model: Any, settings: Namespace) -> None:
+    """UserError if a run would resume on another base; the settings note which base this is.
+
+    A run's folder names its base and does not hold it, so that somebody may have trained it on.
+    """
+    before, found = settings.base_weights, weights_checksum(model.transformer)
+    if before is not None and found != before and not settings.allow_changes:
+        raise UserError(
+            f"{settings.model} has other weights now than when the run in {settings.out} began: "
+            "give it back those, or add --allow-changes"
+        )
+    settings.base_weights = found
 
 
 def replace_by_lora(

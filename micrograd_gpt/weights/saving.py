@@ -55,13 +55,14 @@ def write_model(
     stored = dtype or str(model.transformer.wte.weight.dtype)
     config = config_json(model.config, stored, tokenizer.special_tokens if tokenizer else None)
     config |= also_in_config or {}
+    whole, adapter = (MODEL, CONFIG), (ADAPTER_MODEL, ADAPTED_CONFIG, ADAPTER_CONFIG)
     if file == MODEL:
         _write_json(folder / CONFIG, config)
     else:
         _write_json(folder / ADAPTED_CONFIG, config)
         _write_json(folder / ADAPTER_CONFIG, model.adapter.config(model))
-        for whole in (MODEL, CONFIG):  # of a model that was saved here before
-            without(folder / whole)
+    for other in adapter if file == MODEL else whole:  # of what was saved here before
+        without(folder / other)
     if tokenizer:
         tokenizer.save(folder)
 

@@ -66,7 +66,7 @@ def test_a_json_file_holds_a_list(tmp_path: Path) -> None:
         ({"endings": ["blue", ""]}, "'endings' is to be a list of texts, none of them empty"),
         ({"endings": "blue"}, "'endings' is to be a list"),
         ({"context": 3}, "'context' is to be a text, not 3"),
-        ({"context": "\ud800"}, "'context' is to be a text"),
+        ({"context": "\ud800"}, "line 2: there is half a character"),
     ],
 )
 def test_a_wrong_item_is_named(tmp_path: Path, change: dict[str, Any], problem: str) -> None:

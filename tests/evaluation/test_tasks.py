@@ -17,8 +17,8 @@ from micrograd_gpt.evaluation.answers import answers
 from micrograd_gpt.evaluation.choices import ChoiceTask, LastWordTask
 from micrograd_gpt.evaluation.estimates import mean_and_error, ratio_and_error
 from micrograd_gpt.evaluation.items import Choice, LastWord
-from micrograd_gpt.evaluation.questions import GenerationTask, read_questions
-from micrograd_gpt.evaluation.records import Records, Row, text_checksum, weights_checksum
+from micrograd_gpt.evaluation.questions import GenerationTask, Question, read_questions
+from micrograd_gpt.evaluation.records import Records, Row, text_checksum
 from micrograd_gpt.evaluation.running import run
 from micrograd_gpt.evaluation.scoring import Score
 from micrograd_gpt.generation.settings import Settings
@@ -26,6 +26,7 @@ from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import Template
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.weights.checksum import weights_checksum
 
 CHARS = CharTokenizer.from_text(TEXT)
 
@@ -110,6 +111,17 @@ def test_answers_equal_those_of_generate_one_by_one() -> None:
     assert ended[0] == (whole[: whole.index(whole[4])], "end-of-text")
 
 
+def test_what_is_drawn_depends_on_the_question_alone() -> None:
+    """Not on what is answered with it: a batch, or what is left after a stop."""
+    settings = Settings(max_new_tokens=5, seed=3, end_of_text=None)
+    task = GenerationTask([Question("a", "", {}, "")] * 5, CHARS, None, settings)
+    expected = dict(task.rows(char_model(), range(5), 5))
+    assert len({row["answer"] for row in expected.values()}) == 5  # each with its own numbers
+    for items, batch_size in ((range(5), 2), ([3, 1], None)):
+        for item, row in task.rows(char_model(), items, batch_size):
+            assert row == expected[item]
+
+
 def test_questions_as_prompts_as_instructions_and_as_conversations(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     objects: list[Row] = [
@@ -166,6 +178,9 @@ def test_exact_match_is_over_those_that_have_an_answer() -> None:
         ({"text": "a"}, "line 1: a question has either .* this one has text"),
         ({"prompt": "a", "instruction": "b"}, "line 1: a question has either"),
         ({"prompt": 3}, "line 1: 'prompt' is to be a text, not 3"),
+        ({"prompt": "a", "answer": "b"}, "line 1: 'answer' is what a field of the answers is"),
+        ({"messages": [], "item": 3}, "line 1: 'item' is what a field of the answers is"),
+        ({"prompt": "a", "note": "\ud800"}, "line 1: there is half a character"),
         ({"instruction": "a"}, "line 1: the model was not tuned on instructions"),
     ],
 )

@@ -339,6 +339,11 @@ def test_help_is_quick_and_complete() -> None:
         (["classify", "--data", "x", "--epochs", "0"], "--epochs must be above 0, not 0"),
         (["classify", "--data", "x", "--train-layers", "few"], "invalid choice: 'few'"),
         (["classify", "--model", "{base}", "--predict", "none"], "none does not exist"),
+        (["classify", "--predict", "{data}"], "--model is missing"),
+        (
+            ["classify", "--model", "{base}", "--predict", "{data}", "--data", "{data}"],
+            "--predict labels texts, and --data is to learn: give one",
+        ),
         (["classify", "--model", "{base}"], "stdin holds no texts"),
         (
             ["classify", "--model", "x", "--predict", "{data}", "--text-field", "y"],

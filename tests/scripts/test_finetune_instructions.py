@@ -154,8 +154,8 @@ def test_without_a_template_it_is_the_one_that_help_shows(
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        ("", [], "has no examples"),
-        ('{"data": []}', [], "holds no list of examples"),
+        ("", [], "has no items"),
+        ('{"data": []}', [], "holds no list"),
         ([{"instruction": "a", "input": "b"}], [], "has no 'output'"),
         ([{"instruction": "a", "output": ""}, {"instruction": "b", "output": ""}], [], "no train"),
         ([{"messages": [{"role": "bot", "content": "a"}]}], [], "unknown role 'bot'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,7 @@ def test_an_adapter_is_trained_and_used(
     trained = BLOCKS * RANK * (WIDTH + 3 * WIDTH + WIDTH + 4 * WIDTH) + 3 * WIDTH
     printed = capsys.readouterr()
     assert f"training {trained:,} parameters" in printed.err
+    assert re.search(r"\(at most \d+ tokens a step\)", printed.err)
     assert printed.out.startswith("validation: accuracy 100.0% of 6 texts")
     for folder in (out, out / "best"):
         assert not (folder / "model.safetensors").exists()
@@ -100,6 +102,18 @@ def test_a_run_that_was_stopped_goes_on_exactly(classify: Main, tmp_path: Path) 
         assert (straight / name).read_bytes() == (resumed / name).read_bytes(), name
     losses = [[row["train_loss"] for row in metrics(folder)] for folder in (straight, resumed)]
     assert losses[0][4:] == losses[1] and len(losses[0]) == 6
+
+
+def test_a_run_is_not_resumed_on_another_base(classify: Main, base: Path, tmp_path: Path) -> None:
+    changed, out = tmp_path / "changed", tmp_path / "out"
+    shutil.copytree(base, changed)
+    assert classify(out, "--model", changed, "--max-steps", 1) == 0
+    model = GPT2.from_pretrained(changed)
+    model.transformer.ln_f.bias.data += 0.5
+    model.save_pretrained(changed)
+    with pytest.raises(UserError, match="changed has other weights now than when the run in"):
+        classify(out, "--max-steps", 2, resume=True)
+    assert classify(out, "--max-steps", 2, "--allow-changes", resume=True) == 0
 
 
 def test_an_adapter_and_a_whole_model_replace_each_other(
@@ -156,9 +170,10 @@ def test_mistakes_are_one_line(
 
 @pytest.mark.parametrize("flag", [["--lora-alpha", "4"], ["--lora-layers", "c_proj"]])
 def test_lora_s_flags_need_a_rank(
-    finetune_gpt2: ModuleType, base: Path, data: Path, tmp_path: Path, flag: list[str]
+    finetune_gpt2: ModuleType, data: Path, tmp_path: Path, flag: list[str]
 ) -> None:
-    start = ["classify", "--model", str(base), "--data", str(data), "--out", str(tmp_path / "out")]
+    """What is said before a model is loaded, or as here found to be missing."""
+    start = ["classify", "--model", "none", "--data", str(data), "--out", str(tmp_path / "out")]
     with pytest.raises(UserError, match="give --lora-rank too"):
         finetune_gpt2.main([*start, *flag])
 

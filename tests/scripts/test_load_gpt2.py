@@ -23,6 +23,8 @@ from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support import cli, files
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text import hugging_face
+from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
+from micrograd_gpt.text.template import Template, save_template, template_of
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import CharTokenizer
 from micrograd_gpt.tuning.lora import add_lora, trained_parameters
@@ -156,6 +158,23 @@ def test_an_adapter_is_merged(
         np.testing.assert_allclose(new.read(name), expected, rtol=1e-6)
     assert script.main(["--from", str(adapter)]) == 0  # it knows its base
     assert tree(here / "models" / "adapter") == tree(here / "new")
+
+
+def test_the_template_of_a_tuned_model_goes_with_it(
+    script: ModuleType, source: Path, adapter: Path, here: Path
+) -> None:
+    GPT2Tokenizer().save(source)
+    for folder, text in ((source, "{instruction}={output}"), (adapter, "{instruction}:{output}")):
+        save_template(Template(text), folder)
+    merge = ["--from", str(source), "--merge", str(adapter), "--out", "new"]
+    for arguments, prompt in ((["--from", str(source), "--out", "new"], "a="), (merge, "a:")):
+        assert script.main(arguments) == 0
+        template = template_of("new")
+        assert template and template.prompt("a") == prompt
+        assert "chat_template" in json.loads(Path("new/tokenizer_config.json").read_text())
+    (source / "prompt_template.txt").unlink()
+    assert script.main(["--from", str(source), "--out", "new"]) == 0
+    assert template_of("new") is None  # it was of the model that was there before
 
 
 def test_what_cannot_be_merged(script: ModuleType, source: Path, adapter: Path, here: Path) -> None:

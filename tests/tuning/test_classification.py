@@ -33,9 +33,11 @@ def test_data_with_other_texts_or_labels_has_another_fingerprint() -> None:
             (parts(), 9),
             (parts("abbb"), 10),
             (parts(texts=[*TEXTS[:3], "five"]), 10),
+            (parts(), 20),
+            (parts(texts=["onet", "wo and three", *TEXTS[2:]]), 20),  # the same one after another
         )
     }
-    assert len(found) == 4 and task(parts()).fingerprint() in found
+    assert len(found) == 6 and task(parts()).fingerprint() in found
 
 
 def test_long_texts_are_cut_off_and_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,19 +48,19 @@ A = {"instruction": "a", "output": "b"}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "data.json has no examples"),
-        ([], "data.json has no examples"),
-        ({"data": [A]}, "data.json holds no list of examples"),
-        ("[1,", r"data.json: this cannot be read as JSON \(.*\); correct it"),
-        ("[" * 100_000, "cannot be read as JSON"),
-        ([{**A, "output": "\ud800"}], "example 1: 'output' has half a character"),
-        ([A, "b"], "data.json, example 2 is not an object"),
-        ([A, {"instruction": "a"}], r"example 2 has no 'output' \(fields: instruction\)"),
+        ("", "data.json has no items"),
+        ([], "data.json has no items"),
+        ({"data": [A]}, "data.json holds no list"),
+        ("[1,", r"data.json: this is not JSON \(.*\): correct it"),
+        ("[" * 100_000, "this is not JSON"),
+        ([{**A, "output": "\ud800"}], "item 1: there is half a character"),
+        ([A, "b"], "data.json, item 2: this is not a JSON object"),
+        ([A, {"instruction": "a"}], r"item 2 has no 'output' \(fields: instruction\)"),
         ([{"text": "a", "output": "b"}], r"has no 'instruction' \(fields: text, output\)"),
         ([{}], r"has no 'instruction' \(fields: none\)"),
-        ([{**A, "output": 3}], "example 1: 'output' is 3, and must be a text"),
-        ([{**A, "instruction": ""}], "example 1: the instruction is empty"),
-        ([chat(("human", "a"), ("assistant", "b"))], "example 1: unknown role 'human'"),
+        ([{**A, "output": 3}], "item 1: 'output' is 3, and must be a text"),
+        ([{**A, "instruction": ""}], "item 1: the instruction is empty"),
+        ([chat(("human", "a"), ("assistant", "b"))], "item 1: unknown role 'human'"),
         ([chat((["user"], "a"))], r"unknown role \['user'\]"),
         ([chat(("user", "a"))], "the roles are user; "),
         ([chat()], "the roles are none; "),
@@ -79,7 +79,7 @@ def test_what_cannot_be_learned_from(tmp_path: Path, content: Any, message: str)
 
 def test_a_wrong_line_is_named(tmp_path: Path) -> None:
     path = written(tmp_path, f"{json.dumps(A)}\n\n{{", "data.jsonl")
-    with pytest.raises(UserError, match=r"data.jsonl, line 3: this cannot be read as JSON"):
+    with pytest.raises(UserError, match=r"data.jsonl, line 3: this is not JSON"):
         read_conversations(path)
 
 

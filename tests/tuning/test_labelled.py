@@ -101,6 +101,11 @@ WRONG = {
     "no key": ("a.jsonl", '{"text": "a"}', r"line 1: no 'label' among 'text'; name the keys"),
     "no object": ("a.jsonl", "[1]", "line 1: this is not a JSON object"),
     "no JSON": ("a.jsonl", '{"text": "a", "label": 1}\n{"te', r"line 2: this is not JSON \("),
+    "half a character": (
+        "a.jsonl",
+        '{"text": "a", "label": "\\ud800"}',
+        "line 1: there is half a character",
+    ),
     "empty text": ("a.tsv", "ham\tHi\nham\t \n", r"a\.tsv, line 2: the text is empty: remove"),
     "no text": ("a.jsonl", '{"text": null, "label": 1}', "line 1: the text is None, not a string"),
     "no label": (
@@ -174,13 +179,17 @@ def test_a_split_has_all_examples_in_the_same_shares() -> None:
 
 
 def test_the_same_text_is_in_one_part_only() -> None:
-    examples = [Example(f"text {i % 20}", "ab"[i % 2], f"line {i}") for i in range(200)]
-    parts = split(examples, [0.2, 0.2])
-    texts = [{e.text for e in part} for part in parts]
-    assert [len(part) for part in parts] == [120, 40, 40] and sum(map(len, texts)) == 20
+    # With the same label each time, and with several
+    for labels, sizes in (("ab", [108, 36, 36]), ("abc", [126, 27, 27])):
+        examples = [
+            Example(f"text {i % 20}", labels[i % len(labels)], f"line {i}") for i in range(180)
+        ]
+        parts = split(examples, [0.2, 0.2])
+        texts = [{e.text for e in part} for part in parts]
+        assert [len(part) for part in parts] == sizes and sum(map(len, texts)) == 20
 
 
-def test_parts_from_files(tmp_path: Path) -> None:
+def test_parts_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, labels in (("a", "xyxyxyxyxy"), ("b", "xxy"), ("c", "xz")):
         rows = "".join(f"{label}\t{name}{i}\n" for i, label in enumerate(labels))
         (tmp_path / f"{name}.tsv").write_text("label\ttext\n" + rows)
@@ -188,7 +197,10 @@ def test_parts_from_files(tmp_path: Path) -> None:
     parts = read_parts(a, b, None, Columns(), fraction=0.2)
     assert [e.text for e in parts.validation] == ["b0", "b1", "b2"] and parts.labels == ["x", "y"]
     assert len(parts.train) == 8 and len(parts.test) == 2
-    assert len(read_parts(a, b, b, Columns()).train) == 10
+    assert len(read_parts(a, b, b, Columns()).train) == 10 and not capsys.readouterr().err
+    read_parts(a, b, a, Columns())
+    expected = "warning: 10 of 10 texts to test on are learned from as well\n"
+    assert capsys.readouterr().err == expected
     with pytest.raises(UserError, match=r"c\.tsv, line 3: the label 'z' is unknown"):
         read_parts(a, None, c, Columns())
     (tmp_path / "d.tsv").write_text("label\ttext\nx\td1\ny\td2\n")

@@ -27,6 +27,7 @@ from micrograd_gpt.tuning.lora import (
     lora_layers,
     trained_parameters,
 )
+from micrograd_gpt.weights.language_model import load_language_model
 from micrograd_gpt.weights.names import config_named, open_model, tokenizer_folder
 from micrograd_gpt.weights.saving import save_pretrained
 
@@ -208,6 +209,17 @@ def test_the_tokenizer_is_the_adapter_s_or_else_its_base_s(tmp_path: Path) -> No
         letters.save(tmp_path / "adapter")
 
 
+def test_a_run_s_adapter_is_the_model_of_scripts_that_are_given_none(
+    adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CharTokenizer("abcdefghijk").save(base)
+    adapter.rename(adapter.with_name("out"))
+    monkeypatch.chdir(adapter.parent)
+    model, tokenizer, template = load_language_model(None)
+    assert error(logits(model), logits(with_lora())) < 1e-5
+    assert tokenizer.decode([10]) == "k" and template is None
+
+
 def test_the_shape_is_the_base_s_also_where_a_config_lies_beside(adapter: Path) -> None:
     (adapter / "config.json").write_text(json.dumps(CONFIG))
     assert config_named(str(adapter)) == make_model().config
@@ -219,8 +231,9 @@ def test_in_a_folder_is_what_was_saved_last(base: Path) -> None:
         model.save_pretrained(base)
         whole = model is plain
         assert (base / "model.safetensors").exists() == (base / "config.json").exists() == whole
-        if whole:  # beside what is left of the adapter
+        if whole:
             np.testing.assert_array_equal(logits(GPT2.from_pretrained(base)), logits(plain))
+            assert not list(base.glob("*adapt*"))  # which Transformers would add to it
 
 
 def test_an_adapter_of_openai_s_model_names_it_as_the_hub_does(tmp_path: Path) -> None:

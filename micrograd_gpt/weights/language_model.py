@@ -1,0 +1,54 @@
+"""A language model as a script uses it: with its tokenizer, and the template it was tuned with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from micrograd_gpt.arrays.memory import memory_errors
+from micrograd_gpt.arrays.precision import emulation_note
+from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.template import Template, template_of
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.weights.config import CONFIG
+from micrograd_gpt.weights.formats import is_adapter
+from micrograd_gpt.weights.names import open_language_model
+from micrograd_gpt.weights.pretrained import build
+
+TRAINED = "out"  # where train_gpt2.py writes if it is not told
+
+
+def load_language_model(
+    name: str | None, device: str = "cpu", dtype: str = "float32", answers: bool = False
+) -> tuple[GPT2, Tokenizer, Template | None]:
+    """The model of that name, its tokenizer, and its template where it was tuned on instructions.
+
+    None is the folder out if it holds a model, else "124M", and which it is is said on stderr.
+    Raises UserError where there is no such model, where it does not fit into memory, where the
+    tokenizer is not the model's, and where it `answers` instructions but has no template.
+    """
+    if note := emulation_note(dtype, device):
+        say(note)
+    chosen = name
+    if chosen is None:
+        chosen = TRAINED if _holds_model(TRAINED) else "124M"
+        say(f"no --model given: using {chosen}")
+    smaller = "--dtype bfloat16, or --device cpu" if device != "cpu" else "a smaller --model"
+    with memory_errors(f"the weights do not fit; try {smaller}"):
+        try:
+            weights = open_language_model(chosen)
+        except UserError as error:
+            if name is None and chosen != TRAINED:  # a newcomer without network
+                raise UserError(f"{error}; or train a model first: python train_gpt2.py") from error
+            raise
+        tokenizer, template = load_tokenizer(weights.folder), template_of(weights.folder)
+        tokenizer.check_size(weights.config.vocab_size)
+        if answers and template is None:
+            raise UserError(f"{chosen} was not tuned on instructions: give it a --prompt")
+        return build(weights, device, dtype), tokenizer, template
+
+
+def _holds_model(folder: str) -> bool:
+    return Path(folder, CONFIG).exists() or is_adapter(folder)
