@@ -103,8 +103,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--microscope",
         metavar="PAGE",
-        help="also write an HTML file that shows how the text came about: probabilities, attention, "
-        "what each layer said, which part moved which logit (default: off)",
+        help="also write an HTML file that shows how the text came about: probabilities, attention,"
+        " what each layer said, what moved which logit (default: off)",
     )
     flags.add_flags(parser, DEFAULTS)
     return parser
