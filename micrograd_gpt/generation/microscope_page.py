@@ -81,7 +81,7 @@ def choose_part(length: int, n_prompt: int, config: GPT2Config) -> Part:
     """The part to show of a text of `length` tokens that begins with a prompt of `n_prompt`.
 
     The text is read through the window in which its first new token was chosen. Where not all of
-    that can be shown, at most half of the part is prompt.
+    that can be shown, half of the part is prompt, or more where less is new.
     """
     window = window_start(n_prompt, config.n_positions)
     end = min(length, window + config.n_positions)
@@ -159,7 +159,10 @@ def look(
     """Of each row of probabilities (N, V): the `count` likeliest ids, likeliest first, with theirs;
     the target's, and its rank from 1. Ids from `vocab_size` on stand for no token."""
     spelt = probabilities[:, :vocab_size]
-    top = np.argsort(-spelt, axis=-1, kind="stable")[:, :count]  # (N, count)
+    count = min(count, spelt.shape[1])
+    top = np.argpartition(-spelt, count - 1)[:, :count]  # (N, count), in any order
+    order = np.argsort(-np.take_along_axis(spelt, top, axis=-1), axis=-1, kind="stable")
+    top = np.take_along_axis(top, order, axis=-1)
     own = probabilities[np.arange(len(targets)), targets]  # (N,)
     return {
         "top": top,
