@@ -155,11 +155,10 @@ def attribution(model: GPT2, seen: Observation, targets: Any) -> Attribution:
     Transformer Circuits"). Raises UserError for a projection that is not a plain `Linear`.
     """
     ln_f, blocks, count = model.transformer.ln_f, model.transformer.h, len(targets)
-    row = _wide(head(model).data[np.asarray(targets)])  # (T, C)
+    row = _wide(to_device(head(model).data, "cpu")[np.asarray(targets)])  # (T, C)
+    # LayerNorm takes the mean off the stream; taking it off the direction comes to the same
     direction = row * _wide(ln_f.weight.data)
-    direction = direction - direction.mean(
-        axis=-1, keepdims=True
-    )  # as LayerNorm does to the stream
+    direction = direction - direction.mean(axis=-1, keepdims=True)
     deviation = np.sqrt(_wide(seen.stream[-1, :count]).var(axis=-1, keepdims=True) + ln_f.eps)
     direction = direction / deviation  # (T, C)
     heads, biases = [], []

@@ -115,6 +115,7 @@ def test_what_moved_the_logit_sums_to_it(page: Any) -> None:
     page.click("#text button:nth-child(10)")
     rows = [row.split("\t") for row in page.locator("#movers tbody tr").all_inner_texts()]
     moved = [float(row[1].replace("−", "-")) for row in rows]
+    assert len(moved) == 12 and rows[10][0] == "5 other parts together"
     model = make_model(n_layer=3)
     logit = attribution(model, observe(model, IDS), IDS[1:]).total()[8]
     assert moved[-1] == pytest.approx(logit, abs=0.01)
