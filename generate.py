@@ -3,6 +3,7 @@
     python generate.py --prompt "The "                     # with what train_gpt2.py trained
     echo "Once upon a time" | python generate.py --model 124M --temperature 0.7
     python generate.py --model tuned --instruction "Add." --input "2 and 3"
+    python generate.py --prompt "The " --microscope page.html     # and how it came about
     python generate.py                                     # an interactive prompt
 
 Text goes to stdout as it is decided, whole characters only; everything else goes to stderr.
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     given = make_parser().parse_args(argv)
     # Not for --help, which is to be quick
     from micrograd_gpt.arrays.stand_ins import highest_level
+    from micrograd_gpt.generation import microscope_page
     from micrograd_gpt.generation.output import Writer
     from micrograd_gpt.generation.prompt import converse
 
@@ -46,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     choices.settings()  # what is wrong with them is said before a large model is loaded
     highest_level()  # and so is a mistake in MICROGRAD_GPT_KERNELS
     question = read_question(given)
+    if given.microscope is not None:
+        microscope_page.check_page(given.microscope, question)
     model, tokenizer, template = load(given)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     writer = Writer(model, tokenizer, given.json, template)
@@ -56,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         finished = writer.answer(question, given.input, settings, choices.stop_texts)
     else:
         finished = writer.write(question, settings, choices.stop_texts)
+    if finished and given.microscope is not None:
+        microscope_page.write_page(given.microscope, model, tokenizer, writer.texts)
     return 0 if finished else 130
 
 
@@ -91,6 +97,12 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="one JSON object a sample: prompt, text, token_ids, log_probs (the model's, natural "
         "logarithms), stopped (why), tokens_per_second (default: off, plain text)",
+    )
+    parser.add_argument(
+        "--microscope",
+        metavar="PAGE",
+        help="also write an HTML file that shows how the text came about: probabilities, attention,"
+        " what each layer said, what moved which logit (default: off)",
     )
     flags.add_flags(parser, DEFAULTS)
     return parser

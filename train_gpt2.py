@@ -116,7 +116,7 @@ def train(settings: argparse.Namespace, device: str) -> int:
                 row |= {"val_loss": val_loss} | bits_per_byte(val_loss, corpus)
             recorder.log(row)
         if due.sample and not recorder.stopped:
-            recorder.say(f"--- sample\n{sample(model, corpus, optimizer.steps)}\n---")
+            recorder.show_sample(sample(model, corpus, optimizer.steps))
         recorder.save_if_due()
 
     if signal_number := recorder.finish():

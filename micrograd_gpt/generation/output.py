@@ -30,7 +30,8 @@ SEPARATOR = "---------------"  # between samples
 class Writer:
     """A model and its tokenizer that continue prompts on stdout, as text or as JSON.
 
-    `template` is that of a model that was tuned on instructions.
+    `template` is that of a model that was tuned on instructions. `texts` are the continuations of
+    the latest prompt, the best first where they come from a beam search.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Writer:
     ) -> None:
         self.model, self.tokenizer, self.as_json = model, tokenizer, as_json
         self.template = template
+        self.texts: Sequence[Continuation] = ()
         self._told_the_limit = False
 
     def answer(
@@ -84,13 +86,13 @@ class Writer:
             text = self.tokenizer.decode(new_ids)
             return any(stop in text for stop in stop_texts)
 
-        samples = start_samples([ids], settings)
+        self.texts = samples = start_samples([ids], settings)
         how = prompt, self.tokenizer, stop_texts, self.as_json, show_prompt
         output = Output(samples, *how)
         try:
             with memory_errors(advice):
                 if settings.num_beams > 1:
-                    beams = beam_search(self.model, ids, settings, hits_stop)
+                    self.texts = beams = beam_search(self.model, ids, settings, hits_stop)
                     Output(beams, *how).update()
                     return True
                 output.update()

@@ -46,13 +46,8 @@ class Metrics:
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; once this has returned, killing the process does not lose it."""
-        line = (json.dumps(row) + "\n").encode("utf-8")
+        append_row(self.path, row)
         try:
-            with open(self.path, "ab", buffering=0) as file:
-                end = file.tell()
-                if file.write(line) != len(line):
-                    os.ftruncate(file.fileno(), end)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self._events:
                 for name in sorted(row.keys() - {"step"}):
                     self._events.add_scalar(name, row[name], row["step"])
@@ -106,6 +101,19 @@ class Metrics:
             axes.grid(which="both", alpha=0.3)
         with written_whole(self.folder / "loss.png") as image:
             figure.savefig(image, format="png", dpi=120)
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a file of rows, whole or not at all; UserError if that fails."""
+    line = (json.dumps(row) + "\n").encode("utf-8")
+    try:
+        with open(path, "ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(line) != len(line):
+                os.ftruncate(file.fileno(), end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.metrics import Metrics
 from micrograd_gpt.runs.signals import StopSignals
 from micrograd_gpt.runs.unread import Unread, read_numbers
+from micrograd_gpt.runs.watch import Watch
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
@@ -85,6 +86,7 @@ class Recorder:
         self.metrics = Metrics(self.out, optimizer.steps, settings.tensorboard)
         if settings.overwrite:
             checkpoint.remove_run(self.out)
+        self.watch = Watch(self.metrics, optimizer.steps, settings.watch, data.unit)
         self.best_loss = checkpoint.best_loss(self.out)
         self.val_loss: float | None = None  # of the latest step, if it was measured
         self._on_cpu = resolve_device(settings.device) == "cpu"
@@ -228,6 +230,12 @@ class Recorder:
         self._tokens, self._last_time = 0, time.perf_counter()
         if self.val_loss is not None:
             self._attempt(self.metrics.draw, self.data.unit, needed=False)
+        self._attempt(self.watch.draw, self.settings.max_steps, needed=False)
+
+    def show_sample(self, text: str) -> None:
+        """Say what the model writes now, and keep it for watch.html."""
+        self.say(f"--- sample\n{text}\n---")
+        self._attempt(self.watch.add_sample, self.optimizer.steps, text, needed=False)
 
     def save_if_due(self) -> None:
         """Save if --save-interval says so, or the validation loss is the lowest so far."""
@@ -237,7 +245,7 @@ class Recorder:
             self._attempt(self._save)
 
     def finish(self) -> int:
-        """The loop is over: save what is not saved yet and draw loss.png; returns `stopped`.
+        """The loop is over: save what is not saved yet and draw the curves; returns `stopped`.
 
         A first signal that comes meanwhile is heeded only after that. Raises UserError if the run
         cannot be saved.
@@ -246,6 +254,7 @@ class Recorder:
         if self._saved_step < self.optimizer.steps:
             self._save()
         self._attempt(self.metrics.draw, self.data.unit, needed=False)
+        self._attempt(self.watch.draw, self.settings.max_steps, False, needed=False)
         if self.stopped:
             done = self.optimizer.steps
             can_resume = 0 < done < self.settings.max_steps

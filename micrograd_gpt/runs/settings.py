@@ -182,6 +182,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
     ("on_save_error", one_of("stop", "continue"), "stop", FREE,  # a full disk seldom empties itself
      "what to do when a checkpoint cannot be written, as on a full disk"),
     ("tensorboard", ON_OFF, False, FREE, "write event files too"),
+    ("watch", ON_OFF, False, FREE, "draw watch.html in --out, a page that follows the run"),
 ],
 "planning": [
     ("plan", SWITCH, False, ONCE, "print what the run would take, and end"),

@@ -113,7 +113,7 @@ WATCHING = [
     *_as_in_training("log_interval"),
     Setting("eval_interval", COUNT, None, ASK, "steps between validations (an epoch)"),
     Setting("save_interval", COUNT, None, FREE, "steps between checkpoints (an epoch)"),
-    *_as_in_training("keep", "on_save_error", "tensorboard"),
+    *_as_in_training("keep", "on_save_error", "tensorboard", "watch"),
 ]
 PLANNING = _as_in_training("plan", "rate", "devices")
 # fmt: on

@@ -29,7 +29,25 @@ FLAGS = """--data --encoding --tokenizer --size --n-layer --n-head --n-embd --bl
     --max-steps --batch-size --grad-accum-steps --recompute --no-recompute --learning-rate --min-lr
     --warmup-steps --weight-decay --beta1 --beta2 --grad-clip --log-interval --eval-interval
     --eval-batches --sample-interval --save-interval --keep --on-save-error --tensorboard
-    --no-tensorboard --plan --rate --devices --help"""
+    --no-tensorboard --watch --no-watch --plan --rate --devices --help"""
+
+
+def test_a_run_that_is_watched(text: Path, tmp_path: Path) -> None:
+    """Its page has the samples that were said, and stops being opened again when the run ends."""
+    flags = ["--data", text, "--out", tmp_path, *SMALL, "--watch"]
+    result = run(*flags, "--max-steps", 5, "--sample-interval", 2)
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "watch.html").read_text("utf-8")
+    assert "Step 5 of 5: training loss" in page and "validation loss" in page
+    assert "The run has ended" in page and "refresh" not in page
+    assert page.count("<polyline") == 4 and page.count("<pre>") == 2
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(row["text"] in result.stderr for row in rows)
+    more = run("--resume", "--out", tmp_path, "--max-steps", 7)  # --watch still holds
+    assert more.returncode == 0, more.stderr
+    page = (tmp_path / "watch.html").read_text("utf-8")
+    assert "Step 7 of 7" in page and page.count("<pre>") == 3
 
 
 def test_a_run_from_start_to_end(text: Path, tmp_path: Path) -> None:
