@@ -15,6 +15,7 @@ import argparse
 import base64
 import difflib
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from micrograd_gpt.support.files import read_json, write_text, written_whole
 
 FOLDER = Path(__file__).parent
 LONGEST = 300  # seconds that one cell may take
+COLORS = re.compile(r"\x1b\[[\d;]*m")  # what terminals take for colours, in tracebacks
 
 Notebook = dict[str, Any]  # what is in an .ipynb file: nbformat 4, as JSON
 
@@ -102,7 +104,7 @@ def run_lesson(script: Path) -> Notebook:
     try:
         client.execute()
     except nbclient.exceptions.CellExecutionError as error:
-        raise LessonError(f"a cell failed\n{error}") from None
+        raise LessonError(f"a cell failed\n{COLORS.sub('', str(error))}") from None
     except nbclient.exceptions.CellTimeoutError:
         raise LessonError(f"a cell took more than {LONGEST} s") from None
     return tidied(json.loads(nbformat.writes(notebook, version=4)))
