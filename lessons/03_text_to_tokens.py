@@ -247,8 +247,8 @@ plt.show()
 assert lengths[0] == len(story) and all(a >= b for a, b in pairwise(lengths))
 
 # %% [markdown]
-# With 240 merges, our tokenizer comes close to GPT-2's on this tale, since it was made for this tale
-# and for nothing else (exercise 3).
+# With 240 merges, our tokenizer comes close to GPT-2's on this tale, since it was made for this
+# tale and for nothing else (exercise 3).
 #
 # ## Exercises
 #
