@@ -231,8 +231,8 @@ for lr in (1, 10, 100):
         loss.backward()
         plain.table.data -= lr * plain.table.grad
         plain.table.grad = None
-    print(f"lr {lr:3}: loss {loss.item():.2f}")
-print(f"AdamW : loss {losses[-1]:.2f}, and the floor is {floor:.2f}")
+    print(f"lr {lr:3}: loss {loss.item():.1f}")
+print(f"AdamW : loss {losses[-1]:.1f}, and the floor is {floor:.1f}")
 
 # %% [markdown]
 # **3.** It falls, turns, and rises, while the training loss still falls. This is *overfitting*: a

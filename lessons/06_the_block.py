@@ -296,7 +296,7 @@ model = GPT2(
 )
 optimizer = optim.AdamW(model.parameters(), lr=3e-3)
 windows_of_32 = Windows(tokenizer.encode(story), T, stride=1)
-for step in range(400):
+for step in range(300):
     loss = model.loss(*windows_of_32.batch(0, step, 16))
     loss.backward()
     optimizer.step()
