@@ -93,7 +93,7 @@ plt.show()
 #
 # ## A model to look into
 #
-# A GPT-2 of three blocks, trained on our tale for half a minute. It is GPT-2 in everything but size:
+# A GPT-2 of three blocks, trained on our tale for a moment. It is GPT-2 in everything but size:
 # what you see below is what happens in the large ones.
 
 # %%
@@ -249,7 +249,7 @@ start = tokenizer.encode("The fox")[None]
 print(tokenizer.decode(sample(model, start, 150, temperature=0.7, seed=1)[0]))
 
 # %% [markdown]
-# After half a minute with one page of text, it spells most words and knows who is in the tale. With
+# After a moment with one page of text, it spells some words and knows what the tale is about. With
 # 124 million parameters and forty gigabytes of text, the same lines become GPT-2.
 #
 # ## Exercises
