@@ -1,0 +1,131 @@
+"""The lessons: each has all its parts and its notebook, and the check finds what differs.
+
+The cells themselves are run by `python lessons/make.py --check`, which needs the extra "lessons".
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from micrograd_gpt.support.errors import UserError
+
+FOLDER = Path(__file__).parents[1] / "lessons"
+SCRIPTS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+
+spec = importlib.util.spec_from_file_location("lessons_make", FOLDER / "make.py")
+assert spec and spec.loader
+make = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make)
+
+each_lesson = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+
+
+def notebook_of(script: Path) -> dict[str, Any]:
+    return json.loads(script.with_suffix(".ipynb").read_text("utf-8"))
+
+
+def cells_of(script: str) -> list[str]:
+    """The source of each cell of a script, with the comment signs of Markdown taken off."""
+    cells = []
+    for part in re.split(r"^# %%", script, flags=re.MULTILINE)[1:]:
+        kind, _, source = part.partition("\n")
+        if "[markdown]" in kind:
+            source = re.sub(r"^# ?", "", source, flags=re.MULTILINE)
+        cells.append(source.strip())
+    return cells
+
+
+def small_notebook(output: str = "3\n", picture: str = "AAAA") -> dict[str, Any]:
+    shown = {"image/png": picture, "text/plain": "<Figure size 600x320>"}
+    outputs = [
+        {"output_type": "stream", "name": "stdout", "text": output},
+        {"output_type": "display_data", "data": shown, "metadata": {}},
+    ]
+    cell = {"cell_type": "code", "source": "print(1 + 2)", "outputs": outputs}
+    return {"cells": [{"cell_type": "markdown", "source": "# Sums"}, cell], "metadata": {}}
+
+
+@each_lesson
+def test_a_lesson_has_all_its_parts(script: Path) -> None:
+    text = script.read_text("utf-8")
+    for part in ("# # ", "**Afterwards you can**", "**The idea.**", "## Exercises", "## Solutions"):
+        assert part in text
+    before, solutions = text.split("# ## Solutions")
+    assert "\nassert" in before or "    assert" in before
+    exercises = before.split("# ## Exercises")[1]
+    numbers = re.findall(r"^# (\d)\. ", exercises, re.MULTILINE)
+    assert len(numbers) in (2, 3)
+    assert re.findall(r"^# \*\*(\d)\.\*\*", solutions, re.MULTILINE) == numbers
+
+
+@each_lesson
+def test_its_notebook_has_the_same_text_and_a_picture(script: Path) -> None:
+    notebook = notebook_of(script)
+    sources = [make.joined(cell["source"]).strip() for cell in notebook["cells"]]
+    assert sources == cells_of(script.read_text("utf-8"))
+    outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", ())]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_the_readme_has_every_lesson_in_order() -> None:
+    links = re.findall(r"\]\((\d\d_\w+)\.ipynb\)", (FOLDER / "README.md").read_text("utf-8"))
+    assert links == [script.stem for script in SCRIPTS]
+
+
+def test_the_check_passes_over_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "01_sums.ipynb"
+    path.write_text(json.dumps(small_notebook(picture="BBBB")), "utf-8")
+    make.check(small_notebook(), path)
+
+
+@pytest.mark.parametrize("change", ["output", "source", "a picture less", "a cell less"])
+def test_the_check_finds_text_that_differs(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "01_sums.ipynb"
+    path.write_text(json.dumps(small_notebook()), "utf-8")
+    made = copy.deepcopy(small_notebook("4\n" if change == "output" else "3\n"))
+    if change == "source":
+        made["cells"][0]["source"] = "# Differences"
+    elif change == "a picture less":
+        made["cells"][1]["outputs"].pop()
+    elif change == "a cell less":
+        made["cells"].pop(0)
+    with pytest.raises(make.LessonError, match="the notebook differs"):
+        make.check(made, path)
+
+
+def test_the_check_finds_a_missing_notebook(tmp_path: Path) -> None:
+    with pytest.raises(make.LessonError, match=r"01_sums\.ipynb is missing"):
+        make.check(small_notebook(), tmp_path / "01_sums.ipynb")
+
+
+def test_a_cell_that_warns_is_an_error() -> None:
+    notebook = small_notebook()
+    notebook["cells"][1]["outputs"][0]["name"] = "stderr"
+    with pytest.raises(make.LessonError, match="cell 1 wrote to stderr: 3"):
+        make.tidied(notebook)
+
+
+def test_a_lesson_that_does_not_exist_is_named() -> None:
+    with pytest.raises(UserError, match="no lesson's name begins with '99'"):
+        make.find_lessons(["99"], FOLDER)
+
+
+def test_lessons_are_run_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("nbclient")
+    pytest.importorskip("jupytext")
+    lesson = tmp_path / "01_sums.py"
+    lesson.write_text("# %% [markdown]\n# # Sums\n\n# %%\nprint(1 + 2)\n", "utf-8")
+    assert make.main([], tmp_path) == 0
+    assert make.text_of(notebook_of(lesson))[-1] == "    > 3"
+    assert make.main(["--check"], tmp_path) == 0
+
+    lesson.write_text("# %% [markdown]\n# # Sums\n\n# %%\nassert 1 + 2 == 4\n", "utf-8")
+    assert make.main(["--check"], tmp_path) == 1
+    assert "a cell failed" in capsys.readouterr().out
