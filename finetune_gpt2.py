@@ -171,9 +171,11 @@ def tune(
     order = Order(task.lengths, per_step, settings.seed, task.kinds)
     flags.schedule(settings, order.steps_per_epoch)
     longest = int(task.lengths.max())
+    plan = make_plan(settings, longest, device)
     if settings.plan:
-        print(plan_of(settings, longest, device))
+        print(plan.report(settings.max_steps, settings.rate, settings.devices))
         return None, 0
+    plan.check_room()
     check_fingerprint(settings, task.fingerprint())
 
     # Model and optimizer, and what a resumed run saved of them
@@ -280,11 +282,11 @@ def longest_of(settings: argparse.Namespace) -> int:
     return settings.block_size or room
 
 
-def plan_of(settings: argparse.Namespace, longest: int, device: str) -> str:
-    """What --plan prints: what the longest batches of a run take in which all layers learn."""
+def make_plan(settings: argparse.Namespace, longest: int, device: str) -> Plan:
+    """What a run takes at its longest batches, if all layers learn."""
     s = settings
     sizes = (s.batch_size, longest, s.grad_accum_steps, s.recompute, s.dtype, device)
-    return Plan(config_of(s), *sizes).report(s.max_steps, s.rate, s.devices)
+    return Plan(config_of(s), *sizes)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def train(settings: argparse.Namespace, device: str) -> int:
     validation = Windows(corpus.validation, settings.block_size)
 
     # Model, optimizer, and what a resumed run saved of them
+    make_plan(settings, corpus.tokenizer.vocab_size, device).check_room()
     model = make_model(settings, corpus.tokenizer, device)
     optimizer, scaler = make_optimizer(settings, model)
     if note := emulation_note(settings.dtype, device):
@@ -258,9 +259,15 @@ def plan_of(settings: argparse.Namespace, device: str) -> str:
         tokenizer = load_corpus(settings.data, tokenizer, encoding=settings.encoding).tokenizer
     elif isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, "")
+    plan = make_plan(settings, tokenizer.vocab_size, device)
+    return plan.report(settings.max_steps, settings.rate, settings.devices)
+
+
+def make_plan(settings: argparse.Namespace, vocab_size: int, device: str) -> Plan:
+    """What the run will take."""
     dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
-    plan = Plan(
-        dataclasses.replace(config_of(settings, tokenizer.vocab_size), **dropout),
+    return Plan(
+        dataclasses.replace(config_of(settings, vocab_size), **dropout),
         settings.batch_size,
         settings.block_size,
         settings.grad_accum_steps,
@@ -268,7 +275,6 @@ def plan_of(settings: argparse.Namespace, device: str) -> str:
         settings.dtype,
         device,
     )
-    return plan.report(settings.max_steps, settings.rate, settings.devices)
 
 
 if __name__ == "__main__":
