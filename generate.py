@@ -11,9 +11,15 @@ Text goes to stdout as it is decided, whole characters only; everything else goe
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Ctrl-C while all this is imported ends the script quietly
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from micrograd_gpt.generation import flags
 from micrograd_gpt.generation.question import add_question_flags, read_question
@@ -49,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     highest_level()  # and so is a mistake in MICROGRAD_GPT_KERNELS
     question = read_question(given)
     model, tokenizer, template = load(given)
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    cli.write_utf8()
     writer = Writer(model, tokenizer, given.json, template)
     if question is None:
         return converse(writer, choices)

@@ -20,6 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kill-seed", type=int, default=0, help="seed of the random moments (0)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Heed Ctrl-C, here and in the processes that tests start, however pytest was started: a shell
+    has programs in the background ignore it, and they pass that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu`, with the reason, where there is no GPU to run them on."""
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -54,6 +56,12 @@ def say(message: str, bar: Any = None) -> None:
             print(message, file=sys.stderr, flush=True)
 
 
+def write_utf8() -> None:
+    """Have stdout take any text. In a notebook it does so already, and cannot be set."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a script and exit with its status.
 
@@ -63,6 +71,8 @@ def run(main: Callable[[], int]) -> NoReturn:
     stays, whether or not its output can be written.
     """
     _open_closed_streams()
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):  # the script is imported now
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
         failed = _flush(sys.stdout)

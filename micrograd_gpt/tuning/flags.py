@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,10 @@ def schedule(settings: argparse.Namespace, steps_per_epoch: int) -> None:
     s.save_interval = s.save_interval or steps_per_epoch
     if getattr(s, "sample_interval", None) is None:
         s.sample_interval = s.max_steps  # never: after the last step the results are shown
+
+
+def is_piped(given: dict[str, Any]) -> bool:
+    """Whether texts to label come through a pipe: a model is given, and nothing to learn from."""
+    if given["command"] != "classify" or "model" not in given or {"data", "resume"} & given.keys():
+        return False
+    return sys.stdin is not None and not sys.stdin.isatty()

@@ -16,8 +16,8 @@ from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.runs.plan import Plan
-from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.runs.recompute import recompute_blocks
+from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.variants import VariantConfig, VariantGPT2
 from micrograd_gpt.weights.config import SIZES
 
