@@ -139,21 +139,30 @@ def test_an_interrupt_that_is_ignored_stays_so(text: Path, tmp_path: Path) -> No
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
     )
-    flags = ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, "--max-steps", "100000"]
+    out = tmp_path / "out"
+    flags = ["--data", str(text), "--out", str(out), *SMALL, "--max-steps", "100000"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(SCRIPT), *flags], stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        steps = _wait_for_steps(process, out, 1)
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        _wait_for_steps(process, out, steps + 20)
         assert process.poll() is None
         process.terminate()
         assert process.wait(60) == 143
     finally:
         process.kill()
+
+
+def _wait_for_steps(process: subprocess.Popen[bytes], out: Path, count: int) -> int:
+    """Wait until the run has taken as many steps, or has ended; returns how many it has taken."""
+    steps, deadline = 0, time.monotonic() + 60
+    while steps < count and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        path = out / "metrics.jsonl"
+        steps = len(path.read_bytes().splitlines()) if path.exists() else 0
+    return steps
 
 
 def test_each_step_is_in_the_metrics_once(
