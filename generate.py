@@ -72,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_question_flags(parser)
     parser.add_argument(
         "--model",
+        type=cli.some_text,
         metavar="M",
         help="a checkpoint's folder or file, a size (124M, 355M, 774M, 1558M), or a model on the "
         "Hugging Face Hub: OWNER/NAME or OWNER/NAME@REVISION "

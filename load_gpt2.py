@@ -107,6 +107,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--from",
         dest="model",
+        type=cli.some_text,
         metavar="MODEL",
         help="a local Hugging Face folder, checkpoint of ours or OpenAI folder, a file of one"
         " (.safetensors, pytorch_model.bin, nanoGPT's ckpt.pt), or a model on the Hugging Face Hub:"
@@ -114,12 +115,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=cli.some_path,
         help="folder to write (default models/gpt2-SIZE, or models/ and the name of --from)",
     )
     parser.add_argument(
         "--export",
-        type=Path,
+        type=cli.some_path,
         metavar="FILE.gguf",
         help="write this file, tokenizer included, instead of a folder: llama.cpp runs it",
     )

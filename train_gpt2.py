@@ -37,7 +37,7 @@ from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.runs.recorder import Recorder, micro_batches
-from micrograd_gpt.runs.settings import parse_flags, resolve_settings
+from micrograd_gpt.runs.settings import EVAL_WINDOWS, parse_flags, resolve_settings
 from micrograd_gpt.runs.signals import signals_as_before
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
@@ -218,7 +218,8 @@ def evaluate(model: GPT2, validation: Windows, settings: argparse.Namespace) -> 
     """Mean loss in nats per token over fixed windows of the validation text, the same each time."""
     total = count = 0.0
     with no_grad(), no_dropout():
-        for ids, targets in validation.evenly_spaced(settings.eval_batches, settings.batch_size):
+        windows = settings.eval_batches * EVAL_WINDOWS
+        for ids, targets in validation.evenly_spaced(windows, settings.batch_size):
             total += model.loss(ids, targets).item() * targets.size
             count += targets.size
     return total / count

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from micrograd_gpt.support.errors import UserError
@@ -19,6 +20,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+def some_text(text: str) -> str:
+    """What a flag was given, which must not be empty: "" as a path would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def some_path(text: str) -> Path:
+    """The path that a flag was given, which must not be empty."""
+    return Path(some_text(text))
 
 
 def positive_int(text: str) -> int:

@@ -29,6 +29,7 @@ from micrograd_gpt.runs.settings import (
     Kind,
     Setting,
     check_free,
+    check_in_use,
     check_kinds,
     one_of,
     resumed_settings,
@@ -37,7 +38,9 @@ from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import DEFAULT
 
-OPTIONAL_FILE = Kind(str, {"nargs": "?", "const": "-", "metavar": "FILE"}, allowed="a file")
+OPTIONAL_FILE = Kind(
+    str, {"nargs": "?", "const": "-", "metavar": "FILE", "type": cli.some_text}, allowed="a file"
+)
 
 
 def _as_in_training(*names: str) -> list[Setting]:
@@ -116,6 +119,10 @@ GROUPS: dict[str, dict[str, list[Setting]]] = {
     "classify": {"data": LABELLED_DATA, "model": MODEL + CLASSIFIER, **SHARED},
     "instruct": {"data": INSTRUCTIONS, "model": MODEL, **SHARED},
 }
+FOR_PREDICTION = (
+    *("predict", "model", "text_field", "label_field", "encoding"),
+    *("device", "dtype", "tf32", "batch_size"),
+)
 SUMMARIES = {
     "classify": "learn to label texts, or label them",
     "instruct": "learn to follow instructions",
@@ -164,6 +171,7 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
     command = given["command"]
     flags = {name: value for name, value in given.items() if name != "command"}
     rows = table(command)
+    check_in_use(flags)
     out = Path(flags.get("out", rows["out"].default))
     if flags.get("resume"):
         settings = _resumed(out, flags, command)
@@ -181,8 +189,11 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
 
 
 def for_prediction(given: dict[str, Any]) -> argparse.Namespace:
-    """The settings of `classify --predict`; UserError for one that is not of its kind."""
+    """The settings of `classify --predict`; UserError for one that is not of its kind, or that is
+    for learning only."""
     rows = table(given["command"])
+    for name in given.keys() - {"command", *FOR_PREDICTION}:
+        raise UserError(f"{rows[name].flag} does nothing with --predict: leave one of them out")
     settings = {name: row.default for name, row in rows.items()} | {"predict": "-"} | given
     check_kinds(settings, rows)
     return argparse.Namespace(**settings)
