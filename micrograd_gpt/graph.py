@@ -1,10 +1,11 @@
-"""Looking at a tape: the operations below a result as a drawing, and the gradients in between."""
+"""Looking inside: a tape as a drawing, the gradients in between, and a model as an outline."""
 
 from __future__ import annotations
 
 import weakref
 from typing import Any
 
+from micrograd_gpt.nn import Module
 from micrograd_gpt.tensor import LEAF, Array, Node, Tensor, node_of, tape_below
 
 
@@ -27,6 +28,24 @@ def draw_graph(result: Tensor) -> str:
             lines.append(f'  {name} [shape={shape}, label="{title}"];')
             lines += [f"  {names[parent]} -> {name};" for parent in node.parents if parent]
     return "\n".join([*lines, "}"])
+
+
+def outline(model: Module) -> str:
+    """A module and all below it, a line each: its name, its class, and how many numbers are in its
+    parameters and in those below it.."""
+    titles, counts, above = [], [], [""]
+    for name, part in model.modules():
+        while not f"{name}.".startswith(above[-1]):
+            above.pop()
+        short = name.removeprefix(above[-1])  # such as h.0, which is in a list
+        kind = type(part).__name__
+        titles.append("  " * (len(above) - 1) + f"{short}: {kind}" if name else kind)
+        count = sum(p.size for p in part.parameters())
+        counts.append(f"{count:,} parameters" if count else "")
+        above.append(f"{name}." if name else "")
+    width = max(map(len, titles))
+    lines = [f"{title:{width}}  {count}" for title, count in zip(titles, counts, strict=True)]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def retain_grad(result: Tensor) -> Tensor:
