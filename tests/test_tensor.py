@@ -746,7 +746,7 @@ def test_a_tensor_of_one_element_is_a_number() -> None:
         assert (float(t), int(t), bool(t)) == (2.5, 2, True)
         assert type(float(t)) is float and type(int(t)) is int
     for kind in (float, int, bool):
-        with pytest.raises((TypeError, ValueError), match="ambiguous|0-dimensional"):
+        with pytest.raises((TypeError, ValueError), match=r"ambiguous|0-dimensional"):
             kind(Tensor([1.0, 2.0]))
 
 

@@ -164,8 +164,8 @@ def test_a_manifest_brings_its_vocabulary(tmp_path: Path) -> None:
 
 def test_shards_that_name_no_vocabulary_need_a_fixed_one(tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(np.arange(100, dtype="<u2").tobytes())
-    refused(tmp_path, "give --tokenizer byte or gpt2", "char")
-    refused(tmp_path, "give --tokenizer byte or gpt2", "word")
+    refused(tmp_path, "give that: --tokenizer byte or gpt2", "char")
+    refused(tmp_path, "give that: --tokenizer byte or gpt2", "word")
     vocabulary = CharTokenizer([chr(c) for c in range(100)])
     assert load_corpus(tmp_path, vocabulary).tokenizer is vocabulary
 
