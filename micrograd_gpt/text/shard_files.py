@@ -140,14 +140,16 @@ def matching_tokenizer(files: ShardFiles, requested: str | Tokenizer) -> Tokeniz
     return made_with
 
 
-def check_shards(files: ShardFiles, tokenizer: Tokenizer, cache: Path) -> None:
+def check_shards(files: ShardFiles, tokenizer: Tokenizer, cache: Path | None) -> None:
     """Raise UserError, naming the file, if a shard holds an id that the tokenizer does not have.
 
     All ids are read, but only once: an empty file in `cache`, named after the shards' paths, sizes
-    and time stamps, records that they passed. If it cannot be written, they are read again next
-    time.
+    and time stamps, records that they passed. Without `cache`, or where it cannot be written, they
+    are read again next time.
     """
     paths = [*files.train, *files.validation]
+    if cache is None:
+        return _check_ids_in(paths, files.headerless, tokenizer)
     passed = cache / _record_name(paths, tokenizer.vocab_size)
     if not os.path.exists(passed):
         _check_ids_in(paths, files.headerless, tokenizer)
