@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -181,3 +182,28 @@ def test_each_step_is_in_the_metrics_once(
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert 900 < rows[3]["elapsed_seconds"] < rows[5]["elapsed_seconds"] < 1000
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="on Windows every user has a home")
+def test_a_user_without_a_home_trains(text: Path, tmp_path: Path) -> None:
+    """As a container has one: a number that no name and no folder belongs to."""
+    code = (
+        "import pwd, runpy, sys\n"
+        "def nobody(number):\n"
+        "    raise KeyError(number)\n"
+        "pwd.getpwuid = nobody\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
+    (tmp_path / "train.bin").write_bytes(bytes(2000))
+    sources = ([str(text)], [str(tmp_path), "--tokenizer", "byte"])
+    for number, source in enumerate(sources):
+        flags = ["--data", *source, "--out", str(tmp_path / f"out{number}"), *SMALL]
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(SCRIPT), *flags, "--max-steps", "1"],
+            capture_output=True,
+            text=True,
+            env=environment | {"MPLCONFIGDIR": str(tmp_path)},
+        )
+        assert result.returncode == 0, result.stderr
