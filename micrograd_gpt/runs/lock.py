@@ -30,7 +30,7 @@ def only_writer(folder: str | Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder)
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     try:
         yield
     finally:

@@ -72,7 +72,7 @@ def test_a_lock_ends_with_its_block_and_leaves_nothing(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(UserError, match=r"cannot write to .*file/out: Not a directory"),
+        pytest.raises(UserError, match=r"cannot write .*file/out: Not a directory"),
         only_writer(tmp_path / "file" / "out"),
     ):
         pass
