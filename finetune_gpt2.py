@@ -14,11 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import os
+import signal
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Ctrl-C while all this is imported ends the script quietly
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from micrograd_gpt import optim
 from micrograd_gpt.arrays import stand_ins
@@ -30,10 +36,12 @@ from micrograd_gpt.nn import Module
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.dropout import set_dropout
 from micrograd_gpt.runs.fingerprint import check_fingerprint
+from micrograd_gpt.runs.lock import only_writer
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.runs.recorder import Recorder
+from micrograd_gpt.runs.signals import signals_as_before
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
@@ -65,15 +73,18 @@ RATES = ("max_steps", "warmup_steps", "learning_rate", "min_lr")  # the schedule
 def main(argv: list[str] | None = None) -> int:
     given = flags.parse_flags(argv)
     stand_ins.highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    to_predict = "predict" in given or is_piped(given)
+    cli.write_utf8()
+    to_predict = "predict" in given or flags.is_piped(given)
     settings = flags.for_prediction(given) if to_predict else flags.resolve_settings(given)
     device = resolve_device(settings.device)
     set_tf32(settings.tf32, device)
     command = {"classify": classify, "instruct": instruct}[settings.command]
     advice = "lower --batch-size (and raise --grad-accum-steps), or add --recompute"
     with memory_errors(advice), compute_in(settings.dtype):
-        return (predict if to_predict else command)(settings, device)
+        if to_predict:
+            return predict(settings, device)
+        with nullcontext() if settings.plan else only_writer(settings.out), signals_as_before():
+            return command(settings, device)
 
 
 # -------------------------------------------------------------------------------- classification
@@ -114,13 +125,6 @@ def report_classifier(settings: argparse.Namespace, task: Classification, device
     print(f"saved in {out}/: the model and the run, metrics.jsonl, scores.json, pictures")
     print(f"{best} has the lowest validation loss, and these scores")
     print(f"try: python finetune_gpt2.py classify --model {best} --predict FILE.txt")
-
-
-def is_piped(given: dict[str, Any]) -> bool:
-    """Whether texts to label come through a pipe: a model is given, and nothing to learn from."""
-    if given["command"] != "classify" or "model" not in given or {"data", "resume"} & given.keys():
-        return False
-    return sys.stdin is not None and not sys.stdin.isatty()
 
 
 def predict(settings: argparse.Namespace, device: str) -> int:
@@ -170,9 +174,11 @@ def tune(
     order = Order(task.lengths, per_step, settings.seed, task.kinds)
     flags.schedule(settings, order.steps_per_epoch)
     longest = int(task.lengths.max())
+    plan = make_plan(settings, longest, device)
     if settings.plan:
-        print(plan_of(settings, longest, device))
+        print(plan.report(settings.max_steps, settings.rate, settings.devices))
         return None, 0
+    plan.check_room()
     check_fingerprint(settings, task.fingerprint())
 
     # Model and optimizer, and what a resumed run saved of them
@@ -280,11 +286,11 @@ def longest_of(settings: argparse.Namespace) -> int:
     return settings.block_size or room
 
 
-def plan_of(settings: argparse.Namespace, longest: int, device: str) -> str:
-    """What --plan prints: what the longest batches of a run take in which all layers learn."""
+def make_plan(settings: argparse.Namespace, longest: int, device: str) -> Plan:
+    """What a run takes at its longest batches, if all layers learn."""
     s = settings
     sizes = (s.batch_size, longest, s.grad_accum_steps, s.recompute, s.dtype, device)
-    return Plan(config_of(s), *sizes).report(s.max_steps, s.rate, s.devices)
+    return Plan(config_of(s), *sizes)
 
 
 if __name__ == "__main__":

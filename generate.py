@@ -12,8 +12,14 @@ Text goes to stdout as it is decided, whole characters only; everything else goe
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Ctrl-C while all this is imported ends the script quietly
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from micrograd_gpt.generation import flags
 from micrograd_gpt.generation.question import add_question_flags, read_question
@@ -51,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     if given.microscope is not None:
         microscope_page.check_page(given.microscope, question)
     model, tokenizer, template = load(given)
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    cli.write_utf8()
     writer = Writer(model, tokenizer, given.json, template)
     if question is None:
         return converse(writer, choices)
@@ -70,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_question_flags(parser)
     parser.add_argument(
         "--model",
+        type=cli.some_text,
         metavar="M",
         help="a checkpoint's folder or file, a size (124M, 355M, 774M, 1558M), or a model on the "
         "Hugging Face Hub: OWNER/NAME or OWNER/NAME@REVISION "

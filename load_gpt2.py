@@ -15,8 +15,14 @@ The result is a folder that generate.py, train_gpt2.py --init-from and Transform
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Ctrl-C while all this is imported ends the script quietly
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 
@@ -106,6 +112,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--from",
         dest="model",
+        type=cli.some_text,
         metavar="MODEL",
         help="a local Hugging Face folder, checkpoint of ours or OpenAI folder, a file of one"
         " (.safetensors, pytorch_model.bin, nanoGPT's ckpt.pt), or a model on the Hugging Face Hub:"
@@ -118,13 +125,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=cli.some_path,
         help="folder to write (default models/gpt2-SIZE, or models/ and the name of --from, or of"
         " --merge)",
     )
     parser.add_argument(
         "--export",
-        type=Path,
+        type=cli.some_path,
         metavar="FILE.gguf",
         help="write this file, tokenizer included, instead of a folder: llama.cpp runs it",
     )

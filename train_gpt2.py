@@ -15,8 +15,12 @@ import argparse
 import dataclasses
 import math
 import os
-import sys
+import signal
 import warnings
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Ctrl-C while all this is imported ends the script quietly
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from micrograd_gpt import no_grad, optim
 from micrograd_gpt.arrays import stand_ins
@@ -28,11 +32,13 @@ from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.dropout import set_dropout
 from micrograd_gpt.runs.fingerprint import check_same_data
+from micrograd_gpt.runs.lock import only_writer
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.runs.recorder import Recorder, micro_batches
-from micrograd_gpt.runs.settings import parse_flags, resolve_settings
+from micrograd_gpt.runs.settings import EVAL_WINDOWS, parse_flags, resolve_settings
+from micrograd_gpt.runs.signals import signals_as_before
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
@@ -48,7 +54,7 @@ from micrograd_gpt.weights.pretrained import unwritten
 
 def main(argv: list[str] | None = None) -> int:
     # Settings: the defaults, then what a resumed run was started with, then the flags
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # samples may need it
+    cli.write_utf8()  # samples may need it
     given = parse_flags(argv)
     stand_ins.highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
     settings = resolve_settings(given)
@@ -61,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         f"a micro-batch has {settings.batch_size} × {settings.block_size} tokens; lower "
         "--batch-size (and raise --grad-accum-steps, which keeps the step), or add --recompute"
     )
-    with memory_errors(advice), compute_in(settings.dtype):
+    out_of_memory, types = memory_errors(advice), compute_in(settings.dtype)
+    with out_of_memory, types, only_writer(settings.out), signals_as_before():
         return train(settings, device)
 
 
@@ -73,6 +80,7 @@ def train(settings: argparse.Namespace, device: str) -> int:
     validation = Windows(corpus.validation, settings.block_size)
 
     # Model, optimizer, and what a resumed run saved of them
+    make_plan(settings, corpus.tokenizer.vocab_size, device).check_room()
     model = make_model(settings, corpus.tokenizer, device)
     optimizer, scaler = make_optimizer(settings, model)
     if note := emulation_note(settings.dtype, device):
@@ -210,7 +218,8 @@ def evaluate(model: GPT2, validation: Windows, settings: argparse.Namespace) -> 
     """Mean loss in nats per token over fixed windows of the validation text, the same each time."""
     total = count = 0.0
     with no_grad(), no_dropout():
-        for ids, targets in validation.evenly_spaced(settings.eval_batches, settings.batch_size):
+        windows = settings.eval_batches * EVAL_WINDOWS
+        for ids, targets in validation.evenly_spaced(windows, settings.batch_size):
             total += model.loss(ids, targets).item() * targets.size
             count += targets.size
     return total / count
@@ -258,9 +267,15 @@ def plan_of(settings: argparse.Namespace, device: str) -> str:
         tokenizer = load_corpus(settings.data, tokenizer, encoding=settings.encoding).tokenizer
     elif isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, "")
+    plan = make_plan(settings, tokenizer.vocab_size, device)
+    return plan.report(settings.max_steps, settings.rate, settings.devices)
+
+
+def make_plan(settings: argparse.Namespace, vocab_size: int, device: str) -> Plan:
+    """What the run will take."""
     dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
-    plan = Plan(
-        dataclasses.replace(config_of(settings, tokenizer.vocab_size), **dropout),
+    return Plan(
+        dataclasses.replace(config_of(settings, vocab_size), **dropout),
         settings.batch_size,
         settings.block_size,
         settings.grad_accum_steps,
@@ -268,7 +283,6 @@ def plan_of(settings: argparse.Namespace, device: str) -> str:
         settings.dtype,
         device,
     )
-    return plan.report(settings.max_steps, settings.rate, settings.devices)
 
 
 if __name__ == "__main__":

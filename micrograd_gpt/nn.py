@@ -15,7 +15,6 @@ from micrograd_gpt.tensor import Array, Tensor, setting
 
 DROPPING: ContextVar[bool] = ContextVar("dropping", default=True)
 no_dropout = partial(setting, DROPPING, False)  # with no_dropout(): as if in eval mode
-
 Init = Callable[[tuple[int, ...], float], Array]  # (shape, standard deviation) -> a new matrix
 
 
@@ -47,30 +46,37 @@ class Draws:
         return self.latest
 
 
+def parts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """This module or parameter, and all in it, its lists, tuples and dicts, by `name.0.key`."""
+    if isinstance(value, Module | Parameter):
+        yield name, value
+    inside = vars(value) if isinstance(value, Module) else value
+    inside = dict(enumerate(inside)) if isinstance(inside, list | tuple) else inside
+    for key, part in inside.items() if isinstance(inside, dict) else ():
+        yield from parts(part, f"{name}.{key}".lstrip("."))
+
+
 class Module:
-    """A part of a model. Its parameters are the `Parameter` attributes of it and its parts, which
-    are its attributes that are modules or lists of modules."""
+    """A part of a model. Its parameters are those among its attributes and in its `parts`."""
 
     _training = True  # as train() and eval() set it
     training = property(lambda self: self._training and DROPPING.get())  # whether dropout is on
 
-    def modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
-        """This module and all below it, each with what the names of its parameters begin with; the
-        parts of a list are called `name.0`, `name.1`, …"""
-        yield prefix, self
-        for name, value in vars(self).items():
-            listed = enumerate(value) if isinstance(value, list) else ()
-            for full_name, part in [(name, value), *((f"{name}.{i}", x) for i, x in listed)]:
-                if isinstance(part, Module):
-                    yield from part.modules(f"{prefix}{full_name}.")
+    def __repr__(self) -> str:
+        from micrograd_gpt.graph import outline
+
+        return outline(self)
+
+    def modules(self) -> list[tuple[str, Module]]:
+        """This module and all below it, each with its name."""
+        return [(name, part) for name, part in parts(self) if isinstance(part, Module)]
 
     def named_parameters(self) -> Iterable[tuple[str, Parameter]]:
-        """Each parameter once, a module's own before its parts', as `h.0.attn.c_attn.weight`."""
+        """Each parameter once, under its first name, such as `h.0.attn.c_attn.weight`."""
         found: dict[int, tuple[str, Parameter]] = {}
-        for prefix, part in self.modules():
-            for name, value in vars(part).items():
-                if isinstance(value, Parameter):
-                    found.setdefault(id(value), (prefix + name, value))
+        for name, part in parts(self):
+            if isinstance(part, Parameter):
+                found.setdefault(id(part), (name, part))
         return found.values()
 
     def parameters(self) -> list[Parameter]:
@@ -89,7 +95,7 @@ class Linear(Module):
     """x (…, n_in) -> x @ weight + bias (…, n_out); weight (n_in, n_out) as GPT-2 stores it, but
     column after column in memory (Fortran order), as decoding, one row @ weight, reads it."""
 
-    def __init__(self, n_in: int, n_out: int, init: Init, std: float = 0.02) -> None:
+    def __init__(self, n_in: int, n_out: int, init: Init = normal(0), std: float = 0.02) -> None:
         self.weight = Parameter(np.asfortranarray(init((n_in, n_out), std)))
         self.bias = Parameter(np.zeros(n_out, np.float32))
 
@@ -100,7 +106,7 @@ class Linear(Module):
 class Embedding(Module):
     """Integer ids (…) -> rows of weight (…, width)."""
 
-    def __init__(self, count: int, width: int, init: Init, std: float = 0.02) -> None:
+    def __init__(self, count: int, width: int, init: Init = normal(0), std: float = 0.02) -> None:
         self.weight = Parameter(init((count, width), std))
 
     def __call__(self, ids: Any) -> Tensor:

@@ -43,6 +43,8 @@ class AdamW:
         weight_decay: float = 0.1,
     ) -> None:
         self.parameters = list(parameters)
+        if not self.parameters:
+            raise ValueError("AdamW: there are no parameters to train")
         if narrow := next((p.dtype for p in self.parameters if p.dtype.itemsize < 4), None):
             raise ValueError(f"parameters of {narrow} cannot be trained: hold them in float32")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay

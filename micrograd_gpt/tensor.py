@@ -7,39 +7,24 @@ those of the inputs. `Tensor.backward()` walks that tape once, from the loss dow
     x = Tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
     ((x @ x.T).tanh() * 0.5).sum().backward()
     x.grad                              # an array of x's shape
-
-An array is NumPy's, or on a GPU CuPy's, which answers NumPy's functions too (NEP 13, 18, 35).
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from micrograd_gpt.arrays.stand_ins import converted, definition  # where faster code comes in
+from micrograd_gpt.arrays.stand_ins import converted, definition, setting  # where kernels come in
 
-Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
+Array: TypeAlias = Any  # NumPy's or CuPy's, which answers NumPy's functions too (NEP 13, 18, 35)
 
 LEAF = "leaf"  # the name of the nodes of tensors that no operation made
 RECORDING: ContextVar[bool] = ContextVar("recording", default=True)
-
-
-@contextmanager
-def setting(variable: ContextVar[bool], value: bool) -> Iterator[None]:
-    """Within this block, in this thread alone, the variable has this value."""
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
-
-
 no_grad = functools.partial(setting, RECORDING, False)  # with no_grad(): ops build no tape
 
 
@@ -101,6 +86,11 @@ def reflected(name: str) -> Any:
     return lambda self, other: getattr(as_tensor(other, self), name)(self)
 
 
+def number(kind: type) -> Any:
+    """The method that makes the number in a tensor of one element an int, a float or a bool."""
+    return lambda self: kind(self.item() if self.size == 1 else self.data)
+
+
 class Tensor:
     """An n-dimensional array on the CPU (NumPy) or the GPU (CuPy) that can carry a gradient.
 
@@ -148,6 +138,11 @@ class Tensor:
     def numpy(self) -> np.ndarray:
         """The data as a NumPy array: itself on the CPU, a copy from the GPU."""
         return self.to("cpu").data
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        if self.requires_grad:
+            raise TypeError("NumPy would lose the gradient: for the data alone call .numpy()")
+        return np.array(self.numpy(), dtype, copy=copy)
 
     def item(self) -> float:
         """The number in a tensor of one element."""
@@ -231,7 +226,7 @@ class Tensor:
 
     __radd__, __rmul__ = __add__, __mul__
     __rsub__, __rtruediv__ = reflected("__sub__"), reflected("__truediv__")
-    __rmatmul__ = reflected("__matmul__")
+    __rmatmul__, __rpow__ = reflected("__matmul__"), reflected("__pow__")
 
     def exp(self) -> Tensor:
         y = np.exp(self.data)
@@ -317,10 +312,7 @@ class Tensor:
         index = plain_index(index, self.data)
         return record("getitem", self.data[index], [self], lambda grad: (Picked(index, grad),))
 
-    def __bool__(self) -> bool:
-        """The truth of a single element; ValueError for more, which have no one truth."""
-        return bool(self.data)
-
+    __bool__, __int__, __float__ = map(number, (bool, int, float))
     __eq__, __ne__, __lt__ = map(comparison, ("__eq__", "__ne__", "__lt__"))
     __le__, __gt__, __ge__ = map(comparison, ("__le__", "__gt__", "__ge__"))
     __hash__ = object.__hash__  # as a key a tensor is itself, whatever it holds

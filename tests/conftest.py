@@ -21,6 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kill-seed", type=int, default=0, help="seed of the random moments (0)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Heed Ctrl-C, here and in the processes that tests start, however pytest was started: a shell
+    has programs in the background ignore it, and they pass that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_slow_cases(items)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from micrograd_gpt import Tensor, draw_graph
+from micrograd_gpt import Tensor, draw_graph, nn
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 
@@ -15,7 +15,7 @@ def test_draw_graph_draws_scalars_and_says_when_it_is_too_late() -> None:
     loss = x * x
     assert draw_graph(loss).count("n0 -> n1") == 2 and "leaf" in draw_graph(x)
     loss.backward()
-    with pytest.raises(RuntimeError, match="freed the tape"):
+    with pytest.raises(RuntimeError, match=r"freed the tape .* draw it before backward\(\)"):
         draw_graph(loss)
 
 
@@ -59,3 +59,16 @@ def test_a_model_drawn_at_two_levels() -> None:
         assert label in fused and label not in composed
     assert fused.count("leaf") == composed.count("leaf") == len(model.parameters())
     assert composed.count("matmul") > fused.count("linear")
+
+
+def test_a_drawing_names_parameters_and_shows_values_and_gradients() -> None:
+    layer = nn.Linear(3, 2)
+    layer.bias.data = np.array([0.5, -2.0], np.float32)
+    x = Tensor([[1.0, 2.0, 3.0]])
+    layer(x).sum().backward()
+    dot = draw_graph(layer(x).sum(), layer, values=True)
+    assert r'label="bias\n(2,) float32\n0.5, -2\ngrad 1, 1"' in dot
+    assert r'label="weight\n(3, 2) float32\n' in dot and r"\ngrad 1, 1, 2, 2, 3, 3" in dot
+    large = Tensor(np.full(100, -3, np.float32), requires_grad=True)
+    assert r"leaf\n(100,) float32\nmean size 3" in draw_graph(large * 2, values=True)
+    assert "grad" not in draw_graph(large * 2, values=True) and "mean" not in draw_graph(large * 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from micrograd_gpt import Tensor, nn, optim
 from micrograd_gpt.arrays.devices import move
 from micrograd_gpt.arrays.precision import HALF
 from micrograd_gpt.arrays.stand_ins import at_most
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.runs.loss_scaler import LossScaler
 
 
@@ -304,3 +306,54 @@ def test_steps_set_by_hand_count_for_every_parameter() -> None:
     optimizer.step()
     expected = 0.1 * (0.1 / (1 - 0.9**1001)) / math.sqrt(0.05 / (1 - 0.95**1001))
     np.testing.assert_allclose(p.data, -expected, rtol=1e-5)
+
+
+# ------------------------------------------------------------------ what a newcomer tries first
+
+
+class Deep(nn.Module):
+    """Layers and parameters in every container that Python offers for them."""
+
+    def __init__(self) -> None:
+        linear = partial(nn.Linear, 2, 2)
+        self.listed, self.paired, self.named = [linear()], (linear(), linear()), {"a": linear()}
+        self.nested = {"b": [(linear(),)]}
+        self.scales = [nn.Parameter(np.ones(3, np.float32))]
+        self.shared = self.paired[0]
+
+
+def test_layers_are_found_in_lists_tuples_and_dicts() -> None:
+    model = Deep()
+    names = [name for name, _ in model.named_parameters() if not name.endswith(".bias")]
+    layers = ("listed.0", "paired.0", "paired.1", "named.a", "nested.b.0.0")
+    assert names == [*(f"{name}.weight" for name in layers), "scales.0"]
+    assert len(model.parameters()) == 5 * 2 + 1
+    assert not model.eval().paired[1].training and model.train().nested["b"][0][0].training
+
+
+def test_an_optimizer_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no parameters to train"):
+        optim.AdamW([])
+
+
+def test_layers_need_no_init() -> None:
+    """Each draws weights of its own, as GPT-2 does."""
+    a, b, table = nn.Linear(40, 50), nn.Linear(40, 50), nn.Embedding(40, 50)
+    assert (a.weight.data != b.weight.data).mean() > 0.9
+    for layer in (a, b, table):
+        assert layer.weight.data.std() == pytest.approx(0.02, rel=0.1)
+    assert a(Tensor(np.ones((3, 40), np.float32))).shape == (3, 50)
+
+
+def test_a_model_prints_its_modules_and_parameter_counts() -> None:
+    lines = repr(Deep()).splitlines()
+    assert lines[0].split() == ["Deep", "33", "parameters"]
+    assert lines[1].split() == ["listed.0:", "Linear", "6", "parameters"]
+    assert [line.split()[0] for line in lines[2:6]] == [
+        *("paired.0:", "paired.1:", "named.a:", "nested.b.0.0:")
+    ]
+    model = GPT2(GPT2Config(n_layer=2, n_head=1, n_embd=4, vocab_size=5, n_positions=8))
+    text = str(model)
+    count = sum(p.size for p in model.parameters())
+    assert f"{count:,} parameters" in text.splitlines()[0]
+    assert "    h.1: Block" in text and "        c_fc: Linear" in text

@@ -736,3 +736,45 @@ def test_what_no_backward_needs_may_change() -> None:
     hidden.data *= 0.5
     (hidden * hidden).sum().backward()
     np.testing.assert_array_equal(x.grad, 2 + 2 * hidden.data)
+
+
+# ------------------------------------------------------- what NumPy's and PyTorch's users try first
+
+
+def test_a_tensor_of_one_element_is_a_number() -> None:
+    for data in (2.5, [2.5], [[2.5]]):
+        t = Tensor(data, requires_grad=True)
+        assert (float(t), int(t), bool(t)) == (2.5, 2, True)
+        assert type(float(t)) is float and type(int(t)) is int
+    for kind in (float, int, bool):
+        with pytest.raises((TypeError, ValueError), match=r"ambiguous|0-dimensional"):
+            kind(Tensor([1.0, 2.0]))
+
+
+def test_numpy_reads_a_tensor_unless_a_gradient_would_be_lost() -> None:
+    x = Tensor([[1.0, 2.0]])
+    for array in (np.asarray(x), np.array(x), np.asarray(x, "float64")):
+        assert array.tolist() == [[1.0, 2.0]] and array.dtype.kind == "f"
+    assert np.shares_memory(np.asarray(x), x.data) and not np.shares_memory(np.array(x), x.data)
+    for wants in (Tensor([1.0], requires_grad=True), Tensor([1.0], requires_grad=True) * 2):
+        with pytest.raises(TypeError, match=r"lose the gradient: .*\.numpy\(\)"):
+            np.asarray(wants)
+        assert wants.numpy().shape == wants.detach().numpy().shape == (1,)
+
+
+def test_a_tensor_as_an_exponent_says_what_to_write() -> None:
+    x = Tensor([2.0])
+    for power in (lambda: x**x, lambda: 2**x, lambda: np.float32(2) ** x):
+        with pytest.raises(TypeError, match=r"\(y \* x.log\(\)\).exp\(\)"):
+            power()
+
+
+def test_no_grad_decorates_a_function() -> None:
+    x = Tensor([2.0], requires_grad=True)
+
+    @no_grad()
+    def double(t: Tensor) -> Tensor:
+        return t * 2
+
+    assert not double(x).requires_grad and not double(x).requires_grad
+    assert (x * 2).requires_grad

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_gpt2.py"
 SMALL = [
     *("--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "8"),
-    *("--batch-size", "4", "--warmup-steps", "2", "--eval-batches", "2", "--log-interval", "1"),
+    *("--batch-size", "4", "--warmup-steps", "2", "--eval-batches", "1", "--log-interval", "1"),
     *("--sample-interval", "1000"),
 ]
 

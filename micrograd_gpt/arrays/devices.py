@@ -111,9 +111,9 @@ def move(model: Any, device: str) -> None:
 
     Make the optimizer after this: its moments are made where the parameters are.
     """
-    for _, part in model.modules():
-        for tensor in vars(part).values():
-            if hasattr(tensor, "requires_grad"):
-                tensor.data = to_device(tensor.data, device)
-                if tensor.grad is not None:
-                    tensor.grad = to_device(tensor.grad, device)
+    values = [value for _, part in model.modules() for value in vars(part).values()]
+    others = [value for value in values if hasattr(value, "requires_grad")]  # such as constants
+    for tensor in (*model.parameters(), *others):
+        tensor.data = to_device(tensor.data, device)
+        if tensor.grad is not None:
+            tensor.grad = to_device(tensor.grad, device)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.machine import available_memory
 
 # The most logits that a loss holds at a time: in float32 256 MB, and 1 GB of a GPU's larger memory
 LOGITS_AT_ONCE = {"cpu": 2**26, "gpu": 2**28}
@@ -33,6 +34,20 @@ def memory_errors(advice: str) -> Iterator[None]:
         if not str(error).startswith(NO_GPU_MEMORY):
             raise
         raise UserError(f"the GPU is out of memory ({error}): {advice}") from error
+
+
+def check_room(size: float, what: str, advice: str) -> None:
+    """UserError, ending in `advice`, if `what` takes more bytes than this process can still get.
+
+    Linux gives out more memory than there is, and kills a process later that writes to all of it:
+    so what grows with a setting is counted before it is allocated.
+    """
+    room = available_memory()
+    if room is not None and size > room:
+        raise UserError(
+            f"no memory for {what}: about {size / 1e9:,.1f} GB, where {room / 1e9:,.1f} GB are "
+            f"free: {advice}"
+        )
 
 
 @cache

@@ -22,7 +22,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -149,13 +149,18 @@ def converts(conversion: Callable[[Any, np.dtype], Any]) -> Callable[[Any, np.dt
 
 
 @contextmanager
-def at_most(level: str) -> Iterator[None]:
-    """Within this block only stand-ins up to this level are used; ValueError for an unknown one."""
-    token = _HIGHEST.set(LEVELS[LEVELS.index(level)])
+def setting(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Within this block, in this thread alone, the variable has this value."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _HIGHEST.reset(token)
+        variable.reset(token)
+
+
+def at_most(level: str) -> AbstractContextManager[None]:
+    """Within this block only stand-ins up to this level are used; ValueError for an unknown one."""
+    return setting(_HIGHEST, LEVELS[LEVELS.index(level)])
 
 
 def highest_level() -> str:

@@ -6,6 +6,7 @@ Transformers' `generation/utils.py`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,14 +19,18 @@ from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 
+LARGEST_POWER = 709.0  # exp of more is no float
+
 
 @dataclass(kw_only=True)
 class Beam(Continuation):
     """A continuation and its score: the sum of the log-probabilities of its new tokens after the
-    penalties, and once it has ended that sum / length ** `length_penalty`.
+    penalties, and once it has ended that sum / length ** `length_penalty`, which `rank` orders
+    where it is too small or too large for a float.
     """
 
     score: float
+    rank: float = 0.0
 
 
 def beam_search(
@@ -65,8 +70,9 @@ def beam_search(
         # Only the best `width` may end; the others are there to go on in their place
         just_ended = [beam for beam in candidates[:width] if beam.stopped]
         for beam in just_ended:
-            beam.score /= length**penalty
-        ended = sorted(ended + just_ended, key=lambda beam: -beam.score)[:width]
+            beam.rank = rank(beam.score, length, penalty)
+            beam.score = -math.exp(min(-beam.rank, LARGEST_POWER))
+        ended = sorted(ended + just_ended, key=lambda beam: -beam.rank)[:width]
         alive = [row for row, beam in enumerate(candidates) if not beam.stopped][:width]
         if not alive:
             break
@@ -76,7 +82,7 @@ def beam_search(
             reach = length
             if settings.early_stopping == "never" and penalty > 0:
                 reach = settings.max_new_tokens
-            out_of_reach = beams[0].score / reach**penalty <= ended[-1].score
+            out_of_reach = rank(beams[0].score, reach, penalty) <= ended[-1].rank
             if settings.early_stopping is True or out_of_reach:
                 break
     if not ended:
@@ -86,6 +92,14 @@ def beam_search(
             f"only {len(ended)} of {settings.num_samples} beams could be found: lower num_samples"
         )
     return ended[: settings.num_samples]
+
+
+def rank(log_prob: float, length: int, penalty: float) -> float:
+    """A number that orders texts as log_prob / length ** penalty does; none overflows.
+
+    `log_prob` is 0 at most. With x = -log_prob the rank is log(length ** penalty / x).
+    """
+    return math.inf if log_prob == 0 else penalty * math.log(length) - math.log(-log_prob)
 
 
 def _extend(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from micrograd_gpt.arrays.devices import to_device
-from micrograd_gpt.arrays.memory import keep_freed_memory
+from micrograd_gpt.arrays.memory import check_room, keep_freed_memory
 from micrograd_gpt.arrays.precision import widened
 from micrograd_gpt.arrays.stand_ins import definition
 from micrograd_gpt.generation.filters import likeliest
@@ -19,6 +19,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Array, no_grad
 
 TOKENS_AT_ONCE = 2048  # of several prompts together: what a model computes for them takes memory
+BYTES_OF_TEXT = 5000  # that Python takes for each text: its random numbers, decoder and lists
 
 
 @definition
@@ -176,6 +177,20 @@ class Context:
 def _check_finite(finite: np.ndarray) -> None:
     if not finite.all():
         raise UserError("the model's logits are not finite: its weights must be damaged")
+
+
+def check_memory(model: GPT2, rows: int, longest: int, use_cache: bool = True) -> None:
+    """UserError if this machine has no memory to decode as many texts at once, of up to `longest`
+    tokens each; before anything is allocated."""
+    c = model.config
+    capacity = min(longest, c.n_positions)
+    logits = 2 * 4 * c.vocab_size  # in float32, and what choosing a token makes of them
+    python = rows * (BYTES_OF_TEXT + logits)
+    cache = bytes_of_cache(model, rows, capacity) if use_cache else 0
+    where = f"{rows:,} texts of {capacity:,} tokens"
+    advice = "lower num_samples, num_beams or max_new_tokens"
+    on_cpu = model.transformer.wte.weight.device == "cpu"
+    check_room(python + (cache if on_cpu else 0), f"{where} at once", advice)
 
 
 def _allocate(model: GPT2, rows: int, capacity: int) -> KVCache:

@@ -14,7 +14,7 @@ from typing import Any
 
 from micrograd_gpt.arrays.memory import memory_errors
 from micrograd_gpt.generation.beam_search import beam_search
-from micrograd_gpt.generation.context import Continuation
+from micrograd_gpt.generation.context import Continuation, check_memory
 from micrograd_gpt.generation.filters import NO_TOKEN_LEFT
 from micrograd_gpt.generation.sampling import decode, start_samples
 from micrograd_gpt.generation.settings import Settings
@@ -81,6 +81,8 @@ class Writer:
             f"{rows} × {min(length, limit)} tokens are decoded at once; lower --num-samples, "
             "--num-beams or --max-new-tokens"
         )
+
+        check_memory(self.model, rows, length, settings.use_cache)
 
         def hits_stop(new_ids: list[int]) -> bool:
             text = self.tokenizer.decode(new_ids)

@@ -19,7 +19,7 @@ import numpy as np
 from micrograd_gpt.arrays.devices import to_device
 from micrograd_gpt.generation import filters
 from micrograd_gpt.generation.beam_search import beam_search
-from micrograd_gpt.generation.context import Context, Continuation
+from micrograd_gpt.generation.context import Context, Continuation, check_memory
 from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.generation.speculation import PromptLookup
 from micrograd_gpt.gpt2 import GPT2
@@ -183,7 +183,7 @@ def generate(
     a list. With `num_samples`, each prompt has that many rows or arrays.
 
     Raises UserError for settings that `Settings` refuses, for empty prompts and ids outside the
-    vocabulary, where the cache does not fit into memory, where fewer than `num_samples` beams are
+    vocabulary, where the texts do not fit into memory, where fewer than `num_samples` beams are
     found, and for rows of a batch that end early because no token was left, where `end_of_text` is
     None or outside the vocabulary: there is nothing to fill them up with.
     """
@@ -202,6 +202,9 @@ def generate(
     prompts = [_prompt(row, model) for row in (ids if is_list else np.atleast_2d(array))]
     if not prompts:
         raise UserError("there is no prompt: give at least one")
+    rows = num_beams if num_beams > 1 else settings.num_samples * len(prompts)
+    longest = max(map(len, prompts)) + max_new_tokens
+    check_memory(model, rows, longest, settings.use_cache)
     if num_beams > 1:
         found = [beam_search(model, prompt, settings) for prompt in prompts]
         texts = [beam.ids for beams in found for beam in beams]
@@ -216,8 +219,8 @@ def generate(
     end = -1 if settings.end_of_text is None else settings.end_of_text
     if not 0 <= end < model.config.vocab_size and min(map(len, texts)) < longest:
         raise UserError(filters.NO_TOKEN_LEFT)
-    rows = np.array([text + [end] * (longest - len(text)) for text in texts])
-    return rows[0] if array.ndim == 1 and settings.num_samples == 1 else rows
+    filled = np.array([text + [end] * (longest - len(text)) for text in texts])
+    return filled[0] if array.ndim == 1 and settings.num_samples == 1 else filled
 
 
 def _prompt(ids: Any, model: GPT2) -> list[int]:

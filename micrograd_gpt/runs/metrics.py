@@ -1,7 +1,7 @@
 """What a run measures as it goes: `metrics.jsonl`, `loss.png`, and TensorBoard's event files.
 
-A row is one object on one line, `{"step": 10, "train_loss": 3.2, …}`. Rows are only ever added. A
-resumed run may take some steps again: its rows replace the earlier ones of the same or later steps.
+A row is one object on one line, `{"step": 10, "train_loss": 3.2, …}`. A resumed run may take some
+steps again: the rows of these are removed when it starts, so every step is there once.
 """
 
 from __future__ import annotations
@@ -41,8 +41,30 @@ class Metrics:
                 self.path.unlink(missing_ok=True)
             else:
                 _mend_last_line(self.path)
+                self._remove_after(step)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken so far, as its last row says; 0 without one."""
+        last = self.rows()[-1:]
+        found = last[0].get("elapsed_seconds") if last else None
+        return float(found) if isinstance(found, int | float) else 0.0
+
+    def _remove_after(self, step: int) -> None:
+        """Remove the rows of steps after `step`, which are taken again, and rows that these replace
+        already; lines that are not rows stay."""
+        lines = self._lines()
+        current = {row["step"]: i for i, line in enumerate(lines) if (row := _row(line))}
+        kept = [
+            line
+            for i, line in enumerate(lines)
+            if (row := _row(line)) is None or (row["step"] <= step and current[row["step"]] == i)
+        ]
+        if len(kept) < len(lines):
+            with written_whole(self.path) as file:
+                file.writelines(line + b"\n" for line in kept)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; once this has returned, killing the process does not lose it."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from micrograd_gpt import optim
 from micrograd_gpt.arrays.devices import move, to_device
-from micrograd_gpt.arrays.memory import LOGITS_AT_ONCE
+from micrograd_gpt.arrays.memory import LOGITS_AT_ONCE, check_room
 from micrograd_gpt.arrays.precision import HALF, compute_in, hold_in
 from micrograd_gpt.gpt2 import GPT2Config
 from micrograd_gpt.runs.recompute import recompute_blocks
@@ -167,6 +167,18 @@ class Plan:
         copies = 3 * self._hidden * self._wide if self._is_half and self.device == "cpu" else 0
         gradients = 2 * self._stream + 2 * self._hidden
         return self._saved_by_block + gradients * self._narrow + copies
+
+    def check_room(self) -> None:
+        """UserError if a run on the CPU takes more memory than there is, before it takes it."""
+        if self.device != "cpu":  # a GPU's memory is never given out twice: it says when it is full
+            return
+        model = f"{self.n_parameters:,} parameters with their gradients and moments"
+        smaller = "choose a smaller --size, --n-layer or --n-embd"
+        check_room(self.weights + self.gradients + self.moments, model, smaller)
+        tokens = f"{self.batch_size:,} × {self.block_size:,} tokens"
+        batch = f"{self.n_parameters:,} parameters and micro-batches of {tokens}"
+        lower = "lower --batch-size (and raise --grad-accum-steps, which keeps the step), or "
+        check_room(self.peak - PYTHON, batch, lower + "add --recompute")
 
     def seconds_per_step(self, rate: float | None = None, devices: int = 1) -> float:
         """Time of a step on `devices` that reach `rate` TFLOP/s each; None: as measured here.

@@ -124,7 +124,8 @@ class Recorder:
             smoothing=0.05,
         )
         self._signals = StopSignals()
-        self._started = self._last_time = time.perf_counter()
+        self._last_time = time.perf_counter()
+        self._started = self._last_time - self.metrics.seconds  # a resumed run's time goes on
 
     @property
     def stopped(self) -> int:

@@ -25,6 +25,7 @@ from micrograd_gpt.weights.names import config_named
 
 SHAPES: dict[str, dict[str, int]] = {"tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128}, **SIZES}
 
+EVAL_WINDOWS = 12  # that --eval-batches counts as a batch
 
 # ----------------------------------------------------------------------------- columns of the table
 
@@ -48,7 +49,7 @@ def one_of(*choices: str) -> Kind:
     return Kind(str, {"choices": choices}, lambda value: value in choices, " or ".join(choices))
 
 
-TEXT = Kind(str, allowed="text")
+TEXT = Kind(str, {"type": cli.some_text}, lambda text: text != "", "a text that is not empty")
 SWITCH = Kind(bool, {"action": "store_true"}, allowed="true or false")
 ON_OFF = Kind(bool, {"action": argparse.BooleanOptionalAction}, allowed="true or false")
 COUNT = Kind(int, {"type": cli.positive_int}, lambda n: n >= 1, "1 or more")
@@ -174,8 +175,8 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
 "watching": [
     ("log_interval", COUNT, 10, FREE, "steps between metrics"),
     ("eval_interval", COUNT, By(500, 250), ASK, "steps between validations"),
-    ("eval_batches", COUNT, 40, ASK,  # enough that the choice of windows hardly moves the loss
-     "batches of a validation"),
+    ("eval_batches", COUNT, By(40, 4), ASK,  # 30,000 tokens or more: their choice hardly matters
+     f"validate on {EVAL_WINDOWS} times as many windows, the same ones whatever --batch-size is"),
     ("sample_interval", COUNT, By(1000, 250), FREE, "steps between samples"),
     ("save_interval", COUNT, By(1000, 250), FREE, "steps between checkpoints"),
     ("keep", COUNT_OR_0, 0, FREE, "how many earlier checkpoints to keep, as step-000100/"),
@@ -192,6 +193,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
 # fmt: on
 GROUPS = {title: [Setting(*row) for row in rows] for title, rows in TABLE.items()}
 SETTINGS = {row.name: row for rows in GROUPS.values() for row in rows}
+NEEDS = {"rate": "plan", "devices": "plan", "allow_changes": "resume"}
 OF_THE_WEIGHTS = ("size", "n_layer", "n_head", "n_embd", "tokenizer")  # --init-from decides these
 
 
@@ -218,12 +220,21 @@ def resolve_settings(flags: dict[str, Any]) -> argparse.Namespace:
 
     Beside the table's settings there is `data_fingerprint`, None until the data has been read.
     """
+    check_in_use(flags)
     out = Path(flags.get("out", SETTINGS["out"].default))
     if "size" in flags:
         flags = {**flags, "size": known_size(flags["size"])}
     settings = resumed_settings(out, flags) if flags.get("resume") else new_settings(out, flags)
     check_kinds(settings)
     return argparse.Namespace(**settings)
+
+
+def check_in_use(flags: dict[str, Any]) -> None:
+    """UserError for a flag that would do nothing, as another one is not given."""
+    for name, needed in NEEDS.items():
+        if name in flags and not flags.get(needed):
+            flag, other = SETTINGS[name].flag, SETTINGS[needed].flag
+            raise UserError(f"{flag} does nothing without {other}: give that too, or leave it out")
 
 
 def check_kinds(settings: dict[str, Any], table: dict[str, Setting] = SETTINGS) -> None:

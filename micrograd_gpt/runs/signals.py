@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from micrograd_gpt.support.cli import say
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
@@ -13,15 +18,36 @@ class StopSignals:
 
     The first Ctrl-C or SIGTERM sets `requested`, the signal's number (0 before). A second one ends
     the process at once: KeyboardInterrupt, or SystemExit with status 143.
+
+    Python allows this in its main thread only: in another one signals do what they did before. So
+    do those that are ignored, as a shell starts programs in the background.
     """
 
     def __init__(self) -> None:
         self.requested = 0
-        signal.signal(signal.SIGINT, self._remember)
-        signal.signal(signal.SIGTERM, self._remember)
+        for number in heeded():
+            signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.requested = number
         say("stopping after this step; interrupt again to stop at once")
+
+
+def heeded() -> list[signal.Signals]:
+    """The signals of STOPPING whose handlers may be changed here, and should be."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [number for number in STOPPING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
+
+@contextmanager
+def signals_as_before() -> Iterator[None]:
+    """After this block signals do again what they did before it, as a notebook needs."""
+    before = {number: signal.getsignal(number) for number in heeded()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from micrograd_gpt.support.errors import UserError
@@ -17,6 +20,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+def some_text(text: str) -> str:
+    """What a flag was given, which must not be empty: "" as a path would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def some_path(text: str) -> Path:
+    """The path that a flag was given, which must not be empty."""
+    return Path(some_text(text))
 
 
 def positive_int(text: str) -> int:
@@ -54,6 +69,12 @@ def say(message: str, bar: Any = None) -> None:
             print(message, file=sys.stderr, flush=True)
 
 
+def write_utf8() -> None:
+    """Have stdout take any text. In a notebook it does so already, and cannot be set."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a script and exit with its status.
 
@@ -63,6 +84,8 @@ def run(main: Callable[[], int]) -> NoReturn:
     stays, whether or not its output can be written.
     """
     _open_closed_streams()
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):  # the script is imported now
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
         failed = _flush(sys.stdout)

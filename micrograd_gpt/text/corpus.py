@@ -87,23 +87,23 @@ def load_corpus(
     if not 0 < validation_fraction < 1:
         raise UserError(f"validation_fraction must be between 0 and 1, not {validation_fraction}")
     if source not in ("pydocs", "shakespeare"):
-        cache = Path(cache_folder or download.cache_folder())
         with reading(source):
             shard_files = find_shards(source)
             text_files = [] if shard_files else find_files(source)
             size = sum(file.stat().st_size for file in text_files)
         if shard_files is not None:
             made_with = matching_tokenizer(shard_files, tokenizer)
-            check_shards(shard_files, made_with, cache / "checked")
+            check_shards(shard_files, made_with, _cache(cache_folder, "checked"))
             return _corpus_of(shard_files, made_with, validation_fraction, str(source))
         if size > MOST_IN_MEMORY:
-            shard_files = prepare(source, text_files, tokenizer, encoding, cache / "tokens")
+            tokens = Path(cache_folder or download.cache_folder()) / "tokens"
+            shard_files = prepare(source, text_files, tokenizer, encoding, tokens)
             made_with = matching_tokenizer(shard_files, tokenizer)
             try:
                 return _corpus_of(shard_files, made_with, validation_fraction, str(source))
             except UserError as error:
                 raise UserError(
-                    f"{error} (delete {cache / 'tokens'} to have texts tokenized again)"
+                    f"{error} (delete {tokens} to have texts tokenized again)"
                 ) from error
     documents = load_documents(source, encoding)
     if isinstance(tokenizer, str):
@@ -111,6 +111,14 @@ def load_corpus(
     ids = encode_documents(documents, tokenizer)
     split = int(len(ids) * (1 - validation_fraction))
     return Corpus(ids[:split], ids[split:], tokenizer, str(source))
+
+
+def _cache(folder: str | Path | None, name: str) -> Path | None:
+    """A folder for what can be made again; None for a user without a home, as in a container."""
+    try:
+        return Path(folder or download.cache_folder()) / name
+    except UserError:
+        return None
 
 
 def encode_documents(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:

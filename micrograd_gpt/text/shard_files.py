@@ -4,7 +4,7 @@ Three kinds of folders are read as they are:
 
     ours     tokens_*.bin and manifest.json, which says which tokenizer made them
     llm.c    *_train_*.bin and *_val_*.bin
-    nanoGPT  train.bin and val.bin, without a header
+    nanoGPT  train.bin and val.bin, without a header; meta.pkl if they are of characters
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.shards import Shards, open_shard, read_shard
-from micrograd_gpt.text.tokenizers import FIXED, NAMES, tokenizer_from_dict
+from micrograd_gpt.text.tokenizers import FIXED, NAMES, CharTokenizer, tokenizer_from_dict
 
 MANIFEST = "manifest.json"
 FORMAT = "micrograd-gpt token shards"
@@ -103,16 +103,27 @@ def matching_tokenizer(files: ShardFiles, requested: str | Tokenizer) -> Tokeniz
     `requested` is a tokenizer, or the name of one. Raises UserError if the shards were made with
     another, and for a name whose vocabulary comes from a text that the shards do not have.
     """
+    from micrograd_gpt.text.nanogpt_vocabulary import META, nanogpt_vocabulary
+
     folder = files.train[0].parent
     name = requested if isinstance(requested, str) else requested.name
     if files.manifest is None:
         if isinstance(requested, Tokenizer):
             return requested
+        vocabulary = nanogpt_vocabulary(folder) if files.headerless else None
+        if vocabulary and name != "char":
+            raise UserError(
+                f"the shards in {folder} are of characters, as {META} beside them says: give "
+                "--tokenizer char"
+            )
+        if vocabulary:
+            return CharTokenizer(vocabulary)
         if name in FIXED:
             return FIXED[name]()
         raise UserError(
             f"the shards in {folder} come without the vocabulary that --tokenizer {name} needs: "
-            f"give --tokenizer {' or '.join(FIXED)}"
+            f"train on the text itself, or if they were made with another tokenizer, give that: "
+            f"--tokenizer {' or '.join(FIXED)}, or the folder with its files"
         )
     made_with = tokenizer_from_dict(files.manifest["tokenizer"])
     if made_with.name != name:
@@ -129,14 +140,16 @@ def matching_tokenizer(files: ShardFiles, requested: str | Tokenizer) -> Tokeniz
     return made_with
 
 
-def check_shards(files: ShardFiles, tokenizer: Tokenizer, cache: Path) -> None:
+def check_shards(files: ShardFiles, tokenizer: Tokenizer, cache: Path | None) -> None:
     """Raise UserError, naming the file, if a shard holds an id that the tokenizer does not have.
 
     All ids are read, but only once: an empty file in `cache`, named after the shards' paths, sizes
-    and time stamps, records that they passed. If it cannot be written, they are read again next
-    time.
+    and time stamps, records that they passed. Without `cache`, or where it cannot be written, they
+    are read again next time.
     """
     paths = [*files.train, *files.validation]
+    if cache is None:
+        return _check_ids_in(paths, files.headerless, tokenizer)
     passed = cache / _record_name(paths, tokenizer.vocab_size)
     if not os.path.exists(passed):
         _check_ids_in(paths, files.headerless, tokenizer)

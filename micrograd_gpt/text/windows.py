@@ -66,12 +66,12 @@ class Windows:
         return self._gather((window * np.uint64(self.stride) + offset).astype(np.int64))
 
     def evenly_spaced(self, count: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield at most `count` batches of inputs and targets, each int64 of shape (B, T).
+        """Yield `count` windows as batches of inputs and targets, each int64 of shape (B, T).
 
-        They are `count` * `batch_size` windows, evenly spaced over the stream, the same each time.
-        A stream with fewer windows gives all of them, and the last batch may be smaller.
+        They are evenly spaced over the stream, and the same each time, whatever the batch size. A
+        stream with fewer windows gives all of them, and the last batch may be smaller.
         """
-        chosen = min(count * batch_size, self._count)
+        chosen = min(count, self._count)
         starts = np.arange(chosen) * self._count // max(chosen, 1) * self.stride
         for first in range(0, chosen, batch_size):
             yield self._gather(starts[first : first + batch_size])

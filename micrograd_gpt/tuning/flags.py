@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from micrograd_gpt.runs.settings import (
     Kind,
     Setting,
     check_free,
+    check_in_use,
     check_kinds,
     one_of,
     resumed_settings,
@@ -37,7 +39,9 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import DEFAULT
 from micrograd_gpt.tuning import lora
 
-OPTIONAL_FILE = Kind(str, {"nargs": "?", "const": "-", "metavar": "FILE"}, allowed="a file")
+OPTIONAL_FILE = Kind(
+    str, {"nargs": "?", "const": "-", "metavar": "FILE", "type": cli.some_text}, allowed="a file"
+)
 
 
 def _as_in_training(*names: str) -> list[Setting]:
@@ -123,6 +127,10 @@ GROUPS: dict[str, dict[str, list[Setting]]] = {
     "classify": {"data": LABELLED_DATA, "model": MODEL + CLASSIFIER, **SHARED},
     "instruct": {"data": INSTRUCTIONS, "model": MODEL, **SHARED},
 }
+FOR_PREDICTION = (
+    *("predict", "model", "text_field", "label_field", "encoding"),
+    *("device", "dtype", "tf32", "batch_size"),
+)
 SUMMARIES = {
     "classify": "learn to label texts, or label them",
     "instruct": "learn to follow instructions",
@@ -171,6 +179,7 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
     command = given["command"]
     flags = {name: value for name, value in given.items() if name != "command"}
     rows = table(command)
+    check_in_use(flags)
     out = Path(flags.get("out", rows["out"].default))
     if flags.get("resume"):
         settings = _resumed(out, flags, command)
@@ -190,14 +199,13 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
 
 
 def for_prediction(given: dict[str, Any]) -> argparse.Namespace:
-    """The settings of `classify --predict`; UserError without --model, with flags that are about
-    learning, and for a setting that is not of its kind.
-    """
+    """The settings of `classify --predict`; UserError without --model, for one that is not of its
+    kind, or that is for learning only."""
     rows = table(given["command"])
     if "model" not in given:
         raise UserError("--model is missing: give the folder of a classifier")
-    if other := next((name for name in LEARNING if name in given), None):
-        raise UserError(f"--predict labels texts, and {rows[other].flag} is to learn: give one")
+    for name in given.keys() - {"command", *FOR_PREDICTION}:
+        raise UserError(f"{rows[name].flag} does nothing with --predict: leave one of them out")
     settings = {name: row.default for name, row in rows.items()} | {"predict": "-"} | given
     check_kinds(settings, rows)
     return argparse.Namespace(**settings)
@@ -234,3 +242,10 @@ def schedule(settings: argparse.Namespace, steps_per_epoch: int) -> None:
     s.save_interval = s.save_interval or steps_per_epoch
     if getattr(s, "sample_interval", None) is None:
         s.sample_interval = s.max_steps  # never: after the last step the results are shown
+
+
+def is_piped(given: dict[str, Any]) -> bool:
+    """Whether texts to label come through a pipe: a model is given, and nothing to learn from."""
+    if given["command"] != "classify" or "model" not in given or {"data", "resume"} & given.keys():
+        return False
+    return sys.stdin is not None and not sys.stdin.isatty()

@@ -61,3 +61,25 @@ def test_fewer_beams_than_asked_for_is_said(model: GPT2) -> None:
 def test_top_p_1_does_nothing_to_a_beam_search(model: GPT2) -> None:
     plain, with_p = (generate(model, np.array([1]), 5, num_beams=3, top_p=p) for p in (None, 1.0))
     np.testing.assert_array_equal(plain, with_p)
+
+
+@pytest.mark.parametrize("early", [False, "never", True])
+def test_no_length_penalty_is_too_large(model: GPT2, early: bool | str) -> None:
+    """300 and -300 order texts by their lengths, which powers of these would overflow."""
+    lengths = {}
+    for penalty in (-1e6, -300.0, 300.0, 1e6):
+        how = Settings(
+            max_new_tokens=40,
+            num_beams=8,
+            num_samples=8,
+            length_penalty=penalty,
+            end_of_text=3,
+            early_stopping=early,
+        )
+        beams = beam_search(model, [1, 2], how)
+        found = [len(beam.new_ids) for beam in beams]
+        assert found == sorted(found, reverse=penalty > 0)
+        assert all(-np.inf < beam.score <= 0 for beam in beams)
+        lengths[penalty] = sum(found)
+    if early is not True:
+        assert lengths[300.0] >= lengths[-300.0]

@@ -133,8 +133,28 @@ def test_a_cache_that_fits_no_memory_is_named_with_its_size(
         Context(model, 10**18, 16)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr("micrograd_gpt.generation.context.KVCache", full)
-    with pytest.raises(UserError, match=r"KV cache of 409\.6 GB"):
-        generate(model, np.array([1]), 15, num_beams=100_000_000)
+    with pytest.raises(UserError, match=r"KV cache of 0\.0 GB"):
+        generate(model, np.array([1]), 15, num_beams=4)
+
+
+@pytest.mark.parametrize(
+    "how", [{"num_samples": 3_000_000}, {"num_beams": 3_000_000}, {"num_samples": 10**18}]
+)
+def test_more_texts_than_memory_holds_are_refused_before_they_are_made(
+    model: GPT2, monkeypatch: pytest.MonkeyPatch, how: dict[str, int]
+) -> None:
+    """Without a single allocation that the system could answer by killing the process."""
+    monkeypatch.setattr("micrograd_gpt.arrays.memory.available_memory", lambda: 10**9)
+    with pytest.raises(UserError, match=r"no memory for [\d,]+ texts .*: lower num_samples") as it:
+        generate(model, np.array([1]), 15, end_of_text=None, **how)
+    assert "\n" not in str(it.value)
+
+
+def test_as_many_texts_as_memory_holds_are_decoded(
+    model: GPT2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("micrograd_gpt.arrays.memory.available_memory", lambda: 10**6)
+    assert generate(model, np.array([1]), 2, num_samples=20, end_of_text=None).shape == (20, 3)
 
 
 def test_damaged_weights_are_named() -> None:

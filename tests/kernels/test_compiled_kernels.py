@@ -181,6 +181,15 @@ def test_a_compiler_that_is_not_found_is_named(tmp_path: Path) -> None:
 
 
 @needs_cc
+@pytest.mark.parametrize("command", ["no-such-cc -O2", "false"])
+def test_whoever_names_a_compiler_is_told_that_it_is_not_used(command: str, tmp_path: Path) -> None:
+    """In any program, as a slower one would not be noticed."""
+    said = run_apart(COMPARE, CC=command, XDG_CACHE_HOME=str(tmp_path))
+    assert (said.returncode, said.stderr.count("\n")) == (0, 1)
+    assert said.stderr.startswith("note: the compiler of CC is not used: CPU kernels: ")
+
+
+@needs_cc
 def test_the_compiler_does_not_read_the_users_input(tmp_path: Path) -> None:
     cc = QuickCompiler(tmp_path, first="cat > /dev/null")
     code = f"{REPORT}; import sys; print(sys.stdin.read())"

@@ -153,7 +153,7 @@ def test_a_second_prompt_and_rows_that_end(replays: list[int]) -> None:
 @pytest.mark.parametrize("name", ["wte", "wpe", "ln_f", "h.1.mlp.c_fc"])
 def test_parameters_that_are_replaced_or_changed_are_noticed(name: str, replays: list[int]) -> None:
     model = make()
-    cache, layer = KVCache(model), dict(model.transformer.modules())[f"{name}."]
+    cache, layer = KVCache(model), dict(model.transformer.modules())[name]
     prefill(model, cache, [4])
 
     def step() -> np.ndarray:

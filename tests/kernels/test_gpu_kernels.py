@@ -178,6 +178,14 @@ def test_gelu(shape: tuple[int, ...], dtype: str, on: Machine) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_far_out_gelu_has_slope_1_or_0(dtype: str, on: Machine) -> None:
+    sizes = (21, 1e3, 6e4) if dtype == "float16" else (21, 1e13, 1e20, 1e38)
+    x = np.array([s * size for size in sizes for s in (1, -1)]).astype(dtype)
+    dx = on.repeated(lambda: gpu.gelu_backward(*on.put(np.full_like(x, 3), x)))
+    assert_close(dx, np.where(x.astype(float) > 0, 3.0, 0.0), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (4, 9), (3, 2051), (6, 4096)])
 def test_cross_entropy(shape: tuple[int, int], dtype: str, on: Machine) -> None:
     logits = (numbers(*shape) * 3).astype(dtype)

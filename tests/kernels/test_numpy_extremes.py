@@ -56,6 +56,16 @@ def test_gradients_of_any_size_are_clipped(size: float) -> None:
         np.testing.assert_allclose(grad, old * np.float32(size / exact), rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_far_out_gelu_is_the_number_itself_or_0(dtype: str) -> None:
+    largest = float(np.finfo(dtype).max)
+    x = np.array([s * size for size in (19, 21, 1e13, 1e20, 1e38, largest) for s in (1, -1)], dtype)
+    np.testing.assert_array_equal(in_numpy.gelu_forward(x), np.maximum(x, 0))
+    grad = np.full_like(x, 3)
+    np.testing.assert_array_equal(in_numpy.gelu_backward(grad, x), np.where(x > 0, 3, 0))
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("logit", [np.inf, -np.inf, np.nan])
 def test_an_ignored_row_has_no_gradient_whatever_its_logits(logit: float) -> None:

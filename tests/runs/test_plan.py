@@ -17,6 +17,7 @@ from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.recompute import recompute_blocks
+from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.variants import VariantConfig, VariantGPT2
 from micrograd_gpt.weights.config import SIZES
 
@@ -149,3 +150,25 @@ def test_memory_within_15_percent_of_a_real_run(tmp_path: Path, flags: list[str]
     assert found
     real = int(found[1]) * 1024 / 1e6
     assert float(match[1].replace(",", "")) == pytest.approx(real, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "advice"),
+    [
+        ({"batch_size": 100_000_000, "block_size": 64}, "lower --batch-size"),
+        ({"batch_size": 1, "block_size": 100_000_000}, "lower --batch-size"),
+        ({"n_embd": 100_000}, "choose a smaller --size, --n-layer or --n-embd"),
+        ({"vocab_size": 10**10}, "choose a smaller --size"),
+    ],
+)
+def test_a_run_that_memory_cannot_hold_is_refused(
+    monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], advice: str
+) -> None:
+    monkeypatch.setattr("micrograd_gpt.arrays.memory.available_memory", lambda: 10**9)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 65} | sizes
+    batch = {name: shape.pop(name, 8) for name in ("batch_size", "block_size")}
+    with pytest.raises(UserError, match=f"^no memory for .*: {advice}") as caught:
+        Plan(GPT2Config(**shape), **batch).check_room()
+    assert "\n" not in str(caught.value)
+    Plan(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=65), 8, 8).check_room()
+    Plan(GPT2Config(**shape), **batch, device="gpu").check_room()  # which says it itself

@@ -336,7 +336,10 @@ def test_help_names_every_flag_and_its_default(
         assert words in text
 
 
-def test_defaults_by_size(train_gpt2: ModuleType) -> None:
+def test_defaults_by_size(
+    train_gpt2: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no run is in the way
     tiny = train_gpt2.resolve_settings({})
     assert (tiny.n_layer, tiny.n_head, tiny.n_embd, tiny.tokenizer) == (4, 4, 128, "char")
     large = train_gpt2.resolve_settings({"size": "345M", "learning_rate": 1e-4})

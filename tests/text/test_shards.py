@@ -99,8 +99,8 @@ def test_windows_over_shards_are_those_over_the_whole(tmp_path: Path) -> None:
             assert got.dtype == np.int64 and type(got) is np.ndarray
             np.testing.assert_array_equal(got, expected)
     for got, expected in zip(
-        Windows(corpus.validation, 8).evenly_spaced(5, 3),
-        Windows(IDS[750:], 8).evenly_spaced(5, 3),
+        Windows(corpus.validation, 8).evenly_spaced(15, 3),
+        Windows(IDS[750:], 8).evenly_spaced(15, 3),
         strict=True,
     ):
         np.testing.assert_array_equal(got, expected)
@@ -164,8 +164,8 @@ def test_a_manifest_brings_its_vocabulary(tmp_path: Path) -> None:
 
 def test_shards_that_name_no_vocabulary_need_a_fixed_one(tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(np.arange(100, dtype="<u2").tobytes())
-    refused(tmp_path, "give --tokenizer byte or gpt2", "char")
-    refused(tmp_path, "give --tokenizer byte or gpt2", "word")
+    refused(tmp_path, "give that: --tokenizer byte or gpt2", "char")
+    refused(tmp_path, "give that: --tokenizer byte or gpt2", "word")
     vocabulary = CharTokenizer([chr(c) for c in range(100)])
     assert load_corpus(tmp_path, vocabulary).tokenizer is vocabulary
 

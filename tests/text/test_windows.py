@@ -144,8 +144,8 @@ def test_evenly_spaced_windows_are_fixed() -> None:
             np.testing.assert_array_equal(ids + 1, targets)
         return [ids[:, 0].tolist() for ids, _ in batches]
 
-    assert starts(2, 3) == [[0, 128, 264], [392, 528, 656]]  # windows 0, 16, 33, 49, 66, 82
-    assert starts(2, 3) == starts(2, 3)
+    assert starts(6, 3) == [[0, 128, 264], [392, 528, 656]]  # windows 0, 16, 33, 49, 66, 82
+    assert starts(6, 4) == [[0, 128, 264, 392], [528, 656]]  # the same, whatever the batch is
     everything = starts(100, 40)
     assert [len(batch) for batch in everything] == [40, 40, 19]
     assert [start for batch in everything for start in batch] == list(range(0, 99 * 8, 8))

@@ -21,6 +21,7 @@ from pathlib import Path
 from micrograd_gpt.arrays.stand_ins import described_by
 from micrograd_gpt.kernels.in_c.kept_library import keep, kept, load, places
 from micrograd_gpt.kernels.in_numpy.threads import cores
+from micrograd_gpt.support.cli import say
 
 SOURCES = Path(__file__).parent / "sources"
 LIBRARY_SUFFIX = ".dll" if os.name == "nt" else ".so"
@@ -30,6 +31,7 @@ OPTIONS = "-O3 -std=gnu11 -shared -fPIC -pthread -fopenmp-simd -fno-math-errno -
 # Options for this very processor: the first set that the compiler accepts is used.
 TARGETS = ("-march=native -mprefer-vector-width=512", "-march=native", "-mcpu=native", "")
 
+NOT_FOUND = "which is not found"
 PATIENCE = 120  # seconds for one call of the compiler; it takes a few
 
 _LOADING = threading.Lock()
@@ -55,6 +57,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
                 found, words = _find()
                 if found is not None:
                     found.use_cores(cores())
+                if os.environ.get("CC") and (found is None or NOT_FOUND in words):
+                    say(f"note: the compiler of CC is not used: CPU kernels: {words}")
                 _LOADED = found, words
     return _LOADED
 
@@ -100,7 +104,7 @@ def _compiler(notes: list[str]) -> list[str] | None:
     if named and shutil.which(named[0]):
         return named
     if named:
-        notes.append(f"CC names {named[0]}, which is not found")
+        notes.append(f"CC names {named[0]}, {NOT_FOUND}")
     found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     return [found] if found else None
 

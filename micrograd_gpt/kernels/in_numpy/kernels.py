@@ -223,6 +223,8 @@ def layer_norm_backward(
 
 # ----------------------------------------------------------------------------------------- gelu
 
+GELU_IS_STRAIGHT = 20.0  # from this |x| on its slope is 1 or 0, and powers of a large x overflow
+
 
 @in_numpy(functional.gelu_forward)
 def gelu_forward(x: Array) -> Array:
@@ -234,8 +236,8 @@ def gelu_forward(x: Array) -> Array:
         x, y = flat_x[blocks[i]], flat_y[blocks[i]]
         _gelu_tanh(x, x * x, out=y)
         y += 1
-        y *= x
         y *= 0.5
+        y *= x
 
     parallel(block, len(blocks))
     return y
@@ -248,7 +250,8 @@ def gelu_backward(grad: Array, x: Array) -> Array:
     blocks = _row_blocks(x.size, 1)
 
     def block(i: int) -> None:
-        grad, x, slope = flat_grad[blocks[i]], flat_x[blocks[i]], flat_dx[blocks[i]]
+        grad, slope = flat_grad[blocks[i]], flat_dx[blocks[i]]
+        x = np.clip(flat_x[blocks[i]], -GELU_IS_STRAIGHT, GELU_IS_STRAIGHT)
         square = x * x
         t = _gelu_tanh(x, square, out=np.empty_like(x))
         # 0.5 (1 + t) + 0.5 x (1 - t²) (inner)', and (inner)' = scale + 3 scale cubic x²

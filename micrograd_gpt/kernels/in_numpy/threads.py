@@ -19,6 +19,8 @@ from queue import SimpleQueue
 
 from threadpoolctl import ThreadpoolController
 
+from micrograd_gpt.support.machine import usable_cores
+
 Task = Callable[[int], object]
 
 _WITHIN = threading.local()  # .a_task is true in the threads that run tasks
@@ -96,8 +98,13 @@ class _Pool:
             self.blas = ThreadpoolController().select(user_api="blas").lib_controllers
         except UnicodeDecodeError:  # some loaded library's path is not UTF-8
             self.blas = []
-        # As many as BLAS would use, so that OMP_NUM_THREADS and the like count for us too.
-        self.size = max([b.num_threads for b in self.blas], default=os.cpu_count() or 1)
+        # BLAS counts the machine's cores, of which a container may have a few only. Where it would
+        # use fewer, as OPENBLAS_NUM_THREADS says, so do we.
+        usable = usable_cores()
+        for library in self.blas:
+            if library.num_threads > usable:
+                library.set_num_threads(usable)
+        self.size = max([library.num_threads for library in self.blas], default=usable)
         self.jobs: SimpleQueue[_Job] = SimpleQueue()
         self.work: SimpleQueue[Callable[[], None]] = SimpleQueue()
         for loop in (self._lead, *[self._follow] * (self.size - 1)):

@@ -112,6 +112,7 @@ int layer_norm_backward(const LayerNormBackward *l) {
 
 #define GELU_SCALE 0.7978845608f /* sqrt(2 / pi) */
 #define GELU_CUBIC 0.044715f
+#define GELU_IS_STRAIGHT 20.0f /* from this |x| on its slope is 1 or 0; x * x could overflow */
 
 /* 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)), u being GELU's inner polynomial. */
 INLINE float gelu_gate(float x) {
@@ -132,7 +133,9 @@ static void gelu_backward_task(const void *arguments, Int part, Int parts) {
   Int first, end = cut(g->size, parts, LANES, part, &first);
 #pragma omp simd
   for (Int i = first; i < end; i++) {
-    float x = g->x[i], gate = gelu_gate(x);
+    float x = g->x[i];
+    x = x > GELU_IS_STRAIGHT ? GELU_IS_STRAIGHT : x < -GELU_IS_STRAIGHT ? -GELU_IS_STRAIGHT : x;
+    float gate = gelu_gate(x);
     float inner = 2 * GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x);
     g->result[i] = g->grad[i] * (gate + x * gate * (1 - gate) * inner);
   }

@@ -26,7 +26,9 @@ extern "C" __global__ void gelu_backward(
         load_pack(x, i, n, values);
         load_pack(grad, i, n, grads);
         for (int j = 0; j < PACK; j++) {
-            float value = values[j], t = gelu_tanh(value);
+            float value = values[j];
+            value = value > IS_STRAIGHT ? IS_STRAIGHT : value < -IS_STRAIGHT ? -IS_STRAIGHT : value;
+            float t = gelu_tanh(value);
             float dt = (1.0f - t * t) * SCALE * (1.0f + 3.0f * CUBIC * value * value);
             grads[j] *= 0.5f * (1.0f + t) + 0.5f * value * dt;
         }

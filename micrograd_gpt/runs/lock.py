@@ -1,0 +1,92 @@
+"""One training at a time writes a run's folder; whoever reads it needs no lock."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.errors import UserError
+
+LOCK = ".lock"  # in the folder while a training writes it: that process's number and its machine
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # some network file systems
+
+
+@contextmanager
+def only_writer(folder: str | Path) -> Iterator[None]:
+    """Within this block no other process trains in `folder`, which is made if it does not exist.
+
+    The system itself holds the lock, and ends it with the process, however that ends. Raises
+    UserError, naming the other process, if there is one, and where the folder cannot be written.
+    """
+    folder = Path(folder)
+    absent = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the folder was removed meanwhile, or nothing can be written now
+            (folder / LOCK).unlink()
+        lock.close()
+        with suppress(OSError):  # there is a run in it now
+            for place in absent:
+                place.rmdir()
+
+
+def _locked(folder: Path) -> BinaryIO:
+    while True:
+        lock = open(folder / LOCK, "a+b")  # noqa: SIM115  # it is locked as long as it is open
+        try:
+            _lock(lock)
+        except BlockingIOError:
+            lock.seek(0)
+            who = lock.read().decode("utf-8", "replace").strip() or "which has just started"
+            lock.close()
+            raise UserError(
+                f"another training writes to {folder} ({who}): wait for it or stop it, or give "
+                "another --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            say(f"note: {folder} is where files cannot be locked: train there once at a time")
+        if _is_still(lock, folder / LOCK):  # or its holder removed it in between
+            break
+        lock.close()
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+    lock.flush()
+    return lock
+
+
+def _is_still(lock: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(lock: BinaryIO) -> None:
+    """Lock the file for this process; BlockingIOError if another has it."""
+    if os.name == "nt":
+        import msvcrt
+
+        lock.seek(1 << 30)  # beyond what others read
+        try:
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except PermissionError as error:
+            raise BlockingIOError from error
+        lock.seek(0)
+        return
+    import fcntl
+
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

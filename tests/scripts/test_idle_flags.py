@@ -1,0 +1,72 @@
+"""Flags that say nothing, or nothing in this use, are refused by name: one line, status 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from training import SMALL, metrics, script
+
+from micrograd_gpt.support.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(
+            f"train_gpt2 --{flag}="
+            for flag in ("data", "out", "tokenizer", "init-from", "encoding")
+        ),
+        *(f"finetune_gpt2 classify --{flag}=" for flag in ("data", "model", "predict", "out")),
+        "finetune_gpt2 instruct --template=",
+        "generate --model=",
+        *(f"load_gpt2 --{flag}=" for flag in ("from", "out", "export")),
+    ],
+)
+def test_an_empty_text_is_refused(
+    flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be the current folder, as a path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("to be or not to be " * 100)
+    name, *words = flags.split()
+    flag = words[-1].rstrip("=")
+    with pytest.raises(UserError, match=rf"^argument {flag}: must not be empty"):
+        script(name).main(words)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("train_gpt2 --devices 2", "--devices does nothing without --plan: give that too"),
+        ("train_gpt2 --rate 5", "--rate does nothing without --plan"),
+        ("train_gpt2 --allow-changes", "--allow-changes does nothing without --resume"),
+        ("finetune_gpt2 classify --data x.tsv --rate 5", "--rate does nothing without --plan"),
+        ("finetune_gpt2 instruct --allow-changes", "--allow-changes does nothing without --resume"),
+        ("finetune_gpt2 classify --model m --predict x --seed 3", "--seed does nothing with"),
+    ],
+)
+def test_a_flag_that_does_nothing_is_refused(
+    flags: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *words = flags.split()
+    with pytest.raises(UserError, match=f"^{problem}"):
+        script(name).main(words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_validation_covers_the_same_windows_whatever_the_batch(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    """So that runs can be compared: here of one model, which does not learn."""
+    losses = []
+    for batch_size in ("2", "5"):
+        out = tmp_path / batch_size
+        flags = [*SMALL, "--max-steps", "1", "--eval-batches", "1", "--learning-rate", "1e-30"]
+        flags += ["--batch-size", batch_size]
+        train_gpt2.main(["--data", str(text), "--out", str(out), *flags])
+        losses.append(metrics(out)[-1]["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
