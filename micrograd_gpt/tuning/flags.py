@@ -135,7 +135,6 @@ SUMMARIES = {
     "classify": "learn to label texts, or label them",
     "instruct": "learn to follow instructions",
 }
-LEARNING = ("data", "validation", "test", "resume", "plan")  # makes no sense with --predict
 
 EPILOGS = {
     "instruct": "The prompt template. A paragraph is left out where it has no place but {system}\n"
