@@ -23,7 +23,6 @@ from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.metrics import Metrics
 from micrograd_gpt.runs.signals import StopSignals
 from micrograd_gpt.runs.unread import Unread, read_numbers
-from micrograd_gpt.runs.watch import Watch
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
@@ -73,6 +72,8 @@ class Recorder:
         write: Callable[..., None] = write_model,
         tokens_per_step: int | None = None,
     ) -> None:
+        from micrograd_gpt.runs.watch import Watch  # a page beside the run: nothing hangs on it
+
         self.settings, self.data, self._write = settings, data, write
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.out = Path(settings.out)
