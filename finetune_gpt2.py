@@ -12,19 +12,20 @@ function of (seed, step), so a run that is stopped and resumed continues exactly
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Ctrl-C while the rest is imported ends the script quietly
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
+import json
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    # Ctrl-C while all this is imported ends the script quietly
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from micrograd_gpt import optim
 from micrograd_gpt.arrays import stand_ins

@@ -11,15 +11,16 @@ Text goes to stdout as it is decided, whole characters only; everything else goe
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
-import sys
-from typing import TYPE_CHECKING
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    # Ctrl-C while all this is imported ends the script quietly
+    # Ctrl-C while the rest is imported ends the script quietly
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
 
 from micrograd_gpt.generation import flags
 from micrograd_gpt.generation.question import add_question_flags, read_question

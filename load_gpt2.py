@@ -14,15 +14,16 @@ The result is a folder that generate.py, train_gpt2.py --init-from and Transform
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
-from collections.abc import Sequence
-from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    # Ctrl-C while all this is imported ends the script quietly
+    # Ctrl-C while the rest is imported ends the script quietly
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 

@@ -7,6 +7,7 @@ import pytest
 from kernel_cases import parameters
 
 from micrograd_gpt.kernels.in_numpy import kernels as in_numpy
+from micrograd_gpt.kernels.in_numpy import threads
 from micrograd_gpt.layers import IGNORE, dropout_factors
 
 
@@ -90,3 +91,18 @@ def test_an_infinite_gradient_stops_at_a_dropped_weight() -> None:
     assert alone and len(alone) < t and np.isfinite(out[0, 0, alone]).all()
     dq = in_numpy.attention_backward(grad, q, k, v, out, log_total, p, key)[0, :, 0, 0]
     assert np.isfinite(dq[alone]).all()
+
+
+def test_no_more_threads_run_than_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BLAS's neither, which counts the machine's cores where a container has a few of them."""
+    libraries = threads._Pool().blas
+    before = [library.num_threads for library in libraries]
+    monkeypatch.setattr(threads, "usable_cores", lambda: 1)
+    try:
+        for library in libraries:
+            library.set_num_threads(2)
+        assert threads._Pool().size == 1
+        assert all(library.num_threads == 1 for library in libraries)
+    finally:
+        for library, count in zip(libraries, before, strict=True):
+            library.set_num_threads(count)
