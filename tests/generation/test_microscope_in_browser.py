@@ -19,7 +19,11 @@ from micrograd_gpt.generation.microscope import attribution, observe
 from micrograd_gpt.generation.microscope_page import write_page
 from micrograd_gpt.text.tokenizers import WordTokenizer
 
-playwright = pytest.importorskip("playwright.sync_api")
+try:
+    from playwright import sync_api
+except ImportError:
+    sync_api = None  # type: ignore[assignment]
+pytestmark = pytest.mark.browser
 
 HOSTILE = "<script>document.title='hacked'</script>"
 WORDS = [HOSTILE, "<b>bold</b>", " the", "\n", "\u202eevil", "", "fox", "dog", "runs", "far", "off"]
@@ -34,7 +38,7 @@ def browser() -> Iterator[Any]:
     if path is None:
         pytest.skip(f"no browser here: install one of {', '.join(names)}")
     sandbox = [] if os.name == "nt" or os.getuid() else ["--no-sandbox"]  # it refuses root
-    with playwright.sync_playwright() as driver:
+    with sync_api.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=sandbox)
         yield browser
         browser.close()
