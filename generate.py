@@ -2,6 +2,7 @@
 
     python generate.py --prompt "The "                     # with what train_gpt2.py trained
     echo "Once upon a time" | python generate.py --model 124M --temperature 0.7
+    python generate.py --model tuned --instruction "Add." --input "2 and 3"
     python generate.py                                     # an interactive prompt
 
 Text goes to stdout as it is decided, whole characters only; everything else goes to stderr.
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from micrograd_gpt.generation import flags
+from micrograd_gpt.generation.question import add_question_flags, read_question
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 
 if TYPE_CHECKING:
     from micrograd_gpt.gpt2 import GPT2
+    from micrograd_gpt.text.template import Template
     from micrograd_gpt.text.tokenizers import Tokenizer
 
 # This script's own defaults, and why; all others are the library's
@@ -44,24 +47,23 @@ def main(argv: list[str] | None = None) -> int:
     choices = flags.Choices(decoding, DEFAULTS)
     choices.settings()  # what is wrong with them is said before a large model is loaded
     highest_level()  # and so is a mistake in MICROGRAD_GPT_KERNELS
-    prompt = read_prompt(given.prompt)
-    model, tokenizer = load(given.model, given.device, given.dtype, given.tf32)
+    question = read_question(given)
+    model, tokenizer, template = load(given)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    writer = Writer(model, tokenizer, given.json)
-    if prompt is None:
+    writer = Writer(model, tokenizer, given.json, template)
+    if question is None:
         return converse(writer, choices)
     settings = choices.settings(tokenizer.end_of_text)
-    return 0 if writer.write(prompt, settings, choices.stop_texts) else 130
+    if given.instruction is not None:
+        finished = writer.answer(question, given.input, settings, choices.stop_texts)
+    else:
+        finished = writer.write(question, settings, choices.stop_texts)
+    return 0 if finished else 130
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--prompt",
-        metavar="TEXT",
-        help="the text to continue; - or a pipe reads it from stdin (without the last line end); "
-        "left out on a terminal: an interactive prompt. An empty one starts a new text",
-    )
+    add_question_flags(parser)
     parser.add_argument(
         "--model",
         metavar="M",
@@ -96,60 +98,42 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_prompt(given: str | None) -> str | None:
-    """The prompt of the flag or of stdin; None: ask on the terminal.
+def load(given: argparse.Namespace) -> tuple[GPT2, Tokenizer, Template | None]:
+    """The model, its tokenizer, and its template where it was tuned on instructions.
 
-    Raises UserError where stdin is closed or does not hold UTF-8.
-    """
-    if given is not None and given != "-":
-        return given
-    if sys.stdin is None:
-        raise UserError("stdin is closed: give the text with --prompt")
-    if given is None and sys.stdin.isatty():
-        return None
-    data = sys.stdin.buffer.read()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"the prompt is not UTF-8 text: byte 0x{data[error.start]:02x} at offset "
-            f"{error.start}; convert it to UTF-8"
-        ) from None
-    return text.removesuffix("\n").removesuffix("\r")
-
-
-def load(name: str | None, device: str, dtype: str, tf32: bool) -> tuple[GPT2, Tokenizer]:
-    """The model and its tokenizer. `name` is one of names.py, or None for the default.
-
-    Raises UserError where there is no such model or it does not fit into memory, and where the
-    tokenizer is not the model's.
+    Raises UserError where there is no such model, where it does not fit into memory, where the
+    tokenizer is not the model's, and where there is no template for an instruction.
     """
     from micrograd_gpt.arrays.devices import set_tf32
     from micrograd_gpt.arrays.memory import memory_errors
     from micrograd_gpt.arrays.precision import emulation_note
+    from micrograd_gpt.text.template import template_of
     from micrograd_gpt.text.tokenizer_files import load_tokenizer
-    from micrograd_gpt.weights.names import open_model
+    from micrograd_gpt.weights.names import open_language_model
     from micrograd_gpt.weights.pretrained import build
 
-    set_tf32(tf32, device)
-    given = name
+    set_tf32(given.tf32, given.device)
+    name = given.model
     if name is None:
         name = "out" if Path("out", "config.json").exists() else "124M"
         say(f"no --model given: using {name}")
-    if note := emulation_note(dtype, device):
+    if note := emulation_note(given.dtype, given.device):
         say(note)
-    smaller = "--dtype bfloat16, or --device cpu" if device != "cpu" else "a smaller --model"
+    smaller = "--dtype bfloat16, or --device cpu" if given.device != "cpu" else "a smaller --model"
     with memory_errors(f"the weights do not fit; try {smaller}"):
         try:
-            weights = open_model(name)
+            weights = open_language_model(name)
             tokenizer = load_tokenizer(weights.folder)
-            model = build(weights, device, dtype)
+            template = template_of(weights.folder)
+            if given.instruction is not None and template is None:
+                raise UserError(f"{name} was not tuned on instructions: give it a --prompt")
+            model = build(weights, given.device, given.dtype)
         except UserError as error:
-            if given is None and name == "124M":  # a newcomer without network
+            if given.model is None and name == "124M":  # a newcomer without network
                 raise UserError(f"{error}; or train a model first: python train_gpt2.py") from error
             raise
     tokenizer.check_size(model.config.vocab_size)
-    return model, tokenizer
+    return model, tokenizer, template
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ def train_gpt2() -> ModuleType:
     return script("train_gpt2")
 
 
+@pytest.fixture(scope="session")
+def finetune_gpt2() -> ModuleType:
+    """The fine-tuning script as a module."""
+    return script("finetune_gpt2")
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     """A text of some 2,000 characters to train on."""

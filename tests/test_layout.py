@@ -31,6 +31,7 @@ BELOW = {
 }
 BELOW["weights"] = BELOW["generation"] = (*BELOW["text"], *ON_THE_SIX, "text")
 BELOW["runs"] = (*BELOW["weights"], "weights", "generation")
+BELOW["tuning"] = (*BELOW["runs"], "runs")
 BELOW["kernels"] = ("arrays", "support", *SIX, "generation")  # whose KV cache they write
 
 
@@ -119,6 +120,7 @@ def test_imports_point_downwards(module: str) -> None:
         ("generation.sampling", "from micrograd_gpt.weights import pretrained"),
         ("generation.sampling", "from micrograd_gpt.kernels.in_c import compiler"),
         ("runs.plan", "import micrograd_gpt.kernels"),
+        ("runs.plan", "from micrograd_gpt.tuning import scores"),
         ("tensor", "from micrograd_gpt.kernels import in_c"),
         ("kernels.blocks", "from micrograd_gpt.text.tokenizers import Tokenizer"),
         ("support.files", "from micrograd_gpt import Tensor"),
@@ -221,6 +223,11 @@ def test_a_file_that_is_read_too_early_is_found() -> None:
 def test_the_six_files_can_be_read_in_one_go() -> None:
     lines = {module: len(SOURCES[module].splitlines()) for module in SIX}
     assert sum(lines.values()) <= 1200, lines
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_can_be_read_in_one_sitting(script: Path) -> None:
+    assert len(script.read_text("utf-8").splitlines()) <= 300
 
 
 def test_no_function_of_the_six_is_longer_than_a_screen() -> None:

@@ -21,22 +21,51 @@ from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.template import Template
 from micrograd_gpt.text.tokenizers import StreamDecoder
 
 SEPARATOR = "---------------"  # between samples
 
 
 class Writer:
-    """A model and its tokenizer that continue prompts on stdout, as text or as JSON."""
+    """A model and its tokenizer that continue prompts on stdout, as text or as JSON.
 
-    def __init__(self, model: GPT2, tokenizer: Tokenizer, as_json: bool = False) -> None:
+    `template` is that of a model that was tuned on instructions.
+    """
+
+    def __init__(
+        self,
+        model: GPT2,
+        tokenizer: Tokenizer,
+        as_json: bool = False,
+        template: Template | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.as_json = model, tokenizer, as_json
+        self.template = template
         self._told_the_limit = False
 
-    def write(self, prompt: str, settings: Settings, stop_texts: Sequence[str] = ()) -> bool:
+    def answer(
+        self, instruction: str, input: str, settings: Settings, stop_texts: Sequence[str] = ()
+    ) -> bool:
+        """Write the answers to one instruction, without its prompt; otherwise as `write`.
+
+        The model needs a template. Raises UserError for an input that it has no place for.
+        """
+        assert self.template is not None, "only a tuned model answers"
+        prompt = self.template.prompt(instruction, input)
+        return self.write(prompt, settings, stop_texts, show_prompt=False)
+
+    def write(
+        self,
+        prompt: str,
+        settings: Settings,
+        stop_texts: Sequence[str] = (),
+        show_prompt: bool = True,
+    ) -> bool:
         """Write the continuations of one prompt; False if Ctrl-C cut them short.
 
-        Raises UserError for a prompt that cannot be encoded, and where memory runs out.
+        As text, a continuation follows its prompt if `show_prompt`. Raises UserError for a prompt
+        that cannot be encoded, and where memory runs out.
         """
         ids = prompt_ids(prompt, self.tokenizer)
         settings = replace(settings, vocab_size=self.tokenizer.vocab_size)
@@ -56,12 +85,13 @@ class Writer:
             return any(stop in text for stop in stop_texts)
 
         samples = start_samples([ids], settings)
-        output = Output(samples, prompt, self.tokenizer, stop_texts, self.as_json)
+        how = prompt, self.tokenizer, stop_texts, self.as_json, show_prompt
+        output = Output(samples, *how)
         try:
             with memory_errors(advice):
                 if settings.num_beams > 1:
                     beams = beam_search(self.model, ids, settings, hits_stop)
-                    Output(beams, prompt, self.tokenizer, stop_texts, self.as_json).update()
+                    Output(beams, *how).update()
                     return True
                 output.update()
                 for _ in decode(self.model, samples, settings):
@@ -96,8 +126,10 @@ class Output:
         tokenizer: Tokenizer,
         stop_texts: Sequence[str],
         as_json: bool,
+        show_prompt: bool = True,
     ) -> None:
         self.prompt, self.as_json = prompt, as_json
+        self.begin = prompt if show_prompt else ""
         self.waiting = [(c, TextStream(tokenizer, stop_texts)) for c in continuations]
         self.shown = ""  # of the first that is waiting
 
@@ -108,7 +140,7 @@ class Output:
         while self.waiting:
             continuation, stream = self.waiting[0]
             if not self.as_json:
-                self._show(self.prompt + stream.text)
+                self._show(self.begin + stream.text)
             if not continuation.stopped:
                 break
             if self.as_json:

@@ -1,4 +1,4 @@
-"""The interactive prompt: continue one text after another, and change the settings in between."""
+"""The interactive prompt: one text or instruction after another, and settings in between."""
 
 from __future__ import annotations
 
@@ -12,29 +12,37 @@ from micrograd_gpt.generation.output import Writer
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 
+CONTINUE = "Type a text to have it continued"
+ANSWER = "Type an instruction to have it answered"  # by a model that was tuned on instructions
 HELP = """\
-Type a text to have it continued. Ctrl-C stops it, Ctrl-D (or /quit) leaves.
+{}. Ctrl-C stops it, Ctrl-D (or /quit) leaves.
   /set temperature 0.7    change a setting (the flags of --help that shape the text)
   /unset temperature      back to its default
   /help                   this text, and the settings"""
 
 
 def converse(writer: Writer, choices: Choices) -> int:
-    """Continue texts as they are typed, until Ctrl-D; returns the exit status."""
+    """Continue texts, or answer instructions, as they are typed, until Ctrl-D; returns the exit
+    status.
+    """
     with contextlib.suppress(ImportError):  # on Windows the terminal itself has a history
         import readline  # noqa: F401 - input() then edits lines and remembers them
-    say("Type a text to have it continued; /help lists the commands, Ctrl-D leaves.")
+    what = ANSWER if writer.template else CONTINUE
+    say(f"{what}; /help lists the commands, Ctrl-D leaves.")
     while True:
         try:
             line = ask("> ")
             if not line.startswith("/"):
                 settings = choices.settings(writer.tokenizer.end_of_text)
-                writer.write(line, settings, choices.stop_texts)
+                if writer.template:
+                    writer.answer(line, "", settings, choices.stop_texts)
+                else:
+                    writer.write(line, settings, choices.stop_texts)
                 choices = choices.change("seed", settings.seed + 1)  # another text each time
             elif line.strip() in ("/quit", "/exit"):
                 return 0
             else:
-                choices = command(line, choices)
+                choices = command(line, choices, what)
         except EOFError:
             say("")
             return 0
@@ -55,8 +63,9 @@ def ask(question: str) -> str:
         raise UserError("that was not UTF-8 text") from None
 
 
-def command(line: str, choices: Choices) -> Choices:
-    """Do what a line that begins with "/" says; returns the choices that hold from now on.
+def command(line: str, choices: Choices, what: str) -> Choices:
+    """Do what a line that begins with "/" says; returns the choices that hold from now on. `what`
+    /help says of other lines.
 
     Raises UserError for a command that does not exist or cannot be carried out.
     """
@@ -65,7 +74,7 @@ def command(line: str, choices: Choices) -> Choices:
     except ValueError as error:
         raise UserError(f"{line!r} cannot be read: {error}") from None
     if name == "/help":
-        say(f"{HELP}\nsettings: {choices}")
+        say(f"{HELP.format(what)}\nsettings: {choices}")
         return choices
     if name not in ("/set", "/unset"):
         raise UserError(f"no such command: {line!r}; /help lists them")

@@ -4,6 +4,7 @@
     model.safetensors       its weights, under GPT-2's own names
     tokenizer.json          which tokenizer, and its vocabulary
     tokenizer_config.json   which of its tokens ends a text
+    prompt_template.txt     how to ask, only of a model that was tuned on instructions
     optimizer.safetensors   AdamW's moments            } only if the
     trainer_state.json      the step and the settings  } run can be resumed
 
@@ -18,12 +19,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from micrograd_gpt.arrays.devices import to_device
-from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.nn import Module, Parameter
 from micrograd_gpt.optim import AdamW
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.support.errors import UserError
@@ -36,7 +38,7 @@ from micrograd_gpt.support.file_sets import (
 )
 from micrograd_gpt.support.files import read_json, reading, write_text
 from micrograd_gpt.text.base_tokenizer import Tokenizer
-from micrograd_gpt.text.hugging_face import TOKENIZER, TOKENIZER_CONFIG
+from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.weights.config import CONFIG
 from micrograd_gpt.weights.formats import MODEL
 from micrograd_gpt.weights.loading import fill
@@ -45,26 +47,29 @@ from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
 SET = (CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG, OPTIMIZER, STATE)
+ALSO = (PROMPT_TEMPLATE,)  # which only some runs have
+MAY_LACK = (TOKENIZER_CONFIG, *ALSO)  # the first in runs of earlier versions
 BEST = "best"
 SCALER = ("scale", "growth_interval", "good_steps", "skipped_steps")  # of a LossScaler
 
 
 def save_run(
     folder: str | Path,
-    model: GPT2,
+    model: Module,
     tokenizer: Tokenizer,
     optimizer: AdamW,
     settings: dict[str, Any],
     val_loss: float | None = None,
     keep: int = 0,
     scaler: LossScaler | None = None,
+    write: Callable[..., None] = write_model,
 ) -> None:
     """Write everything that `load_run` needs to continue exactly after `optimizer.steps` steps.
 
     The previous set stays until this one is complete; the latest `keep` of the earlier sets stay as
     `step-000100/`. If `val_loss`, the validation loss of these weights in nats per token, is the
     lowest so far, `best/` holds this set too. Raises UserError when it cannot be written; the
-    folder still holds one complete set then.
+    folder still holds one complete set then. `write` writes the model's own files.
     """
     folder = Path(folder)
     step = {"step": str(optimizer.steps)}
@@ -74,7 +79,7 @@ def save_run(
     if scaler and scaler.enabled:
         state["loss_scaler"] = {name: getattr(scaler, name) for name in SCALER}
     with written_as_set(folder) as new:
-        write_model(model, new, tokenizer, metadata=step)
+        write(model, new, tokenizer, metadata=step)
         moments = {name: to_device(m, "cpu") for name, m in _moments(model, optimizer).items()}
         write_safetensors(new / OPTIMIZER, moments, step)
         write_text(new / STATE, json.dumps(state, indent=2) + "\n")
@@ -88,7 +93,7 @@ def save_run(
 
 
 def load_run(
-    folder: str | Path, model: GPT2, optimizer: AdamW, scaler: LossScaler | None = None
+    folder: str | Path, model: Module, optimizer: AdamW, scaler: LossScaler | None = None
 ) -> None:
     """Fill `model`, `optimizer` and `scaler` with what `save_run` wrote.
 
@@ -112,7 +117,7 @@ def load_run(
         parameter.data = parameter.data  # filled in place: a tape made before no longer holds
     optimizer.steps = step
     missed = state.get("missed_steps", {})
-    optimizer.missed = [missed.get(name, 0) for name, _ in model.named_parameters()]
+    optimizer.missed = [missed.get(name, 0) for name, _ in _learning(model, optimizer)]
 
 
 def load_settings(folder: str | Path) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def remove_run(folder: str | Path) -> None:
     for place in (folder, folder / BEST, *folder.glob("step-*")):
         finish_set(place)  # or a set that a kill left unfinished would come back later
     try:
-        for name in reversed(SET):  # trainer_state.json first: it is what makes this a run
+        for name in (*reversed(SET), *ALSO):  # trainer_state.json first: it makes this a run
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot remove the run in {folder}: {error.strerror}") from error
@@ -202,23 +207,29 @@ def _fill_scaler(scaler: LossScaler, values: Any, folder: Path) -> None:
         setattr(scaler, name, value)
 
 
-def _missed(model: GPT2, optimizer: AdamW) -> dict[str, int]:
+def _learning(model: Module, optimizer: AdamW) -> list[tuple[str, Parameter]]:
+    """The parameters that the optimizer has, in its order, which is the model's."""
+    known = set(map(id, optimizer.parameters))
+    return [(name, p) for name, p in model.named_parameters() if id(p) in known]
+
+
+def _missed(model: Module, optimizer: AdamW) -> dict[str, int]:
     """How many steps did not move each parameter that some did not, as before unfreezing it."""
-    missed = zip(model.named_parameters(), optimizer.missed, strict=True)
+    missed = zip(_learning(model, optimizer), optimizer.missed, strict=True)
     return {name: count for (name, _), count in missed if count}
 
 
-def _moments(model: GPT2, optimizer: AdamW) -> dict[str, Any]:
+def _moments(model: Module, optimizer: AdamW) -> dict[str, Any]:
     """AdamW's moments by name: m and v of parameter `name` are `m.name` and `v.name`."""
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in _learning(model, optimizer)]
     pairs = (("m", optimizer.m), ("v", optimizer.v))
     return {f"{k}.{n}": a for k, moments in pairs for n, a in zip(names, moments, strict=True)}
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of the set in `folder`; earlier versions wrote no tokenizer_config.json."""
-    files = [folder / name for name in SET]
-    return [file for file in files if file.name != TOKENIZER_CONFIG or file.exists()]
+    """The files of the set in `folder`."""
+    files = [folder / name for name in (*SET, *ALSO)]
+    return [file for file in files if file.name not in MAY_LACK or file.exists()]
 
 
 def _earlier_places(folder: Path) -> list[Path]:

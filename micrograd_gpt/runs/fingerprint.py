@@ -15,7 +15,11 @@ from micrograd_gpt.text.shards import Shards, slices
 
 def check_same_data(settings: argparse.Namespace, corpus: Corpus) -> None:
     """UserError if a run would resume on other data; the settings note which data this is."""
-    found = " and ".join(map(fingerprint, (corpus.train, corpus.validation)))
+    check_fingerprint(settings, " and ".join(map(fingerprint, (corpus.train, corpus.validation))))
+
+
+def check_fingerprint(settings: argparse.Namespace, found: str) -> None:
+    """check_same_data for data whose fingerprint was `found`."""
     before = settings.data_fingerprint
     if settings.resume and found != before and not settings.allow_changes:
         raise UserError(

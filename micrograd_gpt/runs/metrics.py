@@ -75,8 +75,10 @@ class Metrics:
         with reading(self.path):
             return self.path.read_bytes().splitlines() if self.path.exists() else []
 
-    def draw(self) -> None:
-        """Draw loss.png: training and validation loss over the steps, the learning rate below."""
+    def draw(self, unit: str = "token") -> None:
+        """Draw loss.png: training and validation loss over the steps, the learning rate below. The
+        losses are in nats per `unit`.
+        """
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
@@ -94,7 +96,7 @@ class Metrics:
             losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             losses.yaxis.set_major_formatter(ScalarFormatter())
             losses.yaxis.set_minor_formatter(NullFormatter())
-        losses.set_ylabel("loss (nats per token)")
+        losses.set_ylabel(f"loss (nats per {unit})")
         losses.legend()
         rates.plot(steps, [r["learning_rate"] for r in rows], color="grey")
         rates.set_ylabel("learning rate")

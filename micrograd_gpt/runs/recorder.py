@@ -11,12 +11,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
 from micrograd_gpt.arrays.devices import resolve_device
-from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.nn import Module
 from micrograd_gpt.optim import AdamW
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.loss_scaler import LossScaler
@@ -25,7 +25,22 @@ from micrograd_gpt.runs.signals import StopSignals
 from micrograd_gpt.runs.unread import Unread, read_numbers
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.corpus import Corpus
+from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.weights.saving import write_model
+
+
+class Data(Protocol):
+    """What a run learns from, as far as its record says it."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def amount(self) -> str:
+        """How much of what, in words."""
+
+    @property
+    def unit(self) -> str:
+        """What the loss is the mean over, as a token."""
 
 
 class Due(NamedTuple):
@@ -42,18 +57,22 @@ class Recorder:
 
     Creating one opens the folder (which removes an earlier run for --overwrite) and announces the
     run on stderr; `start()` then starts the clock, the progress bar and the signal handlers. Raises
-    UserError if a resumed run is complete already, or if the folder cannot be written.
+    UserError if a resumed run is complete already, or if the folder cannot be written. `write` puts
+    the model and its tokenizer into a folder, as `write_model` does. `tokens_per_step` is the most
+    that a step has, if that is not a full batch of `settings.block_size` each.
     """
 
     def __init__(
         self,
         settings: argparse.Namespace,
-        corpus: Corpus,
-        model: GPT2,
+        data: Data,
+        model: Module,
         optimizer: AdamW,
         scaler: LossScaler,
+        write: Callable[..., None] = write_model,
+        tokens_per_step: int | None = None,
     ) -> None:
-        self.settings, self.corpus = settings, corpus
+        self.settings, self.data, self._write = settings, data, write
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.out = Path(settings.out)
         if settings.resume:
@@ -72,9 +91,10 @@ class Recorder:
         self._unread = Unread()
         self._train_loss = self._grad_norm = math.nan  # of the step that was looked at last
         self._saved_step = optimizer.steps
-        self._tokens_per_step = (
+        self._tokens_per_step = tokens_per_step or (
             settings.batch_size * settings.grad_accum_steps * settings.block_size
         )
+        self._tokens = 0  # taken since the last row
         self._announce()
 
     def _announce(self) -> None:
@@ -83,11 +103,11 @@ class Recorder:
                 f"warning: {self.metrics.path}: {len(damaged)} lines are damaged and will be "
                 f"ignored, the first is line {damaged[0]}"
             )
-        count = sum(parameter.size for parameter in self.model.parameters())
+        count = sum(parameter.size for parameter in self.optimizer.parameters)
         say(
-            f"training {count:,} parameters on {len(self.corpus.train):,} tokens "
-            f"of {self.corpus.name} ({self._tokens_per_step:,} a step) from step "
-            f"{self.optimizer.steps}; writing to {self.out}/"
+            f"training {count:,} parameters on {self.data.amount()} "
+            f"({self._tokens_per_step:,} tokens a step) from step {self.optimizer.steps}; "
+            f"writing to {self.out}/"
         )
 
     def start(self) -> None:
@@ -101,7 +121,6 @@ class Recorder:
         )
         self._signals = StopSignals()
         self._started = self._last_time = time.perf_counter()
-        self._last_step = self.optimizer.steps
 
     @property
     def stopped(self) -> int:
@@ -126,19 +145,22 @@ class Recorder:
             save=done % s.save_interval == 0 and not last,
         )
 
-    def accepts(self, step: int, losses: Sequence[Any], grad_norm: Any) -> bool:
+    def accepts(
+        self, step: int, losses: Sequence[Any], grad_norm: Any, tokens: int | None = None
+    ) -> bool:
         """Whether the optimizer may take this step, given its losses and its gradient norm.
 
         False if float16 overflowed: the loss scale is lower now, and the step must be tried again.
         Reading numbers from a GPU means waiting for it, so they are read only when something is due
         (in float16 at every step). Raises UserError if a number that is read is not finite, also
-        one of an earlier step.
+        one of an earlier step. `tokens` is how many the step had, if not as many as it can have.
         """
         if self.scaler.enabled:
             *losses, grad_norm = read_numbers([*losses, grad_norm])
             if not self._fits_float16(step, grad_norm):
                 return False
         self._unread.add(step, losses, grad_norm)
+        self._tokens += self._tokens_per_step if tokens is None else tokens
         self.val_loss = None
         due = self.due_after(step)
         if self._on_cpu or due.log or due.sample or due.save or self.stopped:
@@ -175,13 +197,13 @@ class Recorder:
     def measure(self) -> dict[str, Any]:
         """A row of metrics.jsonl for the step just taken, shown on the progress bar too."""
         now, done = time.perf_counter(), self.optimizer.steps
-        steps, seconds = done - self._last_step, now - self._last_time
+        seconds = now - self._last_time
         row = {
             "step": done,
             "train_loss": self._train_loss,
             "learning_rate": self.optimizer.lr,
             "grad_norm": self._grad_norm,
-            "tokens_per_second": round(steps * self._tokens_per_step / seconds, 1),
+            "tokens_per_second": round(self._tokens / seconds, 1),
             "elapsed_seconds": round(now - self._started, 2),
         }
         if self.scaler.enabled:
@@ -195,14 +217,15 @@ class Recorder:
         """Add a row to metrics.jsonl; with a `val_loss`, say it and redraw loss.png too."""
         self.val_loss = row.get("val_loss")
         if self.val_loss is not None:
+            right = f"   accuracy {row['val_accuracy']:.1%}" if "val_accuracy" in row else ""
             self.say(
                 f"step {row['step']:5d}   train loss {row['train_loss']:.3f}   validation loss "
-                f"{self.val_loss:.3f}   {row['tokens_per_second']:,.0f} tokens/s"
+                f"{self.val_loss:.3f}{right}   {row['tokens_per_second']:,.0f} tokens/s"
             )
         self._attempt(self._append, row)
-        self._last_step, self._last_time = self.optimizer.steps, time.perf_counter()
+        self._tokens, self._last_time = 0, time.perf_counter()
         if self.val_loss is not None:
-            self._attempt(self.metrics.draw, needed=False)
+            self._attempt(self.metrics.draw, self.data.unit, needed=False)
 
     def save_if_due(self) -> None:
         """Save if --save-interval says so, or the validation loss is the lowest so far."""
@@ -220,7 +243,7 @@ class Recorder:
         self._bar.close()
         if self._saved_step < self.optimizer.steps:
             self._save()
-        self._attempt(self.metrics.draw, needed=False)
+        self._attempt(self.metrics.draw, self.data.unit, needed=False)
         if self.stopped:
             done = self.optimizer.steps
             can_resume = 0 < done < self.settings.max_steps
@@ -237,12 +260,13 @@ class Recorder:
             checkpoint.save_run(
                 self.out,
                 self.model,
-                self.corpus.tokenizer,
+                self.data.tokenizer,
                 self.optimizer,
                 vars(self.settings),
                 self.val_loss,
                 self.settings.keep,
                 self.scaler,
+                self._write,
             )
         except UserError as error:
             latest = checkpoint.last_good(self.out, done + 1)

@@ -90,6 +90,11 @@ class Setting(NamedTuple):
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
+    def add_to(self, parser: Any) -> None:
+        """Add the flag to an argparse parser or to a group of one."""
+        help = f"{self.help} {self.default_text}".strip()
+        parser.add_argument(self.flag, help=help, **self.kind.argument)
+
     @property
     def default_text(self) -> str:
         """The default in the words of --help; empty where there is none to tell."""
@@ -202,9 +207,7 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
     for title, rows in GROUPS.items():
         group = parser.add_argument_group(title)
         for row in rows:
-            group.add_argument(
-                row.flag, help=f"{row.help} {row.default_text}".strip(), **row.kind.argument
-            )
+            row.add_to(group)
     return vars(parser.parse_args(argv))
 
 
@@ -217,22 +220,22 @@ def resolve_settings(flags: dict[str, Any]) -> argparse.Namespace:
     if "size" in flags:
         flags = {**flags, "size": known_size(flags["size"])}
     settings = resumed_settings(out, flags) if flags.get("resume") else new_settings(out, flags)
+    check_kinds(settings)
+    return argparse.Namespace(**settings)
+
+
+def check_kinds(settings: dict[str, Any], table: dict[str, Setting] = SETTINGS) -> None:
+    """UserError if a setting is not of the kind that the table says."""
     for name, value in settings.items():
-        row = SETTINGS.get(name)
+        row = table.get(name)
         if row and value is not None and not row.kind.holds(value):
             raise UserError(f"{row.flag} must be {row.kind.allowed}, not {value}")
-    return argparse.Namespace(**settings)
 
 
 def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that starts; UserError where `out` is taken or flags contradict."""
     if not flags.get("overwrite") and not flags.get("plan"):
-        if checkpoint.holds_run(out):
-            raise UserError(
-                f"{out} holds a run already: --resume it, --overwrite it, or give another --out"
-            )
-        if (out / checkpoint.MODEL).exists():
-            raise UserError(f"{out} holds a model: --overwrite it, or give another --out")
+        check_free(out)
     weights = flags.get("init_from", "scratch")
     if weights == "scratch":
         size = flags.get("size", SETTINGS["size"].default)
@@ -252,6 +255,16 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def check_free(out: Path) -> None:
+    """UserError if the folder holds a run or a model, which a new run would replace."""
+    if checkpoint.holds_run(out):
+        raise UserError(
+            f"{out} holds a run already: --resume it, --overwrite it, or give another --out"
+        )
+    if (out / checkpoint.MODEL).exists():
+        raise UserError(f"{out} holds a model: --overwrite it, or give another --out")
+
+
 def defaults(trained: str) -> dict[str, Any]:
     """What holds where no flag is given; what is `trained` is "tiny", "large" or "tuned"."""
     values = {name: row.default for name, row in SETTINGS.items()}
@@ -262,11 +275,16 @@ def defaults(trained: str) -> dict[str, Any]:
     return values
 
 
-def resumed_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the run in `out` with those flags that may change; UserError for others."""
+def resumed_settings(
+    out: Path, flags: dict[str, Any], table: dict[str, Setting] = SETTINGS, anew: str = "init-from"
+) -> dict[str, Any]:
+    """The settings of the run in `out` with those flags that may change; UserError for others.
+
+    `table` has the script's settings, and its flag `anew` starts another run from given weights.
+    """
     if flags.get("overwrite"):
         raise UserError("--resume continues the run that --overwrite would remove: give only one")
-    settings = saved_settings(out)
+    settings = saved_settings(out, table)
     allowed, planned = flags.get("allow_changes"), settings["max_steps"]
     wanted = flags.get("max_steps", planned)
     if wanted < planned and not allowed:  # every step's learning rate would change
@@ -275,22 +293,22 @@ def resumed_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
             "out to resume, or add --allow-changes"
         )
     for name, value in flags.items():
-        row = SETTINGS[name]
+        row = table[name]
         may_change = row.change in (FREE, ONCE) or (allowed and row.change is ASK)
         if value != settings[name] and not may_change:
             choice = "add --allow-changes, " if row.change is ASK else ""
             raise UserError(
                 f"the run in {out} has {row.flag} {settings[name]}, not {value}: leave the flag "
-                f"out to resume, {choice}or start another run with --init-from {out}"
+                f"out to resume, {choice}or start another run with --{anew} {out}"
             )
     return settings | flags | {"out": str(out)}
 
 
-def saved_settings(out: Path) -> dict[str, Any]:
+def saved_settings(out: Path, table: dict[str, Setting] = SETTINGS) -> dict[str, Any]:
     """The settings of the run in `out`; UserError where one is missing or impossible."""
     saved = checkpoint.load_settings(out)
     settings = {"data_fingerprint": saved.get("data_fingerprint")}
-    for name, row in SETTINGS.items():
+    for name, row in table.items():
         value = row.default if row.change is ONCE else saved.get(name, row.default)
         if isinstance(value, By) or not (row.kind.holds(value) or value is row.default is None):
             what = f"have {value!r} as {name}" if name in saved else f"lack {name}"

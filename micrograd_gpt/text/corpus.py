@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -39,6 +40,11 @@ class Corpus:
     validation: np.ndarray | Shards
     tokenizer: Tokenizer
     name: str
+    unit: ClassVar[str] = "token"  # what the loss is the mean over
+
+    def amount(self) -> str:
+        """How much there is to train on, in words."""
+        return f"{len(self.train):,} tokens of {self.name}"
 
     @cached_property
     def bytes_per_token(self) -> float | None:

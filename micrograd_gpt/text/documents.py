@@ -111,10 +111,7 @@ def read_documents(
     Raises UserError for an unknown `encoding`, and, naming the file and the place, for bytes that
     are not in that encoding and for lines or columns without text.
     """
-    try:
-        io.TextIOWrapper(io.BytesIO(), encoding)
-    except (LookupError, ValueError) as error:  # ValueError: a null character in the name
-        raise UserError(f"{encoding!r} is not a text encoding: try utf-8 or latin-1") from error
+    check_encoding(encoding)
     match path.suffix.lower():
         case ".jsonl":
             yield from ([text] for text in _jsonl_texts(path, encoding, on_read))
@@ -122,6 +119,20 @@ def read_documents(
             yield from ([text] for text in _parquet_texts(path, on_read))
         case _:
             yield _text_chunks(path, encoding, on_read)
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Return the whole text of a file, whatever its name; UserError as `read_documents` says."""
+    check_encoding(encoding)
+    return "".join(_text_chunks(path, encoding, lambda _: None))
+
+
+def check_encoding(encoding: str) -> None:
+    """Raise UserError unless there is such an encoding of text."""
+    try:
+        io.TextIOWrapper(io.BytesIO(), encoding)
+    except (LookupError, ValueError) as error:  # ValueError: a null character in the name
+        raise UserError(f"{encoding!r} is not a text encoding: try utf-8 or latin-1") from error
 
 
 def _text_chunks(path: Path, encoding: str, on_read: Callable[[int], object]) -> Iterator[str]:

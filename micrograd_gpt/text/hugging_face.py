@@ -45,6 +45,7 @@ from micrograd_gpt.text.merges import SPELLING
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+PROMPT_TEMPLATE = "prompt_template.txt"  # beside them, for a model tuned on instructions
 
 ANY_CHARACTER = r"[\s\S]"
 

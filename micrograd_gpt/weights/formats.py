@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from micrograd_gpt.gpt2 import GPT2Config
-from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import finish_set
 from micrograd_gpt.support.files import read_json
@@ -47,12 +46,13 @@ class Weights:
     """A model as its files describe it, whatever their format.
 
     `path` is the file or folder, `tensors` maps each of GPT-2's parameter names to where its
-    numbers are.
+    numbers are. `heads` has the tensors of other heads, for classification and the like.
     """
 
     path: Path
     config: GPT2Config
     tensors: dict[str, StoredTensor]
+    heads: dict[str, StoredTensor] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -111,11 +111,11 @@ def _open_file(path: Path) -> Weights:
         entries = TensorFile(path).entries
     if not path.with_name(CONFIG).exists():
         tensors = _gpt2_tensors(path, entries)
-        return Weights(path, _published_config(path, tensors), tensors)
+        return Weights(path, _published_config(path, tensors), tensors, _other_heads(entries))
     config = read_config(path.parent)
     tensors = _gpt2_tensors(path, entries, getattr(config, "tie_word_embeddings", True))
     _check_agreement(path, config, CONFIG, tensors)
-    return Weights(path, config, tensors)
+    return Weights(path, config, tensors, _other_heads(entries))
 
 
 def _open_nanogpt(path: Path, saved: dict[str, Any]) -> Weights:
@@ -140,9 +140,6 @@ def _gpt2_tensors(
         if ours in names:
             raise UserError(f"{path} holds both {names[ours]!r} and {name!r}")
         names[ours] = name
-    if others := [name for name in entries if name.startswith(OTHER_HEADS)]:
-        named = ", ".join(map(ascii, others))[:200]  # a file can have any names, and any number
-        say(f"note: {path}: {named} left out: a language model has no such head")
     if "lm_head.weight" in entries and not is_tied:
         names["lm_head.weight"] = "lm_head.weight"
     elif "lm_head.weight" in entries:
@@ -160,6 +157,10 @@ def _gpt2_tensors(
     if sum(tensor.nbytes for tensor in stored) > size:
         raise UserError(f"{path} is damaged: its tensors overlap; fetch it again")
     return tensors
+
+
+def _other_heads(entries: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    return {name: tensor for name, tensor in entries.items() if name.startswith(OTHER_HEADS)}
 
 
 def _open_openai(folder: Path, hparams: dict[str, Any]) -> Weights:

@@ -23,6 +23,7 @@ from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json
 from micrograd_gpt.text.foreign_tokenizers import OTHER_FILES
+from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE
 from micrograd_gpt.weights.config import CONFIG, read_config
 from micrograd_gpt.weights.formats import MODEL, TORCH_MODEL, WEIGHT_FILES
 
@@ -69,7 +70,7 @@ def repository_named(name: str) -> Repository | None:
 
 
 def fetch(repository: Repository, with_weights: bool = True) -> Path:
-    """The folder that holds a repository's model: config, weights and tokenizer files.
+    """The folder that holds a repository's model: config, weights, tokenizer, prompt template.
 
     `with_weights=False` fetches the other files only. Says on stderr when it fetches, and when it
     cannot ask the Hub and uses the copy in the cache. Raises UserError where there is no such
@@ -85,7 +86,7 @@ def fetch(repository: Repository, with_weights: bool = True) -> Path:
     try:
         folder = _file(repository, CONFIG, commit).parent
         read_config(folder)  # another architecture is refused before gigabytes are fetched
-        for name in TOKENIZER_FILES:
+        for name in (*TOKENIZER_FILES, PROMPT_TEMPLATE):
             if name in files:
                 _file(repository, name, commit)
         if _lacking(repository, commit, files) == "tokenizer":

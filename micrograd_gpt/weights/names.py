@@ -45,6 +45,17 @@ def open_model(name: str) -> Weights:
     return open_weights(find(name))
 
 
+def open_language_model(name: str) -> Weights:
+    """As `open_model`; UserError too for a classifier, which predicts no next token."""
+    weights = open_model(name)
+    if "score.weight" in weights.heads:
+        raise UserError(
+            f"{name} is a classifier, which labels texts and writes none: "
+            f"finetune_gpt2.py classify --model {name} --predict FILE"
+        )
+    return weights
+
+
 def find(name: str, with_weights: bool = True) -> Path:
     """The local file or folder of a model that is not one of OpenAI's sizes, fetched if need be.
 

@@ -13,6 +13,7 @@ import numpy as np
 from micrograd_gpt.arrays.devices import Array, move
 from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.weights.config import model_class
@@ -44,6 +45,9 @@ def build(
     Raises UserError, naming the tensor, for one that is missing, extra, misshapen or damaged, and
     for a model that does not fit into memory.
     """
+    if weights.heads:
+        names = ", ".join(weights.heads)
+        say(f"note: {weights.path}: {names} left out: a language model has no such head")
     try:
         model = unwritten(weights.config, cls)
         hold_in(model, dtype)

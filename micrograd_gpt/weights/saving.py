@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.file_sets import written_as_set
@@ -32,18 +33,23 @@ def save_pretrained(
 
 
 def write_model(
-    model: GPT2,
+    model: Any,
     folder: str | Path,
     tokenizer: Tokenizer | None = None,
     dtype: str | None = None,
     metadata: dict[str, str] | None = None,
+    also_in_config: dict[str, Any] | None = None,
 ) -> None:
-    """The files of `save_pretrained`, one after the other, for a set that has more files."""
+    """The files of `save_pretrained`, one after the other, for a set that has more files.
+
+    `model` may be any module with a GPT2Config whose parameters have the checkpoint's names;
+    `also_in_config` is added to config.json, or replaces what is there.
+    """
     folder = Path(folder)
     arrays = {name: p.numpy() for name, p in model.named_parameters()}
     write_safetensors(folder / MODEL, arrays, {"format": "pt", **(metadata or {})}, dtype)
     stored = dtype or str(arrays["transformer.wte.weight"].dtype)
     config = config_json(model.config, stored, tokenizer.special_tokens if tokenizer else None)
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_text(folder / CONFIG, json.dumps(config | (also_in_config or {}), indent=2) + "\n")
     if tokenizer:
         tokenizer.save(folder)

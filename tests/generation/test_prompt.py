@@ -13,6 +13,7 @@ from micrograd_gpt.generation.flags import Choices
 from micrograd_gpt.generation.output import Writer
 from micrograd_gpt.generation.prompt import converse
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.text.template import Template
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.weights.pretrained import from_pretrained
 
@@ -20,32 +21,46 @@ Talk = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture
-def talk(
+def talk_with(
     char_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Talk:
-    """`talk(*lines)` has these lines typed, then Ctrl-D; an exception stands for what raises it.
+) -> Callable[[Template | None], Talk]:
+    """`talk_with(template)(*lines)` has these lines typed, then Ctrl-D; an exception stands for
+    what raises it.
 
     Returns stdout and stderr, where each typed line is echoed.
     """
-    writer = Writer(from_pretrained(GPT2, char_model), load_tokenizer(char_model))
+    model, tokenizer = from_pretrained(GPT2, char_model), load_tokenizer(char_model)
     defaults = {"max_new_tokens": (20, ""), "temperature": (0.8, ""), "top_k": (40, "")}
 
-    def talk(*lines: str | BaseException | type[BaseException], **given: Any) -> tuple[str, str]:
-        typed = iter(lines)
+    def talk_with(template: Template | None) -> Talk:
+        writer = Writer(model, tokenizer, template=template)
 
-        def type_a_line(question: str = "") -> str:
-            line = next(typed, EOFError)
-            print(line, file=sys.stderr)
-            if isinstance(line, str):
-                return line
-            raise line
+        def talk(
+            *lines: str | BaseException | type[BaseException], **given: Any
+        ) -> tuple[str, str]:
+            typed = iter(lines)
 
-        monkeypatch.setattr("builtins.input", type_a_line)
-        capsys.readouterr()
-        assert converse(writer, Choices(given, defaults)) == 0
-        return capsys.readouterr()
+            def type_a_line(question: str = "") -> str:
+                line = next(typed, EOFError)
+                print(line, file=sys.stderr)
+                if isinstance(line, str):
+                    return line
+                raise line
 
-    return talk
+            monkeypatch.setattr("builtins.input", type_a_line)
+            capsys.readouterr()
+            assert converse(writer, Choices(given, defaults)) == 0
+            return capsys.readouterr()
+
+        return talk
+
+    return talk_with
+
+
+@pytest.fixture
+def talk(talk_with: Callable[[Template | None], Talk]) -> Talk:
+    """`talk(*lines)` with a model that continues texts."""
+    return talk_with(None)
 
 
 def test_a_conversation(talk: Talk) -> None:
@@ -112,3 +127,15 @@ def test_ctrl_c_at_the_prompt_does_not_leave(talk: Talk) -> None:
 def test_that_a_text_passes_the_context_is_said_once(talk: Talk) -> None:
     _, err = talk("/set max-new-tokens 100", "dog", "dog")
     assert err.count("at most 32 tokens") == 1
+
+
+def test_a_tuned_model_takes_each_line_for_an_instruction(
+    talk_with: Callable[..., Talk],
+) -> None:
+    template = Template("{instruction} the lazy {output}")
+    out, err = talk_with(template)("quick", "/help", "quick", greedy=True)
+    assert "Type an instruction to have it answered" in err
+    assert "Type a text" not in err
+    first, second = out.splitlines()
+    (continued,) = talk_with(None)("quick the lazy ", greedy=True)[0].splitlines()
+    assert continued == f"quick the lazy {first}" and first == second

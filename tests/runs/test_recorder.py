@@ -124,10 +124,27 @@ def test_evaluation_does_not_count_as_training_time(
     assert rows[1]["elapsed_seconds"] == 103.0
 
 
+def test_tokens_are_those_that_the_steps_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(clock)))
+    run = recorder(tmp_path)
+    for tokens in (3, 5, None):  # None: a full batch of 12 × 4
+        assert run.accepts(run.optimizer.steps, [1.0], 1.0, tokens)
+        run.optimizer.step()
+    row = run.measure()
+    assert row["tokens_per_second"] == pytest.approx(
+        (3 + 5 + 48) / row["elapsed_seconds"], rel=0.01
+    )
+    run.log(row)
+    assert run.measure()["tokens_per_second"] == 0
+
+
 def test_a_resumed_run_that_is_complete_says_so(tmp_path: Path) -> None:
     run = recorder(tmp_path, max_steps=1)
     take_step(run)
     run.finish()
     settings = argparse.Namespace(**vars(run.settings) | {"resume": True})
     with pytest.raises(UserError, match=r"is complete at step 1; give a larger --max-steps"):
-        Recorder(settings, run.corpus, run.model, run.optimizer, run.scaler)
+        Recorder(settings, run.data, run.model, run.optimizer, run.scaler)

@@ -19,6 +19,7 @@ from small_gpt2 import TEXT, interrupt_after, make_model, save_model
 from micrograd_gpt.generation.output import SEPARATOR
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.template import Template, save_template
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 from micrograd_gpt.weights.pretrained import from_pretrained
 from micrograd_gpt.weights.saving import save_pretrained
@@ -35,6 +36,14 @@ def char_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def byte_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(tmp_path_factory.mktemp("byte"), ByteTokenizer())
+
+
+@pytest.fixture(scope="module")
+def tuned_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with the template that tuning on instructions leaves beside it."""
+    folder = save_model(tmp_path_factory.mktemp("tuned"), ByteTokenizer())
+    save_template(Template("{instruction}|\n\n{input}|\n\n={output}"), folder)
+    return folder
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -208,6 +217,48 @@ def test_the_default_model(
     assert asked == ["124M"] and "using 124M" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"no network$"):
         generate.main(["--prompt", "the ", "--model", "124M"])
+
+
+# ----------------------------------------------------------------------------------- instructions
+
+
+def test_an_instruction_is_answered_through_the_saved_template(
+    tuned_model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--model", tuned_model, "--max-new-tokens", "20", "--instruction"]
+    (answer,) = run_json(capsys, *flags, "add", "--input", "1 2")
+    assert answer["prompt"] == "add|\n\n1 2|\n\n="
+    (prompted,) = run_json(capsys, *flags[:4], "--prompt", "add|\n\n1 2|\n\n=")
+    assert answer["token_ids"] == prompted["token_ids"]
+    alone = run(capsys, *flags, "add", "--input", "1 2")
+    assert alone.removesuffix("\n") == answer["text"].removesuffix("\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"add\n")))
+    assert run_json(capsys, *flags, "-")[0]["prompt"] == "add|\n\n="
+
+
+def test_an_answer_ends_with_end_of_text(
+    tuned_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", tuned_model, "--instruction", "a", "--temperature", "3", "--top-k", "0"]
+    flags += ["--num-samples", "16", "--max-new-tokens", "300"]
+    ended = [answer for answer in run_json(capsys, *flags) if answer["stopped"] == "end-of-text"]
+    assert ended
+    answers = run(capsys, *flags).split(SEPARATOR + "\n")
+    assert any(answer.removesuffix("\n") == ended[0]["text"] for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--instruction", "a"], "was not tuned on instructions: give it a --prompt"),
+        (["--prompt", "a", "--input", "b"], "--input is for an --instruction"),
+        (["--instruction", "a", "--prompt", "b"], "not allowed with argument --instruction"),
+    ],
+)
+def test_instructions_are_for_tuned_models(char_model: str, flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        generate.main(["--model", char_model, *flags])
+    assert "\n" not in str(caught.value)
 
 
 # --------------------------------------------------------------------------------------- mistakes

@@ -191,6 +191,12 @@ def test_a_model_is_fetched_once(
     assert capsys.readouterr().err == ""
 
 
+def test_a_tuned_model_comes_with_its_template(tmp_path: Path) -> None:
+    template = b"{instruction}\n{output}\n"
+    with hub_of(NAME, {"main": (FIRST, files() | {"prompt_template.txt": template})}) as server:
+        assert (fetch(at(server, tmp_path)) / "prompt_template.txt").read_bytes() == template
+
+
 def test_config_and_tokenizer_without_weights(server: Server, tmp_path: Path) -> None:
     folder = fetch(at(server, tmp_path), with_weights=False)
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", "tokenizer.json"]

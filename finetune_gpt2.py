@@ -1,0 +1,291 @@
+"""Make a trained GPT-2 do a job: label texts, or follow instructions.
+
+    python finetune_gpt2.py classify --model 124M --data spam.tsv --out spam
+    python finetune_gpt2.py classify --model spam/best --predict new.txt
+    python finetune_gpt2.py instruct --model 355M --data alpaca.json --out tuned
+    python finetune_gpt2.py instruct --resume --out tuned      # a run that was stopped
+
+Read it from `main()` down: a command makes a model and a task, `tune()` is the loop that both
+commands share. The flags are the tables in micrograd_gpt/tuning/flags.py. Every random choice is a
+function of (seed, step), so a run that is stopped and resumed continues exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from micrograd_gpt import optim
+from micrograd_gpt.arrays import stand_ins
+from micrograd_gpt.arrays.devices import move, resolve_device, set_tf32
+from micrograd_gpt.arrays.memory import memory_errors
+from micrograd_gpt.arrays.precision import HALF, compute_in, emulation_note, hold_in
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.nn import Module
+from micrograd_gpt.runs import checkpoint
+from micrograd_gpt.runs.dropout import set_dropout
+from micrograd_gpt.runs.fingerprint import check_fingerprint
+from micrograd_gpt.runs.loss_scaler import LossScaler
+from micrograd_gpt.runs.plan import Plan
+from micrograd_gpt.runs.recompute import recompute_blocks
+from micrograd_gpt.runs.recorder import Recorder
+from micrograd_gpt.support import cli
+from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import write_text
+from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
+from micrograd_gpt.text.template import choose_template
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.tuning import conversations, flags, labelled
+from micrograd_gpt.tuning.batches import Order, Task, micro_batches
+from micrograd_gpt.tuning.classification import Classification, label_texts
+from micrograd_gpt.tuning.classifier import (
+    GPT2Classifier,
+    load_classifier,
+    set_layers,
+    write_classifier,
+)
+from micrograd_gpt.tuning.instructions import Instructions
+from micrograd_gpt.tuning.scores import draw_confusion
+from micrograd_gpt.weights.config import read_config
+from micrograd_gpt.weights.names import config_named, tokenizer_folder
+from micrograd_gpt.weights.pretrained import unwritten
+
+RATES = ("max_steps", "warmup_steps", "learning_rate", "min_lr")  # the schedule's arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = flags.parse_flags(argv)
+    stand_ins.highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    to_predict = "predict" in given or is_piped(given)
+    settings = flags.for_prediction(given) if to_predict else flags.resolve_settings(given)
+    device = resolve_device(settings.device)
+    set_tf32(settings.tf32, device)
+    command = {"classify": classify, "instruct": instruct}[settings.command]
+    advice = "lower --batch-size (and raise --grad-accum-steps), or add --recompute"
+    with memory_errors(advice), compute_in(settings.dtype):
+        return (predict if to_predict else command)(settings, device)
+
+
+# -------------------------------------------------------------------------------- classification
+
+
+def classify(settings: argparse.Namespace, device: str) -> int:
+    """Train a classifier as the settings say; returns the script's exit status."""
+    # Data: texts with labels, in three parts
+    files = (settings.data, settings.validation, settings.test)
+    parts = labelled.read_parts(*files, labelled.columns_of(settings), settings.encoding)
+    labelled.warn_if_unbalanced(parts.train, settings.balance)
+    tokenizer, longest = tokenizer_of(settings), longest_of(settings)
+    name, size = Path(settings.data).name, settings.batch_size
+    task = Classification(parts, tokenizer, longest, size, name, settings.balance)
+
+    # Model: the body with given weights, and a new head
+    def make(body: GPT2) -> GPT2Classifier:
+        model = GPT2Classifier(body, parts.labels, settings.seed, longest)
+        set_layers(model, settings.train_layers)
+        return model
+
+    model, signal_number = tune(settings, device, task, make, write_classifier)
+    if model and not signal_number:
+        report_classifier(settings, task, device)
+    return signal_number and 128 + signal_number
+
+
+def report_classifier(settings: argparse.Namespace, task: Classification, device: str) -> None:
+    """The scores of the best checkpoint, on stdout and as pictures in the run's folder."""
+    out, best = Path(settings.out), Path(settings.out, checkpoint.BEST)
+    model, results = load_classifier(best, device), {}
+    for name, part in (("validation", task.validation), ("test", task.test)):
+        scores = task.scores(model, part)
+        results[name] = scores.as_dict()
+        print(f"{name}: {scores.report()}\n")
+        draw_confusion(scores, out / f"confusion-{name}.png")
+    write_text(out / "scores.json", json.dumps(results, ensure_ascii=False, indent=2) + "\n")
+    print(f"saved in {out}/: the model and the run, metrics.jsonl, scores.json, pictures")
+    print(f"{best} has the lowest validation loss, and these scores")
+    print(f"try: python finetune_gpt2.py classify --model {best} --predict FILE.txt")
+
+
+def is_piped(given: dict[str, Any]) -> bool:
+    """Whether texts to label come through a pipe: a model is given, and nothing to learn from."""
+    if given["command"] != "classify" or "model" not in given or {"data", "resume"} & given.keys():
+        return False
+    return sys.stdin is not None and not sys.stdin.isatty()
+
+
+def predict(settings: argparse.Namespace, device: str) -> int:
+    """Label the texts of a file or a pipe: one JSON object a line, on stdout."""
+    columns = labelled.columns_of(settings)
+    texts = labelled.read_texts(settings.predict, columns, settings.encoding)
+    wide = "float32" if settings.dtype in HALF else settings.dtype
+    model = load_classifier(settings.model, device, wide)
+    folder = tokenizer_folder(settings.model)
+    tokenizer = load_tokenizer(folder) if folder else GPT2Tokenizer()
+    tokenizer.check_size(model.config.vocab_size)
+    for result in label_texts(model, texts, tokenizer, settings.batch_size):
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+    return 0
+
+
+# ---------------------------------------------------------------------------------- instructions
+
+
+def instruct(settings: argparse.Namespace, device: str) -> int:
+    """Teach a model to follow instructions; returns the script's exit status."""
+    # Data: conversations in two parts, and the template that lays them out
+    parts = conversations.read_parts(settings.data, settings.validation, settings.encoding)
+    folder = settings.out if settings.resume else tokenizer_folder(settings.model)
+    template = choose_template(None if settings.resume else settings.template, folder)
+    how = tokenizer_of(settings), longest_of(settings), settings.batch_size, settings.loss_on
+    task = Instructions(*parts, template, *how, Path(settings.data).name)
+
+    model, signal_number = tune(settings, device, task, lambda body: body, task.write)
+    if model and not signal_number:
+        print(task.report(model, settings.out))
+    return signal_number and 128 + signal_number
+
+
+# ----------------------------------------------------------------------- the loop they all share
+
+
+def tune(
+    settings: argparse.Namespace,
+    device: str,
+    task: Task,
+    make: Callable[[GPT2], Any],
+    write: Callable[..., None],
+) -> tuple[Any, int]:
+    """Train what `make` makes of the body on the task; returns it, and the signal that stopped it.
+
+    With --plan it is (None, 0). `write` saves the model into a folder.
+    """
+    per_step = settings.batch_size * settings.grad_accum_steps
+    order = Order(task.lengths, per_step, settings.seed, task.kinds)
+    flags.schedule(settings, order.steps_per_epoch)
+    longest = int(task.lengths.max())
+    if settings.plan:
+        print(plan_of(settings, longest, device))
+        return None, 0
+    check_fingerprint(settings, task.fingerprint())
+
+    # Model and optimizer, and what a resumed run saved of them
+    body = make_body(settings, device)
+    task.tokenizer.check_size(body.config.vocab_size)
+    model = make(body)
+    set_dropout(model.train(), settings.dropout)
+    if settings.recompute:
+        recompute_blocks(model)
+    optimizer, scaler = make_optimizer(settings, model)
+    if note := emulation_note(settings.dtype, device):
+        say(note)
+    if settings.resume:
+        checkpoint.load_run(settings.out, model, optimizer, scaler)
+    recorder = Recorder(settings, task, model, optimizer, scaler, write, per_step * longest)
+    recorder.start()
+    learn(settings, task, order, model, optimizer, scaler, recorder)
+    return model, recorder.finish()
+
+
+def learn(
+    settings: argparse.Namespace,
+    task: Task,
+    order: Order,
+    model: Any,
+    optimizer: optim.AdamW,
+    scaler: LossScaler,
+    recorder: Recorder,
+) -> None:
+    """The loop: one step after the other, until all are taken or a signal comes."""
+    rates = [getattr(settings, name) for name in RATES]
+    while optimizer.steps < settings.max_steps and not recorder.stopped:
+        step = optimizer.steps
+        optimizer.lr = optim.cosine_schedule(step, *rates)
+
+        # Gradients of the mean over all that counts in the step, however the micro-batches cut it
+        parts = micro_batches(order.step(step), settings.batch_size)
+        batches = [task.batch(part) for part in parts]
+        count = sum(batch.count for batch in batches)
+        losses = []
+        for number, batch in enumerate(batches):
+            model.draws.reseed(settings.seed, step, number)
+            loss = task.loss(model, batch) * (batch.count / count)
+            (loss * scaler.scale).backward()
+            losses.append(loss.data)
+        norm = optim.clip_grad_norm(optimizer.parameters, settings.grad_clip, scaler.scale)
+
+        # The step, except where float16 overflowed: then it is tried again with a smaller scale
+        accepted = recorder.accepts(step, losses, norm, sum(batch.tokens for batch in batches))
+        if accepted:
+            optimizer.step()
+        optimizer.zero_grad()
+        if not accepted:
+            continue
+        # What is due now: metrics, validation, a checkpoint
+        due = recorder.due_after(step)
+        if due.log:
+            row = recorder.measure()
+            recorder.log(row | (task.evaluate(model) if due.evaluation else {}))
+        recorder.save_if_due()
+
+
+def make_body(settings: argparse.Namespace, device: str) -> GPT2:
+    """The language model to start from, or one still to be filled by a resumed run."""
+    wide = "float32" if settings.dtype in HALF else settings.dtype
+    if not settings.resume:
+        return GPT2.from_pretrained(settings.model, device, wide)
+    body = unwritten(read_config(settings.out))
+    hold_in(body, wide)
+    move(body, device)
+    return body
+
+
+def make_optimizer(settings: argparse.Namespace, model: Module) -> tuple[optim.AdamW, LossScaler]:
+    """AdamW for the parameters that learn, and the scale of float16's gradients."""
+    optimizer = optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+    )
+    scaler = LossScaler(enabled=settings.dtype == "float16")
+    if scaler.enabled:  # an overflow does no harm then
+        warnings.filterwarnings("ignore", "(invalid value|overflow) encountered", RuntimeWarning)
+    return optimizer, scaler
+
+
+def tokenizer_of(settings: argparse.Namespace) -> Tokenizer:
+    """The tokenizer of the weights to start from, or of the run that is resumed."""
+    folder = settings.out if settings.resume else tokenizer_folder(settings.model)
+    return load_tokenizer(folder) if folder else GPT2Tokenizer()
+
+
+def config_of(settings: argparse.Namespace) -> GPT2Config:
+    """The shape of the weights to start from, or of the run that is resumed."""
+    return read_config(settings.out) if settings.resume else config_named(settings.model)
+
+
+def longest_of(settings: argparse.Namespace) -> int:
+    """The most tokens of an example; UserError for more than the model has room for."""
+    room = config_of(settings).n_positions
+    if settings.block_size and settings.block_size > room:
+        raise UserError(f"--block-size is at most {room}, the context of the model")
+    return settings.block_size or room
+
+
+def plan_of(settings: argparse.Namespace, longest: int, device: str) -> str:
+    """What --plan prints: what the longest batches of a run take in which all layers learn."""
+    s = settings
+    sizes = (s.batch_size, longest, s.grad_accum_steps, s.recompute, s.dtype, device)
+    return Plan(config_of(s), *sizes).report(s.max_steps, s.rate, s.devices)
+
+
+if __name__ == "__main__":
+    cli.run(main)

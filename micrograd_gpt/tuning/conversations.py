@@ -1,0 +1,161 @@
+"""Conversations to learn from: instructions and answers, read from a file and split in two."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.documents import read_text
+
+SPLIT_SEED = 0  # one split for all runs on the same data, whatever their --seed
+PART, MOST = 0.1, 1000  # of the instructions, to validate on
+
+
+class Turn(NamedTuple):
+    """One instruction and its answer; the input and the system message may be empty."""
+
+    instruction: str
+    output: str
+    input: str = ""
+    system: str = ""
+
+
+Conversation = Sequence[Turn]  # most files have conversations of one turn
+
+
+def read_conversations(path: str | Path, encoding: str = "utf-8") -> list[Conversation]:
+    """The conversations in a file: a JSON list, or in a .jsonl file an object on each line.
+
+    An object has either `instruction`, `output` and perhaps `input`, or `messages`: objects with a
+    `role` (system, which may come first; then user and assistant in turns) and a `content`.
+
+    Raises UserError, naming the file and the example, for anything else.
+    """
+    conversations = [_conversation(value, where) for where, value in _values(Path(path), encoding)]
+    if not conversations:
+        raise UserError(f"{path} has no examples: give instructions with their outputs")
+    return conversations
+
+
+def _values(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
+    """The values in a file, each with where it stands, for messages."""
+    text = read_text(path, encoding).removeprefix("\ufeff")
+    if path.suffix.lower() == ".jsonl":
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                yield f"{path}, line {number}", _parsed(line, f"{path}, line {number}")
+        return
+    values = _parsed(text, str(path)) if text.strip() else []
+    if not isinstance(values, list):
+        raise UserError(
+            f"{path} holds no list of examples: give a JSON list, or a .jsonl file with one "
+            "example on each line"
+        )
+    yield from ((f"{path}, example {number}", value) for number, value in enumerate(values, 1))
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: this cannot be read as JSON ({error}); correct it") from None
+
+
+def _conversation(value: Any, where: str) -> Conversation:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is not an object with an instruction and an output")
+    if "messages" in value:
+        return _turns(value["messages"], where)
+    for name in ("instruction", "output"):
+        if name not in value:
+            found = ", ".join(value) or "none"
+            raise UserError(f"{where} has no {name!r} (fields: {found}): each example needs one")
+    instruction, output, input = (
+        _text(value, n, where) for n in ("instruction", "output", "input")
+    )
+    return [_turn(where, instruction, output, input)]
+
+
+def _turns(messages: Any, where: str) -> Conversation:
+    """The turns that the messages of a conversation make up."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise UserError(f"{where}: messages are a list of objects with a role and a content")
+    roles = [message.get("role") for message in messages]
+    texts = [_text(message, "content", where) for message in messages]
+    for role in roles:
+        if role not in ("system", "user", "assistant"):
+            raise UserError(f"{where}: unknown role {role!r}: it is system, user or assistant")
+    first = 1 if roles[:1] == ["system"] else 0
+    if not roles[first:] or roles[first:] != ["user", "assistant"] * (len(roles) // 2):
+        raise UserError(
+            f"{where}: the roles are {', '.join(roles) or 'none'}; after a system message, if any, "
+            "user and assistant take turns, and the last word is the assistant's"
+        )
+    pairs = zip(texts[first::2], texts[first + 1 :: 2], strict=True)
+    turns = [_turn(where, user, answer) for user, answer in pairs]
+    return [turns[0]._replace(system=texts[0]), *turns[1:]] if first else turns
+
+
+def _turn(where: str, instruction: str, output: str, input: str = "") -> Turn:
+    if not instruction:
+        raise UserError(f"{where}: the instruction is empty")
+    return Turn(instruction, output, input)
+
+
+def _text(fields: dict[str, Any], name: str, where: str) -> str:
+    """The text of a field; an empty one where it is null or not there."""
+    text = fields.get(name)
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {name!r} is {json.dumps(text)[:40]}, and must be a text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise UserError(f"{where}: {name!r} has half a character, {half!r}: remove it") from None
+    return text
+
+
+def read_parts(
+    data: str | Path, validation: str | Path | None, encoding: str = "utf-8"
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Conversations to learn from and to validate on: each from its file, or else some of `data`.
+
+    Raises UserError for what `read_conversations` cannot take, and where there are too few.
+    """
+    conversations = read_conversations(data, encoding)
+    if validation is not None:
+        return conversations, read_conversations(validation, encoding)
+    parts = split(conversations)
+    if not all(parts):
+        raise UserError(
+            f"{data} has no two different instructions, one to learn from and one to validate on: "
+            "give more, or others with --validation"
+        )
+    return parts
+
+
+def split(
+    conversations: Sequence[Conversation],
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Cut conversations up by chance, the same on every machine: most of them, and some.
+
+    What begins with the same instruction, input and system message is in the same part.
+    """
+    alike: dict[Turn, list[int]] = {}
+    for i, (first, *_) in enumerate(conversations):
+        alike.setdefault(first._replace(output=""), []).append(i)
+    groups = list(alike.values())
+    wanted = min(max(1, round(PART * len(groups))), MOST, len(groups) - 1)
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(groups))
+    cut = {i for place in order[:wanted] for i in groups[place]}
+    parts: tuple[list[Conversation], list[Conversation]] = ([], [])
+    for i, conversation in enumerate(conversations):
+        parts[i in cut].append(conversation)
+    return parts

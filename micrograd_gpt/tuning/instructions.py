@@ -1,0 +1,244 @@
+"""Learning to follow instructions, as a task for the loop in finetune_gpt2.py.
+
+An example is a conversation as tokens: for each turn the prompt, which the template makes of the
+instruction, then the answer, and end-of-text. The loss is on the answers alone.
+
+B batch   T time (tokens of the longest example, less the last)   N tokens that count   V vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from micrograd_gpt import layers
+from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.layers import IGNORE
+from micrograd_gpt.nn import no_dropout
+from micrograd_gpt.runs.checkpoint import BEST
+from micrograd_gpt.runs.fingerprint import fingerprint
+from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.tensor import Tensor, no_grad
+from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.template import Template, save_template
+from micrograd_gpt.tuning.batches import by_length, padded
+from micrograd_gpt.tuning.conversations import Conversation, Turn
+from micrograd_gpt.variants import VariantGPT2
+from micrograd_gpt.weights.saving import write_model
+
+Array = np.ndarray
+SHOWN = 3  # instructions, with the model's answers, when the run is complete
+
+
+class Example(NamedTuple):
+    """A conversation as tokens: `ids` int32, and which of them count for the loss, both (T + 1,).
+
+    The model reads all but the last, and is to predict all but the first.
+    """
+
+    ids: Array
+    counted: Array
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples padded on the right, where causal attention lets no other token see the padding."""
+
+    ids: Array  # (B, T)
+    targets: Array  # (B, T), IGNORE where nothing counts
+    tokens: int  # without the padding
+
+    @property
+    def count(self) -> int:
+        return int((self.targets != IGNORE).sum())
+
+
+def batch_of(examples: Sequence[Example]) -> Batch:
+    """Some examples as a batch."""
+    targets = [np.where(e.counted, e.ids, IGNORE)[1:] for e in examples]
+    ids = [example.ids[:-1] for example in examples]
+    return Batch(padded(ids), padded(targets, IGNORE), sum(map(len, ids)))
+
+
+def answer_loss(model: GPT2, batch: Batch) -> Tensor:
+    """Mean cross-entropy, in nats, of the targets that count.
+
+    It is `model.loss`, without logits for the other places: only the hidden states of those that
+    count go on to the head.
+    """
+    hidden = model.hidden(batch.ids)  # (B, T, C)
+    places = np.nonzero(batch.targets != IGNORE)  # rows (N,), columns (N,)
+    head = model.head if isinstance(model, VariantGPT2) else model.transformer.wte.weight  # (V, C)
+    return layers.linear_cross_entropy(hidden[places], head, batch.targets[places])
+
+
+class Instructions:
+    """Conversations to learn from, `train`, and to choose a checkpoint by, `validation`.
+
+    Those of more than `longest` tokens are left out, and those in which an answer is empty, which
+    is said on stderr. Raises UserError where none is left, for a text that the tokenizer cannot
+    express or the template has no place for, and for a tokenizer without end-of-text.
+    """
+
+    unit = "token"
+    kinds = None
+
+    def __init__(
+        self,
+        train: Sequence[Conversation],
+        validation: Sequence[Conversation],
+        template: Template,
+        tokenizer: Tokenizer,
+        longest: int,
+        batch_size: int,
+        loss_on: str,
+        name: str,
+    ) -> None:
+        self.template, self.tokenizer, self.name = template, tokenizer, name
+        self.batch_size, self.val_loss = batch_size, math.nan
+        self.shown = [conversation[0] for conversation in validation[:SHOWN]]
+        self.train, self.validation = (
+            encode_all(part, template, tokenizer, longest, what, loss_on)
+            for part, what in ((train, "training"), (validation, "validation"))
+        )
+        self.lengths = _lengths(self.train)
+
+    def amount(self) -> str:
+        counted = sum(int(example.counted[1:].sum()) for example in self.train)
+        total = f"{int(self.lengths.sum()):,} tokens, of which {counted:,} count"
+        return f"{len(self.train):,} examples of {self.name}, {total}"
+
+    def fingerprint(self) -> str:
+        parts = (self.train, self.validation)
+        streams = [[x for example in part for x in example] for part in parts]
+        return " and ".join(fingerprint(np.concatenate(stream)) for stream in streams)
+
+    def batch(self, examples: Array) -> Batch:
+        return batch_of([self.train[i] for i in examples])
+
+    def loss(self, model: GPT2, batch: Batch) -> Tensor:
+        return answer_loss(model, batch)
+
+    def evaluate(self, model: GPT2) -> dict[str, float]:
+        """The mean loss in nats over the tokens that count in all validation examples."""
+        total = count = 0.0
+        with no_grad(), no_dropout():
+            for numbers in by_length(_lengths(self.validation), self.batch_size):
+                batch = batch_of([self.validation[i] for i in numbers])
+                total += answer_loss(model, batch).item() * batch.count
+                count += batch.count
+        self.val_loss = total / count
+        return {"val_loss": self.val_loss}
+
+    def report(self, model: GPT2, out: str) -> str:
+        """What a complete run in the folder `out` ends with: some validation instructions with the
+        model's answers, and the latest loss.
+        """
+        lines = []
+        for turn in self.shown:
+            lines.append(f"instruction: {turn.instruction}")
+            lines += [f"input: {turn.input}"] if turn.input else []
+            lines += [f"answer: {self.answer(model, turn)}", f"expected: {turn.output}", ""]
+        perplexity = math.exp(min(self.val_loss, 700))  # the largest power that is a float
+        lines += [
+            f"validation loss {self.val_loss:.4f} nats per token, perplexity {perplexity:.2f}",
+            f"saved in {out}/: the model and the run, metrics.jsonl, loss.png",
+            f"{out}/{BEST} has the lowest validation loss",
+            f'try: python generate.py --model {out} --instruction "…"',
+        ]
+        return "\n".join(lines)
+
+    def answer(self, model: GPT2, turn: Turn) -> str:
+        """The model's likeliest answer to the instruction of a turn."""
+        prompt = self.template.prompt(turn.instruction, turn.input, turn.system)
+        ids, end = self.tokenizer.encode(prompt), end_of_text(self.tokenizer)
+        size = self.tokenizer.vocab_size
+        text = model.generate(
+            ids, max_new_tokens=100, temperature=0, end_of_text=end, vocab_size=size
+        )
+        return self.tokenizer.decode([token for token in text[len(ids) :] if token != end])
+
+    def write(
+        self,
+        model: GPT2,
+        folder: str | Path,
+        tokenizer: Tokenizer,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
+        """Write the model, its tokenizer and the template into a folder."""
+        write_model(model, folder, tokenizer, metadata=metadata)
+        save_template(self.template, folder)
+
+
+def _lengths(examples: Sequence[Example]) -> Array:
+    """How many tokens of each example a model reads."""
+    return np.array([len(example.ids) - 1 for example in examples])
+
+
+# --------------------------------------------------------------------------------- from text to ids
+
+
+def encode(
+    conversation: Conversation, template: Template, tokenizer: Tokenizer, loss_on: str = "answers"
+) -> Example:
+    """A conversation as tokens, of which the answers' count, end-of-text among them.
+
+    With `loss_on="all"` all tokens count.
+    """
+    ids, counted = list[Array](), list[Array]()
+    for turn in conversation:
+        prompt = tokenizer.encode(template.prompt(turn.instruction, turn.input, turn.system))
+        answer = np.append(tokenizer.encode(turn.output), np.int32(end_of_text(tokenizer)))
+        ids += [prompt, answer]
+        counted += [np.full(len(prompt), loss_on == "all"), np.ones(len(answer), bool)]
+    return Example(np.concatenate(ids), np.concatenate(counted))
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The token that ends an answer; UserError where the tokenizer has none."""
+    if tokenizer.end_of_text is None:
+        raise UserError(
+            f"the {tokenizer.name} tokenizer has no end-of-text token, which ends an answer: tune "
+            "a model with another tokenizer, such as gpt2 or byte"
+        )
+    return tokenizer.end_of_text
+
+
+def encode_all(
+    conversations: Sequence[Conversation],
+    template: Template,
+    tokenizer: Tokenizer,
+    longest: int,
+    what: str,
+    loss_on: str = "answers",
+) -> list[Example]:
+    """The conversations as tokens, without those that `Instructions` leaves out; says how many.
+
+    A model reads at most `longest` tokens of each: all but the last. `what` they are for is part of
+    what is said.
+    """
+    answered = [c for c in conversations if all(turn.output for turn in c)]
+    if not answered:
+        raise UserError(f"no {what} example has an output: there is nothing to learn from")
+    bar = tqdm(answered, desc="tokenizing", unit="example", delay=1, disable=None)
+    encoded = [encode(conversation, template, tokenizer, loss_on) for conversation in bar]
+    lengths = _lengths(encoded)
+    if lengths.min() > longest:
+        raise UserError(
+            f"all {what} examples are too long: the shortest has {lengths.min():,} tokens where "
+            f"{longest:,} fit; give shorter ones, a larger --block-size or a model of more context"
+        )
+    for count, why in (
+        (len(conversations) - len(answered), "have an empty output"),
+        (int((lengths > longest).sum()), f"are longer than {longest:,} tokens"),
+    ):
+        if count:
+            say(f"note: {count:,} of {len(conversations):,} {what} examples {why}: left out")
+    return [example for example in encoded if len(example.ids) - 1 <= longest]

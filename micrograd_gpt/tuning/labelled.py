@@ -1,0 +1,381 @@
+"""Texts with labels: read from a table or from lines of JSON, checked, and split in three."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.documents import check_encoding, read_text
+
+UNBALANCED = 3.0  # warn where a label is so many times as frequent as another
+SPLIT_SEED = 0  # one split for all runs on the same data, whatever their --seed
+SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
+
+
+class Example(NamedTuple):
+    """A text, its label (None where only texts were read), and where it stands, for messages."""
+
+    text: str
+    label: str | None
+    place: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what; `given` has the names of the flags that the user chose them by."""
+
+    text: str = "text"
+    label: str = "label"
+    given: bool = field(default=False)
+
+
+def columns_of(settings: argparse.Namespace) -> Columns:
+    """The columns that --text-field and --label-field name."""
+    names = (settings.text_field, settings.label_field)
+    return Columns(*names, given=names != ("text", "label"))
+
+
+class Parts(NamedTuple):
+    """Examples to learn from, to validate on, and for the final scores, and the labels' names."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    labels: list[str]
+
+
+# --------------------------------------------------------------------------------- reading files
+
+
+def read_examples(
+    path: str | Path, columns: Columns, encoding: str = "utf-8", with_labels: bool = True
+) -> list[Example]:
+    """The examples in a file, none of them empty, in its order.
+
+    - .tsv: fields between tabs, one example a line, no quotes. Without a header it has two columns:
+      the one with fewer different values is the label (the SMS Spam Collection's `ham<TAB>text`).
+    - .csv: with a header and quotes, as RFC 4180 has it. .jsonl: an object a line. .parquet.
+    - `with_labels=False`: labels are not looked for, and any other file has a text a line.
+
+    Labels are words, or all of them numbers. Raises UserError, naming the file and the place, for a
+    missing column, an empty text, a missing label, and labels of both kinds.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give {', '.join(SUFFIXES)}")
+    rows = list(_rows(path, columns, encoding, with_labels))
+    if not rows:
+        raise UserError(f"{path} holds no examples: give a file with texts")
+    examples = [Example(*_checked(row, path, with_labels)) for row in rows]
+    if with_labels:
+        _check_same_kind(rows, path)
+    return examples
+
+
+def read_texts(source: str, columns: Columns, encoding: str = "utf-8") -> list[Example]:
+    """The texts of a file, without labels, or of stdin where the source is "-", a line each."""
+    if source != "-":
+        return read_examples(source, columns, encoding, with_labels=False)
+    check_encoding(encoding)
+    if sys.stdin is None:
+        raise UserError("stdin is closed: name a file with --predict FILE")
+    try:
+        text = sys.stdin.buffer.read().decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin is not {encoding.upper()} text ({error}): convert it") from None
+    examples = [Example(row.text, None, f"stdin, {row.place}") for row in text_lines(text)]
+    if not examples:
+        raise UserError(
+            "stdin holds no texts: send some, a line each, or name a file with --predict FILE (to "
+            "learn, give --data FILE)"
+        )
+    return examples
+
+
+class Row(NamedTuple):
+    place: str  # "line 3"
+    text: Any
+    label: Any
+
+
+def _rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Iterator[Row]:
+    match path.suffix.lower():
+        case ".tsv":
+            yield from _tsv_rows(path, columns, encoding, with_labels)
+        case ".csv":
+            table = _csv_rows(path, encoding)
+            yield from _under_header(path, next(table, ("line 1", [])), table, columns, with_labels)
+        case ".jsonl":
+            yield from _jsonl_rows(path, columns, encoding, with_labels)
+        case ".parquet":
+            yield from _parquet_rows(path, columns, with_labels)
+        case _ if not with_labels:
+            yield from text_lines(_text(path, encoding))
+        case _:
+            raise UserError(f"{path} is not a table of texts: give {', '.join(SUFFIXES)}")
+
+
+def text_lines(text: str) -> Iterator[Row]:
+    """The lines of a text that are not blank, without labels."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield Row(f"line {number}", line, None)
+
+
+def _text(path: Path, encoding: str) -> str:
+    return read_text(path, encoding).removeprefix("\ufeff")
+
+
+def _tsv_rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Iterator[Row]:
+    lines = _text(path, encoding).split("\n")
+    table = [
+        (f"line {number}", line.removesuffix("\r").split("\t"))
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not table:
+        return
+    has_header = columns.text in table[0][1] and (not with_labels or columns.label in table[0][1])
+    if has_header or columns.given or {len(fields) for _, fields in table} != {2}:
+        yield from _under_header(path, table[0], iter(table[1:]), columns, with_labels)
+        return
+    values = [Counter(fields[i] for _, fields in table) for i in (0, 1)]
+    label = 0 if len(values[0]) <= len(values[1]) else 1
+    if with_labels and len(table) > 1 and values[label][table[0][1][label]] == 1:
+        raise _no_column(path, columns.label, table[0][1])  # what is there only once is a header
+    for place, fields in table:
+        yield Row(place, fields[1 - label], fields[label])
+
+
+def _csv_rows(path: Path, encoding: str) -> Iterator[tuple[str, list[str]]]:
+    csv.field_size_limit(1 << 30)
+    reader = csv.reader(io.StringIO(_text(path, encoding), newline=""), strict=True)
+    try:
+        for fields in reader:
+            if fields:
+                yield f"line {reader.line_num}", fields
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}: correct the quotes") from error
+
+
+def _under_header(
+    path: Path,
+    header: tuple[str, list[str]],
+    table: Iterator[tuple[str, list[str]]],
+    columns: Columns,
+    with_labels: bool,
+) -> Iterator[Row]:
+    names = header[1]
+    wanted = [columns.text, *([columns.label] if with_labels else [])]
+    for name in wanted:
+        if name not in names:
+            raise _no_column(path, name, names)
+    places = [names.index(name) for name in wanted]
+    for place, fields in table:
+        if len(fields) != len(names):
+            raise UserError(
+                f"{path}, {place}: {len(fields)} fields under a header of {len(names)}: correct it"
+            )
+        found = [fields[i] for i in places]
+        yield Row(place, found[0], found[1] if with_labels else None)
+
+
+def _no_column(path: Path, name: str, names: Sequence[str]) -> UserError:
+    found = ", ".join(repr(n if len(n) <= 30 else n[:29] + "…") for n in names[:10])
+    return UserError(
+        f"{path} has no column {name!r}: it has {found or 'none'}; "
+        "name the columns with --text-field and --label-field"
+    )
+
+
+def _jsonl_rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Iterator[Row]:
+    for number, line in enumerate(_text(path, encoding).split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, {place}: this is not JSON ({error})") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{path}, {place}: this is not a JSON object: correct the line")
+        for name in (columns.text, columns.label) if with_labels else (columns.text,):
+            if name not in value:
+                raise UserError(
+                    f"{path}, {place}: no {name!r} among {', '.join(map(repr, value))}; "
+                    "name the keys with --text-field and --label-field"
+                )
+        yield Row(place, value[columns.text], value.get(columns.label))
+
+
+def _parquet_rows(path: Path, columns: Columns, with_labels: bool) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UserError(
+            f"reading {path} needs pyarrow: pip install 'micrograd-gpt[parquet]'"
+        ) from error
+    wanted = [columns.text, *([columns.label] if with_labels else [])]
+    try:
+        with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            for name in wanted:
+                if name not in names:
+                    raise _no_column(path, name, names)
+            table = file.read(columns=wanted).to_pydict()
+    except (OSError, ArrowException) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    texts = table[columns.text]
+    labels = table[columns.label] if with_labels else [None] * len(texts)
+    for number, (text, label) in enumerate(zip(texts, labels, strict=True), 1):
+        yield Row(f"row {number}", text, label)
+
+
+# -------------------------------------------------------------------------------------- checking
+
+
+def _checked(row: Row, path: Path, with_labels: bool) -> tuple[str, str | None, str]:
+    place = f"{path}, {row.place}"
+    if not isinstance(row.text, str):
+        raise UserError(f"{place}: the text is {row.text!r}, not a string: correct it")
+    if not row.text.strip():
+        raise UserError(f"{place}: the text is empty: remove the example")
+    if not with_labels:
+        return row.text, None, place
+    if not isinstance(row.label, str | int | float) or row.label != row.label:
+        raise UserError(f"{place}: the label is {row.label!r}, not a word or a number: correct it")
+    label = _label(row.label)
+    if not label:
+        raise UserError(f"{place}: the label is empty: give one, or remove the example")
+    return row.text, label, place
+
+
+def _label(value: str | int | float) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    is_whole = isinstance(value, float) and value.is_integer()
+    return str(int(value) if is_whole else value).strip()
+
+
+def is_number(label: Any) -> bool:
+    """Whether a label is a number, or the text of one."""
+    if isinstance(label, bool):
+        return False
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_same_kind(rows: Sequence[Row], path: Path) -> None:
+    first = rows[0]
+    other = next((r for r in rows if is_number(r.label) != is_number(first.label)), None)
+    if other:
+        number, word = (first, other) if is_number(first.label) else (other, first)
+        raise UserError(
+            f"{path}: the label is a number in {number.place} ({number.label!r}) and a word in "
+            f"{word.place} ({word.label!r}): make all labels numbers or all words"
+        )
+
+
+def label_names(examples: Sequence[Example]) -> list[str]:
+    """The different labels: numbers by their size, words by their letters; UserError for one."""
+    labels = {example.label for example in examples if example.label is not None}
+    if len(labels) < 2:
+        file = examples[0].place.rpartition(", ")[0]
+        raise UserError(
+            f"{file}: all {len(examples)} texts have the label {min(labels, default='')!r}: "
+            "give texts of two labels or more"
+        )
+    numbers = all(map(is_number, labels))
+    return sorted(labels, key=lambda label: (float(label) if numbers else 0, label))
+
+
+def label_numbers(examples: Sequence[Example], labels: Sequence[str]) -> np.ndarray:
+    """The numbers of the examples' labels, (N,) int64; UserError for a label that is not known."""
+    places = {label: i for i, label in enumerate(labels)}
+    unknown = next((example for example in examples if example.label not in places), None)
+    if unknown:
+        some = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
+        raise UserError(
+            f"{unknown.place}: the label {unknown.label!r} is unknown: the labels learned are "
+            f"{some}; correct it, or remove the example"
+        )
+    return np.array([places[example.label or ""] for example in examples], np.int64)
+
+
+def warn_if_unbalanced(examples: Sequence[Example], balanced: bool) -> None:
+    """Say on stderr if some label is far more frequent than another and --balance is off."""
+    counts = Counter(example.label for example in examples).most_common()
+    (most, often), (least, seldom) = counts[0], counts[-1]
+    if often >= UNBALANCED * seldom and not balanced:
+        say(
+            f"warning: {often:,} texts have the label {most!r} and {seldom:,} the label {least!r}: "
+            "accuracy alone says little; --balance learns from each label equally often"
+        )
+
+
+# ------------------------------------------------------------------------------------- splitting
+
+
+def split(examples: Sequence[Example], parts: Sequence[float]) -> list[list[Example]]:
+    """Cut examples up by chance, the same on every machine: the rest, and then `parts` of them.
+
+    Each part has the same share of each label, and at least one example where there are enough. The
+    same text with the same label is never in two of the results, which would be learning by heart.
+    """
+    results: list[list[int]] = [[] for _ in range(len(parts) + 1)]
+    of_label: dict[str | None, dict[str, list[int]]] = {}
+    for i, example in enumerate(examples):
+        of_label.setdefault(example.label, {}).setdefault(example.text, []).append(i)
+    for number, label in enumerate(sorted(of_label, key=str)):
+        texts = list(of_label[label].values())  # indices of equal texts
+        order = np.random.default_rng((SPLIT_SEED, number)).permutation(len(texts))
+        end = 0
+        for result, part in zip(results[1:], parts, strict=True):
+            wanted = max(round(part * len(texts)), 1 if part else 0)
+            begin, end = end, min(end + wanted, max(end, len(texts) - 1))
+            result += [i for place in order[begin:end] for i in texts[place]]
+        results[0] += [i for place in order[end:] for i in texts[place]]
+    return [[examples[i] for i in sorted(result)] for result in results]
+
+
+def read_parts(
+    data: str,
+    validation: str | None,
+    test: str | None,
+    columns: Columns,
+    encoding: str = "utf-8",
+    fraction: float = 0.1,
+) -> Parts:
+    """The three parts, each from its file, or `fraction` of `data` where there is none.
+
+    Raises UserError for what `read_examples`, `label_names` and `label_numbers` cannot take.
+    """
+    examples = read_examples(data, columns, encoding)
+    labels = label_names(examples)
+    shares = [0.0 if given else fraction for given in (validation, test)]
+    train, *cut = split(examples, shares)
+    given = [validation, test]
+    for i, file in enumerate(given):
+        if file:
+            cut[i] = read_examples(file, columns, encoding)
+            label_numbers(cut[i], labels)
+    for name, part in (("validate on", cut[0]), ("test on", cut[1])):
+        if not part:
+            raise UserError(f"{data} has too few texts to {name}: give more, or a file of them")
+    return Parts(train, cut[0], cut[1], labels)

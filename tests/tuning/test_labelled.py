@@ -1,0 +1,232 @@
+"""Texts with labels from files: what is read, what is refused in one line, how it is split."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.tuning.labelled import (
+    Columns,
+    Example,
+    label_names,
+    label_numbers,
+    read_examples,
+    read_parts,
+    read_texts,
+    split,
+    warn_if_unbalanced,
+)
+
+
+def examples_in(path: Path, content: str | bytes, columns: Columns = Columns()) -> list[tuple]:  # noqa: B008
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [(example.text, example.label) for example in read_examples(path, columns)]
+
+
+HAM = [("Hi", "ham"), ('"Win" now', "spam"), ("ok", "ham"), ("call", "spam")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.tsv", 'ham\tHi\nspam\t"Win" now\nham\tok\nspam\tcall\n'),  # as the SMS Spam Collection
+        ("a.tsv", 'Hi\tham\r\n"Win" now\tspam\r\n\r\nok\tham\r\ncall\tspam'),
+        ("a.tsv", 'id\tlabel\ttext\n1\tham\tHi\n2\tspam\t"Win" now\n3\tham\tok\n4\tspam\tcall\n'),
+        ("a.csv", '\ufefflabel,text\nham,Hi\nspam,"""Win"" now"\nham,ok\nspam,call\n'),
+        (
+            "a.jsonl",
+            '{"text": "Hi", "label": "ham"}\n{"label": "spam", "text": "\\"Win\\" now"}\n\n'
+            '{"text": "ok", "label": "ham", "more": 1}\n{"text": "call", "label": "spam"}\n',
+        ),
+    ],
+)
+def test_the_formats(tmp_path: Path, name: str, content: str) -> None:
+    assert examples_in(tmp_path / name, content) == HAM
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    path = tmp_path / "a.parquet"
+    texts, labels = map(list, zip(*HAM, strict=True))
+    write_table(pyarrow.table({"id": [1, 2, 3, 4], "text": texts, "label": labels}), path)
+    assert [(e.text, e.label) for e in read_examples(path, Columns())] == HAM
+    with pytest.raises(UserError, match=r"no column 'topic': it has 'id', 'text', 'label'; name"):
+        read_examples(path, Columns(label="topic"))
+
+
+def test_columns_of_other_names_and_fields_with_line_ends(tmp_path: Path) -> None:
+    content = 'v1,v2\na,"one\ntwo, three"\nb,four\n'
+    columns = Columns("v2", "v1", True)
+    assert examples_in(tmp_path / "a.csv", content, columns) == [
+        ("one\ntwo, three", "a"),
+        ("four", "b"),
+    ]
+
+
+def test_labels_that_are_numbers(tmp_path: Path) -> None:
+    content = (
+        '{"text": "a", "label": 10}\n{"text": "b", "label": 2.0}\n{"text": "c", "label": "1"}\n'
+    )
+    assert [label for _, label in examples_in(tmp_path / "a.jsonl", content)] == ["10", "2", "1"]
+    examples = read_examples(tmp_path / "a.jsonl", Columns())
+    assert label_names(examples) == ["1", "2", "10"]  # by their size
+    assert label_numbers(examples, ["1", "2", "10"]).tolist() == [2, 1, 0]
+    assert examples_in(tmp_path / "b.jsonl", '{"text": "a", "label": true}') == [("a", "true")]
+
+
+WRONG = {
+    "no column": (
+        "a.csv",
+        "v1,v2\nham,Hi\n",
+        r"a\.csv has no column 'text': it has 'v1', 'v2'; name",
+    ),
+    "a header of other names": (
+        "a.tsv",
+        "v1\tv2\nham\tHi\nham\tHo\n",
+        "has no column 'label': it has 'v1'",
+    ),
+    "three columns": ("a.tsv", "ham\tHi\t1\nham\tHo\t2\n", "has no column 'text'"),
+    "ragged": ("a.csv", "text,label\na,b,c\n", r"a\.csv, line 2: 3 fields under a header of 2"),
+    "quotes": ("a.csv", 'text,label\n"a"b,c\n', r"a\.csv, line 2: .*correct the quotes"),
+    "no key": ("a.jsonl", '{"text": "a"}', r"line 1: no 'label' among 'text'; name the keys"),
+    "no object": ("a.jsonl", "[1]", "line 1: this is not a JSON object"),
+    "no JSON": ("a.jsonl", '{"text": "a", "label": 1}\n{"te', r"line 2: this is not JSON \("),
+    "empty text": ("a.tsv", "ham\tHi\nham\t \n", r"a\.tsv, line 2: the text is empty: remove"),
+    "no text": ("a.jsonl", '{"text": null, "label": 1}', "line 1: the text is None, not a string"),
+    "no label": (
+        "a.jsonl",
+        '{"text": "a", "label": null}',
+        "line 1: the label is None, not a word",
+    ),
+    "list": ("a.jsonl", '{"text": "a", "label": [1]}', r"line 1: the label is \[1\], not a word"),
+    "empty label": ("a.csv", "text,label\na,\n", "line 2: the label is empty"),
+    "mixed": (
+        "a.csv",
+        "text,label\na,sport\nb,c\nd,3\n",
+        r"the label is a number in line 4 \('3'\) and a word in line 2 \('sport'\): make all",
+    ),
+    "nothing": ("a.tsv", "\n", "holds no examples"),
+    "only a header": ("a.csv", "text,label\n", "holds no examples"),
+    "another kind": ("a.txt", "ham\tHi\n", r"is not a table of texts: give \.tsv, \.csv"),
+    "not UTF-8": ("a.tsv", b"ham\t\xff\n", "is not UTF-8 text: byte 0xff at offset 4"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, name: str) -> None:
+    file, content, message = WRONG[name]
+    with pytest.raises(UserError, match=message) as caught:
+        examples_in(tmp_path / file, content)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"b\.tsv does not exist"):
+        read_examples(tmp_path / "b.tsv", Columns())
+
+
+def made(count: int, label: str) -> list[Example]:
+    return [Example(f"{label} {i}", label, f"a.tsv, line {i}") for i in range(count)]
+
+
+def test_one_label_only_and_an_unknown_one() -> None:
+    with pytest.raises(
+        UserError, match=r"^a\.tsv: all 3 texts have the label 'a': give texts of two"
+    ):
+        label_names(made(3, "a"))
+    with pytest.raises(
+        UserError, match=r"^a\.tsv, line 0: the label 'c' is unknown: .* a, b; correct it"
+    ):
+        label_numbers([*made(2, "a"), *made(1, "c")], ["a", "b"])
+
+
+def test_an_imbalance_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    warn_if_unbalanced([*made(29, "a"), *made(10, "b")], False)
+    warn_if_unbalanced([*made(30, "a"), *made(10, "b")], True)
+    assert capsys.readouterr().err == ""
+    warn_if_unbalanced([*made(30, "a"), *made(10, "b")], False)
+    assert "30 texts have the label 'a' and 10 the label 'b'" in capsys.readouterr().err
+
+
+def test_a_split_has_all_examples_in_the_same_shares() -> None:
+    examples = [*made(200, "a"), *made(50, "b"), *made(3, "c"), *made(1, "d")]
+    parts = split(examples, [0.1, 0.2])
+    assert sorted(e for part in parts for e in part) == sorted(examples)
+    counts = [Counter(e.label for e in part) for part in parts]
+    assert counts == [
+        {"a": 140, "b": 35, "c": 1, "d": 1},
+        {"a": 20, "b": 5, "c": 1},
+        {"a": 40, "b": 10, "c": 1},
+    ]
+    assert split(examples, [0.1, 0.2]) == parts
+    assert set(split(examples[::-1], [0.1, 0.2])[1]) != set(examples[:25])  # drawn by chance
+    assert split(examples, [0.0, 0.0]) == [examples, [], []]
+
+
+def test_the_same_text_is_in_one_part_only() -> None:
+    examples = [Example(f"text {i % 20}", "ab"[i % 2], f"line {i}") for i in range(200)]
+    parts = split(examples, [0.2, 0.2])
+    texts = [{e.text for e in part} for part in parts]
+    assert [len(part) for part in parts] == [120, 40, 40] and sum(map(len, texts)) == 20
+
+
+def test_parts_from_files(tmp_path: Path) -> None:
+    for name, labels in (("a", "xyxyxyxyxy"), ("b", "xxy"), ("c", "xz")):
+        rows = "".join(f"{label}\t{name}{i}\n" for i, label in enumerate(labels))
+        (tmp_path / f"{name}.tsv").write_text("label\ttext\n" + rows)
+    a, b, c = (str(tmp_path / f"{name}.tsv") for name in "abc")
+    parts = read_parts(a, b, None, Columns(), fraction=0.2)
+    assert [e.text for e in parts.validation] == ["b0", "b1", "b2"] and parts.labels == ["x", "y"]
+    assert len(parts.train) == 8 and len(parts.test) == 2
+    assert len(read_parts(a, b, b, Columns()).train) == 10
+    with pytest.raises(UserError, match=r"c\.tsv, line 3: the label 'z' is unknown"):
+        read_parts(a, None, c, Columns())
+    (tmp_path / "d.tsv").write_text("label\ttext\nx\td1\ny\td2\n")
+    with pytest.raises(UserError, match="too few texts to validate on"):
+        read_parts(str(tmp_path / "d.tsv"), None, None, Columns())
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.tsv", "a.csv", "a.jsonl"])
+def test_texts_without_labels(tmp_path: Path, name: str) -> None:
+    contents = {
+        "a.txt": "one\n\ntwo\n",
+        "a.tsv": "text\tid\none\t1\ntwo\t2\n",
+        "a.csv": "text\none\ntwo\n",
+        "a.jsonl": '{"text": "one"}\n{"text": "two"}\n',
+    }
+    (tmp_path / name).write_text(contents[name])
+    examples = read_texts(str(tmp_path / name), Columns())
+    assert [(e.text, e.label) for e in examples] == [("one", None), ("two", None)]
+
+
+def test_texts_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pipe(content: bytes) -> list[Example]:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+        return read_texts("-", Columns())
+
+    assert pipe("grün\n\nb".encode()) == [
+        ("grün", None, "stdin, line 1"),
+        ("b", None, "stdin, line 3"),
+    ]
+    with pytest.raises(UserError, match="stdin is not UTF-8 text"):
+        pipe(b"\xff")
+    with pytest.raises(UserError, match="'klingon' is not a text encoding"):
+        read_texts("-", Columns(), "klingon")
+    with pytest.raises(UserError, match="stdin holds no texts"):
+        pipe(b"\n")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="stdin is closed"):
+        read_texts("-", Columns())
+
+
+def test_numbers_are_int64() -> None:
+    assert label_numbers(made(2, "a"), ["a"]).dtype == np.int64
