@@ -32,7 +32,7 @@ from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.runs.recorder import Recorder, micro_batches
-from micrograd_gpt.runs.settings import parse_flags, resolve_settings
+from micrograd_gpt.runs.settings import form_of, parse_flags, resolve_settings
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
@@ -69,8 +69,7 @@ def train(settings: argparse.Namespace, device: str) -> int:
     """Train as the settings say; returns the script's exit status."""
     # Data: two streams of tokens, each cut into windows of block_size
     corpus = load_data(settings)
-    training = Windows(corpus.train, settings.block_size)
-    validation = Windows(corpus.validation, settings.block_size)
+    training, validation = corpus.windows(settings.block_size)
 
     # Model, optimizer, and what a resumed run saved of them
     model = make_model(settings, corpus.tokenizer, device)
@@ -131,7 +130,7 @@ def train(settings: argparse.Namespace, device: str) -> int:
 def load_data(settings: argparse.Namespace) -> Corpus:
     """The text as two streams of tokens; UserError where a run would be resumed on other data."""
     tokenizer = load_tokenizer(settings.out) if settings.resume else tokenizer_of(settings)
-    corpus = load_corpus(settings.data, tokenizer, encoding=settings.encoding)
+    corpus = load_corpus(settings.data, tokenizer, settings.validation, form_of(settings))
     check_same_data(settings, corpus)
     return corpus
 
@@ -255,7 +254,7 @@ def plan_of(settings: argparse.Namespace, device: str) -> str:
     """What --plan prints. Data is read only where the vocabulary depends on it."""
     tokenizer = load_tokenizer(settings.out) if settings.resume else tokenizer_of(settings)
     if tokenizer in ("char", "word"):
-        tokenizer = load_corpus(settings.data, tokenizer, encoding=settings.encoding).tokenizer
+        tokenizer = load_corpus(settings.data, tokenizer, form=form_of(settings)).tokenizer
     elif isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, "")
     dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)

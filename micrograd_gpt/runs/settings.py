@@ -18,6 +18,8 @@ from micrograd_gpt.arrays.precision import PRECISIONS
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.corpus import VALIDATION
+from micrograd_gpt.text.decoding import Form
 from micrograd_gpt.text.tokenizers import NAMES
 from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, size_name
 from micrograd_gpt.weights.names import config_named
@@ -119,8 +121,17 @@ def _text(value: Any) -> str:
 TABLE: dict[str, list[tuple[Any, ...]]] = {
 "data": [
     ("data", TEXT, "pydocs", ASK,  # English that every Python carries: nothing to download
-     "pydocs, shakespeare, or a path: text, .jsonl, .parquet, a folder of texts or token shards"),
-    ("encoding", TEXT, "utf-8", ASK, "of the text files"),
+     "pydocs, shakespeare, or a path: a text, records (.jsonl, .json, .csv, .tsv, .parquet), a "
+     "folder of these, or token shards"),
+    ("validation", TEXT, f"{VALIDATION:g}", ASK,
+     "what to validate on: a path as for --data, or the fraction at the end of --data"),
+    ("text_field", TEXT, "text", ASK, "the key or column of records that holds their text"),
+    ("encoding", TEXT, "utf-8", ASK, "of the text files; the mark of UTF-8, 16 or 32 is noticed"),
+    ("line_ends", one_of("auto", "lf", "keep"), "auto", ASK,
+     r"lf: \r\n and \r become \n; keep: they stay; auto: lf for the tokenizers char, word, byte, "
+     "else keep"),
+    ("special_tokens", ON_OFF, False, ASK,  # so that no text can cut itself into documents
+     "take <|endoftext|> in a text for the token, not for these 13 characters"),
     ("tokenizer", TEXT, By("char", "gpt2"), NEVER,  # a small model has no use for 50,257 tokens
      f"{', '.join(NAMES)}, or a folder with the files of a byte-level BPE"),
 ],
@@ -315,6 +326,12 @@ def saved_settings(out: Path, table: dict[str, Setting] = SETTINGS) -> dict[str,
             raise UserError(f"{out / checkpoint.STATE} is damaged: its settings {what}")
         settings[name] = value
     return settings
+
+
+def form_of(settings: argparse.Namespace) -> Form:
+    """How the settings say that texts are to be read."""
+    s = settings
+    return Form(s.encoding, s.text_field, s.line_ends, s.special_tokens)
 
 
 # ------------------------------------------------------------------------------------- sizes

@@ -41,6 +41,11 @@ def _whole_number(text: str, least: int) -> int:
     return value
 
 
+def counted(count: int, what: str) -> str:
+    """How many there are of something, as "1 line" or "2,000 lines"."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
 def say(message: str, bar: Any = None) -> None:
     """Tell the user something that is not a result: on stderr, above the tqdm `bar` if given.
 
