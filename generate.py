@@ -2,6 +2,7 @@
 
     python generate.py --prompt "The "                     # with what train_gpt2.py trained
     echo "Once upon a time" | python generate.py --model 124M --temperature 0.7
+    python generate.py --prompts FILE --json               # a line each
     python generate.py --model tuned --instruction "Add." --input "2 and 3"
     python generate.py                                     # an interactive prompt
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from micrograd_gpt.generation import flags
-from micrograd_gpt.generation.question import add_question_flags, read_question
+from micrograd_gpt.generation.question import add_question_flags, read_questions
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
@@ -47,17 +48,18 @@ def main(argv: list[str] | None = None) -> int:
     choices = flags.Choices(decoding, DEFAULTS)
     choices.settings()  # what is wrong with them is said before a large model is loaded
     highest_level()  # and so is a mistake in MICROGRAD_GPT_KERNELS
-    question = read_question(given)
+    questions = read_questions(given)
     model, tokenizer, template = load(given)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    writer = Writer(model, tokenizer, given.json, template)
-    if question is None:
+    how = given.json, template, given.special_tokens, given.batch_size
+    writer = Writer(model, tokenizer, *how)
+    if questions is None:
         return converse(writer, choices)
     settings = choices.settings(tokenizer.end_of_text)
     if given.instruction is not None:
-        finished = writer.answer(question, given.input, settings, choices.stop_texts)
+        finished = writer.answer(questions, given.input, settings, choices.stop_texts)
     else:
-        finished = writer.write(question, settings, choices.stop_texts)
+        finished = writer.write(questions, settings, choices.stop_texts)
     return 0 if finished else 130
 
 
@@ -132,6 +134,7 @@ def load(given: argparse.Namespace) -> tuple[GPT2, Tokenizer, Template | None]:
             if given.model is None and name == "124M":  # a newcomer without network
                 raise UserError(f"{error}; or train a model first: python train_gpt2.py") from error
             raise
+    tokenizer.check_special(given.special_tokens)
     tokenizer.check_size(model.config.vocab_size)
     return model, tokenizer, template
 

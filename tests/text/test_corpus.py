@@ -148,4 +148,4 @@ def test_too_short_a_text_says_what_helps(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="of which 65 are for training"):
         load_corpus(path, "byte", 0.9).windows(100)
     (training, validation) = load_corpus(path, "byte", path).windows(64)
-    assert len(training) == len(validation) == 10
+    assert len(training) == len(validation) == 9
