@@ -32,6 +32,7 @@ BELOW = {
 BELOW["weights"] = BELOW["generation"] = (*BELOW["text"], *ON_THE_SIX, "text")
 BELOW["runs"] = (*BELOW["weights"], "weights", "generation")
 BELOW["tuning"] = (*BELOW["runs"], "runs")
+BELOW["__main__"] = ("support",)
 BELOW["kernels"] = ("arrays", "support", *SIX, "generation")  # whose KV cache they write
 
 
