@@ -32,7 +32,7 @@ from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.runs.recorder import Recorder, micro_batches
-from micrograd_gpt.runs.settings import form_of, parse_flags, resolve_settings
+from micrograd_gpt.runs.settings import form_of, parse_flags, resolve_settings, write_settings
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
@@ -81,6 +81,7 @@ def train(settings: argparse.Namespace, device: str) -> int:
 
     # What the run says, measures and saves
     recorder = Recorder(settings, corpus, model, optimizer, scaler)
+    write_settings(settings)
     if device == "cpu":
         say(f"CPU kernels: {stand_ins.report()}")
     recorder.start()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from micrograd_gpt.arrays.precision import PRECISIONS
-from micrograd_gpt.runs import checkpoint
+from micrograd_gpt.runs import checkpoint, config_file
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.corpus import VALIDATION
@@ -87,6 +87,10 @@ class Setting(NamedTuple):
     default: Any
     change: Change
     help: str  # --help adds the default
+
+    @property
+    def is_once(self) -> bool:
+        return self.change is Change.ONCE
 
     @property
     def flag(self) -> str:
@@ -208,7 +212,7 @@ OF_THE_WEIGHTS = ("size", "n_layer", "n_head", "n_embd", "tokenizer")  # --init-
 
 
 def parse_flags(argv: list[str] | None) -> dict[str, Any]:
-    """The flags that were given, by name; what was left out is not in it."""
+    """The flags that were given, here or in a --config, by name; what was left out is not in it."""
     parser = cli.ArgumentParser(
         prog="train_gpt2.py",
         description="Train a GPT-2 and watch it learn. Without flags: a small one, on Python's own "
@@ -219,7 +223,21 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
         group = parser.add_argument_group(title)
         for row in rows:
             row.add_to(group)
-    return vars(parser.parse_args(argv))
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help=f"take flags from a TOML file, such as the {config_file.WRITTEN} of a run; flags on "
+        "the command line come before it",
+    )
+    given = vars(parser.parse_args(argv))
+    file = given.pop("config", None)
+    return given if file is None else config_file.read_config_file(file, SETTINGS) | given
+
+
+def write_settings(settings: argparse.Namespace) -> None:
+    """Write the run's settings.toml, which --config takes; UserError if that fails."""
+    from_weights = settings.init_from != "scratch"
+    config_file.write_config_file(settings, GROUPS, OF_THE_WEIGHTS if from_weights else ())
 
 
 def resolve_settings(flags: dict[str, Any]) -> argparse.Namespace:
