@@ -35,7 +35,14 @@ from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_n
 from micrograd_gpt.weights.formats import Weights, open_weights
 from micrograd_gpt.weights.names import find, size_named
 from micrograd_gpt.weights.pretrained import build
-from micrograd_gpt.weights.releases import OPENAI_URL, HuggingFace, OpenAI, Source, open_release
+from micrograd_gpt.weights.releases import (
+    OPENAI_URL,
+    SOURCES,
+    HuggingFace,
+    OpenAI,
+    Source,
+    open_release,
+)
 from micrograd_gpt.weights.saving import write_model
 
 # The greedy continuation of "The dog" by openai-community/gpt2, 20 tokens in all, as published.
@@ -57,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     claimed = size_name(args.size) if args.size else None
     named = size_named(args.model) if args.model else claimed or "124M"
     if named:
-        weights = open_release(named, sources(args.source, args.openai_url), verify=True)
+        tried = sources(args.source, args.openai_url)
+        weights = open_release(named, tried, verify=True, advice=ways_out(tried))
     else:
         weights = open_weights(find(args.model))
     size = named or published_size(weights.config)
@@ -160,6 +168,13 @@ def own_name(model: str) -> str:
     if path.exists():
         return path.resolve().name if path.is_dir() else path.resolve().stem
     return Path(model.partition("@")[0]).name  # NAME of OWNER/NAME@REVISION
+
+
+def ways_out(tried: Sequence[Source]) -> str:
+    """What a user without these sources can do."""
+    untried = [name for name, kind in SOURCES.items() if kind not in map(type, tried)]
+    others = "".join(f"--source {name}, or " for name in untried)
+    return f"try {others}--from with the file or folder, if you have it"
 
 
 def refuse_to_overwrite(out: Path, source: Path) -> None:

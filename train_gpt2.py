@@ -29,7 +29,7 @@ from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.dropout import set_dropout
 from micrograd_gpt.runs.fingerprint import check_same_data
 from micrograd_gpt.runs.loss_scaler import LossScaler
-from micrograd_gpt.runs.plan import Plan
+from micrograd_gpt.runs.plan import Plan, smaller_model, smaller_step
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.runs.recorder import Recorder, micro_batches
 from micrograd_gpt.runs.settings import form_of, parse_flags, resolve_settings, write_settings
@@ -57,11 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         print(plan_of(settings, device))
         return 0
     set_tf32(settings.tf32, device)
-    advice = (
-        f"a micro-batch has {settings.batch_size} × {settings.block_size} tokens; lower "
-        "--batch-size (and raise --grad-accum-steps, which keeps the step), or add --recompute"
-    )
-    with memory_errors(advice), compute_in(settings.dtype):
+    with memory_errors(smaller_step(settings)), compute_in(settings.dtype):
         return train(settings, device)
 
 
@@ -72,8 +68,9 @@ def train(settings: argparse.Namespace, device: str) -> int:
     training, validation = corpus.windows(settings.block_size)
 
     # Model, optimizer, and what a resumed run saved of them
-    model = make_model(settings, corpus.tokenizer, device)
-    optimizer, scaler = make_optimizer(settings, model)
+    with memory_errors(smaller_model(settings)):
+        model = make_model(settings, corpus.tokenizer, device)
+        optimizer, scaler = make_optimizer(settings, model)
     if note := emulation_note(settings.dtype, device):
         say(note)
     if settings.resume:

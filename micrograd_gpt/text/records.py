@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from micrograd_gpt.support.cli import counted
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.decoding import CHUNK, Form, Notes, text_chunks
 
@@ -161,9 +162,9 @@ def _table_values(path: Path, field: str, rows: Iterable[str], how: dict[str, An
                 if field not in names:
                     raise _no_field(f"{path}: its header", field, names)
             elif len(fields) != len(names):
+                found = counted(len(fields), "field")
                 raise UserError(
-                    f"{path}, {place}: {len(fields)} fields under a header of {len(names)}: "
-                    "correct it"
+                    f"{path}, {place}: {found} under a header of {len(names)}: correct it"
                 )
             else:
                 yield place, fields[names.index(field)]

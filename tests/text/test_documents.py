@@ -359,7 +359,7 @@ def test_a_field_may_have_lines_and_quotes(tmp_path: Path) -> None:
         ("a.json", '{"name": "x",\n "version": 1}', "line 1: this is not JSON"),
         ("a.json", '["one", "two"]', "record 1: this is 'one', not an object with the key 'text'"),
         ("a.json", '[{"text": "a"}', "the list: this is not JSON"),
-        ("a.csv", "text,n\none,1\ntwo\n", "line 3: 1 fields under a header of 2"),
+        ("a.csv", "text,n\none,1\ntwo\n", "line 3: 1 field under a header of 2"),
         ("a.csv", 'text\n"one" two\n', "line 2: ',' expected after '\"': correct the quotes"),
         ("a.tsv", "a\tb\n", "its header has no 'text', only 'a', 'b'"),
     ],
