@@ -401,3 +401,29 @@ def test_mistakes_in_a_file_of_flags(
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"cannot read .*missing"):
         train_gpt2.parse_flags(["--config", str(tmp_path / "missing")])
+
+
+@pytest.mark.parametrize("start", ["scratch", "weights"])
+def test_a_model_that_does_not_fit_is_not_told_to_lower_its_batch(
+    start: str,
+    train_gpt2: ModuleType,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = ["--data", str(text), "--out", str(tmp_path / "out")]
+    if start == "weights":
+        train_gpt2.main([*flags[:3], str(tmp_path / "small"), *SMALL, "--max-steps", "1"])
+        flags += ["--init-from", str(tmp_path / "small")]
+    words = {
+        "scratch": "the model itself does not fit; choose a smaller --size, --n-layer or --n-embd",
+        "weights": "small is too large to train here; give a smaller one",
+    }[start]
+
+    def too_large(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 112 GiB")
+
+    monkeypatch.setattr(optim, "AdamW", too_large)
+    with pytest.raises(UserError, match=f"112 GiB.*{words}") as caught:
+        train_gpt2.main(flags)
+    assert "--batch-size" not in str(caught.value)
