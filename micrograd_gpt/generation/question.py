@@ -44,8 +44,12 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-field",
         metavar="NAME",
-        default="prompt",
         help="the key or column of --prompts that holds a prompt (default: prompt)",
+    )
+    parser.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help="of the file of --prompts; the mark of UTF-8, 16 or 32 is noticed (default: utf-8)",
     )
     parser.add_argument(
         "--batch-size",
@@ -70,7 +74,10 @@ def read_questions(given: argparse.Namespace) -> list[str] | None:
     if given.input and given.instruction is None:
         raise UserError("--input is for an --instruction: give that too")
     if given.prompts is not None:
-        return _read_prompts(given.prompts, given.text_field)
+        return _read_prompts(given.prompts, given.text_field or "prompt", given.encoding or "utf-8")
+    for flag, value in (("--text-field", given.text_field), ("--encoding", given.encoding)):
+        if value is not None:
+            raise UserError(f"{flag} is for a file of --prompts: give that too")
     texts = given.prompt if given.instruction is None else given.instruction
     if texts is None:
         if sys.stdin is not None and sys.stdin.isatty():
@@ -91,18 +98,21 @@ def _stdin(flag: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _read_prompts(source: str, field: str) -> list[str]:
-    from micrograd_gpt.text.decoding import Form
-    from micrograd_gpt.text.documents import load_documents, read_text
+def _read_prompts(source: str, field: str, encoding: str) -> list[str]:
+    from micrograd_gpt.text.decoding import Form, Notes
+    from micrograd_gpt.text.documents import read_documents
     from micrograd_gpt.text.records import RECORD_SUFFIXES
 
+    notes = Notes()
     if source == "-":
-        prompts = _stdin("--prompt").splitlines()
-    elif Path(source).suffix.lower() in RECORD_SUFFIXES:
-        return load_documents(Path(source), Form(field=field))
+        texts = [_stdin("--prompt")]
     else:
-        prompts = read_text(Path(source)).splitlines()
-    prompts = [prompt for prompt in prompts if prompt.strip()]
-    if not prompts:
+        form = Form(encoding, field)
+        texts = ["".join(c) for c in read_documents(Path(source), form, notes=notes)]
+    if Path(source).suffix.lower() not in RECORD_SUFFIXES:
+        lines = [line.removesuffix("\r") for text in texts for line in text.split("\n")]
+        texts = [line for line in lines if line.strip()]
+    notes.tell(source)
+    if not texts:
         raise UserError(f"{source} holds no prompts: write one a line")
-    return prompts
+    return texts

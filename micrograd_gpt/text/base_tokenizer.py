@@ -121,8 +121,8 @@ class Tokenizer(ABC):
         """Raise UserError if special tokens are `wanted` and there are none."""
         if wanted and not self.special_texts:
             raise UserError(
-                f"the {self.name} tokenizer has no special tokens: leave --special-tokens out, or "
-                "use one that has, as --tokenizer gpt2"
+                f"the {self.name} tokenizer has no special tokens, as gpt2's has: leave "
+                "--special-tokens out"
             )
 
     def check_size(self, vocab_size: int) -> None:

@@ -61,7 +61,7 @@ class Corpus:
         which = "validation" if lengths[1] <= lengths[0] else "training"
         shorter = min(lengths)
         few = f"fewer than the {need:,} that --block-size {block_size} needs"
-        smaller = f" or a smaller --block-size (at most {shorter - 1})" if shorter > 1 else ""
+        smaller = f", or a smaller --block-size (at most {shorter - 1})" if shorter > 1 else ""
         if self.fraction is None:
             raise UserError(
                 f"{self.name}: the {which} text has {counted(shorter, 'token')}, {few}: give more "
@@ -71,7 +71,7 @@ class Corpus:
         raise UserError(
             f"{self.name} has {counted(sum(lengths), 'token')}, of which {shorter:,} are for "
             f"{which}, {few}: give {enough:,} tokens or more, a --validation FILE of its "
-            f"own,{smaller}"
+            f"own{smaller}"
         )
 
     @cached_property
@@ -153,6 +153,7 @@ def _read(
     """The ids of a source, those that it marks for validation (None: it marks none), and what
     made them.
     """
+    text_files = None
     if source not in ("pydocs", "shakespeare"):
         with reading(source):
             shard_files = find_shards(source)
@@ -172,7 +173,7 @@ def _read(
                 raise UserError(
                     f"{error} (delete {cache / 'tokens'} to have texts tokenized again)"
                 ) from error
-    documents = load_documents(source, form)
+    documents = load_documents(source, form, text_files)
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, BETWEEN_DOCUMENTS.join(documents))
     return encode_documents(documents, tokenizer, form.special_tokens), None, tokenizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,7 +29,9 @@ SHAKESPEARE_SIZE = 1_115_394  # bytes
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def load_documents(source: str | Path, form: Form = AS_IT_IS) -> list[str]:
+def load_documents(
+    source: str | Path, form: Form = AS_IT_IS, files: Sequence[Path] | None = None
+) -> list[str]:
     """Return the documents of `source`, none of them empty.
 
     - "pydocs": the Python language manual inside every interpreter (`pydoc_data.topics`), one
@@ -38,7 +40,8 @@ def load_documents(source: str | Path, form: Form = AS_IT_IS) -> list[str]:
     - a file: its documents, as `read_documents` yields them. A folder: those of the files that
       `find_files` finds in it.
 
-    To read a file that is called "pydocs", give its path ("./pydocs"). Says on stderr what was left
+    To read a file that is called "pydocs", give its path ("./pydocs"). `files` are those of the
+    source where `find_files` was asked already. Says on stderr what was left
     out, and whether line ends were changed.
 
     Raises UserError if there is no text, or no network to fetch it from.
@@ -47,7 +50,8 @@ def load_documents(source: str | Path, form: Form = AS_IT_IS) -> list[str]:
         documents = _pydocs()
     else:
         notes = Notes()
-        texts = (t for file in find_files(source) for t in read_documents(file, form, notes=notes))
+        files = find_files(source) if files is None else files
+        texts = (text for file in files for text in read_documents(file, form, notes=notes))
         documents = ["".join(chunks) for chunks in texts]
         notes.tell(source)
     documents = [document for document in documents if document]

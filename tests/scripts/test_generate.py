@@ -356,7 +356,7 @@ def test_a_special_token_in_a_prompt_is_recognized_on_request(
     ("flags", "message"),
     [
         (["--temperature", "-1"], "temperature must be 0"),
-        (["--temperature", "hot"], "invalid float value: 'hot'"),
+        (["--temperature", "hot"], "must be a number, not 'hot'"),
         (["--top-p", "0"], "top_p must be above 0"),
         (["--top-p", "1.5"], "top_p must be above 0"),
         (["--num-beams", "4", "--temperature", "0.7"], "beam search takes no"),
@@ -377,6 +377,8 @@ def test_a_special_token_in_a_prompt_is_recognized_on_request(
         (["--prompt", "über"], "^prompt 2: the character 'ü'"),
         (["--prompt", "-", "--prompt", "-"], "can be given only once"),
         (["--prompts", "x"], "not allowed with argument --prompt"),
+        (["--text-field", "x"], "--text-field is for a file of --prompts"),
+        (["--encoding", "x"], "--encoding is for a file of --prompts"),
     ],
 )
 def test_a_mistake_is_one_line(char_model: str, flags: list[str], message: str) -> None:
@@ -388,10 +390,14 @@ def test_a_mistake_is_one_line(char_model: str, flags: list[str], message: str) 
 def test_a_file_without_prompts(char_model: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n \n")
     (tmp_path / "a.jsonl").write_text('{"text": "the "}\n')
+    (tmp_path / "c.txt").write_bytes(b"a\xff")
+    (tmp_path / "c.csv").write_text("prompt,n\n")
     for name, message in (
         ("a.txt", "a.txt holds no prompts: write one a line"),
         ("a.jsonl", "line 1 has no 'prompt', only 'text': .* --text-field"),
         ("b.txt", "cannot read .*b.txt"),
+        ("c.txt", "c.txt is not UTF-8 text: byte 0xff at offset 1; give its encoding with --enc"),
+        ("c.csv", "c.csv holds no prompts"),
     ):
         with pytest.raises(UserError, match=message):
             generate.main(["--model", char_model, "--prompts", str(tmp_path / name)])

@@ -100,7 +100,7 @@ def test_special_tokens_in_a_text_are_recognized_on_request(name: str, tmp_path:
     for special in (False, True):
         corpus = load_corpus(path, name, form=Form(special_tokens=special))
         assert (corpus.train == corpus.tokenizer.end_of_text).any() == special
-    with pytest.raises(UserError, match="the char tokenizer has no special tokens: leave"):
+    with pytest.raises(UserError, match="the char tokenizer has no special tokens, as gpt2's has"):
         load_corpus(path, "char", form=Form(special_tokens=True))
 
 
@@ -149,3 +149,10 @@ def test_too_short_a_text_says_what_helps(tmp_path: Path) -> None:
         load_corpus(path, "byte", 0.9).windows(100)
     (training, validation) = load_corpus(path, "byte", path).windows(64)
     assert len(training) == len(validation) == 9
+
+
+def test_what_is_left_out_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "b.pdf").touch()
+    load_corpus(tmp_path, "char")
+    assert capsys.readouterr().err.count("1 file of other kinds left out (.pdf)") == 1
