@@ -102,10 +102,15 @@ def _jsonl_values(path: Path, field: str, chunks: Iterable[str]) -> Values:
 
 def _json_values(path: Path, field: str, chunks: Iterable[str]) -> Values:
     text = "".join(chunks)
-    if not text.lstrip().startswith("["):  # many call a file of lines .json
-        yield from _jsonl_values(path, field, [text])
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        if text.lstrip().startswith("["):
+            content = _parsed(path, "the list", text)  # which says what is wrong
+        yield from _jsonl_values(path, field, [text])  # many call a file of lines .json
         return
-    for number, record in enumerate(_parsed(path, "the list", text), start=1):
+    records = content if isinstance(content, list) else [content]
+    for number, record in enumerate(records, start=1):
         yield f"record {number}", _in_record(path, f"record {number}", field, record)
 
 
@@ -141,7 +146,8 @@ def _short(value: Any) -> str:
 def _no_field(where: str, field: str, names: list[str]) -> UserError:
     found = ", ".join(map(_short, names[:10])) or "none"
     return UserError(
-        f"{where} has no {field!r}, only {found}: name what holds the text with --text-field"
+        f"{where} has no {field!r}, only {found}: name what holds the text with --text-field, or "
+        "remove the file"
     )
 
 

@@ -346,7 +346,9 @@ def test_records_of_every_kind(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content, newline="")
     assert load_documents(tmp_path / name, Form(field="body")) == ["one, 1", "two"]
     assert load_documents(tmp_path, Form(field="body")) == ["one, 1", "two"]
-    with pytest.raises(UserError, match=r"has no 'text', only .*'body'.* with --text-field"):
+    with pytest.raises(
+        UserError, match=r"has no 'text', only .*'body'.* with --text-field, or remove the file"
+    ):
         load_documents(tmp_path / name)
 
 
@@ -359,7 +361,8 @@ def test_a_field_may_have_lines_and_quotes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", '{"name": "x",\n "version": 1}', "line 1: this is not JSON"),
+        ("a.json", '{"name": "x",\n "version": 1}', "record 1 has no 'text', only 'name', 'vers"),
+        ("a.json", '{"name": "x",\n "version": 1', "line 1: this is not JSON"),
         ("a.json", '["one", "two"]', "record 1: this is 'one', not an object with the key 'text'"),
         ("a.json", '[{"text": "a"}', "the list: this is not JSON"),
         ("a.csv", "text,n\none,1\ntwo\n", "line 3: 1 field under a header of 2"),
