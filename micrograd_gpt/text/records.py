@@ -1,7 +1,7 @@
 """Files of records, of which one field is a text: .jsonl, .json, .csv, .tsv and .parquet.
 
 .jsonl, .ndjson   an object a line
-.json             a list of objects, or an object a line
+.json             a list of objects, one object, or an object a line
 .csv              a header, then records, with quotes where needed (RFC 4180)
 .tsv              a header, then a record a line, fields between tabs, no quotes
 .parquet          a column of strings (pyarrow reads it)
@@ -104,9 +104,9 @@ def _json_values(path: Path, field: str, chunks: Iterable[str]) -> Values:
     text = "".join(chunks)
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("["):
-            content = _parsed(path, "the list", text)  # which says what is wrong
+            raise _not_json(path, "the list", error) from error
         yield from _jsonl_values(path, field, [text])  # many call a file of lines .json
         return
     records = content if isinstance(content, list) else [content]
@@ -118,10 +118,12 @@ def _parsed(path: Path, place: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
-        raise UserError(
-            f"{path}, {place}: this is not JSON ({reason}): correct it, or remove it"
-        ) from error
+        raise _not_json(path, place, error) from error
+
+
+def _not_json(path: Path, place: str, error: Exception) -> UserError:
+    reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+    return UserError(f"{path}, {place}: this is not JSON ({reason}): correct it, or remove it")
 
 
 def _in_record(path: Path, place: str, field: str, record: Any) -> Any:
