@@ -205,6 +205,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
 # fmt: on
 GROUPS = {title: [Setting(*row) for row in rows] for title, rows in TABLE.items()}
 SETTINGS = {row.name: row for rows in GROUPS.values() for row in rows}
+EARLIER = {"line_ends": "keep"}  # what runs did whose settings do not say it yet
 OF_THE_WEIGHTS = ("size", "n_layer", "n_head", "n_embd", "tokenizer")  # --init-from decides these
 
 
@@ -338,7 +339,9 @@ def saved_settings(out: Path, table: dict[str, Setting] = SETTINGS) -> dict[str,
     saved = checkpoint.load_settings(out)
     settings = {"data_fingerprint": saved.get("data_fingerprint")}
     for name, row in table.items():
-        value = row.default if row.change is ONCE else saved.get(name, row.default)
+        value = (
+            row.default if row.change is ONCE else saved.get(name, EARLIER.get(name, row.default))
+        )
         if isinstance(value, By) or not (row.kind.holds(value) or value is row.default is None):
             what = f"have {value!r} as {name}" if name in saved else f"lack {name}"
             raise UserError(f"{out / checkpoint.STATE} is damaged: its settings {what}")

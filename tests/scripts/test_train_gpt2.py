@@ -427,3 +427,19 @@ def test_a_model_that_does_not_fit_is_not_told_to_lower_its_batch(
     with pytest.raises(UserError, match=f"112 GiB.*{words}") as caught:
         train_gpt2.main(flags)
     assert "--batch-size" not in str(caught.value)
+
+
+def test_a_run_from_before_line_ends_were_a_setting_goes_on(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    text.write_bytes(b"one\r\ntwo\r\n" * 100)
+    out = tmp_path / "out"
+    flags = ["--data", str(text), "--out", str(out), *SMALL, "--line-ends", "keep"]
+    train_gpt2.main([*flags, "--max-steps", "1"])
+    state = json.loads((out / "trainer_state.json").read_text())
+    for name in ("line_ends", "validation", "text_field", "special_tokens"):
+        del state["settings"][name]
+    (out / "trainer_state.json").unlink()  # a link of best/ too
+    (out / "trainer_state.json").write_text(json.dumps(state))
+    assert train_gpt2.main(["--resume", "--out", str(out), "--max-steps", "2"]) == 0
+    assert "\r" in load_tokenizer(out).decode(range(7))
