@@ -44,7 +44,14 @@ from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_n
 from micrograd_gpt.weights.formats import Weights, is_adapter
 from micrograd_gpt.weights.names import find, open_local, size_named
 from micrograd_gpt.weights.pretrained import build
-from micrograd_gpt.weights.releases import OPENAI_URL, HuggingFace, OpenAI, Source, open_release
+from micrograd_gpt.weights.releases import (
+    OPENAI_URL,
+    SOURCES,
+    HuggingFace,
+    OpenAI,
+    Source,
+    open_release,
+)
 from micrograd_gpt.weights.saving import write_model
 
 # The greedy continuation of "The dog" by openai-community/gpt2, 20 tokens in all, as published.
@@ -66,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     claimed = size_name(args.size) if args.size else None
     named = size_named(args.model) if args.model else claimed or "124M"
     if named:
-        weights = open_release(named, sources(args.source, args.openai_url), verify=True)
+        tried = sources(args.source, args.openai_url)
+        weights = open_release(named, tried, verify=True, advice=ways_out(tried))
     else:
         weights = open_local(find(args.model))
     weights = with_adapter(weights, args.merge) if args.merge else weights
@@ -186,6 +194,13 @@ def with_adapter(weights: Weights, folder: str) -> Weights:
     if adapter.head is not None:
         raise UserError(f"{folder} is a classifier's adapter: use it as it is, with --model")
     return merged(weights, adapter)
+
+
+def ways_out(tried: Sequence[Source]) -> str:
+    """What a user without these sources can do."""
+    untried = [name for name, kind in SOURCES.items() if kind not in map(type, tried)]
+    others = "".join(f"--source {name}, or " for name in untried)
+    return f"try {others}--from with the file or folder, if you have it"
 
 
 def refuse_to_overwrite(out: Path, source: Path) -> None:
