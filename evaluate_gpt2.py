@@ -64,9 +64,10 @@ def perplexity(given: argparse.Namespace) -> Result:
     """How well a model predicts a text."""
     from micrograd_gpt.evaluation.detokenize import DETOKENIZERS
     from micrograd_gpt.evaluation.perplexity import PerplexityTask, window_size
+    from micrograd_gpt.text.decoding import Form
     from micrograd_gpt.text.documents import load_documents
 
-    originals = load_documents(given.data, given.encoding)
+    originals = load_documents(given.data, Form(given.encoding))
     detokenize = DETOKENIZERS[given.detokenize] if given.detokenize else str
     documents = [detokenize(text) for text in originals]
     model, tokenizer, _ = load(given)

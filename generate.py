@@ -2,6 +2,7 @@
 
     python generate.py --prompt "The "                     # with what train_gpt2.py trained
     echo "Once upon a time" | python generate.py --model 124M --temperature 0.7
+    python generate.py --prompts FILE --json               # a line each
     python generate.py --model tuned --instruction "Add." --input "2 and 3"
     python generate.py --prompt "The " --microscope page.html     # and how it came about
     python generate.py                                     # an interactive prompt
@@ -23,7 +24,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from micrograd_gpt.generation import flags
-from micrograd_gpt.generation.question import add_question_flags, read_question
+from micrograd_gpt.generation.question import add_question_flags, read_questions
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 
@@ -54,19 +55,20 @@ def main(argv: list[str] | None = None) -> int:
     choices = flags.Choices(decoding, DEFAULTS)
     choices.settings()  # what is wrong with them is said before a large model is loaded
     highest_level()  # and so is a mistake in MICROGRAD_GPT_KERNELS
-    question = read_question(given)
+    questions = read_questions(given)
     if given.microscope is not None:
-        microscope_page.check_page(given.microscope, question)
+        microscope_page.check_page(given.microscope, questions)
     model, tokenizer, template = load(given)
     cli.write_utf8()
-    writer = Writer(model, tokenizer, given.json, template)
-    if question is None:
+    how = given.json, template, given.special_tokens, given.batch_size
+    writer = Writer(model, tokenizer, *how)
+    if questions is None:
         return converse(writer, choices)
     settings = choices.settings(tokenizer.end_of_text)
     if given.instruction is not None:
-        finished = writer.answer(question, given.input, settings, choices.stop_texts)
+        finished = writer.answer(questions, given.input, settings, choices.stop_texts)
     else:
-        finished = writer.write(question, settings, choices.stop_texts)
+        finished = writer.write(questions, settings, choices.stop_texts)
     if finished and given.microscope is not None:
         microscope_page.write_page(given.microscope, model, tokenizer, writer.texts)
     return 0 if finished else 130
@@ -123,7 +125,10 @@ def load(given: argparse.Namespace) -> tuple[GPT2, Tokenizer, Template | None]:
 
     set_tf32(given.tf32, given.device)
     answers = given.instruction is not None
-    return load_language_model(given.model, given.device, given.dtype, answers)
+    loaded = load_language_model(given.model, given.device, given.dtype, answers)
+    model, tokenizer, template = loaded
+    tokenizer.check_special(given.special_tokens)
+    return model, tokenizer, template
 
 
 if __name__ == "__main__":

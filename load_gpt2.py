@@ -40,12 +40,19 @@ from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZE
 from micrograd_gpt.text.template import save_template, template_of
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.weights import gguf_file
-from micrograd_gpt.weights.adapters import merged, open_adapter
+from micrograd_gpt.weights.adapters import with_adapter
 from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_name
 from micrograd_gpt.weights.formats import Weights, is_adapter
-from micrograd_gpt.weights.names import find, open_local, size_named
+from micrograd_gpt.weights.names import find, open_local, own_name, size_named
 from micrograd_gpt.weights.pretrained import build
-from micrograd_gpt.weights.releases import OPENAI_URL, HuggingFace, OpenAI, Source, open_release
+from micrograd_gpt.weights.releases import (
+    OPENAI_URL,
+    HuggingFace,
+    OpenAI,
+    Source,
+    open_release,
+    ways_out,
+)
 from micrograd_gpt.weights.saving import write_model
 
 # The greedy continuation of "The dog" by openai-community/gpt2, 20 tokens in all, as published.
@@ -67,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     claimed = size_name(args.size) if args.size else None
     named = size_named(args.model) if args.model else claimed or "124M"
     if named:
-        weights = open_release(named, sources(args.source, args.openai_url), verify=True)
+        tried = sources(args.source, args.openai_url)
+        weights = open_release(named, tried, verify=True, advice=ways_out(tried))
     else:
         weights = open_local(find(args.model))
     weights = with_adapter(weights, args.merge) if args.merge else weights
@@ -171,22 +179,6 @@ def published_size(config: GPT2Config) -> str | None:
         if is_gpt2(config) and all(getattr(config, key) == shape[key] for key in shape):
             return size
     return None
-
-
-def own_name(model: str) -> str:
-    """What to call the folder of a model that has no published size."""
-    path = Path(model)
-    if path.exists():
-        return path.resolve().name if path.is_dir() else path.resolve().stem
-    return Path(model.partition("@")[0]).name  # NAME of OWNER/NAME@REVISION
-
-
-def with_adapter(weights: Weights, folder: str) -> Weights:
-    """The weights with the adapter in this folder folded in; UserError for a classifier's."""
-    adapter = open_adapter(folder)
-    if adapter.head is not None:
-        raise UserError(f"{folder} is a classifier's adapter: use it as it is, with --model")
-    return merged(weights, adapter)
 
 
 def refuse_to_overwrite(out: Path, source: Path) -> None:

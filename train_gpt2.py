@@ -35,10 +35,16 @@ from micrograd_gpt.runs.dropout import set_dropout
 from micrograd_gpt.runs.fingerprint import check_same_data
 from micrograd_gpt.runs.lock import only_writer
 from micrograd_gpt.runs.loss_scaler import LossScaler
-from micrograd_gpt.runs.plan import Plan
+from micrograd_gpt.runs.plan import Plan, smaller_model, smaller_step
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.runs.recorder import Recorder, micro_batches
-from micrograd_gpt.runs.settings import EVAL_WINDOWS, parse_flags, resolve_settings
+from micrograd_gpt.runs.settings import (
+    EVAL_WINDOWS,
+    form_of,
+    parse_flags,
+    resolve_settings,
+    write_settings,
+)
 from micrograd_gpt.runs.signals import signals_as_before
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
@@ -64,11 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         print(plan_of(settings, device))
         return 0
     set_tf32(settings.tf32, device)
-    advice = (
-        f"a micro-batch has {settings.batch_size} × {settings.block_size} tokens; lower "
-        "--batch-size (and raise --grad-accum-steps, which keeps the step), or add --recompute"
-    )
-    out_of_memory, types = memory_errors(advice), compute_in(settings.dtype)
+    out_of_memory, types = memory_errors(smaller_step(settings)), compute_in(settings.dtype)
     with out_of_memory, types, only_writer(settings.out), signals_as_before():
         return train(settings, device)
 
@@ -77,13 +79,13 @@ def train(settings: argparse.Namespace, device: str) -> int:
     """Train as the settings say; returns the script's exit status."""
     # Data: two streams of tokens, each cut into windows of block_size
     corpus = load_data(settings)
-    training = Windows(corpus.train, settings.block_size)
-    validation = Windows(corpus.validation, settings.block_size)
+    training, validation = corpus.windows(settings.block_size)
 
     # Model, optimizer, and what a resumed run saved of them
     make_plan(settings, corpus.tokenizer.vocab_size, device).check_room()
-    model = make_model(settings, corpus.tokenizer, device)
-    optimizer, scaler = make_optimizer(settings, model)
+    with memory_errors(smaller_model(settings)):
+        model = make_model(settings, corpus.tokenizer, device)
+        optimizer, scaler = make_optimizer(settings, model)
     if note := emulation_note(settings.dtype, device):
         say(note)
     if settings.resume:
@@ -91,6 +93,7 @@ def train(settings: argparse.Namespace, device: str) -> int:
 
     # What the run says, measures and saves
     recorder = Recorder(settings, corpus, model, optimizer, scaler)
+    write_settings(settings)
     if device == "cpu":
         say(f"CPU kernels: {stand_ins.report()}")
     recorder.start()
@@ -140,7 +143,7 @@ def train(settings: argparse.Namespace, device: str) -> int:
 def load_data(settings: argparse.Namespace) -> Corpus:
     """The text as two streams of tokens; UserError where a run would be resumed on other data."""
     tokenizer = load_tokenizer(settings.out) if settings.resume else tokenizer_of(settings)
-    corpus = load_corpus(settings.data, tokenizer, encoding=settings.encoding)
+    corpus = load_corpus(settings.data, tokenizer, settings.validation, form_of(settings))
     check_same_data(settings, corpus)
     return corpus
 
@@ -265,7 +268,7 @@ def plan_of(settings: argparse.Namespace, device: str) -> str:
     """What --plan prints. Data is read only where the vocabulary depends on it."""
     tokenizer = load_tokenizer(settings.out) if settings.resume else tokenizer_of(settings)
     if tokenizer in ("char", "word"):
-        tokenizer = load_corpus(settings.data, tokenizer, encoding=settings.encoding).tokenizer
+        tokenizer = load_corpus(settings.data, tokenizer, form=form_of(settings)).tokenizer
     elif isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, "")
     plan = make_plan(settings, tokenizer.vocab_size, device)

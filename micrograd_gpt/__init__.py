@@ -8,8 +8,19 @@ import micrograd_gpt.kernels  # registers what stands in for the definitions  # 
 from micrograd_gpt import functional, nn, optim
 from micrograd_gpt.arrays import edits
 from micrograd_gpt.graph import draw_graph
+from micrograd_gpt.support.version import VERSION as __version__
 from micrograd_gpt.tensor import Tensor, concatenate, no_grad, where
 
 edits.remember()  # the definitions as they are now: what is edited from here on, is noticed
 
-__all__ = ["Tensor", "concatenate", "draw_graph", "functional", "nn", "no_grad", "optim", "where"]
+__all__ = [
+    "Tensor",
+    "__version__",
+    "concatenate",
+    "draw_graph",
+    "functional",
+    "nn",
+    "no_grad",
+    "optim",
+    "where",
+]

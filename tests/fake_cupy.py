@@ -411,6 +411,7 @@ cuda = SimpleNamespace(
         getDeviceCount=lambda: 1,
         driverGetVersion=lambda: 13000,
         runtimeGetVersion=lambda: 13000,
+        memGetInfo=lambda: (70_000_000_000, 80_000_000_000),  # free, all
     ),
     # A card too old for our kernels, so that the fused layers or the definitions do all the work.
     Device=lambda: SimpleNamespace(compute_capability="70"),

@@ -33,6 +33,7 @@ BELOW["weights"] = BELOW["generation"] = (*BELOW["text"], *ON_THE_SIX, "text")
 BELOW["runs"] = (*BELOW["weights"], "weights", "generation")
 BELOW["tuning"] = (*BELOW["runs"], "runs")
 BELOW["evaluation"] = (*BELOW["weights"], "weights", "generation", "tuning")
+BELOW["__main__"] = ("support",)
 BELOW["kernels"] = ("arrays", "support", *SIX, "generation")  # whose KV cache they write
 
 

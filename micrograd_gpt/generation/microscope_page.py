@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,9 @@ OTHERS = 10  # tokens shown beside the one that came
 LENS_OTHERS = 5  # tokens shown for each layer
 
 
-def check_page(path: str, question: str | None) -> None:
+def check_page(path: str, questions: Sequence[str] | None) -> None:
     """Raise UserError where no page can come of it; said before a large model is loaded."""
-    if question is None:
+    if questions is None:
         raise UserError("--microscope looks at one text: give that with --prompt")
     if Path(path).is_dir():
         raise UserError(f"--microscope {path} is a folder: name a file, such as {path}/page.html")

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from micrograd_gpt.arrays.memory import memory_errors
+from micrograd_gpt.arrays.memory import check_room, memory_errors
 from micrograd_gpt.generation.beam_search import beam_search
-from micrograd_gpt.generation.context import Continuation, check_memory
+from micrograd_gpt.generation.context import BYTES_OF_TEXT, Continuation, check_memory
 from micrograd_gpt.generation.filters import NO_TOKEN_LEFT
 from micrograd_gpt.generation.sampling import decode, start_samples
 from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.template import Template
 from micrograd_gpt.text.tokenizers import StreamDecoder
@@ -30,8 +31,10 @@ SEPARATOR = "---------------"  # between samples
 class Writer:
     """A model and its tokenizer that continue prompts on stdout, as text or as JSON.
 
-    `template` is that of a model that was tuned on instructions. `texts` are the continuations of
-    the latest prompt, the best first where they come from a beam search.
+    `template` is that of a model that was tuned on instructions. With `special_tokens`, a
+    `<|endoftext|>` in a prompt is the token. At most `batch_size` prompts are decoded at once.
+    `texts` are the continuations of the latest prompts, in order, the best of a prompt first where
+    they come from a beam search.
     """
 
     def __init__(
@@ -40,81 +43,131 @@ class Writer:
         tokenizer: Tokenizer,
         as_json: bool = False,
         template: Template | None = None,
+        special_tokens: bool = False,
+        batch_size: int = 16,
     ) -> None:
         self.model, self.tokenizer, self.as_json = model, tokenizer, as_json
         self.template = template
         self.texts: Sequence[Continuation] = ()
+        self.special_tokens, self.batch_size = special_tokens, batch_size
         self._told_the_limit = False
 
     def answer(
-        self, instruction: str, input: str, settings: Settings, stop_texts: Sequence[str] = ()
+        self,
+        instructions: Sequence[str],
+        input: str,
+        settings: Settings,
+        stop_texts: Sequence[str] = (),
     ) -> bool:
-        """Write the answers to one instruction, without its prompt; otherwise as `write`.
+        """Write the answers to instructions, without their prompts; otherwise as `write`.
 
         The model needs a template. Raises UserError for an input that it has no place for.
         """
         assert self.template is not None, "only a tuned model answers"
-        prompt = self.template.prompt(instruction, input)
-        return self.write(prompt, settings, stop_texts, show_prompt=False)
+        prompts = [self.template.prompt(instruction, input) for instruction in instructions]
+        return self.write(prompts, settings, stop_texts, show_prompt=False)
 
     def write(
         self,
-        prompt: str,
+        prompts: Sequence[str],
         settings: Settings,
         stop_texts: Sequence[str] = (),
         show_prompt: bool = True,
     ) -> bool:
-        """Write the continuations of one prompt; False if Ctrl-C cut them short.
+        """Write the continuations of the prompts, in order; False if Ctrl-C cut them short.
 
         As text, a continuation follows its prompt if `show_prompt`. Raises UserError for a prompt
         that cannot be encoded, and where memory runs out.
         """
-        ids = prompt_ids(prompt, self.tokenizer)
+        ids = self._encoded(prompts)
         settings = replace(settings, vocab_size=self.tokenizer.vocab_size)
-        limit = self.model.config.n_positions
-        length = len(ids) + settings.max_new_tokens
-        if length > limit and not self._told_the_limit:
-            say(f"note: the model sees at most {limit} tokens, the latest ones of a longer text")
-            self._told_the_limit = True
-        rows = max(settings.num_samples, settings.num_beams)
+        longest = max(map(len, ids)) + settings.max_new_tokens
+        rows = min(len(ids), self.batch_size) * settings.num_samples
+        if settings.num_beams > 1:
+            rows = settings.num_beams
         advice = (
-            f"{rows} × {min(length, limit)} tokens are decoded at once; lower --num-samples, "
-            "--num-beams or --max-new-tokens"
+            f"{rows} × {min(longest, self.model.config.n_positions)} tokens are decoded at once; "
+            "lower --num-samples, --num-beams, --batch-size or --max-new-tokens"
         )
-
-        check_memory(self.model, rows, length, settings.use_cache)
-
-        def hits_stop(new_ids: list[int]) -> bool:
-            text = self.tokenizer.decode(new_ids)
-            return any(stop in text for stop in stop_texts)
-
-        self.texts = samples = start_samples([ids], settings)
-        how = prompt, self.tokenizer, stop_texts, self.as_json, show_prompt
-        output = Output(samples, *how)
+        check_memory(self.model, rows, longest, settings.use_cache)
+        texts = len(ids) * settings.num_samples
+        fewer = "lower num_samples, or give fewer prompts at a time"
+        check_room(texts * BYTES_OF_TEXT, f"{texts:,} texts", fewer)
+        self._tell_the_limit(longest)
+        output = Output(self.tokenizer, stop_texts, self.as_json, show_prompt)
         try:
             with memory_errors(advice):
                 if settings.num_beams > 1:
-                    self.texts = beams = beam_search(self.model, ids, settings, hits_stop)
-                    Output(beams, *how).update()
-                    return True
-                output.update()
-                for _ in decode(self.model, samples, settings):
-                    output.update()
+                    self._search(prompts, ids, settings, output)
+                else:
+                    self._decode(prompts, ids, settings, output)
         except KeyboardInterrupt:
-            for sample in samples:
-                sample.stopped = sample.stopped or "interrupted"
-            output.update()
+            output.interrupt()
             return False
-        if any(sample.stopped == "no token left" for sample in samples):
-            say(f"note: {NO_TOKEN_LEFT}")
         return True
 
+    def _encoded(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The ids of each prompt; UserError, which says which one it is, where one has none."""
+        ids = []
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                ids.append(prompt_ids(prompt, self.tokenizer, self.special_tokens))
+            except UserError as error:
+                which = f"prompt {number}: " if len(prompts) > 1 else ""
+                raise UserError(f"{which}{error}") from error
+        return ids
 
-def prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    def _tell_the_limit(self, length: int) -> None:
+        limit = self.model.config.n_positions
+        if length > limit and not self._told_the_limit:
+            say(f"note: the model sees at most {limit} tokens, the latest ones of a longer text")
+            self._told_the_limit = True
+
+    def _decode(
+        self,
+        prompts: Sequence[str],
+        ids: list[list[int]],
+        settings: Settings,
+        output: Output,
+    ) -> None:
+        self.texts = samples = start_samples(ids, settings)  # of all, so that equal prompts differ
+        at_once = self.batch_size * settings.num_samples
+        for first in range(0, len(samples), at_once):
+            batch = samples[first : first + at_once]
+            for place, sample in enumerate(batch, first):
+                output.add(sample, prompts[place // settings.num_samples])
+            output.update()
+            for _ in decode(self.model, batch, settings):
+                output.update()
+        if any(sample.stopped == "no token left" for sample in samples):
+            say(f"note: {NO_TOKEN_LEFT}")
+
+    def _search(
+        self,
+        prompts: Sequence[str],
+        ids: list[list[int]],
+        settings: Settings,
+        output: Output,
+    ) -> None:
+        def hits_stop(new_ids: list[int]) -> bool:
+            text = self.tokenizer.decode(new_ids)
+            return any(stop in text for stop in output.stop_texts)
+
+        found: list[Continuation] = []
+        self.texts = found
+        for prompt, row in zip(prompts, ids, strict=True):
+            beams = beam_search(self.model, row, settings, hits_stop)
+            found += beams
+            for beam in beams:
+                output.add(beam, prompt)
+            output.update()
+
+
+def prompt_ids(prompt: str, tokenizer: Tokenizer, allow_special: bool = False) -> list[int]:
     """The ids to continue. An empty prompt starts after end-of-text, or else after a line end."""
     if not prompt and tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
-    return [int(i) for i in tokenizer.encode(prompt or "\n")]
+    return [int(i) for i in tokenizer.encode(prompt or "\n", allow_special)]
 
 
 class Output:
@@ -125,35 +178,47 @@ class Output:
 
     def __init__(
         self,
-        continuations: Sequence[Continuation],
-        prompt: str,
         tokenizer: Tokenizer,
         stop_texts: Sequence[str],
         as_json: bool,
         show_prompt: bool = True,
     ) -> None:
-        self.prompt, self.as_json = prompt, as_json
-        self.begin = prompt if show_prompt else ""
-        self.waiting = [(c, TextStream(tokenizer, stop_texts)) for c in continuations]
+        self.tokenizer, self.stop_texts = tokenizer, stop_texts
+        self.as_json, self.show_prompt = as_json, show_prompt
+        self.waiting: list[tuple[Continuation, str, TextStream]] = []
         self.shown = ""  # of the first that is waiting
+        self._n_begun, self._n_finished = 0, 0
+
+    def add(self, continuation: Continuation, prompt: str) -> None:
+        """Have the continuation of this prompt shown after those that were added before."""
+        stream = TextStream(self.tokenizer, self.stop_texts)
+        self.waiting.append((continuation, prompt, stream))
 
     def update(self) -> None:
         """Show what was decided since the last time."""
-        for continuation, stream in self.waiting:
+        for continuation, _, stream in self.waiting:
             stream.follow(continuation)
         while self.waiting:
-            continuation, stream = self.waiting[0]
+            continuation, prompt, stream = self.waiting[0]
             if not self.as_json:
-                self._show(self.begin + stream.text)
+                if self._n_begun == self._n_finished:
+                    sys.stdout.write((SEPARATOR + "\n") if self._n_begun else "")
+                    self._n_begun += 1
+                self._show((prompt if self.show_prompt else "") + stream.text)
             if not continuation.stopped:
                 break
             if self.as_json:
-                self._show(json.dumps(self._describe(continuation, stream), ensure_ascii=False))
+                self._show(json.dumps(describe(continuation, prompt, stream), ensure_ascii=False))
             self.waiting.pop(0)
             self._show(self.shown.removesuffix("\n") + "\n")
-            if self.waiting and not self.as_json:
-                self._show(self.shown + SEPARATOR + "\n")
+            self._n_finished += 1
             self.shown = ""
+
+    def interrupt(self) -> None:
+        """End what is unfinished where it is, and show it."""
+        for continuation, _, _ in self.waiting:
+            continuation.stopped = continuation.stopped or "interrupted"
+        self.update()
 
     def _show(self, text: str) -> None:
         """Write the part of `text` that comes after what was already shown."""
@@ -161,17 +226,18 @@ class Output:
         sys.stdout.flush()
         self.shown = text
 
-    def _describe(self, continuation: Continuation, stream: TextStream) -> dict[str, Any]:
-        """What --json says about one continuation; the ids include those of the stop."""
-        ids, seconds = continuation.new_ids, continuation.seconds
-        return {
-            "prompt": self.prompt,
-            "text": stream.text,
-            "token_ids": ids,
-            "log_probs": continuation.log_probs,
-            "stopped": continuation.stopped,
-            "tokens_per_second": round(len(ids) / seconds, 1) if seconds else None,
-        }
+
+def describe(continuation: Continuation, prompt: str, stream: TextStream) -> dict[str, Any]:
+    """What --json says about one continuation; the ids include those of the stop."""
+    ids, seconds = continuation.new_ids, continuation.seconds
+    return {
+        "prompt": prompt,
+        "text": stream.text,
+        "token_ids": ids,
+        "log_probs": continuation.log_probs,
+        "stopped": continuation.stopped,
+        "tokens_per_second": round(len(ids) / seconds, 1) if seconds else None,
+    }
 
 
 class TextStream:

@@ -12,8 +12,9 @@ from micrograd_gpt.generation.output import Writer
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 
-CONTINUE = "Type a text to have it continued"
-ANSWER = "Type an instruction to have it answered"  # by a model that was tuned on instructions
+CONTINUE = "Type a text to have it continued, each line a text of its own"
+# … by a model that was tuned on instructions
+ANSWER = "Type an instruction to have it answered, each line without those before it"
 HELP = """\
 {}. Ctrl-C stops it, Ctrl-D (or /quit) leaves.
   /set temperature 0.7    change a setting (the flags of --help that shape the text)
@@ -35,9 +36,9 @@ def converse(writer: Writer, choices: Choices) -> int:
             if not line.startswith("/"):
                 settings = choices.settings(writer.tokenizer.end_of_text)
                 if writer.template:
-                    writer.answer(line, "", settings, choices.stop_texts)
+                    writer.answer([line], "", settings, choices.stop_texts)
                 else:
-                    writer.write(line, settings, choices.stop_texts)
+                    writer.write([line], settings, choices.stop_texts)
                 choices = choices.change("seed", settings.seed + 1)  # another text each time
             elif line.strip() in ("/quit", "/exit"):
                 return 0

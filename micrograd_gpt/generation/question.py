@@ -1,27 +1,39 @@
-"""What a user asks of a model: a text to continue, or an instruction to follow."""
+"""What a user asks of a model: texts to continue, or instructions to follow."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
+from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 
 
 def add_question_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags --prompt, --instruction and --input."""
+    """Add the flags that say what is asked, from --prompt to --batch-size."""
     question = parser.add_mutually_exclusive_group()
     question.add_argument(
         "--prompt",
         metavar="TEXT",
-        help="the text to continue; - or a pipe reads it from stdin (without the last line end); "
-        "left out on a terminal: an interactive prompt. An empty one starts a new text",
+        action="append",
+        help="a text to continue; repeatable. - or a pipe reads one text, of any number of lines, "
+        "from stdin (without the last line end); left out on a terminal: an interactive prompt. "
+        "An empty one starts a new text",
+    )
+    question.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="many texts to continue, one a line (blank lines do not count), or one a record of a "
+        ".jsonl, .json, .csv, .tsv or .parquet; - reads lines from stdin. The results come in the "
+        "same order",
     )
     question.add_argument(
         "--instruction",
         metavar="TEXT",
+        action="append",
         help="what a model that was tuned on instructions (finetune_gpt2.py instruct) is to do; "
-        "- reads it from stdin. Only the answer is shown",
+        "repeatable; - reads it from stdin. Only the answer is shown",
     )
     parser.add_argument(
         "--input",
@@ -29,28 +41,78 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
         default="",
         help="with --instruction: what to do it to (default: none)",
     )
+    parser.add_argument(
+        "--text-field",
+        metavar="NAME",
+        help="the key or column of --prompts that holds a prompt (default: prompt)",
+    )
+    parser.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help="of the file of --prompts; the mark of UTF-8, 16 or 32 is noticed (default: utf-8)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=cli.positive_int,
+        default=16,
+        help="how many of several prompts are decoded at once (default: 16)",
+    )
+    parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="take <|endoftext|> in a prompt for the token (default: off, these 13 characters)",
+    )
 
 
-def read_question(given: argparse.Namespace) -> str | None:
-    """The text of --instruction, of --prompt or of stdin; None: ask on the terminal.
+def read_questions(given: argparse.Namespace) -> list[str] | None:
+    """The texts of --instruction, of --prompt, --prompts or of stdin; None: ask on the terminal.
 
-    Raises UserError where stdin is closed or does not hold UTF-8, and for an --input alone.
+    Raises UserError where stdin is closed or not text, for a file of prompts that cannot be read or
+    holds none, and for an --input alone.
     """
     if given.input and given.instruction is None:
         raise UserError("--input is for an --instruction: give that too")
-    text = given.prompt if given.instruction is None else given.instruction
-    if text is not None and text != "-":
-        return text
+    if given.prompts is not None:
+        return _read_prompts(given.prompts, given.text_field or "prompt", given.encoding or "utf-8")
+    for flag, value in (("--text-field", given.text_field), ("--encoding", given.encoding)):
+        if value is not None:
+            raise UserError(f"{flag} is for a file of --prompts: give that too")
+    texts = given.prompt if given.instruction is None else given.instruction
+    if texts is None:
+        if sys.stdin is not None and sys.stdin.isatty():
+            return None
+        texts = ["-"]
+    if texts.count("-") > 1:
+        raise UserError("- reads all of stdin, so it can be given only once")
+    return [_stdin("--prompt") if text == "-" else text for text in texts]
+
+
+def _stdin(flag: str) -> str:
+    """What stdin holds, without the last line end."""
+    from micrograd_gpt.text.decoding import decoded
+
     if sys.stdin is None:
-        raise UserError("stdin is closed: give the text with --prompt")
-    if text is None and sys.stdin.isatty():
-        return None
-    data = sys.stdin.buffer.read()
-    try:
-        read = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"the prompt is not UTF-8 text: byte 0x{data[error.start]:02x} at offset "
-            f"{error.start}; convert it to UTF-8"
-        ) from None
-    return read.removesuffix("\n").removesuffix("\r")
+        raise UserError(f"stdin is closed: give the text with {flag}")
+    text = decoded(sys.stdin.buffer.read(), "the prompt")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _read_prompts(source: str, field: str, encoding: str) -> list[str]:
+    from micrograd_gpt.text.decoding import Form, Notes
+    from micrograd_gpt.text.documents import read_documents
+    from micrograd_gpt.text.records import RECORD_SUFFIXES
+
+    notes = Notes()
+    if source == "-":
+        texts = [_stdin("--prompt")]
+    else:
+        form = Form(encoding, field)
+        texts = ["".join(c) for c in read_documents(Path(source), form, notes=notes)]
+    if Path(source).suffix.lower() not in RECORD_SUFFIXES:
+        lines = [line.removesuffix("\r") for text in texts for line in text.split("\n")]
+        texts = [line for line in lines if line.strip()]
+    notes.tell(source)
+    if not texts:
+        raise UserError(f"{source} holds no prompts: write one a line")
+    return texts

@@ -20,7 +20,7 @@ from micrograd_gpt.arrays.devices import to_device
 from micrograd_gpt.generation import filters
 from micrograd_gpt.generation.beam_search import beam_search
 from micrograd_gpt.generation.context import Context, Continuation, check_memory
-from micrograd_gpt.generation.settings import Settings
+from micrograd_gpt.generation.settings import Settings, check_names
 from micrograd_gpt.generation.speculation import PromptLookup
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
@@ -182,11 +182,13 @@ def generate(
     for a batch, where rows that ended early are filled up with `end_of_text`; a list of arrays for
     a list. With `num_samples`, each prompt has that many rows or arrays.
 
-    Raises UserError for settings that `Settings` refuses, for empty prompts and ids outside the
-    vocabulary, where the texts do not fit into memory, where fewer than `num_samples` beams are
-    found, and for rows of a batch that end early because no token was left, where `end_of_text` is
-    None or outside the vocabulary: there is nothing to fill them up with.
+    Raises TypeError for a name that is no setting, and UserError for settings that `Settings`
+    refuses, for empty prompts and ids outside the vocabulary, where the texts do not fit into
+    memory, where fewer than `num_samples` beams are found, and for rows of a batch that end early
+    because no token was left, where `end_of_text` is None or outside the vocabulary: there is
+    nothing to fill them up with.
     """
+    check_names(more)
     settings = Settings(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

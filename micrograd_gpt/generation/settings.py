@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any, NamedTuple
 
+from micrograd_gpt.support.cli import did_you_mean
 from micrograd_gpt.support.errors import UserError
 
 GPT2_END_OF_TEXT = 50256
@@ -196,3 +197,26 @@ class Settings:
         ):
             if conflict:
                 raise UserError(f"{problem}: change one of them")
+
+
+# What Transformers calls some settings, or has beside them, and what to give here
+INSTEAD = {
+    "do_sample": "temperature=0 takes the likeliest token, any other temperature a random one",
+    "num_return_sequences": "num_samples is how many continuations there are",
+    "eos_token_id": "end_of_text is the token that ends a text",
+    "pad_token_id": "rows that end early are filled up with end_of_text",
+    "max_length": "max_new_tokens counts the new tokens alone",
+    "input_ids": "the ids come first, without a name",
+    "attention_mask": "prompts of different lengths are a list of rows, without padding",
+    "typical_p": "min_p and top_p cut off unlikely tokens",
+}
+
+
+def check_names(given: Mapping[str, Any]) -> None:
+    """TypeError, which says what to give instead, for a name that no setting has."""
+    names = {setting.name for setting in fields(Settings)}
+    for name in given:
+        if name not in names:
+            instead = INSTEAD.get(name)
+            hint = f": {instead}" if instead else did_you_mean(name, names, prefix="")
+            raise TypeError(f"generate() has no setting {name!r}{hint}")

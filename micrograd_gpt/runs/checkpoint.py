@@ -109,7 +109,11 @@ def load_run(
     if scaler and scaler.enabled:
         _fill_scaler(scaler, state.get("loss_scaler"), folder)
     for name, arrays in (stored_arrays(model), (OPTIMIZER, _moments(model, optimizer))):
-        file = TensorFile(folder / name)
+        try:
+            file = TensorFile(folder / name)
+        except UserError as error:
+            what = str(error).removesuffix(": fetch it again")
+            raise UserError(f"{what}: {_way_back(folder, name)}") from error
         if file.metadata.get("step") != str(step):
             raise UserError(
                 f"{folder / name} is from step {file.metadata.get('step')}, {STATE} from step "
@@ -193,6 +197,17 @@ def last_good(folder: str | Path, step: int) -> str:
                 steps[_checked(state, place)["step"]] = place
     good = max((s for s in steps if s < step), default=None)
     return "there is none yet" if good is None else f"{steps[good]}, of step {good}"
+
+
+def _way_back(folder: Path, damaged: str) -> str:
+    """What a user can do where a file of the run in `folder` is damaged."""
+    others = [place for place in (*_earlier_places(folder), folder / BEST) if holds_run(place)]
+    if others:
+        latest = max(others, key=lambda place: _read_state(place)["step"])
+        return f"copy the files of {latest}, of step {_read_state(latest)['step']}, into {folder}"
+    if damaged == OPTIMIZER:
+        return f"start again from the weights with --init-from {folder}"
+    return "start again: this run kept no other checkpoint"
 
 
 # ------------------------------------------------------------------------ parts of a set

@@ -6,17 +6,19 @@ memory and the matrix products of real runs.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import time
 
 import numpy as np
 
 from micrograd_gpt import optim
-from micrograd_gpt.arrays.devices import move, to_device
+from micrograd_gpt.arrays.devices import library_for, move, to_device
 from micrograd_gpt.arrays.memory import LOGITS_AT_ONCE, check_room
 from micrograd_gpt.arrays.precision import HALF, compute_in, hold_in
 from micrograd_gpt.gpt2 import GPT2Config
 from micrograd_gpt.runs.recompute import recompute_blocks
+from micrograd_gpt.support.machine import available_memory
 from micrograd_gpt.variants import inner_width
 from micrograd_gpt.weights.config import model_class
 
@@ -216,6 +218,21 @@ class Plan:
             times.append(time.perf_counter() - start)
         return min(times)
 
+    def verdict(self) -> str:
+        """Whether the run fits into the memory that is free now, in words."""
+        if self.device == "cpu":
+            free, place = available_memory(), "this machine"
+        else:
+            free, place = library_for(self.device).cuda.runtime.memGetInfo()[0], "the GPU"
+        if free is None:
+            return f"unknown: {place} does not say how much memory is free"
+        found = f"{_megabytes(free)} are free on {place}"
+        if self.peak <= free:
+            return f"yes: {found}"
+        if 4 * self.weights > free:  # with gradients and moments, whatever the batch
+            return f"no: {found}; choose a smaller model"
+        return f"no: {found}; lower --batch-size or --block-size, or add --recompute"
+
     def report(self, max_steps: int, rate: float | None = None, devices: int = 1) -> str:
         """The plan as lines to read; `rate` and `devices` are those of `seconds_per_step`."""
         c = self.config
@@ -239,6 +256,7 @@ class Plan:
             "logits, work": _megabytes(self.working),
             "peak memory": f"{_megabytes(self.peak)}, without the data (gradients and activations "
             "are never all there at once)",
+            "fits": self.verdict(),
             "time": f"{seconds:.3g} s a step, {_duration(seconds * max_steps)} in all, at "
             f"{reached:.3g} TFLOP/s {source}, {devices} device{'s' * (devices > 1)}",
         }
@@ -256,3 +274,18 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.0f} seconds"
+
+
+def smaller_step(settings: argparse.Namespace) -> str:
+    """What helps where a step does not fit into memory."""
+    return (
+        f"a micro-batch has {settings.batch_size} × {settings.block_size} tokens; lower "
+        "--batch-size (and raise --grad-accum-steps, which keeps the step), or add --recompute"
+    )
+
+
+def smaller_model(settings: argparse.Namespace) -> str:
+    """What helps where the model itself does not, with AdamW's two moments of each parameter."""
+    if settings.init_from != "scratch":
+        return f"the model {settings.init_from} is too large to train here; give a smaller one"
+    return "the model itself does not fit; choose a smaller --size, --n-layer or --n-embd"

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
@@ -23,10 +24,13 @@ from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.metrics import Metrics
 from micrograd_gpt.runs.signals import StopSignals
 from micrograd_gpt.runs.unread import Unread, read_numbers
-from micrograd_gpt.support.cli import say
+from micrograd_gpt.runs.watch import Watch
+from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.weights.saving import write_model
+
+SILENCE = 30  # seconds after which a log file gets a line, as a sign of life
 
 
 class Data(Protocol):
@@ -72,7 +76,6 @@ class Recorder:
         write: Callable[..., None] = write_model,
         tokens_per_step: int | None = None,
     ) -> None:
-        from micrograd_gpt.runs.watch import Watch  # a page beside the run: nothing hangs on it
 
         self.settings, self.data, self._write = settings, data, write
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
@@ -104,7 +107,7 @@ class Recorder:
     def _announce(self) -> None:
         if damaged := self.metrics.damaged_lines():
             say(
-                f"warning: {self.metrics.path}: {len(damaged)} lines are damaged and will be "
+                f"warning: {self.metrics.path}: {counted(len(damaged), 'damaged line')} will be "
                 f"ignored, the first is line {damaged[0]}"
             )
         count = sum(parameter.size for parameter in self.optimizer.parameters)
@@ -127,6 +130,7 @@ class Recorder:
         self._signals = StopSignals()
         self._last_time = time.perf_counter()
         self._started = self._last_time - self.metrics.seconds  # a resumed run's time goes on
+        self._last_said, self._has_measured = monotonic(), False
 
     @property
     def stopped(self) -> int:
@@ -136,6 +140,7 @@ class Recorder:
     def say(self, message: str) -> None:
         """Tell the user something, above the progress bar."""
         say(message, self._bar)
+        self._last_said = monotonic()
 
     # ------------------------------------------------------------------- one step, in order
 
@@ -172,7 +177,18 @@ class Recorder:
         if self._on_cpu or due.log or due.sample or due.save or self.stopped:
             self._look()
         self._bar.update()
+        self._show_life(step + 1)
         return True
+
+    def _show_life(self, done: int) -> None:
+        """Show the loss before it is measured first, and where there is no bar, at times a line."""
+        if self._bar.disable and monotonic() - self._last_said >= SILENCE:
+            self._look()
+            self.say(
+                f"step {done:5d} of {self.settings.max_steps}   train loss {self._train_loss:.3f}"
+            )
+        elif self._on_cpu and not self._has_measured:
+            self._bar.set_postfix_str(f"loss {self._train_loss:.3f}")
 
     def _fits_float16(self, step: int, grad_norm: float) -> bool:
         before = self.scaler.scale
@@ -214,6 +230,7 @@ class Recorder:
         }
         if self.scaler.enabled:
             row |= {"loss_scale": self.scaler.scale, "skipped_steps": self.scaler.skipped_steps}
+        self._has_measured = True
         self._bar.set_postfix_str(
             f"loss {self._train_loss:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
         )

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from micrograd_gpt.arrays.precision import PRECISIONS
-from micrograd_gpt.runs import checkpoint
+from micrograd_gpt.runs import checkpoint, config_file
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.corpus import VALIDATION
+from micrograd_gpt.text.decoding import Form
 from micrograd_gpt.text.tokenizers import NAMES
 from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, size_name
 from micrograd_gpt.weights.formats import is_adapter
@@ -89,6 +91,10 @@ class Setting(NamedTuple):
     help: str  # --help adds the default
 
     @property
+    def is_once(self) -> bool:
+        return self.change is Change.ONCE
+
+    @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
@@ -121,8 +127,17 @@ def _text(value: Any) -> str:
 TABLE: dict[str, list[tuple[Any, ...]]] = {
 "data": [
     ("data", TEXT, "pydocs", ASK,  # English that every Python carries: nothing to download
-     "pydocs, shakespeare, or a path: text, .jsonl, .parquet, a folder of texts or token shards"),
-    ("encoding", TEXT, "utf-8", ASK, "of the text files"),
+     "pydocs, shakespeare, or a path: a text, records (.jsonl, .json, .csv, .tsv, .parquet), a "
+     "folder of these, or token shards"),
+    ("validation", TEXT, f"{VALIDATION:g}", ASK,
+     "what to validate on: a path as for --data, or the fraction at the end of --data"),
+    ("text_field", TEXT, "text", ASK, "the key or column of records that holds their text"),
+    ("encoding", TEXT, "utf-8", ASK, "of the text files; the mark of UTF-8, 16 or 32 is noticed"),
+    ("line_ends", one_of("auto", "lf", "keep"), "auto", ASK,
+     r"lf: \r\n and \r become \n; keep: they stay; auto: lf for the tokenizers char, word, byte, "
+     "else keep"),
+    ("special_tokens", ON_OFF, False, ASK,  # so that no text can cut itself into documents
+     "take <|endoftext|> in a text for the token, not for these 13 characters"),
     ("tokenizer", TEXT, By("char", "gpt2"), NEVER,  # a small model has no use for 50,257 tokens
      f"{', '.join(NAMES)}, or a folder with the files of a byte-level BPE"),
 ],
@@ -194,6 +209,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
 GROUPS = {title: [Setting(*row) for row in rows] for title, rows in TABLE.items()}
 SETTINGS = {row.name: row for rows in GROUPS.values() for row in rows}
 NEEDS = {"rate": "plan", "devices": "plan", "allow_changes": "resume"}
+EARLIER = {"line_ends": "keep"}  # what runs did whose settings do not say it yet
 OF_THE_WEIGHTS = ("size", "n_layer", "n_head", "n_embd", "tokenizer")  # --init-from decides these
 
 
@@ -201,7 +217,7 @@ OF_THE_WEIGHTS = ("size", "n_layer", "n_head", "n_embd", "tokenizer")  # --init-
 
 
 def parse_flags(argv: list[str] | None) -> dict[str, Any]:
-    """The flags that were given, by name; what was left out is not in it."""
+    """The flags that were given, here or in a --config, by name; what was left out is not in it."""
     parser = cli.ArgumentParser(
         prog="train_gpt2.py",
         description="Train a GPT-2 and watch it learn. Without flags: a small one, on Python's own "
@@ -212,7 +228,21 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
         group = parser.add_argument_group(title)
         for row in rows:
             row.add_to(group)
-    return vars(parser.parse_args(argv))
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help=f"take flags from a TOML file, such as the {config_file.WRITTEN} of a run; flags on "
+        "the command line come before it",
+    )
+    given = vars(parser.parse_args(argv))
+    file = given.pop("config", None)
+    return given if file is None else config_file.read_config_file(file, SETTINGS) | given
+
+
+def write_settings(settings: argparse.Namespace) -> None:
+    """Write the run's settings.toml, which --config takes; UserError if that fails."""
+    from_weights = settings.init_from != "scratch"
+    config_file.write_config_file(settings, GROUPS, OF_THE_WEIGHTS if from_weights else ())
 
 
 def resolve_settings(flags: dict[str, Any]) -> argparse.Namespace:
@@ -322,12 +352,20 @@ def saved_settings(out: Path, table: dict[str, Setting] = SETTINGS) -> dict[str,
     saved = checkpoint.load_settings(out)
     settings = {"data_fingerprint": saved.get("data_fingerprint")}
     for name, row in table.items():
-        value = row.default if row.change is ONCE else saved.get(name, row.default)
+        value = (
+            row.default if row.change is ONCE else saved.get(name, EARLIER.get(name, row.default))
+        )
         if isinstance(value, By) or not (row.kind.holds(value) or value is row.default is None):
             what = f"have {value!r} as {name}" if name in saved else f"lack {name}"
             raise UserError(f"{out / checkpoint.STATE} is damaged: its settings {what}")
         settings[name] = value
     return settings
+
+
+def form_of(settings: argparse.Namespace) -> Form:
+    """How the settings say that texts are to be read."""
+    s = settings
+    return Form(s.encoding, s.text_field, s.line_ends, s.special_tokens)
 
 
 # ------------------------------------------------------------------------------------- sizes

@@ -3,20 +3,116 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.version import VERSION
+
+# What other programs call our flags: nanoGPT, minGPT, llm.c, OpenAI's scripts, Transformers
+ALIASES = {
+    "lr": "learning-rate",
+    "max-lr": "learning-rate",
+    "min-learning-rate": "min-lr",
+    "warmup-iters": "warmup-steps",
+    "max-iters": "max-steps",
+    "num-iterations": "max-steps",
+    "steps": "max-steps",
+    "iters": "max-steps",
+    "num-epochs": "epochs",
+    "num-train-epochs": "epochs",
+    "eval-iters": "eval-batches",
+    "eval-steps": "eval-interval",
+    "logging-steps": "log-interval",
+    "save-steps": "save-interval",
+    "gradient-accumulation-steps": "grad-accum-steps",
+    "per-device-train-batch-size": "batch-size",
+    "bs": "batch-size",
+    "max-grad-norm": "grad-clip",
+    "adam-beta1": "beta1",
+    "adam-beta2": "beta2",
+    "wd": "weight-decay",
+    "layers": "n-layer",
+    "heads": "n-head",
+    "n-ctx": "block-size",
+    "n-positions": "block-size",
+    "context-length": "block-size",
+    "seq-len": "block-size",
+    "max-length": "block-size max-new-tokens",
+    "dataset": "data",
+    "input": "data prompt",
+    "train-file": "data",
+    "validation-file": "validation",
+    "output-dir": "out",
+    "out-dir": "out",
+    "output": "out",
+    "from": "init-from model",
+    "checkpoint": "model init-from",
+    "ckpt": "model init-from",
+    "model-name": "model size",
+    "model-type": "size",
+    "start": "prompt",
+    "nsamples": "num-samples",
+    "num-return-sequences": "num-samples",
+    "length": "max-new-tokens",
+    "max-tokens": "max-new-tokens",
+    "beams": "num-beams",
+    "k": "top-k",
+    "p": "top-p",
+}
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with a wrong flag reported like any other mistake: as a UserError."""
+    """argparse, with the habits of our scripts.
+
+    A wrong flag is reported like any other mistake, as a UserError, with the flag that was probably
+    meant. Flags may be typed with underscores. --version says the version.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", int, whole_number)  # "invalid int value" says little to most
+        self.register("type", float, number)
+        self.add_argument(
+            "--version",
+            action="version",
+            version=f"micrograd-gpt {VERSION}",
+            help="say the version, and end",
+        )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._with_dashes(word) for word in words], namespace)
+
+    def _with_dashes(self, word: str) -> str:
+        """--batch_size=4 as --batch-size=4, if that is a flag."""
+        name, equals, value = word.partition("=")
+        dashed = name.replace("_", "-")
+        return dashed + equals + value if dashed in self.flags() else word
+
+    def flags(self) -> set[str]:
+        """All flags, also those of commands."""
+        found = set(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found.update(*(parser.flags() for parser in action.choices.values()))
+        return found
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, extra = self.parse_known_args(args, namespace)
+        if extra:
+            unknown = next((word for word in extra if word.startswith("--")), "").partition("=")[0]
+            known = {flag for flag in self.flags() if flag.startswith("--")}
+            hint = did_you_mean(unknown, known) if unknown else ""
+            self.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -34,6 +130,32 @@ def some_path(text: str) -> Path:
     return Path(some_text(text))
 
 
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "--") -> str:
+    """What to add to a message about a name that is not known: the one that was probably meant."""
+    plain = name.removeprefix(prefix).replace("_", "-").lower()
+    names = {flag.removeprefix(prefix).replace("_", "-"): flag for flag in sorted(known)}
+    meant = [names[alias] for alias in ALIASES.get(plain, "").split() if alias in names]
+    near = [names[found] for found in difflib.get_close_matches(plain, names, 1, 0.75)]
+    found = (meant or near)[:1]
+    return f": did you mean {found[0]}?" if found else ""
+
+
+def number(text: str) -> float:
+    """The number that a flag was given."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+
+
+def whole_number(text: str) -> int:
+    """The whole number that a flag was given."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+
+
 def positive_int(text: str) -> int:
     """The whole number that a flag was given, which must be at least 1."""
     return _whole_number(text, 1)
@@ -45,15 +167,17 @@ def non_negative_int(text: str) -> int:
 
 
 def _whole_number(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+    value = whole_number(text)
     if value < least:
         raise argparse.ArgumentTypeError(f"must be {least} or more, not {value}")
     if least > 0 and value >= 2**31:
         raise argparse.ArgumentTypeError(f"must be below {2**31:,}, not {value}")
     return value
+
+
+def counted(count: int, what: str) -> str:
+    """How many there are of something, as "1 line" or "2,000 lines"."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def say(message: str, bar: Any = None) -> None:

@@ -55,6 +55,11 @@ class Tokenizer(ABC):
         }
         return {name: id for name, id in ids.items() if id is not None}
 
+    @property
+    def special_texts(self) -> list[str]:
+        """The texts that `encode` takes for tokens of their own with `allow_special`."""
+        return [] if self.end_of_text is None else [END_OF_TEXT]
+
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         """Return the ids of `text`, int32 of shape (T,).
 
@@ -111,6 +116,14 @@ class Tokenizer(ABC):
         """Return what `tokenizer_from_dict` needs, as JSON: the name, and the vocabulary if it is
         not always the same.
         """
+
+    def check_special(self, wanted: bool) -> None:
+        """Raise UserError if special tokens are `wanted` and there are none."""
+        if wanted and not self.special_texts:
+            raise UserError(
+                f"the {self.name} tokenizer has no special tokens, as gpt2's has: leave "
+                "--special-tokens out"
+            )
 
     def check_size(self, vocab_size: int) -> None:
         """Raise UserError unless a model with this vocab_size can be the tokenizer's.

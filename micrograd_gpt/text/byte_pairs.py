@@ -162,6 +162,10 @@ class BytePairTokenizer(Tokenizer):
     def special_tokens(self) -> dict[str, int]:
         return self._special_tokens
 
+    @property
+    def special_texts(self) -> list[str]:
+        return list(self._added)
+
     def _encode(self, text: str) -> np.ndarray:
         return self._encode_parts(text, allow_special=False)
 

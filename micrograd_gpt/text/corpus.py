@@ -10,41 +10,69 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from micrograd_gpt.support import download
+from micrograd_gpt.support.cli import counted
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading
-from micrograd_gpt.text.documents import find_files, load_documents
+from micrograd_gpt.text.decoding import Form
+from micrograd_gpt.text.documents import AS_IT_IS, find_files, load_documents
 from micrograd_gpt.text.pieces import BETWEEN_DOCUMENTS, encode_piece
 from micrograd_gpt.text.prepare import prepare
-from micrograd_gpt.text.shard_files import (
-    ShardFiles,
-    check_shards,
-    find_shards,
-    matching_tokenizer,
-)
+from micrograd_gpt.text.shard_files import check_shards, find_shards, matching_tokenizer
 from micrograd_gpt.text.shards import Shards, slices
 from micrograd_gpt.text.tokenizers import Tokenizer, make_tokenizer
+from micrograd_gpt.text.windows import Windows
 
 MOST_IN_MEMORY = 50_000_000  # bytes of text; a larger one goes to shards
+VALIDATION = 0.1  # the fraction of a text to validate on
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text as two streams of token ids, each of shape (N,), and the tokenizer that made them."""
+    """A text as two streams of token ids, each of shape (N,), and the tokenizer that made them.
+
+    `fraction` is how much of the text is the second stream; None where that is another text.
+    """
 
     train: np.ndarray | Shards  # uint16, or uint32 for a vocabulary of more than 65,536
     validation: np.ndarray | Shards
     tokenizer: Tokenizer
     name: str
+    fraction: float | None = None
     unit: ClassVar[str] = "token"  # what the loss is the mean over
 
     def amount(self) -> str:
         """How much there is to train on, in words."""
         return f"{len(self.train):,} tokens of {self.name}"
+
+    def windows(self, block_size: int) -> tuple[Windows, Windows]:
+        """The windows to train on, and those to validate on.
+
+        Raises UserError, which says what helps, where a stream is shorter than a window.
+        """
+        need = block_size + 1
+        lengths = len(self.train), len(self.validation)
+        if min(lengths) >= need:
+            return Windows(self.train, block_size), Windows(self.validation, block_size)
+        which = "validation" if lengths[1] <= lengths[0] else "training"
+        shorter = min(lengths)
+        few = f"fewer than the {need:,} that --block-size {block_size} needs"
+        smaller = f", or a smaller --block-size (at most {shorter - 1})" if shorter > 1 else ""
+        if self.fraction is None:
+            raise UserError(
+                f"{self.name}: the {which} text has {counted(shorter, 'token')}, {few}: give more "
+                f"text{smaller}"
+            )
+        enough = math.ceil(need / min(self.fraction, 1 - self.fraction)) + 1
+        raise UserError(
+            f"{self.name} has {counted(sum(lengths), 'token')}, of which {shorter:,} are for "
+            f"{which}, {few}: give {enough:,} tokens or more, a --validation FILE of its "
+            f"own{smaller}"
+        )
 
     @cached_property
     def bytes_per_token(self) -> float | None:
@@ -68,24 +96,63 @@ class Corpus:
 def load_corpus(
     source: str | Path,
     tokenizer: str | Tokenizer,
-    validation_fraction: float = 0.1,
-    encoding: str = "utf-8",
+    validation: float | str | Path = VALIDATION,
+    form: Form = AS_IT_IS,
     cache_folder: str | Path | None = None,
 ) -> Corpus:
     """Return the text of `source` as ids to train on and to validate on.
 
-    `source` is a text (see `load_documents`) in `encoding`, or a folder of token shards (see
-    shard_files.py), or one shard. `tokenizer` is a tokenizer, or the name of one; if its vocabulary
-    comes from a text, it then comes from this one. The last `validation_fraction` of the ids are
-    for validation and the rest for training, unless the shards are already divided.
+    `source` is a text (see `load_documents`), or a folder of token shards (see shard_files.py), or
+    one shard. `tokenizer` is a tokenizer, or the name of one; if its vocabulary comes from a text,
+    it then comes from this one. `validation` is another source, or a fraction: the last part of the
+    ids is for validation then and the rest for training, unless the shards are already divided.
 
     A text of more than 50 MB is tokenized once, into shards in `cache_folder`/tokens. The ids of
     given shards are checked once, which `cache_folder`/checked records. `cache_folder` is by
     default the folder for downloads. Raises UserError for what `load_documents`, `make_tokenizer`,
-    `Tokenizer.encode`, `prepare` and `find_shards` cannot take.
+    `Tokenizer.encode`, `prepare` and `find_shards` cannot take, and for special tokens of a
+    tokenizer that has none.
     """
-    if not 0 < validation_fraction < 1:
-        raise UserError(f"validation_fraction must be between 0 and 1, not {validation_fraction}")
+    fraction = _fraction(validation)
+    form = form.for_tokenizer(tokenizer if isinstance(tokenizer, str) else tokenizer.name)
+    ids, marked, tokenizer = _read(source, tokenizer, form, cache_folder)
+    if fraction is None:
+        other = _read_validation(validation, tokenizer, form, cache_folder)
+        return Corpus(ids, other, tokenizer, str(source))
+    if marked is not None:
+        if fraction != VALIDATION:
+            raise UserError(
+                f"{source} has validation shards of its own: leave --validation {validation} out, "
+                "or give a file"
+            )
+        return Corpus(ids, marked, tokenizer, str(source))
+    train, rest = _split(ids, int(len(ids) * (1 - fraction)))
+    return Corpus(train, rest, tokenizer, str(source), fraction)
+
+
+def _fraction(validation: float | str | Path) -> float | None:
+    """The fraction that `validation` is; None if it is a path. UserError for other numbers."""
+    try:
+        fraction = float(validation)  # type: ignore[arg-type]  # a Path is no number, as it says
+    except (TypeError, ValueError):
+        return None
+    if not 0 < fraction < 1:
+        raise UserError(
+            f"--validation is a file, a folder or a fraction between 0 and 1, not {validation}"
+        )
+    return fraction
+
+
+Ids = np.ndarray | Shards
+
+
+def _read(
+    source: str | Path, tokenizer: str | Tokenizer, form: Form, cache_folder: str | Path | None
+) -> tuple[Ids, Ids | None, Tokenizer]:
+    """The ids of a source, those that it marks for validation (None: it marks none), and what
+    made them.
+    """
+    text_files = None
     if source not in ("pydocs", "shakespeare"):
         with reading(source):
             shard_files = find_shards(source)
@@ -94,23 +161,34 @@ def load_corpus(
         if shard_files is not None:
             made_with = matching_tokenizer(shard_files, tokenizer)
             check_shards(shard_files, made_with, _cache(cache_folder, "checked"))
-            return _corpus_of(shard_files, made_with, validation_fraction, str(source))
+            train, validation = shard_files.open()
+            return train, validation if shard_files.validation else None, made_with
         if size > MOST_IN_MEMORY:
             tokens = Path(cache_folder or download.cache_folder()) / "tokens"
-            shard_files = prepare(source, text_files, tokenizer, encoding, tokens)
+            shard_files = prepare(source, text_files, tokenizer, form, tokens)
             made_with = matching_tokenizer(shard_files, tokenizer)
             try:
-                return _corpus_of(shard_files, made_with, validation_fraction, str(source))
+                return shard_files.open()[0], None, made_with
             except UserError as error:
                 raise UserError(
                     f"{error} (delete {tokens} to have texts tokenized again)"
                 ) from error
-    documents = load_documents(source, encoding)
+    documents = load_documents(source, form, text_files)
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, BETWEEN_DOCUMENTS.join(documents))
-    ids = encode_documents(documents, tokenizer)
-    split = int(len(ids) * (1 - validation_fraction))
-    return Corpus(ids[:split], ids[split:], tokenizer, str(source))
+    return encode_documents(documents, tokenizer, form.special_tokens), None, tokenizer
+
+
+def _read_validation(
+    source: Any, tokenizer: Tokenizer, form: Form, cache_folder: str | Path | None
+) -> Ids:
+    """The ids of a source that is for validation only; of a divided one, that part of it."""
+    try:
+        ids, marked, _ = _read(source, tokenizer, form, cache_folder)
+    except UserError as error:
+        named = str(source) in str(error)
+        raise UserError(str(error) if named else f"--validation {source}: {error}") from error
+    return ids if marked is None else marked
 
 
 def _cache(folder: str | Path | None, name: str) -> Path | None:
@@ -121,22 +199,23 @@ def _cache(folder: str | Path | None, name: str) -> Path | None:
         return None
 
 
-def encode_documents(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
+def _split(ids: Ids, position: int) -> tuple[Ids, Ids]:
+    if isinstance(ids, Shards):
+        return ids.split(position)
+    return ids[:position], ids[position:]
+
+
+def encode_documents(
+    documents: list[str], tokenizer: Tokenizer, allow_special: bool = False
+) -> np.ndarray:
     """Return the ids of the documents in one stream, shape (N,).
 
     If there are several documents, `<|endoftext|>` follows each. A tokenizer without that token
-    gets an empty line between them. The dtype is uint16 if the vocabulary allows it, else uint32.
+    gets an empty line between them. With `allow_special`, special tokens that are written in the
+    documents are recognized; UserError if the tokenizer has none. The dtype is uint16 if the
+    vocabulary allows it, else uint32.
     """
+    tokenizer.check_special(allow_special)
     ends = [""] if len(documents) > 1 and tokenizer.end_of_text is not None else []
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    return encode_piece([*documents, *ends], tokenizer).astype(dtype)
-
-
-def _corpus_of(
-    shard_files: ShardFiles, tokenizer: Tokenizer, validation_fraction: float, name: str
-) -> Corpus:
-    """Return the ids of shards, split by position if the shards are not already divided."""
-    train, validation = shard_files.open()
-    if not shard_files.validation:
-        train, validation = train.split(int(len(train) * (1 - validation_fraction)))
-    return Corpus(train, validation, tokenizer, name)
+    return encode_piece([*documents, *ends], tokenizer, allow_special).astype(dtype)

@@ -34,21 +34,24 @@ SAFE_PLACE = re.compile(r"(?<=\S)[^\S\x1c-\x1f]|(?<=[^\W_])[,.;:!?、。，．�
 CUT_ANYWHERE = ("char", "byte")  # tokenizers of single characters: every place is safe
 
 
-def encode_piece(piece: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
+def encode_piece(
+    piece: Iterable[str], tokenizer: Tokenizer, allow_special: bool = False
+) -> np.ndarray:
     """Return the ids of the strings with `<|endoftext|>` between them, int32 of shape (N,).
 
-    A tokenizer without that token gets an empty line between them.
+    A tokenizer without that token gets an empty line between them. With `allow_special`, special
+    tokens that are written in the strings are recognized too.
     """
     if tokenizer.end_of_text is None:
-        return tokenizer.encode(BETWEEN_DOCUMENTS.join(piece))
+        return tokenizer.encode(BETWEEN_DOCUMENTS.join(piece), allow_special)
     end = np.array([tokenizer.end_of_text], np.int32)
-    ids = [array for text in piece for array in (end, tokenizer.encode(text))]
+    ids = [array for text in piece for array in (end, tokenizer.encode(text, allow_special))]
     return np.concatenate([np.empty(0, np.int32), *ids[1:]])
 
 
-def refuse_where_cut(tokenizer: Tokenizer) -> None:
+def refuse_where_cut(tokenizer: Tokenizer, allow_special: bool = False) -> None:
     """Raise UserError if a token that was added to a vocabulary may be cut in two, as "U.S."."""
-    for text in tokenizer.indivisible:
+    for text in tokenizer.special_texts if allow_special else tokenizer.indivisible:
         if SAFE_PLACE.search(text, 1):
             raise UserError(
                 f"the tokenizer has an added token {text!r}, within which a large text may be cut: "

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading, sha256, write_text
+from micrograd_gpt.text.decoding import Form, Notes
 from micrograd_gpt.text.documents import no_text, read_documents
 from micrograd_gpt.text.pieces import (
     BETWEEN_DOCUMENTS,
@@ -55,39 +57,42 @@ def prepare(
     source: str | Path,
     files: list[Path],
     tokenizer: str | Tokenizer,
-    encoding: str,
+    form: Form,
     cache: Path,
     processes: int | None = None,
 ) -> ShardFiles:
     """Return shards of the text in `files`, the files of `source`, making them if necessary.
 
     `tokenizer` is a tokenizer, or the name of one; if its vocabulary comes from a text, it then
-    comes from this one. Each `source`, `tokenizer` and `encoding` has a folder of its own in
+    comes from this one. Each `source`, `tokenizer` and `form` has a folder of its own in
     `cache`, which is made anew if a file has changed since. Says on stderr which folder that is.
 
     Raises UserError if the text is empty, can't be read or encoded, or changes meanwhile, and if
     the shards can't be written.
     """
-    folder = _folder(source, files, tokenizer, encoding, cache)
+    folder = _folder(source, files, tokenizer, form, cache)
     if up_to_date := _up_to_date(folder, files):
         print(f"using the tokens of {source} in {folder}", file=sys.stderr)
         return up_to_date
     print(f"tokenizing {source} into {folder}", file=sys.stderr)
-    states = [_state(file) for file in files]
+    states, notes = [_state(file) for file in files], Notes()
     with worker_pool(processes) as parallel_map:
         progress = _continue_or_begin(folder, states)
         if "tokenizer" not in progress:
             if isinstance(tokenizer, str):
-                tokenizer = _learn(tokenizer, files, encoding, parallel_map)
+                tokenizer = _learn(tokenizer, files, form, parallel_map)
             if tokenizer.vocab_size > 1 << 16:
                 raise UserError(
                     f"the {tokenizer.name} tokenizer of {source} has {tokenizer.vocab_size:,} ids, "
                     "more than the 65,536 that a large text can use: give --tokenizer gpt2 or byte"
                 )
-            refuse_where_cut(tokenizer)
+            tokenizer.check_special(form.special_tokens)
+            refuse_where_cut(tokenizer, form.special_tokens)
             progress["tokenizer"] = tokenizer.to_dict()
             write_text(folder / PROGRESS, json.dumps(progress))
-        entries = _write_shards(folder, files, encoding, progress["tokenizer"], parallel_map)
+        how = form, notes, progress["tokenizer"]
+        entries = _write_shards(folder, files, *how, parallel_map)
+    notes.tell(source)
     if not entries:
         raise no_text(source)
     hashes = [sha256(file) for file in files]
@@ -96,7 +101,7 @@ def prepare(
     manifest = {
         "format": FORMAT,
         "tokenizer": progress["tokenizer"],
-        "encoding": encoding,
+        "form": asdict(form),
         "sources": [s | {"sha256": h} for s, h in zip(states, hashes, strict=True)],
         "tokens": sum(entry["tokens"] for entry in entries),
         "shards": entries,
@@ -116,7 +121,7 @@ def _folder(
     source: str | Path,
     files: list[Path],
     tokenizer: str | Tokenizer,
-    encoding: str,
+    form: Form,
     cache: Path,
 ) -> Path:
     """Return where the shards are or will be.
@@ -127,7 +132,7 @@ def _folder(
     """
 
     def folder_for(settings: dict[str, Any]) -> Path:
-        key = json.dumps([settings, encoding, str(Path(source).resolve())])
+        key = json.dumps([settings, asdict(form), str(Path(source).resolve())])
         return cache / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     if isinstance(tokenizer, str):
@@ -210,18 +215,18 @@ def _continue_or_begin(folder: Path, states: list[dict[str, Any]]) -> dict[str, 
 
 
 def _pieces(
-    files: list[Path], encoding: str, end_last: bool, anywhere: bool, title: str
+    files: list[Path], form: Form, notes: Notes, end_last: bool, anywhere: bool, title: str
 ) -> Iterator[Piece]:
     """Yield the text of the files in pieces (see `cut`), with a progress bar."""
     from tqdm import tqdm
 
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=1, disable=None) as bar:
-        documents = (d for file in files for d in read_documents(file, encoding, bar.update))
+        documents = (d for file in files for d in read_documents(file, form, bar.update, notes))
         yield from cut(documents, end_last, PIECE_SIZE, LONGEST_PIECE, anywhere)
 
 
-def _learn(name: str, files: list[Path], encoding: str, parallel_map: ParallelMap) -> Tokenizer:
+def _learn(name: str, files: list[Path], form: Form, parallel_map: ParallelMap) -> Tokenizer:
     """Return the tokenizer called `name`, with the text's vocabulary if it has one of its own.
 
     The counts of words are bounded: when there are too many, the rarer half is forgotten, which
@@ -229,7 +234,7 @@ def _learn(name: str, files: list[Path], encoding: str, parallel_map: ParallelMa
     """
     if name not in LEARNED:
         return make_tokenizer(name, "")
-    pieces = _pieces(files, encoding, False, name in CUT_ANYWHERE, f"collecting {name}s")
+    pieces = _pieces(files, form, Notes(), False, name in CUT_ANYWHERE, f"collecting {name}s")
     if name == "char":
         characters: set[str] = set().union(*parallel_map(_characters, pieces))
         return CharTokenizer.from_text("".join(characters))
@@ -244,7 +249,8 @@ def _learn(name: str, files: list[Path], encoding: str, parallel_map: ParallelMa
 def _write_shards(
     folder: Path,
     files: list[Path],
-    encoding: str,
+    form: Form,
+    notes: Notes,
     settings: dict[str, Any],
     parallel_map: ParallelMap,
 ) -> list[dict[str, Any]]:
@@ -253,9 +259,9 @@ def _write_shards(
     `settings` is the tokenizer's `to_dict()`.
     """
     end_last = tokenizer_from_dict(settings).end_of_text is not None
-    anywhere = settings["tokenizer"] in CUT_ANYWHERE
-    encode = functools.partial(_ids, json.dumps(settings))
-    pieces = _pieces(files, encoding, end_last, anywhere, "tokenizing")
+    anywhere = settings["tokenizer"] in CUT_ANYWHERE and not form.special_tokens
+    encode = functools.partial(_ids, json.dumps(settings), form.special_tokens)
+    pieces = _pieces(files, form, notes, end_last, anywhere, "tokenizing")
     entries: list[dict[str, Any]] = []
     for first in pieces:
         rest = itertools.islice(pieces, PIECES_PER_SHARD - 1)
@@ -272,8 +278,8 @@ def _write_shards(
 # What workers find in a piece
 
 
-def _ids(settings: str, piece: Piece) -> np.ndarray:
-    return encode_piece(piece, _cached_tokenizer(settings)).astype(np.uint16)
+def _ids(settings: str, allow_special: bool, piece: Piece) -> np.ndarray:
+    return encode_piece(piece, _cached_tokenizer(settings), allow_special).astype(np.uint16)
 
 
 @functools.cache

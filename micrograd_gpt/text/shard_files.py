@@ -3,7 +3,7 @@
 Three kinds of folders are read as they are:
 
     ours     tokens_*.bin and manifest.json, which says which tokenizer made them
-    llm.c    *_train_*.bin and *_val_*.bin
+    llm.c    *_train_*.bin and *_val_*.bin, or of a small set *_train.bin and *_val.bin
     nanoGPT  train.bin and val.bin, without a header; meta.pkl if they are of characters
 """
 
@@ -58,13 +58,25 @@ def find_shards(source: str | Path) -> ShardFiles | None:
         return ShardFiles([path], [], headerless=True)
     if any(path.glob("tokens_[0-9]*.bin")):
         return _our_shards(path)
-    train = sorted(path.glob("*_train_*.bin"))
-    if train:
-        return ShardFiles(train, sorted(path.glob("*_val_*.bin")))
+    if train := _named(path, "train"):
+        return ShardFiles(train, _named(path, "val"))
     if os.path.lexists(path / "train.bin"):
         validation = [p for p in [path / "val.bin"] if os.path.lexists(p)]
         return ShardFiles([path / "train.bin"], validation, headerless=True)
     return None
+
+
+def _named(folder: Path, part: str) -> list[Path]:
+    """llm.c's shards for `part`, "train" or "val"; UserError for those of several data sets."""
+    found = [p for end in ("_*", "") for p in folder.glob(f"*_{part}{end}.bin")]
+    shown = sorted(path for path in found if not path.name.startswith("."))
+    names = sorted({path.name.rpartition(f"_{part}")[0] for path in shown})
+    if len(names) > 1:
+        raise UserError(
+            f"{folder} holds the shards of several data sets ({', '.join(names)}): give each a "
+            "folder of its own"
+        )
+    return shown
 
 
 def _our_shards(folder: Path) -> ShardFiles:

@@ -208,3 +208,11 @@ class Merged(StoredTensor):
         else:
             out.set(np.ascontiguousarray(wide, out.dtype))
         return bool(np.isfinite(wide).all())
+
+
+def with_adapter(weights: Weights, folder: str) -> Weights:
+    """The weights with the adapter in this folder folded in; UserError for a classifier's."""
+    adapter = open_adapter(folder)
+    if adapter.head is not None:
+        raise UserError(f"{folder} is a classifier's adapter: use it as it is, with --model")
+    return merged(weights, adapter)

@@ -104,3 +104,11 @@ def tokenizer_folder(name: str) -> Path | None:
     if is_adapter(path):
         return open_local(path).folder
     return path if path.is_dir() else path.parent
+
+
+def own_name(model: str) -> str:
+    """What to call the folder of a model that has no published size."""
+    path = Path(model)
+    if path.exists():
+        return path.resolve().name if path.is_dir() else path.resolve().stem
+    return Path(model.partition("@")[0]).name  # NAME of OWNER/NAME@REVISION

@@ -172,13 +172,18 @@ class OpenAI:
 
 Source = HuggingFace | OpenAI
 SOURCES: dict[str, type[Source]] = {"huggingface": HuggingFace, "openai": OpenAI}
+IF_YOU_HAVE_IT = (
+    "if you have the weights, give the path of their file or folder instead of the size"
+)
 
 
-def fetch(size: str, sources: Sequence[Source] = (HuggingFace(), OpenAI())) -> Path:
+def fetch(
+    size: str, sources: Sequence[Source] = (HuggingFace(), OpenAI()), advice: str = IF_YOU_HAVE_IT
+) -> Path:
     """The folder that holds GPT-2 of this size: cached, or from the first source that has it.
 
     Says on stderr which source it tries. Raises UserError for an unknown size, and, with each
-    source's reason, if none of them could be reached.
+    source's reason and the `advice`, if none of them could be reached.
     """
     size = size_name(size)
     for source in sources:
@@ -193,15 +198,14 @@ def fetch(size: str, sources: Sequence[Source] = (HuggingFace(), OpenAI())) -> P
             failures.append(str(error))
             if source is not sources[-1]:
                 say(str(error))
-    untried = [name for name, kind in SOURCES.items() if kind not in map(type, sources)]
-    advice = "".join(f"--source {name}, or " for name in untried)
-    raise UserError(
-        f"{'; '.join(failures)}; try {advice}--from with the file or folder, if you have it"
-    )
+    raise UserError(f"{'; '.join(failures)}; {advice}")
 
 
 def open_release(
-    size: str, sources: Sequence[Source] = (HuggingFace(), OpenAI()), verify: bool = False
+    size: str,
+    sources: Sequence[Source] = (HuggingFace(), OpenAI()),
+    verify: bool = False,
+    advice: str = IF_YOU_HAVE_IT,
 ) -> Weights:
     """OpenAI's weights of this size, fetched if need be.
 
@@ -220,7 +224,7 @@ def open_release(
             except UserError as error:
                 say(f"{error}: this copy is removed")
                 source.remove(size)
-    return _open_published(fetch(size, sources), size)
+    return _open_published(fetch(size, sources, advice), size)
 
 
 def _open_published(folder: Path, size: str) -> Weights:
@@ -246,3 +250,10 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} is damaged: remove it ({error.strerror or error})") from error
+
+
+def ways_out(tried: Sequence[Source]) -> str:
+    """What a user without these sources can do."""
+    untried = [name for name, kind in SOURCES.items() if kind not in map(type, tried)]
+    others = "".join(f"--source {name}, or " for name in untried)
+    return f"try {others}--from with the file or folder, if you have it"

@@ -114,7 +114,7 @@ def test_choices_change_one_flag_at_a_time() -> None:
     assert second.stop_texts == ["c d"]
     assert second.unset("top_k").unset("seed").unset("greedy").settings().top_k == 40
     assert first.settings().top_k == 40 and first.stop_texts == ["a", "b"]
-    with pytest.raises(UserError, match="invalid int value: 'many'"):
+    with pytest.raises(UserError, match="must be a whole number, not 'many'"):
         first.set("top_k", "many")
 
 

@@ -139,3 +139,10 @@ def test_a_tuned_model_takes_each_line_for_an_instruction(
     first, second = out.splitlines()
     (continued,) = talk_with(None)("quick the lazy ", greedy=True)[0].splitlines()
     assert continued == f"quick the lazy {first}" and first == second
+
+
+def test_each_line_is_a_text_of_its_own_and_the_prompt_says_so(talk: Talk) -> None:
+    out, err = talk("the quick ", "dog", "/help", greedy=True)
+    alone, _ = talk("dog", greedy=True)
+    assert out.endswith(alone)  # what was said before changes nothing
+    assert err.count("each line a text of its own") == 2  # at the beginning, and by /help

@@ -174,3 +174,17 @@ def test_wrong_prompts_are_named_in_one_line(model: GPT2, ids: Any, message: str
     with pytest.raises(UserError, match=message) as caught:
         generate(model, ids)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("do_sample", "'do_sample': temperature=0 takes the likeliest token"),
+        ("max_length", "'max_length': max_new_tokens counts"),
+        ("num_sample", "'num_sample': did you mean num_samples?"),
+        ("colour", "'colour'$"),
+    ],
+)
+def test_a_setting_that_there_is_not(name: str, hint: str, model: GPT2) -> None:
+    with pytest.raises(TypeError, match=r"^generate\(\) has no setting " + hint):
+        model.generate([1], **{name: False})

@@ -366,3 +366,31 @@ def test_a_tape_made_before_loading_is_an_error(tmp_path: Path) -> None:
     checkpoint.load_run(tmp_path, model, optimizer)
     with pytest.raises(RuntimeError, match="was changed in place"):
         loss.backward()
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "model.safetensors"])
+def test_a_damaged_file_of_a_run_names_the_way_back(name: str, tmp_path: Path) -> None:
+    model, optimizer = trained()
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
+    (tmp_path / name).write_bytes(b"damaged")
+    advice = {
+        "optimizer.safetensors": f"start again from the weights with --init-from {tmp_path}",
+        "model.safetensors": "start again: this run kept no other checkpoint",
+    }[name]
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_run(tmp_path, *trained(0))
+    assert str(caught.value).endswith(f": {advice}") and name in str(caught.value)
+
+    checkpoint.remove_run(tmp_path)
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, val_loss=1.0, keep=1)
+    optimizer.steps = 5
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, val_loss=2.0, keep=1)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_run(tmp_path, *trained(0))
+    way_back = f"copy the files of {tmp_path / 'step-000002'}, of step 2, into {tmp_path}"
+    assert str(caught.value).endswith(way_back) and "fetch" not in str(caught.value)
+    for file in (tmp_path / "best").iterdir():
+        shutil.copy(file, tmp_path)
+    checkpoint.load_run(tmp_path, *trained(0))  # as good as the other one

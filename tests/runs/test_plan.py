@@ -15,6 +15,7 @@ from micrograd_gpt import optim
 from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.runs import plan
 from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.support.errors import UserError
@@ -172,3 +173,21 @@ def test_a_run_that_memory_cannot_hold_is_refused(
     assert "\n" not in str(caught.value)
     Plan(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=65), 8, 8).check_room()
     Plan(GPT2Config(**shape), **batch, device="gpu").check_room()  # which says it itself
+
+
+@pytest.mark.parametrize(
+    ("free", "words"),
+    [
+        (None, "unknown: this machine does not say"),
+        (1_000_000_000_000, r"yes: 1,000,000 MB are free on this machine$"),
+        (3_000_000_000, r"no: 3,000 MB are free on this machine; lower --batch-size"),
+        (1_000_000_000, r"no: 1,000 MB are free on this machine; choose a smaller model"),
+    ],
+)
+def test_a_plan_says_whether_the_run_fits(
+    free: int | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "available_memory", lambda: free)
+    report = Plan(GPT2Config(**SIZES["124M"]), 4, 1024).report(10, rate=1.0)
+    (verdict,) = re.findall(r"^fits +(.*)$", report, re.MULTILINE)
+    assert re.match(words, verdict)

@@ -148,3 +148,40 @@ def test_a_resumed_run_that_is_complete_says_so(tmp_path: Path) -> None:
     settings = argparse.Namespace(**vars(run.settings) | {"resume": True})
     with pytest.raises(UserError, match=r"is complete at step 1; give a larger --max-steps"):
         Recorder(settings, run.data, run.model, run.optimizer, run.scaler)
+
+
+def test_a_log_file_gets_a_sign_of_life_every_half_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(module, "monotonic", lambda: clock[0])
+    run = recorder(tmp_path, max_steps=500, log_interval=1000)
+    capsys.readouterr()
+    for _ in range(100):
+        clock[0] += 7
+        take_step(run, loss=2.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 20  # the first step that is half a minute after the last line
+    assert lines[0] == "step     5 of 500   train loss 2.000"
+    run.say("anything")
+    clock[0] += 29
+    take_step(run)
+    assert capsys.readouterr().err == "anything\n"
+
+
+def test_the_bar_has_a_loss_from_the_first_step_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = recorder(tmp_path, log_interval=1000)
+    said: list[str] = []
+    monkeypatch.setattr(run, "_on_cpu", True)
+    monkeypatch.setattr(
+        run,
+        "_bar",
+        SimpleNamespace(disable=False, update=lambda: None, set_postfix_str=said.append),
+    )
+    take_step(run, loss=2.0)
+    assert said == ["loss 2.000"]
+    run.measure()
+    take_step(run, loss=3.0)
+    assert len(said) == 2 and said[1].startswith("loss 2.000, ")  # of what was measured

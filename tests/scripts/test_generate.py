@@ -280,6 +280,94 @@ def test_instructions_are_for_tuned_models(char_model: str, flags: list[str], me
     assert "\n" not in str(caught.value)
 
 
+# ----------------------------------------------------------------------------------- many prompts
+
+
+def test_prompts_are_decoded_as_a_batch_and_come_in_order(
+    char_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", char_model, "--max-new-tokens", "12"]
+    prompts = ["the ", "dog", "quick fox "]
+    alone = [run_json(capsys, *flags, "--prompt", prompt)[0] for prompt in prompts]
+    for size in ("1", "2", "16"):
+        many = [word for prompt in prompts for word in ("--prompt", prompt)]
+        together = run_json(capsys, *flags, *many, "--batch-size", size)
+        assert [(e["prompt"], e["text"]) for e in together] == [
+            (e["prompt"], e["text"]) for e in alone
+        ]
+    text = run(capsys, *flags, *many).split(SEPARATOR + "\n")
+    expected = [(e["prompt"] + e["text"]).removesuffix("\n") for e in alone]
+    assert [shown.removesuffix("\n") for shown in text] == expected
+
+
+def test_each_prompt_has_its_samples_and_beams(
+    char_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", char_model, "--max-new-tokens", "8", "--prompt", "the ", "--prompt", "dog"]
+    flags += ["--num-samples", "2"]
+    for how in ([], ["--batch-size", "1"], ["--num-beams", "3"]):
+        found = run_json(capsys, *flags, *how)
+        assert [entry["prompt"] for entry in found] == ["the ", "the ", "dog", "dog"]
+        assert found[0]["text"] != found[1]["text"]
+    (first, again) = run_json(
+        capsys, "--model", char_model, *("--prompt", "the ") * 2, "--batch-size", "1"
+    )
+    assert first["text"] != again["text"]  # equal prompts do not get equal texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "\ufeffthe \r\n\r\ndog\r\n"),
+        ("a.jsonl", '{"id": 3, "prompt": "the "}\n{"prompt": "dog"}\n'),
+        ("a.csv", "id,prompt\n1,the \n2,dog\n"),
+    ],
+)
+def test_a_file_of_prompts(
+    name: str,
+    content: str,
+    char_model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    flags = ["--model", char_model, "--max-new-tokens", "5", "--prompts"]
+    assert [e["prompt"] for e in run_json(capsys, *flags, str(path))] == ["the ", "dog"]
+    if name == "a.txt":
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+        assert [e["prompt"] for e in run_json(capsys, *flags, "-")] == ["the ", "dog"]
+
+
+def test_a_pipe_is_one_prompt_of_any_number_of_lines(
+    byte_model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfOne\nTwo\n")))
+    (entry,) = run_json(capsys, "--model", byte_model, "--max-new-tokens", "5")
+    assert entry["prompt"] == "One\nTwo"
+
+
+def test_instructions_can_be_repeated(tuned_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", tuned_model, "--max-new-tokens", "9", "--instruction", "add"]
+    flags += ["--instruction", "b"]
+    assert [e["prompt"] for e in run_json(capsys, *flags)] == ["add|\n\n=", "b|\n\n="]
+    shown = run(capsys, *flags)
+    assert shown.count(SEPARATOR) == 1 and not shown.startswith(SEPARATOR)
+
+
+def test_a_special_token_in_a_prompt_is_recognized_on_request(
+    byte_model: str, char_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", byte_model, "--greedy", "--max-new-tokens", "20", "--prompt"]
+    (asked,) = run_json(capsys, *flags, "<|endoftext|>", "--special-tokens")
+    (plain,) = run_json(capsys, *flags, "<|endoftext|>")
+    (empty,) = run_json(capsys, *flags, "")  # which starts after end-of-text
+    assert asked["token_ids"] == empty["token_ids"] != plain["token_ids"]
+    with pytest.raises(UserError, match="the char tokenizer has no special tokens"):
+        generate.main(["--model", char_model, "--prompt", "a", "--special-tokens"])
+
+
 # --------------------------------------------------------------------------------------- mistakes
 
 
@@ -287,7 +375,7 @@ def test_instructions_are_for_tuned_models(char_model: str, flags: list[str], me
     ("flags", "message"),
     [
         (["--temperature", "-1"], "temperature must be 0"),
-        (["--temperature", "hot"], "invalid float value: 'hot'"),
+        (["--temperature", "hot"], "must be a number, not 'hot'"),
         (["--top-p", "0"], "top_p must be above 0"),
         (["--top-p", "1.5"], "top_p must be above 0"),
         (["--num-beams", "4", "--temperature", "0.7"], "beam search takes no"),
@@ -305,12 +393,33 @@ def test_instructions_are_for_tuned_models(char_model: str, flags: list[str], me
         (["--prompt", "über"], "'ü' at position 0"),
         (["--prompt", os.fsdecode(b"\xff")], "surrogate"),
         (["extra"], "unrecognized arguments: extra"),
+        (["--prompt", "über"], "^prompt 2: the character 'ü'"),
+        (["--prompt", "-", "--prompt", "-"], "can be given only once"),
+        (["--prompts", "x"], "not allowed with argument --prompt"),
+        (["--text-field", "x"], "--text-field is for a file of --prompts"),
+        (["--encoding", "x"], "--encoding is for a file of --prompts"),
     ],
 )
 def test_a_mistake_is_one_line(char_model: str, flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         generate.main(["--model", char_model, "--prompt", "the ", *flags])
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_prompts(char_model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n \n")
+    (tmp_path / "a.jsonl").write_text('{"text": "the "}\n')
+    (tmp_path / "c.txt").write_bytes(b"a\xff")
+    (tmp_path / "c.csv").write_text("prompt,n\n")
+    for name, message in (
+        ("a.txt", "a.txt holds no prompts: write one a line"),
+        ("a.jsonl", "line 1 has no 'prompt', only 'text': .* --text-field"),
+        ("b.txt", "cannot read .*b.txt"),
+        ("c.txt", "c.txt is not UTF-8 text: byte 0xff at offset 1; give its encoding with --enc"),
+        ("c.csv", "c.csv holds no prompts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate.main(["--model", char_model, "--prompts", str(tmp_path / name)])
 
 
 def test_a_piped_prompt_that_is_not_utf8(monkeypatch: pytest.MonkeyPatch, char_model: str) -> None:

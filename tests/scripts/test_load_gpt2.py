@@ -391,6 +391,8 @@ def test_with_no_network_one_line_names_the_ways_out(tmp_path: Path) -> None:
     *said, error = result.stderr.splitlines()
     assert error.startswith("error: cannot fetch openai-community/gpt2: ")
     assert error.endswith("try --from with the file or folder, if you have it")
+    only = run("--source", "openai", "--openai-url", url, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert "; try --source huggingface, or --from with the file or folder" in only.stderr
     assert said[0] == "fetching GPT-2 124M from Hugging Face"
     assert said[-1] == "fetching GPT-2 124M from OpenAI"
     assert not (tmp_path / "new").exists()

@@ -24,7 +24,9 @@ from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import CharTokenizer
 from micrograd_gpt.weights.saving import save_pretrained
 
-FLAGS = """--data --encoding --tokenizer --size --n-layer --n-head --n-embd --block-size --dropout
+FLAGS = """--data --validation --text-field --line-ends --special-tokens --no-special-tokens
+    --config --version
+    --encoding --tokenizer --size --n-layer --n-head --n-embd --block-size --dropout
     --init-from --out --resume --overwrite --allow-changes --seed --device --dtype --tf32 --no-tf32
     --max-steps --batch-size --grad-accum-steps --recompute --no-recompute --learning-rate --min-lr
     --warmup-steps --weight-decay --beta1 --beta2 --grad-clip --log-interval --eval-interval
@@ -69,6 +71,7 @@ def test_a_run_from_start_to_end(text: Path, tmp_path: Path) -> None:
     assert names == {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
         *("optimizer.safetensors", "trainer_state.json", "metrics.jsonl", "loss.png", "best"),
+        "settings.toml",
     }
     # A second run does not overwrite it unless told to.
     again = run("--data", text, "--out", out, *SMALL)
@@ -350,3 +353,119 @@ def test_defaults_by_size(
     assert tuned.block_size == 1024 and tuned.min_lr == 3e-6
     with pytest.raises(UserError, match="--tokenizer makes no sense with --init-from"):
         train_gpt2.resolve_settings({"init_from": "124M", "tokenizer": "char"})
+
+
+# ------------------------------------------------------------------------------- flags in a file
+
+
+def test_the_settings_of_a_run_can_be_given_back(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / 'a "b" \\ \x7f \U0001f600.txt'
+    data.write_text(text.read_text())
+    flags = [
+        "--data",
+        str(data),
+        *SMALL,
+        "--max-steps",
+        "3",
+        "--learning-rate",
+        "1e-05",
+        "--no-tf32",
+    ]
+    train_gpt2.main([*flags, "--out", str(tmp_path / "first")])
+    written = tmp_path / "first" / "settings.toml"
+    again = ["--config", str(written), "--out", str(tmp_path / "second")]
+    train_gpt2.main(again)
+    first, second = (metrics(tmp_path / name) for name in ("first", "second"))
+    assert [r["train_loss"] for r in first] == [r["train_loss"] for r in second]
+    states = [
+        json.loads((tmp_path / n / "trainer_state.json").read_text())["settings"]
+        for n in ("first", "second")
+    ]
+    assert states[0] == states[1] | {"out": states[0]["out"]}
+    tuned = ["--init-from", str(tmp_path / "first"), "--data", str(data), "--max-steps", "1"]
+    train_gpt2.main([*tuned, "--out", str(tmp_path / "third")])
+    third = str(tmp_path / "third" / "settings.toml")
+    train_gpt2.main(["--config", third, "--out", str(tmp_path / "fourth")])
+    train_gpt2.main(["--config", third, "--resume", "--max-steps", "2"])  # it names its --out
+    assert "max_steps = 2\n" in Path(third).read_text()
+
+
+def test_flags_come_before_those_in_a_file(train_gpt2: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text("batch-size = 7\nn_layer = 3\n[optimizer]\nlearning_rate = 1\ntf32 = true\n")
+    flags = train_gpt2.parse_flags(["--config", str(path), "--n_layer", "2"])
+    assert flags == {"batch_size": 7, "n_layer": 2, "learning_rate": 1.0, "tf32": True}
+    assert type(flags["learning_rate"]) is float
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("batch_size = ", "is not TOML: Invalid value"),
+        ("lr = 1", "there is no flag 'lr': did you mean learning_rate?"),
+        ("batchsize = 1", "there is no flag 'batchsize': did you mean batch_size?"),
+        ("zzz = 1", "there is no flag 'zzz'; see --help"),
+        ("config = 'a'", "there is no flag 'config'"),
+        ("batch_size = 1\n[run]\nbatch-size = 2", "batch-size stands there twice"),
+        ("batch_size = '1'", "batch_size must be a whole number, 1 or more, not '1'"),
+        ("batch_size = 1.5", "batch_size must be a whole number, 1 or more, not 1.5"),
+        ("dropout = 1", r"dropout must be in [0, 1), not 1"),
+        ("dtype = 'int8'", "dtype must be float32 or"),
+        ("data = ['a']", "data must be text, not ['a']"),
+    ],
+)
+def test_mistakes_in_a_file_of_flags(
+    content: str, message: str, train_gpt2: ModuleType, tmp_path: Path
+) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        train_gpt2.parse_flags(["--config", str(path)])
+    assert str(caught.value).startswith(str(path)) and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"cannot read .*missing"):
+        train_gpt2.parse_flags(["--config", str(tmp_path / "missing")])
+
+
+@pytest.mark.parametrize("start", ["scratch", "weights"])
+def test_a_model_that_does_not_fit_is_not_told_to_lower_its_batch(
+    start: str,
+    train_gpt2: ModuleType,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = ["--data", str(text), "--out", str(tmp_path / "out")]
+    if start == "weights":
+        train_gpt2.main([*flags[:3], str(tmp_path / "small"), *SMALL, "--max-steps", "1"])
+        flags += ["--init-from", str(tmp_path / "small")]
+    words = {
+        "scratch": "the model itself does not fit; choose a smaller --size, --n-layer or --n-embd",
+        "weights": "small is too large to train here; give a smaller one",
+    }[start]
+
+    def too_large(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 112 GiB")
+
+    monkeypatch.setattr(optim, "AdamW", too_large)
+    with pytest.raises(UserError, match=f"112 GiB.*{words}") as caught:
+        train_gpt2.main(flags)
+    assert "--batch-size" not in str(caught.value)
+
+
+def test_a_run_from_before_line_ends_were_a_setting_goes_on(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    text.write_bytes(b"one\r\ntwo\r\n" * 100)
+    out = tmp_path / "out"
+    flags = ["--data", str(text), "--out", str(out), *SMALL, "--line-ends", "keep"]
+    train_gpt2.main([*flags, "--max-steps", "1"])
+    state = json.loads((out / "trainer_state.json").read_text())
+    for name in ("line_ends", "validation", "text_field", "special_tokens"):
+        del state["settings"][name]
+    (out / "trainer_state.json").unlink()  # a link of best/ too
+    (out / "trainer_state.json").write_text(json.dumps(state))
+    assert train_gpt2.main(["--resume", "--out", str(out), "--max-steps", "2"]) == 0
+    assert "\r" in load_tokenizer(out).decode(range(7))

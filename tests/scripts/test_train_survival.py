@@ -364,7 +364,7 @@ def test_damaged_metrics_do_not_stop_a_run(text: Path, tmp_path: Path) -> None:
     result = run("--resume", "--out", out, "--max-steps", 5)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("warning") == 1
-    assert f"{path}: 2 lines are damaged and will be ignored, the first is line 1" in result.stderr
+    assert f"{path}: 2 damaged lines will be ignored, the first is line 1" in result.stderr
     assert path.read_bytes().startswith(damaged) and path.read_bytes().count(b"\n") == 6
 
 

@@ -92,6 +92,22 @@ def test_cores_that_the_user_asks_for(
             },
             600,
         ),
+        (  # version 1 has a large number for "no limit"
+            {
+                "proc/self/cgroup": "7:memory:/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "400\n",
+            },
+            9_000_000 * 1024,
+        ),
+        (  # a limit that was lowered since
+            {
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/memory.max": "5000000\n",
+                "sys/fs/cgroup/memory.current": "6000000\n",
+            },
+            0,
+        ),
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, 9_000_000 * 1024),
     ],
 )
@@ -101,3 +117,9 @@ def test_memory(tmp_path: Path, files: dict[str, str], expected: int) -> None:
 
 def test_this_machine_has_memory() -> None:
     assert (available_memory() or 1 << 40) > 1 << 20
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no sysconf")
+def test_without_meminfo_all_memory_counts(tmp_path: Path) -> None:
+    found = available_memory(tmp_path)
+    assert found is not None and found > 100_000_000

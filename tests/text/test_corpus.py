@@ -9,6 +9,7 @@ import pytest
 
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.corpus import Corpus, encode_documents, load_corpus
+from micrograd_gpt.text.decoding import Form
 from micrograd_gpt.text.documents import load_documents
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, WordTokenizer
 
@@ -35,7 +36,7 @@ def test_ids_take_two_bytes_where_they_fit(size: int, dtype: type) -> None:
 def test_a_corpus_is_split_by_position(name: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("The cat sat. " * 20)
     (tmp_path / "b.txt").write_text("It ran off!" * 20)  # neither holds a line end: it is added
-    corpus = load_corpus(tmp_path, name, validation_fraction=0.25)
+    corpus = load_corpus(tmp_path, name, validation=0.25)
     ids = np.concatenate([corpus.train, corpus.validation])
     np.testing.assert_array_equal(ids, encode_documents(load_documents(tmp_path), corpus.tokenizer))
     assert len(corpus.train) == int(0.75 * len(ids)) and corpus.name == str(tmp_path)
@@ -47,7 +48,7 @@ def test_a_corpus_is_split_by_position(name: str, tmp_path: Path) -> None:
 def test_a_corpus_that_cannot_be_split_or_encoded(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc")
     for fraction in (0, 1, -0.1, 1.1):
-        with pytest.raises(UserError, match="validation_fraction must be between 0 and 1"):
+        with pytest.raises(UserError, match="a fraction between 0 and 1, not"):
             load_corpus(tmp_path, "char", fraction)
     with pytest.raises(UserError, match="'c' at position 2"):
         load_corpus(tmp_path, CharTokenizer.from_text("ab"))
@@ -71,3 +72,87 @@ def test_bytes_per_token_are_those_of_the_validation_text(tmp_path: Path) -> Non
     known_at_the_end = load_corpus(tmp_path, WordTokenizer.from_text("to be"))
     assert known_at_the_end.bytes_per_token == pytest.approx(5 / 3)
     assert Corpus(np.arange(3), np.arange(0), ByteTokenizer(), "").bytes_per_token is None
+
+
+@pytest.mark.parametrize("name", ["char", "word", "byte"])
+def test_tokenizers_of_characters_learn_no_carriage_return(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone two\r\n".encode() * 20)
+    for line_ends, expected in (("auto", "\n"), ("lf", "\n"), ("keep", "\r\n")):
+        corpus = load_corpus(path, name, form=Form(line_ends=line_ends))
+        text = corpus.tokenizer.decode(np.concatenate([corpus.train, corpus.validation]))
+        assert text == f"one two{expected}\ufeff" * 19 + f"one two{expected}"
+    resumed = load_corpus(path, corpus.tokenizer, form=Form(line_ends="auto"))
+    assert b"\r" not in resumed.tokenizer.decode_bytes(resumed.train)
+
+
+def test_gpt2_keeps_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\n" * 20)
+    corpus = load_corpus(path, "gpt2", form=Form(line_ends="auto"))
+    assert b"\r\n" in corpus.tokenizer.decode_bytes(corpus.train)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "byte", "word"])
+def test_special_tokens_in_a_text_are_recognized_on_request(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one<|endoftext|>two" * 20)
+    for special in (False, True):
+        corpus = load_corpus(path, name, form=Form(special_tokens=special))
+        assert (corpus.train == corpus.tokenizer.end_of_text).any() == special
+    with pytest.raises(UserError, match="the char tokenizer has no special tokens, as gpt2's has"):
+        load_corpus(path, "char", form=Form(special_tokens=True))
+
+
+def test_a_text_of_its_own_to_validate_on(tmp_path: Path) -> None:
+    train, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    train.write_text("abc" * 30)
+    other.write_text("cab")
+    for validation in (other, str(other)):
+        corpus = load_corpus(train, "char", validation)
+        assert corpus.tokenizer.decode(corpus.validation) == "cab"
+        assert len(corpus.train) == 90
+    for fraction in ("0.5", 0.5):
+        assert len(load_corpus(train, "char", fraction).validation) == 45
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    np.arange(97, 99, dtype="<u2").tofile(shards / "train.bin")
+    np.arange(98, 99, dtype="<u2").tofile(shards / "val.bin")
+    cache = tmp_path / "cache"
+    marked = load_corpus(train, "byte", shards, cache_folder=cache)  # of a divided set, that part
+    assert marked.validation[:].tolist() == [98]
+    other.write_text("é")
+    with pytest.raises(UserError, match=r"^--validation .*b\.txt: the character 'é'"):
+        load_corpus(train, "char", other)
+    with pytest.raises(UserError, match="'missing' does not exist"):
+        load_corpus(train, "char", "missing")
+
+
+def test_too_short_a_text_says_what_helps(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    path.write_text("0123456789" * 30)
+    corpus = load_corpus(path, "byte")
+    message = (
+        f"{path} has 300 tokens, of which 30 are for validation, fewer than the 65 that "
+        "--block-size 64 needs: give 651 tokens or more, a --validation FILE of its own, or a "
+        "smaller --block-size (at most 29)"
+    )
+    with pytest.raises(UserError) as caught:
+        corpus.windows(64)
+    assert str(caught.value) == message
+    path.write_text("0123456789" * 65 + "0")  # as many as it says
+    assert [len(windows) for windows in load_corpus(path, "byte").windows(64)] == [8, 1]
+    other.write_text("0")
+    with pytest.raises(UserError, match=r"the validation text has 1 token, .*: give more text$"):
+        load_corpus(path, "byte", other).windows(64)
+    with pytest.raises(UserError, match="of which 65 are for training"):
+        load_corpus(path, "byte", 0.9).windows(100)
+    (training, validation) = load_corpus(path, "byte", path).windows(64)
+    assert len(training) == len(validation) == 9
+
+
+def test_what_is_left_out_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "b.pdf").touch()
+    load_corpus(tmp_path, "char")
+    assert capsys.readouterr().err.count("1 file of other kinds left out (.pdf)") == 1

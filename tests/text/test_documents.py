@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text import documents
-from micrograd_gpt.text.documents import load_documents, read_documents
+from micrograd_gpt.text import decoding, documents, records
+from micrograd_gpt.text.decoding import Form
+from micrograd_gpt.text.documents import find_files, load_documents, read_documents
 
 
 def test_pydocs_are_the_topics_sorted_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,10 +32,36 @@ def test_pydocs_are_the_topics_sorted_by_name(monkeypatch: pytest.MonkeyPatch) -
         load_documents("pydocs")
 
 
-def test_a_text_file_is_taken_byte_for_byte(tmp_path: Path) -> None:
+def test_line_ends_are_kept_unless_the_form_says_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "text"
-    path.write_bytes("\ufeffone\r\ntwo\rthree\n é".encode())
-    assert load_documents(path) == load_documents(str(path)) == ["\ufeffone\r\ntwo\rthree\n é"]
+    path.write_bytes("one\r\ntwo\rthree\n é".encode())
+    assert load_documents(path) == load_documents(str(path)) == ["one\r\ntwo\rthree\n é"]
+    assert capsys.readouterr().err == ""
+    assert load_documents(path, Form(line_ends="lf")) == ["one\ntwo\nthree\n é"]
+    assert (
+        rf"note: {path}: \r\n and \r were read as \n; --line-ends keep" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 1000])
+def test_a_line_end_across_two_chunks_is_one(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "CHUNK", chunk)
+    (tmp_path / "a.txt").write_bytes(b"1\r\n\r\r\n2\r")
+    assert load_documents(tmp_path / "a.txt", Form(line_ends="lf")) == ["1\n\n\n2\n"]
+
+
+def test_texts_in_records_have_line_ends_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "1\\r\\n2"}\r\n')
+    (tmp_path / "b.csv").write_bytes(b'text\r\n"3\r\n4"\r\n')
+    assert load_documents(tmp_path, Form(line_ends="lf")) == ["1\n2", "3\n4"]
+    assert f"note: 2 files, {tmp_path / 'a.jsonl'}" in capsys.readouterr().err
+    assert load_documents(tmp_path) == ["1\r\n2", "3\r\n4"]
 
 
 def test_a_name_with_a_folder_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +133,9 @@ def test_chunks_are_the_text(
     path.write_bytes(text.encode(encoding))
     read: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "CHUNK", chunk)
-        (chunks,) = read_documents(path, encoding, read.append)
-        assert "".join(chunks) == text
+        patch.setattr(decoding, "CHUNK", chunk)
+        (chunks,) = read_documents(path, Form(encoding), read.append)
+        assert "".join(chunks) == text.removeprefix("\ufeff")
     assert sum(read) == path.stat().st_size and max(read, default=0) <= chunk
 
 
@@ -131,24 +159,24 @@ def test_a_wrong_byte_is_named_with_its_offset(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(documents, "CHUNK", chunk)
+    monkeypatch.setattr(decoding, "CHUNK", chunk)
     (tmp_path / "a.txt").write_bytes(data)
     message = (
         f"a.txt is not {encoding.upper()} text: byte 0x{data[offset]:02x} at offset {offset}; "
         "give its encoding with --encoding"
     )
     with pytest.raises(UserError, match=re.escape(message)):
-        load_documents(tmp_path, encoding)
+        load_documents(tmp_path, Form(encoding))
 
 
 def test_the_encoding_is_one_that_there_is(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
-    assert load_documents(tmp_path, "latin-1") == ["naïve"]
+    assert load_documents(tmp_path, Form("latin-1")) == ["naïve"]
     for encoding in ("latin-99", "base64", "a\0b", ""):
         with pytest.raises(UserError, match="is not a text encoding"):
-            load_documents(tmp_path, encoding)
+            load_documents(tmp_path, Form(encoding))
     with pytest.raises(UserError, match="is not UTF-16 text"):  # and has no byte order mark
-        load_documents(tmp_path, "utf-16")
+        load_documents(tmp_path, Form("utf-16"))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -157,26 +185,32 @@ def test_the_encoding_is_one_that_there_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 18])
 def test_jsonl(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "CHUNK", chunk)
+    monkeypatch.setattr(decoding, "CHUNK", chunk)
     texts = ["one\r\ntwo", "", "dré \u2028 \U0001f600", "last"]
     lines = [json.dumps({"id": 1, "text": t}, ensure_ascii=t == "one\r\ntwo") for t in texts]
     (tmp_path / "a.jsonl").write_bytes("\r\n\n".join(lines).encode())
     (tmp_path / "b.txt").write_text("end\n")
     assert load_documents(tmp_path) == ["one\r\ntwo", "dré \u2028 \U0001f600", "last", "end\n"]
     (tmp_path / "a.jsonl").write_bytes("\n".join(lines).encode("utf-16"))
-    assert load_documents(tmp_path / "a.jsonl", "utf-16") == [t for t in texts if t]
+    assert load_documents(tmp_path / "a.jsonl", Form("utf-16")) == [t for t in texts if t]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "cut o', 'line 3: this is not a JSON object with a string called "text"'),
-        ('{"txt": "a"}', "line 3: this is not a JSON object"),
-        ('{"text": 1}', "line 3: this is not a JSON object"),
-        ('["text"]', "line 3: this is not a JSON object"),
-        ("7", "line 3: this is not a JSON object"),
-        ("[" * 100_000, "line 3: this is not a JSON object"),
-        ('{"text": "a\\ud800b"}', r"line 3: the text has a lone surrogate, '\ud800'"),
+        ('{"text": "cut o', "line 3: this is not JSON (Unterminated string"),
+        (
+            '{"txt": "a", "id": 7}',
+            "line 3 has no 'text', only 'txt', 'id': name what holds the text",
+        ),
+        ("{}", "line 3 has no 'text', only none"),
+        (
+            '{"text": 1}',
+            "line 3: 'text' is 1, not a text: correct it, or name another with --text-",
+        ),
+        ('["text"]', "line 3: this is ['text'], not an object with the key 'text'"),
+        ("7", "line 3: this is 7, not an object"),
+        ("[" * 100_000, "line 3: this is not JSON (nested too deeply)"),
     ],
 )
 def test_a_wrong_line_is_named(line: str, message: str, tmp_path: Path) -> None:
@@ -189,7 +223,7 @@ def test_a_wrong_line_is_named(line: str, message: str, tmp_path: Path) -> None:
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(documents, "ROWS", 3)
+    monkeypatch.setattr(records, "ROWS", 3)
     texts = [f"text {i} é" for i in range(10)]
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"n": range(12), "text": [*texts, None, ""]}), path)
@@ -204,9 +238,10 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
     parquet.write_table(pyarrow.table({"body": texts}), path)
-    refused('has no column of strings called "text"')
+    refused("has no 'text', only 'body': name what holds the text with --text-field")
+    assert load_documents(path, Form(field="body")) == texts
     parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
-    refused('has no column of strings called "text"')
+    refused("the column 'text' holds int64 and no texts: name another")
     path.write_bytes(b"PAR1 and nothing more")
     refused("cannot read")
 
@@ -216,3 +251,153 @@ def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"needs pyarrow: pip install 'micrograd-gpt\[parquet\]'"):
         load_documents(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------
+# Texts as others have written them
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_says_the_encoding_and_is_no_text(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("é\u4e2d \U0001f600".encode(encoding))
+    (tmp_path / "b.jsonl").write_bytes('{"text": "two"}\n'.encode(encoding))
+    (tmp_path / "c.csv").write_bytes("text,n\nthree,3\n".encode(encoding))
+    assert load_documents(tmp_path) == ["é\u4e2d \U0001f600", "two", "three"]
+
+
+def test_a_mark_of_an_encoding_that_was_named_is_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "CHUNK", 2)  # a character: only the first can be the mark
+    path = tmp_path / "a.txt"
+    for encoding in ("utf-16-le", "utf-16-be"):
+        path.write_bytes("\ufeffa\ufeff".encode(encoding))
+        assert load_documents(path, Form(encoding)) == ["a\ufeff"]
+    path.write_bytes(b"\xff\xfea")
+    assert load_documents(path, Form("latin-1")) == ["ÿþa"]  # as the user says
+
+
+def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
+    source = tmp_path / ".cache"  # the folder that is asked for may be hidden
+    for name in ("a.txt", "._a.txt", ".git/x.txt", ".ipynb_checkpoints/a.txt", "b/._c.txt"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(b"\x00\xff" if "._" in name else name.encode())
+    assert load_documents(source) == ["a.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_a_link_to_a_folder_is_followed_once(tmp_path: Path) -> None:
+    texts, outside = tmp_path / "texts", tmp_path / "outside"
+    (texts / "z").mkdir(parents=True)
+    (outside / "deep").mkdir(parents=True)
+    (texts / "z" / "a.txt").write_text("a")
+    (outside / "deep" / "b.txt").write_text("b")
+    (texts / "before").symlink_to(texts / "z")  # what is there already
+    (texts / "linked").symlink_to(outside)
+    (texts / "again").symlink_to(outside / "deep")
+    (outside / "deep" / "loop").symlink_to(texts)
+    (outside / "self").symlink_to(outside)
+    assert load_documents(texts) == ["b", "a"]
+    names = [file.relative_to(texts).as_posix() for file in find_files(texts)]
+    assert names == ["again/b.txt", "z/a.txt"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def closed(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)  # root may read anything
+    with pytest.raises(UserError, match=r"cannot read .*closed: Permission denied"):
+        load_documents(tmp_path)
+
+
+def test_files_of_other_kinds_are_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.txt", "b.pdf", "c.pdf", "LICENSE"):
+        (tmp_path / name).write_text(name)
+    assert load_documents(tmp_path) == ["a.txt"]
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path}: 3 files of other kinds left out (.pdf, LICENSE)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"id": 1, "body": "one, 1"}\n{"body": "two"}'),
+        ("a.ndjson", '{"body": "one, 1"}\n\n{"body": "two"}\n'),
+        ("a.json", '[{"id": 1, "body": "one, 1"},\n {"body": "two"}]'),
+        ("a.json", '{"body": "one, 1"}\n{"body": "two"}\n'),
+        ("a.csv", 'id,body\n1,"one, 1"\n2,two\n'),
+        ("a.CSV", 'body\r\n"one, 1"\r\n\r\ntwo\r\n'),
+        ("a.tsv", "body\tid\none, 1\t1\ntwo\t2\n"),
+    ],
+)
+def test_records_of_every_kind(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content, newline="")
+    assert load_documents(tmp_path / name, Form(field="body")) == ["one, 1", "two"]
+    assert load_documents(tmp_path, Form(field="body")) == ["one, 1", "two"]
+    with pytest.raises(
+        UserError, match=r"has no 'text', only .*'body'.* with --text-field, or remove the file"
+    ):
+        load_documents(tmp_path / name)
+
+
+def test_a_field_may_have_lines_and_quotes(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text\n"He said ""no"".\nI left.\n"\n')
+    (tmp_path / "b.tsv").write_text('text\n"quoted"\n')
+    assert load_documents(tmp_path) == ['He said "no".\nI left.\n', '"quoted"']
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '{"name": "x",\n "version": 1}', "record 1 has no 'text', only 'name', 'vers"),
+        ("a.json", '{"name": "x",\n "version": 1', "line 1: this is not JSON"),
+        ("a.json", '["one", "two"]', "record 1: this is 'one', not an object with the key 'text'"),
+        ("a.json", '[{"text": "a"}', "the list: this is not JSON"),
+        ("a.csv", "text,n\none,1\ntwo\n", "line 3: 1 field under a header of 2"),
+        ("a.csv", 'text\n"one" two\n', "line 2: ',' expected after '\"': correct the quotes"),
+        ("a.tsv", "a\tb\n", "its header has no 'text', only 'a', 'b'"),
+    ],
+)
+def test_what_is_not_a_record_is_refused(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        load_documents(tmp_path)
+    assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_records_without_a_text_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ['{"text": null}', "null", '{"text": "a\\ud800b"}', '{"text": "kept"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert load_documents(tmp_path / "a.jsonl") == ["kept"]
+    said = "3 records left out: 2 without a text (null), 1 with half a character (a lone surrogate)"
+    assert capsys.readouterr().err == f"note: {tmp_path / 'a.jsonl'}: {said}\n"
+
+
+def test_parquet_leaves_out_what_jsonl_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    half = b"a\xed\xa0\x80b"  # a lone surrogate, as some writers encode it
+    column = pyarrow.array([b"one", None, half, b"two"], pyarrow.binary()).view(pyarrow.string())
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": column}), path)
+    assert load_documents(path) == ["one", "two"]
+    said = "2 records left out: 1 without a text (null), 1 with half a character (a lone surrogate)"
+    assert capsys.readouterr().err == f"note: {path}: {said}\n"

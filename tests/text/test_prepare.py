@@ -17,6 +17,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text import prepare, shards
 from micrograd_gpt.text.byte_pairs import AddedToken, BytePairTokenizer, GPT2Tokenizer
 from micrograd_gpt.text.corpus import encode_documents, load_corpus
+from micrograd_gpt.text.decoding import Form
 from micrograd_gpt.text.documents import load_documents
 from micrograd_gpt.text.pieces import cut
 from micrograd_gpt.text.prepare import PROGRESS
@@ -192,7 +193,7 @@ def test_prepared_once_and_again_when_the_source_changed(
     (source / "a.txt").unlink()
     assert tokens() == whole() and workers.since() > 0
     assert len(list((cache / "tokens").iterdir())) == 1
-    tokens("byte"), tokens(encoding="latin-1")
+    tokens("byte"), tokens(form=Form("latin-1"))
     assert len(list((cache / "tokens").iterdir())) == 3
 
 
@@ -292,8 +293,10 @@ def test_a_large_text_without_text(tmp_path: Path, workers: InThisProcess) -> No
 def test_a_large_text_in_another_encoding(tmp_path: Path, workers: InThisProcess) -> None:
     (tmp_path / "a.txt").write_bytes(b"some words\n" * 100 + b"caf\xe9")
     with pytest.raises(UserError, match="byte 0xe9 at offset 1103"):
-        load_corpus(tmp_path, "gpt2", cache_folder=tmp_path / "cache")
-    corpus = load_corpus(tmp_path, "gpt2", encoding="latin-1", cache_folder=tmp_path / "cache")
+        load_corpus(tmp_path / "a.txt", "gpt2", cache_folder=tmp_path / "cache")
+    corpus = load_corpus(
+        tmp_path / "a.txt", "gpt2", form=Form("latin-1"), cache_folder=tmp_path / "cache"
+    )
     assert corpus.tokenizer.decode(corpus.validation[:]).endswith("words\ncafé")
 
 
@@ -366,3 +369,23 @@ def test_rare_words_are_forgotten_when_there_are_too_many(
     assert corpus.tokenizer.tokens[2:6] == [b" ", b"\n", b"common", b"usual"]
     assert corpus.tokenizer.vocab_size < 2 + 20 + 30
     assert corpus.bytes_per_token is None  # some words' text is lost
+
+
+def test_a_large_text_is_read_as_a_small_one(
+    tmp_path: Path, workers: InThisProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Line ends, special tokens and records that are left out."""
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": null}\n{"text": "one\\r\\ntwo"}\n{"text": "a<|endoftext|>b"}\n' * 20
+    )
+    for special in (False, True):
+        form = Form(line_ends="auto", special_tokens=special)
+        source, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+        corpus = load_corpus(source, "byte", form=form, cache_folder=cache)
+        ids = np.concatenate([corpus.train[:], corpus.validation[:]]).tolist()
+        text = [*b"one\ntwo", 256, *(b"a", b"a<|endoftext|>")[not special]]
+        text += [256, *b"b", 256] if special else [*b"b", 256]
+        assert ids == text * 20
+        err = capsys.readouterr().err
+        assert "20 records left out: 20 without a text (null)" in err
+        assert err.count("were read as") == 1

@@ -87,7 +87,7 @@ def test_windows_over_shards_are_those_over_the_whole(tmp_path: Path) -> None:
     (tmp_path / "a_train_0.bin").write_bytes(llm_c(IDS[:333]))
     (tmp_path / "a_train_1.bin").write_bytes(llm_c(IDS[333:337]))
     (tmp_path / "a_train_2.bin").write_bytes(llm_c(IDS[337:]))
-    corpus = load_corpus(tmp_path, "gpt2", validation_fraction=0.25)
+    corpus = load_corpus(tmp_path, "gpt2", validation=0.25)
     assert isinstance(corpus.train, Shards)
     for part in corpus.train.parts:
         while isinstance(part, np.ndarray):
@@ -295,3 +295,19 @@ def test_ids_are_read_each_time_where_nothing_can_be_remembered(tmp_path: Path) 
     os.utime(shard, ns=(1, 1))
     with pytest.raises(UserError, match="holds the token id 65000"):
         load_corpus(shard, "gpt2", cache_folder=cache)
+
+
+def test_the_small_set_of_llm_c(tmp_path: Path) -> None:
+    write_shard(tmp_path / "tiny_shakespeare_train.bin", [np.arange(300)])
+    write_shard(tmp_path / "tiny_shakespeare_val.bin", [np.arange(40)])
+    (tmp_path / "._tiny_shakespeare_train.bin").write_bytes(b"of macOS")
+    (tmp_path / "._tiny_shakespeare_val_1.bin").write_bytes(b"of macOS")
+    corpus = load_corpus(tmp_path, "gpt2", cache_folder=tmp_path / "cache")
+    assert (len(corpus.train), len(corpus.validation)) == (300, 40)
+    with pytest.raises(
+        UserError, match=r"has validation shards of its own: leave --validation 0.2"
+    ):
+        load_corpus(tmp_path, "gpt2", 0.2, cache_folder=tmp_path / "cache")
+    write_shard(tmp_path / "fineweb_train_000001.bin", [np.arange(300)])
+    with pytest.raises(UserError, match=r"several data sets \(fineweb, tiny_shakespeare\)"):
+        load_corpus(tmp_path, "gpt2", cache_folder=tmp_path / "cache")

@@ -357,15 +357,14 @@ def test_openai_stands_in_for_hugging_face(
     assert capsys.readouterr().err == ""
 
 
-def test_with_no_network_both_reasons_and_from_are_named(tmp_path: Path) -> None:
+def test_with_no_network_both_reasons_are_named_and_no_script_s_flags(tmp_path: Path) -> None:
     sources = [HuggingFace(gone(), tmp_path), OpenAI(gone(), tmp_path)]
     with pytest.raises(UserError) as caught:
         fetch("1558M", sources)
     message = str(caught.value)
     assert "openai-community/gpt2-xl" in message and "1558M/checkpoint" in message
-    assert "--from" in message and "--source" not in message and "\n" not in message
-    with pytest.raises(UserError, match="try --source huggingface, or --from"):
-        fetch("1558M", sources[1:])
+    assert "give the path of their file or folder instead of the size" in message
+    assert "--" not in message and "\n" not in message
     with pytest.raises(UserError, match="unknown GPT-2 size '2B'"):
         fetch("2B", sources)
 

@@ -1,0 +1,138 @@
+"""The bytes of a file to text: its encoding, its byte-order mark, its line ends."""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from micrograd_gpt.support.cli import counted, say
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import reading
+
+CHUNK = 1 << 18  # bytes read at a time
+OF_CHARACTERS = ("char", "word", "byte")  # tokenizers that would learn "\r" as a thing of its own
+MARKS = {  # the longer of two that begin alike first
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8",
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    r"""How the text of files is to be read.
+
+    Args:
+        encoding: of the files; a byte-order mark at the beginning of a file wins over utf-8.
+        field: the key or the column that is the text of a record.
+        line_ends: "keep" them, or "lf": \r\n and \r become \n; "auto": lf for char, word and byte.
+        special_tokens: whether `<|endoftext|>` in a text is the token, and not its 13 characters.
+    """
+
+    encoding: str = "utf-8"
+    field: str = "text"
+    line_ends: str = "keep"
+    special_tokens: bool = False
+
+    def for_tokenizer(self, name: str) -> Form:
+        """This form, with the line ends that "auto" stands for with the tokenizer of that name."""
+        if self.line_ends != "auto":
+            return self
+        return replace(self, line_ends="lf" if name in OF_CHARACTERS else "keep")
+
+
+@dataclass
+class Notes:
+    """What was done to texts while they were read, for the user to know."""
+
+    mended: set[Path] = field(default_factory=set)  # files whose line ends were changed
+    skipped: Counter[str] = field(default_factory=Counter)  # records left out, by the reason
+
+    def tell(self, source: str | Path) -> None:
+        """Say it on stderr, in at most a line of each kind."""
+        if self.mended:
+            some = min(self.mended)
+            where = (
+                some if len(self.mended) == 1 else f"{counted(len(self.mended), 'file')}, {some}"
+            )
+            say(rf"note: {where}: \r\n and \r were read as \n; --line-ends keep leaves them in")
+        if self.skipped:
+            why = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())
+            say(f"note: {source}: {counted(self.skipped.total(), 'record')} left out: {why}")
+
+
+def check_encoding(encoding: str) -> None:
+    """Raise UserError unless there is such an encoding of text."""
+    try:
+        io.TextIOWrapper(io.BytesIO(), encoding)
+    except (LookupError, ValueError) as error:  # ValueError: a null character in the name
+        raise UserError(f"{encoding!r} is not a text encoding: try utf-8 or latin-1") from error
+
+
+def encoding_of(beginning: bytes, encoding: str) -> str:
+    """What the byte-order mark says that a text begins with; `encoding` where there is none.
+
+    An encoding that is not UTF-8 was chosen for the text, and its word counts.
+    """
+    if codecs.lookup(encoding).name != "utf-8":
+        return encoding
+    return next((name for mark, name in MARKS.items() if beginning.startswith(mark)), encoding)
+
+
+def text_chunks(
+    path: Path, form: Form, on_read: Callable[[int], object], notes: Notes
+) -> Iterator[str]:
+    """The text of a file, without its byte-order mark, as chunks; UserError if it cannot be read.
+
+    `on_read` is called with the number of bytes after every read.
+    """
+    check_encoding(form.encoding)
+    encoding, end = form.encoding, 0  # end: offset in the file of what has been read
+    try:
+        with reading(path), open(path, "rb") as file:
+            encoding = encoding_of(file.peek(4), form.encoding)
+            decoder: Any = codecs.getincrementaldecoder(encoding)()
+            if form.line_ends == "lf":
+                decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
+            is_first = True
+            while chunk := file.read(CHUNK):
+                end += len(chunk)
+                on_read(len(chunk))
+                text = decoder.decode(chunk)
+                yield text.removeprefix("\ufeff") if is_first else text
+                is_first = is_first and not text
+            yield decoder.decode(b"", final=True)
+    except UnicodeError as error:
+        raise UserError(f"{path} is not {encoding.upper()} text: {_place(error, end)}") from error
+    if form.line_ends == "lf" and decoder.newlines not in (None, "\n"):
+        notes.mended.add(path)
+
+
+def _place(error: UnicodeError, end: int) -> str:
+    reason = str(error)
+    if isinstance(error, UnicodeDecodeError):  # `object` ends where the chunk ends
+        offset = end - len(error.object) + error.start
+        reason = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
+    return f"{reason}; give its encoding with --encoding, or convert it"
+
+
+def decoded(data: bytes, name: str) -> str:
+    """The text of bytes in UTF-8, or in what their byte-order mark says, without that mark.
+
+    Raises UserError, which says that `name` is not text, and where.
+    """
+    encoding = encoding_of(data[:4], "utf-8")
+    try:
+        return data.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name} is not {encoding.upper()} text: byte 0x{data[error.start]:02x} at offset "
+            f"{error.start}; convert it to UTF-8"
+        ) from None
