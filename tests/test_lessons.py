@@ -117,6 +117,7 @@ def test_a_lesson_that_does_not_exist_is_named() -> None:
         make.find_lessons(["99"], FOLDER)
 
 
+@pytest.mark.slow
 def test_lessons_are_run_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("nbclient")
     pytest.importorskip("jupytext")

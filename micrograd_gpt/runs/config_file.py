@@ -17,7 +17,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from micrograd_gpt.support.cli import did_you_mean
 from micrograd_gpt.support.errors import UserError
@@ -28,13 +28,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-if TYPE_CHECKING:
-    from micrograd_gpt.runs.settings import Setting
-
 WRITTEN = "settings.toml"
 
 
-def read_config_file(path: str | Path, table: Mapping[str, Setting]) -> dict[str, Any]:
+def read_config_file(path: str | Path, table: Mapping[str, Any]) -> dict[str, Any]:
     """The flags in a file, by name, as the command line would give them.
 
     Raises UserError, naming the file, where it is no TOML, and for a name that is no flag, one that
@@ -70,7 +67,7 @@ def _entries(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def write_config_file(
-    settings: argparse.Namespace, groups: Mapping[str, list[Setting]], leave_out: tuple[str, ...]
+    settings: argparse.Namespace, groups: Mapping[str, list[Any]], leave_out: tuple[str, ...]
 ) -> None:
     """Write the settings of a run into its folder, for --config; UserError if that fails.
 
