@@ -34,6 +34,7 @@ MATRIX_WORK = ("linear", "linear_cross_entropy")  # layers whose inputs are roun
 LOOK_UPS = ("embedding",)  # layers that return float32 rows, whatever type their table is held in
 
 _HALF_DTYPES = frozenset((np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)))
+_FAST: list[Callable[[str], bool]] = []
 _COMPUTE: ContextVar[np.dtype | None] = ContextVar("the type of the matrix work", default=None)
 
 
@@ -78,9 +79,15 @@ def hold_in(model: Any, dtype: str) -> None:
         parameter.data = parameter.data.astype("float32" if stays_wide else dtype, copy=False)
 
 
+def multiplies(function: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Register a function that says whether a CPU's kernels multiply this type faster."""
+    _FAST.append(function)
+    return function
+
+
 def emulation_note(dtype: str, device: str) -> str | None:
     """What a user who asks for this type on this device should know; None if there is nothing."""
-    if dtype not in HALF or device == "gpu":
+    if dtype not in HALF or device == "gpu" or any(fast(dtype) for fast in _FAST):
         return None
     return f"note: {dtype} on the CPU is computed in float32 and rounded: it is not faster"
 
