@@ -12,7 +12,8 @@ import ctypes
 import ml_dtypes
 import numpy as np
 
-from micrograd_gpt.arrays.stand_ins import NotForMe
+from micrograd_gpt.arrays.precision import converts_on_cpu
+from micrograd_gpt.arrays.stand_ins import NotForMe, highest_level
 from micrograd_gpt.kernels.in_c.arguments import (
     Array,
     call,
@@ -21,8 +22,12 @@ from micrograd_gpt.kernels.in_c.arguments import (
     pointers,
     strides_of,
 )
+from micrograd_gpt.kernels.in_c.compiler import library
 
 BFLOAT16, FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
+FLOAT32 = np.dtype(np.float32)
+CONVERSIONS = ((FLOAT32, BFLOAT16), (BFLOAT16, FLOAT32))
+FEW_NUMBERS = 2**14  # NumPy converts fewer as quickly
 FEW_ROWS = 8  # with more, converting the matrix once is faster than once a row
 
 
@@ -108,12 +113,24 @@ def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array,
     return dx, dweight, dbias
 
 
-class _Narrow(ctypes.Structure):
-    _fields_ = [*ints("size"), *pointers("wide", "narrow")]
+class _Conversion(ctypes.Structure):
+    _fields_ = [*ints("size", "to_narrow"), *pointers("wide", "narrow")]
 
 
-def narrow(wide: Array) -> Array:
-    """A float32 array without gaps, rounded to bfloat16, in the same order."""
-    result = np.empty_like(wide, BFLOAT16)
-    call("round_to_bfloat16", _Narrow(wide.size, wide.ctypes.data, result.ctypes.data))
+@converts_on_cpu
+def converted(array: Array, dtype: np.dtype) -> Array | None:
+    """A float32 array as bfloat16, or the other way round, with its axes in the same order.
+
+    None for small arrays, those with gaps and other types.
+    """
+    if array.size < FEW_NUMBERS or (array.dtype, dtype) not in CONVERSIONS:
+        return None
+    if not array.flags.forc or not array.flags.aligned or type(array) is not np.ndarray:
+        return None
+    if highest_level() != "c" or library() is None:
+        return None
+    result = np.empty_like(array, dtype)
+    places = [a.ctypes.data for a in (array, result)]
+    to_narrow = dtype == BFLOAT16
+    call("convert_bfloat16", _Conversion(array.size, to_narrow, *places[:: 1 if to_narrow else -1]))
     return result

@@ -17,7 +17,7 @@ import numpy as np
 
 from micrograd_gpt import functional, optim, tensor
 from micrograd_gpt.arrays.memory import keep_freed_memory
-from micrograd_gpt.arrays.precision import is_half
+from micrograd_gpt.arrays.precision import cast, is_half
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_c import half
@@ -310,7 +310,7 @@ def linear_cross_entropy_forward(
     if not with_gradients:
         return None, loss, None
     if in_half:  # so are the gradients of the logits, as its products take them
-        dlogits = half.narrow(logits)
+        dlogits = cast(logits, half.BFLOAT16)
         return half.multiply(dlogits, weight, x.dtype), loss, half.multiply(dlogits.T, x, FLOAT32)
     dx, dweight = np.empty(x.shape, np.float32), np.empty(weight.shape, np.float32)
     call("matmul", _product(logits, weight, dx))

@@ -261,7 +261,7 @@ static void multiply_packed(int way, Int deep, const void *a, const void *b, flo
 
 /* ------------------------------------------------------------------------------------- products */
 
-/* How many columns of b are packed together: as many as fill half of the second-level cache. */
+/* How many columns of b are packed together: as many as fill most of the second-level cache. */
 static Int columns_together(Cutting cutting) {
   static _Atomic Int cache = 0; /* kept, since asking may take a while */
   if (!cache) {
@@ -271,8 +271,14 @@ static Int columns_together(Cutting cutting) {
 #endif
     cache = found > 0 ? found : 512 * 1024; /* the system does not say */
   }
-  Int columns = cache / 2 / (cutting.depth * cutting.size);
+  Int columns = cache / 8 * 5 / (cutting.depth * cutting.size);
   return round_up(min(columns, 1024), cutting.columns);
+}
+
+/* The length of the parts of n that are as few as `longest` allows, and as equal as `step` does. */
+static Int equal_parts(Int n, Int longest, Int step) {
+  Int parts = (n + longest - 1) / longest;
+  return round_up((n + parts - 1) / parts, step);
 }
 
 /* Where a block of a product lies: `deep` numbers from p0 on, and the columns from j0 on. */
@@ -382,12 +388,14 @@ static void multiply_columns(const HalfProduct *p, Block *block, Int first_row, 
 static void multiply_half_part(const HalfProduct *p, Int first_row, Int end_row, Int first_column,
                                Int end_column) {
   Block block = {.way = way(), .cutting = cutting_of(way())};
-  Int together = min(columns_together(block.cutting),
-                     round_up(end_column - first_column, block.cutting.columns));
-  Int words = round_up(min(p->k, block.cutting.depth), 32) * block.cutting.size / 4;
+  if (first_row >= end_row || first_column >= end_column) return;
+  Int together = equal_parts(end_column - first_column, columns_together(block.cutting),
+                             block.cutting.columns);
+  block.cutting.depth = equal_parts(p->k, block.cutting.depth, block.cutting.step);
+  Int words = round_up(block.cutting.depth * block.cutting.size, 4) / 4;
   block.packed_a = (char *)scratch(PACKED_A, PACKED_ROWS * words);
   block.packed_b = (char *)scratch(PACKED_B, together * words);
-  if (!block.packed_a || !block.packed_b || first_row >= end_row) return;
+  if (!block.packed_a || !block.packed_b) return;
   block.sums_row = p->c_is_narrow ? together : p->c_row;
   if (p->c_is_narrow && p->k > block.cutting.depth) {
     block.sums = scratch(SUMS, (end_row - first_row) * together);
@@ -471,21 +479,27 @@ int linear_backward_bfloat16(const HalfLinearBackward *l) {
   return run_parts(backward_task, l, 2 * (dx_parts > dweight_parts ? dx_parts : dweight_parts));
 }
 
-/* ------------------------------------------------------------------------------------- rounding */
+/* ---------------------------------------------------------------------------------- conversions */
 
 typedef struct {
-  Int size;
-  const float *wide;
+  Int size, to_narrow; /* from wide to narrow numbers, else from narrow to wide ones */
+  float *wide;
   uint16_t *narrow;
-} Narrow;
+} Conversion;
 
-static void narrow_task(const void *arguments, Int part, Int parts) {
-  const Narrow *n = arguments;
-  Int first, end = cut(n->size, parts, LANES, part, &first);
+static void convert_task(const void *arguments, Int part, Int parts) {
+  const Conversion *c = arguments;
+  Int first, end = cut(c->size, parts, LANES, part, &first);
+  if (c->to_narrow)
 #pragma omp simd
-  for (Int i = first; i < end; i++) n->narrow[i] = to_bfloat16(n->wide[i]);
+    for (Int i = first; i < end; i++) c->narrow[i] = to_bfloat16(c->wide[i]);
+  else
+#pragma omp simd
+    for (Int i = first; i < end; i++) c->wide[i] = from_bfloat16(c->narrow[i]);
 }
 
-int round_to_bfloat16(const Narrow *n) {
-  return run_parts(narrow_task, n, n->size < 65536 ? 1 : thread_count());
+#define FEW_NUMBERS 65536 /* with fewer, waking another thread does not pay */
+
+int convert_bfloat16(const Conversion *c) {
+  return run_parts(convert_task, c, c->size < FEW_NUMBERS ? 1 : thread_count());
 }
