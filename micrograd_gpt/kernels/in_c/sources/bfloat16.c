@@ -89,7 +89,7 @@ typedef struct {
 } Cutting;
 
 static Cutting cutting_of(int way) {
-  if (way == TILES) return (Cutting){32, 32, 768, 32, 2};
+  if (way == TILES) return (Cutting){32, 32, 1024, 32, 2};
   if (way == PAIRS) return (Cutting){ROWS, COLUMNS, 768, 2, 2};
   return (Cutting){ROWS, COLUMNS, 384, 1, 4};
 }
