@@ -5,7 +5,8 @@
     python benchmarks/train.py --growth growth.png      # tokens/s by context and size
 
 A step is the one that users run: forward, backward, clipping, AdamW. "limit" is how many tokens/s
-the measured rate of NumPy's matrix product would allow if nothing else took time.
+the measured rate of NumPy's matrix product, in float32, would allow if nothing else took time. Rows
+in bfloat16 (ours with `--dtype bfloat16`, PyTorch's under autocast) are compared with each other.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from common import (
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.weights.config import SIZES
 
+BFLOAT16 = "ours, bfloat16"
+
 SHAPES = {
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 65, "n_positions": 64},
     **{name: {**shape, "vocab_size": 50257, "n_positions": 1024} for name, shape in SIZES.items()},
@@ -49,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", choices=["124M", "tiny", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", metavar="WORD", default="", help="only sides with this in a name")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-avx2", action="store_true", help="leave the AVX2 rows out")
     parser.add_argument("--only-avx2", action="store_true", help="leave the other rows out")
@@ -62,10 +66,13 @@ def main() -> None:
     if args.growth:
         plot_growth(args.growth)
         return
-    sides = ["ours", "ours, in NumPy alone"]
+    sides = ["ours", BFLOAT16, "ours, in NumPy alone"]
     if installed("torch"):
         sides += ["PyTorch eager", "PyTorch eager, fused AdamW"]
-        sides += [] if args.no_compile else ["PyTorch compiled, fused AdamW"]
+        sides += ["PyTorch eager, fused AdamW, bfloat16"]
+        if not args.no_compile:
+            sides += ["PyTorch compiled, fused AdamW", "PyTorch compiled, fused AdamW, bfloat16"]
+    sides = [side for side in sides if args.only in side]
     for pins, title in (({}, "all the processor has"), (AVX2, "held to AVX2, both sides")):
         if args.no_avx2 if pins else args.only_avx2:
             continue
@@ -94,6 +101,7 @@ def table_rows(
     """One row a side: the median, over the rounds, of the median step of each."""
     speed = {side: median(r["tokens_per_second"] for r in runs) for side, runs in results.items()}
     limit = limits["gflops"] * 1e9 / flops_per_token(shape["size"], shape["context"])
+    ours = {side: BFLOAT16 if "bfloat16" in side else "ours" for side in speed}
     return [
         [
             name,
@@ -101,7 +109,9 @@ def table_rows(
             f"{speed[side]:,.0f}",
             f"{speed[side] / limit:.0%}",
             f"{median(r['peak_megabytes'] for r in runs):,.0f}",
-            "" if side == "ours" else f"**{speed['ours'] / speed[side]:.2f} ×**",
+            ""
+            if side == ours[side] or ours[side] not in speed
+            else f"**{speed[ours[side]] / speed[side]:.2f} ×**",
         ]
         for side, runs in results.items()
     ]
@@ -130,21 +140,23 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         0, config["vocab_size"], (task["batch"], task["context"] + 1)
     )
     ours = task["side"].startswith("ours")
-    step = our_step(config, ids) if ours else peer_step(config, ids, task["side"])
+    step = (our_step if ours else peer_step)(config, ids, task["side"])
     times = seconds(step, task["steps"])
     tokens = task["batch"] * task["context"]
     return {"tokens_per_second": tokens / median(times), "peak_megabytes": peak_megabytes()}
 
 
-def our_step(config: dict[str, int], ids: np.ndarray) -> Any:
+def our_step(config: dict[str, int], ids: np.ndarray, side: str) -> Any:
     from micrograd_gpt import optim
+    from micrograd_gpt.arrays.precision import compute_in
 
     model = GPT2(GPT2Config(**config))
     optimizer = optim.AdamW(model.parameters(), lr=6e-4)
 
     def step() -> None:
-        loss = model.loss(ids[:, :-1], ids[:, 1:])
-        loss.backward()
+        with compute_in("bfloat16" if side == BFLOAT16 else "float32"):
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+            loss.backward()
         optim.clip_grad_norm(optimizer.parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -163,7 +175,8 @@ def peer_step(config: dict[str, int], ids: np.ndarray, side: str) -> Any:
     inputs, targets = torch.tensor(ids[:, :-1]), torch.tensor(ids[:, 1:])
 
     def step() -> None:
-        loss = run(inputs, targets)
+        with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in side):
+            loss = run(inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -34,6 +34,8 @@ MATRIX_WORK = ("linear", "linear_cross_entropy")  # layers whose inputs are roun
 LOOK_UPS = ("embedding",)  # layers that return float32 rows, whatever type their table is held in
 
 _HALF_DTYPES = frozenset((np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)))
+_CONVERSIONS: list[Callable[[Any, np.dtype], Any]] = []
+_FAST: list[Callable[[str], bool]] = []
 _COMPUTE: ContextVar[np.dtype | None] = ContextVar("the type of the matrix work", default=None)
 
 
@@ -65,7 +67,22 @@ def is_half(value: Any) -> bool:
 
 def widened(array: Any) -> Any:
     """A half-precision array as float32, to compute with; any other array itself."""
-    return array.astype(np.float32) if is_half(array) else array
+    return cast(array, np.float32) if is_half(array) else array
+
+
+def cast(array: Any, dtype: Any) -> Any:
+    """A copy of `array` in this type, which on a CPU a kernel may make."""
+    for conversion in _CONVERSIONS if isinstance(array, np.ndarray) else ():
+        converted = conversion(array, np.dtype(dtype))
+        if converted is not None:
+            return converted
+    return array.astype(dtype)
+
+
+def converts_on_cpu(function: Callable[[Any, np.dtype], Any]) -> Callable[[Any, np.dtype], Any]:
+    """Register a function that copies some NumPy arrays into another type; None for all others."""
+    _CONVERSIONS.append(function)
+    return function
 
 
 def hold_in(model: Any, dtype: str) -> None:
@@ -78,9 +95,15 @@ def hold_in(model: Any, dtype: str) -> None:
         parameter.data = parameter.data.astype("float32" if stays_wide else dtype, copy=False)
 
 
+def multiplies(function: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Register a function that says whether a CPU's kernels multiply this type faster."""
+    _FAST.append(function)
+    return function
+
+
 def emulation_note(dtype: str, device: str) -> str | None:
     """What a user who asks for this type on this device should know; None if there is nothing."""
-    if dtype not in HALF or device == "gpu":
+    if dtype not in HALF or device == "gpu" or any(fast(dtype) for fast in _FAST):
         return None
     return f"note: {dtype} on the CPU is computed in float32 and rounded: it is not faster"
 
@@ -119,12 +142,12 @@ def computed_wide(
         return function(*args)
     if function.__name__ in LOOK_UPS:
         return function(*args).astype(np.float32)
-    wide = [arg.astype(np.float32) if is_half(arg) else arg for arg in args]
+    wide = [widened(arg) for arg in args]
     results = again(*wide)
     if results is None:
         args[0][...] = wide[0]
         return None
     first, *others = results if isinstance(results, tuple) else (results,)
     if is_half(args[0]) and first is not None and first.ndim:  # a scalar stays float32
-        first = first.astype(args[0].dtype)
+        first = cast(first, args[0].dtype)
     return (first, *others) if isinstance(results, tuple) else first

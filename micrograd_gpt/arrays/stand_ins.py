@@ -132,8 +132,10 @@ def stands_in_for(
 
 
 def converted(array: Any, dtype: Any) -> Any:
-    """`array` in this type: itself where it has it, else a copy, which a GPU's kernel may make."""
-    if not isinstance(array, np.ndarray) and array.dtype != dtype:
+    """`array` in this type: itself where it has it, else a copy, which a kernel may make."""
+    if isinstance(array, np.ndarray) and array.dtype != dtype:
+        return precision.cast(array, dtype)
+    if array.dtype != dtype:
         for conversion in _CONVERSIONS:
             try:
                 return conversion(array, np.dtype(dtype))

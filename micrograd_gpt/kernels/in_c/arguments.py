@@ -71,5 +71,5 @@ def contiguous(*arrays: Array) -> list[Array]:
 
 
 def strides_of(array: Array) -> list[int]:
-    """How many elements apart neighbours along each axis of an aligned float32 array are."""
-    return [stride // 4 for stride in array.strides]
+    """How many elements apart neighbours along each axis of an aligned array are."""
+    return [stride // array.itemsize for stride in array.strides]

@@ -18,7 +18,8 @@ import tempfile
 import threading
 from pathlib import Path
 
-from micrograd_gpt.arrays.stand_ins import described_by
+from micrograd_gpt.arrays.precision import multiplies
+from micrograd_gpt.arrays.stand_ins import described_by, highest_level
 from micrograd_gpt.kernels.in_c.kept_library import keep, kept, load, places
 from micrograd_gpt.kernels.in_numpy.threads import cores
 from micrograd_gpt.support.cli import say
@@ -32,6 +33,8 @@ OPTIONS = "-O3 -std=gnu11 -shared -fPIC -pthread -fopenmp-simd -fno-math-errno -
 TARGETS = ("-march=native -mprefer-vector-width=512", "-march=native", "-mcpu=native", "")
 
 NOT_FOUND = "which is not found"
+# What the processor multiplies bfloat16 with, as bfloat16.c numbers its ways
+WAYS = ("float32", "avx512_bf16", "AMX tiles")
 PATIENCE = 120  # seconds for one call of the compiler; it takes a few
 
 _LOADING = threading.Lock()
@@ -47,6 +50,18 @@ def library() -> ctypes.CDLL | None:
 def report() -> str:
     """Which kernels run on the CPU; where not the compiled ones, why."""
     return _loaded()[1]
+
+
+@multiplies
+def multiplies_fast(dtype: str) -> bool:
+    """Whether the processor itself multiplies numbers of this type of half precision."""
+    found = library() if dtype == "bfloat16" and highest_level() == "c" else None
+    return found is not None and _way(found) > 0
+
+
+def _way(found: ctypes.CDLL) -> int:
+    """The number, in WAYS, of how the library multiplies bfloat16."""
+    return int(found.bfloat16_products(len(WAYS) - 1))
 
 
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
@@ -89,7 +104,8 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
         )
     try:
         found = load(compiled)
-        found.use_cores.argtypes = [ctypes.c_int64]
+        found.use_cores.argtypes = found.bfloat16_products.argtypes = [ctypes.c_int64]
+        notes += [f"bfloat16 by {WAYS[way]}"] if (way := _way(found)) else []
     except (OSError, AttributeError) as problem:  # AttributeError: the library hides its functions
         return None, _words("NumPy", f"the C kernels cannot be loaded: {_reason(problem)}", *notes)
     return found, _words(f"C, compiled by {version}", *notes)

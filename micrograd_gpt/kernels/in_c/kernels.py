@@ -1,5 +1,5 @@
 """Kernels for the CPU in C (sources/), called through ctypes: float32 arrays only,
-but for a few rows times a matrix in half precision, as in decoding.
+but for matrix products in half precision (half.py).
 
 Each stands in for a definition and takes the same arguments, and sees only those that fit together
 (shapes.py). Where they have a type or layout that the C code cannot read, or nothing could be
@@ -13,14 +13,14 @@ import ctypes
 import math
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from micrograd_gpt import functional, optim, tensor
 from micrograd_gpt.arrays.memory import keep_freed_memory
-from micrograd_gpt.arrays.precision import is_half
+from micrograd_gpt.arrays.precision import cast, is_half
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels import linear_cross_entropy
+from micrograd_gpt.kernels.in_c import half
 from micrograd_gpt.kernels.in_c.arguments import (
     call,
     contiguous,
@@ -46,7 +46,6 @@ Array = np.ndarray
 
 MANY_ELEMENTS = 2**14  # with fewer, another thread is not worth waking
 FEW_ROWS = 16  # a product of at most this many rows is bound by reading the matrix
-FEW_ROWS_HALF = 8  # with more, converting the matrix once is faster than once a row
 
 
 # ------------------------------------------------------------------------------ matrix products
@@ -73,10 +72,6 @@ class _LinearBackward(ctypes.Structure):
     ]
 
 
-class _FewRows(ctypes.Structure):
-    _fields_ = [*ints("n", "k", "m"), *pointers("x", "weight", "bias", "y")]
-
-
 def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _Product:
     """c = a @ b + bias for the C code; where c is stored by columns, its transpose is computed."""
     if c.strides[1] != 4:
@@ -90,10 +85,10 @@ def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _Produc
     )
 
 
-@in_c(functional.linear_forward, np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+@in_c(functional.linear_forward, half.FLOAT16, half.BFLOAT16)
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
     if is_half(weight):
-        return _multiply_half(x, weight, bias)
+        return half.linear_forward(x, weight, bias)
     return _multiply(x, weight, None if bias is None else np.ascontiguousarray(bias))
 
 
@@ -103,27 +98,16 @@ def _multiply(a: Array, b: Array, bias: Array | None) -> Array:
     if n <= FEW_ROWS and b.flags.f_contiguous:
         a = np.ascontiguousarray(a)
         place = None if bias is None else bias.ctypes.data
-        call("few_rows", _FewRows(n, k, m, a.ctypes.data, b.ctypes.data, place, y.ctypes.data))
+        call("few_rows", half.FewRows(n, k, m, a.ctypes.data, b.ctypes.data, place, y.ctypes.data))
     else:
         call("matmul", _product(a, b, y, bias))
     return y
 
 
-def _multiply_half(x: Array, weight: Array, bias: Array | None) -> Array:
-    """A few rows times a matrix in half precision, which is read as it is: half the bytes."""
-    (n, k), m = x.shape, weight.shape[1]
-    if not weight.flags.f_contiguous or n > FEW_ROWS_HALF:
-        raise NotForMe
-    wide, y = np.ascontiguousarray(x, np.float32), np.empty((n, m), np.float32)
-    places = wide.ctypes.data, weight.ctypes.data, None, y.ctypes.data
-    call(f"few_rows_{weight.dtype}", _FewRows(n, k, m, *places))
-    if bias is not None:
-        y += bias.astype(np.float32)
-    return y.astype(x.dtype)
-
-
-@in_c(functional.linear_backward)
+@in_c(functional.linear_backward, half.BFLOAT16)
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
+    if is_half(weight):
+        return half.linear_backward(grad, x, weight)
     (grad,) = contiguous(grad)
     dx, dweight = np.empty(x.shape, np.float32), np.empty_like(weight)
     dbias = np.empty(grad.shape[1], np.float32)
@@ -314,16 +298,20 @@ def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
     return dlogits, _cross_entropy(logits, labels, dlogits)
 
 
-@in_c(linear_cross_entropy.linear_cross_entropy_forward)
+@in_c(linear_cross_entropy.linear_cross_entropy_forward, half.BFLOAT16)
 def linear_cross_entropy_forward(
     x: Array, weight: Array, labels: Array, with_gradients: bool
 ) -> tuple[Array | None, Array, Array | None]:
     """As the definition; the logits become their own gradient in place."""
     labels = checked_labels(labels, len(weight))
-    logits = _multiply(x, weight.T, None)
+    in_half = is_half(weight)
+    logits = half.multiply(x, weight.T, FLOAT32) if in_half else _multiply(x, weight.T, None)
     loss = _cross_entropy(logits, labels, logits)
     if not with_gradients:
         return None, loss, None
+    if in_half:  # so are the gradients of the logits, as its products take them
+        dlogits = cast(logits, half.BFLOAT16)
+        return half.multiply(dlogits, weight, x.dtype), loss, half.multiply(dlogits.T, x, FLOAT32)
     dx, dweight = np.empty(x.shape, np.float32), np.empty(weight.shape, np.float32)
     call("matmul", _product(logits, weight, dx))
     call("matmul", _product(logits.T, x, dweight))

@@ -6,6 +6,7 @@
    tile of c stays in registers for DEPTH steps. */
 
 #include "matmul.h"
+#include "half.h"
 
 #include <unistd.h>
 
@@ -15,35 +16,6 @@
 #define STRIPS 16 /* of ROWS rows each, packed together, so that a is read in whole cache lines */
 
 enum { PACKED_A, PACKED_B, TOTALS }; /* the purposes of scratch() here */
-
-/* packed[p][q] = b[q][p] for a square of LANES × LANES numbers. */
-INLINE void transpose_block(const float *b, Int stride, Int columns, float *packed) {
-  vec rows[LANES];
-  for (int i = 0; i < LANES; i++) rows[i] = *(const vec *)(b + i * stride);
-#ifdef __clang__ /* it has no shuffle by a vector of places, but finds one for this loop */
-  for (int p = 0; p < LANES; p++)
-    for (int i = 0; i < LANES; i++) packed[p * columns + i] = rows[i][p];
-#else
-  /* In each round, rows i and i + step exchange every second run of `step` numbers. */
-#pragma GCC unroll 4 /* so that `upper` and `lower` are constants and not computed */
-  for (int step = LANES / 2; step; step /= 2) {
-    places upper, lower; /* below LANES: a number of `row`; else one of `other` */
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) {
-      upper[i] = i & step ? LANES + i - step : i;
-      lower[i] = i & step ? LANES + i : i + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++)
-      if (!(i & step)) {
-        vec row = rows[i], other = rows[i + step];
-        rows[i] = __builtin_shuffle(row, other, upper);
-        rows[i + step] = __builtin_shuffle(row, other, lower);
-      }
-  }
-  for (int i = 0; i < LANES; i++) *(vec *)(packed + i * columns) = rows[i];
-#endif
-}
 
 /* Reading b takes most of the time, so the next rows (or columns) are fetched ahead. */
 void pack_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int columns,
@@ -321,27 +293,6 @@ static void few_rows_task(const void *arguments, Int part, Int parts) {
 int few_rows(const FewRows *f) { return run_parts(few_rows_task, f, few_rows_parts(f)); }
 
 /* ------------------------------------------- few rows, and weights in half precision, read as such */
-
-typedef union {
-  uint32_t bits;
-  float number;
-} Float;
-
-/* bfloat16 is the upper half of a float32. */
-INLINE float from_bfloat16(uint16_t x) { return (Float){(uint32_t)x << 16}.number; }
-
-/* float16 has 5 bits of exponent, which count from 15: where float32 has 8, which count from 127.
-   Below the smallest normal number, 2^-14, the bits are a fraction of it: they are put behind the
-   1 of a float of that size, from which it is then taken away. No float32 is subnormal on the way,
-   as processors are slow with those. */
-INLINE float from_float16(uint16_t x) {
-  uint32_t sign = (uint32_t)(x & 0x8000) << 16, size = (uint32_t)(x & 0x7fff) << 13;
-  Float wide = {size + (112u << 23)}, small = {size + (113u << 23)};
-  small.number -= 0x1p-14f;
-  wide.bits = size < 1u << 23 ? small.bits : wide.bits;
-  wide.bits |= sign | (size >= 31u << 23 ? 0xffu << 23 : 0); /* infinity and NaN stay so */
-  return wide.number;
-}
 
 /* As few_rows, with weights that `convert` makes floats of. */
 INLINE void few_rows_half(const FewRows *f, Int part, Int parts, float (*convert)(uint16_t)) {

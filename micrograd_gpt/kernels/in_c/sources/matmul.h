@@ -45,6 +45,36 @@ void multiply_part(const Product *p, Int first_row, Int end_row, Int first_colum
 void pack_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int columns,
                   float *packed);
 
+/* packed[p][q] = b[q][p] for a square of LANES × LANES numbers of 32 bits, whatever
+   they are; b may lie at any even address. */
+INLINE void transpose_block(const float *b, Int stride, Int columns, float *packed) {
+  vec rows[LANES];
+  for (int i = 0; i < LANES; i++) rows[i] = *(const loose_vec *)(b + i * stride);
+#ifdef __clang__ /* it has no shuffle by a vector of places, but finds one for this loop */
+  for (int p = 0; p < LANES; p++)
+    for (int i = 0; i < LANES; i++) packed[p * columns + i] = rows[i][p];
+#else
+  /* In each round, rows i and i + step exchange every second run of `step` numbers. */
+#pragma GCC unroll 4 /* so that `upper` and `lower` are constants and not computed */
+  for (int step = LANES / 2; step; step /= 2) {
+    places upper, lower; /* below LANES: a number of `row`; else one of `other` */
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+      upper[i] = i & step ? LANES + i - step : i;
+      lower[i] = i & step ? LANES + i : i + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+      if (!(i & step)) {
+        vec row = rows[i], other = rows[i + step];
+        rows[i] = __builtin_shuffle(row, other, upper);
+        rows[i + step] = __builtin_shuffle(row, other, lower);
+      }
+  }
+  for (int i = 0; i < LANES; i++) *(vec *)(packed + i * columns) = rows[i];
+#endif
+}
+
 /* c (ROWS, columns) = a (ROWS, k) @ b (k, columns), or += with `add`. b is packed, and its columns
    fill `vectors` registers. When `vectors` is a constant, all loops but the one over k have a
    constant length, and the compiler keeps `sums` in registers. */

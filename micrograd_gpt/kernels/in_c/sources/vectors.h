@@ -17,6 +17,7 @@
 #endif
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef int32_t places __attribute__((vector_size(4 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))

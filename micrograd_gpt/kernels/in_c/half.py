@@ -1,0 +1,136 @@
+"""Matrix products in half precision in C: of bfloat16 (bfloat16.c), and of a few rows (matmul.c).
+
+Sums are float32: what precision.py says half precision computes, but for the order of the sums, and
+that instructions for bfloat16 take numbers below 2**-126 for 0. kernels.py calls these functions
+with arrays that fit together; NotForMe leaves a product to float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import ml_dtypes
+import numpy as np
+
+from micrograd_gpt.arrays.precision import converts_on_cpu
+from micrograd_gpt.arrays.stand_ins import NotForMe, highest_level
+from micrograd_gpt.kernels.in_c.arguments import (
+    Array,
+    call,
+    contiguous,
+    ints,
+    pointers,
+    strides_of,
+)
+from micrograd_gpt.kernels.in_c.compiler import library
+
+BFLOAT16, FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
+FLOAT32 = np.dtype(np.float32)
+CONVERSIONS = ((FLOAT32, BFLOAT16), (BFLOAT16, FLOAT32))
+FEW_NUMBERS = 2**14  # NumPy converts fewer as quickly
+FEW_ROWS = 8  # with more, converting the matrix once is faster than once a row
+
+
+class FewRows(ctypes.Structure):
+    _fields_ = [*ints("n", "k", "m"), *pointers("x", "weight", "bias", "y")]
+
+
+class _HalfProduct(ctypes.Structure):
+    _fields_ = [
+        *ints("n", "k", "m"),
+        *pointers("a"),
+        *ints("a_row", "a_column"),
+        *pointers("b"),
+        *ints("b_row", "b_column"),
+        *pointers("bias", "c"),
+        *ints("c_row", "c_is_narrow"),
+    ]
+
+
+class _HalfLinearBackward(ctypes.Structure):
+    _fields_ = [
+        ("dx", _HalfProduct),
+        ("dweight", _HalfProduct),
+        *pointers("grad", "dbias"),
+        *ints("n", "m"),
+    ]
+
+
+def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _HalfProduct:
+    """c = a @ b + bias for the C code; where c is stored by columns, its transpose is computed."""
+    if c.strides[1] != c.itemsize:
+        a, b, c = b.T, a.T, c.T
+    (n, k), m = a.shape, b.shape[1]
+    return _HalfProduct(
+        *(n, k, m, a.ctypes.data, *strides_of(a), b.ctypes.data, *strides_of(b)),
+        *(None if bias is None else bias.ctypes.data, c.ctypes.data, strides_of(c)[0]),
+        c.dtype == BFLOAT16,
+    )
+
+
+def multiply(a: Array, b: Array, dtype: np.dtype) -> Array:
+    """a (N, K) @ b (K, M) of bfloat16, in this type: bfloat16 or float32."""
+    c = np.empty((len(a), b.shape[1]), dtype)
+    call("matmul_bfloat16", _product(a, b, c))
+    return c
+
+
+def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
+    if len(x) <= FEW_ROWS and weight.flags.f_contiguous:
+        return _few_rows(x, weight, bias)
+    if x.dtype != BFLOAT16:
+        raise NotForMe
+    y = np.empty((len(x), weight.shape[1]), BFLOAT16)
+    bias = None if bias is None else np.ascontiguousarray(bias)
+    call("matmul_bfloat16", _product(x, weight, y, bias))
+    return y
+
+
+def _few_rows(x: Array, weight: Array, bias: Array | None) -> Array:
+    """A few rows times a matrix in half precision, which is read as it is: half the bytes."""
+    (n, k), m = x.shape, weight.shape[1]
+    wide, y = np.ascontiguousarray(x, np.float32), np.empty((n, m), np.float32)
+    places = wide.ctypes.data, weight.ctypes.data, None, y.ctypes.data
+    call(f"few_rows_{weight.dtype}", FewRows(n, k, m, *places))
+    if bias is not None:
+        y += bias.astype(np.float32)
+    return y.astype(x.dtype)
+
+
+def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
+    """Gradients of x in bfloat16, and of weight and bias in float32."""
+    (grad,) = contiguous(grad)
+    dx = np.empty(x.shape, BFLOAT16)
+    dweight = np.empty_like(weight, np.float32)
+    if not dweight.flags.forc:
+        dweight = np.empty(weight.shape, np.float32)
+    dbias = np.empty(grad.shape[1], np.float32)
+    back, across = _product(grad, weight.T, dx), _product(x.T, grad, dweight)
+    call(
+        "linear_backward_bfloat16",
+        _HalfLinearBackward(back, across, grad.ctypes.data, dbias.ctypes.data, *grad.shape),
+    )
+    return dx, dweight, dbias
+
+
+class _Conversion(ctypes.Structure):
+    _fields_ = [*ints("size", "to_narrow"), *pointers("wide", "narrow")]
+
+
+@converts_on_cpu
+def converted(array: Array, dtype: np.dtype) -> Array | None:
+    """A float32 array as bfloat16, or the other way round, with its axes in the same order.
+
+    None for small arrays, those with gaps and other types.
+    """
+    if array.size < FEW_NUMBERS or (array.dtype, dtype) not in CONVERSIONS:
+        return None
+    if not array.flags.forc or not array.flags.aligned or type(array) is not np.ndarray:
+        return None
+    if highest_level() != "c" or library() is None:
+        return None
+    result = np.empty_like(array, dtype)
+    places = [a.ctypes.data for a in (array, result)]
+    to_narrow = dtype == BFLOAT16
+    call("convert_bfloat16", _Conversion(array.size, to_narrow, *places[:: 1 if to_narrow else -1]))
+    return result

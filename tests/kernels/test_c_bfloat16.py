@@ -1,0 +1,203 @@
+"""Products of bfloat16 in C, by each instruction for them that this processor has."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from compilers import CC, run_apart
+
+from micrograd_gpt import functional as F
+from micrograd_gpt.arrays.precision import computed_wide, emulation_note
+from micrograd_gpt.arrays.stand_ins import at_most
+from micrograd_gpt.kernels.in_c import compiler, half
+from micrograd_gpt.kernels.in_c import kernels as compiled
+from micrograd_gpt.kernels.linear_cross_entropy import linear_cross_entropy_forward
+
+pytestmark = pytest.mark.skipif(
+    compiler.library() is None, reason=f"no compiled kernels: {compiler.report()}"
+)
+
+ONE_BIT = 2**-8
+SIZES = [(9, 1, 1), (17, 3, 5), (33, 64, 32), (97, 95, 131), (200, 1601, 66), (64, 1, 64)]
+
+
+@pytest.fixture(params=enumerate(compiler.WAYS), ids=lambda way: way[1], autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[int]:
+    """What the products are computed by: it is forced down to each that there is."""
+    library = compiler.library()
+    number, name = request.param
+    try:
+        if library.bfloat16_products(number) != number:
+            pytest.skip(f"this processor does not multiply bfloat16 by {name}")
+        yield number
+    finally:
+        library.bfloat16_products(len(compiler.WAYS) - 1)
+
+
+@pytest.fixture(params=[1, 3], ids=lambda count: f"{count} threads")
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    use_threads = compiler.library().use_threads
+    use_threads(ctypes.c_int64(request.param))
+    yield
+    use_threads(ctypes.c_int64(compiler.cores()))
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng((seed, *shape)).standard_normal(shape)
+    return random.astype("float32").astype("bfloat16")
+
+
+def integers(*shape: int, seed: int = 0) -> np.ndarray:
+    """Integers so small that float32 has all sums of their products, in any order."""
+    return np.random.default_rng((seed, *shape)).integers(-9, 10, shape).astype("bfloat16")
+
+
+def layouts(x: np.ndarray) -> Iterator[np.ndarray]:
+    """The same numbers in C order, in Fortran order, backwards, with gaps, and at odd places."""
+    n, k = x.shape
+    yield x
+    yield np.asfortranarray(x)
+    yield x[::-1, ::-1].copy()[::-1, ::-1]
+    gaps, odd, across = (np.full(s, np.nan, x.dtype) for s in ((n, 2 * k), (n, k + 6), (k, n + 3)))
+    gaps[:, ::2] = odd[:, 3 : k + 3] = x
+    across[:, 1 : n + 1] = x.T
+    yield from (gaps[:, ::2], odd[:, 3 : k + 3], across[:, 1 : n + 1].T)
+
+
+def as_defined(kernel: object, *args: object) -> tuple[np.ndarray, ...]:
+    """What the definition computes in float32, rounded."""
+    with at_most("definitions"):
+        results = computed_wide(kernel, kernel.definition, args)  # type: ignore[attr-defined]
+    return results if isinstance(results, tuple) else (results,)
+
+
+@pytest.mark.parametrize(("n", "k", "m"), SIZES)
+def test_exact_sums_are_the_definitions_to_the_last_bit(
+    n: int, k: int, m: int, threads: None
+) -> None:
+    """In every layout; only the rounding at the end can then differ, and it does not."""
+    bias, grad, layouts_of_w = integers(m), integers(n, m), [*layouts(integers(k, m))]
+    for i, x in enumerate(layouts(integers(n, k))):
+        for w in (layouts_of_w[i], layouts_of_w[1]):
+            for b in (bias, None):
+                y = compiled.linear_forward(x, w, b)
+                assert y.tobytes() == as_defined(F.linear_forward, x, w, b)[0].tobytes()
+            ours = compiled.linear_backward(grad, x, w)
+            expected = as_defined(F.linear_backward, grad, x, w)
+            for result, defined in zip(ours, expected, strict=True):
+                assert result.dtype == defined.dtype
+                np.testing.assert_array_equal(result, defined)
+            wide = half.multiply(x, w, np.dtype(np.float32))
+            np.testing.assert_array_equal(wide, x.astype("float32") @ w.astype("float32"))
+
+
+@pytest.mark.parametrize(("n", "k", "m"), SIZES)
+def test_other_sums_differ_by_float32s_rounding(n: int, k: int, m: int) -> None:
+    x, w, grad = numbers(n, k), np.asfortranarray(numbers(k, m)), numbers(n, m)
+    exact = [a.astype("float64") for a in (x, w, grad)]
+    np.testing.assert_allclose(
+        half.multiply(x, w, np.dtype(np.float32)), exact[0] @ exact[1], rtol=0, atol=4e-6 * k**0.5
+    )
+    dx, dweight, dbias = compiled.linear_backward(grad, x, w)
+    assert dweight.flags.f_contiguous
+    np.testing.assert_allclose(dweight, exact[0].T @ exact[2], rtol=0, atol=4e-6 * n**0.5)
+    np.testing.assert_allclose(dbias, exact[2].sum(axis=0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        dx.astype("float64"), exact[2] @ exact[1].T, rtol=ONE_BIT, atol=4e-6 * m**0.5
+    )
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_infinity_and_nan_go_where_they_belong(bad: float) -> None:
+    """And nowhere else: not to the zeros that blocks are filled up with."""
+    for row, column in ((0, 0), (16, 34), (32, 69)):
+        x, w, grad = numbers(33, 70), np.asfortranarray(numbers(70, 35)), numbers(33, 35)
+        x[row, column] = bad
+        with np.errstate(invalid="ignore"):
+            (expected,) = as_defined(F.linear_forward, x, w, None)
+            _, expected_dweight, _ = as_defined(F.linear_backward, grad, x, w)
+        y, dweight = compiled.linear_forward(x, w, None), compiled.linear_backward(grad, x, w)[1]
+        for ours, defined in ((y, expected), (dweight, expected_dweight)):
+            strange = ~np.isfinite(defined)
+            assert strange.any()
+            np.testing.assert_array_equal(
+                ours[strange].astype("float32"), defined[strange].astype("float32")
+            )
+            assert np.isfinite(ours[~strange]).all()
+
+
+def test_every_number_is_read_and_written_right(way: int) -> None:
+    """Subnormal numbers may be taken for 0."""
+    x = np.arange(2**16, dtype=np.uint16).view("bfloat16")[:, None]
+    y = compiled.linear_forward(x, np.ones((1, 1), x.dtype), None)
+    wide = x.astype("float32")
+    if way > 0:
+        wide[np.abs(wide) < 2.0**-126] = 0
+    np.testing.assert_array_equal(y.astype("float32"), wide)
+
+
+def test_results_are_rounded_to_nearest_and_of_two_to_the_even_one() -> None:
+    x = np.stack([np.full(600, 256.0), np.arange(600.0)], axis=1).astype("bfloat16")
+    big = np.array([[16, 1], [1, 3]], "bfloat16")
+    y = compiled.linear_forward(x, big, None)
+    exact = x.astype("float32") @ big.astype("float32")
+    assert y.tobytes() == exact.astype("bfloat16").tobytes()
+
+
+def test_the_loss_and_its_gradients_are_as_defined() -> None:
+    """But for dlogits, which are rounded before they are multiplied."""
+    x, weight = numbers(37, 40), numbers(301, 40)
+    labels = np.arange(37) * 7 % 301
+    labels[5] = F.IGNORE
+    args = x, weight, labels, True
+    with at_most("definitions"):
+        exact = linear_cross_entropy_forward(*(a.astype("float32") for a in args[:2]), labels, True)
+    dx, loss, dweight = compiled.linear_cross_entropy_forward(*args)
+    assert dx.dtype == "bfloat16" and dweight.dtype == np.float32
+    np.testing.assert_allclose(loss, exact[1], rtol=1e-5)
+    for ours, expected in ((dx, exact[0]), (dweight, exact[2])):
+        error = np.abs(ours.astype("float32") - expected).max()
+        assert error < ONE_BIT * np.abs(expected).max()
+    without = compiled.linear_cross_entropy_forward(*args[:3], False)
+    assert without[0] is None and without[2] is None and without[1] == loss
+
+
+def test_the_report_names_what_multiplies(way: int) -> None:
+    if way == 0:
+        pytest.skip("then it names nothing")
+    fast = emulation_note("bfloat16", "cpu") is None
+    named = any(f"bfloat16 by {name}" in compiler.report() for name in compiler.WAYS[1:])
+    assert fast == named
+    with at_most("numpy"):
+        assert "not faster" in str(emulation_note("bfloat16", "cpu"))
+
+
+# Run in a process of its own, with kernels for less than this processor has.
+LESS = """if True:
+    import numpy as np
+    from micrograd_gpt.kernels.in_c import compiler, kernels
+    x, w = (np.random.default_rng(0).integers(-9, 10, s).astype("bfloat16")
+            for s in ((70, 97), (97, 35)))
+    y = kernels.linear_forward(x, w, None)
+    exact = x.astype("float32") @ w.astype("float32")
+    assert y.tobytes() == exact.astype("bfloat16").tobytes()
+    print(compiler.library().bfloat16_products(2), compiler.report())
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "highest"),
+    [("-mno-amx-tile", 1), ("-mno-avx512f", 0), ("-mno-avx", 0)],
+)
+def test_code_for_a_lesser_processor_has_no_such_instructions(
+    options: str, highest: int, tmp_path: object, way: int
+) -> None:
+    if way or "avx512" not in compiler._processor():
+        pytest.skip("once is enough, and the options are for processors that have these")
+    result = run_apart(LESS, CC=f"{CC} {options}", XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    number, report = result.stdout.split(" ", 1)
+    assert int(number) <= highest and "AMX" not in report
