@@ -30,6 +30,7 @@ from micrograd_gpt.weights.releases import (
     Release,
     fetch,
     open_release,
+    ways_out,
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ def test_the_hub_s_refusals(hub: Server, tmp_path: Path, fault: Fault, message: 
         hub.faults[path] = [fault] * 9
     source = HuggingFace(hub.url, tmp_path)
     with pytest.raises(UserError, match=message) as caught:
-        fetch("124M", [source])
+        fetch("124M", [source], ways_out([source]))
     assert "--source openai" in str(caught.value) and "--from" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert source.cached("124M") is None
