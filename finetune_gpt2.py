@@ -179,7 +179,7 @@ def tune(
     if settings.plan:
         print(plan.report(settings.max_steps, settings.rate, settings.devices))
         return None, 0
-    plan.check_room()
+    plan.check_room("give a smaller --model")
     check_fingerprint(settings, task.fingerprint())
 
     # Model and optimizer, and what a resumed run saved of them

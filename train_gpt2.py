@@ -82,8 +82,9 @@ def train(settings: argparse.Namespace, device: str) -> int:
     training, validation = corpus.windows(settings.block_size)
 
     # Model, optimizer, and what a resumed run saved of them
-    make_plan(settings, corpus.tokenizer.vocab_size, device).check_room()
-    with memory_errors(smaller_model(settings)):
+    smaller = smaller_model(settings)
+    make_plan(settings, corpus.tokenizer.vocab_size, device).check_room(smaller)
+    with memory_errors(smaller):
         model = make_model(settings, corpus.tokenizer, device)
         optimizer, scaler = make_optimizer(settings, model)
     if note := emulation_note(settings.dtype, device):

@@ -25,6 +25,12 @@ from micrograd_gpt.weights.config import model_class
 PYTHON = 75_000_000  # bytes: the interpreter, NumPy and the other libraries of a run
 TIMED_TOKENS = 2048  # a micro-batch of about this many stands for larger ones when a CPU is timed
 
+# What helps where a run does not fit into memory
+SMALLER_MODEL = "choose a smaller --size, --n-layer or --n-embd"
+SMALLER_STEP = (
+    "lower --batch-size (and raise --grad-accum-steps, which keeps the step), or add --recompute"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -170,17 +176,18 @@ class Plan:
         gradients = 2 * self._stream + 2 * self._hidden
         return self._saved_by_block + gradients * self._narrow + copies
 
-    def check_room(self) -> None:
-        """UserError if a run on the CPU takes more memory than there is, before it takes it."""
+    def check_room(self, smaller: str = SMALLER_MODEL) -> None:
+        """UserError if a run on the CPU takes more memory than there is, before it takes it.
+
+        `smaller` is what helps where not even the model fits.
+        """
         if self.device != "cpu":  # a GPU's memory is never given out twice: it says when it is full
             return
         model = f"{self.n_parameters:,} parameters with their gradients and moments"
-        smaller = "choose a smaller --size, --n-layer or --n-embd"
         check_room(self.weights + self.gradients + self.moments, model, smaller)
         tokens = f"{self.batch_size:,} × {self.block_size:,} tokens"
         batch = f"{self.n_parameters:,} parameters and micro-batches of {tokens}"
-        lower = "lower --batch-size (and raise --grad-accum-steps, which keeps the step), or "
-        check_room(self.peak - PYTHON, batch, lower + "add --recompute")
+        check_room(self.peak - PYTHON, batch, SMALLER_STEP)
 
     def seconds_per_step(self, rate: float | None = None, devices: int = 1) -> float:
         """Time of a step on `devices` that reach `rate` TFLOP/s each; None: as measured here.
@@ -278,14 +285,12 @@ def _duration(seconds: float) -> str:
 
 def smaller_step(settings: argparse.Namespace) -> str:
     """What helps where a step does not fit into memory."""
-    return (
-        f"a micro-batch has {settings.batch_size} × {settings.block_size} tokens; lower "
-        "--batch-size (and raise --grad-accum-steps, which keeps the step), or add --recompute"
-    )
+    tokens = f"{settings.batch_size} × {settings.block_size} tokens"
+    return f"a micro-batch has {tokens}; {SMALLER_STEP}"
 
 
 def smaller_model(settings: argparse.Namespace) -> str:
     """What helps where the model itself does not, with AdamW's two moments of each parameter."""
     if settings.init_from != "scratch":
         return f"the model {settings.init_from} is too large to train here; give a smaller one"
-    return "the model itself does not fit; choose a smaller --size, --n-layer or --n-embd"
+    return f"the model itself does not fit; {SMALLER_MODEL}"

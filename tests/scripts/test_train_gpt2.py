@@ -454,6 +454,10 @@ def test_a_model_that_does_not_fit_is_not_told_to_lower_its_batch(
         train_gpt2.main(flags)
     assert "--batch-size" not in str(caught.value)
 
+    monkeypatch.setattr("micrograd_gpt.arrays.memory.available_memory", lambda: 1000)
+    with pytest.raises(UserError, match=f"no memory for .*{words}"):
+        train_gpt2.main(flags)
+
 
 def test_a_run_from_before_line_ends_were_a_setting_goes_on(
     train_gpt2: ModuleType, text: Path, tmp_path: Path
