@@ -342,7 +342,7 @@ def test_help_is_quick_and_complete() -> None:
         (["classify", "--predict", "{data}"], "--model is missing"),
         (
             ["classify", "--model", "{base}", "--predict", "{data}", "--data", "{data}"],
-            "--predict labels texts, and --data is to learn: give one",
+            "--data does nothing with --predict: leave one of them out",
         ),
         (["classify", "--model", "{base}"], "stdin holds no texts"),
         (
