@@ -381,6 +381,7 @@ def one_sided(name: str) -> Program:
 OPERATIONS: dict[str, Program] = {
     **{name: two_sided(name) for name in ("__add__", "__sub__", "__mul__", "__truediv__")},
     **{name: two_sided(name) for name in ("__radd__", "__rsub__", "__rmul__", "__rtruediv__")},
+    "__rpow__": two_sided("__rpow__"),
     **{
         name: two_sided(name)
         for name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
@@ -391,6 +392,7 @@ OPERATIONS: dict[str, Program] = {
     },
     **{name: one_sided(name) for name in ("item", "numpy", "detach")},
     **{name: one_sided(name) for name in ("__bool__", "__len__", "__repr__")},
+    **{name: one_sided(name) for name in ("__int__", "__float__", "__array__")},
 }
 
 
