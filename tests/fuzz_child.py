@@ -56,6 +56,8 @@ def outcome(
         with at_most(level):
             results = program(arguments)
     except NEVER as error:
+        if isinstance(error, SystemError) and "'at' of 'numpy.ufunc'" in str(error):
+            return error  # NumPy's own: np.add.at forgets its IndexError for some arrays
         raise Wrong("".join(traceback.format_exception(error)[-4:])) from error
     except Exception as error:
         return error
