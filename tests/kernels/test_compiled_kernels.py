@@ -321,7 +321,7 @@ def test_callers_in_several_threads_get_their_own_results() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 96, 385])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 12, 16, 17, 96, 385])
 @pytest.mark.parametrize("k", [1, 31, 384, 385, 800])
 def test_products_of_every_layout(n: int, k: int) -> None:
     """Operands in C order, in Fortran order and with gaps; results in both orders."""

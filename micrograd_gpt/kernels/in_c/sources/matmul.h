@@ -75,6 +75,36 @@ INLINE void transpose_block(const float *b, Int stride, Int columns, float *pack
 #endif
 }
 
+/* lanes[i] = row[from[i]], or other[from[i] - LANES] */
+INLINE vec lanes_of(vec row, vec other, places from) {
+#ifdef __clang__
+  vec lanes;
+  for (int i = 0; i < LANES; i++) lanes[i] = from[i] < LANES ? row[from[i]] : other[from[i] - LANES];
+  return lanes;
+#else
+  return __builtin_shuffle(row, other, from);
+#endif
+}
+
+/* The sum of the lanes of rows[i] in lane i, for LANES rows, which change. In each round two rows
+   become one: its lanes whose number has the bit `step` belong to the second, the others to the
+   first, and each is the sum of two that had the same owner. */
+INLINE vec sums_of_lanes(vec *rows) {
+#pragma GCC unroll 4
+  for (int step = LANES / 2; step; step /= 2) {
+    places here, there;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+      here[i] = i & step ? LANES + i : i;
+      there[i] = here[i] ^ step;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < step; i++)
+      rows[i] = lanes_of(rows[i], rows[i + step], here) + lanes_of(rows[i], rows[i + step], there);
+  }
+  return rows[0];
+}
+
 /* c (ROWS, columns) = a (ROWS, k) @ b (k, columns), or += with `add`. b is packed, and its columns
    fill `vectors` registers. When `vectors` is a constant, all loops but the one over k have a
    constant length, and the compiler keeps `sums` in registers. */
