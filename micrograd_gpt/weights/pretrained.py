@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from micrograd_gpt.arrays.devices import Array, move
+from micrograd_gpt.arrays.memory import HugePages
 from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.cli import say
@@ -63,10 +64,11 @@ def build(
 
 def unwritten(config: GPT2Config, cls: type[GPT2] = GPT2) -> GPT2:
     """A model to fill: its matrices are zeros from the system, which take no room until then."""
+    memory = HugePages()
     tables = [(rows, config.n_embd) for rows in (config.vocab_size, config.n_positions)]
 
     def zeros(shape: tuple[int, ...], std: float) -> Array:
         # Embeddings keep C order, and Linear would copy what is not in Fortran order.
-        return np.zeros(shape, np.float32, order="C" if shape in tables else "F")
+        return memory.zeros(shape, np.dtype(np.float32), order="C" if shape in tables else "F")
 
     return model_class(config, cls)(config, init=zeros)
