@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -466,6 +467,26 @@ def test_a_number_that_is_none_is_not_lost(bad: float) -> None:
     q, k, v = numbers(3, 1, 1, 40, 16)
     q[0, 0, 7, 3] = bad
     assert not np.isfinite(F.attention_forward(q, k, v, 0.0, ())[0][0, 0, 7]).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loss_over_many_rows_holds_few_logits(dtype: str) -> None:
+    """Its gradients are those of all rows together."""
+    n, vocab_size, width = 2 * compiled.ROWS_AT_ONCE + 77, 3001, 24
+    x, table = numbers(n, width).astype(dtype), numbers(vocab_size, width).astype(dtype)
+    labels = np.random.default_rng(0).integers(0, vocab_size, n)
+    tracemalloc.start()
+    ours = compiled.linear_cross_entropy_forward(x, table, labels, True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * vocab_size * (2 * compiled.ROWS_AT_ONCE + 3 * width)
+    exact = linear_cross_entropy_forward.definition(  # type: ignore[attr-defined]
+        x.astype("float64"), table.astype("float64"), labels, True
+    )
+    for one, other in zip(ours, exact, strict=True):
+        tolerance = (1e-5 if dtype == "float32" else 2e-2) * np.abs(other).max()
+        np.testing.assert_allclose(one.astype("float64"), other, rtol=0, atol=tolerance)
 
 
 @needs_compiler

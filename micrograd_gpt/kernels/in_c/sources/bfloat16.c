@@ -31,7 +31,8 @@ enum { WIDENED, PAIRS, TILES };
 enum { PACKED_A, PACKED_B, SUMS, TOTALS }; /* the purposes of scratch() here */
 
 /* c = a @ b + bias for a (n, k), b (k, m), c (n, m) and bias (m) or NULL, as Product's, but of
-   bfloat16, and c either of float32 or narrow: of bfloat16. */
+   bfloat16, and c either of float32 or narrow: of bfloat16. A product that `adds` adds to the
+   numbers of c, which is of float32. */
 typedef struct {
   Int n, k, m;
   const uint16_t *a;
@@ -40,7 +41,7 @@ typedef struct {
   Int b_row, b_column;
   const uint16_t *bias;
   void *c;
-  Int c_row, c_is_narrow;
+  Int c_row, c_is_narrow, adds;
 } HalfProduct;
 
 /* -------------------------------------------------------------------- what the processor can do */
@@ -372,7 +373,7 @@ static void multiply_columns(const HalfProduct *p, Block *block, Int first_row, 
   for (block->p0 = 0; block->p0 < p->k; block->p0 += block->depth) {
     block->depth = min(block->cutting.depth, p->k - block->p0);
     block->deep = round_up(block->depth, block->cutting.step);
-    block->first = block->p0 == 0, block->complete = block->p0 + block->depth == p->k;
+    block->first = block->p0 == 0 && !p->adds, block->complete = block->p0 + block->depth == p->k;
     pack_block_of_b(p, block);
     for (Int row = first_row; row < end_row; row += PACKED_ROWS) {
       Int n = min(PACKED_ROWS, end_row - row);

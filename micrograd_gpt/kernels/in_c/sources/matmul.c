@@ -130,7 +130,7 @@ void multiply_part(const Product *p, Int first_row, Int end_row, Int first_colum
         for (Int i = 0; i < height; i += ROWS)
           multiply_strip(min(ROWS, height - i), width, depth,
                          pack ? packed_a + i * depth : a + i * p->a_row, p->a_row, pack, packed_b,
-                         bias, p->c + (i0 + i) * p->c_row + j0, p->c_row, p0 > 0);
+                         bias, p->c + (i0 + i) * p->c_row + j0, p->c_row, p->adds || p0 > 0);
       }
     }
   }

@@ -13,7 +13,8 @@
 #define COLUMNS (VECTORS * LANES)
 
 /* c = a @ b + bias for a (n, k), b (k, m), c (n, m) and bias (m) or NULL. Element (i, j) of a is
-   a[i * a_row + j * a_column]; the elements of a row of c have no gaps. */
+   a[i * a_row + j * a_column]; the elements of a row of c have no gaps. A product that `adds` adds
+   to the numbers of c. */
 typedef struct {
   Int n, k, m;
   const float *a;
@@ -22,7 +23,7 @@ typedef struct {
   Int b_row, b_column;
   const float *bias;
   float *c;
-  Int c_row;
+  Int c_row, adds;
 } Product;
 
 /* y = x @ weight.T + bias for a few rows of x: bound by reading the weights. */
