@@ -21,6 +21,7 @@ from kernel_cases import parameters
 
 from micrograd_gpt import functional as F
 from micrograd_gpt import optim
+from micrograd_gpt.arrays.memory import ROWS_AT_ONCE
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels.in_c import compiler
 from micrograd_gpt.kernels.in_c import kernels as compiled
@@ -473,14 +474,14 @@ def test_a_number_that_is_none_is_not_lost(bad: float) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_loss_over_many_rows_holds_few_logits(dtype: str) -> None:
     """Its gradients are those of all rows together."""
-    n, vocab_size, width = 2 * compiled.ROWS_AT_ONCE + 77, 3001, 24
+    n, vocab_size, width = 2 * ROWS_AT_ONCE + 77, 3001, 24
     x, table = numbers(n, width).astype(dtype), numbers(vocab_size, width).astype(dtype)
     labels = np.random.default_rng(0).integers(0, vocab_size, n)
     tracemalloc.start()
     ours = compiled.linear_cross_entropy_forward(x, table, labels, True)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 4 * vocab_size * (2 * compiled.ROWS_AT_ONCE + 3 * width)
+    assert peak < 4 * vocab_size * (2 * ROWS_AT_ONCE + 3 * width)
     exact = linear_cross_entropy_forward.definition(  # type: ignore[attr-defined]
         x.astype("float64"), table.astype("float64"), labels, True
     )

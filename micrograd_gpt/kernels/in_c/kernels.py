@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from micrograd_gpt import functional, optim, tensor
-from micrograd_gpt.arrays.memory import keep_freed_memory
+from micrograd_gpt.arrays.memory import ROWS_AT_ONCE, keep_freed_memory
 from micrograd_gpt.arrays.precision import cast, is_half
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels import linear_cross_entropy
@@ -45,7 +45,6 @@ from micrograd_gpt.tensor import Tensor
 Array = np.ndarray
 
 MANY_ELEMENTS = 2**14  # with fewer, another thread is not worth waking
-ROWS_AT_ONCE = 256  # of logits: of GPT-2's vocabulary 51 MB; the products lose little by it
 FEW_ROWS = 16  # a product of at most this many rows is bound by reading the matrix
 
 
