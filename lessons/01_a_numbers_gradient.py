@@ -23,8 +23,8 @@ from micrograd_gpt import Tensor
 #
 # Suppose someone does not know how Fahrenheit is made from Celsius, and believes that it is
 # `w * x + b` for some numbers `w` and `b`. (To keep the numbers small, we count both in tens of
-# degrees.) The first guess is `w = 1`, `b = 1`. At 20 °C, which is 68 °F, the guess is far off. We
-# measure how far by the square of the difference, and call it the *loss*.
+# degrees.) The first guess is `w = 1`, `b = 1`. At 20 °C, which is 68 °F, it says 30 °F and is far
+# off. We measure how far by the square of the difference, and call it the *loss*.
 
 
 # %%
@@ -167,9 +167,10 @@ assert math.isclose(w.grad, by_hand_w) and math.isclose(b.grad, by_hand_b)
 # %% [markdown]
 # Here is that tape as a picture: a box for every number, yellow for those that we put in. (There is
 # a −1 among them because `Number` computes `a - b` as `a + b * -1`.) Values flow to the right;
-# afterwards the gradients flow back to the left. Follow them from the loss to `w`: the square
-# sends −7.6, which is `2 * error`, to the last sum; both sums hand it on unchanged, since their
-# slopes are 1; and the product with `x = 2` doubles it.
+# afterwards the gradients flow back to the left. Follow them from the loss to `w`: the square sends
+# −7.6, which is `2 * error`, to the last sum; both sums hand it on unchanged, since their slopes
+# are 1; and the product with `x = 2` doubles it. (Code that only draws, here and later, is not
+# needed to follow the lesson.)
 
 
 # %%

@@ -277,8 +277,8 @@ print("three gradients, by hand and by tape: equal")
 # ## Exercises
 #
 # 1. Write the backward of `x.mean(axis=1)`. The forward adds up, so the backward copies.
-# 2. Write the backward of `x[[0, 2, 2]]`, which picks rows, one of them twice. This is what an
-#    embedding does when a word occurs twice in a text.
+# 2. Write the backward of `x[[0, 2, 2]]`, which picks rows, one of them twice. This is how a model
+#    looks up each word's row in a table, and a word may occur twice.
 # 3. The judge multiplies by *random* weights. Suppose that it took ones. Find a wrong backward of
 #    `x.T` for a square `x` that it would then let pass.
 #

@@ -69,8 +69,8 @@ assert np.allclose(probabilities, 1 / V)
 # *nats*.
 #
 # The **perplexity**, $e^{\text{loss}}$, says the same in a way that one can imagine: the model is
-# as unsure as if it had to choose among so many equally likely tokens. Before training, these are
-# all.
+# as unsure as if it had to choose among so many equally likely tokens. Before training, that is all
+# of them.
 
 # %%
 with no_grad():  # looking only: no tape is needed
@@ -123,9 +123,9 @@ print(f"no bigram model can have a loss below {floor:.3f} on this text")
 # %% [markdown]
 # Why train, then, if one can count? Because counting stops here. To look at the last *two*
 # characters, the table needs $V^2$ rows; for ten, six thousand million million, nearly all of them
-# empty. GPT-2 looks at 1024 tokens. It computes its logits instead of looking them up,
-# and what it computes with can only be found by following the gradient. So let us practise that
-# where we know the right answer.
+# empty. GPT-2 looks at 1024 tokens. It computes its logits instead of looking them up, and what it
+# computes with can only be found by following the gradient. So let us practise that where we know
+# the right answer.
 #
 # ## Training
 #
@@ -195,7 +195,7 @@ def write(model, length, seed):
     for _ in range(length):
         with no_grad():
             p = layers.softmax(model(np.array(written[-1:]))).numpy()[0].astype(np.float64)
-        written.append(int(rng.choice(V, p=p / p.sum())))
+        written.append(int(rng.choice(V, p=p / p.sum())))  # 1 in all 16 digits, not only in 7
     return tokenizer.decode(written).strip()
 
 
@@ -214,8 +214,8 @@ print(write(model, 240, seed=1))
 #
 # ## Exercises
 #
-# 1. By hand: a model gives the three characters that came the probabilities ½, ¼ and ¼. What are
-#    the loss and the perplexity?
+# 1. By hand: three characters came, to which the model had given the probabilities ½, ¼ and ¼. What
+#    are the loss and the perplexity?
 # 2. Train by 300 plain steps (`p.data -= lr * p.grad`) instead of AdamW's, with an `lr` of 1, of 10
 #    and of 100. Where does each end up? (To forget a gradient, set `p.grad = None`.)
 # 3. Split the tale: train on the first 90 %, and measure on the last 10 % every step. Does the loss

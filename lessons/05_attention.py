@@ -17,8 +17,6 @@ import numpy as np
 from micrograd_gpt import Tensor, functional, layers
 from micrograd_gpt.tensor import where
 
-np.set_printoptions(precision=2, suppress=True)
-
 # %% [markdown]
 # In a model, each token is a vector of hundreds of learned numbers. For this lesson we choose them,
 # so that we can see what happens: five numbers a word, each with a meaning. We write T for how many
@@ -42,11 +40,11 @@ x = np.array(
 )  # (T, C)
 
 
-def draw(*tables, columns=words):
+def draw(*tables):
     """Pairs of a title and a matrix, side by side; a row for each word, blank where about 0."""
     _, axes = plt.subplots(1, len(tables), figsize=(3.6 * len(tables), 3.6), squeeze=False)
     for axis, (title, table) in zip(axes[0], tables, strict=True):
-        names = columns if table.shape[1] == len(columns) else features
+        names = words if table.shape[1] == len(words) else features
         axis.imshow(np.where(np.isfinite(table), table, np.nan), cmap="Blues", vmin=0)
         for (row, column), value in np.ndenumerate(table):
             text = f"{value:.1f}" if value >= 0.05 else ""
@@ -112,8 +110,8 @@ assert np.allclose(shares.sum(-1), 1)
 ANIMAL, THING, ACTION, PRONOUN, SMALL = range(5)
 w_query = np.zeros((5, 5))
 w_query[PRONOUN, THING] = 10  # a pronoun looks for things
-w_query[ACTION, ANIMAL] = w_query[ACTION, THING] = 10  # an action looks for whoever can act
-w_key = np.eye(5)  # each word offers what it is
+w_query[ACTION, ANIMAL] = w_query[ACTION, THING] = 10  # an action looks for whoever did it
+w_key = np.eye(5)  # x @ np.eye(5) is x: each word offers what it is
 w_value = np.eye(5)  # and hands over what it is
 
 query, key, value = x @ w_query, x @ w_key, x @ w_value  # each (T, D), here D = 5
@@ -134,8 +132,8 @@ assert shares[words.index("it"), words.index("lamp")] > 0.9
 # ## Step 4: the causal mask, or no looking ahead
 #
 # "saw" has found the fox *and the lamp*. But a model that is to predict the next word must not see
-# it. (If it could, it would learn nothing but to peek.) So every score for a later word is set to
-# minus infinity before the softmax, and $e^{-\infty}$ is a share of exactly 0.
+# the words to come. (If it did, it would learn nothing but to peek.) So every score for a later
+# word is set to minus infinity before the softmax, and $e^{-\infty}$ is a share of exactly 0.
 
 # %%
 may_look = np.tri(len(words), dtype=bool)  # row: who looks; true up to its own place
@@ -164,7 +162,7 @@ w_query_2[ACTION, ANIMAL] = 10
 
 def attend(query, key, value):
     """Steps 1 to 4, with any number of axes in front: (…, T, D) -> (…, T, D), and the shares."""
-    scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
+    scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])  # as key.T, of each head
     may_look = np.tri(query.shape[-2], dtype=bool)
     shares = softmax(np.where(may_look, scores, -np.inf))
     return shares @ value, shares
@@ -230,7 +228,7 @@ print("the gradients are equal too")
 #
 # 1. Attention has no idea of *order*. Show it: shuffle the first seven words of our sentence, and
 #    the last word's result stays the same. What could a model do about that?
-# 2. Draw random queries and keys with D = 4, 64 and 1024. What is the largest share in a row of 64
+# 2. Take random queries and keys with D = 4, 64 and 1024. What is the largest share in a row of 64
 #    keys, on average, with the division by $\sqrt D$ and without?
 # 3. Let each word's vector be its *place* alone: eight numbers, all 0 but for a single 1. Write a
 #    `w_query` by which each word looks at the word just before it. (Heads like this are found in

@@ -41,7 +41,7 @@ def norm_forward(x, weight, bias, eps=1e-5):
     """x (N, C): N rows of C channels."""
     mean = x.mean(-1, keepdims=True)  # (N, 1)
     variance = ((x - mean) ** 2).mean(-1, keepdims=True)
-    r = 1 / np.sqrt(variance + eps)  # one over the deviation; eps keeps it finite
+    r = 1 / np.sqrt(variance + eps)  # one over the standard deviation; eps keeps it finite
     n = (x - mean) * r  # the normalised rows
     return n * weight + bias, n, r
 
@@ -69,8 +69,8 @@ assert np.allclose(y, layers.layer_norm(Tensor(x), Tensor(weight), Tensor(bias))
 # 2. Through the mean, which moves by $\frac1C$. That gives $-\frac1C\, r$ for every $j$.
 # 3. Through $r$. The variance moves by $\frac2C (x_i - \mu)$. (The mean moves too, but that does
 #    not matter here: the deviations add up to 0.) Then $r$ moves by $-\frac12 r^3$ times that,
-#    which is $-\frac1C\, r^2 n_i$; and $n_j$ moves by $(x_j - \mu)$ times that, $-\frac1C\, r\, n_j
-#    n_i$.
+#    which is $-\frac1C\, r^2 n_i$; and $n_j$ moves by $(x_j - \mu)$ times that, which is
+#    $-\frac1C\, r\, n_j n_i$.
 #
 # Add up the paths, and then, as always, multiply by what arrives, $dn_j$, and sum over all $j$. A
 # sum over $j$, divided by $C$, is a mean over the row:
