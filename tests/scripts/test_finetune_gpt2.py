@@ -300,6 +300,40 @@ def test_a_plan_reads_the_data_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["spam.tsv"]
 
 
+def test_a_plan_counts_what_learns(
+    classify: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--plan", "--rate", 1]
+    classify(tmp_path / "out", *flags)
+    assert "learn" not in capsys.readouterr().out
+    classify(tmp_path / "out", *flags, "--train-layers", "head")
+    assert f"; {2 * 16} of them learn" in capsys.readouterr().out
+    classify(tmp_path / "out", *flags, "--lora-rank", 3)
+    learn = 2 * 3 * (16 + 3 * 16) + 2 * 16  # A and B in each of two blocks, and the head
+    assert f"; {learn} of them learn" in capsys.readouterr().out
+
+
+def test_the_settings_of_a_run_can_be_given_again(classify: Main, tmp_path: Path) -> None:
+    first, again, third = (tmp_path / name for name in ("first", "again", "third"))
+    classify(first, "--max-steps", 2, "--beta2", 0.9)
+    assert classify(again, "--config", first / "settings.toml") == 0
+    rows = metrics(first), metrics(again)
+    assert [r["train_loss"] for r in rows[0]] == [r["train_loss"] for r in rows[1]]
+    assert "beta2 = 0.9" in (again / "settings.toml").read_text()
+    with pytest.raises(
+        UserError, match=r"third\.toml: there is no flag 'beta_2': did you mean beta2"
+    ):
+        (tmp_path / "third.toml").write_text("beta_2 = 0.9\n")
+        classify(third, "--config", tmp_path / "third.toml")
+
+
+def test_a_run_that_is_overwritten_leaves_no_settings(classify: Main, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    classify(out, "--max-steps", 1)
+    checkpoint.remove_run(out)
+    assert not (out / "settings.toml").exists()
+
+
 # ------------------------------------------------------------------------------- types, and errors
 
 
