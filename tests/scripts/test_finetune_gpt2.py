@@ -381,7 +381,7 @@ def test_help_is_quick_and_complete() -> None:
         (["classify", "--model", "{base}"], "stdin holds no texts"),
         (
             ["classify", "--model", "x", "--predict", "{data}", "--text-field", "y"],
-            "has no column 'y'",
+            "has no 'y', only",
         ),
         (
             ["classify", "--model", "{base}", "--predict", "{text}"],
