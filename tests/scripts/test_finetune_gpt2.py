@@ -136,6 +136,7 @@ def test_long_texts_are_cut_off_in_training_and_afterwards_alike(
         classify(tmp_path / "other", "--block-size", 33)
 
 
+@pytest.mark.slow
 def test_balance_learns_from_each_label_equally_often(
     classify: Main,
     data: Path,
@@ -156,6 +157,7 @@ def test_balance_learns_from_each_label_equally_often(
         assert ("warning: 72 texts have the label 'ham'" in capsys.readouterr().err) == (not flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["last", "head"])
 def test_layers_that_do_not_learn_stay_as_they_were(
     classify: Main, base: Path, tmp_path: Path, which: str
@@ -200,6 +202,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(classify: Main, tmp_path: Path) 
     assert metrics(straight)[-1]["val_loss"] == metrics(resumed)[-1]["val_loss"]
 
 
+@pytest.mark.slow
 def test_a_complete_run_goes_on_with_more_epochs(
     classify: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +243,7 @@ def test_ctrl_c_ends_the_step_and_saves(
     assert_same(out, tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_the_best_is_the_step_of_lowest_validation_loss(classify: Main, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["--eval-interval", 5, "--max-steps", 40, "--min-lr", 3]  # it falls, then rises
@@ -347,6 +351,7 @@ def test_other_types(classify: Main, tmp_path: Path, dtype: str) -> None:
     assert {array.dtype.name for array in weights(out).values()} == {expected}
 
 
+@pytest.mark.slow
 def test_on_a_gpu_as_on_the_cpu(classify: Main, tmp_path: Path) -> None:
     flags = ["--max-steps", 3, "--dtype", "float64", "--train-layers", "last"]
     assert classify(tmp_path / "cpu", *flags) == 0
