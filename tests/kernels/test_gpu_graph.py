@@ -193,7 +193,7 @@ CHANGES: dict[str, Callable[[GPT2], None]] = {
 }
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_changed_after_the_first_tokens_is_followed(change: str) -> None:
     model = make()
