@@ -185,10 +185,10 @@ package = model.generate(encode("The fox"), max_new_tokens=26, temperature=0, en
 assert np.array_equal(package, write("The fox", 26, greedy, seed=0))
 
 # %% [markdown]
-# Greedy says the same thing every time, and goes round in circles: each "and the bear" makes the
-# next one likelier. Large models do that too. A high temperature picks words out of a hat. What one
-# usually wants lies between the two: a temperature a little below 1, or top-p around 0.9, which
-# cuts off the long tail of words that are unlikely one by one, but many.
+# Greedy says the same thing every time, and goes round in circles: the text so far repeats itself,
+# so the model expects it to go on repeating. Large models do that too. A high temperature picks
+# words out of a hat. What one usually wants lies between the two: a temperature a little below 1,
+# or top-p around 0.9, which cuts off the long tail of words that are unlikely one by one, but many.
 #
 # ## Beam search: the likeliest text
 #
@@ -223,7 +223,7 @@ def beam_search(ids, n, beams):
 start = encode("The")
 for beams in (1, 2, 6):
     score, text = beam_search(start, 9, beams)
-    print(f"{beams} beams, probability {np.exp(score):.3f}: {decode(text)}")
+    print(f"beams: {beams}, probability {np.exp(score):.3f}: {decode(text)}")
     assert np.isclose(score, log_probability(text, len(start)))
 
 found = model.generate(start, max_new_tokens=9, num_beams=6, end_of_text=None)
@@ -328,8 +328,9 @@ plt.show()
 # So **guess** them, by any cheap means, and let the model check all the guesses in one pass. It
 # gives, at each place, the word that it would have written itself. As long as the guesses agree,
 # they are accepted. At the first that does not, the model's own word is taken, and the remaining
-# guesses are thrown away. So every word in the result is the model's own choice, and a bad guess
-# costs time, but never changes the text.
+# guesses are thrown away. So every word in the result is the model's own choice: a bad guess costs
+# time, but does not change the text. (Unless two words are equally likely to the last digit, and
+# rounding decides between them.)
 #
 # Where do guesses come from? Texts repeat themselves. We look for the last place where the same two
 # words stood, and guess that the same words follow again.
@@ -352,9 +353,7 @@ def speculate(ids, length):
         with no_grad():
             logits = model(np.concatenate([ids, guesses])[None]).numpy()[0]
         own = logits[len(ids) - 1 :].argmax(-1)  # the model's word at each guessed place, and after
-        right = int(
-            np.cumprod(own[:-1] == guesses).sum()
-        )  # how many are right before the first wrong
+        right = int(np.cumprod(own[:-1] == guesses).sum())  # guesses before the first wrong one
         passes.append(own[: right + 1])
         ids = np.concatenate([ids, passes[-1]])
     return ids, passes
@@ -373,8 +372,8 @@ assert len(passes) < 0.8 * (T - len(prompt))
 # %% [markdown]
 # (This small loop reads the whole text in each pass, to keep it short. The package does the same
 # with the KV cache: `--speculate prompt-lookup`.) It pays wherever a text repeats itself, as code
-# does. There is a finer rule for drawn words instead of greedy ones, and small models may do the
-# guessing for large ones; the principle is always this one.
+# does. A finer rule does the same for drawn words (Leviathan et al. 2023, arXiv:2211.17192), and a
+# small model may do the guessing for a large one; the principle is always this one.
 #
 # **To read now:** `generation/ten_lines.py`, then `generation/sampling.py`, whose `decode` is all
 # of this in one loop, and `generation/kv_cache.py`.

@@ -165,9 +165,9 @@ print(*(f"{name} {read_tensor(path, name).shape}" for name in listed if ".h.0." 
 # anyone notices. But a parameter that the file lacks keeps its random numbers, and the model still
 # writes something: that mistake is found weeks later.
 #
-# One thing is peculiar to GPT-2. Its matrices are stored as (in, out), so that a layer computes `x
-# @ weight`. PyTorch's own `Linear` stores (out, in). Whoever loads GPT-2 into that has to transpose
-# four matrices in each block. In this package nothing is transposed.
+# One thing is peculiar to GPT-2. Its matrices are stored as (in, out), so that a layer computes
+# `x @ weight`. PyTorch's own `Linear` stores (out, in). Whoever loads GPT-2 into that has to
+# transpose four matrices in each block. In this package nothing is transposed.
 #
 # ## As OpenAI published it: TensorFlow's checkpoint
 #
