@@ -63,12 +63,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def run(script: str, *flags: str) -> None:
+    """Run one of the project's scripts; what it prints goes to stderr. UserError if it fails."""
+    command = [sys.executable, str(ROOT / script), *flags]
+    if status := subprocess.run(command, stdout=sys.stderr).returncode:
+        raise UserError(f"{script} ended with status {status}: mend what it says above")
+
+
 def trained(name: str, runs: Path) -> Path:
     """The folder of a run, trained unless it is there already."""
     folder = runs / name
     if not (folder / "model.safetensors").exists():
-        script = str(ROOT / "train_gpt2.py")
-        subprocess.run([sys.executable, script, *TRAINING[name], "--out", str(folder)], check=True)
+        run("train_gpt2.py", *TRAINING[name], "--out", str(folder))
     return folder
 
 
@@ -116,28 +122,28 @@ def microscope(picture: Path, runs: Path) -> None:
         raise UserError("playwright is missing: pip install -e '.[browser]'") from None
     folder = trained("story", runs)
     _, _, layer, head = clearest_head(folder)
-    page_file = folder / "page.html"
-    script, flags = str(ROOT / "generate.py"), ["--temperature", "0", "--max-new-tokens", "24"]
-    subprocess.run(
-        [sys.executable, script, "--model", str(folder), "--prompt", PROMPT, *flags]
-        + ["--microscope", str(page_file)],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    browser_file = next(filter(None, map(shutil.which, BROWSERS)), None)  # None: Playwright's own
+    file = folder / "page.html"
+    flags = ["--prompt", PROMPT, "--temperature", "0", "--max-new-tokens", "24"]
+    run("generate.py", "--model", str(folder), *flags, "--microscope", str(file))
+    installed = next(filter(None, map(shutil.which, BROWSERS)), None)  # None: Playwright's own
     sandbox = [] if os.name == "nt" or os.getuid() else ["--no-sandbox"]  # it refuses root
     with sync_api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=browser_file, args=sandbox)
+        try:
+            browser = driver.chromium.launch(executable_path=installed, args=sandbox)
+        except sync_api.Error as error:
+            raise UserError(
+                f"no browser: install one of {', '.join(BROWSERS)} ({str(error).splitlines()[0]})"
+            ) from error
         page = browser.new_page(viewport={"width": 1100, "height": 4000}, color_scheme="light")
-        page.goto(page_file.resolve().as_uri())
+        page.goto(file.resolve().as_uri())
         page.click(f"#maps button[aria-label='layer {layer + 1}, head {head + 1}']")
         page.mouse.move(0, 0)
         end = page.locator("section").nth(1).bounding_box()  # the text and its attention
         clip = {"x": 0, "y": 0, "width": 1100, "height": end["y"] + end["height"] + 12}
         shot = page.screenshot(clip=clip)
         browser.close()
-    with written_whole(picture) as file:
-        file.write(shot)
+    with written_whole(picture) as image:
+        image.write(shot)
 
 
 if __name__ == "__main__":
