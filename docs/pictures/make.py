@@ -26,7 +26,7 @@ from micrograd_gpt.generation.microscope import observe
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import written_whole
+from micrograd_gpt.support.files import read_json, written_whole
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
 
 FOLDER = Path(__file__).resolve().parent
@@ -71,16 +71,20 @@ def run(script: str, *flags: str) -> None:
 
 
 def trained(name: str, runs: Path) -> Path:
-    """The folder of a run, trained unless it is there already."""
+    """The folder of a run: trained, or trained on where it was stopped, unless it is complete."""
     folder = runs / name
-    if not (folder / "model.safetensors").exists():
+    state = read_json(folder / "trainer_state.json")
+    if state is None:
         run("train_gpt2.py", *TRAINING[name], "--out", str(folder))
+    elif state["step"] < state["settings"]["max_steps"]:
+        run("train_gpt2.py", "--resume", "--out", str(folder))
     return folder
 
 
 def loss(picture: Path, runs: Path) -> None:
+    drawn = (trained("first", runs) / "loss.png").read_bytes()
     with written_whole(picture) as file:
-        file.write((trained("first", runs) / "loss.png").read_bytes())
+        file.write(drawn)
 
 
 def clearest_head(folder: Path) -> tuple[list[str], np.ndarray, int, int]:
