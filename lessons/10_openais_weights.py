@@ -325,9 +325,9 @@ assert load_tokenizer(own).encode("The dog").tolist() == [464, 3290]
 # 774M.)
 #
 # How would you know that what you have loaded is GPT-2, and not a model with one matrix transposed?
-# By two numbers. The **loss** on any English text: a model that knows nothing has $\ln 50257 =
-# 10.8$ (lesson 4), and 124M stays far below 5. And the **greedy continuation** of a prompt, which
-# leaves nothing to chance. For "The dog" it is known, token by token:
+# Ask it two things. Its **loss** on any English text: a model that knows nothing has
+# $\ln 50257 = 10.8$ (lesson 4), and 124M stays far below 5. And its **greedy continuation** of a
+# prompt, which leaves nothing to chance. For "The dog" it is known, token by token:
 
 # %%
 published = [464, 3290, 373, 1043, 287, 257, 2214, 1474, 262, 16246]
