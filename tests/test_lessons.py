@@ -143,3 +143,16 @@ def test_lessons_are_run_and_compared(tmp_path: Path, capsys: pytest.CaptureFixt
     lesson.write_text("# %% [markdown]\n# # Sums\n\n# %%\nassert 1 + 2 == 4\n", "utf-8")
     assert make.main(["--check"], tmp_path) == 1
     assert "a cell failed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_notebook_does_not_depend_on_the_models_that_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nbclient")
+    pytest.importorskip("jupytext")
+    monkeypatch.setenv("LESSON_MODEL", "models/gpt2-124M")
+    lesson = tmp_path / "01_where.py"
+    lesson.write_text("# %%\nimport os\n\nprint(repr(os.environ['LESSON_MODEL']))\n", "utf-8")
+    assert make.main([], tmp_path) == 0
+    assert make.text_of(notebook_of(lesson))[-1] == "    > ''"
