@@ -375,8 +375,9 @@ assert len(passes) < 0.8 * (T - len(prompt))
 # does. A finer rule does the same for drawn words (Leviathan et al. 2023, arXiv:2211.17192), and a
 # small model may do the guessing for a large one; the principle is always this one.
 #
-# **To read now:** `generation/ten_lines.py`, then `generation/sampling.py`, whose `decode` is all
-# of this in one loop, and `generation/kv_cache.py`.
+# **Read next:** [`generation/sampling.py`](../micrograd_gpt/generation/sampling.py), whose `decode`
+# is all of this in one loop, and
+# [`generation/kv_cache.py`](../micrograd_gpt/generation/kv_cache.py).
 #
 # ## Exercises
 #

@@ -375,8 +375,10 @@ else:
     assert loss_on_story(gpt2) < 5 and written == published
 
 # %% [markdown]
-# **To read now:** `weights/tensor_files.py` and `weights/tf_checkpoint.py`, which are these readers
-# with every check that a damaged or hostile file calls for, and `weights/loading.py`, the loop.
+# **Read next:** [`weights/tensor_files.py`](../micrograd_gpt/weights/tensor_files.py) and
+# [`weights/tf_checkpoint.py`](../micrograd_gpt/weights/tf_checkpoint.py), which are these readers
+# with every check that a damaged or hostile file calls for, and
+# [`weights/loading.py`](../micrograd_gpt/weights/loading.py), the loop.
 #
 # ## Exercises
 #
