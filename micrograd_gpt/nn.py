@@ -56,7 +56,7 @@ def parts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 class Module:
     """A part of a model. Its parameters are those among its attributes and in its `parts`."""
 
-    _training = True  # as train() and eval() set it
+    _training = True  # as train() and eval() set it; dropout is on while `training`
     training = property(lambda self: self._training and not no_dropout.inside.get())
 
     def __repr__(self) -> str:
