@@ -248,8 +248,8 @@ assert min(list(accuracy.values())[1:]) > 0.9
 # guess. The trained model has seen eight labels and knows what is meant by all sixteen words,
 # because *in its own mind* they were sorted already. 128 numbers are enough to read it off.
 #
-# So it is with real texts. GPT-2 has read forty gigabytes, and what makes a message spam, or a
-# review a good one, is sorted in it better than in any model that starts from your labels alone:
+# So it is with real texts. GPT-2 has read forty gigabytes, and much of what makes a message spam,
+# or a review a good one, is sorted in it before you show it the first label:
 #
 #     python finetune_gpt2.py classify --model 124M --data spam.tsv --out spam
 #
@@ -334,10 +334,10 @@ print(
 assert change_share > 0.8 and matrix_share < 0.5
 
 # %% [markdown]
-# Of the 64 pieces of the change, a few do nearly everything. It says something simple, such as
-# "where you ask for the mood, find *pleased*". **LoRA** (low-rank adaptation, 2021) turns this
-# around. It freezes $W$, and trains only a few pieces to add to it: a matrix $A$ with $r$ columns,
-# and a matrix $B$ with $r$ rows. The layer then computes
+# Of the 64 pieces of the change, a few do nearly everything. So what the training had to say was
+# simple. **LoRA** (low-rank adaptation; Hu et al. 2021, arXiv:2106.09685) turns this around. It
+# freezes $W$, and trains only a few pieces to add to it: a matrix $A$ with $r$ columns, and a
+# matrix $B$ with $r$ rows. The layer then computes
 #
 # $$x W + b + \tfrac{\alpha}{r}\,(x A)\,B$$
 #
@@ -378,9 +378,8 @@ print(f"praise {after_lora[0]:.0f} %; of it, by the last five words {after_lora[
 assert after_lora[0] > 80 and after_lora[1] > 50
 
 # %% [markdown]
-# It praises nearly as much, and it still has all its words. With 512 numbers there was no way to
-# learn the eight lines by heart. What could be done with them was to turn the one switch that the
-# model had already: the mood.
+# It praises nearly as much, and it still has all its words. 512 numbers do not learn eight lines by
+# heart in ten steps. What they can do is turn the one switch that the model had already: the mood.
 #
 # It also saves memory. AdamW keeps two more numbers for each that is trained (lesson 4), and
 # gradients are kept for these alone. And a file with the additions is small: one model can be
@@ -417,12 +416,16 @@ del large
 #
 #     python finetune_gpt2.py classify --model 124M --data spam.tsv --out spam --lora-rank 8
 #
-# and `docs/fine_tuning.md`, `docs/instructions.md` and `docs/lora.md` say more. Now is a good time
-# to read `tuning/classifier.py` and `tuning/lora.py`.
+# and `docs/fine_tuning.md`, `docs/instructions.md` and `docs/lora.md` say more.
 #
 # When to take what? Begin with the head: it costs nothing, and shows what the model knows already.
 # LoRA is for little data or little memory. Train everything if you have many examples, and they are
 # unlike what the model has read.
+#
+# **Read next:** [`tuning/classifier.py`](../micrograd_gpt/tuning/classifier.py), then
+# [`tuning/lora.py`](../micrograd_gpt/tuning/lora.py) up to `LoRALinear`, and
+# [`finetune_gpt2.py`](../finetune_gpt2.py), which is the training script with examples in place of
+# a text.
 #
 # ## Exercises
 #

@@ -95,14 +95,14 @@ print(f"moving     {bandwidth / 1e9:6.1f} GB/s, so that a copy of x takes {1000 
 print(f"computing  {arithmetic / 1e9:6.1f} GFLOP/s")
 
 # %% [markdown]
-# Now the bills of three computations. Per number, LayerNorm computes about ten times (twice for the
-# mean, twice to make the mean exact, once to subtract it, twice for the variance, then the scale,
-# the weight and the bias). Divide the operations by the bytes moved, and you have the computation's
+# Now the bills of three computations. Per number, LayerNorm computes nine times (once for the mean,
+# twice to make it exact, once to subtract it, twice for the variance, then the scale, the weight
+# and the bias). Divide the operations by the bytes moved, and you have the computation's
 # **intensity**. It decides which bill is the larger.
 
 # %%
 bills = {  # operations, bytes
-    "LayerNorm": (10 * N * C, 2 * 4 * N * C),
+    "LayerNorm": (9 * N * C, 2 * 4 * N * C),
     "one row times a matrix": (2 * C * 4 * C, 4 * C * 4 * C),
     "matrix times matrix": (2 * 2048**3, 3 * 4 * 2048**2),
 }
@@ -411,8 +411,11 @@ plt.show()
 # is the same: the definition is what counts and what you read, and a kernel may stand in for it
 # because a test has compared the two. When you edit the definition, the kernel steps aside.
 #
-# Read on in `kernels/in_numpy/kernels.py`, then `kernels/in_c/sources/layers.c` and `matmul.c`,
-# where a matrix product gets near the other limit; `kernels/in_cuda/sources/` if you have a card.
+# **Read next:** [`kernels/in_numpy/kernels.py`](../micrograd_gpt/kernels/in_numpy/kernels.py), then
+# [`layers.c`](../micrograd_gpt/kernels/in_c/sources/layers.c) and
+# [`matmul.c`](../micrograd_gpt/kernels/in_c/sources/matmul.c), where a matrix product gets near the
+# other limit; and if you have a card,
+# [`layer_norm.cu`](../micrograd_gpt/kernels/in_cuda/sources/layer_norm.cu).
 # To see where a whole training step spends its time: `python benchmarks/profile_step.py`.
 #
 # ## Exercises
