@@ -27,9 +27,9 @@ from micrograd_gpt.tuning.lora import LoRALinear, add_lora, trained_parameters
 # %% [markdown]
 # ## A guest book
 #
-# At an inn there is a guest book. The guests are brief: *warm soup, noisy room, sour bread*. And
-# each of them is either pleased with everything or with nothing. Nobody has written down who was
-# pleased; there are only the entries. Here are a thousand of them.
+# At an inn there is a guest book. The guests are brief: *warm soup, quiet room*, or *sour bread*.
+# And each of them is either pleased with everything or with nothing. Nobody has written down who
+# was pleased; there are only the entries. Here are a thousand of them.
 
 # %%
 GOOD = ["lovely", "warm", "fresh", "sweet", "kind", "quiet", "bright", "rich"]
