@@ -76,8 +76,8 @@ def test_validation_covers_the_same_windows_whatever_the_batch(
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        ("train_gpt2 --min-lr 1", "--min-lr 1 is above --learning-rate 0.003"),
-        ("train_gpt2 --learning-rate 1e-4 --min-lr 2e-4", "--min-lr 0.0002 is above"),
+        ("train_gpt2 --max-steps 1 --min-lr 1", "--min-lr 1 is above --learning-rate 0.003"),
+        ("train_gpt2 --max-steps 1 --learning-rate 1e-4 --min-lr 2e-4", "--min-lr 0.0002 is above"),
         ("finetune_gpt2 classify --data x.tsv --min-lr 1", "--min-lr 1 is above --learning-rate"),
         ("train_gpt2 --data \udcff.txt", "--data must be a text in UTF-8"),
         ("train_gpt2 --out \udcff", "--out must be a text in UTF-8"),
