@@ -422,7 +422,7 @@ def test_a_file_of_flags_may_come_from_windows(train_gpt2: ModuleType, tmp_path:
         ("batch_size = 1.5", "batch_size must be a whole number, 1 or more, not 1.5"),
         ("dropout = 1", r"dropout must be in [0, 1), not 1"),
         ("dtype = 'int8'", "dtype must be float32 or"),
-        ("data = ['a']", "data must be a text that is not empty, not ['a']"),
+        ("data = ['a']", "data must be a text in UTF-8 that is not empty, not ['a']"),
     ],
 )
 def test_mistakes_in_a_file_of_flags(
