@@ -27,7 +27,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from micrograd_gpt.support.errors import UserError
+
 HALF = ("bfloat16", "float16")
+FLOATS = ("float32", "float64", *HALF)
 PRECISIONS = ("float32", "float64", *HALF)
 
 MATRIX_WORK = ("linear", "linear_cross_entropy")  # layers whose inputs are rounded
@@ -88,8 +91,11 @@ def converts_on_cpu(function: Callable[[Any, np.dtype], Any]) -> Callable[[Any, 
 def hold_in(model: Any, dtype: str) -> None:
     """Convert a model's parameters to `dtype`.
 
-    In half precision LayerNorm's stay float32: they are few, and are used in float32.
+    In half precision LayerNorm's stay float32: they are few, and are used in float32. Raises
+    UserError for a type that is not one of FLOATS.
     """
+    if dtype not in FLOATS:
+        raise UserError(f"unknown dtype {dtype!r}: choose one of {', '.join(FLOATS)}")
     for name, parameter in model.named_parameters():
         stays_wide = dtype in HALF and ".ln_" in name
         parameter.data = parameter.data.astype("float32" if stays_wide else dtype, copy=False)

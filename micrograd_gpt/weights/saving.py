@@ -8,6 +8,7 @@ from typing import Any
 
 from micrograd_gpt.arrays.devices import Array, to_device
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.support.files import write_text
 from micrograd_gpt.text.tokenizers import Tokenizer
@@ -29,8 +30,10 @@ def save_pretrained(
     the adapter is written, and `peft.PeftModel.from_pretrained(base, folder)` loads it. `dtype`
     ("float16", "bfloat16") stores the weights in that type, rounded to nearest; `metadata` is added
     to the safetensors file's own. Raises UserError if the files can't be written, and leaves what
-    was there before.
+    was there before, and for an empty name, which would be the current folder.
     """
+    if not str(folder):
+        raise UserError("the name of the folder is empty: give one to save the model in")
     with written_as_set(folder) as new:
         write_model(model, new, tokenizer, dtype, metadata)
 
