@@ -361,7 +361,7 @@ static void few_rows_columns(const PackedRows *rows, Int first, Int end) {
     add_scaled(f->y + r * f->m + first, 1, f->bias + first, end - first);
 }
 
-/* Fill in `packed`: in one part, so that it may; a task only so that run_parts reports no memory. */
+/* Sets `packed`, as the only part may; a task, so that run_parts reports a lack of memory. */
 static void pack_slices(const void *arguments, Int part, Int parts) {
   PackedRows *rows = (PackedRows *)arguments;
   const FewRows *f = rows->f;
