@@ -55,9 +55,18 @@ def compute_in(dtype: str) -> Iterator[None]:
 
 
 def compute_dtype(weight: Any) -> np.dtype:
-    """The type in which matrix work with this weight, a tensor or an array, is done now."""
+    """The type in which matrix work with this weight, a tensor or an array, is done now.
+
+    Weights of int8 (int8.py) stand for float32.
+    """
     asked = _COMPUTE.get()
-    return weight.dtype if asked is None else asked
+    held_in = weight.dtype if weight.dtype != np.int8 else np.dtype(np.float32)
+    return held_in if asked is None else asked
+
+
+def computes_as_held(weight: Any) -> bool:
+    """Whether nothing asks for matrix work in another type than the weights are held in."""
+    return _COMPUTE.get() in (None, weight.dtype)
 
 
 def is_half(value: Any) -> bool:

@@ -89,10 +89,11 @@ def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _Produc
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
     if is_half(weight):
         return half.linear_forward(x, weight, bias)
-    return _multiply(x, weight, None if bias is None else np.ascontiguousarray(bias))
+    return multiply(x, weight, None if bias is None else np.ascontiguousarray(bias))
 
 
-def _multiply(a: Array, b: Array, bias: Array | None) -> Array:
+def multiply(a: Array, b: Array, bias: Array | None) -> Array:
+    """a (N, K) @ b (K, M) + bias (M,) of float32."""
     (n, k), m = a.shape, b.shape[1]
     y = np.empty((n, m), np.float32)
     if n <= FEW_ROWS and b.flags.f_contiguous:
@@ -216,6 +217,7 @@ class _Attention(ctypes.Structure):
         *pointers("q", "k", "v"),
         *[(name, ctypes.c_int64 * 3) for name in ("q_strides", "k_strides", "v_strides")],
         *pointers("out", "log_total"),
+        *ints("narrow_q", "narrow_kv"),
     ]
 
 
@@ -241,11 +243,11 @@ def _attention(q: Array, k: Array, v: Array, out: Array, log_total: Array) -> _A
         *(b, h, t, k.shape[2], d),
         *(a.ctypes.data for a in (q, k, v)),
         *map(_head_strides, (q, k, v)),
-        *(out.ctypes.data, log_total.ctypes.data),
+        *(out.ctypes.data, log_total.ctypes.data, is_half(q), is_half(k)),
     )
 
 
-@in_c(functional.attention_forward)
+@in_c(functional.attention_forward, half.BFLOAT16)
 def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple[Array, Array]:
     """As the definition; the result lies in memory as (B, T, H, D), so joining heads is free."""
     if p:
@@ -253,7 +255,7 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
     b, h, t, d = q.shape
     out, log_total = np.empty((b, t, h, d), np.float32), np.empty((b, h, t), np.float32)
     call("attention_forward", _attention(q, k, v, out, log_total))
-    return out.swapaxes(1, 2), log_total
+    return cast(out, q.dtype).swapaxes(1, 2) if is_half(q) else out.swapaxes(1, 2), log_total
 
 
 @in_c(functional.attention_backward)
@@ -305,7 +307,7 @@ def linear_cross_entropy_forward(
     """As the definition; the logits become their own gradient in place."""
     labels = checked_labels(labels, len(weight))
     in_half = is_half(weight)
-    logits = half.multiply(x, weight.T, FLOAT32) if in_half else _multiply(x, weight.T, None)
+    logits = half.multiply(x, weight.T, FLOAT32) if in_half else multiply(x, weight.T, None)
     loss = _cross_entropy(logits, labels, logits)
     if not with_gradients:
         return None, loss, None

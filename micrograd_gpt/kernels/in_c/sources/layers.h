@@ -32,9 +32,10 @@ typedef struct {
 
 typedef struct {
   Int batches, heads, queries, keys, d; /* the last query stands at the last key */
-  const float *q, *k, *v;
+  const void *q, *k, *v;
   Strides q_strides, k_strides, v_strides;
   float *out;       /* (B, T, H, D) without gaps */
   float *log_total; /* (B, H, T): the log of each softmax's denominator */
+  Int narrow_q, narrow_kv; /* whether q, and k and v, are bfloat16: of the forward alone */
 } Attention;
 int attention_forward(const Attention *a);
