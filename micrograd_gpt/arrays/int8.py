@@ -46,7 +46,8 @@ class Int8Matrix(np.ndarray):
     @property
     def axis(self) -> int:
         """The axis along which the groups lie."""
-        return 1 if self.scales.shape[0] == len(self) else 0
+        rows, columns = self.shape
+        return 0 if self.scales.shape == (groups(rows), columns) else 1
 
     @property
     def T(self) -> Int8Matrix:
@@ -115,6 +116,11 @@ def quantised(matrix: np.ndarray, axis: int) -> Int8Matrix:
         values[part] = np.clip(steps, -LARGEST, LARGEST)  # a subnormal scale may be too small
         scales[part] = np.where(finite, scale, np.nan)
     return int8_matrix(values, scales) if axis == 1 else int8_matrix(values.T, scales.T)
+
+
+def groups(count: int) -> int:
+    """How many groups so many numbers make."""
+    return -(-count // GROUP)
 
 
 def repeated(scales: np.ndarray, length: int, axis: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 
 from micrograd_gpt import functional, layers
 from micrograd_gpt.arrays.devices import Array
-from micrograd_gpt.arrays.int8 import GROUP, Int8Matrix
+from micrograd_gpt.arrays.int8 import Int8Matrix, groups
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.layers import IGNORE
@@ -107,7 +107,7 @@ def check_int8(weight: Any) -> tuple[Array, Array]:
     values, scales = weight.values, weight.scales
     check_plain([values], [INT8])
     check_plain([scales], [FLOAT32])
-    if scales.shape != (-(-len(values) // GROUP), values.shape[1]):
+    if scales.shape != (groups(len(values)), values.shape[1]):
         raise NotForMe
     if not (values.flags.f_contiguous and scales.flags.f_contiguous):
         raise NotForMe
