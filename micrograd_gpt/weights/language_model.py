@@ -27,15 +27,16 @@ def load_language_model(
 
     None is the folder out if it holds a model, else "124M", and which it is is said on stderr.
     Raises UserError where there is no such model, where it does not fit into memory, where the
-    tokenizer is not the model's, and where it `answers` instructions but has no template.
+    tokenizer is not the model's, for int8 on a GPU, and where it `answers` instructions but has no
+    template.
     """
-    if note := emulation_note(dtype, device):
+    if note := emulation_note(dtype, device, decoding=True):
         say(note)
     chosen = name
     if chosen is None:
         chosen = TRAINED if _holds_model(TRAINED) else "124M"
         say(f"no --model given: using {chosen}")
-    smaller = "--dtype bfloat16, or --device cpu" if device != "cpu" else "a smaller --model"
+    smaller = "--dtype bfloat16, or --device cpu" if device != "cpu" else "--dtype int8"
     with memory_errors(f"the weights do not fit; try {smaller}"):
         try:
             weights = open_language_model(chosen)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from micrograd_gpt.arrays.devices import Array, move
+from micrograd_gpt.arrays.int8 import INT8, hold_in_int8, refuse_int8
 from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.cli import say
@@ -29,9 +30,9 @@ def from_pretrained(
 
     names.py says what a name can be. A size is taken from a cache, or downloaded from Hugging Face
     or else from OpenAI; a file or folder is anything that `open_weights` reads, without the
-    network. `dtype` is what the parameters are held in ("float32", "float64", "bfloat16" or
-    "float16"), whatever the file stores. The model is in evaluation mode. Raises UserError if the
-    weights can't be found, fetched or read.
+    network. `dtype` is what the parameters are held in ("float32", "float64", "bfloat16", "float16"
+    or, to use a model on a CPU, "int8": arrays/int8.py), whatever the file stores. The model is in
+    evaluation mode. Raises UserError if the weights can't be found, fetched or read.
     """
     return build(open_model(str(name)), device, dtype, cls)
 
@@ -41,23 +42,31 @@ def build(
 ) -> GPT2:
     """A GPT2 (or a subclass of it) with these weights, in evaluation mode.
 
-    Each tensor is read into the parameter that keeps it, so on the CPU memory holds the model once.
-    Raises UserError, naming the tensor, for one that is missing, extra, misshapen or damaged, and
-    for a model that does not fit into memory.
+    Each tensor is read into the parameter that keeps it, so on the CPU memory holds the model once;
+    for int8 each becomes that before the next is read. Raises UserError, naming the tensor, for one
+    that is missing, extra, misshapen or damaged, for a model that does not fit into memory, and for
+    int8 on a GPU.
     """
+    refuse_int8(dtype, device)
     if weights.heads:
         names = ", ".join(map(ascii, weights.heads))[:200]  # there can be any, and any number
         say(f"note: {weights.path}: {names} left out: a language model has no such head")
     try:
         model = unwritten(weights.config, cls)
-        hold_in(model, dtype)
+        hold_in(model, "float32" if dtype == INT8 else dtype)
         move(model, device)
     except MemoryError as error:
         raise UserError(
             f"{weights.path}: not enough memory for this model ({reason(error)})"
         ) from error
-    arrays = {name: parameter.data for name, parameter in model.named_parameters()}
-    fill(arrays, weights.tensors, weights.path)
+    parameters = dict(model.named_parameters())
+    arrays = {name: parameter.data for name, parameter in parameters.items()}
+
+    def hold(name: str) -> None:
+        del arrays[name]
+        hold_in_int8(name, parameters[name])
+
+    fill(arrays, weights.tensors, weights.path, hold if dtype == INT8 else None)
     return model.eval()
 
 

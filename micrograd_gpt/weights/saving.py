@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from micrograd_gpt.arrays.devices import Array, to_device
+from micrograd_gpt.arrays.int8 import INT8
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.support.files import write_text
 from micrograd_gpt.text.tokenizers import Tokenizer
@@ -28,8 +30,8 @@ def save_pretrained(
     `transformers.GPT2LMHeadModel.from_pretrained(folder)` loads it. Of a model with an adapter only
     the adapter is written, and `peft.PeftModel.from_pretrained(base, folder)` loads it. `dtype`
     ("float16", "bfloat16") stores the weights in that type, rounded to nearest; `metadata` is added
-    to the safetensors file's own. Raises UserError if the files can't be written, and leaves what
-    was there before.
+    to the safetensors file's own. Raises UserError if the files can't be written, and for a model
+    in int8, and leaves what was there before.
     """
     with written_as_set(folder) as new:
         write_model(model, new, tokenizer, dtype, metadata)
@@ -49,6 +51,8 @@ def write_model(
     `also_in_config` is added to config.json, or replaces what is there.
     """
     folder = Path(folder)
+    if str(model.transformer.wte.weight.dtype) == INT8:
+        raise UserError("a model in int8 cannot be saved: load it in float32, or in bfloat16")
     file, arrays = stored_arrays(model)
     on_cpu = {name: to_device(array, "cpu") for name, array in arrays.items()}
     write_safetensors(folder / file, on_cpu, {"format": "pt", **(metadata or {})}, dtype)

@@ -35,6 +35,7 @@ TARGETS = ("-march=native -mprefer-vector-width=512", "-march=native", "-mcpu=na
 NOT_FOUND = "which is not found"
 # What the processor multiplies bfloat16 with, as bfloat16.c numbers its ways
 WAYS = ("float32", "avx512_bf16", "AMX tiles")
+READ_AS_THEY_ARE = ("bfloat16", "int8")  # by narrow.c, at a rate that memory sets
 PATIENCE = 120  # seconds for one call of the compiler; it takes a few
 
 _LOADING = threading.Lock()
@@ -53,10 +54,12 @@ def report() -> str:
 
 
 @multiplies
-def multiplies_fast(dtype: str) -> bool:
-    """Whether the processor itself multiplies numbers of this type of half precision."""
-    found = library() if dtype == "bfloat16" and highest_level() == "c" else None
-    return found is not None and _way(found) > 0
+def multiplies_fast(dtype: str, decoding: bool) -> bool:
+    """Whether the processor itself multiplies numbers of this type of half precision, or for
+    decoding, whether there are kernels that read weights of this type as they are."""
+    if highest_level() != "c" or (found := library()) is None:
+        return False
+    return (dtype in READ_AS_THEY_ARE and decoding) or (dtype == "bfloat16" and _way(found) > 0)
 
 
 def _way(found: ctypes.CDLL) -> int:
