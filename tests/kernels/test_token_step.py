@@ -96,6 +96,20 @@ def test_equal_to_block_by_block_bit_for_bit(lengths: list[int], tokens: int, dt
     np.testing.assert_array_equal(x, given)  # the input is left as it was
 
 
+@pytest.mark.parametrize(
+    ("lengths", "tokens"), [([0], 17), ([3], 37), ([0, 9, 3], 6), ([2, 2], 38), ([0] * 17, 1)]
+)
+def test_a_prompt_in_bfloat16_equals_block_by_block_bit_for_bit(
+    lengths: list[int], tokens: int
+) -> None:
+    model, x = make("bfloat16"), numbers(len(lengths), tokens, 51)
+    ours, theirs = (filled_cache(model, lengths) for _ in range(2))
+    y = in_c(x, model, ours)
+    np.testing.assert_array_equal(y, block_by_block(x, model, theirs))
+    assert np.isfinite(y).all() and ours.data.tobytes() == theirs.data.tobytes()
+    np.testing.assert_array_equal(ours.lengths, theirs.lengths)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("n_embd", [3, 48, 192])
 def test_near_the_definitions(n_embd: int, dtype: str) -> None:

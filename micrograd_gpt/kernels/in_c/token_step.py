@@ -66,7 +66,8 @@ class _Decode(ctypes.Structure):
 def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
     """As the definition, in one call of C, for weights of float32, bfloat16 or int8.
 
-    NotForMe unless few new tokens meet a cache of the type that belongs to the weights.
+    NotForMe unless new tokens, few of them or in bfloat16, meet a cache of the type that belongs to
+    the weights.
     """
     layers = parameters_of(blocks, cache)
     if not layers or is_recorded(x, *(p for block in blocks for p in block.parameters())):
@@ -79,7 +80,8 @@ def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
     lengths = checked_lengths(cache, x.shape, len(blocks), heads)
     rows, tokens, width = x.shape
     *strides, token, element = strides_of(data)
-    if rows * tokens > FEW_ROWS or (token, element) != (width // heads, 1):
+    few = rows * tokens <= FEW_ROWS
+    if not (few or kind == BFLOAT16) or (token, element) != (width // heads, 1):
         raise NotForMe
     if not data.flags.writeable:
         raise NotForMe
@@ -91,7 +93,7 @@ def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
     y = np.array(x.data, order="C")
     room = np.empty(rows * tokens * (6 * width + heads + 2), np.float32)
     call(
-        "decode",
+        "decode" if few else "read_prompt",
         _Decode(
             *(KINDS.index(kind), rows, tokens, width, heads, len(blocks), eps),
             *(ctypes.addressof(table), data.ctypes.data, *strides),

@@ -13,6 +13,7 @@
    For the first two, b's rows are packed in pairs: the numbers of rows 2p and 2p + 1 that stand in
    one column make one word of 32 bits. These instructions take numbers below 2^-126 for 0. */
 
+#include "bfloat16.h"
 #include "half.h"
 #include "matmul.h"
 
@@ -29,19 +30,6 @@
 
 enum { WIDENED, PAIRS, TILES };
 enum { PACKED_A, PACKED_B, SUMS, TOTALS }; /* the purposes of scratch() here */
-
-/* c = a @ b + bias for a (n, k), b (k, m), c (n, m) and bias (m) or NULL, as Product's, but of
-   bfloat16, and c either of float32 or narrow: of bfloat16. */
-typedef struct {
-  Int n, k, m;
-  const uint16_t *a;
-  Int a_row, a_column;
-  const uint16_t *b;
-  Int b_row, b_column;
-  const uint16_t *bias;
-  void *c;
-  Int c_row, c_is_narrow;
-} HalfProduct;
 
 /* -------------------------------------------------------------------- what the processor can do */
 
@@ -480,12 +468,6 @@ int linear_backward_bfloat16(const HalfLinearBackward *l) {
 }
 
 /* ---------------------------------------------------------------------------------- conversions */
-
-typedef struct {
-  Int size, to_narrow; /* from wide to narrow numbers, else from narrow to wide ones */
-  float *wide;
-  uint16_t *narrow;
-} Conversion;
 
 static void convert_task(const void *arguments, Int part, Int parts) {
   const Conversion *c = arguments;

@@ -25,6 +25,14 @@ typedef struct {
 } Gelu;
 int gelu_forward(const Gelu *g);
 
+#define GELU_SCALE 0.7978845608f /* sqrt(2 / pi) */
+#define GELU_CUBIC 0.044715f
+
+/* 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)), u being GELU's inner polynomial. */
+INLINE float gelu_gate(float x) {
+  return 1 / (1 + exp_of(-2 * GELU_SCALE * (x + GELU_CUBIC * x * x * x)));
+}
+
 /* How far apart batches, heads and tokens of a (B, H, T, D) array are; D must have no gaps. */
 typedef struct {
   Int batch, head, token;
