@@ -73,24 +73,22 @@ INLINE float scale_at(int kind, const NarrowRows *f, Int column, Int at) {
   return kind == INT8 ? f->scales[column * groups_of(f->k) + at / GROUP] : 1;
 }
 
-/* Memory is asked for what will be read after so many bytes more; the processor itself looks no
-   further than to the end of a page. */
-#define AHEAD 2048
-
+/* Memory is asked early for what will be read; the processor itself looks no further than to the end
+   of a page. How many bytes ahead was found by trying. */
 INLINE void fetch_ahead(int kind, const void *weights, Int at) {
-  __builtin_prefetch((const char *)weights + (kind == INT8 ? at : 2 * at) + AHEAD);
+  __builtin_prefetch((const char *)weights + (kind == INT8 ? at + 4096 : 2 * at + 2048));
 }
 
-INLINE void add_products(vec *sum, Pair w, const float *x) {
-  *sum += w.first * *(const vec *)x;
-  *sum += w.second * *(const vec *)(x + LANES);
+INLINE void add_products(Pair *sum, Pair w, const float *x) {
+  sum->first += w.first * *(const vec *)x;
+  sum->second += w.second * *(const vec *)(x + LANES);
 }
 
 /* sum[r] += x[r] * w for numbers p … p + n - 1 of a column of weights, n <= GROUP. The sum is
    scaled, not the numbers. */
 INLINE void add_group(int kind, int rows, const NarrowRows *f, const float *x, Int column, Int p,
-                      Int n, vec *sum) {
-  vec part[TOGETHER] = {0};
+                      Int n, Pair *sum) {
+  Pair part[TOGETHER] = {0};
 #pragma GCC unroll 16
   for (Int q = p; q < p + n; q += STEP) {
     Pair w = weights_at(kind, f->weight, column * f->k + q);
@@ -99,15 +97,21 @@ INLINE void add_group(int kind, int rows, const NarrowRows *f, const float *x, I
       add_products(kind == INT8 ? &part[r] : &sum[r], w, x + r * f->k + q);
   }
   float scale = scale_at(kind, f, column, p);
-  for (int r = 0; r < rows && kind == INT8; r++) sum[r] += scale * part[r];
+  for (int r = 0; r < rows && kind == INT8; r++) {
+    sum[r].first += scale * part[r].first;
+    sum[r].second += scale * part[r].second;
+  }
 }
 
-/* The same for numbers 0 … whole - 1. */
-INLINE void add_column(int kind, int rows, const NarrowRows *f, const float *x, Int column,
-                       Int whole, vec *sum) {
+/* sum[r] = x[r] * w for numbers 0 … whole - 1. A sum of its own for each half of a Pair: each
+   addition waits for the one before it. */
+INLINE void sum_column(int kind, int rows, const NarrowRows *f, const float *x, Int column,
+                       Int whole, vec *total) {
   Int groups = whole / GROUP * GROUP;
+  Pair sum[TOGETHER] = {0};
   for (Int p = 0; p < groups; p += GROUP) add_group(kind, rows, f, x, column, p, GROUP, sum);
   if (groups < whole) add_group(kind, rows, f, x, column, groups, whole - groups, sum);
+  for (int r = 0; r < rows; r++) total[r] = sum[r].first + sum[r].second;
 }
 
 /* The same for TOGETHER columns side by side, which share each reading of x. */
@@ -121,8 +125,36 @@ INLINE void add_columns(int kind, int rows, const NarrowRows *f, const float *x,
         float scale = scale_at(kind, f, column + i, p);
         w = (Pair){scale * w.first, scale * w.second};
       }
-      for (int r = 0; r < rows; r++) add_products(&sum[i][r], w, x + r * f->k + p);
+      for (int r = 0; r < rows; r++) {
+        sum[i][r] += w.first * *(const vec *)(x + r * f->k + p);
+        sum[i][r] += w.second * *(const vec *)(x + r * f->k + p + LANES);
+      }
     }
+}
+
+/* rows[0][i] becomes the sum of the lanes of rows[i]; the others are overwritten. In each round every
+   second run of `step` lanes of one row, and of another, are added to the runs beside them. */
+INLINE vec lane_sums(vec rows[LANES]) {
+#pragma GCC unroll 4 /* so that the places are constants and not computed */
+  for (int step = LANES / 2; step; step /= 2) {
+    places upper, lower; /* below LANES: a number of `row`; else one of `other` */
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+      upper[i] = i & step ? LANES + i - step : i;
+      lower[i] = i & step ? LANES + i : i + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < step; i++) {
+      vec row = rows[i], other = rows[i + step];
+#ifdef __clang__ /* it has no shuffle by a vector of places, but finds one for this loop */
+      for (int lane = 0; lane < LANES; lane++)
+        rows[i][lane] = lane & step ? other[lane - step] + other[lane] : row[lane] + row[lane + step];
+#else
+      rows[i] = __builtin_shuffle(row, other, upper) + __builtin_shuffle(row, other, lower);
+#endif
+    }
+  }
+  return rows[0];
 }
 
 /* The products of the last numbers of a row, which fill no register. */
@@ -137,7 +169,7 @@ INLINE float rest(int kind, const NarrowRows *f, const float *x, Int column, Int
    read, nothing else is done: adding up the lanes of each sum comes afterwards. */
 INLINE void dots(int kind, int rows, int side_by_side, const NarrowRows *f, const float *x, Int row,
                  Int column, Int columns) {
-  float sums[TOGETHER][LANES * LANES] __attribute__((aligned(64))), across[LANES * LANES];
+  vec sums[TOGETHER][LANES];
   Int whole = f->k / STEP * STEP, side = side_by_side ? TOGETHER : 1;
   x += row * f->k;
   for (Int j = 0; j < columns; j += side) {
@@ -145,16 +177,14 @@ INLINE void dots(int kind, int rows, int side_by_side, const NarrowRows *f, cons
     if (side_by_side)
       add_columns(kind, rows, f, x, column + j, whole, sum);
     else
-      add_column(kind, rows, f, x, column + j, whole, sum[0]);
+      sum_column(kind, rows, f, x, column + j, whole, sum[0]);
     for (int i = 0; i < side; i++)
-      for (int r = 0; r < rows; r++) *(vec *)(sums[r] + (j + i) * LANES) = sum[i][r];
+      for (int r = 0; r < rows; r++) sums[r][j + i] = sum[i][r];
   }
   for (int r = 0; r < rows; r++) {
     float *y = f->y + (row + r) * f->m + column;
-    memset(sums[r] + columns * LANES, 0, (LANES - columns) * LANES * sizeof(float));
-    transpose_block(sums[r], LANES, LANES, across);
-    vec total = {0};
-    for (int lane = 0; lane < LANES; lane++) total += *(const vec *)(across + lane * LANES);
+    for (Int j = columns; j < LANES; j++) sums[r][j] = (vec){0};
+    vec total = lane_sums(sums[r]);
     for (Int j = 0; j < columns; j++) y[j] = total[j];
     for (Int j = 0; j < columns && whole < f->k; j++)
       y[j] += rest(kind, f, f->x + (row + r) * f->k, column + j, whole);
