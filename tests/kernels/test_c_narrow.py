@@ -22,22 +22,23 @@ pytestmark = pytest.mark.skipif(
 )
 
 SIZES = [
-    (1, 1, 1),
-    (1, 64, 16),
-    (2, 33, 17),
-    (3, 95, 131),
-    (4, 1601, 66),
-    (5, 768, 48),
-    (16, 65, 3),
+    *((1, 1, 1), (1, 64, 16), (2, 33, 17), (3, 95, 131), (4, 1601, 66), (5, 768, 48)),
+    *((16, 65, 3), (16, 130, 700), (9, 64, 32)),
 ]
 
 
-@pytest.fixture(params=[1, 3], ids=lambda count: f"{count} threads", autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    use_threads = compiler.library().use_threads
-    use_threads(ctypes.c_int64(request.param))
-    yield
-    use_threads(ctypes.c_int64(compiler.cores()))
+@pytest.fixture(params=["1 thread", "3 threads", "without AMX"], autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """On one thread and on several, and as on a processor that has no registers for matrices."""
+    library = compiler.library()
+    library.use_threads(ctypes.c_int64(3 if request.param == "3 threads" else 1))
+    try:
+        if request.param == "without AMX":
+            assert library.bfloat16_products(0) == 0
+        yield request.param
+    finally:
+        library.bfloat16_products(len(compiler.WAYS) - 1)
+        library.use_threads(ctypes.c_int64(compiler.cores()))
 
 
 def integers(*shape: int) -> np.ndarray:
@@ -144,10 +145,8 @@ LESS = """if True:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ["-mno-avx512f", "-mno-avx2", "-mno-avx"])
-def test_code_for_a_lesser_processor(
-    options: str, tmp_path: object, request: pytest.FixtureRequest
-) -> None:
-    if "1 threads" not in request.node.name or "avx512" not in compiler._processor():
+def test_code_for_a_lesser_processor(options: str, tmp_path: object, way: str) -> None:
+    if way != "1 thread" or "avx512" not in compiler._processor():
         pytest.skip("once is enough, and the options are for processors that have these")
     result = run_apart(LESS, CC=f"{CC} {options}", XDG_CACHE_HOME=str(tmp_path))
     assert result.returncode == 0 and "equal" in result.stdout, result.stderr

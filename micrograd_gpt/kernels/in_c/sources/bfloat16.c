@@ -22,10 +22,9 @@
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_PAIRS
 #include <immintrin.h>
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__) && defined(__x86_64__)
-#define HAS_TILES
-#include <sys/syscall.h>
 #endif
+#ifdef HAS_TILES
+#include <sys/syscall.h>
 #endif
 
 enum { WIDENED, PAIRS, TILES };
@@ -65,6 +64,8 @@ int bfloat16_products(Int most) {
   highest = most;
   return way();
 }
+
+int bfloat16_by_tiles(void) { return way() == TILES; }
 
 /* -------------------------------------------------------------------------------------- packing */
 
@@ -176,17 +177,6 @@ static void widen(const uint16_t *x, Int x_row, Int x_column, Int n, Int m, Int 
 /* ----------------------------------------------------------------------------- tiles of products */
 
 #ifdef HAS_TILES
-/* All 8 registers for matrices hold 16 rows of 64 bytes. */
-static void open_tiles(void) {
-  struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  } shape = {.palette = 1};
-  for (int i = 0; i < 8; i++) shape.row_bytes[i] = 64, shape.rows[i] = 16;
-  _tile_loadconfig(&shape);
-}
-
 /* c (32, 32) = a (32, deep) @ b (deep, 32), in four registers. */
 static void multiply_tiles(Int deep, const uint16_t *a, const uint32_t *b, float *c) {
   const Int a_bytes = deep * sizeof *a, b_bytes = 32 * sizeof *b, c_bytes = 32 * sizeof *c;

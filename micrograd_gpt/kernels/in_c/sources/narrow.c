@@ -6,6 +6,7 @@
    (vpdpbusd), would save instructions, but none of the bytes, and would cost accuracy. */
 
 #include "narrow.h"
+#include "bfloat16.h"
 #include "half.h"
 #include "matmul.h"
 
@@ -201,6 +202,91 @@ INLINE void dots_of_rows(int kind, Int rows, int side_by_side, const NarrowRows 
   }
 }
 
+/* ------------------------------------------------------------------ several rows, and AMX tiles */
+
+#ifdef HAS_TILES
+#define TILE 16       /* rows of weights, and at most as many of x */
+#define TILE_STEP 64  /* numbers of each row that are multiplied in one step: two tiles */
+#define TILE_COLUMNS (2 * TILE)
+#define ENOUGH_ROWS 3 /* with fewer the registers of ordinary vectors are as quick */
+
+/* The rows of x as tiles want them: word [p][r] is the pair of numbers 2p and 2p + 1 of row r, whose
+   upper halves are all of them. */
+static uint32_t *pairs_across(const NarrowRows *f, Int whole) {
+  uint32_t *pairs = (uint32_t *)scratch(X, whole / 2 * TILE), block[TILE * TILE] = {0};
+  for (Int p = 0; p < whole / 2 && pairs; p += TILE) {
+    for (Int r = 0; r < f->n; r++) {
+      const Float *x = (const Float *)(f->x + r * f->k + 2 * p);
+#pragma omp simd
+      for (Int i = 0; i < TILE; i++)
+        block[r * TILE + i] = x[2 * i].bits >> 16 | (x[2 * i + 1].bits & 0xffff0000);
+    }
+    transpose_block((const float *)block, TILE, TILE, (float *)pairs + p * TILE);
+  }
+  return pairs;
+}
+
+/* sums (TILE_COLUMNS, TILE) = weights (TILE_COLUMNS, whole) @ x.T; meanwhile the weights that come
+   next are fetched. Two sums for each result: each addition waits for the one before it. */
+static void multiply_tiles(const uint16_t *weights, Int k, Int whole, const uint32_t *x,
+                           float *sums) {
+  const uint16_t *below = weights + TILE * k;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (Int p = 0; p < whole; p += TILE_STEP) {
+    for (Int i = 0; i < TILE_COLUMNS; i++) {
+      __builtin_prefetch(weights + (TILE_COLUMNS + i) * k + p);
+      __builtin_prefetch(weights + (TILE_COLUMNS + i) * k + p + 32);
+    }
+    _tile_loadd(4, x + p / 2 * TILE, 64);
+    _tile_loadd(5, x + (p + 32) / 2 * TILE, 64);
+    _tile_loadd(6, weights + p, 2 * k);
+    _tile_dpbf16ps(0, 6, 4);
+    _tile_loadd(7, weights + p + 32, 2 * k);
+    _tile_dpbf16ps(1, 7, 5);
+    _tile_loadd(6, below + p, 2 * k);
+    _tile_dpbf16ps(2, 6, 4);
+    _tile_loadd(7, below + p + 32, 2 * k);
+    _tile_dpbf16ps(3, 7, 5);
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 2 * TILE * TILE, 64);
+  _tile_stored(2, sums + TILE * TILE, 64);
+  _tile_stored(3, sums + 3 * TILE * TILE, 64);
+  __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles are memory's */
+}
+
+/* Columns first … of y, as many as fill tiles before `end`. Returns where they end. */
+static Int tile_columns(const NarrowRows *f, Int first, Int end) {
+  float sums[4 * TILE * TILE] __attribute__((aligned(64))), across[TILE * TILE];
+  Int whole = f->k / TILE_STEP * TILE_STEP, j = first;
+  if (f->n < ENOUGH_ROWS || f->n > TILE || !whole || !bfloat16_by_tiles()) return first;
+  const uint32_t *x = pairs_across(f, whole);
+  if (!x) return first;
+  open_tiles();
+  for (; j + TILE_COLUMNS <= end; j += TILE_COLUMNS) {
+    multiply_tiles((const uint16_t *)f->weight + j * f->k, f->k, whole, x, sums);
+    add_scaled(sums, 1, sums + 2 * TILE * TILE, 2 * TILE * TILE);
+    for (Int half = 0; half < 2; half++) {
+      transpose_block(sums + half * TILE * TILE, TILE, TILE, across);
+      for (Int r = 0; r < f->n; r++)
+        for (Int i = 0; i < TILE; i++) {
+          Int column = j + half * TILE + i;
+          f->y[r * f->m + column] =
+              across[r * TILE + i] +
+              (whole < f->k ? rest(BFLOAT16, f, f->x + r * f->k, column, whole) : 0);
+        }
+    }
+  }
+  _tile_release();
+  return j;
+}
+#endif
+
+/* ----------------------------------------------------------------------------------- all of them */
+
 #define IN_NEAREST_CACHE 4096 /* floats of x that stay in it while weights pass by */
 
 INLINE void add_bias(const NarrowRows *f, Int first, Int end) {
@@ -213,9 +299,13 @@ INLINE void add_bias(const NarrowRows *f, Int first, Int end) {
 /* Columns first … end - 1 of y; see few_rows_columns of matmul.c. */
 INLINE void narrow_columns(int kind, const NarrowRows *f, Int first, Int end) {
   int in_one_stream = f->n <= TOGETHER && f->n * f->k <= IN_NEAREST_CACHE;
+  Int start = first;
+#ifdef HAS_TILES
+  if (kind == BFLOAT16) start = tile_columns(f, first, end);
+#endif
   const float *x = arranged(kind, f);
   if (!x) return;
-  for (Int j = first; j < end; j += LANES)
+  for (Int j = start; j < end; j += LANES)
     for (Int r = 0; r < f->n; r += TOGETHER) {
       Int columns = min(LANES, end - j), rows = min(TOGETHER, f->n - r);
       if (in_one_stream || columns < LANES)

@@ -11,7 +11,7 @@ enum { FLOAT32, BFLOAT16, INT8 };
 /* y = x @ weight.T + bias for a few rows of x: bound by reading the weights. */
 typedef struct {
   Int kind, n, k, m;
-  const float *x;      /* (n, k) */
+  const float *x;      /* (n, k), whose numbers fit the weights' type if it is bfloat16 */
   const void *weight;  /* (m, k), of this kind; rows without gaps */
   const float *scales; /* of int8: (m, k / GROUP rounded up), what each group is multiplied by */
   const void *bias;    /* (m) or NULL: bfloat16 beside such weights, else float32 */
