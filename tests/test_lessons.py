@@ -48,8 +48,9 @@ def small_notebook(output: str = "3\n", picture: str = "AAAA") -> dict[str, Any]
         {"output_type": "stream", "name": "stdout", "text": output},
         {"output_type": "display_data", "data": shown, "metadata": {}},
     ]
-    cell = {"cell_type": "code", "source": "print(1 + 2)", "outputs": outputs}
-    return {"cells": [{"cell_type": "markdown", "source": "# Sums"}, cell], "metadata": {}}
+    cell = {"cell_type": "code", "source": "print(1 + 2)", "outputs": outputs, "metadata": {}}
+    title = {"cell_type": "markdown", "source": "# Sums", "metadata": {}}
+    return {"cells": [title, cell], "metadata": {}}
 
 
 @each_lesson
@@ -74,6 +75,19 @@ def test_its_notebook_has_the_same_text_and_a_picture(script: Path) -> None:
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
+def test_the_lessons_lead_through_the_six_files_and_the_training_script() -> None:
+    after: list[Path] = []
+    for script in SCRIPTS:
+        paragraphs = re.split(r"^#?$", script.read_text("utf-8"), flags=re.MULTILINE)
+        for paragraph in (p for p in paragraphs if "**Read next" in p):
+            after += [FOLDER / link for link in re.findall(r"\]\((\S+)\)", paragraph)]
+    assert [path for path in after if not path.is_file()] == []
+    six = ("tensor", "layers", "functional", "nn", "optim", "gpt2")
+    files = [*(f"micrograd_gpt/{name}.py" for name in six), "train_gpt2.py"]
+    read = {path.resolve() for path in after}
+    assert [name for name in files if (FOLDER.parent / name).resolve() not in read] == []
+
+
 def test_the_readme_has_every_lesson_in_order() -> None:
     links = re.findall(r"\]\((\d\d_\w+)\.ipynb\)", (FOLDER / "README.md").read_text("utf-8"))
     assert links == [script.stem for script in SCRIPTS]
@@ -83,6 +97,21 @@ def test_the_check_passes_over_pictures(tmp_path: Path) -> None:
     path = tmp_path / "01_sums.ipynb"
     path.write_text(json.dumps(small_notebook(picture="BBBB")), "utf-8")
     make.check(small_notebook(), path)
+
+
+def test_the_check_passes_over_times_alone(tmp_path: Path) -> None:
+    path, kept, made = (
+        tmp_path / "01_sums.ipynb",
+        small_notebook("3 ms\n"),
+        small_notebook("4 ms\n"),
+    )
+    for notebook in (kept, made):
+        notebook["cells"][1]["metadata"]["tags"] = ["times"]
+    path.write_text(json.dumps(kept), "utf-8")
+    make.check(made, path)
+    made["cells"][1]["source"] = "print(1 - 2)"
+    with pytest.raises(make.LessonError, match="the notebook differs"):
+        make.check(made, path)
 
 
 @pytest.mark.parametrize("change", ["output", "source", "a picture less", "a cell less"])
@@ -130,3 +159,16 @@ def test_lessons_are_run_and_compared(tmp_path: Path, capsys: pytest.CaptureFixt
     lesson.write_text("# %% [markdown]\n# # Sums\n\n# %%\nassert 1 + 2 == 4\n", "utf-8")
     assert make.main(["--check"], tmp_path) == 1
     assert "a cell failed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_notebook_does_not_depend_on_the_models_that_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nbclient")
+    pytest.importorskip("jupytext")
+    monkeypatch.setenv("LESSON_MODEL", "models/gpt2-124M")
+    lesson = tmp_path / "01_where.py"
+    lesson.write_text("# %%\nimport os\n\nprint(repr(os.environ['LESSON_MODEL']))\n", "utf-8")
+    assert make.main([], tmp_path) == 0
+    assert make.text_of(notebook_of(lesson))[-1] == "    > ''"
