@@ -118,6 +118,19 @@ def test_a_model_computes_what_its_weights_stand_for(kind: str) -> None:
     assert compute_dtype(model.transformer.wte.weight) == np.float32
 
 
+def test_an_edited_product_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a forward pass, and in decoding, of which C otherwise computes a step in one call."""
+    model, ids = model_of("int8"), np.arange(12).reshape(1, 12)
+    with no_grad():
+        before = model(ids).data
+        monkeypatch.setattr(int8, "product", lambda x, weight: 2 * (x @ weight.astype("float32")))
+        whole, cache = model(ids).data, KVCache(model)
+        steps = [model(part, cache).data for part in np.split(ids, [9, 10], axis=1)]
+    assert np.abs(whole - before).max() > 0.1 * np.abs(before).max()
+    scale = np.abs(whole).max()
+    np.testing.assert_allclose(np.concatenate(steps, axis=1), whole, rtol=0, atol=1e-5 * scale)
+
+
 def test_it_is_not_for_training_nor_for_files(tmp_path: Path) -> None:
     model = model_of("int8")
     loss = model.loss([[1, 2]], [[2, 3]])
