@@ -70,7 +70,7 @@ def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
     the weights.
     """
     layers = parameters_of(blocks, cache)
-    if not layers or is_recorded(x, *(p for block in blocks for p in block.parameters())):
+    if not layers or is_recorded(x, *(parameter for layer in layers for parameter in layer)):
         raise NotForMe
     arrays = [[parameter.data for parameter in layer] for layer in layers]
     heads, data = blocks[0].attn.n_head, cache.data
