@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from micrograd_gpt import Tensor, layers, no_grad
+from micrograd_gpt import Tensor, layers, no_grad, optim
 from micrograd_gpt.arrays import int8
 from micrograd_gpt.arrays.precision import compute_dtype, hold_in
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.documents import load_documents
+from micrograd_gpt.text.tokenizers import make_tokenizer
+from micrograd_gpt.text.windows import Windows
 from micrograd_gpt.variants import VariantConfig, VariantGPT2
 
 
@@ -116,6 +119,35 @@ def test_a_model_computes_what_its_weights_stand_for(kind: str) -> None:
     np.testing.assert_allclose(*losses, rtol=1e-6)
     assert cache.data.dtype == logits[0].dtype == np.float32
     assert compute_dtype(model.transformer.wte.weight) == np.float32
+
+
+@pytest.mark.slow
+def test_a_trained_model_loses_less_than_half_a_percent() -> None:
+    """Validation loss of a character model that has learned something, in each narrow type."""
+    text = "\n\n".join(load_documents("pydocs"))[:300_000]
+    tokenizer = make_tokenizer("char", text)
+    ids = tokenizer.encode(text)
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 64}
+    model = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size, **shape))
+    optimizer = optim.AdamW(model.parameters(), lr=3e-3)
+    training, held_out = Windows(ids[:-20_000], 64), Windows(ids[-20_000:], 64)
+    for step in range(200):
+        model.loss(*training.batch(0, step, 16)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def loss_of(model: GPT2) -> float:
+        with no_grad():
+            return model.loss(*held_out.batch(0, 0, 256)).item()
+
+    exact, chance = loss_of(model), np.log(tokenizer.vocab_size)
+    in_half, in_8_bits = copy.deepcopy(model), copy.deepcopy(model)
+    hold_in(in_half, "bfloat16")
+    for name, parameter in in_8_bits.named_parameters():
+        int8.hold_in_int8(name, parameter)
+    assert exact < 0.7 * chance
+    assert loss_of(in_half) == pytest.approx(exact, rel=5e-3)
+    assert loss_of(in_8_bits) == pytest.approx(exact, rel=5e-3)
 
 
 def test_an_edited_product_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
