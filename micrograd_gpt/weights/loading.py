@@ -22,9 +22,9 @@ def fill(
     `once_read` gets the name of each array as soon as it is filled, and may take it out of
     `arrays`.
 
-    Each number is read once, so memory holds the arrays and one chunk, or on a GPU and for a matrix
-    in another order one tensor. NaN and infinity are warned of on stderr. Raises UserError, naming
-    the tensor, unless names and shapes are the same on both sides, and if the file can't be read.
+    Each number is read once, so memory holds the arrays and one chunk, or on a GPU one tensor. NaN
+    and infinity are warned of on stderr. Raises UserError, naming the tensor, unless names and
+    shapes are the same on both sides, and if the file can't be read.
     """
     from tqdm import tqdm
 

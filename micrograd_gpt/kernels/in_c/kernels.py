@@ -89,11 +89,10 @@ def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _Produc
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
     if is_half(weight):
         return half.linear_forward(x, weight, bias)
-    return multiply(x, weight, None if bias is None else np.ascontiguousarray(bias))
+    return _multiply(x, weight, None if bias is None else np.ascontiguousarray(bias))
 
 
-def multiply(a: Array, b: Array, bias: Array | None) -> Array:
-    """a (N, K) @ b (K, M) + bias (M,) of float32."""
+def _multiply(a: Array, b: Array, bias: Array | None) -> Array:
     (n, k), m = a.shape, b.shape[1]
     y = np.empty((n, m), np.float32)
     if n <= FEW_ROWS and b.flags.f_contiguous:
@@ -307,7 +306,7 @@ def linear_cross_entropy_forward(
     """As the definition; the logits become their own gradient in place."""
     labels = checked_labels(labels, len(weight))
     in_half = is_half(weight)
-    logits = half.multiply(x, weight.T, FLOAT32) if in_half else multiply(x, weight.T, None)
+    logits = half.multiply(x, weight.T, FLOAT32) if in_half else _multiply(x, weight.T, None)
     loss = _cross_entropy(logits, labels, logits)
     if not with_gradients:
         return None, loss, None
