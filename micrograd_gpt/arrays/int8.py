@@ -13,6 +13,7 @@ than a step between two integers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from micrograd_gpt.arrays.stand_ins import definition
 from micrograd_gpt.support.errors import UserError
 
 Array = Any
+NewArray = Callable[[tuple[int, ...], np.dtype], np.ndarray]  # shape, dtype -> an array to fill
 
 INT8 = "int8"
 GROUP = 64
@@ -97,14 +99,16 @@ def int8_matrix(values: np.ndarray, scales: np.ndarray) -> Int8Matrix:
     return matrix
 
 
-def quantised(matrix: np.ndarray, axis: int) -> Int8Matrix:
+def quantised(matrix: np.ndarray, axis: int, new: NewArray = np.empty) -> Int8Matrix:
     """A matrix of floats in int8, in groups along `axis`, the one that products add up.
 
-    In memory the numbers along that axis have no gaps. A group with NaN or infinity becomes NaN.
+    In memory, which `new` gives, the numbers along that axis have no gaps. A group with NaN or
+    infinity becomes NaN.
     """
     rows = matrix if axis == 1 else matrix.T  # (M, K)
     starts = np.arange(0, rows.shape[1], GROUP)
-    values, scales = np.empty(rows.shape, np.int8), np.empty((len(rows), len(starts)), np.float32)
+    values = new(rows.shape, np.dtype(np.int8))
+    scales = new((len(rows), len(starts)), np.dtype(np.float32))
     for first in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(first, first + ROWS_AT_ONCE)
         some = rows[part].astype(np.float32)
@@ -139,14 +143,15 @@ def product(x: Array, weight: Int8Matrix) -> Array:
     return x @ dequantised(weight.values, weight.scales, weight.axis)
 
 
-def hold_in_int8(name: str, parameter: Any) -> None:
-    """Convert a model's parameter of this name where it is a matrix that is multiplied.
+def hold_in_int8(name: str, parameter: Any, new: NewArray = np.empty) -> None:
+    """Convert a model's parameter of this name where it is a matrix that is multiplied, in memory
+    that `new` gives.
 
     A parameter needs no gradient any more: none could be applied to it.
     """
     parameter.requires_grad = False
     if parameter.ndim == 2 and not name.endswith(NEVER_MULTIPLIED):
-        parameter.data = quantised(parameter.data, 1 if name.endswith(TABLES) else 0)
+        parameter.data = quantised(parameter.data, 1 if name.endswith(TABLES) else 0, new)
 
 
 def refuse_int8(dtype: str, device: str) -> None:

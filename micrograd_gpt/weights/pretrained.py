@@ -12,6 +12,7 @@ import numpy as np
 
 from micrograd_gpt.arrays.devices import Array, move
 from micrograd_gpt.arrays.int8 import INT8, hold_in_int8, refuse_int8
+from micrograd_gpt.arrays.memory import HugePages
 from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.cli import say
@@ -52,8 +53,9 @@ def build(
         names = ", ".join(map(ascii, weights.heads))[:200]  # there can be any, and any number
         say(f"note: {weights.path}: {names} left out: a language model has no such head")
     try:
-        model = unwritten(weights.config, cls)
-        hold_in(model, "float32" if dtype == INT8 else dtype)
+        read_as = "float32" if dtype == INT8 else dtype
+        model = unwritten(weights.config, cls, read_as)
+        hold_in(model, read_as)
         move(model, device)
     except MemoryError as error:
         raise UserError(
@@ -62,20 +64,24 @@ def build(
     parameters = dict(model.named_parameters())
     arrays = {name: parameter.data for name, parameter in parameters.items()}
 
+    memory = HugePages()
+
     def hold(name: str) -> None:
         del arrays[name]
-        hold_in_int8(name, parameters[name])
+        hold_in_int8(name, parameters[name], memory.zeros)
 
     fill(arrays, weights.tensors, weights.path, hold if dtype == INT8 else None)
     return model.eval()
 
 
-def unwritten(config: GPT2Config, cls: type[GPT2] = GPT2) -> GPT2:
-    """A model to fill: its matrices are zeros from the system, which take no room until then."""
+def unwritten(config: GPT2Config, cls: type[GPT2] = GPT2, dtype: str = "float32") -> GPT2:
+    """A model to fill, whose matrices are of this type: zeros from the system, which take no room
+    until then."""
+    memory = HugePages()
     tables = [(rows, config.n_embd) for rows in (config.vocab_size, config.n_positions)]
 
     def zeros(shape: tuple[int, ...], std: float) -> Array:
         # Embeddings keep C order, and Linear would copy what is not in Fortran order.
-        return np.zeros(shape, np.float32, order="C" if shape in tables else "F")
+        return memory.zeros(shape, np.dtype(dtype), order="C" if shape in tables else "F")
 
     return model_class(config, cls)(config, init=zeros)

@@ -49,7 +49,7 @@ class _HalfProduct(ctypes.Structure):
         *pointers("b"),
         *ints("b_row", "b_column"),
         *pointers("bias", "c"),
-        *ints("c_row", "c_is_narrow"),
+        *ints("c_row", "c_is_narrow", "adds"),
     ]
 
 
@@ -62,7 +62,9 @@ class _HalfLinearBackward(ctypes.Structure):
     ]
 
 
-def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _HalfProduct:
+def _product(
+    a: Array, b: Array, c: Array, bias: Array | None = None, adds: bool = False
+) -> _HalfProduct:
     """c = a @ b + bias for the C code; where c is stored by columns, its transpose is computed."""
     if c.strides[1] != c.itemsize:
         a, b, c = b.T, a.T, c.T
@@ -70,15 +72,19 @@ def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _HalfPr
     return _HalfProduct(
         *(n, k, m, a.ctypes.data, *strides_of(a), b.ctypes.data, *strides_of(b)),
         *(None if bias is None else bias.ctypes.data, c.ctypes.data, strides_of(c)[0]),
-        c.dtype == BFLOAT16,
+        *(c.dtype == BFLOAT16, adds),
     )
 
 
 def multiply(a: Array, b: Array, dtype: np.dtype) -> Array:
     """a (N, K) @ b (K, M) of bfloat16, in this type: bfloat16 or float32."""
-    c = np.empty((len(a), b.shape[1]), dtype)
-    call("matmul_bfloat16", _product(a, b, c))
+    write_product(a, b, c := np.empty((len(a), b.shape[1]), dtype))
     return c
+
+
+def write_product(a: Array, b: Array, c: Array, adds: bool = False) -> None:
+    """Write a (N, K) @ b (K, M) of bfloat16 into c; with `adds`, add it to c of float32."""
+    call("matmul_bfloat16", _product(a, b, c, adds=adds))
 
 
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:

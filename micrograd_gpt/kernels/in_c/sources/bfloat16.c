@@ -350,7 +350,7 @@ static void multiply_columns(const HalfProduct *p, Block *block, Int first_row, 
   for (block->p0 = 0; block->p0 < p->k; block->p0 += block->depth) {
     block->depth = min(block->cutting.depth, p->k - block->p0);
     block->deep = round_up(block->depth, block->cutting.step);
-    block->first = block->p0 == 0, block->complete = block->p0 + block->depth == p->k;
+    block->first = block->p0 == 0 && !p->adds, block->complete = block->p0 + block->depth == p->k;
     pack_block_of_b(p, block);
     for (Int row = first_row; row < end_row; row += PACKED_ROWS) {
       Int n = min(PACKED_ROWS, end_row - row);

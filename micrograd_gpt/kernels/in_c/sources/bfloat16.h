@@ -24,7 +24,8 @@ INLINE void open_tiles(void) {
 int bfloat16_by_tiles(void);
 
 /* c = a @ b + bias for a (n, k), b (k, m), c (n, m) and bias (m) or NULL, as Product's, but of
-   bfloat16, and c either of float32 or narrow: of bfloat16. */
+   bfloat16, and c either of float32 or narrow: of bfloat16. A product that `adds` adds to the
+   numbers of c, which is of float32. */
 typedef struct {
   Int n, k, m;
   const uint16_t *a;
@@ -33,7 +34,7 @@ typedef struct {
   Int b_row, b_column;
   const uint16_t *bias;
   void *c;
-  Int c_row, c_is_narrow;
+  Int c_row, c_is_narrow, adds;
 } HalfProduct;
 int matmul_bfloat16(const HalfProduct *p);
 

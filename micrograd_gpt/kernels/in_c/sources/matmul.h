@@ -13,7 +13,8 @@
 #define COLUMNS (VECTORS * LANES)
 
 /* c = a @ b + bias for a (n, k), b (k, m), c (n, m) and bias (m) or NULL. Element (i, j) of a is
-   a[i * a_row + j * a_column]; the elements of a row of c have no gaps. */
+   a[i * a_row + j * a_column]; the elements of a row of c have no gaps. A product that `adds` adds
+   to the numbers of c. */
 typedef struct {
   Int n, k, m;
   const float *a;
@@ -22,7 +23,7 @@ typedef struct {
   Int b_row, b_column;
   const float *bias;
   float *c;
-  Int c_row;
+  Int c_row, adds;
 } Product;
 
 /* y = x @ weight.T + bias for a few rows of x: bound by reading the weights. */
@@ -73,6 +74,36 @@ INLINE void transpose_block(const float *b, Int stride, Int columns, float *pack
   }
   for (int i = 0; i < LANES; i++) *(vec *)(packed + i * columns) = rows[i];
 #endif
+}
+
+/* lanes[i] = row[from[i]], or other[from[i] - LANES] */
+INLINE vec lanes_of(vec row, vec other, places from) {
+#ifdef __clang__
+  vec lanes;
+  for (int i = 0; i < LANES; i++) lanes[i] = from[i] < LANES ? row[from[i]] : other[from[i] - LANES];
+  return lanes;
+#else
+  return __builtin_shuffle(row, other, from);
+#endif
+}
+
+/* The sum of the lanes of rows[i] in lane i, for LANES rows, which change. In each round two rows
+   become one: its lanes whose number has the bit `step` belong to the second, the others to the
+   first, and each is the sum of two that had the same owner. */
+INLINE vec sums_of_lanes(vec *rows) {
+#pragma GCC unroll 4
+  for (int step = LANES / 2; step; step /= 2) {
+    places here, there;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+      here[i] = i & step ? LANES + i : i;
+      there[i] = here[i] ^ step;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < step; i++)
+      rows[i] = lanes_of(rows[i], rows[i + step], here) + lanes_of(rows[i], rows[i + step], there);
+  }
+  return rows[0];
 }
 
 /* c (ROWS, columns) = a (ROWS, k) @ b (k, columns), or += with `add`. b is packed, and its columns

@@ -133,31 +133,6 @@ INLINE void add_columns(int kind, int rows, const NarrowRows *f, const float *x,
     }
 }
 
-/* rows[0][i] becomes the sum of the lanes of rows[i]; the others are overwritten. In each round every
-   second run of `step` lanes of one row, and of another, are added to the runs beside them. */
-INLINE vec lane_sums(vec rows[LANES]) {
-#pragma GCC unroll 4 /* so that the places are constants and not computed */
-  for (int step = LANES / 2; step; step /= 2) {
-    places upper, lower; /* below LANES: a number of `row`; else one of `other` */
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) {
-      upper[i] = i & step ? LANES + i - step : i;
-      lower[i] = i & step ? LANES + i : i + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < step; i++) {
-      vec row = rows[i], other = rows[i + step];
-#ifdef __clang__ /* it has no shuffle by a vector of places, but finds one for this loop */
-      for (int lane = 0; lane < LANES; lane++)
-        rows[i][lane] = lane & step ? other[lane - step] + other[lane] : row[lane] + row[lane + step];
-#else
-      rows[i] = __builtin_shuffle(row, other, upper) + __builtin_shuffle(row, other, lower);
-#endif
-    }
-  }
-  return rows[0];
-}
-
 /* The products of the last numbers of a row, which fill no register. */
 INLINE float rest(int kind, const NarrowRows *f, const float *x, Int column, Int whole) {
   float sum = 0;
@@ -185,7 +160,7 @@ INLINE void dots(int kind, int rows, int side_by_side, const NarrowRows *f, cons
   for (int r = 0; r < rows; r++) {
     float *y = f->y + (row + r) * f->m + column;
     for (Int j = columns; j < LANES; j++) sums[r][j] = (vec){0};
-    vec total = lane_sums(sums[r]);
+    vec total = sums_of_lanes(sums[r]);
     for (Int j = 0; j < columns; j++) y[j] = total[j];
     for (Int j = 0; j < columns && whole < f->k; j++)
       y[j] += rest(kind, f, f->x + (row + r) * f->k, column + j, whole);
