@@ -7,6 +7,7 @@ build(weights)           -> GPT2
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,9 +54,11 @@ def build(
         names = ", ".join(map(ascii, weights.heads))[:200]  # there can be any, and any number
         say(f"note: {weights.path}: {names} left out: a language model has no such head")
     try:
-        read_as = "float32" if dtype == INT8 else dtype
-        model = unwritten(weights.config, cls, read_as)
-        hold_in(model, read_as)
+        if dtype == INT8:  # float32 until it is read
+            model = unwritten(weights.config, cls, new=np.zeros)
+        else:
+            model = unwritten(weights.config, cls, dtype)
+            hold_in(model, dtype)
         move(model, device)
     except MemoryError as error:
         raise UserError(
@@ -74,14 +77,16 @@ def build(
     return model.eval()
 
 
-def unwritten(config: GPT2Config, cls: type[GPT2] = GPT2, dtype: str = "float32") -> GPT2:
-    """A model to fill, whose matrices are of this type: zeros from the system, which take no room
-    until then."""
-    memory = HugePages()
+def unwritten(
+    config: GPT2Config, cls: type[GPT2] = GPT2, dtype: str = "float32", new: Any = None
+) -> GPT2:
+    """A model to fill, whose matrices are of this type: zeros that `new`, or else the system, gives
+    and that take no room until then."""
+    new = HugePages().zeros if new is None else new
     tables = [(rows, config.n_embd) for rows in (config.vocab_size, config.n_positions)]
 
     def zeros(shape: tuple[int, ...], std: float) -> Array:
         # Embeddings keep C order, and Linear would copy what is not in Fortran order.
-        return memory.zeros(shape, np.dtype(dtype), order="C" if shape in tables else "F")
+        return new(shape, np.dtype(dtype), order="C" if shape in tables else "F")
 
     return model_class(config, cls)(config, init=zeros)
