@@ -76,21 +76,16 @@ INLINE void transpose_block(const float *b, Int stride, Int columns, float *pack
 #endif
 }
 
-/* lanes[i] = row[from[i]], or other[from[i] - LANES] */
-INLINE vec lanes_of(vec row, vec other, places from) {
-#ifdef __clang__
-  vec lanes;
-  for (int i = 0; i < LANES; i++) lanes[i] = from[i] < LANES ? row[from[i]] : other[from[i] - LANES];
-  return lanes;
-#else
-  return __builtin_shuffle(row, other, from);
-#endif
-}
-
-/* The sum of the lanes of rows[i] in lane i, for LANES rows, which change. In each round two rows
-   become one: its lanes whose number has the bit `step` belong to the second, the others to the
-   first, and each is the sum of two that had the same owner. */
+/* The sum of the lanes of rows[i] in lane i, for LANES rows, which change. */
 INLINE vec sums_of_lanes(vec *rows) {
+#ifdef __clang__
+  float across[LANES * LANES];
+  transpose_block((const float *)rows, LANES, LANES, across);
+  for (int i = 1; i < LANES; i++) *(vec *)across += *(const vec *)(across + i * LANES);
+  return *(const vec *)across;
+#else
+  /* In each round two rows become one: its lanes whose number has the bit `step` belong to the
+     second, the others to the first, and each is the sum of two that had the same owner. */
 #pragma GCC unroll 4
   for (int step = LANES / 2; step; step /= 2) {
     places here, there;
@@ -100,10 +95,13 @@ INLINE vec sums_of_lanes(vec *rows) {
       there[i] = here[i] ^ step;
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < step; i++)
-      rows[i] = lanes_of(rows[i], rows[i + step], here) + lanes_of(rows[i], rows[i + step], there);
+    for (int i = 0; i < step; i++) {
+      vec row = rows[i], other = rows[i + step];
+      rows[i] = __builtin_shuffle(row, other, here) + __builtin_shuffle(row, other, there);
+    }
   }
   return rows[0];
+#endif
 }
 
 /* c (ROWS, columns) = a (ROWS, k) @ b (k, columns), or += with `add`. b is packed, and its columns
