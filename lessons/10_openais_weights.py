@@ -191,15 +191,9 @@ draw_bytes(index, [*parts, ("three sizes", 3), ("key", 6)], texts=["key"])
 #
 # All such numbers are **varints**: seven bits in a byte, the lowest first, and the highest bit says
 # that another byte follows. A number below 128 takes one byte, and a large one as many as it needs.
-<<<<<<< HEAD
-# Several blocks of entries make a file. Its last 48 bytes say where two lists are, each by an offset
-# and a length: the first list is of no use to us, the second is the list of blocks. That is a block
-# of entries itself, whose values are again offsets and lengths: those of the blocks.
-=======
 # Several blocks of entries make a file. Its last 48 bytes say where two lists are, each by its
 # offset and length: the first list is of no use to us, the second is the list of blocks. That is a
 # block of entries itself, whose values are again offsets and lengths: those of the blocks.
->>>>>>> main
 
 
 # %%
