@@ -1,8 +1,9 @@
 """Weights of 8 bits: integers from -127 to 127, and a float32 scale for each group of 64 of them.
 
 A group is 64 neighbours along the axis that a product adds up, and its scale is its largest number
-divided by 127, so no number is off by more than 1/254 of the largest one near it. With groups of 64
-a weight takes 8.5 bits; with groups of 32, 9. And a group fills a cache line, or one register.
+divided by 127, so no number is off by more than 1/254 of the largest one near it (subnormal scales
+have few digits: there it may be more). With groups of 64 a weight takes 8.5 bits; with groups of
+32, 9. And a group fills a cache line, or one register.
 
 Everything else (activations, sums, embeddings that were looked up, LayerNorm, the KV cache) stays
 float32. Only matrices that are multiplied are held so; the table of token embeddings, which is the
@@ -30,15 +31,27 @@ LARGEST = np.float32(127)
 ROWS_AT_ONCE = 1024  # that are quantised together: what that computes takes memory
 TABLES = ("wte.weight", "lm_head.weight")  # a row for each token: products add up the last axis
 NEVER_MULTIPLIED = ("wpe.weight",)
+UNCHANGEABLE = "the weights of an int8 model cannot be changed: load it in float32"
 
 
 class Int8Matrix(np.ndarray):
     """A matrix of int8 with `scales`, a float32 for each GROUP of numbers along one of its axes.
 
-    In every operation it is the float32 matrix that it stands for. Indexing gives float32 rows.
+    In NumPy's operators and functions, and when it is indexed, it is the float32 matrix that it
+    stands for. np.asarray and those methods of ndarray that are not here give integers: call
+    `astype` first. Nothing can be written to it.
     """
 
-    scales: Any = None  # none on a view that NumPy has made itself
+    _scales: Any = None  # none on a view that NumPy has made itself
+
+    @property
+    def scales(self) -> np.ndarray:
+        """What each group is multiplied by; TypeError on a view that has none."""
+        if self._scales is None:
+            raise TypeError(
+                "this view of an int8 matrix has no scales: call .astype(float32) first"
+            )
+        return self._scales
 
     @property
     def values(self) -> np.ndarray:
@@ -67,35 +80,60 @@ class Int8Matrix(np.ndarray):
         return self.astype(np.float32)[index]
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise TypeError("the weights of an int8 model cannot be changed: load it in float32")
+        raise TypeError(UNCHANGEABLE)
 
     def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         return dequantised(self.values, self.scales, self.axis).astype(dtype, *args, **kwargs)
 
+    def copy(self, order: Any = "K") -> Int8Matrix:
+        return int8_matrix(self.values.copy(order), self.scales.copy(order))
+
+    def __copy__(self) -> Int8Matrix:
+        return self.copy()
+
     def __deepcopy__(self, memo: Any) -> Int8Matrix:
-        return int8_matrix(self.values.copy(order="K"), self.scales.copy(order="K"))
+        return self.copy()
+
+    def __reduce__(self) -> Any:
+        return int8_matrix, (self.values, self.scales)
+
+    def __repr__(self) -> str:
+        return repr(self.astype(np.float32))
+
+    def __str__(self) -> str:
+        return str(self.astype(np.float32))
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        if any(isinstance(array, Int8Matrix) for array in kwargs.get("out", ())):
+            raise TypeError(UNCHANGEABLE)
         is_product = ufunc is np.matmul and method == "__call__" and not kwargs
         if is_product and type(inputs[0]) is np.ndarray:
             return product(inputs[0], self)
-        return getattr(ufunc, method)(*map(_wide, inputs), **kwargs)
+        return getattr(ufunc, method)(*_wide(inputs), **_wide(kwargs))
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        return function(*map(_wide, args), **kwargs)
+        return function(*_wide(args), **_wide(kwargs))
 
 
 def _wide(value: Any) -> Any:
-    """A matrix of int8 as the float32 matrix that it stands for; anything else itself."""
+    """A matrix of int8 as the float32 matrix that it stands for, also within a list or a dict;
+    anything else itself. What NumPy would write to that matrix would be lost: it is an error."""
     if isinstance(value, list | tuple):
         return type(value)(map(_wide, value))
-    return value.astype(np.float32, copy=False) if isinstance(value, Int8Matrix) else value
+    if isinstance(value, dict):
+        return {key: _wide(each) for key, each in value.items()}
+    if not isinstance(value, Int8Matrix):
+        return value
+    wide = value.astype(np.float32, copy=False)
+    wide.flags.writeable = False
+    return wide
 
 
 def int8_matrix(values: np.ndarray, scales: np.ndarray) -> Int8Matrix:
     """The matrix of these integers and scales, which are not copied."""
     matrix = values.view(Int8Matrix)
-    matrix.scales = scales
+    matrix._scales = scales
+    matrix.flags.writeable = False
     return matrix
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import operator
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from micrograd_gpt import Tensor, layers, no_grad, optim
 from micrograd_gpt.arrays import int8
+from micrograd_gpt.arrays.int8 import Int8Matrix
 from micrograd_gpt.arrays.precision import compute_dtype, hold_in
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
@@ -77,9 +82,49 @@ def test_every_operation_sees_the_matrix_it_stands_for() -> None:
     np.testing.assert_array_equal(w.swapaxes(0, 1)[np.array([[2, 0]])], wide.T[[[2, 0]]])
     for index in (3, -1, slice(1, 5), (slice(None), 2), np.array([1, -1, 1]), wide.T > 0):
         np.testing.assert_array_equal(table[index], wide.T[index])
-    np.testing.assert_array_equal(copy.deepcopy(w).astype("float64"), wide.astype("float64"))
-    with pytest.raises(TypeError, match="cannot be changed"):
-        w[0] = 1
+    np.testing.assert_array_equal(np.sum(a=w, axis=0), wide.sum(axis=0))
+    assert repr(w) == repr(wide) and str(w) == str(wide)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, Int8Matrix.copy, lambda w: pickle.loads(pickle.dumps(w))],
+    ids=["copy", "deepcopy", "its own copy", "pickle"],
+)
+def test_a_copy_stands_for_the_same_matrix(copied: Callable[[Int8Matrix], Int8Matrix]) -> None:
+    w = int8.quantised(numbers(130, 7), 0)
+    other = copied(w)
+    assert not np.shares_memory(other.values, w.values)
+    np.testing.assert_array_equal(other.values, w.values)
+    np.testing.assert_array_equal(other.astype("float64"), w.astype("float64"))
+    assert other.flags.f_contiguous and other.scales.flags.f_contiguous
+
+
+WRITES: dict[str, Callable[[Int8Matrix], object]] = {
+    "an element": lambda w: w.__setitem__(0, 1),
+    "in place": lambda w: operator.imul(w, 2),
+    "out": lambda w: np.add(1, 2, out=w),
+    "add.at": lambda w: np.add.at(w, 0, 1),
+    "copyto": lambda w: np.copyto(w, 0),
+    "fill": lambda w: w.fill(0),
+    "sort": lambda w: w.sort(),
+    "scales": lambda w: setattr(w, "scales", w.scales * 2),
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_nothing_can_be_written_to_it(how: str) -> None:
+    w = int8.quantised(numbers(130, 7), 0)
+    before = w.astype("float32")
+    message = "cannot be changed|read-only|no setter|can't set"
+    with pytest.raises((TypeError, ValueError, AttributeError), match=message):
+        WRITES[how](w)
+    np.testing.assert_array_equal(w.astype("float32"), before)
+
+
+def test_a_view_that_has_no_scales_says_so() -> None:
+    with pytest.raises(TypeError, match="no scales"):
+        int8.quantised(numbers(130, 7), 0).reshape(-1).astype("float32")
 
 
 def test_layers_take_it_as_a_weight() -> None:
@@ -156,6 +201,24 @@ def test_an_edited_product_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None
     with no_grad():
         before = model(ids).data
         monkeypatch.setattr(int8, "product", lambda x, weight: 2 * (x @ weight.astype("float32")))
+        whole, cache = model(ids).data, KVCache(model)
+        steps = [model(part, cache).data for part in np.split(ids, [9, 10], axis=1)]
+    assert np.abs(whole - before).max() > 0.1 * np.abs(before).max()
+    scale = np.abs(whole).max()
+    np.testing.assert_allclose(np.concatenate(steps, axis=1), whole, rtol=0, atol=1e-5 * scale)
+
+
+def test_an_edited_operator_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a forward pass, and in decoding, of which C otherwise computes a step in one call."""
+    model, ids = model_of("int8"), np.arange(12).reshape(1, 12)
+    as_it_was = Int8Matrix.__array_ufunc__
+
+    def doubled(self: Int8Matrix, *args: Any, **kwargs: Any) -> Any:
+        return 2 * as_it_was(self, *args, **kwargs)
+
+    with no_grad():
+        before = model(ids).data
+        monkeypatch.setattr(Int8Matrix, "__array_ufunc__", doubled)
         whole, cache = model(ids).data, KVCache(model)
         steps = [model(part, cache).data for part in np.split(ids, [9, 10], axis=1)]
     assert np.abs(whole - before).max() > 0.1 * np.abs(before).max()

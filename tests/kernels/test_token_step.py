@@ -155,6 +155,21 @@ def test_parameters_that_are_replaced_or_changed_are_noticed() -> None:
     assert len({y.tobytes() for y in results}) == 3
 
 
+@pytest.mark.parametrize("part", [0, 2])
+@pytest.mark.parametrize(("before", "after"), [("float32", "int8"), ("bfloat16", "float32")])
+def test_a_block_that_changes_its_type_after_a_token_is_noticed(
+    part: int, before: str, after: str
+) -> None:
+    model, x = make(before), numbers(1, 1, 51)
+    in_c(x, model, filled_cache(model, [5]))
+    hold_in_any(model.transformer.h[part], after)
+    ours, theirs = (filled_cache(model, [5]) for _ in range(2))
+    with pytest.raises(NotForMe):
+        in_c(x, model, ours)
+    y = whatever_stands_in(x, model, ours)
+    np.testing.assert_array_equal(y, block_by_block(x, model, theirs))
+
+
 class Scaled(nn.Linear):
     """A linear layer that computes something else, as in fine-tuning methods."""
 

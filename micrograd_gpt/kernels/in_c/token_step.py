@@ -36,6 +36,7 @@ from micrograd_gpt.kernels.shapes import (
 )
 from micrograd_gpt.tensor import Tensor, is_recorded
 
+BYPASSED_OF_INT8 = (int8.product, int8.Int8Matrix.__array_ufunc__)
 C_ATTN = 2  # the place of c_attn's weight among a block's parameters; `_block` has the others
 
 
@@ -62,7 +63,7 @@ class _Decode(ctypes.Structure):
     ]
 
 
-@in_c(gpt2.through_blocks, bypasses=(*BYPASSED, int8.product))
+@in_c(gpt2.through_blocks, bypasses=(*BYPASSED, *BYPASSED_OF_INT8))
 def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
     """As the definition, in one call of C, for weights of float32, bfloat16 or int8.
 
@@ -111,7 +112,7 @@ _BLOCKS: WeakKeyDictionary[Any, tuple[list[ref[Array]], _Block]] = WeakKeyDictio
 def _block(block: Any, arrays: list[Array], width: int, kind: np.dtype) -> _Block:
     """The addresses of a block's parameters; NotForMe where decode.c cannot read them."""
     check_fit(BLOCK, arrays)
-    if arrays[0].shape != (width,):
+    if arrays[0].shape != (width,) or arrays[C_ATTN].dtype != kind:
         raise NotForMe
     asked, places = _BLOCKS.get(block, ((), None))
     if places is not None and all(array() is now for array, now in zip(asked, arrays, strict=True)):
