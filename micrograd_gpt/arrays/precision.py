@@ -122,7 +122,7 @@ def emulation_note(dtype: str, device: str, decoding: bool = False) -> str | Non
     if any(fast(dtype, decoding) for fast in _FAST):
         return None
     if dtype == "int8":
-        return "note: int8 without kernels in C is computed in float32: it is smaller, and slower"
+        return "note: int8 is computed in float32 here: it is smaller, but not faster"
     return f"note: {dtype} on the CPU is computed in float32 and rounded: it is not faster"
 
 
