@@ -20,7 +20,12 @@ class _Widening(ctypes.Structure):
 
 @in_c(int8.product)
 def product(x: Array, weight: int8.Int8Matrix) -> Array:
-    """As the definition; in groups along the first axis only, stored column after column."""
+    """As the definition; in groups along the first axis only, stored column after column.
+
+    A few rows are added up group by group, and each sum is scaled: numbers of x beyond 4e34 may
+    become infinite there. With more rows the weights are scaled, as in the definition, and the last
+    bits of a row depend on how many there are beside it.
+    """
     check_plain([x], [FLOAT32])
     values, scales = check_int8(weight)
     if x.ndim != 2 or x.shape[1] != len(values) or not x.size:

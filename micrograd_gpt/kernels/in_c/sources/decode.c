@@ -72,8 +72,10 @@ static char *keys_of(const Decode *d, Int layer, Int at) {
 /* Copy a head's key or value into the cache. */
 static void keep(const Decode *d, const float *x, Int n, void *place) {
   uint16_t *narrow = place;
-  if (d->kind != BFLOAT16) memcpy(place, x, n * sizeof(float));
-  for (Int i = 0; i < n && d->kind == BFLOAT16; i++) narrow[i] = to_bfloat16(x[i]);
+  if (d->kind == BFLOAT16)
+    for (Int i = 0; i < n; i++) narrow[i] = to_bfloat16(x[i]);
+  else
+    memcpy(place, x, n * sizeof(float));
 }
 
 /* Write the new keys and values into the cache, after what it holds. */
@@ -181,14 +183,15 @@ static int prompt_block(const Decode *d, Int i) {
       narrow_linear(n, &b->attn_c_proj, width, width, wide, branch) ||
       run_parts(add_narrow_task, &branches, parts))
     return OUT_OF_MEMORY;
-  return normalize(d, b->ln_2_weight, b->ln_2_bias, mixed, unused) ||
-                 narrowed(n * width, mixed, branch) ||
-                 narrow_linear(n, &b->c_fc, width, 4 * width, branch, wide) ||
-                 run_parts(narrow_gelu_task, &hidden, parts) ||
-                 narrow_linear(n, &b->mlp_c_proj, 4 * width, width, wide, branch) ||
-                 run_parts(add_narrow_task, &branches, parts)
-             ? OUT_OF_MEMORY
-             : DONE;
+
+  if (normalize(d, b->ln_2_weight, b->ln_2_bias, mixed, unused) ||
+      narrowed(n * width, mixed, branch) ||
+      narrow_linear(n, &b->c_fc, width, 4 * width, branch, wide) ||
+      run_parts(narrow_gelu_task, &hidden, parts) ||
+      narrow_linear(n, &b->mlp_c_proj, 4 * width, width, wide, branch) ||
+      run_parts(add_narrow_task, &branches, parts))
+    return OUT_OF_MEMORY;
+  return DONE;
 }
 
 /* As decode(), for weights of bfloat16 and any number of tokens. */

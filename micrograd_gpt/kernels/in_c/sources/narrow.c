@@ -1,9 +1,10 @@
 /* A few rows times a matrix of bfloat16, or of int8 with a scale for each group of numbers.
 
    Decoding reads every weight once a token, so memory sets the pace, and a weight of half or a
-   quarter of the bytes takes half or a quarter of the time. Weights become floats in registers, and
-   all sums are float32's. Rounding the rows of x to integers, too, to multiply integers
-   (vpdpbusd), would save instructions, but none of the bytes, and would cost accuracy. */
+   quarter of the bytes takes half or a quarter of the time. Weights become floats in registers, or,
+   of bfloat16 where several rows meet AMX tiles, are multiplied as they are (tiles take subnormal
+   numbers for 0). All sums are float32's. Rounding the rows of x to integers, too, to multiply
+   integers (vpdpbusd), would save instructions, but none of the bytes, and would cost accuracy. */
 
 #include "narrow.h"
 #include "bfloat16.h"
@@ -206,6 +207,7 @@ static uint32_t *pairs_across(const NarrowRows *f, Int whole) {
 static void multiply_tiles(const uint16_t *weights, Int k, Int whole, const uint32_t *x,
                            float *sums) {
   const uint16_t *below = weights + TILE * k;
+  __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles are memory's */
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -230,7 +232,7 @@ static void multiply_tiles(const uint16_t *weights, Int k, Int whole, const uint
   _tile_stored(1, sums + 2 * TILE * TILE, 64);
   _tile_stored(2, sums + TILE * TILE, 64);
   _tile_stored(3, sums + 3 * TILE * TILE, 64);
-  __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles are memory's */
+  __asm__ volatile("" ::: "memory");
 }
 
 /* Columns first … of y, as many as fill tiles before `end`. Returns where they end. */
@@ -278,7 +280,7 @@ INLINE void narrow_columns(int kind, const NarrowRows *f, Int first, Int end) {
 #ifdef HAS_TILES
   if (kind == BFLOAT16) start = tile_columns(f, first, end);
 #endif
-  const float *x = arranged(kind, f);
+  const float *x = start < end ? arranged(kind, f) : f->x; /* tiles may have done it all */
   if (!x) return;
   for (Int j = start; j < end; j += LANES)
     for (Int r = 0; r < f->n; r += TOGETHER) {
