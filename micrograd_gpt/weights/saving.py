@@ -30,8 +30,8 @@ def save_pretrained(
     `transformers.GPT2LMHeadModel.from_pretrained(folder)` loads it. Of a model with an adapter only
     the adapter is written, and `peft.PeftModel.from_pretrained(base, folder)` loads it. `dtype`
     ("float16", "bfloat16") stores the weights in that type, rounded to nearest; `metadata` is added
-    to the safetensors file's own. Raises UserError if the files can't be written, and for a model
-    in int8, and leaves what was there before.
+    to the safetensors file's own. Raises UserError if the files can't be written, and for a whole
+    model in int8, and leaves what was there before.
     """
     with written_as_set(folder) as new:
         write_model(model, new, tokenizer, dtype, metadata)
@@ -51,12 +51,13 @@ def write_model(
     `also_in_config` is added to config.json, or replaces what is there.
     """
     folder = Path(folder)
-    if str(model.transformer.wte.weight.dtype) == INT8:
-        raise UserError("a model in int8 cannot be saved: load it in float32, or in bfloat16")
     file, arrays = stored_arrays(model)
+    held = str(model.transformer.wte.weight.dtype)
+    if held == INT8 and file == MODEL:
+        raise UserError("a model in int8 cannot be saved: load it in float32, or in bfloat16")
     on_cpu = {name: to_device(array, "cpu") for name, array in arrays.items()}
     write_safetensors(folder / file, on_cpu, {"format": "pt", **(metadata or {})}, dtype)
-    stored = dtype or str(model.transformer.wte.weight.dtype)
+    stored = dtype or ("float32" if held == INT8 else held)  # an adapter beside int8 is float32
     config = config_json(model.config, stored, tokenizer.special_tokens if tokenizer else None)
     config |= also_in_config or {}
     whole, adapter = (MODEL, CONFIG), (ADAPTER_MODEL, ADAPTED_CONFIG, ADAPTER_CONFIG)
