@@ -111,6 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--microscope",
+        type=cli.some_text,
         metavar="PAGE",
         help="also write an HTML file that shows how the text came about: probabilities, attention,"
         " what each layer said, what moved which logit (default: off)",

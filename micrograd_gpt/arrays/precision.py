@@ -27,6 +27,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from micrograd_gpt.support.errors import UserError
+
 HALF = ("bfloat16", "float16")
 PRECISIONS = ("float32", "float64", *HALF)
 
@@ -94,14 +96,19 @@ def converts_on_cpu(function: Callable[[Any, np.dtype], Any]) -> Callable[[Any, 
     return function
 
 
+def check_precision(dtype: str) -> None:
+    """UserError for a type that is not one of PRECISIONS (int8.py has int8)."""
+    if dtype not in PRECISIONS:
+        raise UserError(f"unknown dtype {dtype!r}: choose one of {', '.join(PRECISIONS)}")
+
+
 def hold_in(model: Any, dtype: str) -> None:
     """Convert a model's parameters to `dtype`.
 
     In half precision LayerNorm's stay float32: they are few, and are used in float32. Raises
-    ValueError for a type that is not one of PRECISIONS (int8.py has int8).
+    UserError for a type that is not one of PRECISIONS.
     """
-    if dtype not in PRECISIONS:
-        raise ValueError(f"cannot hold parameters in {dtype!r}: choose from {PRECISIONS}")
+    check_precision(dtype)
     for name, parameter in model.named_parameters():
         stays_wide = dtype in HALF and ".ln_" in name
         parameter.data = parameter.data.astype("float32" if stays_wide else dtype, copy=False)

@@ -14,7 +14,7 @@ import numpy as np
 from micrograd_gpt.arrays.devices import Array, move
 from micrograd_gpt.arrays.int8 import INT8, hold_in_int8, refuse_int8
 from micrograd_gpt.arrays.memory import HugePages
-from micrograd_gpt.arrays.precision import hold_in
+from micrograd_gpt.arrays.precision import check_precision, hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.download import reason
@@ -57,6 +57,7 @@ def build(
         if dtype == INT8:  # float32 until it is read
             model = unwritten(weights.config, cls, new=np.zeros)
         else:
+            check_precision(dtype)
             model = unwritten(weights.config, cls, dtype)
             hold_in(model, dtype)
         move(model, device)

@@ -30,9 +30,12 @@ def save_pretrained(
     `transformers.GPT2LMHeadModel.from_pretrained(folder)` loads it. Of a model with an adapter only
     the adapter is written, and `peft.PeftModel.from_pretrained(base, folder)` loads it. `dtype`
     ("float16", "bfloat16") stores the weights in that type, rounded to nearest; `metadata` is added
-    to the safetensors file's own. Raises UserError if the files can't be written, and for a whole
-    model in int8, and leaves what was there before.
+    to the safetensors file's own. Raises UserError if the files can't be written, and leaves what
+    was there before, for a whole model in int8, and for an empty name, which would be the current
+    folder.
     """
+    if not str(folder):
+        raise UserError("the name of the folder is empty: give one to save the model in")
     with written_as_set(folder) as new:
         write_model(model, new, tokenizer, dtype, metadata)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from micrograd_gpt.tuning.lora import (
     lora_layers,
     trained_parameters,
 )
+from micrograd_gpt.weights.adapters import with_adapter
 from micrograd_gpt.weights.language_model import load_language_model
 from micrograd_gpt.weights.names import config_named, open_model, tokenizer_folder
 from micrograd_gpt.weights.saving import save_pretrained
@@ -342,3 +344,24 @@ def test_a_damaged_file_is_named(adapter: Path, damage: str) -> None:
 def test_a_layer_that_there_is_not(layer_names: list[str]) -> None:
     with pytest.raises(UserError, match="choose from attn\\.c_attn, attn"):
         add_lora(make_model(), 2, layer_names=layer_names)
+
+
+def test_a_rank_above_the_layer_s_is_refused_before_memory_is_asked_for() -> None:
+    model = make_model()  # 16 wide
+    with pytest.raises(
+        UserError, match=r"^--lora-rank 1,000,000,000,000 is above 16, .*: lower it"
+    ):
+        add_lora(model, 10**12)
+    add_lora(model, 16)
+
+
+def test_folding_an_adapter_into_another_model_of_its_shape_is_said(
+    adapter: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    with_adapter(open_model(str(base)), str(adapter))
+    assert capsys.readouterr().err == ""
+    with_adapter(open_model(str(other)), str(adapter))
+    note = f"note: {adapter} was trained on {base}, not on {other}"
+    assert capsys.readouterr().err == note + "\n"

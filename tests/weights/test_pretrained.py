@@ -460,3 +460,13 @@ def test_fuzz_a_shard_index_and_a_config(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(got[1][parameter], array)
         (folder / name).write_bytes(wholes[name])
     assert 300 < errors < 600
+
+
+@pytest.mark.parametrize("dtype", ["int4", "float8", "Float32"])
+def test_an_unknown_dtype_is_named(tmp_path: Path, dtype: str) -> None:
+    model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=5, n_positions=4))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=f"^unknown dtype '{dtype}': choose one of float32, float64"
+    ):
+        GPT2.from_pretrained(tmp_path, dtype=dtype)
