@@ -208,22 +208,37 @@ def test_an_edited_product_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None
     np.testing.assert_allclose(np.concatenate(steps, axis=1), whole, rtol=0, atol=1e-5 * scale)
 
 
-def test_an_edited_operator_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a forward pass, and in decoding, of which C otherwise computes a step in one call."""
-    model, ids = model_of("int8"), np.arange(12).reshape(1, 12)
-    as_it_was = Int8Matrix.__array_ufunc__
+def edits() -> dict[str, Any]:
+    """Other meanings of the parts of Int8Matrix."""
+    operators, scales = Int8Matrix.__array_ufunc__, Int8Matrix.__dict__["scales"].fget
 
     def doubled(self: Int8Matrix, *args: Any, **kwargs: Any) -> Any:
-        return 2 * as_it_was(self, *args, **kwargs)
+        return 2 * operators(self, *args, **kwargs)
+
+    return {
+        "__array_ufunc__": doubled,
+        "values": property(lambda self: self.view(np.ndarray) // 2),
+        "scales": property(lambda self: 2 * scales(self)),
+    }
+
+
+@pytest.mark.parametrize("part", edits())
+def test_an_edited_matrix_is_what_runs(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a forward pass, and in decoding, of which C otherwise computes a step in one call."""
+    model, ids = model_of("int8"), np.arange(12).reshape(1, 12)
+
+    def decoded() -> np.ndarray:
+        cache = KVCache(model)
+        parts = np.split(ids, [9, 10], axis=1)
+        return np.concatenate([model(part, cache).data for part in parts], axis=1)
 
     with no_grad():
-        before = model(ids).data
-        monkeypatch.setattr(Int8Matrix, "__array_ufunc__", doubled)
-        whole, cache = model(ids).data, KVCache(model)
-        steps = [model(part, cache).data for part in np.split(ids, [9, 10], axis=1)]
-    assert np.abs(whole - before).max() > 0.1 * np.abs(before).max()
+        before = decoded()
+        monkeypatch.setattr(Int8Matrix, part, edits()[part])
+        whole, steps = model(ids).data, decoded()
     scale = np.abs(whole).max()
-    np.testing.assert_allclose(np.concatenate(steps, axis=1), whole, rtol=0, atol=1e-5 * scale)
+    assert np.abs(whole - before).max() > 0.1 * scale
+    np.testing.assert_allclose(steps, whole, rtol=0, atol=1e-5 * scale)
 
 
 def test_it_is_not_for_training_nor_for_files(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from micrograd_gpt import gpt2
 from micrograd_gpt.arrays import int8
+from micrograd_gpt.arrays.int8 import Int8Matrix
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.gpt2 import Block
 from micrograd_gpt.kernels.blocks import BYPASSED, IN_LAYER_NORM, parameters_of
@@ -36,7 +37,10 @@ from micrograd_gpt.kernels.shapes import (
 )
 from micrograd_gpt.tensor import Tensor, is_recorded
 
-BYPASSED_OF_INT8 = (int8.product, int8.Int8Matrix.__array_ufunc__)
+BYPASSED_OF_INT8 = (
+    *(int8.product, Int8Matrix.__array_ufunc__),
+    *(Int8Matrix.axis, Int8Matrix.values, Int8Matrix.scales),
+)
 C_ATTN = 2  # the place of c_attn's weight among a block's parameters; `_block` has the others
 
 
