@@ -49,6 +49,12 @@ def main() -> int:
     parser.add_argument(
         "--model", help="a checkpoint folder or a size (a small model, trained here)"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "int8"],
+        default="float32",
+        help="type of the weights of --model (float32)",
+    )
     parser.add_argument("--steps", type=cli.positive_int, default=300, help="training steps (300)")
     parser.add_argument("--runs", type=cli.positive_int, default=7, help="runs of each kind (7)")
     parser.add_argument(
@@ -66,7 +72,7 @@ def main() -> int:
     if flags.model is None:
         model, tokenizer = train(flags.steps)
     else:
-        model = from_pretrained(GPT2, flags.model)
+        model = from_pretrained(GPT2, flags.model, dtype=flags.dtype)
         folder = Path(flags.model)
         tokenizer = load_tokenizer(folder) if folder.is_dir() else GPT2Tokenizer()
 

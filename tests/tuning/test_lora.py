@@ -14,6 +14,7 @@ from small_gpt2 import make_model
 from tiny_weights import CONFIG, TINY, hf_folder
 
 from micrograd_gpt import Tensor, no_grad
+from micrograd_gpt.arrays.int8 import hold_in_int8
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2
@@ -220,6 +221,15 @@ def test_a_run_s_adapter_is_the_model_of_scripts_that_are_given_none(
     model, tokenizer, template = load_language_model(None)
     assert error(logits(model), logits(with_lora())) < 1e-5
     assert tokenizer.decode([10]) == "k" and template is None
+
+
+def test_an_adapter_of_a_model_in_int8_is_saved(base: Path, tmp_path: Path) -> None:
+    model = with_lora(base=str(base))
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            hold_in_int8(name, parameter)
+    model.save_pretrained(tmp_path / "new")
+    assert error(logits(GPT2.from_pretrained(tmp_path / "new")), logits(with_lora())) < 1e-5
 
 
 def test_the_shape_is_the_base_s_also_where_a_config_lies_beside(adapter: Path) -> None:

@@ -41,6 +41,7 @@ NOT_FOUND = "which is not found"
 NO_COMPILER = 'there is no C compiler: with one they are faster: pip install -e ".[compiler]"'
 # What the processor multiplies bfloat16 with, as bfloat16.c numbers its ways
 WAYS = ("float32", "avx512_bf16", "AMX tiles")
+READ_AS_THEY_ARE = ("bfloat16", "int8")  # by narrow.c, at a rate that memory sets
 # Seconds for one call of the compiler. It takes a few; Zig, which first compiles parts of its own,
 # more than a minute where the machine is busy.
 PATIENCE = 300
@@ -61,10 +62,12 @@ def report() -> str:
 
 
 @multiplies
-def multiplies_fast(dtype: str) -> bool:
-    """Whether the processor itself multiplies numbers of this type of half precision."""
-    found = library() if dtype == "bfloat16" and highest_level() == "c" else None
-    return found is not None and _way(found) > 0
+def multiplies_fast(dtype: str, decoding: bool) -> bool:
+    """Whether the processor itself multiplies numbers of this type of half precision, or for
+    decoding, whether there are kernels that read weights of this type as they are."""
+    if highest_level() != "c" or (found := library()) is None:
+        return False
+    return (dtype in READ_AS_THEY_ARE and decoding) or (dtype == "bfloat16" and _way(found) > 0)
 
 
 def _way(found: ctypes.CDLL) -> int:

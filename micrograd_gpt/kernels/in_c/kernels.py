@@ -218,6 +218,7 @@ class _Attention(ctypes.Structure):
         *pointers("q", "k", "v"),
         *[(name, ctypes.c_int64 * 3) for name in ("q_strides", "k_strides", "v_strides")],
         *pointers("out", "log_total"),
+        *ints("narrow_q", "narrow_kv"),
     ]
 
 
@@ -243,11 +244,11 @@ def _attention(q: Array, k: Array, v: Array, out: Array, log_total: Array) -> _A
         *(b, h, t, k.shape[2], d),
         *(a.ctypes.data for a in (q, k, v)),
         *map(_head_strides, (q, k, v)),
-        *(out.ctypes.data, log_total.ctypes.data),
+        *(out.ctypes.data, log_total.ctypes.data, is_half(q), is_half(k)),
     )
 
 
-@in_c(functional.attention_forward)
+@in_c(functional.attention_forward, half.BFLOAT16)
 def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple[Array, Array]:
     """As the definition; the result lies in memory as (B, T, H, D), so joining heads is free."""
     if p:
@@ -255,7 +256,7 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
     b, h, t, d = q.shape
     out, log_total = np.empty((b, t, h, d), np.float32), np.empty((b, h, t), np.float32)
     call("attention_forward", _attention(q, k, v, out, log_total))
-    return out.swapaxes(1, 2), log_total
+    return cast(out, q.dtype).swapaxes(1, 2) if is_half(q) else out.swapaxes(1, 2), log_total
 
 
 @in_c(functional.attention_backward)

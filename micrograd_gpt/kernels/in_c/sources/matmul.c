@@ -392,10 +392,10 @@ int few_rows(const FewRows *f) {
   return run_parts(few_rows_task, &rows, few_rows_parts(f));
 }
 
-/* ------------------------------------------- few rows, and weights in half precision, read as such */
+/* ------------------------------------------------- few rows, and weights of float16, read as such */
 
-/* As few_rows, with weights that `convert` makes floats of. */
-INLINE void few_rows_half(const FewRows *f, Int part, Int parts, float (*convert)(uint16_t)) {
+static void float16_task(const void *arguments, Int part, Int parts) {
+  const FewRows *f = arguments;
   const uint16_t *weights = (const uint16_t *)f->weight;
   Int first, end = cut(f->m, parts, LANES, part, &first);
   for (Int j = first; j < end; j++)
@@ -404,19 +404,9 @@ INLINE void few_rows_half(const FewRows *f, Int part, Int parts, float (*convert
       const uint16_t *weight = weights + j * f->k;
       float sum = 0;
       SIMD_SUM(sum)
-      for (Int i = 0; i < f->k; i++) sum += x[i] * convert(weight[i]);
+      for (Int i = 0; i < f->k; i++) sum += x[i] * from_float16(weight[i]);
       f->y[r * f->m + j] = sum;
     }
 }
-
-static void bfloat16_task(const void *arguments, Int part, Int parts) {
-  few_rows_half(arguments, part, parts, from_bfloat16);
-}
-
-static void float16_task(const void *arguments, Int part, Int parts) {
-  few_rows_half(arguments, part, parts, from_float16);
-}
-
-int few_rows_bfloat16(const FewRows *f) { return run_parts(bfloat16_task, f, few_rows_parts(f)); }
 
 int few_rows_float16(const FewRows *f) { return run_parts(float16_task, f, few_rows_parts(f)); }

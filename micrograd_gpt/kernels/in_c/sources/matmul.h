@@ -34,8 +34,8 @@ typedef struct {
 } FewRows;
 int few_rows(const FewRows *f);
 
-/* The same, where `weight` is the address of numbers of 16 bits, and bias NULL. */
-int few_rows_bfloat16(const FewRows *f);
+/* The same, where `weight` is the address of numbers of float16, and bias NULL. narrow.h has other
+   types. */
 int few_rows_float16(const FewRows *f);
 
 /* Rows first_row … end_row - 1 and columns first_column … end_column - 1 of c, on this thread. */
