@@ -95,6 +95,17 @@ def set_tf32(on: bool, device: str) -> None:
         raise UserError("--tf32 is for --device gpu: leave it out, or train on a GPU")
 
 
+def use_gpu(number: int, needed: int) -> None:
+    """Compute on GPU `number` of this machine from now on; UserError if it has not `needed`."""
+    cupy = library_for("gpu")
+    found = cupy.cuda.runtime.getDeviceCount()
+    if found < needed:
+        raise UserError(
+            f"{needed} ranks on a machine with {found} GPUs: start no more than one rank a GPU"
+        )
+    cupy.cuda.Device(number).use()
+
+
 def to_device(array: Array, device: str) -> Array:
     """`array` on `device` ("cpu", "gpu"): the array itself if it is there already, else a copy.
 

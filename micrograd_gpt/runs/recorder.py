@@ -22,6 +22,7 @@ from micrograd_gpt.optim import AdamW
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.metrics import Metrics
+from micrograd_gpt.runs.ranks import Ranks
 from micrograd_gpt.runs.signals import StopSignals
 from micrograd_gpt.runs.unread import Unread, read_numbers
 from micrograd_gpt.runs.watch import Watch
@@ -63,7 +64,8 @@ class Recorder:
     run on stderr; `start()` then starts the clock, the progress bar and the signal handlers. Raises
     UserError if a resumed run is complete already, or if the folder cannot be written. `write` puts
     the model and its tokenizer into a folder, as `write_model` does. `tokens_per_step` is the most
-    that a step has, if that is not a full batch of `settings.block_size` each.
+    that a step has, if that is not a full batch of `settings.block_size` each. Of several `ranks`
+    the first keeps the record; the others only decide as it does.
     """
 
     def __init__(
@@ -75,23 +77,20 @@ class Recorder:
         scaler: LossScaler,
         write: Callable[..., None] = write_model,
         tokens_per_step: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
 
         self.settings, self.data, self._write = settings, data, write
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.out = Path(settings.out)
+        self.out, self.ranks = Path(settings.out), ranks or Ranks()
         if settings.resume:
-            checkpoint.keep_best(self.out)
+            if self.ranks.is_first:
+                checkpoint.keep_best(self.out)
             if optimizer.steps >= settings.max_steps:
                 raise UserError(
                     f"the run in {self.out} is complete at step {optimizer.steps}; "
                     "give a larger --max-steps to continue it"
                 )
-        self.metrics = Metrics(self.out, optimizer.steps, settings.tensorboard)
-        if settings.overwrite:
-            checkpoint.remove_run(self.out)
-        self.watch = Watch(self.metrics, optimizer.steps, settings.watch, data.unit)
-        self.best_loss = checkpoint.best_loss(self.out)
         self.val_loss: float | None = None  # of the latest step, if it was measured
         self._on_cpu = resolve_device(settings.device) == "cpu"
         self._unread = Unread()
@@ -102,7 +101,18 @@ class Recorder:
             settings.batch_size * settings.grad_accum_steps * settings.block_size
         )
         self._tokens = 0  # taken since the last row
-        self._announce()
+        self.best_loss = math.inf
+        if self.ranks.is_first:
+            self._open_folder()
+            self._announce()
+
+    def _open_folder(self) -> None:
+        steps = self.optimizer.steps
+        self.metrics = Metrics(self.out, steps, self.settings.tensorboard)
+        if self.settings.overwrite:
+            checkpoint.remove_run(self.out)
+        self.watch = Watch(self.metrics, steps, self.settings.watch, self.data.unit)
+        self.best_loss = checkpoint.best_loss(self.out)
 
     def _announce(self) -> None:
         if damaged := self.metrics.damaged_lines():
@@ -129,7 +139,8 @@ class Recorder:
         )
         self._signals = StopSignals()
         self._last_time = time.perf_counter()
-        self._started = self._last_time - self.metrics.seconds  # a resumed run's time goes on
+        before = self.metrics.seconds if self.ranks.is_first else 0.0
+        self._started = self._last_time - before  # a resumed run's time goes on
         self._last_said, self._has_measured = monotonic(), False
 
     @property
@@ -239,6 +250,8 @@ class Recorder:
     def log(self, row: dict[str, Any]) -> None:
         """Add a row to metrics.jsonl; with a `val_loss`, say it and redraw loss.png too."""
         self.val_loss = row.get("val_loss")
+        if not self.ranks.is_first:
+            return
         if self.val_loss is not None:
             right = f"   accuracy {row['val_accuracy']:.1%}" if "val_accuracy" in row else ""
             self.say(
@@ -252,7 +265,7 @@ class Recorder:
         self._attempt(self.watch.draw, self.settings.max_steps, needed=False)
 
     def show_sample(self, text: str) -> None:
-        """Say what the model writes now, and keep it for watch.html."""
+        """Say what the model writes now, and keep it for watch.html: for the first rank."""
         self.say(f"--- sample\n{text}\n---")
         self._attempt(self.watch.add_sample, self.optimizer.steps, text, needed=False)
 
@@ -264,7 +277,8 @@ class Recorder:
             self._attempt(self._save)
 
     def finish(self) -> int:
-        """The loop is over: save what is not saved yet and draw the curves; returns `stopped`.
+        """The loop is over: save what is not saved yet and draw the curves; returns `stopped` of
+        any rank.
 
         A first signal that comes meanwhile is heeded only after that. Raises UserError if the run
         cannot be saved.
@@ -272,20 +286,25 @@ class Recorder:
         self._bar.close()
         if self._saved_step < self.optimizer.steps:
             self._save()
-        self._attempt(self.metrics.draw, self.data.unit, needed=False)
-        self._attempt(self.watch.draw, self.settings.max_steps, False, needed=False)
-        if self.stopped:
+        if self.ranks.is_first:
+            self._attempt(self.metrics.draw, self.data.unit, needed=False)
+            self._attempt(self.watch.draw, self.settings.max_steps, False, needed=False)
+        stopped = self.ranks.agree(self.stopped)
+        if stopped:
             done = self.optimizer.steps
             can_resume = 0 < done < self.settings.max_steps
             how = f"; continue with --resume --out {self.out}" if can_resume else ""
             say(f"stopped after step {done}{how}")
-        return self.stopped
+        return stopped
 
     # -------------------------------------------------------------------- writing to the disk
 
     def _save(self) -> None:
         self._look()  # nothing is saved that is not known to be good
         done = self.optimizer.steps
+        if not self.ranks.is_first:
+            self._saved_step = done
+            return
         try:
             checkpoint.save_run(
                 self.out,
