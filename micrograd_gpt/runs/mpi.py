@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
 import time
 import traceback
@@ -21,24 +22,42 @@ from mpi4py import MPI
 
 from micrograd_gpt.arrays.devices import Array, array_module, to_device, use_gpu
 from micrograd_gpt.runs.ranks import Ranks, T, said_once, versions
+from micrograd_gpt.runs.unread import read_numbers
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.machine import usable_cores
 from micrograd_gpt.tensor import Tensor
 
 BUCKET = 1 << 22  # numbers that are added up at a time: 16 MB
-PATIENCE = 1.0  # seconds in which rank 0 says what it has met too, before another rank does
+BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
+PATIENCE = 1.0  # seconds that a rank leaves each rank before it to say what both have met
+
+
+class RankDied(Exception):
+    """Another rank's process has ended, so that no step can be taken any more."""
 
 
 class MPIRanks(Ranks):
     """One of several ranks."""
+
+    # Open MPI's mpirun passes this on; after Ctrl-C and SIGTERM it leaves its processes 0.25 s.
+    stopping = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
 
     def __init__(self) -> None:
         self._all = MPI.COMM_WORLD
         self._here = self._all.Split_type(MPI.COMM_TYPE_SHARED)  # those on this machine
         self.rank, self.size = self._all.rank, self._all.size
         self.local_rank, self.local_size = self._here.rank, self._here.size
+        self._machines = sum(self._all.allgather(self.local_rank == 0))
         self._buffers: tuple[np.ndarray, np.ndarray] | None = None
+        neighbours = self.on_this_machine((self.rank, os.getpid()))
+        # Containers on one machine may each number their processes.
+        self._watched = {rank: pid for rank, pid in neighbours if is_running(pid)}
+
+    @property
+    def description(self) -> str:
+        machines, cores = counted(self._machines, "machine"), counted(usable_cores(), "core")
+        return f"{self.size} ranks on {machines}, {cores} each"
 
     def add_up(self, parameters: Sequence[Tensor]) -> None:
         for parameter in parameters:
@@ -47,8 +66,8 @@ class MPIRanks(Ranks):
         for bucket in buckets([len(grad) for grad in flat], BUCKET):
             parts = [flat[i][start:end] for i, start, end in bucket]
             joined = self._sum(to_device(array_module(parts[0]).concatenate(parts), "cpu"))
-            places = np.cumsum([len(part) for part in parts])
-            for part, end in zip(parts, places, strict=True):
+            ends = np.cumsum([len(part) for part in parts])
+            for part, end in zip(parts, ends, strict=True):
                 part[:] = array_module(part).asarray(joined[end - len(part) : end])
 
     def _sum(self, numbers: np.ndarray) -> np.ndarray:
@@ -59,34 +78,58 @@ class MPIRanks(Ranks):
             self._buffers = np.zeros(most, numbers.dtype), np.zeros(most, numbers.dtype)
         ours, received = (buffer[: count * self.size] for buffer in self._buffers)
         ours[: len(numbers)] = numbers
-        self._all.Alltoall(ours, received)
+        self._wait(self._all.Ialltoall(ours, received))
         part, *others = received.reshape(self.size, count)
         for other in others:
             part += other
-        self._all.Allgather(part, ours)
+        self._wait(self._all.Iallgather(part, ours))
         return ours[: len(numbers)]
 
-    def join(self, values: list[T]) -> list[T]:
-        return [value for part in self._all.allgather(values) for value in part]
-
-    def use_device(self, device: str) -> None:
-        if device == "gpu":
-            use_gpu(self.local_rank, self.local_size)
+    def join(self, values: Sequence[Any]) -> list[float]:
+        ours = np.array(read_numbers(values))
+        joined = np.empty(self.size * len(ours))
+        self._wait(self._all.Iallgather(ours, joined))
+        return joined.tolist()
 
     def agree(self, number: int) -> int:
-        return self._all.allreduce(number, MPI.MAX)
+        ours, largest = np.array(number), np.array(0)
+        self._wait(self._all.Iallreduce(ours, largest, MPI.MAX))
+        return int(largest)
+
+    def wait_for_all(self) -> None:
+        """Go on when all ranks have come here."""
+        self._wait(self._all.Ibarrier())
+
+    def _wait(self, request: MPI.Request) -> None:
+        """Wait for the other ranks. Signals are heeded meanwhile, as MPI's own wait does not."""
+        looked = time.monotonic()
+        while not request.Test():
+            time.sleep(0)  # lets other processes use the core
+            if time.monotonic() > looked + BETWEEN_LOOKS:
+                self.check_alive()
+                looked = time.monotonic()
+
+    def check_alive(self) -> None:
+        dead = [rank for rank, pid in self._watched.items() if not is_running(pid)]
+        if dead:
+            which = ", ".join(f"rank {rank} (process {self._watched[rank]})" for rank in dead)
+            raise RankDied(f"{which} on {platform.node()} has ended")
+
+    def ranks_before(self) -> int:
+        """How many ranks come before this one, without those that are known to have ended."""
+        return sum(r not in self._watched or is_running(self._watched[r]) for r in range(self.rank))
 
     @contextmanager
     def first_on_machine(self) -> Iterator[None]:
         if self.local_rank:
-            self._here.Barrier()
+            self._wait(self._here.Ibarrier())
         yield
         if not self.local_rank:
-            self._here.Barrier()
+            self._wait(self._here.Ibarrier())
 
-    def wait_for_all(self) -> None:
-        """Go on when all ranks have come here."""
-        self._all.Barrier()
+    def use_device(self, device: str) -> None:
+        if device == "gpu":
+            use_gpu(self.local_rank, self.local_size)
 
     def on_this_machine(self, value: T) -> list[T]:
         """The values of this machine's ranks."""
@@ -101,6 +144,19 @@ class MPIRanks(Ranks):
                         f"rank {rank} has {what} {theirs.get(what)}, rank 0 has {value}: all ranks "
                         "need the same"
                     )
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process of this number on this machine; on Windows that is not asked."""
+    if os.name == "nt":  # os.kill would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def ordered_like(grad: Array, data: Array) -> Array:
@@ -149,11 +205,6 @@ def mpi_ranks(launcher: str, size: int, rank: int) -> Iterator[Ranks]:
         with printing(ranks.is_first):
             ranks.check_same(versions())
             share_cores(ranks)
-            machines = ranks.join([platform.node()] * (ranks.local_rank == 0))
-            say(
-                f"{size} ranks on {counted(len(machines), 'machine')}, "
-                f"{counted(usable_cores(), 'core')} each"
-            )
             yield ranks
             ranks.wait_for_all()
     except BaseException as error:
@@ -197,20 +248,21 @@ def bound_to() -> set[int]:
 
 def end_all(ranks: MPIRanks, error: BaseException, stderr: TextIO) -> NoReturn:
     """End the processes of all ranks, after one message that says why."""
-    if not ranks.is_first:  # which has often met the same, and is about to say it
-        time.sleep(PATIENCE)
-    who = "" if ranks.is_first else f"rank {ranks.rank} on {MPI.Get_processor_name()}: "
+    time.sleep(PATIENCE * ranks.ranks_before())  # they may be about to say the same
+    who = "" if ranks.is_first else f"rank {ranks.rank} on {platform.node()}: "
     status = 1
     with redirect_stderr(stderr):
         if isinstance(error, UserError):
             status = 2
             say(f"error: {who}{error}")
+        elif isinstance(error, RankDied):
+            say(f"error: {error}; {ranks.way_back()}")
         elif isinstance(error, KeyboardInterrupt):
             status = 130
         elif isinstance(error, SystemExit):
             status = error.code if isinstance(error.code, int) else 1
         else:
-            say(f"error: {who}{type(error).__name__}, a bug:")
+            say(f"error: {who}a bug, {type(error).__name__}; {ranks.way_back()}")
             traceback.print_exception(error)
     sys.stdout.flush()
     MPI.COMM_WORLD.Abort(status)

@@ -17,8 +17,9 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +54,15 @@ class Ranks:
     rank, size = 0, 1  # its number among all, and how many there are
     local_rank, local_size = 0, 1  # the same among those on its machine
 
+    stopping: Sequence[signal.Signals] = ()  # signals that ask to stop, beside the usual ones
+    # What is said where a rank has ended; a run that has begun says which checkpoint is the last.
+    way_back: Callable[[], str] = staticmethod(lambda: "the run had not begun")
+
+    @property
+    def description(self) -> str:
+        """How many ranks there are, and on what."""
+        return "1 rank"
+
     @property
     def is_first(self) -> bool:
         """Whether this is the rank that speaks, and writes files, for all."""
@@ -74,13 +84,16 @@ class Ranks:
         ranks, gets the same bits.
         """
 
-    def join(self, values: list[T]) -> list[T]:
-        """The values of all ranks, first those of rank 0."""
+    def join(self, values: Sequence[Any]) -> Sequence[Any]:
+        """The numbers of all ranks, as many of each, first those of rank 0."""
         return values
 
     def agree(self, number: int) -> int:
         """The largest of all ranks' numbers, so that all decide alike."""
         return number
+
+    def check_alive(self) -> None:
+        """RankDied if one of the ranks on this machine has ended."""
 
     def first_on_machine(self) -> AbstractContextManager[None]:
         """One rank of each machine goes through this block first, the others after it."""

@@ -102,6 +102,7 @@ class Recorder:
         )
         self._tokens = 0  # taken since the last row
         self.best_loss = math.inf
+        self.ranks.way_back = self._way_back
         if self.ranks.is_first:
             self._open_folder()
             self._announce()
@@ -127,6 +128,12 @@ class Recorder:
             f"({most}{self._tokens_per_step:,} tokens a step) from step {self.optimizer.steps}; "
             f"writing to {self.out}/"
         )
+        if self.ranks.size > 1:
+            say(self.ranks.description)
+
+    def _way_back(self) -> str:
+        latest = checkpoint.last_good(self.out, self.optimizer.steps + 1)
+        return f"the last good checkpoint: {latest}"
 
     def start(self) -> None:
         """The loop begins: start the clock and the progress bar, and let Ctrl-C stop it gently."""
@@ -137,7 +144,7 @@ class Recorder:
             disable=None,
             smoothing=0.05,
         )
-        self._signals = StopSignals()
+        self._signals = StopSignals(self.ranks.stopping, self.ranks.check_alive)
         self._last_time = time.perf_counter()
         before = self.metrics.seconds if self.ranks.is_first else 0.0
         self._started = self._last_time - before  # a resumed run's time goes on
