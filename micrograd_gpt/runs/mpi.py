@@ -40,7 +40,7 @@ class RankDied(Exception):
 class MPIRanks(Ranks):
     """One of several ranks."""
 
-    # Open MPI's mpirun passes this on; after Ctrl-C and SIGTERM it leaves its processes 0.25 s.
+    # Open MPI's mpirun passes this one on, and leaves 0.25 s after Ctrl-C or SIGTERM.
     stopping = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
 
     def __init__(self) -> None:
@@ -57,7 +57,8 @@ class MPIRanks(Ranks):
     @property
     def description(self) -> str:
         machines, cores = counted(self._machines, "machine"), counted(usable_cores(), "core")
-        return f"{self.size} ranks on {machines}, {cores} each"
+        how = f"; to save and stop: kill -USR1 {os.getppid()}" if "OMPI_COMMAND" in os.environ else ""
+        return f"{self.size} ranks on {machines}, {cores} each{how}"
 
     def add_up(self, parameters: Sequence[Tensor]) -> None:
         for parameter in parameters:
