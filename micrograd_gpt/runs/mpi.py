@@ -57,7 +57,9 @@ class MPIRanks(Ranks):
     @property
     def description(self) -> str:
         machines, cores = counted(self._machines, "machine"), counted(usable_cores(), "core")
-        how = f"; to save and stop: kill -USR1 {os.getppid()}" if "OMPI_COMMAND" in os.environ else ""
+        how = (
+            f"; to save and stop: kill -USR1 {os.getppid()}" if "OMPI_COMMAND" in os.environ else ""
+        )
         return f"{self.size} ranks on {machines}, {cores} each{how}"
 
     def add_up(self, parameters: Sequence[Tensor]) -> None:

