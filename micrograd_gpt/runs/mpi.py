@@ -268,5 +268,6 @@ def end_all(ranks: MPIRanks, error: BaseException, stderr: TextIO) -> NoReturn:
             say(f"error: {who}a bug, {type(error).__name__}; {ranks.way_back()}")
             traceback.print_exception(error)
     sys.stdout.flush()
+    stderr.flush()
     MPI.COMM_WORLD.Abort(status)
-    raise error  # where Abort returns
+    os._exit(status)  # with some MPIs it returns while the launcher ends the others
