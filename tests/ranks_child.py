@@ -81,7 +81,20 @@ def full_disk(flags: list[str]) -> int:
     return script("train_gpt2").main(flags)
 
 
+def slow_save(flags: list[str]) -> int:
+    """Train; a checkpoint takes longer than Open MPI's mpirun waits."""
+    save_run = checkpoint.save_run
+
+    def save_slowly(*args: object) -> None:
+        time.sleep(1)
+        save_run(*args)
+
+    checkpoint.save_run = save_slowly
+    return script("train_gpt2").main(flags)
+
+
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     actions = {"sums": sums, "raises": raises, "full_disk": lambda: full_disk(rest)}
+    actions["slow_save"] = lambda: slow_save(rest)
     cli.run(actions[what])

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from mpi_launch import (
     not_open_mpi,
     started,
 )
-from training import ROOT, SCRIPT, SMALL, everything, metrics, run
+from training import ROOT, SCRIPT, SMALL, assert_same, everything, metrics, run
 
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.ranks import LAUNCHERS, TORCHRUN, divided, started_ranks
@@ -229,11 +229,20 @@ def training(
     long = ["--max-steps", 1_000_000, "--save-interval", 4, "--log-interval", 1, *flags]
     run = ["--data", text, *RUN, *long, "--out", out]
     with started("-n", 2, sys.executable, SCRIPT, *run) as process:
-        until = time.monotonic() + TIMEOUT
-        while not (out / checkpoint.STATE).exists():
-            assert process.poll() is None and time.monotonic() < until
-            time.sleep(0.05)
+        wait_for((out / checkpoint.STATE).exists, process)
         yield process, children_of(process.pid)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    """Wait until it holds, while the process goes on."""
+    until = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < until and (process is None or process.poll() is None)
+        time.sleep(0.02)
+
+
+def rows(folder: Path) -> int:
+    return len(metrics(folder)) if (folder / "metrics.jsonl").exists() else 0
 
 
 def children_of(parent: int) -> list[int]:
@@ -249,6 +258,7 @@ def children_of(parent: int) -> list[int]:
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc")
 
 
+@needs_mpi
 @needs_open_mpi  # MPICH's launcher kills the others before they can say anything
 @needs_proc
 @pytest.mark.slow
@@ -293,6 +303,27 @@ def test_a_signal_saves_the_same_step_on_all_ranks(
     assert [row["step"] for row in metrics(out)] == list(range(1, step + 1))
     result = mpirun(2, SCRIPT, "--resume", "--allow-changes", "--max-steps", step + 1, "--out", out)
     assert result.returncode == 0 and metrics(out)[-1]["step"] == step + 1
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_is_saved_though_mpirun_does_not_wait(
+    text: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Saving takes a second, which Open MPI's mpirun does not leave after these signals."""
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    flags = ["--data", text, *RUN, "--max-steps", 300, "--save-interval", 100]
+    assert mpirun(2, SCRIPT, *flags, "--out", straight).returncode == 0
+    command = [sys.executable, CHILD, "slow_save", *flags, "--out", out]
+    with started("-n", 2, *command) as process:
+        wait_for(lambda: rows(out) > 120, process)
+        process.send_signal(number)
+        process.communicate(timeout=TIMEOUT)
+    wait_for(lambda: json.loads((out / checkpoint.STATE).read_text())["step"] > 120)
+    wait_for(lambda: "another training" not in mpirun(2, SCRIPT, "--resume", "--out", out).stderr)
+    assert_same(out, straight)
+    assert (losses(out) == losses(straight)).all()
 
 
 @needs_mpi

@@ -40,10 +40,11 @@ class RankDied(Exception):
 class MPIRanks(Ranks):
     """One of several ranks."""
 
-    # Open MPI's mpirun passes this one on, and leaves 0.25 s after Ctrl-C or SIGTERM.
+    # Open MPI's mpirun passes SIGUSR1 on; after Ctrl-C or SIGTERM it kills us within 0.25 s.
     stopping = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: str) -> None:
+        self.deadly = (signal.SIGINT, signal.SIGTERM) if launcher == "mpirun" else ()
         self._all = MPI.COMM_WORLD
         self._here = self._all.Split_type(MPI.COMM_TYPE_SHARED)  # those on this machine
         self.rank, self.size = self._all.rank, self._all.size
@@ -57,10 +58,7 @@ class MPIRanks(Ranks):
     @property
     def description(self) -> str:
         machines, cores = counted(self._machines, "machine"), counted(usable_cores(), "core")
-        how = (
-            f"; to save and stop: kill -USR1 {os.getppid()}" if "OMPI_COMMAND" in os.environ else ""
-        )
-        return f"{self.size} ranks on {machines}, {cores} each{how}"
+        return f"{self.size} ranks on {machines}, {cores} each"
 
     def add_up(self, parameters: Sequence[Tensor]) -> None:
         for parameter in parameters:
@@ -203,7 +201,7 @@ def mpi_ranks(launcher: str, size: int, rank: int) -> Iterator[Ranks]:
             f"{launcher} started {size} processes, of which mpi4py's {library} knows "
             f"{MPI.COMM_WORLD.size}: use the {launcher} of that MPI",
         )
-    ranks, stderr = MPIRanks(), sys.stderr
+    ranks, stderr = MPIRanks(launcher), sys.stderr
     try:
         with printing(ranks.is_first):
             ranks.check_same(versions())
@@ -258,7 +256,7 @@ def end_all(ranks: MPIRanks, error: BaseException, stderr: TextIO) -> NoReturn:
         if isinstance(error, UserError):
             status = 2
             say(f"error: {who}{error}")
-        elif isinstance(error, RankDied):
+        elif isinstance(error, RankDied | MPI.Exception):  # MPI's, such as of a link that was cut
             say(f"error: {error}; {ranks.way_back()}")
         elif isinstance(error, KeyboardInterrupt):
             status = 130

@@ -18,6 +18,7 @@ import argparse
 import os
 import platform
 import signal
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,6 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from micrograd_gpt.arrays.devices import to_device
+from micrograd_gpt.arrays.stand_ins import report
 from micrograd_gpt.nn import Module
 from micrograd_gpt.optim import AdamW
 from micrograd_gpt.support.cli import counted
@@ -55,6 +57,7 @@ class Ranks:
     local_rank, local_size = 0, 1  # the same among those on its machine
 
     stopping: Sequence[signal.Signals] = ()  # signals that ask to stop, beside the usual ones
+    deadly: Sequence[signal.Signals] = ()  # signals after which the launcher kills all ranks soon
     # What is said where a rank has ended; a run that has begun says which checkpoint is the last.
     way_back: Callable[[], str] = staticmethod(lambda: "the run had not begun")
 
@@ -154,9 +157,9 @@ def said_once(rank: int, message: str) -> BaseException:
 
 
 def versions() -> dict[str, str]:
-    """What computes: versions, and a checksum of this package's source and its kernels' level."""
-    source = 0
-    for file in sorted(PACKAGE.rglob("*.py")):
+    """The versions of what computes, ours with a checksum of its source."""
+    source, script = 0, getattr(sys.modules["__main__"], "__file__", None)
+    for file in (*sorted(PACKAGE.rglob("*.py")), *([Path(script)] if script else [])):
         source = zlib.crc32(file.read_bytes(), source)
     return {
         "micrograd-gpt": f"{VERSION} (source {source:08x})",
@@ -168,9 +171,12 @@ def versions() -> dict[str, str]:
 def check_same_start(
     ranks: Ranks, settings: argparse.Namespace, model: Module, optimizer: AdamW
 ) -> None:
-    """UserError where ranks would start on other data, or from other weights or another step."""
+    """UserError where ranks would start on other data, from other weights or another step, or with
+    kernels that round otherwise, whose weights would drift apart."""
     if ranks.size == 1:
         return
+    with ranks.first_on_machine():  # which compiles them, if that has to be done
+        kernels = report()
     weights = 0
     for parameter in model.parameters():
         weights = zlib.crc32(to_device(parameter.data, "cpu").tobytes(), weights)
@@ -179,6 +185,7 @@ def check_same_start(
             "data": settings.data_fingerprint,
             "the checkpoint of step": optimizer.steps,
             "weights of CRC-32": f"{weights:08x}",
+            "CPU kernels": kernels,
         }
     )
 

@@ -20,6 +20,7 @@ from micrograd_gpt.arrays.devices import resolve_device
 from micrograd_gpt.nn import Module
 from micrograd_gpt.optim import AdamW
 from micrograd_gpt.runs import checkpoint
+from micrograd_gpt.runs.last_resort import save_if_killed
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.metrics import Metrics
 from micrograd_gpt.runs.ranks import Ranks
@@ -101,6 +102,8 @@ class Recorder:
             settings.batch_size * settings.grad_accum_steps * settings.block_size
         )
         self._tokens = 0  # taken since the last row
+        self._is_changing = False  # the optimizer is taking a step
+        self._is_dying = False  # the launcher will kill us soon
         self.best_loss = math.inf
         self.ranks.way_back = self._way_back
         if self.ranks.is_first:
@@ -144,11 +147,27 @@ class Recorder:
             disable=None,
             smoothing=0.05,
         )
-        self._signals = StopSignals(self.ranks.stopping, self.ranks.check_alive)
+        self._signals = StopSignals(self.ranks.stopping, self._on_signal)
         self._last_time = time.perf_counter()
         before = self.metrics.seconds if self.ranks.is_first else 0.0
         self._started = self._last_time - before  # a resumed run's time goes on
         self._last_said, self._has_measured = monotonic(), False
+
+    def _on_signal(self, number: int) -> None:
+        self.ranks.check_alive()  # the launcher sends one too when a rank has died
+        if number in self.ranks.deadly and self.ranks.is_first and not self.stopped:
+            self._is_dying = True
+            self._save_if_killed()
+
+    def _save_if_killed(self) -> None:
+        """Where the launcher is about to kill us, have the latest whole step saved nevertheless."""
+        if self._is_dying and not self._is_changing:
+            self._is_dying = False
+            save_if_killed(self._save_if_newer)
+
+    def _save_if_newer(self) -> None:
+        if checkpoint.saved_step(self.out) < self.optimizer.steps:
+            self._save()
 
     @property
     def stopped(self) -> int:
@@ -163,7 +182,12 @@ class Recorder:
     # ------------------------------------------------------------------- one step, in order
 
     def due_after(self, step: int) -> Due:
-        """What happens once `step`, counted from 0, has been taken."""
+        """What happens now that `step`, counted from 0, has been taken."""
+        self._is_changing = False
+        self._save_if_killed()
+        return self._due(step)
+
+    def _due(self, step: int) -> Due:
         s, done = self.settings, step + 1
         last = done == s.max_steps  # whose sample and checkpoint are the run's own
         evaluation = done % s.eval_interval == 0 or last
@@ -191,11 +215,12 @@ class Recorder:
         self._unread.add(step, losses, grad_norm)
         self._tokens += self._tokens_per_step if tokens is None else tokens
         self.val_loss = None
-        due = self.due_after(step)
+        due = self._due(step)
         if self._on_cpu or due.log or due.sample or due.save or self.stopped:
             self._look()
         self._bar.update()
         self._show_life(step + 1)
+        self._is_changing = True
         return True
 
     def _show_life(self, done: int) -> None:
@@ -272,7 +297,7 @@ class Recorder:
         self._attempt(self.watch.draw, self.settings.max_steps, needed=False)
 
     def show_sample(self, text: str) -> None:
-        """Say what the model writes now, and keep it for watch.html: for the first rank."""
+        """Say what the model writes now, and keep it for watch.html."""
         self.say(f"--- sample\n{text}\n---")
         self._attempt(self.watch.add_sample, self.optimizer.steps, text, needed=False)
 
@@ -280,7 +305,7 @@ class Recorder:
         """Save if --save-interval says so, or the validation loss is the lowest so far."""
         done = self.optimizer.steps
         best = self.val_loss is not None and self.val_loss < self.best_loss
-        if self.due_after(done - 1).save or (best and done < self.settings.max_steps):
+        if self._due(done - 1).save or (best and done < self.settings.max_steps):
             self._attempt(self._save)
 
     def finish(self) -> int:
