@@ -313,14 +313,14 @@ def test_a_run_is_saved_though_mpirun_does_not_wait(
 ) -> None:
     """Saving takes a second, which Open MPI's mpirun does not leave after these signals."""
     straight, out = tmp_path / "straight", tmp_path / "out"
-    flags = ["--data", text, *RUN, "--max-steps", 300, "--save-interval", 100]
+    flags = ["--data", text, *RUN, "--max-steps", 100, "--save-interval", 40]
     assert mpirun(2, SCRIPT, *flags, "--out", straight).returncode == 0
     command = [sys.executable, CHILD, "slow_save", *flags, "--out", out]
     with started("-n", 2, *command) as process:
-        wait_for(lambda: rows(out) > 120, process)
+        wait_for(lambda: rows(out) > 50, process)
         process.send_signal(number)
         process.communicate(timeout=TIMEOUT)
-    wait_for(lambda: json.loads((out / checkpoint.STATE).read_text())["step"] > 120)
+    wait_for(lambda: json.loads((out / checkpoint.STATE).read_text())["step"] > 50)
     wait_for(lambda: "another training" not in mpirun(2, SCRIPT, "--resume", "--out", out).stderr)
     assert_same(out, straight)
     assert (losses(out) == losses(straight)).all()
