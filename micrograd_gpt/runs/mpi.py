@@ -111,10 +111,13 @@ class MPIRanks(Ranks):
                 looked = time.monotonic()
 
     def check_alive(self) -> None:
-        dead = [rank for rank, pid in self._watched.items() if not is_running(pid)]
-        if dead:
-            which = ", ".join(f"rank {rank} (process {self._watched[rank]})" for rank in dead)
+        if not self.all_alive():
+            dead = [(rank, pid) for rank, pid in self._watched.items() if not is_running(pid)]
+            which = ", ".join(f"rank {rank} (process {pid})" for rank, pid in dead)
             raise RankDied(f"{which} on {platform.node()} has ended")
+
+    def all_alive(self) -> bool:
+        return all(map(is_running, self._watched.values()))
 
     def ranks_before(self) -> int:
         """How many ranks come before this one, without those that are known to have ended."""

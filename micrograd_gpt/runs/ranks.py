@@ -98,6 +98,10 @@ class Ranks:
     def check_alive(self) -> None:
         """RankDied if one of the ranks on this machine has ended."""
 
+    def all_alive(self) -> bool:
+        """Whether none has."""
+        return True
+
     def first_on_machine(self) -> AbstractContextManager[None]:
         """One rank of each machine goes through this block first, the others after it."""
         return nullcontext()

@@ -20,7 +20,7 @@ from micrograd_gpt.arrays.devices import resolve_device
 from micrograd_gpt.nn import Module
 from micrograd_gpt.optim import AdamW
 from micrograd_gpt.runs import checkpoint
-from micrograd_gpt.runs.last_resort import save_if_killed
+from micrograd_gpt.runs.last_resort import at_signal, save_if_killed
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.metrics import Metrics
 from micrograd_gpt.runs.ranks import Ranks
@@ -147,26 +147,25 @@ class Recorder:
             disable=None,
             smoothing=0.05,
         )
-        self._signals = StopSignals(self.ranks.stopping, self._on_signal)
+        self._signals = StopSignals(self.ranks.stopping, self.ranks.check_alive)
+        if self.ranks.deadly and self.ranks.is_first:
+            at_signal(self.ranks.deadly, self._on_deadly_signal)
         self._last_time = time.perf_counter()
         before = self.metrics.seconds if self.ranks.is_first else 0.0
         self._started = self._last_time - before  # a resumed run's time goes on
         self._last_said, self._has_measured = monotonic(), False
 
-    def _on_signal(self, number: int) -> None:
-        self.ranks.check_alive()  # the launcher sends one too when a rank has died
-        if number in self.ranks.deadly and self.ranks.is_first and not self.stopped:
-            self._is_dying = True
-            self._save_if_killed()
-
-    def _save_if_killed(self) -> None:
-        """Where the launcher is about to kill us, have the latest whole step saved nevertheless."""
-        if self._is_dying and not self._is_changing:
-            self._is_dying = False
+    def _on_deadly_signal(self) -> None:
+        """Have the latest whole step saved though the launcher is about to kill us."""
+        if not self.ranks.all_alive():
+            return  # the launcher does the same where a rank has died
+        if self._is_changing:
+            self._is_dying = True  # due_after knows when the step is whole
+        else:
             save_if_killed(self._save_if_newer)
 
     def _save_if_newer(self) -> None:
-        if checkpoint.saved_step(self.out) < self.optimizer.steps:
+        if not self._is_changing and checkpoint.saved_step(self.out) < self.optimizer.steps:
             self._save()
 
     @property
@@ -184,7 +183,8 @@ class Recorder:
     def due_after(self, step: int) -> Due:
         """What happens now that `step`, counted from 0, has been taken."""
         self._is_changing = False
-        self._save_if_killed()
+        if self._is_dying:
+            save_if_killed(self._save_if_newer)
         return self._due(step)
 
     def _due(self, step: int) -> Due:

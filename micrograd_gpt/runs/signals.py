@@ -22,21 +22,18 @@ class StopSignals:
     Python allows this in its main thread only: in another one signals do what they did before. So
     do those that are ignored, as a shell starts programs in the background.
 
-    `also` are signals that ask for the same. `first` is called with the number of each signal,
-    before it is heeded.
+    `also` are signals that ask for the same, and `first` is called before any of them is heeded.
     """
 
     def __init__(
-        self,
-        also: Sequence[signal.Signals] = (),
-        first: Callable[[int], None] = lambda number: None,
+        self, also: Sequence[signal.Signals] = (), first: Callable[[], None] = lambda: None
     ) -> None:
         self.requested, self._first = 0, first
         for number in (*heeded(), *also):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._first(number)
+        self._first()
         if self.requested:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.requested = number
