@@ -11,8 +11,10 @@ from faults import fill_disk
 from training import script
 
 from micrograd_gpt.runs import checkpoint, mpi
+from micrograd_gpt.runs.mpi import bound_to
 from micrograd_gpt.runs.ranks import started_ranks
 from micrograd_gpt.support import cli, files
+from micrograd_gpt.support.machine import usable_cores
 from micrograd_gpt.tensor import Tensor
 
 
@@ -53,6 +55,7 @@ def sums() -> int:
             done = time.monotonic()
         times = ranks.join([done])
         assert all(time > times[0] for time in times[1:])
+        assert usable_cores() <= max(1, len(bound_to()) // ranks.size)
         print(f"{ranks.size} ranks agree")
     return 0
 
