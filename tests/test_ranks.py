@@ -230,7 +230,7 @@ def training(
     run = ["--data", text, *RUN, *long, "--out", out]
     with started("-n", 2, sys.executable, SCRIPT, *run) as process:
         wait_for((out / checkpoint.STATE).exists, process)
-        yield process, children_of(process.pid)
+        yield process, ranks_of(process.pid)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
@@ -243,6 +243,14 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | Non
 
 def rows(folder: Path) -> int:
     return len(metrics(folder)) if (folder / "metrics.jsonl").exists() else 0
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The processes of the ranks that a launcher started, by itself or by others of its own."""
+    found = []
+    for child in children_of(launcher):
+        found += ranks_of(child) or [child]
+    return found
 
 
 def children_of(parent: int) -> list[int]:
@@ -303,6 +311,20 @@ def test_a_signal_saves_the_same_step_on_all_ranks(
     assert [row["step"] for row in metrics(out)] == list(range(1, step + 1))
     result = mpirun(2, SCRIPT, "--resume", "--allow-changes", "--max-steps", step + 1, "--out", out)
     assert result.returncode == 0 and metrics(out)[-1]["step"] == step + 1
+
+
+@needs_mpi
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_all(text: Path, tmp_path: Path, rank: int) -> None:
+    out = tmp_path / "out"
+    with training(out, text) as (process, ranks):
+        os.kill(ranks[rank], signal.SIGUSR1)
+        _, stderr = process.communicate(timeout=TIMEOUT)
+    step = json.loads((out / checkpoint.STATE).read_text())["step"]
+    assert process.returncode == 128 + signal.SIGUSR1
+    assert f"stopped after step {step}; continue with --resume --out {out}" in stderr
 
 
 @needs_mpi

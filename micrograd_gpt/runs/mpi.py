@@ -28,7 +28,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.machine import usable_cores
 from micrograd_gpt.tensor import Tensor
 
-BUCKET = 1 << 22  # numbers that are added up at a time: 16 MB
+BUCKET = 1 << 20  # numbers that are added up at a time: 4 MB, which stay in a cache
 BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
 PATIENCE = 1.0  # seconds that a rank leaves each rank before it to say what both have met
 
