@@ -119,9 +119,10 @@ class MPIRanks(Ranks):
     def all_alive(self) -> bool:
         return all(map(is_running, self._watched.values()))
 
-    def ranks_before(self) -> int:
-        """How many ranks come before this one, without those that are known to have ended."""
-        return sum(r not in self._watched or is_running(self._watched[r]) for r in range(self.rank))
+    def living_before(self, here: bool) -> int:
+        """How many ranks before this one have not ended, of all, or of those on this machine."""
+        alive = {rank: is_running(pid) for rank, pid in self._watched.items()}
+        return sum(alive.get(rank, not here) for rank in range(self.rank))
 
     @contextmanager
     def first_on_machine(self) -> Iterator[None]:
@@ -252,7 +253,8 @@ def bound_to() -> set[int]:
 
 def end_all(ranks: MPIRanks, error: BaseException, stderr: TextIO) -> NoReturn:
     """End the processes of all ranks, after one message that says why."""
-    time.sleep(PATIENCE * ranks.ranks_before())  # they may be about to say the same
+    # They may be about to say the same; that a rank has died is noticed on its machine alone.
+    time.sleep(PATIENCE * ranks.living_before(here=isinstance(error, RankDied)))
     who = "" if ranks.is_first else f"rank {ranks.rank} on {platform.node()}: "
     status = 1
     with redirect_stderr(stderr):
