@@ -12,9 +12,15 @@ move a figure if other items were drawn. With --out, Ctrl-C loses nothing.
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Ctrl-C while the rest is imported ends the script quietly
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 from micrograd_gpt.evaluation.flags import make_parser
@@ -38,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     from micrograd_gpt.arrays.memory import memory_errors
     from micrograd_gpt.arrays.stand_ins import highest_level
 
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    cli.write_utf8()
     highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
     commands = {
         "perplexity": perplexity,

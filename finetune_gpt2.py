@@ -62,13 +62,15 @@ from micrograd_gpt.tuning.classifier import (
     write_classifier,
 )
 from micrograd_gpt.tuning.instructions import Instructions
-from micrograd_gpt.tuning.lora import add_as_told
+from micrograd_gpt.tuning.lora import add_as_told, count_trained, trained_parameters
 from micrograd_gpt.tuning.scores import draw_confusion
 from micrograd_gpt.weights.config import read_config
 from micrograd_gpt.weights.names import config_named, tokenizer_folder
 from micrograd_gpt.weights.pretrained import unwritten
 
 RATES = ("max_steps", "warmup_steps", "learning_rate", "min_lr")  # the schedule's arguments
+
+Make = Callable[[GPT2], Any]  # what the body becomes: itself, or a classifier
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -164,7 +166,7 @@ def tune(
     settings: argparse.Namespace,
     device: str,
     task: Task,
-    make: Callable[[GPT2], Any],
+    make: Make,
     write: Callable[..., None],
 ) -> tuple[Any, int]:
     """Train what `make` makes of the body on the task; returns it, and the signal that stopped it.
@@ -175,7 +177,7 @@ def tune(
     order = Order(task.lengths, per_step, settings.seed, task.kinds)
     flags.schedule(settings, order.steps_per_epoch)
     longest = int(task.lengths.max())
-    plan = make_plan(settings, longest, device)
+    plan = make_plan(settings, longest, device, make)
     if settings.plan:
         print(plan.report(settings.max_steps, settings.rate, settings.devices))
         return None, 0
@@ -196,6 +198,7 @@ def tune(
     if settings.resume:
         checkpoint.load_run(settings.out, model, optimizer, scaler)
     recorder = Recorder(settings, task, model, optimizer, scaler, write, per_step * longest)
+    flags.write_settings(settings)
     recorder.start()
     learn(settings, task, order, model, optimizer, scaler, recorder)
     return model, recorder.finish()
@@ -256,12 +259,9 @@ def make_body(settings: argparse.Namespace, device: str) -> GPT2:
 
 def make_optimizer(settings: argparse.Namespace, model: Module) -> tuple[optim.AdamW, LossScaler]:
     """AdamW for the parameters that learn, and the scale of float16's gradients."""
-    optimizer = optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        weight_decay=settings.weight_decay,
-    )
+    rate, betas = settings.learning_rate, (settings.beta1, settings.beta2)
+    learning = trained_parameters(model)
+    optimizer = optim.AdamW(learning, rate, betas, weight_decay=settings.weight_decay)
     scaler = LossScaler(enabled=settings.dtype == "float16")
     if scaler.enabled:  # an overflow does no harm then
         warnings.filterwarnings("ignore", "(invalid value|overflow) encountered", RuntimeWarning)
@@ -287,11 +287,11 @@ def longest_of(settings: argparse.Namespace) -> int:
     return settings.block_size or room
 
 
-def make_plan(settings: argparse.Namespace, longest: int, device: str) -> Plan:
-    """What a run takes at its longest batches, if all layers learn."""
-    s = settings
+def make_plan(settings: argparse.Namespace, longest: int, device: str, make: Make) -> Plan:
+    """What a run takes at its longest batches."""
+    s, config = settings, config_of(settings)
     sizes = (s.batch_size, longest, s.grad_accum_steps, s.recompute, s.dtype, device)
-    return Plan(config_of(s), *sizes)
+    return Plan(config, *sizes, count_trained(make(unwritten(config)), s))
 
 
 if __name__ == "__main__":

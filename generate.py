@@ -1,10 +1,10 @@
 """Prompt in, text out.
 
-    python generate.py --prompt "The "                     # with what train_gpt2.py trained
+    python generate.py --prompt "The"                      # with what train_gpt2.py trained
     echo "Once upon a time" | python generate.py --model 124M --temperature 0.7
     python generate.py --prompts FILE --json               # a line each
     python generate.py --model tuned --instruction "Add." --input "2 and 3"
-    python generate.py --prompt "The " --microscope page.html     # and how it came about
+    python generate.py --prompt "The" --microscope page.html      # and how it came about
     python generate.py                                     # an interactive prompt
 
 Text goes to stdout as it is decided, whole characters only; everything else goes to stderr.

@@ -23,8 +23,8 @@ from micrograd_gpt import Tensor
 #
 # Suppose someone does not know how Fahrenheit is made from Celsius, and believes that it is
 # `w * x + b` for some numbers `w` and `b`. (To keep the numbers small, we count both in tens of
-# degrees.) The first guess is `w = 1`, `b = 1`. At 20 °C, which is 68 °F, the guess is far off. We
-# measure how far by the square of the difference, and call it the *loss*.
+# degrees.) The first guess is `w = 1`, `b = 1`. At 20 °C, which is 68 °F, it says 30 °F and is far
+# off. We measure how far by the square of the difference, and call it the *loss*.
 
 
 # %%
@@ -39,7 +39,7 @@ print(f"the loss is {loss_at(1, 1):.2f}")
 # %% [markdown]
 # Which way should `w` go? The honest, slow answer: try it. Move `w` by a tiny step and look at what
 # the loss does. A step to each side is more accurate than one to a single side; this is called a
-# **central difference**, and it will be our judge in every lesson.
+# **central difference**, and it will be our judge from now on.
 
 # %%
 step = 1e-4
@@ -78,13 +78,19 @@ assert math.isclose(by_hand_b, slope_b, rel_tol=1e-6)
 # %% [markdown]
 # Look at the two products: `2 * error * 1` stands in both. Whoever starts **at the loss** and walks
 # backwards works that part out once, and every number above gets its share of it. This is why one
-# walk is enough for 124 million slopes, and why it is called *backward*.
+# walk is enough for 124 million slopes. Computing the loss is called the *forward*, and this walk
+# the *backward*.
+#
+# One case is missing: a number that is used twice. In `w * w`, if `w` moves by a little, the
+# product moves `w` times as much because of the first factor, and as much again because of the
+# second. The slopes of the two paths **add up**, to `2 * w`, which is what school says of the slope
+# of $w^2$.
 #
 # ## A tape
 #
 # Now let the computer do the paperwork. A `Number` remembers which numbers it was made from, and
-# its slope towards each. Computing the loss then leaves a record behind, the *tape*, and
-# `backward` walks it from the end to the beginning.
+# its slope towards each. The forward then leaves a record behind, the *tape*, and `backward` walks
+# it from the end to the beginning.
 
 
 # %%
@@ -144,8 +150,7 @@ def tape_below(last):
 # %% [markdown]
 # Two lines deserve a second look.
 #
-# - `parent.grad += …`, not `=`. A number may be used twice, and then it moves the loss along two
-#   paths, which add up.
+# - `parent.grad += …`, not `=`, for numbers that are used more than once.
 # - `reversed(tape_below(self))`. A number may pass its gradient on only when it has *all* of it.
 #   The list has every number after those it was made from, so backwards, every number comes after
 #   all those that it went into.
@@ -160,9 +165,12 @@ print(f"loss {loss.value:.2f}, gradients {w.grad:.3f} and {b.grad:.3f}")
 assert math.isclose(w.grad, by_hand_w) and math.isclose(b.grad, by_hand_b)
 
 # %% [markdown]
-# Here is that tape as a picture. Values flow to the right; afterwards the gradients flow back to
-# the left. Follow the slopes of `w` from the loss: −7.6 arrives at the last sum, is handed on
-# unchanged by two sums (their slopes are 1), and is doubled by the product with `x = 2`.
+# Here is that tape as a picture: a box for every number, yellow for those that we put in. (There is
+# a −1 among them because `Number` computes `a - b` as `a + b * -1`.) Values flow to the right;
+# afterwards the gradients flow back to the left. Follow them from the loss to `w`: the square sends
+# −7.6, which is `2 * error`, to the last sum; both sums hand it on unchanged, since their slopes
+# are 1; and the product with `x = 2` doubles it. (Code that only draws, here and later, is not
+# needed to follow the lesson.)
 
 
 # %%
@@ -201,12 +209,12 @@ draw(loss)
 # ## The same in the package
 #
 # `Tensor` in `micrograd_gpt/tensor.py` is this class, grown up: its values are whole arrays (the
-# next lesson), it keeps a function for each operation instead of a ready slope, and its walk does
-# not call itself, so that a tape of a million operations is no trouble. The heart is the same.
-# Compare its `__mul__` with ours, and its `walk_back` with our `backward`.
+# next lesson), it keeps a function for each operation instead of a ready slope, and its walk is a
+# loop where our `visit` calls itself, so that a tape of a million operations is no trouble. The
+# heart is the same.
 #
 # Is the result the same too? Let both compute something winding, in which `a` is used four times,
-# from many random numbers.
+# from many random numbers. A `Tensor` records only what depends on those with `requires_grad=True`.
 
 
 # %%
@@ -230,14 +238,16 @@ print("100 random points: our gradients and Tensor's are equal")
 # %% [markdown]
 # ## Learning
 #
-# With gradients in hand, learning is a loop of three lines: compute the loss, walk back, move each
-# number a little *against* its gradient. Five readings of two thermometers are enough to discover
-# that a degree Celsius is 1.8 degrees Fahrenheit, and that water freezes at 32 of them.
+# With gradients in hand, learning is a loop of three steps: compute the loss, walk back, move each
+# number a little *against* its gradient. How little is up to us: the gradient times a small number,
+# the **learning rate**. Five readings of two thermometers are enough to discover that a degree
+# Celsius is 1.8 degrees Fahrenheit, and that water freezes at 32 of them.
 
 # %%
 celsius = [-1.0, 0.0, 1.0, 2.0, 3.0]  # in tens of degrees
 fahrenheit = [1.4, 3.2, 5.0, 6.8, 8.6]
 
+learning_rate = 0.02
 w, b, losses = Number(1.0), Number(1.0), []
 for _ in range(200):
     loss = Number(0.0)
@@ -245,8 +255,8 @@ for _ in range(200):
         loss = loss + (w * x + b - y) ** 2
     loss.backward()
     losses.append(loss.value)
-    w = Number(w.value - 0.02 * w.grad)  # new numbers, whose gradients are 0 again
-    b = Number(b.value - 0.02 * b.grad)
+    w = Number(w.value - learning_rate * w.grad)  # new numbers, whose gradients are 0 again
+    b = Number(b.value - learning_rate * b.grad)
 
 print(f"w = {w.value:.3f}, b = {b.value:.3f}, last loss {losses[-1]:.6f}")
 assert abs(w.value - 1.8) < 1e-3 and abs(b.value - 3.2) < 1e-3
@@ -259,17 +269,25 @@ plt.title("Learning Fahrenheit from five readings")
 plt.show()
 
 # %% [markdown]
+# On this scale, where each mark is a thousandth of the one above, the loss falls in a straight
+# line: every step removes the same share of what is left. Try a learning rate of 0.06. Every step
+# then overshoots by more than it corrects, and the loss explodes.
+#
 # GPT-2 is trained by this loop. It has more numbers, and a better rule for how far each should move
 # (lesson 4), but the loss, the tape and the walk back are what you have just written.
 #
+# **Read next**, in [`tensor.py`](../micrograd_gpt/tensor.py): `Tensor.__mul__` and `tanh` beside
+# ours, and `walk_back` beside our `backward`. The rest of the file comes after lesson 2.
+#
 # ## Exercises
 #
-# 1. Give `Number` an `exp()` and a division, and check the slope of `1 / (1 + exp(-x))` at
-#    `x = 0.5` against `Tensor`'s `sigmoid`.
+# 1. Write `exp(x)` and `divide(a, b)` for `Number`s, and check the slope of `1 / (1 + exp(-x))` at
+#    `x = 0.5` against that of `sigmoid()`, which a `Tensor` has.
 # 2. Replace `+=` in `backward` by `=`. For which of these does the gradient of `a` go wrong, and
 #    why: `a * 3`, `a + a`, `(a * 2) * (a * 5)`?
 # 3. Pass 1.0 through `tanh` thirty times in a row. How large is the gradient that arrives at the
-#    beginning? What would this do to the first layers of a model that is thirty layers deep?
+#    beginning? Suppose that a model is thirty layers deep, each with a `tanh`: how would the first
+#    layers learn?
 #
 # ## Solutions
 #

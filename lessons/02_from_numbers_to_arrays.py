@@ -6,7 +6,8 @@
 #
 # **The idea.** The gradient of an array is an array of the **same shape**: one slope for each
 # element. Almost everything follows from the shapes. Where the forward *copies* a number, the
-# backward *adds up*; where the forward adds up, the backward copies.
+# backward *adds up*; where the forward adds up, the backward copies. (The *forward* of an operation
+# computes its result; its *backward* turns the result's gradient into those of its inputs.)
 
 # %%
 import matplotlib.pyplot as plt
@@ -20,15 +21,27 @@ rng = np.random.default_rng(0)
 # %% [markdown]
 # ## Why arrays
 #
-# Lesson 1's tape had a node for every multiplication. A forward pass of GPT-2 multiplies more than
-# a hundred million times for each token, so that a tape of numbers would be slow and enormous. A
-# tape of arrays has one node for each *operation on an array*, a few hundred in all, and NumPy does
-# the multiplications inside of it.
-#
-# Nothing else changes. An operation still computes its result and says how a gradient goes back:
+# Lesson 1's tape had a `Number` for every multiplication. GPT-2 multiplies more than a hundred
+# million times for each word that it reads, so that a tape of numbers would be slow and enormous. A
+# tape of arrays has one entry for each *operation on an array*, a few hundred in all, and NumPy
+# does the multiplications inside of it. If NumPy is new to you, here is all that you need of it:
 
 # %%
-x = rng.standard_normal((2, 3))
+table = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+print("the shape:", table.shape, "2 rows (axis 0) of 3 columns (axis 1)")
+print("element by element:", (table * table).tolist())
+print("the sum over axis 0, which then is gone:", table.sum(axis=0).tolist())
+print("… or stays, with size 1:", table.sum(axis=0, keepdims=True).tolist())
+print("a row made a column, by a new axis 1:", table[0][:, None].tolist())
+print("transposed, rows made columns:", table.T.tolist())
+print("matrix product, (2, 3) @ (3, 2):", (table @ table.T).tolist())
+
+# %% [markdown]
+# Otherwise all stays as in lesson 1. An operation still computes its result and says how a gradient
+# goes back:
+
+# %%
+x = rng.standard_normal((2, 3))  # random numbers, mostly between -2 and 2
 y = rng.standard_normal((2, 3))
 
 
@@ -45,7 +58,8 @@ def multiply_backward(grad, x, y):
 #
 # Before we derive anything, we need a judge that does not know calculus. Pick one element, move it
 # by a tiny step to both sides, and look at the loss. To make a single number, a *loss*, out of an
-# array, we multiply it by random weights and add up; then `grad` is exactly these weights.
+# array, we multiply it by random weights and add up. Then each element of the array moves the loss
+# as fast as its weight says: `grad` is exactly these weights.
 
 
 # %%
@@ -67,7 +81,7 @@ def measured_gradients(function, arrays, weights, step=1e-6):
 
 
 def judge(name, function, backward, *arrays):
-    """Assert that `backward(grad, *arrays)` agrees with what is measured; print the difference."""
+    """Assert that `backward(grad, *arrays)` agrees with what is measured, to a millionth."""
     weights = rng.standard_normal(function(*arrays).shape)
     worst = 0.0
     measured = measured_gradients(function, arrays, weights)
@@ -94,7 +108,7 @@ else:
 # %% [markdown]
 # How tiny should the step be? If it is too large, the curve bends within it. If it is too small,
 # both losses agree in almost all of their 16 digits, and the difference is noise. Measure it, on a
-# slope that we know exactly, that of `exp` at 1:
+# slope that we know exactly: that of `exp` at 1 is $e$.
 
 # %%
 steps = 10.0 ** np.arange(-13, 0, 0.25)
@@ -102,8 +116,8 @@ slopes = (np.exp(1 + steps) - np.exp(1 - steps)) / (2 * steps)
 one_sided = (np.exp(1 + steps) - np.exp(1)) / steps
 
 plt.figure(figsize=(6, 3.2))
-plt.loglog(steps, np.abs(slopes / np.e - 1) + 1e-17, label="a step to each side")
-plt.loglog(steps, np.abs(one_sided / np.e - 1) + 1e-17, "--", label="a step to one side")
+plt.loglog(steps, np.abs(slopes / np.e - 1), label="a step to each side")
+plt.loglog(steps, np.abs(one_sided / np.e - 1), "--", label="a step to one side")
 plt.axvline(1e-6, color="gray", linewidth=0.8)
 plt.text(1.3e-6, 3e-2, "our step", color="gray")
 plt.xlabel("step")
@@ -121,10 +135,11 @@ plt.show()
 # ## Broadcasting
 #
 # NumPy lets you add a row to every row of a matrix: `(4, 3) + (3,)`. The row is *copied* four
-# times, without taking memory. This is how a bias is added to every token.
+# times, without taking memory. This is called broadcasting. In lesson 1, `b` was added to every
+# prediction; here is how to do it for all of them at once.
 #
-# Think of lesson 1: a number that is used four times moves the loss along four paths, and the
-# slopes **add up**. So the gradient of the row is the sum of `grad` over the four rows:
+# A number that is used four times moves the loss along four paths, and their slopes **add up**. So
+# the gradient of the row is the sum of `grad` over the four rows:
 
 
 # %%
@@ -179,7 +194,8 @@ tables = [
 ]
 figure, axes = plt.subplots(2, 3, figsize=(8, 5.4))
 for i, (axis, (title, table)) in enumerate(zip(axes.flat, tables, strict=True)):
-    axis.imshow(table, cmap="Blues" if i < 3 else "RdBu", vmin=-11 * (i > 2), vmax=16 - 5 * (i > 2))
+    colors = ("Blues", 0, 16) if i < 3 else ("RdBu", -11, 11)
+    axis.imshow(table, cmap=colors[0], vmin=colors[1], vmax=colors[2])
     for (r, c), value in np.ndenumerate(table):
         axis.text(c, r, f"{value:.0f}", ha="center", va="center")
     axis.set(xlim=(-0.5, 2.5), ylim=(3.5, -0.5))
@@ -195,7 +211,8 @@ plt.show()
 # $z_{ij} = \sum_k x_{ik} w_{kj}$.
 #
 # How does the loss move with $x_{ik}$? This number goes into every element of row $i$ of the
-# result, into $z_{ij}$ with the slope $w_{kj}$. Multiply along each path and add up the paths:
+# result, into $z_{ij}$ with the slope $w_{kj}$. Multiply along each path and add up the paths. With
+# $\mathrm{dx}$ for the gradient of `x`:
 #
 # $$\mathrm{dx}_{ik} = \sum_j \mathrm{grad}_{ij}\, w_{kj}$$
 #
@@ -213,13 +230,14 @@ x, w = rng.standard_normal((5, 4)), rng.standard_normal((4, 3))
 judge("x @ w", np.matmul, matmul_backward, x, w)
 
 # %% [markdown]
-# A backward pass does two products for each one of the forward pass. This is where the rule comes
-# from that training costs three times as much arithmetic as reading.
+# The backward does two products for each one of the forward. This is where the rule comes from that
+# a step of training takes three times the arithmetic of the forward alone.
 #
 # ## A small network, by hand and by tape
 #
-# Put the three together: a layer with a bias, a `tanh`, a second layer, and a sum of squares. By
-# hand, we go through it backwards, one line for one line; the package's tape finds the same.
+# Put the three together. A *layer* is a matrix product and an added row, its *bias*. We take one, a
+# `tanh`, a second layer without a bias, and a sum of squares as the loss. By hand, we go through it
+# backwards, one line for each line of the forward; the package's tape finds the same.
 
 # %%
 inputs = rng.standard_normal((6, 4))
@@ -250,14 +268,17 @@ for by_hand, by_tape in zip((d_w1, d_b1, d_w2), (t1.grad, tb.grad, t2.grad), str
 print("three gradients, by hand and by tape: equal")
 
 # %% [markdown]
-# You can now read `tensor.py` from top to bottom: each operation there is three lines, of which the
-# last is a backward like yours.
+# **Read next:** [`tensor.py`](../micrograd_gpt/tensor.py), from top to bottom. Most operations
+# there are two or three lines, of which the last has a backward like yours. Pass over three things
+# that are there for later: `@definition` marks what a faster function may stand in for, `versions`
+# notice an array that was changed before the backward needed it, and `operands` has the error
+# messages.
 #
 # ## Exercises
 #
 # 1. Write the backward of `x.mean(axis=1)`. The forward adds up, so the backward copies.
-# 2. Write the backward of `x[[0, 2, 2]]`, which picks rows, one of them twice. This is what an
-#    embedding does when a word occurs twice in a text.
+# 2. Write the backward of `x[[0, 2, 2]]`, which picks rows, one of them twice. This is how a model
+#    looks up each word's row in a table, and a word may occur twice.
 # 3. The judge multiplies by *random* weights. Suppose that it took ones. Find a wrong backward of
 #    `x.T` for a square `x` that it would then let pass.
 #

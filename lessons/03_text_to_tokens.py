@@ -45,7 +45,8 @@ for name, tokenizer in simple.items():
     assert tokenizer.decode(ids) == sentence
 
 # %% [markdown]
-# Each has a weakness:
+# (The 257th byte token marks the end of a text, and so does one of the words; another one of the
+# words stands for every unknown word.) Each way has a weakness:
 #
 # - **Characters** and **bytes** make long sequences, and the model has to learn spelling before it
 #   can learn anything else.
@@ -57,23 +58,29 @@ print(repr(simple["words"].decode(unseen)))
 assert simple["words"].unknown in unseen
 
 # %% [markdown]
-# Bytes have one great virtue. Every text in every language is a sequence of bytes (in UTF-8), so
-# nothing is ever unknown. Byte-pair encoding keeps that, and makes the sequences short.
+# Bytes have one great virtue. A computer stores every text, in every language, as a sequence of
+# bytes (in UTF-8, one for an English letter, two for an é), so nothing is ever unknown. Byte-pair
+# encoding keeps that, and makes the sequences short.
 #
 # ## Byte-pair encoding from nothing
 #
-# First, cut the text into words, with the space *before* a word as a part of it. Merges will happen
-# only inside of these, so that no token spans two words. GPT-2's pattern also knows digits,
-# apostrophes and all the alphabets; for our tale, letters are enough.
+# First, cut the text into words, with the space *before* a word as a part of it. Marks in a row are
+# a "word" too, and so is white space. Merges will happen only inside of these, so that no token
+# spans two words. GPT-2's pattern also knows digits, apostrophes and all the alphabets; for our
+# tale, letters are enough.
 
 # %%
-PATTERN = r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+(?!\S)|\s+"
+PATTERN = (
+    r" ?[A-Za-z]+"  # letters, with the space before them
+    r"| ?[^\sA-Za-z]+"  # marks, in the same way
+    r"|\s+(?!\S)|\s+"  # white space, but for a last space that belongs to what follows
+)
 words = Counter(re.findall(PATTERN, story))
 print(words.most_common(8))
 
 # %% [markdown]
 # Then each word becomes a list of single bytes, and training is a loop: count all pairs of
-# neighbours, join the most frequent, note the merge.
+# neighbours, join the most frequent everywhere, note it. This is called a *merge*.
 
 
 # %%
@@ -114,7 +121,7 @@ for i, (left, right) in enumerate(merges[:12]):
 # program what a word is; it only counted.
 #
 # Encoding a new text repeats the merges, **in the order in which they were learned**. Of all the
-# pairs in a word that have a merge, the earliest goes first:
+# pairs in a word that have a merge, the one learned earliest goes first:
 
 
 # %%
@@ -125,7 +132,7 @@ def encode_word(word, rank):
         pairs = [pair for pair in pairwise(parts) if pair in rank]
         if not pairs:
             return parts
-        parts = join(parts, min(pairs, key=rank.__getitem__))
+        parts = join(parts, min(pairs, key=lambda pair: rank[pair]))
 
 
 rank = {pair: i for i, pair in enumerate(merges)}
@@ -134,7 +141,9 @@ print([part.decode() for word in re.findall(PATTERN, sentence) for part in encod
 # %% [markdown]
 # The vocabulary is the 256 bytes and, after them, what each merge makes. Is it right? The package
 # computes the same encoding by quite another program (the library tiktoken, written in Rust). We
-# give it our vocabulary and merges and compare the ids of the whole tale:
+# give it our vocabulary and merges and compare the ids of the whole tale. (It takes them as files
+# keep them, with a visible character for each byte: `spelled` writes ` the` as `Ġthe`, and
+# `unspelled` goes back.)
 
 # %%
 vocabulary = [bytes([b]) for b in range(256)] + [left + right for left, right in merges]
@@ -146,7 +155,7 @@ def encode(text, rank, number):
 
 
 package = BytePairTokenizer(
-    {spelled(token): i for token, i in number.items()},  # files spell " the" as "Ġthe"
+    {spelled(token): i for token, i in number.items()},
     [(spelled(left), spelled(right)) for left, right in merges],
 )
 ids = encode(story, rank, number)
@@ -157,9 +166,9 @@ print(f"{len(story)} bytes are {len(ids)} tokens, as the package says too")
 # %% [markdown]
 # ## GPT-2's vocabulary
 #
-# OpenAI trained the same loop on eight million web pages, for 50,000 merges. The result travels in
-# this package. *Our* encoder, with *their* merges, must give what GPT-2 was trained on; for the
-# words "The dog" that is 464 and 3290, which you can look up anywhere.
+# OpenAI ran the same loop for 50,000 merges. With the 256 bytes and a token for the end of a text,
+# that makes 50,257 tokens, and they travel in this package. *Our* encoder, with *their* merges,
+# must give the ids that GPT-2 was trained on; "The dog" is 464 and 3290 to every GPT-2 tokenizer.
 
 # %%
 gpt2 = GPT2Tokenizer()
@@ -212,13 +221,13 @@ assert gpt2.encode("the").tolist() == [1169] and gpt2.encode(" the").tolist() ==
 
 # %% [markdown]
 # To the model, 1169 and 262 are as different as any two numbers; that they mean the same is
-# something it has to learn. What does one gain? Almost every word in a text follows a space, and so
-# almost every word costs one token instead of two.
+# something it has to learn. What is gained? Almost every word in a text follows a space, and the
+# space costs no token of its own.
 #
 # There is a trap in it. If your prompt is `"The dog "`, with a space at its end, that space is a
 # token of its own. But in the training texts the space before a word was nearly always *inside* the
-# next token; the model has hardly ever seen what follows a lone space, and continues badly. End a
-# prompt with a letter or a mark.
+# next token; the model has hardly ever seen what follows a lone space, and is likely to continue
+# badly. End a prompt with a letter or a mark.
 
 # %%
 print("without:", gpt2.encode("The dog").tolist(), "  with:", gpt2.encode("The dog ").tolist())
@@ -249,6 +258,10 @@ assert lengths[0] == len(story) and all(a >= b for a, b in pairwise(lengths))
 # %% [markdown]
 # With 240 merges, our tokenizer comes close to GPT-2's on this tale, since it was made for this
 # tale and for nothing else (exercise 3).
+#
+# **Read next:** [`text/tokenizers.py`](../micrograd_gpt/text/tokenizers.py), where the three simple
+# tokenizers fit on a page, and the beginning of
+# [`text/byte_pairs.py`](../micrograd_gpt/text/byte_pairs.py), with GPT-2's pattern.
 #
 # ## Exercises
 #

@@ -33,6 +33,10 @@ print(f"{len(inputs)} pairs of neighbours, {V} different characters")
 # character as the next? These scores are called **logits**. They may be any numbers. *Softmax*
 # makes probabilities of them: `exp` makes them positive, and dividing by their sum makes them add
 # up to 1.
+#
+# In the package, an `nn.Parameter` is a `Tensor` that is to be learned, an `nn.Module` knows the
+# parameters among its attributes, and `layers` has what models compute. `layers.embedding` picks
+# rows of a table (lesson 2, exercise 2).
 
 
 # %%
@@ -59,14 +63,14 @@ assert np.allclose(probabilities, 1 / V)
 # ## The loss: how surprised was the model?
 #
 # Now let the text speak. At each place, look up the probability that the model gave to the
-# character that really came. A good model gives it a high one. We measure the *surprise*, $-\log
-# p$: zero for
-# $p = 1$, and the larger the smaller $p$ is. Its mean over the text is the **cross-entropy**, the
-# loss of every language model. With the natural logarithm, it is counted in *nats*.
+# character that really came. A good model gives it a high one. We measure the *surprise*, $-\ln p$:
+# zero for $p = 1$, and the larger the smaller $p$ is. Its mean over the text is the
+# **cross-entropy**, the loss of every language model. With the natural logarithm, it is counted in
+# *nats*.
 #
 # The **perplexity**, $e^{\text{loss}}$, says the same in a way that one can imagine: the model is
-# as unsure as if it had to choose among so many equally likely tokens. Before training, these are
-# all.
+# as unsure as if it had to choose among so many equally likely tokens. Before training, that is all
+# of them.
 
 # %%
 with no_grad():  # looking only: no tape is needed
@@ -83,12 +87,17 @@ assert math.isclose(loss, math.log(V), rel_tol=1e-5)
 #
 # It has a beautiful form: *what the model said, minus what came*. For the logits of one place, the
 # gradient is the vector of the probabilities, with 1 taken off at the character that came. Every
-# character that did not come is pushed down by as much as was wrongly given to it. Is it true?
+# character that did not come is pushed down by as much as was wrongly given to it.
+#
+# School calculus is enough to see it. With the logits $z_j$, and $c$ for the character that came,
+# the surprise is $-\ln \left(e^{z_c} / \sum_j e^{z_j}\right) = \ln \sum_j e^{z_j} - z_c$. The slope
+# of the first term towards $z_i$ is $e^{z_i} / \sum_j e^{z_j}$, the probability; that of $-z_c$ is
+# −1, for $i = c$ only. The tape agrees:
 
 # %%
 with no_grad():
-    expected = layers.softmax(model(inputs)).numpy()  # (N, V)
-expected[np.arange(len(targets)), targets] -= 1
+    expected = layers.softmax(model(inputs)).numpy()  # (N, V) for N pairs
+expected[np.arange(len(targets)), targets] -= 1  # in each row, at the column of its target
 expected /= len(targets)  # the loss is a mean
 
 logits = layers.embedding(inputs, model.table)
@@ -101,7 +110,8 @@ print("the gradient is probabilities minus what came")
 # ## How low can it get?
 #
 # For this small model we know the answer before we train. The best table says, in each row, how
-# often each character *did* follow. Count, divide, and measure the surprise:
+# often each character *did* follow: then what the model says, minus what came, adds up to zero over
+# the text, and no slope is left to go down. Count, divide, and measure the surprise:
 
 # %%
 counts = np.zeros((V, V))
@@ -112,20 +122,20 @@ print(f"no bigram model can have a loss below {floor:.3f} on this text")
 
 # %% [markdown]
 # Why train, then, if one can count? Because counting stops here. To look at the last *two*
-# characters, the table needs $V^2$ rows; for ten, more rows than there are grains of sand, nearly
-# all of them empty. GPT-2 looks at 1024 tokens. It computes its logits instead of looking them up,
-# and what it computes with can only be found by following the gradient. So let us practise that
-# where we know the right answer.
+# characters, the table needs $V^2$ rows; for ten, six thousand million million, nearly all of them
+# empty. GPT-2 looks at 1024 tokens. It computes its logits instead of looking them up, and what it
+# computes with can only be found by following the gradient. So let us practise that where we know
+# the right answer.
 #
 # ## Training
 #
-# Each step: the loss, the walk back, a small step. Lesson 1 moved each number by its gradient times
-# a constant. **AdamW**, which trains nearly all language models, is wiser in two ways.
+# Each step: the loss, the walk back, a small move. Lesson 1 moved each number by its gradient times
+# the learning rate, `lr`. **AdamW**, which trains nearly all language models, is wiser in two ways.
 #
-# - It keeps a running mean of the gradients, `m`, so that noise cancels out.
-# - It divides by the usual *size* of the gradients of that number, the root of a running mean of
-#   their squares, `v`. So each number moves by about `lr` in each step, whether its gradients are
-#   large or tiny. Rare characters learn as fast as frequent ones.
+# - It moves by a running mean of the gradients, `m`, in which noise cancels out.
+# - It divides that by the usual *size* of the gradients of this number, the root of a running mean
+#   of their squares, `v`. So each number moves by about `lr` in each step, whether its gradients
+#   are large or tiny. Rare characters learn as fast as frequent ones.
 #
 # (The W is for *weight decay*: each step also pulls large weights a little towards zero. Our table
 # is to match the counts exactly, so we turn that off.)
@@ -136,8 +146,8 @@ losses = []
 for _ in range(300):
     loss = model.loss(inputs, targets)
     loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    optimizer.step()  # moves every parameter
+    optimizer.zero_grad()  # or the next gradients would be added to these
     losses.append(loss.item())
 print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}, perplexity {math.exp(losses[-1]):.1f}")
 assert floor <= losses[-1] < floor + 0.02
@@ -154,7 +164,7 @@ plt.show()
 
 # %% [markdown]
 # It found, by its gradients alone, what counting finds. Look at both tables. Dark means likely. In
-# this tale, `j` is always followed by `u` and `v` by `e`, and a comma nearly always by a space.
+# this tale, `j` is always followed by `u` and `v` by `e`, and a comma mostly by a space.
 
 # %%
 with no_grad():
@@ -169,7 +179,7 @@ for axis, table, title in zip(axes, (best, learned), ("counted", "learned"), str
 plt.tight_layout()
 plt.show()
 often = counts.sum(1) >= 20  # where there is enough to learn from
-print(f"largest difference in these rows: {np.abs(best - learned)[often].max():.2f}")
+print(f"largest difference, in rows of 20 pairs or more: {np.abs(best - learned)[often].max():.2f}")
 assert np.abs(best - learned)[often].max() < 0.03
 
 # %% [markdown]
@@ -185,7 +195,7 @@ def write(model, length, seed):
     for _ in range(length):
         with no_grad():
             p = layers.softmax(model(np.array(written[-1:]))).numpy()[0].astype(np.float64)
-        written.append(int(rng.choice(V, p=p / p.sum())))
+        written.append(int(rng.choice(V, p=p / p.sum())))  # 1 in all 16 digits, not only in 7
     return tokenizer.decode(written).strip()
 
 
@@ -198,12 +208,16 @@ print(write(model, 240, seed=1))
 # everything but the last character. What is missing is a way to look back: *attention*, the next
 # lesson.
 #
+# **Read next:** `embedding`, `linear`, `softmax`, `log_softmax` and `cross_entropy` in
+# [`layers.py`](../micrograd_gpt/layers.py), and `adamw_update` in
+# [`optim.py`](../micrograd_gpt/optim.py), where AdamW is seven lines.
+#
 # ## Exercises
 #
-# 1. By hand: a model gives the three characters that came the probabilities ½, ¼ and ¼. What are
-#    the loss and the perplexity?
-# 2. Train with plain steps (`p.data -= lr * p.grad`) instead of AdamW, 300 of them, with the best
-#    `lr` of 1, 10 and 100. Where does it end up?
+# 1. By hand: three characters came, to which the model had given the probabilities ½, ¼ and ¼. What
+#    are the loss and the perplexity?
+# 2. Train by 300 plain steps (`p.data -= lr * p.grad`) instead of AdamW's, with an `lr` of 1, of 10
+#    and of 100. Where does each end up? (To forget a gradient, set `p.grad = None`.)
 # 3. Split the tale: train on the first 90 %, and measure on the last 10 % every step. Does the loss
 #    there keep falling too? What goes wrong, and which table would be better than the counted one?
 #
@@ -220,8 +234,8 @@ assert math.isclose(loss, 5 / 3 * math.log(2), rel_tol=1e-6)
 
 # %% [markdown]
 # **2.** A larger step is better for a long while, since the gradients of rare characters are tiny.
-# From 10 to 100 little is gained, because the rows of frequent characters then jump to and fro.
-# AdamW needs no such luck.
+# From 10 to 100 nothing is gained: the rows of frequent characters then jump to and fro. AdamW,
+# whose steps fit each number, comes closest.
 
 # %%
 for lr in (1, 10, 100):
@@ -244,16 +258,16 @@ print(f"AdamW : loss {losses[-1]:.1f}, and the floor is {floor:.1f}")
 
 # %%
 split = int(0.9 * len(inputs))
-half = Bigram(V)
-optimizer = optim.AdamW(half.parameters(), lr=0.1, weight_decay=0.0)
+partial = Bigram(V)
+optimizer = optim.AdamW(partial.parameters(), lr=0.1, weight_decay=0.0)
 trained, held_out = [], []
 for _ in range(600):
-    loss = half.loss(inputs[:split], targets[:split])
+    loss = partial.loss(inputs[:split], targets[:split])
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     with no_grad():
-        held_out.append(half.loss(inputs[split:], targets[split:]).item())
+        held_out.append(partial.loss(inputs[split:], targets[split:]).item())
     trained.append(loss.item())
 print(f"training {trained[-1]:.2f}, held out {held_out[-1]:.2f}, its lowest {min(held_out):.2f}")
 

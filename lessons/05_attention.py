@@ -5,7 +5,7 @@
 # picture of it, and say what queries, keys and values are for.
 #
 # **The idea.** The bigram model forgot everything but the last token. Attention lets each token
-# look back at all the others and take along, from each, as much as it finds useful: a **weighted
+# look back at all that came before and take, from each, as much as it finds useful: a **weighted
 # mean**, whose weights are computed from the tokens themselves.
 
 # %%
@@ -17,11 +17,10 @@ import numpy as np
 from micrograd_gpt import Tensor, functional, layers
 from micrograd_gpt.tensor import where
 
-np.set_printoptions(precision=2, suppress=True)
-
 # %% [markdown]
-# In a model, each token is a vector of hundreds of numbers, which nobody chose. For this lesson we
-# choose them, so that we can see what happens: five numbers a word, each with a meaning.
+# In a model, each token is a vector of hundreds of learned numbers. For this lesson we choose them,
+# so that we can see what happens: five numbers a word, each with a meaning. We write T for how many
+# words there are, here 8, and C for how many numbers ("channels") each has, here 5.
 
 # %%
 words = ["the", "fox", "saw", "a", "lamp", "and", "it", "shone"]
@@ -38,18 +37,19 @@ x = np.array(
         [0, 0, 1, 0, 0],  # shone
     ],
     float,
-)  # (T, C) = (8, 5)
+)  # (T, C)
 
 
-def draw(*tables, columns=words):
-    """Pairs of a title and a matrix, side by side; a row for each word."""
+def draw(*tables):
+    """Pairs of a title and a matrix, side by side; a row for each word, blank where about 0."""
     _, axes = plt.subplots(1, len(tables), figsize=(3.6 * len(tables), 3.6), squeeze=False)
     for axis, (title, table) in zip(axes[0], tables, strict=True):
-        names = columns if table.shape[1] == len(columns) else features
+        names = words if table.shape[1] == len(words) else features
         axis.imshow(np.where(np.isfinite(table), table, np.nan), cmap="Blues", vmin=0)
         for (row, column), value in np.ndenumerate(table):
-            text = "−∞" if value == -np.inf else f"{value:.1f}" if value >= 0.05 else ""
-            dark = np.isfinite(value) and value > 0.6 * table.max()
+            text = f"{value:.1f}" if value >= 0.05 else ""
+            text = "−∞" if value == -np.inf else text
+            dark = value > 0.6 * table.max()
             color = "white" if dark else "black"
             axis.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
         axis.set_xticks(range(len(names)), names, rotation=60, ha="right")
@@ -63,7 +63,8 @@ def draw(*tables, columns=words):
 # ## Step 1: dot products, or how alike are two words?
 #
 # The dot product of two vectors multiplies them element by element and adds up. It is large where
-# both are large in the same places. `x @ x.T` has the dot products of every word with every word.
+# both are large in the same places. `x @ x.T` has the dot products of every word with every word: a
+# row for the word that looks, a column for the word that it looks at.
 
 # %%
 alike = x @ x.T  # (T, T)
@@ -81,8 +82,8 @@ assert alike[words.index("fox"), words.index("lamp")] == 0
 
 # %%
 def softmax(scores):
-    exp = np.exp(scores - scores.max(-1, keepdims=True))  # the same result, and nothing overflows
-    return exp / exp.sum(-1, keepdims=True)
+    exp = np.exp(scores - scores.max(-1, keepdims=True))  # at most 1, so that nothing overflows;
+    return exp / exp.sum(-1, keepdims=True)  # what was taken off cancels out in the quotient
 
 
 shares = softmax(3 * alike)
@@ -109,8 +110,8 @@ assert np.allclose(shares.sum(-1), 1)
 ANIMAL, THING, ACTION, PRONOUN, SMALL = range(5)
 w_query = np.zeros((5, 5))
 w_query[PRONOUN, THING] = 10  # a pronoun looks for things
-w_query[ACTION, ANIMAL] = w_query[ACTION, THING] = 10  # an action looks for whoever can act
-w_key = np.eye(5)  # each word offers what it is
+w_query[ACTION, ANIMAL] = w_query[ACTION, THING] = 10  # an action looks for whoever did it
+w_key = np.eye(5)  # x @ np.eye(5) is x: each word offers what it is
 w_value = np.eye(5)  # and hands over what it is
 
 query, key, value = x @ w_query, x @ w_key, x @ w_value  # each (T, D), here D = 5
@@ -123,15 +124,16 @@ assert shares[words.index("it"), words.index("lamp")] > 0.9
 # Look at the row of "it": it has found the lamp, and is itself a thing now. A word that looks for
 # nothing, as "the", has equal scores for all, and takes the plain mean.
 #
-# Why divide by $\sqrt D$? A dot product adds up $D$ terms, and if these are random, the sum is
-# about $\sqrt D$ in size. Without the division, wide vectors would make large scores, and softmax
-# would give everything to one word and no gradient to the others (exercise 2).
+# Why divide by $\sqrt D$? A dot product adds up $D$ terms. If these are random, of either sign,
+# most of them cancel, and the sum is about $\sqrt D$ in size. Without the division, wide vectors
+# would make large scores, and softmax would give everything to one word and no gradient to the
+# others (exercise 2).
 #
 # ## Step 4: the causal mask, or no looking ahead
 #
 # "saw" has found the fox *and the lamp*. But a model that is to predict the next word must not see
-# it. (If it could, it would learn nothing but to peek.) So every score for a later word is set to
-# minus infinity before the softmax, and $e^{-\infty}$ is a share of exactly 0.
+# the words to come. (If it did, it would learn nothing but to peek.) So every score for a later
+# word is set to minus infinity before the softmax, and $e^{-\infty}$ is a share of exactly 0.
 
 # %%
 may_look = np.tri(len(words), dtype=bool)  # row: who looks; true up to its own place
@@ -142,8 +144,8 @@ saw, fox, lamp = (words.index(word) for word in ("saw", "fox", "lamp"))
 assert shares[saw, lamp] == 0 and shares[saw, fox] > 0.9
 
 # %% [markdown]
-# One triangle, and there is a second gift in it: each row is now a prediction that knows only what
-# came before. A text of 1024 tokens trains the model on 1024 predictions at once.
+# The triangle brings a second gift: each row now knows only its own word and those before, so every
+# row can be trained to predict its next word. A text of 1024 tokens is 1024 exercises at once.
 #
 # ## Step 5: many heads, or several questions at a time
 #
@@ -160,7 +162,7 @@ w_query_2[ACTION, ANIMAL] = 10
 
 def attend(query, key, value):
     """Steps 1 to 4, with any number of axes in front: (…, T, D) -> (…, T, D), and the shares."""
-    scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
+    scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])  # as key.T, of each head
     may_look = np.tri(query.shape[-2], dtype=bool)
     shares = softmax(np.where(may_look, scores, -np.inf))
     return shares @ value, shares
@@ -175,15 +177,16 @@ print("'it' in head 1:   ", dict(zip(features, out[0, 6].round(2).tolist(), stri
 print("'shone' in head 2:", dict(zip(features, out[1, 7].round(2).tolist(), strict=True)))
 
 # %% [markdown]
-# In GPT-2, a last matrix product (`c_proj`) mixes what the heads have found. 124M has twelve heads
-# of 64 numbers in each of its twelve layers.
+# In GPT-2, a last matrix product (`c_proj`) mixes what the heads have found. The smallest GPT-2, of
+# 124 million parameters, has twelve heads of 64 numbers in each of its twelve layers.
 #
 # ## The same in the package
 #
 # `layers.attention` is these steps, line by line; open it and compare.
 # `functional.attention_forward` is the same fused to one operation, on plain arrays. Both must
-# agree with ours, on random numbers and in the shapes of a real model: B texts at a time, H heads,
-# T tokens, D numbers.
+# agree with ours, on random numbers and in the shapes of a real model: B texts at a time (a
+# *batch*), H heads, T tokens, D numbers. (`p` and `key` are for dropout, which sets random shares
+# to 0 while training; here it is off.)
 
 # %%
 B, H, T, D = 2, 4, 16, 8
@@ -198,8 +201,8 @@ print("ours, the package's and the fused one: equal to ten digits")
 
 # %% [markdown]
 # And the gradients? If we write the steps with tensors, the tape finds their backward. GPT-2 uses
-# `self_attention`, whose backward is worked out by hand, and takes queries, keys and values as one
-# array (B, T, 3, H, D).
+# `self_attention`, which takes queries, keys and values as one array (B, T, 3, H, D), and whose
+# fused form has a backward that was worked out by hand.
 
 # %%
 qkv = rng.standard_normal((B, T, 3, H, D))
@@ -217,14 +220,19 @@ assert np.allclose(step_by_step.grad, at_once.grad, rtol=1e-8, atol=1e-10)
 print("the gradients are equal too")
 
 # %% [markdown]
+# **Read next:** `attention`, `self_attention` and `causal_mask` in
+# [`layers.py`](../micrograd_gpt/layers.py), then `attention_forward` in
+# [`functional.py`](../micrograd_gpt/functional.py). Its backward can wait.
+#
 # ## Exercises
 #
 # 1. Attention has no idea of *order*. Show it: shuffle the first seven words of our sentence, and
-#    the last word's result stays the same. What does GPT-2 do about that?
-# 2. Draw random queries and keys with D = 4, 64 and 1024. What is the largest share in a row of 64
+#    the last word's result stays the same. What could a model do about that?
+# 2. Take random queries and keys with D = 4, 64 and 1024. What is the largest share in a row of 64
 #    keys, on average, with the division by $\sqrt D$ and without?
-# 3. Give each word its *place* as a vector: eight numbers, a single 1. Write a `w_query` by which
-#    each word looks at the word just before it. (Heads like this are found in GPT-2.)
+# 3. Let each word's vector be its *place* alone: eight numbers, all 0 but for a single 1. Write a
+#    `w_query` by which each word looks at the word just before it. (Heads like this are found in
+#    GPT-2.)
 #
 # ## Solutions
 #

@@ -31,8 +31,9 @@ rng = np.random.default_rng(0)
 # ## LayerNorm, forward
 #
 # Vectors that are added to again and again grow. LayerNorm takes each token's vector by itself and
-# brings it to mean 0 and variance 1; then it scales and shifts each channel by learned numbers, the
-# weight and the bias, so that nothing is lost that the model needs.
+# brings it to mean 0 and variance 1 (the variance is the mean square of the deviations from the
+# mean). Then it scales and shifts each channel by learned numbers, the weight and the bias, so that
+# the model can have other sizes where it needs them.
 
 
 # %%
@@ -40,7 +41,7 @@ def norm_forward(x, weight, bias, eps=1e-5):
     """x (N, C): N rows of C channels."""
     mean = x.mean(-1, keepdims=True)  # (N, 1)
     variance = ((x - mean) ** 2).mean(-1, keepdims=True)
-    r = 1 / np.sqrt(variance + eps)  # one over the deviation; eps keeps it finite
+    r = 1 / np.sqrt(variance + eps)  # one over the standard deviation; eps keeps it finite
     n = (x - mean) * r  # the normalised rows
     return n * weight + bias, n, r
 
@@ -56,7 +57,8 @@ assert np.allclose(y, layers.layer_norm(Tensor(x), Tensor(weight), Tensor(bias))
 #
 # The gradient of `y` arrives; call it $g$. The last line is easy: $y = n \cdot w + b$ has the
 # slopes $dw = \sum g \cdot n$ and $db = \sum g$ over the rows (they were broadcast, lesson 2), and
-# hands on $dn = g \cdot w$. What is left is the way from $n$ to $x$, for one row of $C$ numbers:
+# hands on $dn = g \cdot w$. What is left is the way from $n$ to $x$, for one row of $C$ numbers,
+# with the mean $\mu$ and the variance $v$:
 #
 # $$n_j = (x_j - \mu)\, r, \qquad \mu = \frac1C \sum_k x_k, \qquad
 # r = (v + \varepsilon)^{-1/2}, \qquad v = \frac1C \sum_k (x_k - \mu)^2$$
@@ -67,10 +69,11 @@ assert np.allclose(y, layers.layer_norm(Tensor(x), Tensor(weight), Tensor(bias))
 # 2. Through the mean, which moves by $\frac1C$. That gives $-\frac1C\, r$ for every $j$.
 # 3. Through $r$. The variance moves by $\frac2C (x_i - \mu)$. (The mean moves too, but that does
 #    not matter here: the deviations add up to 0.) Then $r$ moves by $-\frac12 r^3$ times that,
-#    which is $-\frac1C\, r^2 n_i$; and $n_j$ moves by $(x_j - \mu)$ times that, $-\frac1C\, r\, n_j
-#    n_i$.
+#    which is $-\frac1C\, r^2 n_i$; and $n_j$ moves by $(x_j - \mu)$ times that, which is
+#    $-\frac1C\, r\, n_j n_i$.
 #
-# Add up the paths, and then, as always, multiply by what arrives, $dn_j$, and sum over all $j$:
+# Add up the paths, and then, as always, multiply by what arrives, $dn_j$, and sum over all $j$. A
+# sum over $j$, divided by $C$, is a mean over the row:
 #
 # $$dx_i = \sum_j dn_j\; r \left(\delta_{ij} - \frac1C - \frac1C\, n_j n_i\right)
 # = r \left(dn_i - \mathrm{mean}(dn) - n_i\, \mathrm{mean}(dn \cdot n)\right)$$
@@ -115,9 +118,9 @@ assert all(np.allclose(a, b) for a, b in zip((dx, dweight, dbias), fused, strict
 print("all three agree")
 
 # %% [markdown]
-# The formula has a meaning. Adding a constant to a row does not change its norm, and neither does
-# stretching it. So there is nothing to gain along these two directions, and the gradient must have
-# no part in them: what the two means take away is just that.
+# The formula has a meaning. Adding a constant to a row does not change what LayerNorm makes of it,
+# and neither does stretching it (but for `eps`). So there is nothing to gain along these two
+# directions, and the gradient must have no part in them: what the two means take away is just that.
 
 # %%
 print("along the ones:", np.abs(dx.sum(-1)).max().round(6), " along n:", end=" ")
@@ -132,7 +135,7 @@ assert np.allclose(dx.sum(-1), 0) and np.allclose((dx * n).sum(-1), 0, atol=1e-4
 # brother: $x$ times the probability that a random number (from the normal distribution) is below
 # $x$. Large numbers pass; negative ones fade out, and still have a slope, so that they can learn.
 #
-# GPT-2 computes an approximation by `tanh`. How good is it?
+# GPT-2 computes an approximation by `tanh` (`layers.gelu`). How good is it?
 
 # %%
 xs = np.linspace(-4, 4, 801)
@@ -147,6 +150,7 @@ plt.figure(figsize=(6, 3.2))
 plt.plot(xs, np.maximum(xs, 0), color="gray", linestyle="--", label="ReLU")
 plt.plot(xs, gelu.data, label="GELU")
 plt.plot(xs, curve.grad, label="slope of GELU")
+plt.xlabel("x")
 plt.ylim(-0.4, 3)
 plt.legend()
 plt.show()
@@ -154,22 +158,27 @@ plt.show()
 # %% [markdown]
 # ## The block, put together
 #
-# A block has two **branches**. Each reads the stream through a norm, works out something, and adds
-# it to the stream: first attention, which moves information *between* tokens, then the MLP, which
-# works on each token *by itself*. The MLP widens the vector to four times its width, applies GELU,
-# and narrows it again. In the package:
+# A block has two **branches**. Each reads the stream through a LayerNorm, works out something, and
+# adds it to the stream: first attention, which moves information *between* tokens, then the MLP
+# (multi-layer perceptron), which works on each token *by itself*. The MLP widens the vector to four
+# times its width, applies GELU, and narrows it again. `layers.linear` is a matrix product and a
+# bias. In the package:
 
 # %%
 C, H = 32, 2
-block = Block(GPT2Config(n_layer=1, n_head=H, n_embd=C), normal(0), Draws(0))
+block = Block(
+    GPT2Config(n_layer=1, n_head=H, n_embd=C),
+    normal(0),  # draws the initial weights, with the seed 0
+    Draws(0),  # for dropout, which GPT2Config leaves off
+)
 
 
 def block_by_hand(x):
     b, t, _ = x.shape
     normed = layers.layer_norm(x, block.ln_1.weight, block.ln_1.bias)
-    qkv = layers.linear(normed, block.attn.c_attn.weight, block.attn.c_attn.bias)
+    qkv = layers.linear(normed, block.attn.c_attn.weight, block.attn.c_attn.bias)  # (B, T, 3C)
     heads = layers.self_attention(qkv.reshape(b, t, 3, H, C // H))  # (B, T, H, D)
-    mixed = heads.reshape(b, t, C)
+    mixed = heads.reshape(b, t, C)  # the heads side by side
     x = x + layers.linear(mixed, block.attn.c_proj.weight, block.attn.c_proj.bias)
 
     normed = layers.layer_norm(x, block.ln_2.weight, block.ln_2.bias)
@@ -185,7 +194,8 @@ print("the block by hand equals gpt2.Block")
 # ## Why add?
 #
 # In lesson 1, a gradient that came through thirty `tanh`s had dwindled to a hundredth. Add each
-# result to its input, and the slope of a step is 1 *plus* something instead of something:
+# result to its input instead (a tenth of it, since the branches of a model begin small), and the
+# slope of a step is 1 *plus* something:
 
 # %%
 through, added = (Tensor(1.0, requires_grad=True, dtype="float64") for _ in range(2))
@@ -201,11 +211,12 @@ assert through.grad < 0.01 and added.grad > 1
 # %% [markdown]
 # ## Why is the norm before, and not behind?
 #
-# The first Transformer (2017) had its norms *on* the stream, behind each addition. GPT-2 moved them
-# into the branches. It looks like a detail. But a norm on the stream multiplies everything that
-# travels along, forward and back, and a deep model has dozens of them; in a branch, it leaves the
-# road free. Let three models of twelve blocks try to learn our tale: GPT-2's, the one with norms
-# behind (both are in the package), and one whose parts replace the stream instead of adding to it.
+# The first Transformer (2017) had its LayerNorms *on* the stream, behind each addition. GPT-2 moved
+# them into the branches. It looks like a detail. But a norm on the stream multiplies everything
+# that travels along, forward and back, and a deep model has dozens of them; in a branch, it leaves
+# the road free. Let three models of twelve blocks try to learn our tale: GPT-2's, the one with
+# norms behind (both are in the package), and one whose parts replace the stream instead of adding
+# to it.
 #
 # All start from random weights of ordinary size, at which a product of matrices neither grows nor
 # shrinks.
@@ -215,12 +226,12 @@ assert through.grad < 0.01 and added.grad > 1
 class NothingAdded(Block):
     """A block without residual additions."""
 
-    def __call__(self, x, past=None):
+    def __call__(self, x, past=None):  # `past` is for writing text, and None here
         return self.mlp(self.ln_2(self.attn(self.ln_1(x), past)))
 
 
 def ordinary(seed):
-    """Initial matrices at which x @ w is about as large as x; embeddings stay small."""
+    """Draws initial matrices at which x @ w is about as large as x; embeddings stay small."""
     rng = np.random.default_rng(seed)
 
     def draw(shape, std):
@@ -231,18 +242,19 @@ def ordinary(seed):
     return draw
 
 
-windows = Windows(tokenizer.encode(story), 16, stride=1)  # 16 characters at a time
+# All pieces of 16 characters. batch(seed, step, n) draws n of them: the inputs, and as the targets
+# the same pieces one character later.
+windows = Windows(tokenizer.encode(story), 16, stride=1)
 
 
 def race(block_class, init, steps=80):
-    """The losses of a model of twelve such blocks, trained without any warm-up."""
+    """The losses of a model of twelve such blocks, trained with a constant learning rate."""
     position = "post" if block_class is PostNormBlock else "pre"
     shape = {"n_layer": 12, "n_head": 2, "n_embd": 32, "n_positions": 16}
     config = VariantConfig(vocab_size=tokenizer.vocab_size, norm_position=position, **shape)
     model = VariantGPT2(config, init=init)
     if block_class is NothingAdded:
-        for block in model.transformer.h:
-            block.__class__ = NothingAdded
+        model.transformer.h = [NothingAdded(config, init, model.draws) for _ in range(12)]
     optimizer = optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(steps):
@@ -261,7 +273,7 @@ curves = {
 }
 plt.figure(figsize=(6, 3.2))
 for name, losses in curves.items():
-    plt.plot(losses, label=name)
+    plt.plot(losses, label=name, linestyle="--" if name == "nothing added" else "-")
     print(f"{name:20} mean loss of the last 20 steps: {np.mean(losses[-20:]):.1f}")
 counts = np.bincount(tokenizer.encode(story))
 frequencies = counts / counts.sum()
@@ -275,9 +287,10 @@ before, behind, nothing = (np.mean(losses[-20:]) for losses in curves.values())
 assert before < behind - 0.05 and before < nothing - 0.05 and before < unigram
 
 # %% [markdown]
-# Only one of them learns more than how frequent each character is. Models with norms behind *can*
-# be trained, and were; they want a small learning rate that warms up slowly. With the norms before,
-# the road is free from the first step.
+# Only one of them learns more than how frequent each character is; the curves of the two others lie
+# on each other. Models with norms behind *can* be trained, and were; they want a learning rate that
+# begins small and grows slowly (lesson 8). With the norms before, the road is free from the first
+# step.
 #
 # At its end, after the last block, the stream has become large by so many additions; so GPT-2 has
 # one more norm there, `ln_f`.
@@ -286,8 +299,10 @@ assert before < behind - 0.05 and before < nothing - 0.05 and before < unigram
 #
 # Attention does not see order (lesson 5, exercise 1), so each token's vector gets a second one
 # added, for its place. The first Transformer used fixed waves, fast in the first channels and ever
-# slower in the later ones, like the hands of a clock. GPT-2 has a table, `wpe`, and *learns* it.
-# Let a small GPT-2 read the tale for a few seconds, and lay its table beside the waves.
+# slower in the later ones, like the hands of a clock: at place $t$, $\sin(t / 10000^{c/C})$ in each
+# even channel $c$, and the cosine of the same in the channel after it. GPT-2 has a table, `wpe`,
+# and *learns* it. Let a small GPT-2 read the tale for a few seconds, and lay its table beside the
+# waves.
 
 # %%
 T, C = 32, 64
@@ -332,17 +347,22 @@ for table in (waves, learned):
     assert near > far + 0.1
 
 # %% [markdown]
-# The tables look nothing alike, but their likenesses tell the same story: places that are near each
-# other have vectors that are alike. Nobody told the model so. It found out that it is useful to
-# know roughly where something is.
+# The tables look nothing alike, but their likenesses have something in common: places that are near
+# each other have vectors that are alike, and those far apart less so. The waves were made like
+# that. Nobody told the model; so far it has learned to tell the beginning from the end.
+#
+# **Read next:** in [`functional.py`](../micrograd_gpt/functional.py) `layer_norm_forward` and
+# `layer_norm_backward`, where your formula stands, and after them the rest of the file; then
+# [`nn.py`](../micrograd_gpt/nn.py).
 #
 # ## Exercises
 #
 # 1. What does LayerNorm make of a row of equal numbers? And what would it do without `eps`?
 # 2. Many newer models use *RMSNorm*, which leaves out the mean: $n = x / \sqrt{\mathrm{mean}(x^2) +
 #    \varepsilon}$. Derive its backward; two of the three paths are left. Check it by the tape.
-# 3. GPT-2 begins with small weights (0.02), and with smaller ones still where a branch ends. Let
-#    "norm before" and "norm behind" race from these. What do you find, and why?
+# 3. GPT-2 begins with small weights (of about 0.02), and with smaller ones still where a branch
+#    ends: `normal(0)` draws them. Let "norm before" and "norm behind" race from these. What do you
+#    find, and why?
 #
 # ## Solutions
 #

@@ -30,7 +30,7 @@ tokenizer = CharTokenizer.from_text(story)
 # %% [markdown]
 # ## Counting parameters
 #
-# With $C$ channels, a block has these matrices and vectors:
+# With $C$ channels, a block has these matrices and vectors (each matrix with its bias):
 #
 # | part | shape | numbers |
 # | --- | --- | --- |
@@ -68,7 +68,8 @@ for name, (n_layer, C, published) in sizes.items():
     print(f"{name:>5}: {total:13,}")
     assert total == published
 
-# A model of zeros is enough to count on: the operating system gives zeros without taking memory.
+# A model of zeros is enough to count on: the operating system gives zeros without taking memory, as
+# long as nobody copies them. (Hence order="F": column by column, as the model keeps its matrices.)
 whole = GPT2(GPT2Config(), init=lambda shape, std: np.zeros(shape, np.float32, order="F"))
 assert sum(p.size for p in whole.parameters()) == 124_439_808
 del whole
@@ -87,14 +88,14 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# In the smallest model, a third of all numbers is the token table; in the largest, a twentieth. The
-# MLPs always have twice as much as attention. And the norms, which decided over success and failure
-# in lesson 6, are so few that you cannot see their bar.
+# In the smallest model, nearly a third of all numbers is the token table; in the largest, a
+# twentieth. The MLPs always have twice as much as attention. And the norms, which decided over
+# success and failure in lesson 6, are so few that you cannot see their bar.
 #
 # ## A model to look into
 #
-# A GPT-2 of three blocks, trained on our tale for a moment. It is GPT-2 in everything but size:
-# what you see below is what happens in the large ones.
+# A GPT-2 of three blocks, trained on our tale for a moment. It is GPT-2 in everything but size and
+# its tokens, which are characters: what you see below is what happens in the large ones.
 
 # %%
 config = GPT2Config(n_layer=3, n_head=4, n_embd=64, vocab_size=tokenizer.vocab_size, n_positions=32)
@@ -105,7 +106,7 @@ optimizer = optim.AdamW(model.parameters(), lr=3e-3)
 for step in range(300):
     loss = model.loss(*windows.batch(0, step, 16))
     loss.backward()
-    optim.clip_grad_norm(model.parameters(), 1.0)
+    optim.clip_grad_norm(model.parameters(), 1.0)  # shortens gradients that are too long (lesson 8)
     optimizer.step()
     optimizer.zero_grad()
 print(f"{sum(p.size for p in model.parameters()):,} parameters, loss {loss.item():.1f}")
@@ -167,8 +168,8 @@ print("next:", ", ".join(f"{tokenizer.decode([i])!r} {p[i]:.0%}" for i in best))
 assert tokenizer.decode(best[:1]) == " "
 
 # %% [markdown]
-# The stream has the same shape, (B, T, C), from the first line to the last. This is what makes it
-# possible to stack as many blocks as one likes.
+# The stream has the same shape, (B, T, C), from the embeddings to the last norm. This is what makes
+# it possible to stack as many blocks as one likes.
 #
 # ## Is it GPT-2?
 #
@@ -231,18 +232,20 @@ plt.tight_layout()
 plt.show()
 
 right = [int((row[:-1] == ids[0, 1:]).sum()) for row in choice]
-print(f"of {len(text) - 1} characters, right are", ", ".join(map(str, right)))
+print(f"right, of the {len(text) - 1} characters that came next: {right[0]} from the embedding,")
+print("and after each block", *right[1:])
 assert right[-1] > 15 and right[-1] > right[0] + 10
 
 # %% [markdown]
-# From the embedding alone, it can only repeat what it has just read: of all the vectors in the
-# table, a token's own fits it best. The blocks turn what *was* into what *comes*. The beginnings of
-# words stay unsure to the end, and rightly so: after "The ", the tale may go on in many ways.
+# Read a column from top to bottom. From the embedding alone, the model can only repeat what it has
+# just read: of all the vectors in the table, a token's own fits it best. The blocks turn what *was*
+# into what *comes*. The beginnings of words stay unsure to the end, and rightly so: after "The ",
+# the tale may go on in many ways.
 #
 # ## Writing
 #
 # `generation/ten_lines.py` is the loop of lesson 4, for a model that looks back: compute the logits
-# of the last place, draw, append, repeat.
+# of the last place, draw, append, repeat. (A temperature below 1 makes likely characters likelier.)
 
 # %%
 start = tokenizer.encode("The fox")[None]
@@ -252,18 +255,22 @@ print(tokenizer.decode(sample(model, start, 150, temperature=0.7, seed=1)[0]))
 # After a moment with one page of text, it spells some words and knows what the tale is about. With
 # 124 million parameters and forty gigabytes of text, the same lines become GPT-2.
 #
+# **Read next:** [`gpt2.py`](../micrograd_gpt/gpt2.py), the whole model, and
+# [`generation/ten_lines.py`](../micrograd_gpt/generation/ten_lines.py).
+#
 # ## Exercises
 #
-# 1. Each number of a matrix is used for one product and one sum for each token (the two tables are
-#    looked up, but one of them is the head as well). How many operations is that for a token of
-#    124M? How much memory do its parameters take in `float32`?
+# 1. Each number of a matrix is used for one product and one sum for each token. (The two tables are
+#    only looked up, but that of the tokens serves as the head as well.) How many operations is that
+#    for a token of 124M? How much memory do its parameters take in `float32`, of four bytes each?
 # 2. How many parameters would 124M have if its head were a matrix of its own?
-# 3. Change the last character of the prompt. Which logits change, and which must not? Check it:
-#    this test finds a forgotten mask in any model.
+# 3. Change the last character of a text. Which logits change, and which must not? Check it: this
+#    test finds a forgotten mask in any model.
 #
 # ## Solutions
 #
-# **1.** Two operations, a product and a sum, for each number in the blocks and in the head.
+# **1.** Two operations, a product and a sum, for each number in the blocks and in the head. (The
+# dot products between queries and keys come on top, and grow with the length of the text.)
 
 # %%
 parts = count(12, 768)

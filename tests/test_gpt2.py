@@ -116,6 +116,7 @@ SIZES = {  # n_layer, n_head, n_embd, as in the paper's table 2, and how many pa
 }
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts(size: str) -> None:
     n_layer, n_head, n_embd, count = SIZES[size]

@@ -74,6 +74,19 @@ def test_its_notebook_has_the_same_text_and_a_picture(script: Path) -> None:
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
+def test_the_lessons_lead_through_the_six_files_and_the_training_script() -> None:
+    after: list[Path] = []
+    for script in SCRIPTS:
+        paragraphs = re.split(r"^#?$", script.read_text("utf-8"), flags=re.MULTILINE)
+        for paragraph in (p for p in paragraphs if "**Read next" in p):
+            after += [FOLDER / link for link in re.findall(r"\]\((\S+)\)", paragraph)]
+    assert [path for path in after if not path.is_file()] == []
+    six = ("tensor", "layers", "functional", "nn", "optim", "gpt2")
+    files = [*(f"micrograd_gpt/{name}.py" for name in six), "train_gpt2.py"]
+    read = {path.resolve() for path in after}
+    assert [name for name in files if (FOLDER.parent / name).resolve() not in read] == []
+
+
 def test_the_readme_has_every_lesson_in_order() -> None:
     links = re.findall(r"\]\((\d\d_\w+)\.ipynb\)", (FOLDER / "README.md").read_text("utf-8"))
     assert links == [script.stem for script in SCRIPTS]
@@ -130,3 +143,16 @@ def test_lessons_are_run_and_compared(tmp_path: Path, capsys: pytest.CaptureFixt
     lesson.write_text("# %% [markdown]\n# # Sums\n\n# %%\nassert 1 + 2 == 4\n", "utf-8")
     assert make.main(["--check"], tmp_path) == 1
     assert "a cell failed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_notebook_does_not_depend_on_the_models_that_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nbclient")
+    pytest.importorskip("jupytext")
+    monkeypatch.setenv("LESSON_MODEL", "models/gpt2-124M")
+    lesson = tmp_path / "01_where.py"
+    lesson.write_text("# %%\nimport os\n\nprint(repr(os.environ['LESSON_MODEL']))\n", "utf-8")
+    assert make.main([], tmp_path) == 0
+    assert make.text_of(notebook_of(lesson))[-1] == "    > ''"

@@ -1,4 +1,5 @@
-"""Every snippet of Python in the README runs as it stands there."""
+"""The README: every snippet of Python runs as it stands there, every link leads to a file, and the
+pictures are small."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import pytest
 
 from micrograd_gpt import Tensor
 
-README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -26,3 +28,16 @@ def test_a_snippet_runs(snippet: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_there_are_snippets() -> None:
     assert len(SNIPPETS) >= 1 and "backward()" in SNIPPETS[0]
+
+
+def test_links_lead_to_files() -> None:
+    links = re.findall(r"\]\(([^):#]+)[^):]*\)", README)
+    assert len(links) > 50
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["loss", "attention", "microscope"])
+def test_a_picture_is_small(name: str) -> None:
+    picture = ROOT / "docs" / "pictures" / f"{name}.png"
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture.stat().st_size < 300_000

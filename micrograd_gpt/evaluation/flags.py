@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from micrograd_gpt.evaluation.detokenize import DETOKENIZERS
 from micrograd_gpt.support import cli
@@ -104,16 +103,17 @@ def _generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _common(parser: argparse.ArgumentParser, data: str) -> None:
-    parser.add_argument("--data", required=True, metavar="PATH", help=data)
+    parser.add_argument("--data", required=True, type=cli.some_text, metavar="PATH", help=data)
     parser.add_argument(
         "--model",
+        type=cli.some_text,
         metavar="M",
         help="a checkpoint's folder or file, a size (124M, 355M, 774M, 1558M), or a model on the "
         "Hugging Face Hub (default: the folder out if it holds a checkpoint, else 124M)",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=cli.some_path,
         metavar="FOLDER",
         help="keep what is done, and the report, there; the same command again goes on where it "
         "was stopped (default: keep nothing)",

@@ -179,7 +179,13 @@ def _check_finite(finite: np.ndarray) -> None:
         raise UserError("the model's logits are not finite: its weights must be damaged")
 
 
-def check_memory(model: GPT2, rows: int, longest: int, use_cache: bool = True) -> None:
+def check_memory(
+    model: GPT2,
+    rows: int,
+    longest: int,
+    use_cache: bool = True,
+    advice: str = "lower num_samples, num_beams or max_new_tokens",
+) -> None:
     """UserError if this machine has no memory to decode as many texts at once, of up to `longest`
     tokens each; before anything is allocated."""
     c = model.config
@@ -188,7 +194,6 @@ def check_memory(model: GPT2, rows: int, longest: int, use_cache: bool = True) -
     python = rows * (BYTES_OF_TEXT + logits)
     cache = bytes_of_cache(model, rows, capacity) if use_cache else 0
     where = f"{rows:,} texts of {capacity:,} tokens"
-    advice = "lower num_samples, num_beams or max_new_tokens"
     on_cpu = model.transformer.wte.weight.device == "cpu"
     check_room(python + (cache if on_cpu else 0), f"{where} at once", advice)
 

@@ -85,18 +85,16 @@ class Writer:
         rows = min(len(ids), self.batch_size) * settings.num_samples
         if settings.num_beams > 1:
             rows = settings.num_beams
-        advice = (
-            f"{rows} × {min(longest, self.model.config.n_positions)} tokens are decoded at once; "
-            "lower --num-samples, --num-beams, --batch-size or --max-new-tokens"
-        )
-        check_memory(self.model, rows, longest, settings.use_cache)
+        lower = "lower --num-samples, --num-beams, --batch-size or --max-new-tokens"
+        at_once = f"{rows} × {min(longest, self.model.config.n_positions)} tokens"
+        check_memory(self.model, rows, longest, settings.use_cache, lower)
         texts = len(ids) * settings.num_samples
-        fewer = "lower num_samples, or give fewer prompts at a time"
+        fewer = "lower --num-samples, or give fewer prompts at a time"
         check_room(texts * BYTES_OF_TEXT, f"{texts:,} texts", fewer)
         self._tell_the_limit(longest)
         output = Output(self.tokenizer, stop_texts, self.as_json, show_prompt)
         try:
-            with memory_errors(advice):
+            with memory_errors(f"{at_once} are decoded at once; {lower}"):
                 if settings.num_beams > 1:
                     self._search(prompts, ids, settings, output)
                 else:

@@ -30,6 +30,7 @@ from typing import Any
 from micrograd_gpt.arrays.devices import to_device
 from micrograd_gpt.nn import Module, Parameter
 from micrograd_gpt.optim import AdamW
+from micrograd_gpt.runs.config_file import WRITTEN as WRITTEN_FLAGS
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import (
@@ -148,12 +149,13 @@ def holds_run(folder: str | Path) -> bool:
 
 
 def remove_run(folder: str | Path) -> None:
-    """Remove the run in `folder`: its set, its earlier ones and its best; UserError if it can't."""
+    """Remove the run in `folder`: its sets and its settings.toml; UserError if it can't."""
     folder = Path(folder)
     for place in (folder, folder / BEST, *folder.glob("step-*")):
         finish_set(place)  # or a set that a kill left unfinished would come back later
     try:
-        for name in (*reversed(SET), *ADAPTER, *ALSO):  # trainer_state.json makes this a run
+        # trainer_state.json, which makes this a run, goes first
+        for name in (*reversed(SET), *ADAPTER, *ALSO, WRITTEN_FLAGS):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot remove the run in {folder}: {error.strerror}") from error

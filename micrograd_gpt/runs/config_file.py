@@ -6,8 +6,8 @@
     [optimizer]              # tables are for the reader only
     learning_rate = 1e-3
 
-`train_gpt2.py --config quick.toml` takes these for flags; flags on the command line come before
-them. Every run writes its settings.toml, which can be given to --config again.
+`train_gpt2.py --config quick.toml` and finetune_gpt2.py take these for flags; flags on the command
+line come before them. Every run writes its settings.toml, which can be given to --config again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from micrograd_gpt.support.cli import did_you_mean
+from micrograd_gpt.support.cli import did_you_mean, some_text
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading, write_text
 
@@ -29,6 +29,24 @@ else:
     import tomli as tomllib
 
 WRITTEN = "settings.toml"
+
+
+def add_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --config to a parser whose flags leave no value behind where they are not given."""
+    parser.add_argument(
+        "--config",
+        type=some_text,
+        metavar="FILE",
+        help=f"take flags from a TOML file, such as the {WRITTEN} of a run; flags on the command "
+        "line come before it",
+    )
+
+
+def with_flags_of_file(given: dict[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given, and those in the file that --config names if there is one."""
+    given = dict(given)
+    file = given.pop("config", None)
+    return given if file is None else read_config_file(file, table) | given
 
 
 def read_config_file(path: str | Path, table: Mapping[str, Any]) -> dict[str, Any]:

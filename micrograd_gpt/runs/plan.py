@@ -36,7 +36,7 @@ SMALLER_STEP = (
 class Plan:
     """The sizes of a run (an architecture for learning may have a table or a norm less).
 
-    Memory is in bytes, on each device.
+    Memory is in bytes, on each device. `n_trained` is how many parameters learn (None: all).
     """
 
     config: GPT2Config
@@ -46,6 +46,7 @@ class Plan:
     recompute: bool = False
     dtype: str = "float32"
     device: str = "cpu"
+    n_trained: int | None = None
 
     @classmethod
     def of(cls, config: GPT2Config, settings: argparse.Namespace, device: str) -> Plan:
@@ -93,11 +94,12 @@ class Plan:
 
     @property
     def gradients(self) -> int:
-        return self.weights
+        n_trained = self.n_parameters if self.n_trained is None else self.n_trained
+        return n_trained * self._wide
 
     @property
     def moments(self) -> int:
-        return 2 * self.weights
+        return 2 * self.gradients
 
     @property
     def activations(self) -> int:
@@ -253,13 +255,13 @@ class Plan:
         found = f"{_megabytes(free)} are free on {place}"
         if self.peak <= free:
             return f"yes: {found}"
-        if 4 * self.weights > free:  # with gradients and moments, whatever the batch
+        if self.weights + self.gradients + self.moments > free:  # whatever the batch
             return f"no: {found}; choose a smaller model"
         return f"no: {found}; lower --batch-size or --block-size, or add --recompute"
 
     def report(self, max_steps: int, rate: float | None = None, devices: int = 1) -> str:
         """The plan as lines to read; `rate` and `devices` are those of `seconds_per_step`."""
-        c = self.config
+        c, learn = self.config, self.n_trained
         seconds = self.seconds_per_step(rate, devices)
         step_flops = self.flops_per_token * self.tokens_per_step
         reached = step_flops / seconds / devices / 1e12
@@ -267,7 +269,8 @@ class Plan:
         saved = "the blocks' inputs only" if self.recompute else "of all blocks"
         lines = {
             "model": f"{self.n_parameters:,} parameters ({c.n_layer} layers, {c.n_head} heads, "
-            f"{c.n_embd} wide, vocabulary {c.vocab_size:,})",
+            f"{c.n_embd} wide, vocabulary {c.vocab_size:,})"
+            + (f"; {learn:,} of them learn" if learn and learn < self.n_parameters else ""),
             "step": f"{self.tokens_per_step:,} tokens: micro-batches × windows × context = "
             f"{self.grad_accum_steps} × {self.batch_size} × {self.block_size}; "
             f"{self.tokens_per_step * max_steps:,} in {max_steps:,} steps",

@@ -228,15 +228,8 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
         group = parser.add_argument_group(title)
         for row in rows:
             row.add_to(group)
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help=f"take flags from a TOML file, such as the {config_file.WRITTEN} of a run; flags on "
-        "the command line come before it",
-    )
-    given = vars(parser.parse_args(argv))
-    file = given.pop("config", None)
-    return given if file is None else config_file.read_config_file(file, SETTINGS) | given
+    config_file.add_flag(parser)
+    return config_file.with_flags_of_file(vars(parser.parse_args(argv)), SETTINGS)
 
 
 def write_settings(settings: argparse.Namespace) -> None:

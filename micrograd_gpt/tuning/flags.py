@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from micrograd_gpt.runs import checkpoint
+from micrograd_gpt.runs import checkpoint, config_file
 from micrograd_gpt.runs.settings import (
     ABOVE_0,
     ASK,
@@ -162,12 +162,19 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
             group = command.add_argument_group(title)
             for row in rows:
                 row.add_to(group)
-    return vars(parser.parse_args(argv))
+        config_file.add_flag(command)
+    given = vars(parser.parse_args(argv))
+    return config_file.with_flags_of_file(given, table(given["command"]))
 
 
 def table(command: str) -> dict[str, Setting]:
     """All settings of a command, by name."""
     return {row.name: row for rows in GROUPS[command].values() for row in rows}
+
+
+def write_settings(settings: argparse.Namespace) -> None:
+    """Write the run's settings.toml, which --config takes; UserError if that fails."""
+    config_file.write_config_file(settings, GROUPS[settings.command], ())
 
 
 def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,12 +14,15 @@ import numpy as np
 
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text import tables
 from micrograd_gpt.text.documents import check_encoding, read_text
 from micrograd_gpt.text.json_objects import read_objects
+from micrograd_gpt.text.tables import Fields, table_rows
 
 UNBALANCED = 3.0  # warn where a label is so many times as frequent as another
 SPLIT_SEED = 0  # one split for all runs on the same data, whatever their --seed
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
+FLAGS = "--text-field and --label-field"  # which name the columns
 
 
 class Example(NamedTuple):
@@ -111,20 +112,24 @@ class Row(NamedTuple):
 
 
 def _rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Iterator[Row]:
+    wanted = [columns.text, *([columns.label] if with_labels else [])]
     match path.suffix.lower():
         case ".tsv":
-            yield from _tsv_rows(path, columns, encoding, with_labels)
+            records = _tsv_records(path, wanted, columns.given, encoding)
         case ".csv":
-            table = _csv_rows(path, encoding)
-            yield from _under_header(path, next(table, ("line 1", [])), table, columns, with_labels)
+            rows = table_rows(path, _text(path, encoding).split("\n"))
+            records = tables.columns(path, rows, wanted, FLAGS)
         case ".jsonl":
-            yield from _jsonl_rows(path, columns, encoding, with_labels)
+            records = _jsonl_records(path, wanted, encoding)
         case ".parquet":
-            yield from _parquet_rows(path, columns, with_labels)
+            records = tables.parquet_columns(path, wanted, FLAGS)
         case _ if not with_labels:
             yield from text_lines(_text(path, encoding))
+            return
         case _:
             raise UserError(f"{path} is not a table of texts: give {', '.join(SUFFIXES)}")
+    for place, (text, *label) in records:
+        yield Row(place, text, label[0] if label else None)
 
 
 def text_lines(text: str) -> Iterator[Row]:
@@ -138,18 +143,16 @@ def _text(path: Path, encoding: str) -> str:
     return read_text(path, encoding).removeprefix("\ufeff")
 
 
-def _tsv_rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Iterator[Row]:
-    lines = _text(path, encoding).split("\n")
-    table = [
-        (f"line {number}", line.removesuffix("\r").split("\t"))
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+def _tsv_records(
+    path: Path, wanted: list[str], has_header: bool, encoding: str
+) -> Iterator[Fields]:
+    """The wanted fields of a .tsv file, in this order. Without a header there are two columns."""
+    table = list(table_rows(path, _text(path, encoding).split("\n")))
     if not table:
         return
-    has_header = columns.text in table[0][1] and (not with_labels or columns.label in table[0][1])
-    if has_header or columns.given or len(table[0][1]) != 2:
-        yield from _under_header(path, table[0], iter(table[1:]), columns, with_labels)
+    first = table[0][1]
+    if has_header or len(first) != 2 or set(wanted) <= set(first):
+        yield from tables.columns(path, iter(table), wanted, FLAGS)
         return
     if odd := next(((place, fields) for place, fields in table if len(fields) != 2), None):
         raise UserError(
@@ -158,86 +161,19 @@ def _tsv_rows(path: Path, columns: Columns, encoding: str, with_labels: bool) ->
         )
     values = [Counter(fields[i] for _, fields in table) for i in (0, 1)]
     label = 0 if len(values[0]) <= len(values[1]) else 1
-    if with_labels and len(table) > 1 and values[label][table[0][1][label]] == 1:
-        raise _no_column(path, columns.label, table[0][1])  # what is there only once is a header
+    if len(wanted) > 1 and len(table) > 1 and values[label][first[label]] == 1:
+        # What is there only once is a header
+        raise tables.no_field(f"{path}: its header", wanted[1], first, FLAGS)
     for place, fields in table:
-        yield Row(place, fields[1 - label], fields[label])
+        yield place, [fields[1 - label], fields[label]]
 
 
-def _csv_rows(path: Path, encoding: str) -> Iterator[tuple[str, list[str]]]:
-    csv.field_size_limit(1 << 30)
-    reader = csv.reader(io.StringIO(_text(path, encoding), newline=""), strict=True)
-    try:
-        for fields in reader:
-            if fields:
-                yield f"line {reader.line_num}", fields
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}: correct the quotes") from error
-
-
-def _under_header(
-    path: Path,
-    header: tuple[str, list[str]],
-    table: Iterator[tuple[str, list[str]]],
-    columns: Columns,
-    with_labels: bool,
-) -> Iterator[Row]:
-    names = header[1]
-    wanted = [columns.text, *([columns.label] if with_labels else [])]
-    for name in wanted:
-        if name not in names:
-            raise _no_column(path, name, names)
-    places = [names.index(name) for name in wanted]
-    for place, fields in table:
-        if len(fields) != len(names):
-            raise UserError(
-                f"{path}, {place}: {len(fields)} fields under a header of {len(names)}: correct it"
-            )
-        found = [fields[i] for i in places]
-        yield Row(place, found[0], found[1] if with_labels else None)
-
-
-def _no_column(path: Path, name: str, names: Sequence[str]) -> UserError:
-    found = ", ".join(repr(n if len(n) <= 30 else n[:29] + "…") for n in names[:10])
-    return UserError(
-        f"{path} has no column {name!r}: it has {found or 'none'}; "
-        "name the columns with --text-field and --label-field"
-    )
-
-
-def _jsonl_rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Iterator[Row]:
+def _jsonl_records(path: Path, wanted: list[str], encoding: str) -> Iterator[Fields]:
     for where, value in read_objects(path, encoding):
-        for name in (columns.text, columns.label) if with_labels else (columns.text,):
+        for name in wanted:
             if name not in value:
-                raise UserError(
-                    f"{where}: no {name!r} among {', '.join(map(repr, value))}; "
-                    "name the keys with --text-field and --label-field"
-                )
-        yield Row(where.removeprefix(f"{path}, "), value[columns.text], value.get(columns.label))
-
-
-def _parquet_rows(path: Path, columns: Columns, with_labels: bool) -> Iterator[Row]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise UserError(
-            f"reading {path} needs pyarrow: pip install 'micrograd-gpt[parquet]'"
-        ) from error
-    wanted = [columns.text, *([columns.label] if with_labels else [])]
-    try:
-        with ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            for name in wanted:
-                if name not in names:
-                    raise _no_column(path, name, names)
-            table = file.read(columns=wanted).to_pydict()
-    except (OSError, ArrowException) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    texts = table[columns.text]
-    labels = table[columns.label] if with_labels else [None] * len(texts)
-    for number, (text, label) in enumerate(zip(texts, labels, strict=True), 1):
-        yield Row(f"row {number}", text, label)
+                raise tables.no_field(where, name, list(value), FLAGS)
+        yield where.removeprefix(f"{path}, "), [value[name] for name in wanted]
 
 
 # -------------------------------------------------------------------------------------- checking

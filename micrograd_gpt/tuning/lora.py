@@ -134,8 +134,19 @@ def add_as_told(model: Any, settings: Namespace) -> None:
     """Do what --lora-rank and its companions say, if they say anything."""
     if settings.lora_rank is not None:
         check_base(model, settings)
-        how = settings.lora_rank, settings.lora_alpha, told_layers(settings), settings.seed
-        add_lora(model, *how, base=settings.model)
+        _add(model, settings)
+
+
+def count_trained(model: Any, settings: Namespace) -> int:
+    """How many parameters of a model, whose weights do not matter, learn under these settings."""
+    if settings.lora_rank is not None:
+        _add(model, settings)
+    return sum(parameter.size for parameter in trained_parameters(model))
+
+
+def _add(model: Any, settings: Namespace) -> None:
+    how = settings.lora_rank, settings.lora_alpha, told_layers(settings), settings.seed
+    add_lora(model, *how, base=settings.model)
 
 
 def check_base(model: Any, settings: Namespace) -> None:

@@ -98,6 +98,7 @@ def test_temperature_comes_before_top_p_and_penalties_before_both() -> None:
     np.testing.assert_array_equal(no_first, [0, 1, 0])
 
 
+@pytest.mark.slow
 def test_draws_follow_the_filtered_distribution() -> None:
     """Pearson's chi-square over 50,000 draws; 4 standard deviations above its mean is p < 1e-4."""
     rng = np.random.default_rng(0)

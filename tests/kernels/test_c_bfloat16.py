@@ -74,6 +74,7 @@ def as_defined(kernel: object, *args: object) -> tuple[np.ndarray, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
+@pytest.mark.slow_after(12)
 @pytest.mark.parametrize(("n", "k", "m"), SIZES)
 def test_exact_sums_are_the_definitions_to_the_last_bit(
     n: int, k: int, m: int, threads: None
@@ -188,6 +189,7 @@ LESS = """if True:
 """
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("options", "highest"),
     [("-mno-amx-tile", 1), ("-mno-avx512f", 0), ("-mno-avx", 0)],

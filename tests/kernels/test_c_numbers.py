@@ -79,6 +79,7 @@ def test_layer_norm_of_equal_numbers_is_exactly_the_bias(value: float, width: in
 # ------------------------------------------------------------------------------ sums of many rows
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kind", ["equal", "positive", "random"])
 def test_a_bias_gradient_of_a_million_rows(kind: str) -> None:
     grad = many_rows(kind)
@@ -87,6 +88,7 @@ def test_a_bias_gradient_of_a_million_rows(kind: str) -> None:
     assert error_of_sums(dbias, grad) < TOTAL
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kind", ["equal", "positive", "random"])
 def test_layer_norm_gradients_of_a_million_rows(kind: str) -> None:
     grad = many_rows(kind)

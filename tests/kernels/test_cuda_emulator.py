@@ -34,6 +34,7 @@ def run(
     cuda_modules.launch(name, "f", dtype, (1,), (threads,), *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [

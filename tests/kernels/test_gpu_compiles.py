@@ -66,6 +66,7 @@ def test_it_compiles(
     assert ("mma.sync.aligned.m16n8k8" in ptx) == tf32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "file", "dtype", "tf32"),
     [

@@ -149,7 +149,7 @@ def test_a_second_prompt_and_rows_that_end(replays: list[int]) -> None:
     assert len(token_step._STEPS[model].steps) == 3
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wte", "wpe", "ln_f", "h.1.mlp.c_fc"])
 def test_parameters_that_are_replaced_or_changed_are_noticed(name: str, replays: list[int]) -> None:
     model = make()
@@ -193,7 +193,7 @@ CHANGES: dict[str, Callable[[GPT2], None]] = {
 }
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_changed_after_the_first_tokens_is_followed(change: str) -> None:
     model = make()
@@ -290,6 +290,7 @@ def test_only_so_many_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [place[0] for place in steps] == places  # the latest used comes last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", ["an allocation", "a read"])
 def test_what_cannot_be_captured_is_launched_and_said_once(
     problem: str, replays: list[int], monkeypatch: pytest.MonkeyPatch

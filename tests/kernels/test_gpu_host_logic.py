@@ -167,7 +167,7 @@ def test_the_training_script_reads_once_a_logged_step(
         assert ours == pytest.approx(theirs, rel=rtol)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--recompute"]])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_run_resumes_bit_for_bit(
@@ -479,6 +479,7 @@ def test_a_cache_that_does_not_fit_is_measured_in_its_own_type(
         Context(model, rows=500_000, longest=16)
 
 
+@pytest.mark.slow
 def test_tf32_is_for_the_gpu_and_only_when_asked_for(
     train: Callable[..., Path], cupy: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -32,7 +32,10 @@ DTYPES = ["float32", "float16", "bfloat16"]
 WHERE = [
     pytest.param(
         "emulated",
-        marks=pytest.mark.skipif(cuda_emulator.COMPILER is None, reason=cuda_emulator.MISSING),
+        marks=[
+            pytest.mark.slow,  # a kernel compiles for the CPU in a second, for each type
+            pytest.mark.skipif(cuda_emulator.COMPILER is None, reason=cuda_emulator.MISSING),
+        ],
     ),
     pytest.param("gpu", marks=pytest.mark.gpu),
 ]
@@ -446,7 +449,6 @@ HEADS += [(1, 1, 70, 128), (1, 1, 33, 80)]
 ATTENTION = [(*shape, p) for shape in HEADS for p in (0.0, 0.4) if p == 0 or shape[3] in (32, 64)]
 
 
-@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("dtype", [*DTYPES, "TF32"])
 @pytest.mark.parametrize(("b", "h", "t", "d", "p"), ATTENTION)
 def test_attention(
@@ -484,7 +486,6 @@ def test_attention(
             assert_close(a, other, 2 * TOLERANCE[precision], name)
 
 
-@pytest.mark.slow_after(6)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("t", "keys"), [(1, 9), (1, 200), (5, 9), (70, 150), (1, 1)])
 @pytest.mark.parametrize("d", [48, 64, 128])

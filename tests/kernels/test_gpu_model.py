@@ -84,6 +84,7 @@ def test_training(dtype: str, emulator: cuda_emulator.Emulator) -> None:
     }
 
 
+@pytest.mark.slow
 def test_training_with_dropout(emulator: cuda_emulator.Emulator) -> None:
     """The backward drops what the forward dropped: the loss changes along the gradient as it says.
 

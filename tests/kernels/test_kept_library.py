@@ -387,6 +387,7 @@ def test_a_cache_that_forbids_loading_costs_one_compilation(program: Program, no
         assert program.cc.compilations == 1
 
 
+@pytest.mark.slow
 @needs_cc
 def test_where_nothing_can_be_kept_the_report_says_so(program: Program, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")

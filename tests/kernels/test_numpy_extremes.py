@@ -33,8 +33,9 @@ def test_a_row_of_equal_numbers_is_normalised_to_zeros(
     np.testing.assert_array_equal(dweight, 0)
 
 
-@pytest.mark.parametrize("width", [1, 5, 16])
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("width", [1, 5, 16])
 def test_sums_over_many_rows_keep_their_digits(width: int, order: str) -> None:
     n = 1_000_003
     grad = np.asarray(np.full((n, width), 0.1, np.float32), order=order)  # type: ignore[call-overload]

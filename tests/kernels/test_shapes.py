@@ -353,6 +353,7 @@ def test_kernels_do_what_the_definitions_do(level: str) -> None:
     assert wrong == [] and len(lines) > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["numpy", "c"])
 def test_labels_may_change_while_a_loss_is_computed(level: str) -> None:
     apart(change_labels_meanwhile, level)

@@ -136,6 +136,7 @@ def test_long_texts_are_cut_off_in_training_and_afterwards_alike(
         classify(tmp_path / "other", "--block-size", 33)
 
 
+@pytest.mark.slow
 def test_balance_learns_from_each_label_equally_often(
     classify: Main,
     data: Path,
@@ -156,6 +157,7 @@ def test_balance_learns_from_each_label_equally_often(
         assert ("warning: 72 texts have the label 'ham'" in capsys.readouterr().err) == (not flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["last", "head"])
 def test_layers_that_do_not_learn_stay_as_they_were(
     classify: Main, base: Path, tmp_path: Path, which: str
@@ -200,6 +202,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(classify: Main, tmp_path: Path) 
     assert metrics(straight)[-1]["val_loss"] == metrics(resumed)[-1]["val_loss"]
 
 
+@pytest.mark.slow
 def test_a_complete_run_goes_on_with_more_epochs(
     classify: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +243,7 @@ def test_ctrl_c_ends_the_step_and_saves(
     assert_same(out, tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_the_best_is_the_step_of_lowest_validation_loss(classify: Main, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["--eval-interval", 5, "--max-steps", 40, "--min-lr", 3]  # it falls, then rises
@@ -300,6 +304,40 @@ def test_a_plan_reads_the_data_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["spam.tsv"]
 
 
+def test_a_plan_counts_what_learns(
+    classify: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--plan", "--rate", 1]
+    classify(tmp_path / "out", *flags)
+    assert "learn" not in capsys.readouterr().out
+    classify(tmp_path / "out", *flags, "--train-layers", "head")
+    assert f"; {2 * 16} of them learn" in capsys.readouterr().out
+    classify(tmp_path / "out", *flags, "--lora-rank", 3)
+    learn = 2 * 3 * (16 + 3 * 16) + 2 * 16  # A and B in each of two blocks, and the head
+    assert f"; {learn} of them learn" in capsys.readouterr().out
+
+
+def test_the_settings_of_a_run_can_be_given_again(classify: Main, tmp_path: Path) -> None:
+    first, again, third = (tmp_path / name for name in ("first", "again", "third"))
+    classify(first, "--max-steps", 2, "--beta2", 0.9)
+    assert classify(again, "--config", first / "settings.toml") == 0
+    rows = metrics(first), metrics(again)
+    assert [r["train_loss"] for r in rows[0]] == [r["train_loss"] for r in rows[1]]
+    assert "beta2 = 0.9" in (again / "settings.toml").read_text()
+    with pytest.raises(
+        UserError, match=r"third\.toml: there is no flag 'beta_2': did you mean beta2"
+    ):
+        (tmp_path / "third.toml").write_text("beta_2 = 0.9\n")
+        classify(third, "--config", tmp_path / "third.toml")
+
+
+def test_a_run_that_is_overwritten_leaves_no_settings(classify: Main, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    classify(out, "--max-steps", 1)
+    checkpoint.remove_run(out)
+    assert not (out / "settings.toml").exists()
+
+
 # ------------------------------------------------------------------------------- types, and errors
 
 
@@ -313,6 +351,7 @@ def test_other_types(classify: Main, tmp_path: Path, dtype: str) -> None:
     assert {array.dtype.name for array in weights(out).values()} == {expected}
 
 
+@pytest.mark.slow
 def test_on_a_gpu_as_on_the_cpu(classify: Main, tmp_path: Path) -> None:
     flags = ["--max-steps", 3, "--dtype", "float64", "--train-layers", "last"]
     assert classify(tmp_path / "cpu", *flags) == 0
@@ -347,7 +386,7 @@ def test_help_is_quick_and_complete() -> None:
         (["classify", "--model", "{base}"], "stdin holds no texts"),
         (
             ["classify", "--model", "x", "--predict", "{data}", "--text-field", "y"],
-            "has no column 'y'",
+            "has no 'y', only",
         ),
         (
             ["classify", "--model", "{base}", "--predict", "{text}"],

@@ -116,6 +116,7 @@ def test_a_run_is_not_resumed_on_another_base(classify: Main, base: Path, tmp_pa
     assert classify(out, "--max-steps", 2, "--allow-changes", resume=True) == 0
 
 
+@pytest.mark.slow
 def test_an_adapter_and_a_whole_model_replace_each_other(
     classify: Main, finetune_gpt2: ModuleType, base: Path, data: Path, tmp_path: Path
 ) -> None:

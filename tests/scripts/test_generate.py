@@ -381,6 +381,7 @@ def test_a_special_token_in_a_prompt_is_recognized_on_request(
         (["--num-beams", "4", "--temperature", "0.7"], "beam search takes no"),
         (["--num-beams", "4", "--top-k", "5"], "beam search takes no"),
         (["--num-beams", "2", "--num-samples", "3"], "num_samples is above num_beams"),
+        (["--num-samples", "100000000"], "about [0-9,.]+ GB.*: lower --num-samples"),
         (["--num-beams", "2", "--speculate", "prompt-lookup"], "cannot speculate"),
         (["--length-penalty", "2"], "length_penalty is for"),
         (["--greedy", "--temperature", "0.7"], "--greedy and --temperature contradict"),

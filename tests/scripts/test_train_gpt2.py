@@ -109,6 +109,7 @@ def test_a_run_with_the_tokenizer_of_a_folder(text: Path, tmp_path: Path) -> Non
     assert result.returncode == 2 and "error: there is no tokenizer in" in result.stderr
 
 
+@pytest.mark.slow
 def test_weights_with_a_padded_vocabulary_are_tuned(text: Path, tmp_path: Path) -> None:
     tokenizer = CharTokenizer.from_text(text.read_text("utf-8"))
     size = tokenizer.vocab_size
@@ -187,6 +188,7 @@ def test_resumed_equals_never_stopped(text: Path, tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_losses(text: Path, tmp_path: Path) -> None:
     flags = ["--data", text, *SMALL, "--max-steps", 5, "--dropout", 0.2]
     losses = []

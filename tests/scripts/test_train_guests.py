@@ -109,7 +109,9 @@ def _heed_interrupts() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
-@pytest.mark.parametrize("name", ["train_gpt2", "finetune_gpt2", "generate", "load_gpt2"])
+@pytest.mark.parametrize(
+    "name", ["train_gpt2", "finetune_gpt2", "generate", "load_gpt2", "evaluate_gpt2"]
+)
 def test_ctrl_c_during_the_imports_is_quiet(name: str) -> None:
     """The first of our imports sends the signal: so it surely comes while they run."""
     script = str(ROOT / f"{name}.py")

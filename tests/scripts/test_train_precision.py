@@ -83,6 +83,7 @@ def start_from(
     monkeypatch.setattr(train_gpt2, "LossScaler", scaler)
 
 
+@pytest.mark.slow
 def test_float16_scales_its_loss_and_resumes_bit_for_bit(
     train: Run,
     train_gpt2: ModuleType,

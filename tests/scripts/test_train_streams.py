@@ -72,7 +72,7 @@ def test_a_signal_with_closed_streams(
         assert (process.stderr.read() == b"") == ("2>&-" in closed)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), SIGNALS)
 @pytest.mark.parametrize("stream", ["pipe", "full"])
 @pytest.mark.parametrize("names", [["stderr"], ["stdout", "stderr"]], ids="+".join)
@@ -88,6 +88,7 @@ def test_a_signal_with_streams_that_take_nothing(
         assert status_after(number, process, tmp_path / "out") == status
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), SIGNALS)
 def test_a_signal_with_the_output_cut_off(
     command: list[str], tmp_path: Path, number: int, status: int

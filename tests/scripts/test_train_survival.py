@@ -58,6 +58,7 @@ def test_resuming_takes_no_more_memory_than_starting(text: Path, tmp_path: Path)
     assert peaks[1] < 1.05 * peaks[0]  # a copy of the weights alone would be 14%
 
 
+@pytest.mark.slow
 def test_the_best_is_the_step_of_lowest_validation_loss(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["--data", text, "--out", out, *SMALL, "--eval-interval", 2, "--max-steps", 12]
@@ -310,7 +311,7 @@ def test_a_run_that_version_0_1_0_wrote_goes_on(
 # ------------------------------------------------------------------------ damage, and full disks
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -341,6 +342,7 @@ def test_damaged_settings_are_one_line(
         assert result.stderr.startswith(f"error: {path} is damaged: {message}")
 
 
+@pytest.mark.slow
 def test_a_damaged_best_is_one_line(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("--data", text, "--out", out, *SMALL, "--max-steps", 1)
@@ -384,6 +386,7 @@ def test_a_curve_that_cannot_be_drawn_is_a_warning(
     assert f"warning: cannot write {out}/loss.png" in errors and checkpoint.best_loss(out) < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["stop", "continue"])
 def test_metrics_that_cannot_be_added_to(
     train_gpt2: ModuleType,
@@ -418,6 +421,7 @@ def test_metrics_that_cannot_be_added_to(
     assert_same(out, straight)
 
 
+@pytest.mark.slow
 def test_a_best_that_cannot_be_finished_does_not_stop_a_run_that_is_to_go_on(
     train_gpt2: ModuleType,
     text: Path,
@@ -445,6 +449,7 @@ def test_a_best_that_cannot_be_finished_does_not_stop_a_run_that_is_to_go_on(
     assert best["step"] == losses[min(losses)] > 3
 
 
+@pytest.mark.slow
 def test_what_stops_before_it_starts_keeps_the_run_that_was_to_be_overwritten(
     text: Path, tmp_path: Path
 ) -> None:
@@ -473,6 +478,7 @@ def test_a_resumed_run_may_grow_but_not_shrink(
     assert train_gpt2.main(changed) == 0
 
 
+@pytest.mark.slow
 def test_dropout_may_be_changed_where_changes_are_allowed(
     train_gpt2: ModuleType, text: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text import decoding, documents, records
+from micrograd_gpt.text import decoding, documents, tables
 from micrograd_gpt.text.decoding import Form
 from micrograd_gpt.text.documents import find_files, load_documents, read_documents
 
@@ -201,7 +201,7 @@ def test_jsonl(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ('{"text": "cut o', "line 3: this is not JSON (Unterminated string"),
         (
             '{"txt": "a", "id": 7}',
-            "line 3 has no 'text', only 'txt', 'id': name what holds the text",
+            "line 3 has no 'text', only 'txt', 'id': name what holds it",
         ),
         ("{}", "line 3 has no 'text', only none"),
         (
@@ -223,7 +223,7 @@ def test_a_wrong_line_is_named(line: str, message: str, tmp_path: Path) -> None:
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(records, "ROWS", 3)
+    monkeypatch.setattr(tables, "BATCH", 3)
     texts = [f"text {i} é" for i in range(10)]
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"n": range(12), "text": [*texts, None, ""]}), path)
@@ -238,7 +238,7 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
     parquet.write_table(pyarrow.table({"body": texts}), path)
-    refused("has no 'text', only 'body': name what holds the text with --text-field")
+    refused("has no 'text', only 'body': name what holds it with --text-field")
     assert load_documents(path, Form(field="body")) == texts
     parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
     refused("the column 'text' holds int64 and no texts: name another")

@@ -49,6 +49,7 @@ def test_a_folder_without_tokenizer_files_uses_gpt2_if_its_size_is_gpt2s(tmp_pat
     assert load_tokenizer(tmp_path).name == "char"
 
 
+@pytest.mark.slow
 def test_gpt2_is_recognized_in_other_s_files(tmp_path: Path) -> None:
     merges = [" ".join(pair) for pair in gpt2_merges()]
     model = {"vocab": gpt2_vocabulary(), "merges": merges, "unk_token": ""}

@@ -44,6 +44,7 @@ def test_decoding_gives_the_text_back(name: str, text: str) -> None:
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize("name", NAMES)
 @settings(deadline=None, max_examples=20)
 @given(text=texts)

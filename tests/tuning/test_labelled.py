@@ -59,7 +59,7 @@ def test_parquet(tmp_path: Path) -> None:
     texts, labels = map(list, zip(*HAM, strict=True))
     write_table(pyarrow.table({"id": [1, 2, 3, 4], "text": texts, "label": labels}), path)
     assert [(e.text, e.label) for e in read_examples(path, Columns())] == HAM
-    with pytest.raises(UserError, match=r"no column 'topic': it has 'id', 'text', 'label'; name"):
+    with pytest.raises(UserError, match=r"has no 'topic', only 'id', 'text', 'label': name"):
         read_examples(path, Columns(label="topic"))
 
 
@@ -87,18 +87,18 @@ WRONG = {
     "no column": (
         "a.csv",
         "v1,v2\nham,Hi\n",
-        r"a\.csv has no column 'text': it has 'v1', 'v2'; name",
+        r"a\.csv: its header has no 'text', only 'v1', 'v2': name",
     ),
     "a header of other names": (
         "a.tsv",
         "v1\tv2\nham\tHi\nham\tHo\n",
-        "has no column 'label': it has 'v1'",
+        "its header has no 'label', only 'v1'",
     ),
-    "three columns": ("a.tsv", "ham\tHi\t1\nham\tHo\t2\n", "has no column 'text'"),
+    "three columns": ("a.tsv", "ham\tHi\t1\nham\tHo\t2\n", "its header has no 'text'"),
     "a tab in a text": ("a.tsv", "ham\tHi\nham\tH\to\n", r"a\.tsv, line 2: 3 fields between tabs"),
     "ragged": ("a.csv", "text,label\na,b,c\n", r"a\.csv, line 2: 3 fields under a header of 2"),
     "quotes": ("a.csv", 'text,label\n"a"b,c\n', r"a\.csv, line 2: .*correct the quotes"),
-    "no key": ("a.jsonl", '{"text": "a"}', r"line 1: no 'label' among 'text'; name the keys"),
+    "no key": ("a.jsonl", '{"text": "a"}', r"line 1 has no 'label', only 'text': name"),
     "no object": ("a.jsonl", "[1]", "line 1: this is not a JSON object"),
     "no JSON": ("a.jsonl", '{"text": "a", "label": 1}\n{"te', r"line 2: this is not JSON \("),
     "half a character": (

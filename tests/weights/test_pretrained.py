@@ -382,6 +382,7 @@ def outcome(path: Path) -> tuple[GPT2Config, Arrays] | None:
     return model.config, numbers(model)
 
 
+@pytest.mark.slow
 def test_fuzz_a_safetensors_file(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path)
     path = folder / "model.safetensors"
@@ -410,6 +411,7 @@ def test_fuzz_a_safetensors_file(tmp_path: Path) -> None:
     assert 1600 < errors < 3000
 
 
+@pytest.mark.slow
 def test_fuzz_a_tensorflow_checkpoint(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(DATA / "saver", tmp_path / "model"))
     hparams = json.loads((folder / "hparams.json").read_text())

@@ -526,6 +526,7 @@ def test_a_file_that_is_cut_short_is_damaged(file: Path, name: str) -> None:
             read_torch(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_fuzz(tmp_path: Path, name: str) -> None:
     """Damage anywhere but in the numbers is one clear line, or changes nothing that is read."""

@@ -1,0 +1,121 @@
+"""Tables: the wanted columns of a .csv, .tsv or .parquet file, record by record.
+
+.csv       a header, then records, with quotes where needed (RFC 4180)
+.tsv       a header, then a record a line, fields between tabs, no quotes
+.parquet   columns of values (pyarrow reads it)
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from micrograd_gpt.support.cli import counted
+from micrograd_gpt.support.errors import UserError
+
+BUFFER = 1 << 20  # bytes of a .parquet file in memory
+BATCH = 256  # its rows that are read at a time
+LONGEST_FIELD = 1 << 30  # characters of a field in a .csv file
+
+Fields = tuple[str, list[Any]]  # where a record stands ("line 3"), and its fields
+
+
+def table_rows(path: Path, lines: Iterable[str]) -> Iterator[Fields]:
+    """All records of a .csv file, or else a .tsv file, the header too; `lines` have no line ends.
+
+    Raises UserError, naming the line, for quotes that do not fit.
+    """
+    is_csv = path.suffix.lower() == ".csv"
+    how: dict[str, Any] = {} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    csv.field_size_limit(LONGEST_FIELD)
+    reader = csv.reader((line + "\n" for line in lines), strict=is_csv, **how)
+    try:
+        for fields in reader:
+            if any(field.strip() for field in fields):
+                yield f"line {reader.line_num}", fields
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}: correct the quotes") from error
+
+
+def columns(
+    path: Path, rows: Iterator[Fields], wanted: Sequence[str], flags: str
+) -> Iterator[Fields]:
+    """Of each record under the header, which is the first one, the fields of these names.
+
+    Raises UserError for a name that the header lacks, advising the `flags` that give others, and
+    for a record with more or fewer fields than the header.
+    """
+    _, names = next(rows, ("", []))
+    if not names:
+        return
+    for name in wanted:
+        if name not in names:
+            raise no_field(f"{path}: its header", name, names, flags)
+    places = [names.index(name) for name in wanted]
+    for place, fields in rows:
+        if len(fields) != len(names):
+            found = counted(len(fields), "field")
+            raise UserError(f"{path}, {place}: {found} under a header of {len(names)}: correct it")
+        yield place, [fields[i] for i in places]
+
+
+def parquet_columns(
+    path: Path, wanted: Sequence[str], flags: str, on_read: Callable[[int], object] | None = None
+) -> Iterator[Fields]:
+    """Of each row of a .parquet file the fields of these names, of which the first is a text.
+
+    `on_read` is told how many bytes of the file are done with. Raises UserError as `columns` does,
+    for a text column of another type, and where pyarrow is missing or cannot read the file.
+    """
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UserError(
+            f"reading {path} needs pyarrow: pip install 'micrograd-gpt[parquet]'"
+        ) from error
+    try:
+        size = path.stat().st_size
+        with ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
+            schema = file.schema_arrow
+            for name in wanted:
+                if name not in schema.names:
+                    raise no_field(str(path), name, schema.names, flags)
+            kind = schema.field(wanted[0]).type
+            if str(kind) not in ("string", "large_string"):
+                raise UserError(
+                    f"{path}: the column {wanted[0]!r} holds {kind} and no texts: name another "
+                    "with --text-field"
+                )
+            rows = done = 0
+            for batch in file.iter_batches(BATCH, columns=list(wanted)):
+                first, rows = rows + 1, rows + len(batch)
+                before, done = done, size * rows // file.metadata.num_rows
+                if on_read:
+                    on_read(done - before)
+                values = zip(*(batch.column(name) for name in wanted), strict=True)
+                for number, fields in enumerate(values, first):
+                    yield f"row {number}", [_python_value(value) for value in fields]
+    except (OSError, ArrowException) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+
+
+def _python_value(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:  # some writers let half a character through
+        return value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+
+
+def no_field(where: str, name: str, names: Sequence[str], flags: str) -> UserError:
+    """What to say where there is no such column or key, only these."""
+    found = ", ".join(map(short, names[:10])) or "none"
+    return UserError(f"{where} has no {name!r}, only {found}: name what holds it with {flags}")
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it."""
+    shown = ascii(value)
+    return shown if len(shown) <= 40 else shown[:39] + "…"
