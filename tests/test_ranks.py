@@ -209,12 +209,16 @@ def test_a_run_goes_on_with_another_number_of_ranks(text: Path, tmp_path: Path) 
 
 @needs_mpi
 @pytest.mark.slow
-def test_ranks_that_were_told_different_things(text: Path, tmp_path: Path) -> None:
-    flags = [sys.executable, SCRIPT, "--data", text, *SMALL, "--out", tmp_path / "out", "--seed"]
-    with started("-n", 1, *flags, 1, ":", "-n", 1, *flags, 2) as process:
+@pytest.mark.parametrize(("seed", "named"), [(["--seed", 1], "1"), ([], "not given")])
+def test_ranks_that_were_told_different_things(
+    text: Path, tmp_path: Path, seed: list[object], named: str
+) -> None:
+    flags = [sys.executable, SCRIPT, "--data", text, *SMALL, "--out", tmp_path / "out"]
+    with started("-n", 1, *flags, *seed, ":", "-n", 1, *flags, "--seed", 2) as process:
         _, stderr = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 2
-    assert errors(stderr) == ["error: rank 1 has seed 2, rank 0 has 1: all ranks need the same"]
+    message = f"error: rank 1 has seed 2, rank 0 has {named}: all ranks need the same"
+    assert errors(stderr) == [message]
     assert not (tmp_path / "out").exists()
 
 

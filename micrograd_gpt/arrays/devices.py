@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from micrograd_gpt.support.cli import counted
 from micrograd_gpt.support.errors import UserError
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray; CuPy need not be installed to check types
@@ -101,7 +102,8 @@ def use_gpu(number: int, needed: int) -> None:
     found = cupy.cuda.runtime.getDeviceCount()
     if found < needed:
         raise UserError(
-            f"{needed} ranks on a machine with {found} GPUs: start no more than one rank a GPU"
+            f"{needed} ranks on a machine with {counted(found, 'GPU')}: "
+            "start no more than one rank a GPU"
         )
     cupy.cuda.Device(number).use()
 

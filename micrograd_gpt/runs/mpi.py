@@ -143,11 +143,12 @@ class MPIRanks(Ranks):
     def check_same(self, facts: dict[str, Any]) -> None:
         first, *others = self._all.allgather(facts)
         for rank, theirs in enumerate(others, 1):
-            for what, value in first.items():
-                if theirs.get(what) != value:
+            for what in first | theirs:
+                found, expected = (facts.get(what, "not given") for facts in (theirs, first))
+                if found != expected:
                     raise UserError(
-                        f"rank {rank} has {what} {theirs.get(what)}, rank 0 has {value}: all ranks "
-                        "need the same"
+                        f"rank {rank} has {what} {found}, rank 0 has {expected}: all ranks need "
+                        "the same"
                     )
 
 
