@@ -126,7 +126,7 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
             loss = model.loss(ids, targets) * (1 / shared.grad_accum_steps)
             (loss * scaler.scale).backward()
             losses.append(loss.data)
-        ranks.add_up(model.parameters())
+        ranks.add_up(model.parameters(), settings.reduce_dtype)
         losses = ranks.join(losses)
         norm = optim.clip_grad_norm(model.parameters(), settings.grad_clip, scaler.scale)
 

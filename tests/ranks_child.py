@@ -8,38 +8,47 @@ import time
 import numpy as np
 import pytest
 from faults import fill_disk
+from ml_dtypes import bfloat16
 from training import script
 
 from micrograd_gpt.runs import checkpoint, mpi
 from micrograd_gpt.runs.mpi import bound_to
-from micrograd_gpt.runs.ranks import started_ranks
+from micrograd_gpt.runs.ranks import Ranks, started_ranks
 from micrograd_gpt.support import cli, files
 from micrograd_gpt.support.machine import usable_cores
 from micrograd_gpt.tensor import Tensor
 
 
-def sums() -> int:
-    """Sums of arrays that fit no bucket, joined numbers, and who goes first."""
-    mpi.BUCKET = 10
+def check_sums(ranks: Ranks, own: type, sent: type) -> None:
+    """Sums of gradients that fit no bucket, of a type of their own, sent in another one."""
     shapes = [(3, 5), (1,), (7,), (2, 3, 4), (4, 4), ()]
+    given = [
+        [np.random.default_rng([rank, i]).normal(size=shape) for i, shape in enumerate(shapes)]
+        for rank in range(ranks.size)
+    ]
+    parameters = []
+    for i, array in enumerate(given[ranks.rank]):
+        by_columns = i % 2 == 1
+        parameter = Tensor(np.zeros(array.shape, own, order="F" if by_columns else "C"), True)
+        # A gradient may lie otherwise in memory than its parameter, and on one rank only.
+        parameter.grad = np.array(array, own, order="F" if ranks.rank == 0 else "C")
+        parameters.append(parameter)
+    ranks.add_up(parameters, "bfloat16" if sent is bfloat16 else "float32")
+    for i, parameter in enumerate(parameters):
+        first, *others = (np.asarray(arrays[i], own).astype(sent).astype(own) for arrays in given)
+        for other in others:  # in the order of the ranks: not only close, but the same bits
+            first = first + other
+        np.testing.assert_array_equal(parameter.grad, first.astype(sent).astype(own))
+        assert parameter.grad.dtype == own
+
+
+def sums() -> int:
+    """Sums of gradients, joined numbers, and who goes first."""
+    mpi.BUCKET = 10
     with started_ranks() as ranks:
-        given = [
-            [np.random.default_rng([rank, i]).normal(size=shape) for i, shape in enumerate(shapes)]
-            for rank in range(ranks.size)
-        ]
-        parameters = []
-        for i, array in enumerate(given[ranks.rank]):
-            by_columns = i % 2 == 1
-            parameter = Tensor(np.zeros(array.shape, order="F" if by_columns else "C"), True)
-            # A gradient may lie otherwise in memory than its parameter, and on one rank only.
-            parameter.grad = np.array(array, order="F" if ranks.rank == 0 else "C")
-            parameters.append(parameter)
-        ranks.add_up(parameters)
-        for i, parameter in enumerate(parameters):
-            expected = given[0][i]
-            for other in given[1:]:  # in the order of the ranks: not only close, but the same bits
-                expected = expected + other[i]
-            np.testing.assert_array_equal(parameter.grad, expected)
+        check_sums(ranks, np.float64, np.float64)
+        check_sums(ranks, np.float32, bfloat16)
+        check_sums(ranks, np.float32, np.float32)
 
         assert ranks.join([float(ranks.rank), 0.5]) == [
             x for r in range(ranks.size) for x in (r, 0.5)

@@ -195,6 +195,17 @@ def test_windows_are_shared_where_there_is_one_micro_batch(text: Path, tmp_path:
 
 @needs_mpi
 @pytest.mark.slow
+def test_gradients_that_are_sent_in_bfloat16(text: Path, tmp_path: Path) -> None:
+    flags = ["--data", text, *RUN, "--max-steps", 20, "--learning-rate", 0.01]
+    assert run(*flags, "--out", tmp_path / "1").returncode == 0
+    result = mpirun(2, SCRIPT, *flags, "--reduce-dtype", "bfloat16", "--out", tmp_path / "2")
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=0.01)
+    assert (losses(tmp_path / "2")[2:, 1] != losses(tmp_path / "1")[2:, 1]).any()
+
+
+@needs_mpi
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(text: Path, tmp_path: Path) -> None:
     straight, out = tmp_path / "straight", tmp_path / "out"
     flags = ["--data", text, *RUN, "--max-steps", 9, "--save-interval", 3, "--keep", 9]

@@ -18,6 +18,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, NoReturn, TextIO
 
 import numpy as np
+from ml_dtypes import bfloat16
 from mpi4py import MPI
 
 from micrograd_gpt.arrays.devices import Array, array_module, to_device, use_gpu
@@ -60,31 +61,36 @@ class MPIRanks(Ranks):
         machines, cores = counted(self._machines, "machine"), counted(usable_cores(), "core")
         return f"{self.size} ranks on {machines}, {cores} each"
 
-    def add_up(self, parameters: Sequence[Tensor]) -> None:
+    def add_up(self, parameters: Sequence[Tensor], dtype: str = "float32") -> None:
         for parameter in parameters:
             parameter.grad = ordered_like(parameter.grad, parameter.data)
         flat = [flat_view(parameter.grad) for parameter in parameters]
         for bucket in buckets([len(grad) for grad in flat], BUCKET):
             parts = [flat[i][start:end] for i, start, end in bucket]
-            joined = self._sum(to_device(array_module(parts[0]).concatenate(parts), "cpu"))
+            joined = to_device(array_module(parts[0]).concatenate(parts), "cpu")
+            joined = self._sum(joined, bfloat16 if dtype == "bfloat16" else joined.dtype)
             ends = np.cumsum([len(part) for part in parts])
             for part, end in zip(parts, ends, strict=True):
                 part[:] = array_module(part).asarray(joined[end - len(part) : end])
 
-    def _sum(self, numbers: np.ndarray) -> np.ndarray:
-        """The sum of all ranks' `numbers` (N,), in a buffer that the next call overwrites."""
+    def _sum(self, numbers: np.ndarray, wire: Any) -> np.ndarray:
+        """The sum of all ranks' `numbers` (N,), which are sent in the dtype `wire`.
+
+        They may be in a buffer that the next call overwrites.
+        """
         count = -(-len(numbers) // self.size)  # of a part
-        if self._buffers is None or self._buffers[0].dtype != numbers.dtype:
+        if self._buffers is None or self._buffers[0].dtype != wire:
             most = -(-BUCKET // self.size) * self.size
-            self._buffers = np.zeros(most, numbers.dtype), np.zeros(most, numbers.dtype)
+            self._buffers = np.zeros(most, wire), np.zeros(most, wire)
         ours, received = (buffer[: count * self.size] for buffer in self._buffers)
         ours[: len(numbers)] = numbers
-        self._wait(self._all.Ialltoall(ours, received))
-        part, *others = received.reshape(self.size, count)
+        self._wait(self._all.Ialltoall(as_bytes(ours), as_bytes(received)))
+        first, *others = received.reshape(self.size, count)
+        part = first.astype(numbers.dtype)
         for other in others:
-            part += other
-        self._wait(self._all.Iallgather(part, ours))
-        return ours[: len(numbers)]
+            part += other.astype(numbers.dtype, copy=False)
+        self._wait(self._all.Iallgather(as_bytes(part.astype(wire, copy=False)), as_bytes(ours)))
+        return ours[: len(numbers)].astype(numbers.dtype, copy=False)
 
     def join(self, values: Sequence[Any]) -> list[float]:
         ours = np.array(read_numbers(values))
@@ -174,6 +180,11 @@ def ordered_like(grad: Array, data: Array) -> Array:
 def flat_view(array: Array) -> Array:
     """All numbers of a contiguous array as they lie in memory, (N,)."""
     return (array if array.flags.c_contiguous else array.T).reshape(-1)
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    """The memory of an array, which MPI moves whatever the type is."""
+    return array.view(np.uint8)
 
 
 def buckets(sizes: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -80,11 +80,12 @@ class Ranks:
         """This rank's part of any number of items: each `size`-th."""
         return (item for i, item in enumerate(items) if i % self.size == self.rank)
 
-    def add_up(self, parameters: Sequence[Tensor]) -> None:
+    def add_up(self, parameters: Sequence[Tensor], dtype: str = "float32") -> None:
         """Replace the gradient of each parameter by the sum of all ranks' gradients of it.
 
         They are added in the order of the ranks, so that every rank, and every run on as many
-        ranks, gets the same bits.
+        ranks, gets the same bits. In "bfloat16" they take half the time on a slow network: each
+        rank's gradients are rounded to it, added in float32, and the sums are rounded again.
         """
 
     def join(self, values: Sequence[Any]) -> Sequence[Any]:
