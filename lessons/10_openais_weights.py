@@ -191,7 +191,9 @@ draw_bytes(index, [*parts, ("three sizes", 3), ("key", 6)], texts=["key"])
 #
 # All such numbers are **varints**: seven bits in a byte, the lowest first, and the highest bit says
 # that another byte follows. A number below 128 takes one byte, and a large one as many as it needs.
-# Several blocks of entries make a file, and its last 48 bytes say where the list of blocks is.
+# Several blocks of entries make a file. Its last 48 bytes say where two lists are, each by its
+# offset and length: the first list is of no use to us, the second is the list of blocks. That is a
+# block of entries itself, whose values are again offsets and lengths: those of the blocks.
 
 
 # %%
@@ -225,11 +227,11 @@ def entries(data, offset, length):
 
 
 assert varint(b"\xac\x02", 0) == (300, 2)  # 44 + 2 × 128
-_, _, offset, length, _ = varints(index[-48:], 0, 4)
+_, _, *list_of_blocks, _ = varints(index[-48:], 0, 4)
 table = {}
-for _, where in entries(index, offset, length):
-    offset, length, _ = varints(where, 0, 2)
-    table |= {key.decode(): value for key, value in entries(index, offset, length)}
+for _, where in entries(index, *list_of_blocks):
+    *block, _ = varints(where, 0, 2)
+    table |= {key.decode(): value for key, value in entries(index, *block)}
 del table[""]  # the first entry is about the file as a whole
 print(*list(table)[:5], "…", len(table), "tensors")
 

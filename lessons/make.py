@@ -5,7 +5,8 @@
     python lessons/make.py 05 --pictures pictures   one lesson; its pictures as files too
 
 A lesson is a Python script in cells: `# %%` begins code, `# %% [markdown]` begins text. The check
-compares text and what cells print, not pictures, which no two versions of Matplotlib draw alike.
+compares text and what cells print, not pictures, which no two versions of Matplotlib draw alike,
+nor what a cell under `# %% tags=["times"]` prints: no machine is equally fast twice.
 Needs the extra: pip install -e ".[lessons]". Exit status 1: a cell failed, or a notebook differs.
 """
 
@@ -117,7 +118,8 @@ def tidied(notebook: Notebook) -> Notebook:
     """The notebook without what differs from run to run; LessonError if a cell warned."""
     notebook["metadata"].pop("language_info", None)
     for i, cell in enumerate(notebook["cells"]):
-        cell["id"], cell["metadata"] = f"cell-{i}", {}
+        tags = cell["metadata"].get("tags")
+        cell["id"], cell["metadata"] = f"cell-{i}", {"tags": tags} if tags else {}
         for output in cell.get("outputs", ()):
             if output.get("name") == "stderr":
                 raise LessonError(f"cell {i} wrote to stderr: {joined(output['text'])}")
@@ -132,11 +134,12 @@ def joined(text: str | list[str]) -> str:
 
 
 def text_of(notebook: Notebook) -> list[str]:
-    """Everything but the pictures, line by line."""
+    """Everything but pictures and times, line by line."""
     lines = []
     for cell in notebook["cells"]:
         lines += [f"# %% {cell['cell_type']}", *joined(cell["source"]).splitlines()]
-        for output in cell.get("outputs", ()):
+        has_times = "times" in cell["metadata"].get("tags", ())
+        for output in () if has_times else cell.get("outputs", ()):
             data = output.get("data", {"text/plain": output.get("text", "")})
             is_picture = "image/png" in data
             shown = "(a picture)" if is_picture else joined(data.get("text/plain", ""))

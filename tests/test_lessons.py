@@ -48,8 +48,9 @@ def small_notebook(output: str = "3\n", picture: str = "AAAA") -> dict[str, Any]
         {"output_type": "stream", "name": "stdout", "text": output},
         {"output_type": "display_data", "data": shown, "metadata": {}},
     ]
-    cell = {"cell_type": "code", "source": "print(1 + 2)", "outputs": outputs}
-    return {"cells": [{"cell_type": "markdown", "source": "# Sums"}, cell], "metadata": {}}
+    cell = {"cell_type": "code", "source": "print(1 + 2)", "outputs": outputs, "metadata": {}}
+    title = {"cell_type": "markdown", "source": "# Sums", "metadata": {}}
+    return {"cells": [title, cell], "metadata": {}}
 
 
 @each_lesson
@@ -96,6 +97,21 @@ def test_the_check_passes_over_pictures(tmp_path: Path) -> None:
     path = tmp_path / "01_sums.ipynb"
     path.write_text(json.dumps(small_notebook(picture="BBBB")), "utf-8")
     make.check(small_notebook(), path)
+
+
+def test_the_check_passes_over_times_alone(tmp_path: Path) -> None:
+    path, kept, made = (
+        tmp_path / "01_sums.ipynb",
+        small_notebook("3 ms\n"),
+        small_notebook("4 ms\n"),
+    )
+    for notebook in (kept, made):
+        notebook["cells"][1]["metadata"]["tags"] = ["times"]
+    path.write_text(json.dumps(kept), "utf-8")
+    make.check(made, path)
+    made["cells"][1]["source"] = "print(1 - 2)"
+    with pytest.raises(make.LessonError, match="the notebook differs"):
+        make.check(made, path)
 
 
 @pytest.mark.parametrize("change", ["output", "source", "a picture less", "a cell less"])

@@ -147,10 +147,10 @@ def chart(title: str, curves: dict[str, Curve]) -> str:
     about = html.escape(f"{title}: {low:.4g} to {high:.4g}, steps {first} to {last}", quote=True)
     return (
         f"<section><h2>{html.escape(title)}</h2><p>{', '.join(names)}</p>"
-        f'<p class="quiet">up to {high:.4g}{axis}</p>'
+        f'<p class="quiet">highest {high:.4g}{axis}</p>'
         f'<svg viewBox="0 -2 {WIDTH} {HEIGHT + 4}" preserveAspectRatio="none" role="img" '
         f'aria-label="{about}">{"".join(lines)}</svg>'
-        f'<p class="quiet ends"><span>step {first:,}</span><span>from {low:.4g}</span>'
+        f'<p class="quiet ends"><span>step {first:,}</span><span>lowest {low:.4g}</span>'
         f"<span>step {last:,}</span></p></section>"
     )
 

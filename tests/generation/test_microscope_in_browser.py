@@ -194,3 +194,31 @@ def test_it_prints_without_its_controls(page: Any) -> None:
     page.set_viewport_size({"width": 718, "height": 1046})  # A4 within its margins
     assert not page.locator("#steer").is_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_it_prints_dark_on_light(page: Any) -> None:
+    blue = (
+        "[...find('maps').querySelector('canvas').getContext('2d').getImageData(0, 0, 1, 1).data]"
+    )
+    page.emulate_media(media="print")
+    colours = "getComputedStyle(document.body)"
+    assert page.evaluate(f"{colours}.color") == "rgb(27, 31, 36)"
+    assert page.evaluate(f"{colours}.backgroundColor") == "rgb(252, 252, 250)"
+    assert page.evaluate(blue)[:3] == [31, 111, 235]
+
+
+@pytest.mark.parametrize("heads", [12, 25])
+def test_all_heads_are_on_a_printed_page(browser: Any, tmp_path: Path, heads: int) -> None:
+    path = tmp_path / "page.html"
+    model = make_model(n_layer=1, n_head=heads, n_embd=4 * heads, vocab_size=16)
+    tokenizer = WordTokenizer.from_text("a b c d e f g h i j")
+    write_page(str(path), model, tokenizer, [Continuation(ids=[2, 3, 4], n_prompt=1)])
+    page = browser.new_page(viewport={"width": 718, "height": 1046})
+    page.goto(path.as_uri())
+    page.emulate_media(media="print")
+    for table in ("maps", "moves"):
+        assert page.locator(f"#{table} thead th").count() >= heads + 1
+        assert page.evaluate(
+            f"find('{table}').getBoundingClientRect().right <= document.body.clientWidth"
+        )
+    page.close()
