@@ -9,7 +9,7 @@ from micrograd_gpt import functional, nn, optim
 from micrograd_gpt.arrays import edits
 from micrograd_gpt.graph import draw_graph
 from micrograd_gpt.support.version import VERSION as __version__
-from micrograd_gpt.tensor import Tensor, concatenate, no_grad, where
+from micrograd_gpt.tensor import Tensor, concatenate, no_grad, stack, where
 
 edits.remember()  # the definitions as they are now: what is edited from here on, is noticed
 
@@ -22,5 +22,6 @@ __all__ = [
     "nn",
     "no_grad",
     "optim",
+    "stack",
     "where",
 ]

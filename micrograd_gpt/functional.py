@@ -2,8 +2,7 @@
 
 `linear_forward` and the like return the result, then what their backward needs; `linear_backward`
 takes the gradient of the result, returns those of the inputs, and says what was saved. The layer on
-tensors puts both on the tape; its name here and in `layers` is one, whichever of them computes.
-Sizes have the letters of `layers.py`, and N is the number of rows, B × T.
+tensors puts both on the tape. Sizes have the letters of `layers.py`, and N is B × T, the rows.
 """
 
 from __future__ import annotations
@@ -61,9 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @definition
-def layer_norm_forward(
-    x: Array, weight: Array, bias: Array, eps: float
-) -> tuple[Array, Array, Array]:
+def layer_norm_forward(x: Array, weight: Array, bias: Array, eps: float) -> tuple[Array, ...]:
     """Normalised, scaled and shifted rows of x (N, C); their means and 1 / deviations (N, 1)."""
     mean = x.mean(axis=-1, keepdims=True)  # (N, 1)
     mean = mean + (x - mean).mean(axis=-1, keepdims=True)  # again, as in layers.py
@@ -110,6 +107,7 @@ def gelu_forward(x: Array) -> Array:
 @definition
 def gelu_backward(grad: Array, x: Array) -> Array:
     """Gradient of x. Saved: x; the tanh is computed again."""
+    x = np.clip(x, -20, 20)  # beyond, the slope is 0 or 1, and infinite powers of x make it NaN
     t = np.tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x))
     dt = (1 - t * t) * GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x)
     return grad * (0.5 * (1 + t) + 0.5 * x * dt)

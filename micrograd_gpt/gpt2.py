@@ -102,8 +102,7 @@ def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
 
 
 class GPT2(Module):
-    """A GPT-2 language model. `seed` draws the initial weights, unless `init` gives them, and seeds
-    dropout, unless `draws.reseed()` does later."""
+    """GPT-2. `seed` draws its weights, unless `init` does, and dropout, until `draws.reseed()`."""
 
     def __init__(self, config: GPT2Config, seed: int = 0, init: Init | None = None) -> None:
         if type(self) is GPT2 and type(config) is not GPT2Config:

@@ -50,7 +50,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 def gelu(x: Tensor) -> Tensor:
     """x times the probability that a normal variable is below x, in the tanh approximation that
     GPT-2 was trained with ("gelu_new"). Hendrycks & Gimpel 2016 (arXiv:1606.08415), section 2."""
-    return 0.5 * x * (1 + (GELU_SCALE * (x + GELU_CUBIC * x**3)).tanh())
+    near = where(x > 20, 20, where(x < -20, -20, x))  # beyond, tanh is ±1, and x³ may overflow
+    return 0.5 * x * (1 + (GELU_SCALE * (near + GELU_CUBIC * near**3)).tanh())
 
 
 @definition
@@ -104,10 +105,10 @@ def dropout(x: Tensor, p: float, key: Key) -> Tensor:
 def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
     """Mean of -log softmax(logits (…, V))[target], in nats, over the targets (…) but those of -100.
     ValueError where the shapes differ, a target is outside the vocabulary, or none counts."""
-    labels, _ = flat_targets(targets, logits, logits.shape[-1])  # (N,)
+    labels, count = flat_targets(targets, logits, logits.shape[-1])  # (N,)
     log_probs = log_softmax(logits.reshape(len(labels), -1))  # (N, V)
-    places = np.flatnonzero(labels != IGNORE)
-    return -log_probs[places, labels[places]].mean()
+    is_target = labels[:, None] == np.arange(logits.shape[-1], like=labels)  # (N, V)
+    return -where(is_target, log_probs, 0).sum() / count
 
 
 @definition

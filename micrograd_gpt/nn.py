@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from micrograd_gpt import layers
 from micrograd_gpt.layers import Key
-from micrograd_gpt.tensor import Array, Tensor, setting
+from micrograd_gpt.tensor import Array, Switch, Tensor
 
-DROPPING: ContextVar[bool] = ContextVar("dropping", default=True)
-no_dropout = partial(setting, DROPPING, False)  # with no_dropout(): as if in eval mode
+no_dropout = Switch("no_dropout")  # with no_dropout(): as if in eval mode; a decorator too
 Init = Callable[[tuple[int, ...], float], Array]  # (shape, standard deviation) -> a new matrix
 
 
@@ -59,8 +56,8 @@ def parts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 class Module:
     """A part of a model. Its parameters are those among its attributes and in its `parts`."""
 
-    _training = True  # as train() and eval() set it
-    training = property(lambda self: self._training and DROPPING.get())  # whether dropout is on
+    _training = True  # as train() and eval() set it; dropout is on while `training`
+    training = property(lambda self: self._training and not no_dropout.inside.get())
 
     def __repr__(self) -> str:
         from micrograd_gpt.graph import outline

@@ -13,9 +13,7 @@ from micrograd_gpt.tensor import Tensor
 
 
 @definition
-def adamw_update(
-    rows: list[Any], lr: float, beta1: float, beta2: float, eps: float, step: int
-) -> None:
+def adamw_update(rows: list, lr: float, beta1: float, beta2: float, eps: float, step: int) -> None:
     """One step (counted from 1) of AdamW, in place; a row is p, grad, its moments m and v, decay.
     Algorithm 2 of Loshchilov & Hutter 2019 (arXiv:1711.05101), as PyTorch orders it."""
     for p, grad, m, v, decay in rows:
@@ -30,9 +28,8 @@ def adamw_update(
 
 class AdamW:
     """Adam with decoupled weight decay, in place; a tensor whose `.grad` is None is left alone.
-    `lr` may be changed between steps. `weight_decay` applies to tensors of two or more dimensions
-    only: not to biases and LayerNorm's, as GPT-2 and GPT-3 were trained. The moments `m` and `v`
-    are in the order of `parameters`. ValueError for parameters of 16 bits: updates round to 0."""
+    `lr` may change between steps. `weight_decay` is for matrices, not for biases and LayerNorm, as
+    GPT-2 and GPT-3 were trained. ValueError for parameters of 16 bits: updates round to 0."""
 
     def __init__(
         self,
@@ -79,10 +76,9 @@ class AdamW:
 
 @definition
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, loss_scale: float = 1.0) -> Any:
-    """Scale all gradients in place so that their joint Euclidean norm is at most `max_norm`; those
-    of a loss that was multiplied by `loss_scale` are divided by it first. Returns the norm before
-    (Pascanu et al. 2013, arXiv:1211.5063): a float, or on a GPU an array that nobody waited for.
-    Where it is not finite nothing is scaled."""
+    """Divide all gradients by `loss_scale`, the factor of the loss, then scale them, in place, so
+    that their joint Euclidean norm is at most `max_norm` (Pascanu et al. 2013, arXiv:1211.5063).
+    Returns the norm before, a float, on a GPU an array; where it is not finite, nothing changes."""
     grads: list[Any] = [p.grad for p in parameters if p.grad is not None]
     norm = np.sqrt(sum((grad.astype(np.float64) ** 2).sum() for grad in grads)) / loss_scale
     factor = np.minimum(max_norm / np.maximum(norm, 1e-30), 1.0) / loss_scale

@@ -3,29 +3,21 @@
 An operation computes its result and, if a gradient may be wanted, puts a `Node` on the tape: its
 name, the nodes of its inputs, and a `backward` function that turns the gradient of the result into
 those of the inputs. `Tensor.backward()` walks that tape once, from the loss down to the leaves.
-
-    x = Tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
-    ((x @ x.T).tanh() * 0.5).sum().backward()
-    x.grad                              # an array of x's shape
 """
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Sequence
-from contextvars import ContextVar
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from micrograd_gpt.arrays.stand_ins import converted, definition, setting  # where kernels come in
+from micrograd_gpt.arrays.stand_ins import Switch, converted, definition  # where kernels come in
 
 Array: TypeAlias = Any  # NumPy's or CuPy's, which answers NumPy's functions too (NEP 13, 18, 35)
 
 LEAF = "leaf"  # the name of the nodes of tensors that no operation made
-RECORDING: ContextVar[bool] = ContextVar("recording", default=True)
-no_grad = functools.partial(setting, RECORDING, False)  # with no_grad(): ops build no tape
+no_grad = Switch("no_grad")  # with no_grad(): operations build no tape; a decorator too
 
 
 class Node:
@@ -48,7 +40,7 @@ class Node:
 
 def is_recorded(*inputs: Tensor) -> bool:
     """True where an operation on these inputs goes on the tape."""
-    return RECORDING.get() and any(x.requires_grad for x in inputs)
+    return not no_grad.inside.get() and any(x.requires_grad for x in inputs)
 
 
 def record(name: str, data: Array, inputs: Sequence[Tensor], backward: Any) -> Tensor:
@@ -120,7 +112,7 @@ class Tensor:
         self.version[0] += data is self._data  # the same again, as after t.data -= 1: it changed
         self._data = data
 
-    data = property(operator.attrgetter("_data"), _set_data)
+    data = property(lambda self: self._data, _set_data)
     shape = property(lambda self: self.data.shape)
     ndim = property(lambda self: self.data.ndim)
     size = property(lambda self: self.data.size)
@@ -130,6 +122,12 @@ class Tensor:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i, _ in enumerate(self.data))  # TypeError where it is 0-d
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)
 
     def __repr__(self) -> str:
         leaf = ", requires_grad=True" if self.requires_grad else ""
@@ -168,10 +166,9 @@ class Tensor:
         return result
 
     def backward(self, grad: Any = None) -> None:
-        """Add the gradient of this tensor with respect to every leaf to the leaf's `.grad`.
-        `grad` is the gradient to start from, of this tensor's shape; for a single number it is 1.
-        RuntimeError where there is no tape or a spent one, or where an array that it needs was
-        changed since, by an optimizer or as `t.data -= 1`; `t.data[0] = 1` goes unnoticed."""
+        """Add the gradient with respect to every leaf to its `.grad`, starting from `grad`, of this
+        tensor's shape (a single number's is 1). RuntimeError where there is no tape or a spent one,
+        or an array it needs was changed, as by `t.data -= 1`; `t.data[0] = 1` goes unnoticed."""
         if not self.requires_grad:
             raise RuntimeError("needs no gradient: no leaf that requires one led to this tensor")
         if grad is None and self.size != 1:
@@ -213,16 +210,24 @@ class Tensor:
         return record("div", quotient, [a, b], lambda grad: (grad / y, -grad * quotient / y))
 
     @definition
-    def __pow__(self, n: float) -> Tensor:
-        if not isinstance(n, int | float | np.number):
-            raise TypeError("an exponent must be a number; for x ** y write (y * x.log()).exp()")
-        x, n = self.data, n.item() if isinstance(n, np.generic) else n
-        if n == 0:
-            return record("pow", x**n, [self], lambda grad: (np.zeros_like(grad),))
-        return record("pow", x**n, [self], lambda grad: (grad * n * x ** (n - 1),))
+    def __pow__(self, n: Any) -> Tensor:
+        """To the power n, a number or a tensor; the gradient of n is NaN where this is below 0."""
+        a, b = operands("pow", self, n)
+        x, power, learned = a.data, b.data, b.requires_grad
+        n = n if type(n) in (int, float) else power  # NumPy has fast ways for x**2 and x**0.5
+
+        def backward(grad: Array) -> tuple[Array, Array | None]:
+            is_flat = power == 0  # x**0 is 1 for every x
+            dx = np.where(is_flat, 0, grad) * n * np.where(is_flat, 1, x) ** (n - 1)
+            return dx, grad * x**n * np.log(np.where(x == 0, 1, x)) if learned else None
+
+        return record("pow", x**n, [a, b], backward)
 
     def __neg__(self) -> Tensor:
         return record("neg", -self.data, [self], lambda grad: (-grad,))
+
+    def __abs__(self) -> Tensor:
+        return self * np.sign(self.data)  # with slope 0 at 0
 
     __radd__, __rmul__ = __add__, __mul__
     __rsub__, __rtruediv__ = reflected("__sub__"), reflected("__truediv__")
@@ -333,6 +338,11 @@ def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     return record("concatenate", y, tensors, lambda grad: np.split(grad, ends[:-1], axis=axis))
 
 
+def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Join tensors of one shape along a new axis."""
+    return concatenate([t.reshape(np.expand_dims(t.data, axis).shape) for t in tensors], axis)
+
+
 class Picked(NamedTuple):
     """The gradient of x that came through x[index]: `grad` there, zero everywhere else."""
 
@@ -385,7 +395,6 @@ def fit(grad: Array | Picked, shape: tuple[int, ...], dtype: Any) -> Array:
         grad = total(grad, tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True)
     if grad.shape != shape:
         raise ValueError(f"a gradient of shape {grad.shape} for a tensor that is now {shape}")
-    grad = np.asarray(grad) if isinstance(grad, np.generic) else grad  # a sum to () is no array
     return converted(grad, dtype)
 
 

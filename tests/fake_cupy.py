@@ -25,7 +25,8 @@ import numpy as np
 # Taken over from NumPy, with the arguments of CuPy 14 (test_real_cupy.py compares them).
 UFUNCS = {
     **dict.fromkeys(
-        ("absolute", "exp", "isfinite", "log", "negative", "sqrt", "tanh"), "x out casting dtype"
+        ("absolute", "exp", "isfinite", "log", "negative", "sign", "sqrt", "tanh"),
+        "x out casting dtype",
     ),
     **dict.fromkeys(
         ("add", "divide", "maximum", "minimum", "multiply", "power", "subtract"),
@@ -43,6 +44,7 @@ FUNCTIONS = {
     "asarray": "a dtype order",
     "ascontiguousarray": "a dtype",
     "broadcast_to": "array shape",
+    "clip": "a a_min a_max out",
     "concatenate": "tup axis out",
     "empty": "shape dtype order",
     "empty_like": "prototype dtype order subok shape",
@@ -218,6 +220,8 @@ class ndarray:
         """NEP 13: call CuPy's ufunc of the same name; of the `at` methods there is only add's."""
         function = globals().get(ufunc.__name__) if ufunc.__name__ in UFUNCS else None
         if function is None or method not in ("__call__", "at"):
+            return NotImplemented
+        if any(isinstance(value, tuple) for value in inputs):  # several indices of add.at
             return NotImplemented
         if "out" in kwargs:
             (kwargs["out"],) = kwargs["out"]

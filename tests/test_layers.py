@@ -134,6 +134,38 @@ def test_attention_looks_only_back(t: int, level: str) -> None:
     np.testing.assert_allclose(after[:, :, : t // 2], before[:, :, : t // 2], rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        ("float64", [20.0, 25.0, 1e20, 1e200, 1.7e308]),
+        ("float32", [20.0, 25.0, 1e13, 1e20, 3e38]),
+        ("bfloat16", [20.0, 1e20, 3e38]),
+        ("float16", [20.0, 60_000.0]),
+    ],
+)
+def test_far_out_gelu_is_the_number_or_0_with_slope_1_or_0(
+    dtype: str, sizes: list[float], level: str
+) -> None:
+    x = Tensor(np.array([*sizes, *np.negative(sizes)]), requires_grad=True, dtype=dtype)
+    is_positive = x.data > 0
+    with np.errstate(all="ignore"):
+        y = layers.gelu(x)
+        y.backward(np.full(len(is_positive), 3.0))
+    assert y.dtype == x.grad.dtype == dtype
+    np.testing.assert_array_equal(y.data, np.where(is_positive, x.data, 0))
+    np.testing.assert_array_equal(x.grad, np.where(is_positive, 3, 0))
+
+
+def test_gelu_of_infinity_and_nan(level: str) -> None:
+    """As PyTorch computes them, but for the slope at infinity, which is NaN there."""
+    x = Tensor([np.inf, -np.inf, np.nan], requires_grad=True)
+    with np.errstate(all="ignore"):
+        y = layers.gelu(x)
+        y.backward(np.full(3, 3.0))
+    np.testing.assert_array_equal(y.data, [np.inf, np.nan, np.nan])
+    np.testing.assert_array_equal(x.grad, [3, 0, np.nan])
+
+
 @pytest.mark.parametrize("size", [1e4, -1e4])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_large_scores_and_logits_do_not_overflow(size: float, dtype: str, level: str) -> None:

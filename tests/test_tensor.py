@@ -13,7 +13,7 @@ from gradcheck import check_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from micrograd_gpt import Tensor, concatenate, layers, no_grad, optim, where
+from micrograd_gpt import Tensor, concatenate, layers, no_grad, optim, stack, where
 from micrograd_gpt.graph import retain_grad
 from micrograd_gpt.tensor import record
 
@@ -46,6 +46,8 @@ ONE_INPUT: dict[str, Callable[[Tensor], Tensor]] = {
     "cube": lambda x: x**3,
     "power 0": lambda x: x**0 + x,
     "power -2": lambda x: x**-2,
+    "power of a number": lambda x: 2**x + np.float32(0.5) ** x,
+    "abs": abs,
     "exp": lambda x: x.exp(),
     "log": lambda x: (x * x).log(),
     "sqrt": lambda x: (x * x).sqrt(),
@@ -59,6 +61,9 @@ ONE_INPUT: dict[str, Callable[[Tensor], Tensor]] = {
     "transpose": lambda x: x.transpose(),
     "new axis": lambda x: x[None, ..., None],
     "concatenate": lambda x: concatenate([x[None], x[None] * 2, -x[None]]),
+    "stack": lambda x: stack([x, x * 2, -x]),
+    "stack last": lambda x: stack([x, x * 2], axis=-1),
+    "items": lambda x: sum(x[None], x * 3),
     "where": lambda x: where(x > 0, x * 2, -3.0),
     "a mask": lambda x: where(x < 0, 7.0, x * x),
     "astype": lambda x: x.astype("float64") * 2,
@@ -69,6 +74,7 @@ TWO_INPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sub": lambda x, y: x - y,
     "mul": lambda x, y: x * y,
     "div": lambda x, y: x / y,
+    "pow": lambda x, y: abs(x) ** y,
     "where": lambda x, y: where(x > y, x, y * 2),
 }
 
@@ -420,8 +426,10 @@ def test_errors_name_the_mistake() -> None:
         (x * 2).sum().backward()
     with pytest.raises(ValueError, match="size 1"):
         x.item()
-    with pytest.raises(TypeError, match="an exponent must be a number"):
-        x**x
+    with pytest.raises(ValueError, match=r"pow: .*\(2, 3\).*\(4,\)"):
+        x ** Tensor(np.ones(4))
+    with pytest.raises(ValueError, match="along dimension 1, the array at index 0 has size 3"):
+        stack([x, Tensor(np.ones((2, 4)))], axis=-1)
     assert x.grad is None
 
 
@@ -762,19 +770,88 @@ def test_numpy_reads_a_tensor_unless_a_gradient_would_be_lost() -> None:
         assert wants.numpy().shape == wants.detach().numpy().shape == (1,)
 
 
-def test_a_tensor_as_an_exponent_says_what_to_write() -> None:
-    x = Tensor([2.0])
-    for power in (lambda: x**x, lambda: 2**x, lambda: np.float32(2) ** x):
-        with pytest.raises(TypeError, match=r"\(y \* x.log\(\)\).exp\(\)"):
-            power()
+def test_powers_of_numbers_that_are_not_positive() -> None:
+    """PyTorch gives these values and gradients; the last exponent's gradient is NaN, as log(-2)."""
+    x = Tensor([0.0, 0.0, -2.0, -2.0, 2.0, -2.0], requires_grad=True)
+    n = Tensor([2.0, 0.0, 2.0, 0.0, 0.0, 3.0])
+    with np.errstate(all="raise"):
+        y = x**n
+        y.backward(np.full(6, 10, np.float32))
+        for whole in range(4):  # a number in place of the tensor
+            (x**whole).sum().backward()
+    np.testing.assert_array_equal(y.data, [0, 1, 4, 1, 1, -8])
+    np.testing.assert_array_equal(x.grad, [1, 1, -40 + 9, 9, 17, 120 + 9])
+    learned = Tensor([2.0, 2.0], requires_grad=True)
+    with np.errstate(invalid="ignore"):
+        (Tensor([0.0, -2.0]) ** learned).sum().backward()
+    np.testing.assert_array_equal(learned.grad, [0, np.nan])
 
 
-def test_no_grad_decorates_a_function() -> None:
+def test_numbers_and_arrays_combine_with_a_power_as_with_a_product() -> None:
+    x = Tensor(np.array([1.0, 2.0], np.float32))
+    for y in (2**x, np.float64(2) ** x, np.full(2, 2.0, np.float32) ** x):
+        assert isinstance(y, Tensor) and y.dtype == np.float32 and y.data.tolist() == [2, 4]
+    whole = Tensor(np.array([1, 2]))
+    assert (2**whole).dtype == (whole**2).dtype == np.int64
+    for half in ("float16", "bfloat16"):
+        assert (x.astype(half) ** x.astype(half)).dtype == half
+
+
+def test_abs_is_flat_at_0_and_keeps_the_type() -> None:
+    x = Tensor([-3.0, 0.0, -0.0, -np.inf, np.nan], requires_grad=True)
+    abs(x).backward(np.ones(5))
+    np.testing.assert_array_equal(abs(x).data, [3, 0, 0, np.inf, np.nan])
+    np.testing.assert_array_equal(x.grad, [-1, 0, 0, -1, np.nan])
+    assert abs(Tensor(np.array([3, 200], np.uint8))).data.tolist() == [3, 200]
+    for dtype in ("int32", "float16", "bfloat16", "float64"):
+        assert abs(Tensor([-2.0], dtype=dtype)).dtype == dtype
+
+
+def test_stack_joins_along_a_new_axis() -> None:
+    a, b = np.arange(6.0).reshape(2, 3), -np.ones((2, 3))
+    for axis in (0, 1, 2, -1, -3):
+        stacked = stack([Tensor(a), Tensor(b)], axis)
+        np.testing.assert_array_equal(stacked.data, np.stack([a, b], axis))
+    assert stack([Tensor(1.0), Tensor(2.0)]).data.tolist() == [1, 2]
+    with pytest.raises(ValueError, match="axis 3"):
+        stack([Tensor(a)], 3)
+
+
+def test_a_number_formats_as_one() -> None:
+    loss = Tensor(2.5, requires_grad=True) * 1
+    assert f"{loss:.3f} {loss:>6.1f} {loss}" == "2.500    2.5 2.5"
+    assert f"{Tensor(1.5, dtype='bfloat16'):.2f} {Tensor(np.array(7)):03d}" == "1.50 007"
+    several = Tensor([1.0, 2.0])
+    assert f"{several}" == repr(several)
+    with pytest.raises(TypeError, match=r"unsupported format string passed to Tensor"):
+        f"{several:.2f}"
+
+
+def test_iteration_goes_along_the_first_axis() -> None:
+    x = Tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    first, second = x
+    (first * second).sum().backward()
+    np.testing.assert_array_equal(x.grad, [[3, 4], [1, 2]])
+    assert [float(item) for item in first] == [1, 2] and list(Tensor(np.zeros((0, 2)))) == []
+    for use in (list, sum, iter, lambda t: [*t], dict.fromkeys):
+        with pytest.raises(TypeError, match="iteration over a 0-d array"):
+            use(Tensor(1.0))
+
+
+@pytest.mark.parametrize("decorate", [no_grad, no_grad()], ids=["@no_grad", "@no_grad()"])
+def test_no_grad_decorates_a_function(decorate: Callable[..., Callable[..., Tensor]]) -> None:
     x = Tensor([2.0], requires_grad=True)
 
-    @no_grad()
-    def double(t: Tensor) -> Tensor:
-        return t * 2
+    @decorate
+    def double(t: Tensor, plus: float = 0.0) -> Tensor:
+        """Twice t."""
+        return t * 2 + plus
 
-    assert not double(x).requires_grad and not double(x).requires_grad
+    for _ in range(2):
+        y = double(x, plus=1.0)
+        assert not y.requires_grad and y.item() == 5
+        assert (x * 2).requires_grad
+    assert double.__name__ == "double" and double.__doc__ == "Twice t."
+    with pytest.raises(TypeError):
+        double(x, 1, 2)
     assert (x * 2).requires_grad

@@ -132,7 +132,9 @@ def stands_in_for(
 
 
 def converted(array: Any, dtype: Any) -> Any:
-    """`array` in this type: itself where it has it, else a copy, which a kernel may make."""
+    """`array` in this type: itself where it has it, else a copy, which a kernel may make. One of
+    NumPy's scalars, such as the sum of an array, becomes an array."""
+    array = np.asarray(array) if isinstance(array, np.generic) else array
     if isinstance(array, np.ndarray) and array.dtype != dtype:
         return precision.cast(array, dtype)
     if array.dtype != dtype:
@@ -158,6 +160,18 @@ def setting(variable: ContextVar[Any], value: Any) -> Iterator[None]:
         yield
     finally:
         variable.reset(token)
+
+
+class Switch:
+    """What holds within `with switch():`, in this thread alone, and within a function decorated
+    with `@switch` or `@switch()`; `inside` tells whether it holds now."""
+
+    def __init__(self, name: str) -> None:
+        self.inside: ContextVar[bool] = ContextVar(name, default=False)
+
+    def __call__(self, function: F | None = None) -> Any:
+        context = setting(self.inside, True)
+        return context if function is None else context(function)
 
 
 def at_most(level: str) -> AbstractContextManager[None]:

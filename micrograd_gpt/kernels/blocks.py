@@ -12,7 +12,7 @@ from micrograd_gpt import gpt2
 from micrograd_gpt.arrays.precision import compute_dtype
 from micrograd_gpt.generation.kv_cache import KVCache, Past
 from micrograd_gpt.gpt2 import GPT2, MLP, Block, CausalSelfAttention, Transformer
-from micrograd_gpt.nn import DROPPING, Dropout, Embedding, LayerNorm, Linear, Parameter
+from micrograd_gpt.nn import Dropout, Embedding, LayerNorm, Linear, Parameter, no_dropout
 
 # What these kernels do the work of; the layers and the arithmetic that these call are found there.
 BYPASSED = (
@@ -117,4 +117,4 @@ class Parts:
         return chain.from_iterable(map(dict.values, self.namespaces))
 
     def _context(self) -> tuple[Any, ...]:
-        return DROPPING.get(), compute_dtype(self.weight)
+        return no_dropout.inside.get(), compute_dtype(self.weight)

@@ -6,7 +6,7 @@ vocabulary's merges say (Radford et al. 2019, section 2.2; merges.py). tiktoken 
 
 from __future__ import annotations
 
-import base64
+import binascii
 import functools
 import hashlib
 import re
@@ -79,7 +79,7 @@ def gpt2_encoding() -> tuple[tiktoken.Encoding, list[bytes]]:
         raise UserError(f"cannot read {GPT2_FILE}: install micrograd-gpt again") from error
     if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
         raise UserError(f"{GPT2_FILE} is damaged (wrong sha256): install micrograd-gpt again")
-    tokens = [base64.b64decode(line.split()[0]) for line in data.splitlines()]
+    tokens = [binascii.a2b_base64(token) for token in data.split()[::2]]  # each before its rank
     encoding = tiktoken.Encoding(
         "gpt2",
         pat_str=GPT2_PATTERN,

@@ -12,7 +12,8 @@ ids than it was trained with. It is refused, with what makes it different.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ def of_tokenizer_json(settings: Mapping[str, Any], folder: Path) -> BytePairs:
         raise UserError("it is damaged: its merges are not a list")
     return _complete(
         _vocabulary(model.get("vocab")),
-        [_pair(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges],
+        _merges(merge.split(" ") if isinstance(merge, str) else merge for merge in merges),
         [
             _added(token, token.get("id") if isinstance(token, dict) else None)
             for token in described
@@ -114,7 +115,7 @@ def of_vocabulary_files(vocabulary: Mapping[str, Any], folder: Path) -> BytePair
     config = read_json(folder / TOKENIZER_CONFIG) or {}
     _refuse_other_classes(folder)
     _refuse_options(config)
-    merges = [_pair(line.rstrip("\r").split(" ")) for line in lines]
+    merges = _merges(line.rstrip("\r").split(" ") for line in lines)
     return _complete(_vocabulary(vocabulary), merges, [], folder)
 
 
@@ -177,21 +178,26 @@ def _type(part: Any) -> Any:
 def _vocabulary(values: Any) -> dict[str, int]:
     if not isinstance(values, dict) or any(type(id) is not int for id in values.values()):
         raise UserError("it is damaged: its vocabulary does not map tokens to ids")
-    return {_unicode(token): id for token, id in values.items()}
+    _check_unicode(values)
+    return values
 
 
-def _unicode(text: str) -> str:
+def _check_unicode(texts: Collection[str]) -> None:
     try:
-        text.encode("utf-8")
+        "".join(texts).encode("utf-8")  # all at once: there are 50,000 tokens
     except UnicodeEncodeError:
-        raise UserError(f"it is damaged: {text!r} has a lone surrogate") from None
-    return text
+        wrong = next(text for text in texts if any("\ud800" <= c <= "\udfff" for c in text))
+        raise UserError(f"it is damaged: {wrong!r} has a lone surrogate") from None
 
 
-def _pair(merge: Any) -> tuple[str, str]:
-    if isinstance(merge, list) and list(map(type, merge)) == [str, str]:
-        return _unicode(merge[0]), _unicode(merge[1])
-    raise UserError(f"it is damaged: its merge {merge!r} is not two tokens")
+def _merges(pairs: Iterable[Any]) -> Merges:
+    merges = []
+    for pair in pairs:
+        if not isinstance(pair, list) or list(map(type, pair)) != [str, str]:
+            raise UserError(f"it is damaged: its merge {pair!r} is not two tokens")
+        merges.append((pair[0], pair[1]))
+    _check_unicode(list(itertools.chain.from_iterable(merges)))
+    return merges
 
 
 def _added(token: Any, id: Any) -> AddedToken:
@@ -202,8 +208,9 @@ def _added(token: Any, id: Any) -> AddedToken:
     for option in ("lstrip", "rstrip", "single_word"):
         if token.get(option):
             raise UserError(f"its added token {content!r} has {option}, which is not supported")
+    _check_unicode([content])
     special = bool(token.get("special"))
-    return AddedToken(_unicode(content), id, special, bool(token.get("normalized", not special)))
+    return AddedToken(content, id, special, bool(token.get("normalized", not special)))
 
 
 def _complete(

@@ -21,7 +21,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import finish_set
 from micrograd_gpt.support.files import read_json
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT, Tokenizer
-from micrograd_gpt.text.byte_pairs import BytePairTokenizer, GPT2Tokenizer, gpt2_vocabulary
+from micrograd_gpt.text.byte_pairs import BytePairTokenizer, GPT2Tokenizer
 from micrograd_gpt.text.foreign_tokenizers import (
     BESIDE,
     MERGES,
@@ -46,6 +46,9 @@ from micrograd_gpt.text.tokenizers import (
 )
 
 VOCABULARY = "vocab.json"
+# Of GPT-2's tokens in the order of their ids, a line each, and of OpenAI's vocab.bpe: to compare
+# with the checksums takes less time than to work out the tokens and merges.
+GPT2_TOKENS_SHA256 = "2d5ce813bdd43a428e2a9ae5e86a22fe1a594a6e7171d84d445ba4101f3a964d"
 GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary; padded to a multiple of 64, as by nanoGPT
 
@@ -103,16 +106,21 @@ def _byte_pairs(found: BytePairs) -> Tokenizer:
     if [(token.content, token.special) for token in found.added] == [(END_OF_TEXT, True)]:
         if (found.vocabulary, found.merges) == (byte_vocabulary(), []):
             return ByteTokenizer()
-        merges = merges_sha256(found.merges)
-        if found.vocabulary == gpt2_vocabulary() and merges == GPT2_MERGES_SHA256:
+        if _is_gpt2(found.vocabulary, found.merges):
             return GPT2Tokenizer()
     return BytePairTokenizer(*found)
 
 
-def merges_sha256(merges: Merges) -> str:
-    """The checksum of the merges as OpenAI's vocab.bpe and merges.txt have them."""
+def _is_gpt2(vocabulary: Mapping[str, int], merges: Merges) -> bool:
+    if sorted(vocabulary.values()) != list(range(GPT2_SIZES[0])):
+        return False
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
-    return hashlib.sha256(("\n".join(lines) + "\n").encode()).hexdigest()
+    checksums = [
+        hashlib.sha256("".join(f"{line}\n" for line in each).encode()).hexdigest()
+        for each in (tokens, lines)
+    ]
+    return checksums == [GPT2_TOKENS_SHA256, GPT2_MERGES_SHA256]
 
 
 def _ours(settings: Mapping[str, Any]) -> Tokenizer | None:

@@ -14,9 +14,9 @@ from micrograd_gpt.weights.reading import StoredTensor
 def fill(arrays: Mapping[str, Array], tensors: Mapping[str, StoredTensor], path: Path) -> None:
     """Read each of `tensors`, which are in `path`, into the array of the same name, in place.
 
-    Each number is read once, so memory holds the arrays and one chunk, or on a GPU and for a matrix
-    in another order one tensor. NaN and infinity are warned of on stderr. Raises UserError, naming
-    the tensor, unless names and shapes are the same on both sides, and if the file can't be read.
+    Each number is read once, so memory holds the arrays and one chunk, or on a GPU one tensor. NaN
+    and infinity are warned of on stderr. Raises UserError, naming the tensor, unless names and
+    shapes are the same on both sides, and if the file can't be read.
     """
     from tqdm import tqdm
 

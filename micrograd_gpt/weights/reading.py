@@ -1,7 +1,8 @@
 """From a file into the array that keeps the numbers: the one reader, whatever the file's format.
 
 A tensor in a file is numbers of one dtype, end to end in C order. They are read a chunk at a time,
-straight into the array where it has that dtype and order, so that a model is in memory once.
+straight into the array where it has that dtype and order, so that a model is in memory once. A
+matrix in another order is filled some rows at a time, while these are in the processor's cache.
 """
 
 from __future__ import annotations
@@ -60,30 +61,32 @@ class StoredTensor:
             raise UserError(
                 f"{self.path}: {self.name!r} holds {self.dtype}, where {out.dtype} is needed"
             )
-        if not isinstance(out, np.ndarray) or not out.flags.c_contiguous:
-            # On a GPU, or in another order than the file, as a Linear layer's weight is
+        if not isinstance(out, np.ndarray):  # on a GPU
             finite = self.read_into(copy := np.empty(out.shape, out.dtype))
-            if isinstance(out, np.ndarray):
-                out[...] = copy
-            else:
-                out.set(copy)
+            out.set(copy)
             return finite
-        flat = out.reshape(-1)
+        out = out if out.ndim else out[None]
+        in_place = out.reshape(-1) if same and out.flags.c_contiguous else None
+        row = max(1, math.prod(out.shape[1:]))
         finite = True
-        for start, chunk in self.chunks(flat if same else None):
-            numbers = flat[start : start + chunk.size]
-            if not same:
+        for start, numbers in self.chunks(in_place, row):
+            if in_place is None:  # in another type or order than the file, as a Linear's weight is
                 with np.errstate(over="ignore"):
-                    numbers[:] = chunk
+                    numbers = numbers.astype(out.dtype, copy=False)
+                rows = out[start // row : (start + numbers.size) // row]
+                rows[...] = numbers.reshape(rows.shape)
             finite &= bool(np.isfinite(numbers).all())
         return finite
 
-    def chunks(self, into: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """Read the numbers, CHUNK bytes at a time, and yield each chunk with where it starts.
+    def chunks(
+        self, into: np.ndarray | None = None, row: int = 1
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Read rows of so many numbers, CHUNK bytes at a time, and yield each chunk with its start.
 
-        The chunks are pieces of `into` (flat, of this dtype) if given, else one buffer used again.
+        A chunk is whole rows, at least one. The chunks are pieces of `into` (flat, of this dtype)
+        if given, else one buffer used again.
         """
-        step = CHUNK // self.dtype.itemsize
+        step = max(1, CHUNK // self.dtype.itemsize // row) * row
         buffer = np.empty(min(self.count, step), self.dtype) if into is None else into
         with open_unbuffered(self.path) as file:
             file.seek(self.offset)

@@ -51,10 +51,12 @@ class Variable(StoredTensor):
 
     masked_crc: int
 
-    def chunks(self, into: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    def chunks(
+        self, into: np.ndarray | None = None, row: int = 1
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """StoredTensor.chunks, with the checksum compared at the end; UserError if it differs."""
         crc = 0
-        for start, chunk in super().chunks(into):
+        for start, chunk in super().chunks(into, row):
             crc = crc32c(chunk, crc)
             yield start, chunk
         if mask(crc) != self.masked_crc:

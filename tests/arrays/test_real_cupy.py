@@ -56,7 +56,7 @@ def test_numpys_functions_work_on_cupys_arrays() -> None:
             np.tri(2, 3, 1, dtype=bool, like=x),
             np.arange(3, like=x),
         ),
-        *(np.full_like(x, 2), np.expand_dims(x, 0)),
+        *(np.full_like(x, 2), np.expand_dims(x, 0), np.clip(x, 1, 4), np.sign(x)),
         *(np.broadcast_to(x, (2, 2, 3)), np.concatenate([x, x], axis=1), np.flatnonzero(x > 2)),
         *np.split(x, [1], axis=1),
     ]

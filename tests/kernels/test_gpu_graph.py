@@ -19,14 +19,13 @@ from gpu_machine import emulated_cupy
 from micrograd_gpt import layers, no_grad
 from micrograd_gpt.arrays.devices import move
 from micrograd_gpt.arrays.precision import compute_in, hold_in
-from micrograd_gpt.arrays.stand_ins import NotForMe
+from micrograd_gpt.arrays.stand_ins import NotForMe, setting
 from micrograd_gpt.generation.context import next_logits
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2, GPT2Config, Transformer
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda import token_step
-from micrograd_gpt.nn import DROPPING, Embedding, no_dropout
-from micrograd_gpt.tensor import RECORDING, setting
+from micrograd_gpt.nn import Embedding, no_dropout
 from micrograd_gpt.variants import VariantConfig, VariantGPT2
 
 fake_cupy = pytest.importorskip("fake_cupy")
@@ -232,7 +231,7 @@ def test_dropout_and_the_type_of_the_products_may_change_from_token_to_token() -
     cache = KVCache(model)
     with no_dropout():
         token_step.next_logits(cache, model, ONE)
-    for wrong in (setting(DROPPING, True), compute_in("bfloat16")):
+    for wrong in (setting(no_dropout.inside, False), compute_in("bfloat16")):
         with wrong, pytest.raises(NotForMe):
             token_step.next_logits(cache, model, ONE)
     assert cache.length == 1
@@ -366,9 +365,9 @@ def test_what_it_does_not_do_is_refused_before_anything_is_written(which: str) -
 
 def test_where_a_gradient_is_wanted_it_is_refused() -> None:
     model = make()
-    with setting(RECORDING, True), pytest.raises(NotForMe):
+    with setting(no_grad.inside, False), pytest.raises(NotForMe):
         token_step.next_logits(KVCache(model), model, ONE)
-    with setting(RECORDING, True), pytest.raises(RuntimeError, match="use it within no_grad"):
+    with setting(no_grad.inside, False), pytest.raises(RuntimeError, match="use it within no_grad"):
         next_logits(KVCache(model), model, ONE)
 
 

@@ -100,13 +100,12 @@ def steps(device: str, dtype: str, count: int = 3, **variant: str) -> tuple[GPT2
 def test_steps_wait_for_nothing_and_compute_what_the_cpu_does(
     dtype: str, variant: dict[str, str], level: str, cupy: ModuleType
 ) -> None:
-    """Only the loss of layers.py waits, once a step: it looks for the targets that count."""
     with at_most("fused"):
         model, expected = steps("cpu", dtype, **variant)
     uploads = len(model.parameters()) + len(variant) // 2  # the waves of the variant's positions
     with at_most(level):
         _, results = steps("gpu", dtype, **variant)
-    assert fake_cupy.counts.reads == (3 if level == "definitions" else 0)
+    assert fake_cupy.counts.reads == 0
     # The weights once; in each step ids, targets and positions
     assert fake_cupy.counts.uploads == uploads + 3 * 3
     rtol = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}[dtype]

@@ -25,7 +25,7 @@ import pytest
 
 from micrograd_gpt import Tensor, layers
 from micrograd_gpt.arrays.stand_ins import at_most
-from micrograd_gpt.tensor import concatenate, where
+from micrograd_gpt.tensor import concatenate, stack, where
 
 torch = pytest.importorskip("torch")
 
@@ -346,6 +346,21 @@ def power(g: Graph) -> None:
     g.step(f"{{}} ** {n!r}", lambda x: x**n, lambda x: x**plain, x)
 
 
+@operation
+def power_of_two_tensors(g: Graph) -> None:
+    x = not_negative(g, g.any())
+    n = g.broadcast_to(x.shape)
+    if not (x.ours.data > 0).all():
+        return arithmetic(g)
+    g.step("{} ** {}", lambda x, n: x**n, lambda x, n: x**n, x, n)
+
+
+@operation
+def power_of_a_number(g: Graph) -> None:
+    number = g.among((2, 0.5, np.float32(3)))
+    g.step(f"{number!r} ** {{}}", lambda n: number**n, lambda n: float(number) ** n, g.any())
+
+
 def not_negative(g: Graph, x: Value) -> Value:
     """x², mostly: half of all numbers are negative, and NaN would soon be everywhere. What roots
     of -0 and -inf are, C's pow() and PyTorch's special cases do not agree on."""
@@ -357,11 +372,15 @@ def not_negative(g: Graph, x: Value) -> Value:
 
 @operation
 def unary(g: Graph) -> None:
-    name = g.among(["exp", "log", "sqrt", "tanh", "relu", "sigmoid", "__neg__", "detach"])
+    name = g.among(
+        ["exp", "log", "sqrt", "tanh", "relu", "sigmoid", "__neg__", "__abs__", "detach"]
+    )
     x = g.any()
     if name in ("log", "sqrt"):
         x = not_negative(g, x)
-    if name == "relu" and not x.is_exact:
+    if name in ("relu", "__abs__") and not x.is_exact:
+        return arithmetic(g)
+    if name == "__abs__" and np.isnan(x.ours.data).any():  # whose slope is 0 in PyTorch
         return arithmetic(g)
     if name == "detach" and g.chance(0.7):
         name = "exp"
@@ -517,6 +536,19 @@ def joined(g: Graph) -> None:
         f"concatenate([{', '.join(['{}'] * len(parts))}], {axis})",
         lambda *parts: concatenate(parts, axis),
         lambda *parts: torch.cat(parts, axis),
+        *parts,
+    )
+
+
+@operation
+def stacked(g: Graph) -> None:
+    x = g.any()
+    axis = int(g.rng.integers(-x.ndim - 1, x.ndim + 1))
+    parts = [x, *(g.of(x.shape) for _ in range(int(g.rng.integers(3))))]
+    g.step(
+        f"stack([{', '.join(['{}'] * len(parts))}], {axis})",
+        lambda *parts: stack(parts, axis),
+        lambda *parts: torch.stack(parts, axis),
         *parts,
     )
 

@@ -70,6 +70,12 @@ def test_gpt2_is_recognized_in_other_s_files(tmp_path: Path) -> None:
     swapped = [merges[1], merges[0], *merges[2:]]
     write(tmp_path / "json", tokenizer_json=tokenizer_json([end], {**model, "merges": swapped}))
     assert load_tokenizer(tmp_path / "json").name == "bpe"
+    # The same ids in the opposite order in the file; two tokens with each other's ids
+    opposite = dict(reversed(gpt2_vocabulary().items()))
+    exchanged = gpt2_vocabulary() | {"a": gpt2_vocabulary()["b"], "b": gpt2_vocabulary()["a"]}
+    for vocab, name in ((opposite, "gpt2"), (exchanged, "bpe")):
+        write(tmp_path / "json", tokenizer_json=tokenizer_json([end], {**model, "vocab": vocab}))
+        assert load_tokenizer(tmp_path / "json").name == name
 
 
 # ------------------------------------------------------------------- other byte-pair encodings

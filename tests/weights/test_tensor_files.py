@@ -90,6 +90,29 @@ def test_floats_convert(
         np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.parametrize("chunk", [4, 64, 1 << 20])
+@pytest.mark.parametrize("shape", [(), (7,), (0, 3), (3, 0), (7, 5), (4, 3, 5)])
+@pytest.mark.parametrize("wanted", ["float32", "float64"])
+def test_arrays_of_any_layout_are_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, shape: tuple[int, ...], wanted: str
+) -> None:
+    monkeypatch.setattr(reading, "CHUNK", chunk)
+    array = np.asarray(random_array("float32", shape))
+    write_safetensors(tmp_path / "x.safetensors", {"x": array})
+    entry = TensorFile(tmp_path / "x.safetensors").entries["x"]
+    wide = np.full([2 * n for n in shape], np.nan, wanted)
+    outs = [np.full(shape, np.nan, wanted, order) for order in ("C", "F")]
+    outs.append(wide[(..., *(slice(None, None, -2) for _ in shape))])
+    for out in outs:
+        assert entry.read_into(out)
+        np.testing.assert_array_equal(out, array)
+    assert np.isnan(wide).sum() == wide.size - array.size
+    if array.size:
+        array.reshape(-1)[-1] = np.inf
+        write_safetensors(tmp_path / "x.safetensors", {"x": array})
+        assert not any(entry.read_into(out) for out in outs)
+
+
 def test_only_floats_are_converted_when_writing(tmp_path: Path) -> None:
     arrays = {"f": random_array("float64", (3,)), "i": np.arange(3), "b": np.array([True])}
     write_safetensors(tmp_path / "x.safetensors", arrays, dtype="float16")
@@ -144,12 +167,14 @@ def test_same_bytes(tmp_path: Path) -> None:
 
 
 def test_reading_and_writing_need_no_second_copy(tmp_path: Path) -> None:
-    array = np.zeros(8 << 20, np.float32)  # 32 MB
+    array = np.zeros((8 << 10, 1 << 10), np.float32)  # 32 MB
+    in_columns = np.asfortranarray(array)
     path = tmp_path / "x.safetensors"
     for dtype in ("float32", "bfloat16"):
         tracemalloc.start()
         write_safetensors(path, {"x": array}, dtype=dtype)
         TensorFile(path).read_into("x", array)
+        TensorFile(path).read_into("x", in_columns)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 8 << 20  # a chunk and what its conversion needs
