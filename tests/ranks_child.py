@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from faults import fill_disk
 from ml_dtypes import bfloat16
+from mpi4py import MPI
 from training import script
 
 from micrograd_gpt.runs import checkpoint, mpi
@@ -105,8 +110,39 @@ def slow_save(flags: list[str]) -> int:
     return script("train_gpt2").main(flags)
 
 
+def slow_validation(flags: list[str]) -> int:
+    """Train; a validation leaves a file in the run's folder, and takes several seconds."""
+    training = script("train_gpt2")
+    evaluate = training.evaluate
+
+    def evaluate_slowly(
+        model: object, validation: object, settings: Namespace, ranks: Ranks
+    ) -> float:
+        Path(settings.out, "validating").touch()
+        time.sleep(3)
+        return evaluate(model, validation, settings, ranks)
+
+    training.evaluate = evaluate_slowly
+    return training.main(flags)
+
+
+def raises_in_step(flags: list[str]) -> int:
+    """Train; rank 1 meets a bug in step 7, while rank 0 waits for its gradients."""
+    training = script("train_gpt2")
+    learning_rate = training.learning_rate
+
+    def fail_at_7(step: int, settings: Namespace) -> float:
+        if step == 7 and MPI.COMM_WORLD.rank == 1:
+            raise ZeroDivisionError("a bug of rank 1")
+        return learning_rate(step, settings)
+
+    training.learning_rate = fail_at_7
+    return training.main(flags)
+
+
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
-    actions = {"sums": sums, "raises": raises, "full_disk": lambda: full_disk(rest)}
-    actions["slow_save"] = lambda: slow_save(rest)
+    actions: dict[str, Callable[[], int]] = {"sums": sums, "raises": raises}
+    for action in (full_disk, slow_save, slow_validation, raises_in_step):
+        actions[action.__name__] = partial(action, rest)
     cli.run(actions[what])

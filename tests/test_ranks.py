@@ -365,12 +365,42 @@ def test_a_run_is_saved_though_mpirun_does_not_wait(
 
 @needs_mpi
 @pytest.mark.slow
+def test_a_step_that_was_being_validated_is_in_the_metrics(text: Path, tmp_path: Path) -> None:
+    """Its validation is lost, as the launcher does not wait for it."""
+    out = tmp_path / "out"
+    flags = ["--data", text, *RUN, "--max-steps", 12, "--eval-interval", 10, "--log-interval", 1]
+    command = [sys.executable, CHILD, "slow_validation", *flags, "--out", out]
+    with started("-n", 2, *command) as process:
+        wait_for((out / "validating").exists, process)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=TIMEOUT)
+    wait_for(lambda: (out / checkpoint.STATE).exists())
+    wait_for(lambda: "another training" not in mpirun(2, SCRIPT, "--resume", "--out", out).stderr)
+    assert [row["step"] for row in metrics(out)] == list(range(1, 13))
+
+
+@needs_mpi
+@pytest.mark.slow
 def test_a_bug_in_one_rank_is_told_with_its_traceback() -> None:
     result = mpirun(2, CHILD, "raises")
     assert result.returncode == 1
     (message,) = errors(result.stderr)
     assert message.startswith("error: rank 1 on ") and "ZeroDivisionError" in message
     assert "a bug of rank 1" in result.stderr and result.stderr.count("Traceback") == 1
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_after_a_bug_in_one_rank_nothing_is_saved_behind_the_message(
+    text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--data", text, *RUN, "--max-steps", 9, "--save-interval", 3, "--out", out]
+    (message,) = errors(mpirun(2, CHILD, "raises_in_step", *flags).stderr)
+    assert message.endswith(f"the last good checkpoint: {out}, of step 6")
+    time.sleep(1)  # in which a process that outlived the launcher would save
+    assert json.loads((out / checkpoint.STATE).read_text())["step"] == 6
+    assert mpirun(2, SCRIPT, "--resume", "--out", out).returncode == 0
 
 
 @needs_mpi

@@ -31,6 +31,7 @@ from micrograd_gpt.tensor import Tensor
 
 BUCKET = 1 << 20  # numbers that are added up at a time: 4 MB, which stay in a cache
 BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
+FAILED = 1  # the tag of the message that a rank has met an error
 PATIENCE = 1.0  # seconds that a rank leaves each rank before it to say what both have met
 
 
@@ -117,13 +118,18 @@ class MPIRanks(Ranks):
                 looked = time.monotonic()
 
     def check_alive(self) -> None:
-        if not self.all_alive():
-            dead = [(rank, pid) for rank, pid in self._watched.items() if not is_running(pid)]
+        dead = [(rank, pid) for rank, pid in self._watched.items() if not is_running(pid)]
+        if dead:
             which = ", ".join(f"rank {rank} (process {pid})" for rank, pid in dead)
             raise RankDied(f"{which} on {platform.node()} has ended")
 
-    def all_alive(self) -> bool:
-        return all(map(is_running, self._watched.values()))
+    def all_well(self) -> bool:
+        alive = all(map(is_running, self._watched.values()))
+        return alive and not self._all.Iprobe(tag=FAILED)
+
+    def tell_first(self) -> None:
+        """Let rank 0 know, before the launcher ends it, that this rank has met an error."""
+        self._all.Isend(b"", 0, FAILED)
 
     def living_before(self, here: bool) -> int:
         """How many ranks before this one have not ended, of all, or of those on this machine."""
@@ -284,5 +290,7 @@ def end_all(ranks: MPIRanks, error: BaseException, stderr: TextIO) -> NoReturn:
             traceback.print_exception(error)
     sys.stdout.flush()
     stderr.flush()
+    if isinstance(error, Exception) and not isinstance(error, RankDied | MPI.Exception):
+        ranks.tell_first()
     MPI.COMM_WORLD.Abort(status)
     os._exit(status)  # with some MPIs it returns while the launcher ends the others

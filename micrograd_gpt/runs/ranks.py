@@ -99,8 +99,8 @@ class Ranks:
     def check_alive(self) -> None:
         """RankDied if one of the ranks on this machine has ended."""
 
-    def all_alive(self) -> bool:
-        """Whether none has."""
+    def all_well(self) -> bool:
+        """Whether none has, and no rank has met an error. For rank 0, from any thread."""
         return True
 
     def first_on_machine(self) -> AbstractContextManager[None]:

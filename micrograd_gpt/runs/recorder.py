@@ -102,7 +102,8 @@ class Recorder:
             settings.batch_size * settings.grad_accum_steps * settings.block_size
         )
         self._tokens = 0  # taken since the last row
-        self._is_changing = False  # the optimizer is taking a step
+        self._row: dict[str, Any] | None = None  # of the step that was measured last
+        self._is_changing = False  # the optimizer is taking a step, or its row is not there yet
         self._is_dying = False  # the launcher will kill us soon
         self.best_loss = math.inf
         self.ranks.way_back = self._way_back
@@ -148,7 +149,7 @@ class Recorder:
             smoothing=0.05,
         )
         self._signals = StopSignals(self.ranks.stopping, self.ranks.check_alive)
-        if self.ranks.deadly and self.ranks.is_first:
+        if self.ranks.deadly and self.ranks.is_first and self._on_cpu:  # a fork has no GPU
             at_signal(self.ranks.deadly, self._on_deadly_signal)
         self._last_time = time.perf_counter()
         before = self.metrics.seconds if self.ranks.is_first else 0.0
@@ -157,16 +158,26 @@ class Recorder:
 
     def _on_deadly_signal(self) -> None:
         """Have the latest whole step saved though the launcher is about to kill us."""
-        if not self.ranks.all_alive():
-            return  # the launcher does the same where a rank has died
+        if not self.ranks.all_well():
+            return  # the launcher does the same where a rank has died or failed
         if self._is_changing:
-            self._is_dying = True  # due_after knows when the step is whole
+            self._is_dying = True  # _step_is_whole knows when to do it
         else:
             save_if_killed(self._save_if_newer)
 
+    def _step_is_whole(self) -> None:
+        self._is_changing = False
+        if self._is_dying:
+            save_if_killed(self._save_if_newer)
+
     def _save_if_newer(self) -> None:
-        if not self._is_changing and checkpoint.saved_step(self.out) < self.optimizer.steps:
-            self._save()
+        done, row = self.optimizer.steps, self._row
+        if self._is_changing or checkpoint.saved_step(self.out) >= done:
+            return
+        self._save()
+        # A validation comes before its step's row is written.
+        if row and row["step"] == done and done not in {r["step"] for r in self.metrics.rows()}:
+            self.metrics.append(row)
 
     @property
     def stopped(self) -> int:
@@ -182,10 +193,10 @@ class Recorder:
 
     def due_after(self, step: int) -> Due:
         """What happens now that `step`, counted from 0, has been taken."""
-        self._is_changing = False
-        if self._is_dying:
-            save_if_killed(self._save_if_newer)
-        return self._due(step)
+        due = self._due(step)
+        if not due.log:  # else measure() comes first
+            self._step_is_whole()
+        return due
 
     def _due(self, step: int) -> Due:
         s, done = self.settings, step + 1
@@ -273,7 +284,8 @@ class Recorder:
         }
         if self.scaler.enabled:
             row |= {"loss_scale": self.scaler.scale, "skipped_steps": self.scaler.skipped_steps}
-        self._has_measured = True
+        self._row, self._has_measured = row, True
+        self._step_is_whole()
         self._bar.set_postfix_str(
             f"loss {self._train_loss:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
         )
