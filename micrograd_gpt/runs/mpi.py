@@ -33,6 +33,7 @@ BUCKET = 1 << 20  # numbers that are added up at a time: 4 MB, which stay in a c
 BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
 FAILED = 1  # the tag of the message that a rank has met an error
 PATIENCE = 1.0  # seconds that a rank leaves each rank before it to say what both have met
+MOST_PATIENCE = 5.0  # seconds that it leaves them all
 
 
 class RankDied(Exception):
@@ -272,7 +273,8 @@ def bound_to() -> set[int]:
 def end_all(ranks: MPIRanks, error: BaseException, stderr: TextIO) -> NoReturn:
     """End the processes of all ranks, after one message that says why."""
     # They may be about to say the same; that a rank has died is noticed on its machine alone.
-    time.sleep(PATIENCE * ranks.living_before(here=isinstance(error, RankDied)))
+    before = ranks.living_before(here=isinstance(error, RankDied))
+    time.sleep(min(MOST_PATIENCE, PATIENCE * before))
     who = "" if ranks.is_first else f"rank {ranks.rank} on {platform.node()}: "
     status = 1
     with redirect_stderr(stderr):

