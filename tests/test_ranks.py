@@ -28,7 +28,7 @@ from mpi_launch import (
 from training import ROOT, SCRIPT, SMALL, assert_same, everything, metrics, run, script
 
 from micrograd_gpt.runs import checkpoint
-from micrograd_gpt.runs.ranks import LAUNCHERS, TORCHRUN, divided, started_ranks
+from micrograd_gpt.runs.ranks import LAUNCHERS, TORCHRUN, divided, own_gpu, started_ranks
 from micrograd_gpt.support.errors import UserError
 
 CHILD = ROOT / "tests" / "ranks_child.py"
@@ -119,6 +119,24 @@ def test_a_step_that_cannot_be_shared(
         divided(settings(accum, batch, dropout), size)
 
 
+@pytest.mark.parametrize(
+    ("visible", "taken"),
+    [
+        ([["01:00", "02:00"]] * 2, [0, 1]),
+        ([["01:00"], ["02:00"]], [0, 0]),  # as srun --gpus-per-task 1 has it
+        ([["01:00"]], [0]),
+    ],
+)
+def test_each_rank_takes_a_gpu_of_its_own(visible: list[list[str]], taken: list[int]) -> None:
+    assert [own_gpu(visible, rank) for rank in range(len(visible))] == taken
+
+
+@pytest.mark.parametrize("gpus", [["01:00"], ["01:00", "02:00"]])
+def test_ranks_do_not_share_a_gpu(gpus: list[str]) -> None:
+    with pytest.raises(UserError, match=rf"3 ranks on a machine with {len(gpus)} GPU"):
+        own_gpu([gpus] * 3, 0)
+
+
 @pytest.fixture
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in os.environ.keys() - environment().keys():
@@ -183,7 +201,7 @@ def test_fine_tuning_runs_in_one_process(no_launcher: pytest.MonkeyPatch) -> Non
     flags = ["instruct", "--model", "124M", "--data", "my.json"]
     no_launcher.setenv("PMI_SIZE", "2")
     no_launcher.setenv("PMI_RANK", "0")
-    with pytest.raises(UserError, match="mpiexec started 2 .* finetune_gpt2.py runs in one"):
+    with pytest.raises(UserError, match=r"mpiexec started 2 .* finetune_gpt2\.py runs in one"):
         script("finetune_gpt2").main(flags)
     no_launcher.setenv("PMI_RANK", "1")
     with pytest.raises(SystemExit) as stopped:
@@ -268,6 +286,27 @@ def test_ranks_that_were_told_different_things(
     message = f"error: rank 1 has seed 2, rank 0 has {named}: all ranks need the same"
     assert errors(stderr) == [message]
     assert not (tmp_path / "out").exists()
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("helped", [0, 1])
+def test_a_rank_that_was_asked_for_help(text: Path, tmp_path: Path, helped: int) -> None:
+    flags = [["--data", text, *SMALL, "--out", tmp_path / "out"], ["--help"]]
+    command = [sys.executable, SCRIPT]
+    first, second = flags[1 - helped], flags[helped]
+    with started("-n", 1, *command, *first, ":", "-n", 1, *command, *second) as process:
+        _, stderr = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 2
+    (message,) = errors(stderr)
+    assert message.startswith("error: rank 1 has ") and message.endswith("all ranks need the same")
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_help_is_shown_once() -> None:
+    result = mpirun(2, SCRIPT, "--help")
+    assert (result.returncode, result.stdout.count("usage:")) == (0, 1)
 
 
 # -------------------------------------------------------------------------------------- faults

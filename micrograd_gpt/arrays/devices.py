@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from micrograd_gpt.support.cli import counted
 from micrograd_gpt.support.errors import UserError
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray; CuPy need not be installed to check types
@@ -96,16 +95,15 @@ def set_tf32(on: bool, device: str) -> None:
         raise UserError("--tf32 is for --device gpu: leave it out, or train on a GPU")
 
 
-def use_gpu(number: int, needed: int) -> None:
-    """Compute on GPU `number` of this machine from now on; UserError if it has not `needed`."""
-    cupy = library_for("gpu")
-    found = cupy.cuda.runtime.getDeviceCount()
-    if found < needed:
-        raise UserError(
-            f"{needed} ranks on a machine with {counted(found, 'GPU')}: "
-            "start no more than one rank a GPU"
-        )
-    cupy.cuda.Device(number).use()
+def gpu_addresses() -> list[str]:
+    """Where the GPUs that this process sees are on the PCI bus, in the order of their numbers."""
+    runtime = library_for("gpu").cuda.runtime
+    return [runtime.deviceGetPCIBusId(number) for number in range(runtime.getDeviceCount())]
+
+
+def use_gpu(number: int) -> None:
+    """Compute on GPU `number`, of those that this process sees, from now on."""
+    library_for("gpu").cuda.Device(number).use()
 
 
 def to_device(array: Array, device: str) -> Array:

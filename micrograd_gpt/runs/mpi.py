@@ -21,8 +21,8 @@ import numpy as np
 from ml_dtypes import bfloat16
 from mpi4py import MPI
 
-from micrograd_gpt.arrays.devices import Array, array_module, to_device, use_gpu
-from micrograd_gpt.runs.ranks import Ranks, T, said_once, versions
+from micrograd_gpt.arrays.devices import Array, array_module, gpu_addresses, to_device, use_gpu
+from micrograd_gpt.runs.ranks import Ranks, T, own_gpu, said_once, versions
 from micrograd_gpt.runs.unread import read_numbers
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
@@ -147,7 +147,7 @@ class MPIRanks(Ranks):
 
     def use_device(self, device: str) -> None:
         if device == "gpu":
-            use_gpu(self.local_rank, self.local_size)
+            use_gpu(own_gpu(self.on_this_machine(gpu_addresses()), self.local_rank))
 
     def on_this_machine(self, value: T) -> list[T]:
         """The values of this machine's ranks."""
@@ -229,12 +229,24 @@ def mpi_ranks(launcher: str, size: int, rank: int) -> Iterator[Ranks]:
         with printing(ranks.is_first):
             ranks.check_same(versions())
             share_cores(ranks)
-            yield ranks
+            with leaving_together(ranks):
+                yield ranks
             ranks.wait_for_all()
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:  # as after --help
             raise
         end_all(ranks, error, stderr)
+
+
+@contextmanager
+def leaving_together(ranks: MPIRanks) -> Iterator[None]:
+    """A rank whose flags end it, as --help does, answers where the others compare their flags."""
+    try:
+        yield
+    except SystemExit as leaving:
+        if not leaving.code:
+            ranks.check_same({"--help or --version": "given"})
+        raise
 
 
 @contextmanager

@@ -166,6 +166,23 @@ def check_only_process(script: str) -> None:
         )
 
 
+def own_gpu(visible: Sequence[Sequence[str]], rank: int) -> int:
+    """Which of the GPUs that it sees a rank takes; UserError if there are fewer than ranks.
+
+    `visible` are the addresses of the GPUs that each rank of its machine sees, and `rank` is its
+    number among these. Slurm can show each rank one GPU of its own; else rank n takes GPU n.
+    """
+    needed, found = len(visible), visible[rank]
+    if all(len(gpus) == 1 for gpus in visible) and len({gpus[0] for gpus in visible}) == needed:
+        return 0
+    if len(found) < needed:
+        raise UserError(
+            f"{needed} ranks on a machine with {counted(len(found), 'GPU')}: "
+            "start no more than one rank a GPU"
+        )
+    return rank
+
+
 def said_once(rank: int, message: str) -> BaseException:
     """What to raise for a mistake that every rank meets: one message is enough."""
     return UserError(message) if rank == 0 else SystemExit(2)
