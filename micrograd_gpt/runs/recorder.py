@@ -29,6 +29,7 @@ from micrograd_gpt.runs.unread import Unread, read_numbers
 from micrograd_gpt.runs.watch import Watch
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import remove_unfinished
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.weights.saving import write_model
 
@@ -172,6 +173,7 @@ class Recorder:
 
     def _save_if_newer(self) -> None:
         done, row = self.optimizer.steps, self._row
+        remove_unfinished(self.out)  # such as loss.png, which it was drawing
         if self._is_changing or checkpoint.saved_step(self.out) >= done:
             return
         self._save()
