@@ -442,6 +442,7 @@ def test_a_run_is_saved_though_mpirun_does_not_wait(
 
 
 @needs_mpi
+@needs_open_mpi  # MPICH's launcher waits for the validation
 @pytest.mark.slow
 def test_a_step_that_was_being_validated_is_in_the_metrics(text: Path, tmp_path: Path) -> None:
     """Its validation is lost, as the launcher does not wait for it; so are files half written."""
