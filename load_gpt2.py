@@ -73,8 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     stand_ins.highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
     claimed = size_name(args.size) if args.size else None
     named = size_named(args.model) if args.model else claimed or "124M"
+    if args.openai_url and (not named or args.source == "huggingface"):
+        raise UserError("--openai-url is for what is fetched from OpenAI: leave it out")
     if named:
-        tried = sources(args.source, args.openai_url)
+        tried = sources(args.source, args.openai_url or OPENAI_URL)
         weights = open_release(named, tried, verify=True, advice=ways_out(tried))
     else:
         weights = open_local(find(args.model))
@@ -152,7 +154,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--openai-url",
-        default=OPENAI_URL,
+        type=cli.some_text,
         metavar="URL",
         help="a mirror of OpenAI's models folder (Hugging Face's is set by HF_ENDPOINT)",
     )

@@ -163,7 +163,9 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
 
 def load_data(settings: argparse.Namespace) -> Corpus:
     """The text as two streams of tokens; UserError where a run would be resumed on other data."""
-    tokenizer = load_tokenizer(settings.out) if settings.resume else tokenizer_of(settings)
+    tokenizer = (
+        checkpoint.own_tokenizer(settings.out) if settings.resume else tokenizer_of(settings)
+    )
     corpus = load_corpus(settings.data, tokenizer, settings.validation, form_of(settings))
     check_same_data(settings, corpus)
     return corpus
@@ -287,7 +289,9 @@ def report(
 
 def plan_of(settings: argparse.Namespace, device: str) -> str:
     """What --plan prints. Data is read only where the vocabulary depends on it."""
-    tokenizer = load_tokenizer(settings.out) if settings.resume else tokenizer_of(settings)
+    tokenizer = (
+        checkpoint.own_tokenizer(settings.out) if settings.resume else tokenizer_of(settings)
+    )
     if tokenizer in ("char", "word"):
         tokenizer = load_corpus(settings.data, tokenizer, form=form_of(settings)).tokenizer
     elif isinstance(tokenizer, str):

@@ -2,14 +2,18 @@
 
     python benchmarks/decoding.py                    # a small model, trained on the spot
     python benchmarks/decoding.py --model 124M       # or any checkpoint folder
+    python benchmarks/decoding.py --processes 10     # is 124M as fast in every process?
 
 A ratio is the median time of one kind of run divided by that of the other; the range of each is
-printed beside it.
+printed beside it. The processes decode one after another, with weights drawn at random, and each
+tells its median milliseconds a token, those of processor time, and how much of its memory lies in
+huge pages.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -17,17 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import child, median, print_table, processor
 from tqdm import tqdm
 
 from micrograd_gpt import optim
-from micrograd_gpt.generation.sampling import generate
+from micrograd_gpt.generation.sampling import decode, generate, start_samples
+from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support import cli
 from micrograd_gpt.text.documents import load_documents
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import GPT2Tokenizer, Tokenizer, make_tokenizer
 from micrograd_gpt.text.windows import Windows
-from micrograd_gpt.weights.pretrained import from_pretrained
+from micrograd_gpt.weights.pretrained import from_pretrained, unwritten
 
 # Text that repeats itself, as code and data do
 RECORDS = "".join(
@@ -43,16 +49,30 @@ def main() -> int:
     parser.add_argument(
         "--model", help="a checkpoint folder or a size (a small model, trained here)"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "int8"],
+        default="float32",
+        help="type of the weights of --model (float32)",
+    )
     parser.add_argument("--steps", type=cli.positive_int, default=300, help="training steps (300)")
     parser.add_argument("--runs", type=cli.positive_int, default=7, help="runs of each kind (7)")
     parser.add_argument(
         "--new-tokens", type=cli.positive_int, default=150, help="new tokens a run (150)"
     )
+    parser.add_argument("--processes", type=cli.positive_int, help="compare so many, at batch 1")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    if flags.child:
+        print(json.dumps(decode_124m()))
+        return 0
+    if flags.processes:
+        compare_processes(flags.processes)
+        return 0
     if flags.model is None:
         model, tokenizer = train(flags.steps)
     else:
-        model = from_pretrained(GPT2, flags.model)
+        model = from_pretrained(GPT2, flags.model, dtype=flags.dtype)
         folder = Path(flags.model)
         tokenizer = load_tokenizer(folder) if folder.is_dir() else GPT2Tokenizer()
 
@@ -83,6 +103,40 @@ def main() -> int:
     title = "records, a batch of 8 samples (which does not speculate)"
     compare(title, ("plain", plain), ("prompt-lookup", guess), flags.runs)
     return 0
+
+
+def compare_processes(count: int) -> None:
+    """One row a process, and the ratio of the slowest to the fastest."""
+    print(processor())
+    found = []
+    for _ in tqdm(range(count), desc="processes", disable=None):
+        found.append(child({}))
+    names = ["ms a token", "of processor time", "MB in huge pages"]
+    rows = [[str(i + 1), *(f"{one[name]:.1f}" for name in names)] for i, one in enumerate(found)]
+    print_table(["process", *names], rows)
+    for name in names[:2]:
+        values = [one[name] for one in found]
+        print(f"{name}: the slowest process takes {max(values) / min(values):.2f} × the fastest's")
+
+
+def decode_124m() -> dict[str, float]:
+    """Medians, over 40 tokens after 32, of a model of 124M's shape in float32."""
+    model, rng = unwritten(GPT2Config()).eval(), np.random.default_rng(0)
+    for parameter in model.parameters():
+        parameter.data[...] = 0.02 * rng.standard_normal(parameter.shape, dtype=np.float32)
+    seen: list[tuple[float, float]] = []
+    settings = Settings(max_new_tokens=41, temperature=0.0, end_of_text=None)
+    samples = start_samples([rng.integers(0, model.config.vocab_size, 32).tolist()], settings)
+    for _ in decode(model, samples, settings):
+        seen.append((time.perf_counter(), time.process_time()))
+    wall, used = (np.diff(times) * 1e3 for times in zip(*seen, strict=True))
+    smaps = Path("/proc/self/smaps_rollup")  # Linux's
+    huge = smaps.read_text().split("AnonHugePages:")[1].split()[0] if smaps.exists() else "nan"
+    return {
+        "ms a token": median(wall),
+        "of processor time": median(used),
+        "MB in huge pages": float(huge) / 1024,
+    }
 
 
 def train(steps: int) -> tuple[GPT2, Tokenizer]:

@@ -2,9 +2,11 @@
 
     python benchmarks/generate.py                   # 124M: token by token, and a long prompt
     python benchmarks/generate.py --rounds 5
+    python benchmarks/generate.py --sides "ours, int8" "Transformers bfloat16"
 
 "limit" is the measured rate at which NumPy's matrix-vector product reads a matrix, divided by the
-bytes of the weights, all of which have to be read for every token.
+bytes of the float32 weights, all of which have to be read for every token; narrower weights have as
+many fewer bytes.
 """
 
 from __future__ import annotations
@@ -29,23 +31,27 @@ from common import (
 )
 
 from micrograd_gpt import no_grad
+from micrograd_gpt.arrays.int8 import hold_in_int8
+from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 
 PROMPT, NEW, LONG = 32, 64, 512  # tokens
+OURS = ("ours", "ours, bfloat16", "ours, int8", "ours, in NumPy alone", "ours, without cache")
+THEIRS = ("Transformers float32", "Transformers bfloat16")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=OURS + THEIRS, help="all that are installed")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(measure(json.loads(args.child)["side"])))
         return
     print(f"{processor()}; Python {sys.version.split()[0]}, NumPy {np.__version__}")
-    sides = ["ours", "ours, in NumPy alone", "ours, without cache"]
-    if installed("transformers") and installed("torch"):
-        sides += ["Transformers float32", "Transformers bfloat16"]
+    theirs = THEIRS if installed("transformers") and installed("torch") else ()
+    sides = [side for side in OURS + theirs if args.sides is None or side in args.sides]
     limits = child({"side": "limits"})
     print(
         f"NumPy's BLAS: {limits['blas']}, {limits['threads']} threads; our kernels: "
@@ -60,8 +66,8 @@ def main() -> None:
     rows = []
     for side, runs in results.items():
         peak = f"{median(r['peak_megabytes'] for r in runs):,.0f}"
-        ours = "" if side == "ours" else f"**{rate['ours'] / rate[side]:.2f} ×**"
-        ours_first = "" if side == "ours" else f"**{first[side] / first['ours']:.2f} ×**"
+        ours = f"{rate[sides[0]] / rate[side]:.2f} ×"
+        ours_first = f"{first[side] / first[sides[0]]:.2f} ×"
         share = f"{rate[side] / limit:.0%}"
         rows.append(
             [side, f"{rate[side]:.1f}", share, ours, f"{first[side]:.3f} s", ours_first, peak]
@@ -72,9 +78,9 @@ def main() -> None:
             "124M, batch 1",
             decoding,
             "% of limit",
-            "ours is",
+            f"{sides[0]} is",
             f"{LONG} to first",
-            "ours is",
+            f"{sides[0]} is",
             "peak MB",
         ],
         rows,
@@ -100,6 +106,11 @@ def measure(side: str) -> dict[str, Any]:
 
 def our_generate(side: str) -> Any:
     model = GPT2(GPT2Config()).eval()
+    if "bfloat16" in side:
+        hold_in(model, "bfloat16")
+    if "int8" in side:
+        for name, parameter in model.named_parameters():
+            hold_in_int8(name, parameter)
     with no_grad():
         return lambda ids, count: model.generate(
             ids, max_new_tokens=count, temperature=0, use_cache="without" not in side

@@ -15,6 +15,8 @@ needs_cc = pytest.mark.skipif(
     os.name == "nt" or not CC, reason="there is no C compiler, or no shell to run a made one"
 )
 
+# Before code for run_apart(): the package that is a compiler seems not to be installed.
+WITHOUT_PACKAGE = "import sys; sys.modules['ziglang'] = None\n"
 REPORT = "from micrograd_gpt.kernels.in_c import compiler; print(ascii(compiler.report()))"
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from layer_cases import numbers
 
 from micrograd_gpt import Tensor, functional, optim, tensor
+from micrograd_gpt.arrays import int8
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.layers import IGNORE
@@ -112,6 +113,20 @@ def _(dtype: str) -> Iterator[Case]:
         yield Case((x, w, None))
         yield Case((x, np.asfortranarray(w), b))
         yield Case((np.asfortranarray(x), w[:, ::-1], b[::-1]))
+
+
+@cases_of(int8.product)
+def _(dtype: str) -> Iterator[Case]:
+    for n, k, m in (*PRODUCTS, (5, 130, 37), (4, 1600, 33), (2, 64, 16)):
+        x, w = numbers(n, k, dtype=dtype), numbers(k, m, dtype="float32")
+        weight = int8.quantised(w, 0)
+        yield Case((x, weight))
+        yield Case((np.asfortranarray(x), weight))
+        across = int8.int8_matrix(weight.values.copy(order="C"), weight.scales)
+        if k > 1 and m > 1:
+            yield Case((x, across), not_for=("c",))  # decoding would read it column by column
+        if k > int8.GROUP < m:
+            yield Case((x, int8.quantised(w, 1)), not_for=("c",))  # groups along the other axis
 
 
 @cases_of(functional.linear_backward)

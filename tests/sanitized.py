@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 TESTS = (
     *("kernels/test_kernels.py", "kernels/test_compiled_kernels.py", "kernels/test_token_step.py"),
     *("kernels/test_c_numbers.py", "kernels/test_c_threads.py", "kernels/test_shapes.py"),
-    *("kernels/test_c_bfloat16.py", "test_fuzz.py"),
+    *("kernels/test_c_bfloat16.py", "kernels/test_c_narrow.py", "test_fuzz.py"),
 )
 # These look at how much memory a process has, and a sanitizer takes more of it by far.
 LEFT_OUT = (

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+
+import numpy as np
 
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.machine import available_memory
 
 # The most logits that a loss holds at a time: in float32 256 MB, and 1 GB of a GPU's larger memory
 LOGITS_AT_ONCE = {"cpu": 2**26, "gpu": 2**28}
+
+ROWS_AT_ONCE = 256  # of logits, in the kernels in C: of GPT-2's vocabulary 51 MB
+
+HUGE_PAGE = 2**21  # bytes, of x86-64 and of most of arm64
+CHUNK = 2**26  # bytes that are asked of the system together
+CACHE_LINE = 64  # bytes
 
 # What the runtime, the driver and cuBLAS say when they get no memory for their own needs
 NO_GPU_MEMORY = (
@@ -65,3 +75,37 @@ def keep_freed_memory() -> None:
     libc.mallopt(top_pad, 64 * 2**20)  # grow it in steps of 64 MB
     libc.mallopt(mmap_max, 0)  # large arrays come from the heap too, not from the system
     libc.mallopt(arena_max, 1)  # one heap for all threads
+
+
+class HugePages:
+    """Arrays of zeros that lie one behind another in huge pages, where Linux has them.
+
+    Whoever reads all weights for every token waits for the addresses of pages too, of which there
+    are 512 times fewer in pages of 2 MB. NumPy asks for these from 4 MB on, but its arrays begin
+    and end anywhere in them. The memory is freed with the last of the arrays that share a chunk.
+    """
+
+    def __init__(self) -> None:
+        self.room = memoryview(b"")
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype, order: str = "C") -> np.ndarray:
+        """A new array; MemoryError where there is no memory for it."""
+        size = math.prod(shape) * dtype.itemsize
+        if not hasattr(mmap, "MADV_HUGEPAGE") or size == 0:
+            return np.zeros(shape, dtype, order=order)  # type: ignore[call-overload]
+        if size > len(self.room):
+            self.room = _in_huge_pages(max(size, CHUNK))
+        mine, self.room = self.room[:size], self.room[-(-size // CACHE_LINE) * CACHE_LINE :]
+        return np.frombuffer(mine, dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+
+
+def _in_huge_pages(size: int) -> memoryview:
+    """So many bytes of zeros, which begin at a huge page and take no room until they are used."""
+    try:
+        memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(str(error)) from error
+    with suppress(OSError):  # a system without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE
+    return memoryview(memory)[start : start + size]

@@ -27,6 +27,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from micrograd_gpt.support.errors import UserError
+
 HALF = ("bfloat16", "float16")
 PRECISIONS = ("float32", "float64", *HALF)
 
@@ -35,7 +37,7 @@ LOOK_UPS = ("embedding",)  # layers that return float32 rows, whatever type thei
 
 _HALF_DTYPES = frozenset((np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)))
 _CONVERSIONS: list[Callable[[Any, np.dtype], Any]] = []
-_FAST: list[Callable[[str], bool]] = []
+_FAST: list[Callable[[str, bool], bool]] = []
 _COMPUTE: ContextVar[np.dtype | None] = ContextVar("the type of the matrix work", default=None)
 
 
@@ -55,9 +57,18 @@ def compute_in(dtype: str) -> Iterator[None]:
 
 
 def compute_dtype(weight: Any) -> np.dtype:
-    """The type in which matrix work with this weight, a tensor or an array, is done now."""
+    """The type in which matrix work with this weight, a tensor or an array, is done now.
+
+    Weights of int8 (int8.py) stand for float32.
+    """
     asked = _COMPUTE.get()
-    return weight.dtype if asked is None else asked
+    held_in = weight.dtype if weight.dtype != np.int8 else np.dtype(np.float32)
+    return held_in if asked is None else asked
+
+
+def computes_as_held(weight: Any) -> bool:
+    """Whether nothing asks for matrix work in another type than the weights are held in."""
+    return _COMPUTE.get() in (None, weight.dtype)
 
 
 def is_half(value: Any) -> bool:
@@ -85,26 +96,40 @@ def converts_on_cpu(function: Callable[[Any, np.dtype], Any]) -> Callable[[Any, 
     return function
 
 
+def check_precision(dtype: str) -> None:
+    """UserError for a type that is not one of PRECISIONS (int8.py has int8)."""
+    if dtype not in PRECISIONS:
+        raise UserError(f"unknown dtype {dtype!r}: choose one of {', '.join(PRECISIONS)}")
+
+
 def hold_in(model: Any, dtype: str) -> None:
     """Convert a model's parameters to `dtype`.
 
-    In half precision LayerNorm's stay float32: they are few, and are used in float32.
+    In half precision LayerNorm's stay float32: they are few, and are used in float32. Raises
+    UserError for a type that is not one of PRECISIONS.
     """
+    check_precision(dtype)
     for name, parameter in model.named_parameters():
         stays_wide = dtype in HALF and ".ln_" in name
         parameter.data = parameter.data.astype("float32" if stays_wide else dtype, copy=False)
 
 
-def multiplies(function: Callable[[str], bool]) -> Callable[[str], bool]:
-    """Register a function that says whether a CPU's kernels multiply this type faster."""
+def multiplies(function: Callable[[str, bool], bool]) -> Callable[[str, bool], bool]:
+    """Register a function of a type, and of whether it is for decoding, in which reading weights
+    takes the time. It says whether a CPU's kernels are faster with weights of this type."""
     _FAST.append(function)
     return function
 
 
-def emulation_note(dtype: str, device: str) -> str | None:
-    """What a user who asks for this type on this device should know; None if there is nothing."""
-    if dtype not in HALF or device == "gpu" or any(fast(dtype) for fast in _FAST):
+def emulation_note(dtype: str, device: str, decoding: bool = False) -> str | None:
+    """What a user who asks for this type on this device, to train or for decoding, should know;
+    None if there is nothing."""
+    if dtype not in (*HALF, "int8") or device == "gpu":
         return None
+    if any(fast(dtype, decoding) for fast in _FAST):
+        return None
+    if dtype == "int8":
+        return "note: int8 is computed in float32 here: it is smaller, but not faster"
     return f"note: {dtype} on the CPU is computed in float32 and rounded: it is not faster"
 
 

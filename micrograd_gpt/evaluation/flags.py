@@ -7,7 +7,7 @@ import argparse
 from micrograd_gpt.evaluation.detokenize import DETOKENIZERS
 from micrograd_gpt.support import cli
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+DTYPES = ("float32", "float64", "bfloat16", "float16", "int8")
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -150,5 +150,5 @@ def _how_to_compute(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="type of the weights; half precision is faster only on a GPU (default: float32)",
+        help="type of the weights; int8 is for language models on the CPU (default: float32)",
     )

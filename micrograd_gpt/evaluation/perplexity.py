@@ -38,6 +38,8 @@ def sliding_windows(length: int, width: int, stride: int) -> list[Window]:
     Raises UserError unless 1 <= stride < width: with longer steps, a window's first token would
     have no context.
     """
+    if width < 2:
+        raise UserError("a window has 2 tokens or more, one to score and its context: not 1")
     if not 1 <= stride < width:
         raise UserError(
             f"the stride is {stride} and a window has {width} tokens: give a --stride from 1 to "

@@ -191,4 +191,4 @@ def on_cpu(tensor: Tensor) -> np.ndarray:
 
 
 def _wide(array: Array) -> np.ndarray:
-    return np.asarray(to_device(array, "cpu"), np.float64)
+    return to_device(array, "cpu").astype(np.float64)

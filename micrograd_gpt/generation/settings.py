@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from micrograd_gpt.support.cli import did_you_mean
@@ -48,7 +48,7 @@ def setting(
     metavar: str | None = None,
     switch: tuple[str, Any] | None = None,
 ) -> Any:
-    """A field of `Settings`. Where the default is None, None means "off" and is always allowed.
+    """A field of `Settings`. Where its type allows None, None means "off".
 
     Args:
         group, help, metavar: where and how --help shows the flag of this setting. Without a group
@@ -180,9 +180,11 @@ class Settings:
     def __post_init__(self) -> None:
         for setting in fields(self):
             value, allowed = getattr(self, setting.name), setting.metadata["range"]
-            off = value is None and setting.default is None
-            if "int" in str(setting.type) and not isinstance(value, Integral | None):
+            off = value is None and "None" in str(setting.type)
+            if not off and "int" in str(setting.type) and not isinstance(value, Integral):
                 raise UserError(f"{setting.name} must be a whole number, not {value!r}")
+            if not off and "float" in str(setting.type) and not isinstance(value, Real):
+                raise UserError(f"{setting.name} must be a number, not {value!r}")
             if allowed and not off and not allowed.holds(value):
                 raise UserError(f"{setting.name} must be {allowed.text}, not {value}")
         beams = self.num_beams > 1

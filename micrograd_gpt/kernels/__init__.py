@@ -5,6 +5,7 @@ Importing this package registers its functions as stand-ins for their definition
 definition that it can be compared with.
 """
 
+import micrograd_gpt.kernels.in_c.int8
 import micrograd_gpt.kernels.in_c.kernels
 import micrograd_gpt.kernels.in_c.token_step
 import micrograd_gpt.kernels.in_cuda.kernels

@@ -9,7 +9,7 @@ from typing import Any
 from weakref import ref
 
 from micrograd_gpt import gpt2
-from micrograd_gpt.arrays.precision import compute_dtype
+from micrograd_gpt.arrays.precision import compute_dtype, computes_as_held
 from micrograd_gpt.generation.kv_cache import KVCache, Past
 from micrograd_gpt.gpt2 import GPT2, MLP, Block, CausalSelfAttention, Transformer
 from micrograd_gpt.nn import Dropout, Embedding, LayerNorm, Linear, Parameter, no_dropout
@@ -52,7 +52,7 @@ def parameters_of(blocks: Sequence[Block], cache: Any) -> list[list[Parameter]] 
         if [type(part) for part in (*parts, *dropouts)] != types:
             return None
         drops_out = any((part.training and part.p) or "draw" in vars(part) for part in dropouts)
-        if drops_out or compute_dtype(attn.c_attn.weight) != attn.c_attn.weight.dtype:
+        if drops_out or not computes_as_held(attn.c_attn.weight):
             return None
         parameters = [parameter for part in parts for parameter in (part.weight, part.bias)]
         if any(parameter is None for parameter in parameters):
@@ -77,7 +77,7 @@ def parameters_around(model: Any) -> list[Parameter] | None:
         return None
     if (body.drop.training and body.drop.p) or "draw" in vars(body.drop):
         return None
-    if compute_dtype(body.wte.weight) != body.wte.weight.dtype:
+    if not computes_as_held(body.wte.weight):
         return None
     parameters = [body.wte.weight, body.wpe.weight, body.ln_f.weight, body.ln_f.bias]
     return None if any(parameter is None for parameter in parameters) else parameters

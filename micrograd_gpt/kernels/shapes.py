@@ -15,13 +15,14 @@ import numpy as np
 
 from micrograd_gpt import functional, layers
 from micrograd_gpt.arrays.devices import Array
+from micrograd_gpt.arrays.int8 import Int8Matrix, groups
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.layers import IGNORE
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+FLOAT32, FLOAT64, INT8 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int8)
 # NumPy's own arrays; of any other kind (masked ones, matrices) the operators may mean other things
 PLAIN = (np.ndarray, np.memmap)
 
@@ -94,6 +95,23 @@ def check_plain(arrays: Sequence[Any], dtypes: Sequence[Any]) -> None:
             type(array) not in PLAIN or array.dtype != dtype or not array.flags.aligned
         ):
             raise NotForMe
+
+
+def check_int8(weight: Any) -> tuple[Array, Array]:
+    """The integers (K, M) and the scales of a matrix of int8 (arrays/int8.py).
+
+    NotForMe unless its groups lie along the first axis, and both are stored column after column.
+    """
+    if type(weight) is not Int8Matrix or weight.ndim != 2 or not weight.size:
+        raise NotForMe
+    values, scales = weight.values, weight.scales
+    check_plain([values], [INT8])
+    check_plain([scales], [FLOAT32])
+    if scales.shape != (groups(len(values)), values.shape[1]):
+        raise NotForMe
+    if not (values.flags.f_contiguous and scales.flags.f_contiguous):
+        raise NotForMe
+    return values, scales
 
 
 # ------------------------------------------------------------------------------ for a whole kernel

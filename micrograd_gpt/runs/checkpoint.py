@@ -43,7 +43,8 @@ from micrograd_gpt.support.file_sets import (
 from micrograd_gpt.support.files import read_json, reading, write_text
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
-from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG, read_config
 from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, MODEL, is_adapter
 from micrograd_gpt.weights.loading import fill
 from micrograd_gpt.weights.saving import stored_arrays, write_model
@@ -146,6 +147,13 @@ def holds_run(folder: str | Path) -> bool:
     finish_set(folder)
     with reading(folder):
         return (Path(folder) / STATE).exists()
+
+
+def own_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of the run in `folder`; UserError if it cannot be the one of its model."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.check_size(read_config(folder).vocab_size)
+    return tokenizer
 
 
 def remove_run(folder: str | Path) -> None:

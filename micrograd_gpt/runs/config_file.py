@@ -56,8 +56,8 @@ def read_config_file(path: str | Path, table: Mapping[str, Any]) -> dict[str, An
     stands there twice, and a value that the flag cannot have.
     """
     try:
-        with reading(path), open(path, "rb") as file:
-            content = tomllib.load(file)
+        with reading(path), open(path, encoding="utf-8-sig", newline="") as file:  # with a mark too
+            content = tomllib.loads(file.read())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}: correct it") from error
     flags: dict[str, Any] = {}

@@ -25,8 +25,8 @@ def only_writer(folder: str | Path) -> Iterator[None]:
     UserError, naming the other process, if there is one, and where the folder cannot be written.
     """
     folder = Path(folder)
-    absent = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
+        absent = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder)
     except OSError as error:

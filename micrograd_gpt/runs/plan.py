@@ -14,7 +14,7 @@ import numpy as np
 
 from micrograd_gpt import optim
 from micrograd_gpt.arrays.devices import library_for, move, to_device
-from micrograd_gpt.arrays.memory import LOGITS_AT_ONCE, check_room
+from micrograd_gpt.arrays.memory import LOGITS_AT_ONCE, ROWS_AT_ONCE, check_room
 from micrograd_gpt.arrays.precision import HALF, compute_in, hold_in
 from micrograd_gpt.gpt2 import GPT2Config
 from micrograd_gpt.runs.recompute import recompute_blocks
@@ -115,7 +115,8 @@ class Plan:
         c = self.config
         tokens = self.batch_size * self.block_size
         parts = -(-tokens * c.vocab_size // LOGITS_AT_ONCE[self.device])
-        logits = max(1, tokens // parts) * c.vocab_size
+        at_once = max(1, tokens // parts)
+        logits = (min(at_once, ROWS_AT_ONCE) if self.device == "cpu" else at_once) * c.vocab_size
         head = c.vocab_size * c.n_embd
         head_gradient = head * self._wide if parts > 1 else 0  # of one part, beside their sum
         rounded_head = head * self._narrow if self._is_half else 0

@@ -51,7 +51,12 @@ def one_of(*choices: str) -> Kind:
     return Kind(str, {"choices": choices}, lambda value: value in choices, " or ".join(choices))
 
 
-TEXT = Kind(str, {"type": cli.some_text}, lambda text: text != "", "a text that is not empty")
+TEXT = Kind(
+    str,
+    {"type": cli.some_text},
+    lambda text: text != "" and cli.is_utf8(text),
+    "a text in UTF-8 that is not empty",
+)
 SWITCH = Kind(bool, {"action": "store_true"}, allowed="true or false")
 ON_OFF = Kind(bool, {"action": argparse.BooleanOptionalAction}, allowed="true or false")
 COUNT = Kind(int, {"type": cli.positive_int}, lambda n: n >= 1, "1 or more")
@@ -290,7 +295,17 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
     settings = {"data_fingerprint": None, **chosen, **flags}
     if "learning_rate" in flags and "min_lr" not in flags:
         settings["min_lr"] = settings["learning_rate"] / 10
+    check_rates(settings)
     return settings
+
+
+def check_rates(settings: dict[str, Any]) -> None:
+    """UserError where the learning rate would end above what is called the highest."""
+    highest, last = settings["learning_rate"], settings["min_lr"]
+    if last > highest:
+        raise UserError(
+            f"--min-lr {last:g} is above --learning-rate {highest:g}: lower it, or leave it out"
+        )
 
 
 def check_free(out: Path) -> None:

@@ -125,6 +125,18 @@ def some_text(text: str) -> str:
     return text
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8; Python has other bytes of a path as half characters.
+
+    Such a path can be opened, and cannot be noted in a file of settings.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def some_path(text: str) -> Path:
     """The path that a flag was given, which must not be empty."""
     return Path(some_text(text))

@@ -23,21 +23,25 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
     """Open `path` for writing so that it appears complete or not at all.
 
     The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed
-    over `path` when the block ends. If the block raises, the temporary file is removed and what
-    was at `path` stays untouched. An OSError, also one from the block, becomes a UserError.
+    over `path` when the block ends; where that is a link, over the file that it leads to. If the
+    block raises, the temporary file is removed and what was at `path` stays untouched. An OSError,
+    also one from the block, becomes a UserError, and so does a device or a pipe (/dev/stdout),
+    which a file must not take the place of.
     """
     path = Path(path)
-    # Not the process id: it is the same in two containers that share a folder.
-    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
+        _refuse_device(path)
+        target = path.resolve() if path.is_symlink() else path
+        # Not the process id: it is the same in two containers that share a folder.
+        temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}.tmp")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
         try:
             with open(temporary, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -45,6 +49,11 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; what was there before is unchanged"
         ) from error
+
+
+def _refuse_device(path: Path) -> None:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"cannot write {path}: it is a device or a pipe; name a file")
 
 
 def _remove_abandoned(path: Path) -> None:

@@ -67,10 +67,11 @@ class Corpus:
                 f"{self.name}: the {which} text has {counted(shorter, 'token')}, {few}: give more "
                 f"text{smaller}"
             )
+        comma = "," if smaller else " or"
         enough = math.ceil(need / min(self.fraction, 1 - self.fraction)) + 1
         raise UserError(
             f"{self.name} has {counted(sum(lengths), 'token')}, of which {shorter:,} are for "
-            f"{which}, {few}: give {enough:,} tokens or more, a --validation FILE of its "
+            f"{which}, {few}: give {enough:,} tokens or more{comma} a --validation FILE of its "
             f"own{smaller}"
         )
 

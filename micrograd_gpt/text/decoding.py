@@ -53,6 +53,7 @@ class Notes:
     """What was done to texts while they were read, for the user to know."""
 
     mended: set[Path] = field(default_factory=set)  # files whose line ends were changed
+    with_null: set[Path] = field(default_factory=set)  # files that have null characters
     skipped: Counter[str] = field(default_factory=Counter)  # records left out, by the reason
 
     def tell(self, source: str | Path) -> None:
@@ -63,6 +64,11 @@ class Notes:
                 some if len(self.mended) == 1 else f"{counted(len(self.mended), 'file')}, {some}"
             )
             say(rf"note: {where}: \r\n and \r were read as \n; --line-ends keep leaves them in")
+        if self.with_null:
+            say(
+                f"note: {min(self.with_null)} has null characters, as a file that is no text has, "
+                "and UTF-16 without its mark (for that: --encoding utf-16-le)"
+            )
         if self.skipped:
             why = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())
             say(f"note: {source}: {counted(self.skipped.total(), 'record')} left out: {why}")
@@ -106,6 +112,8 @@ def text_chunks(
                 end += len(chunk)
                 on_read(len(chunk))
                 text = decoder.decode(chunk)
+                if "\0" in text:
+                    notes.with_null.add(path)
                 yield text.removeprefix("\ufeff") if is_first else text
                 is_first = is_first and not text
             yield decoder.decode(b"", final=True)

@@ -22,6 +22,24 @@ from micrograd_gpt.text.records import RECORD_SUFFIXES, record_texts
 SUFFIXES = (".txt", ".md", ".rst", *RECORD_SUFFIXES)  # of the files read in a folder
 AS_IT_IS = Form()
 
+# What a model's folder or a run's holds beside its weights, and is no text to learn from
+OWN_FILES = {
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "model_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "prompt_template.txt",
+    "trainer_state.json",
+    "metrics.jsonl",
+    "scores.json",
+}
+
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
@@ -79,7 +97,8 @@ def find_files(source: str | Path) -> list[Path]:
     """Return the files that hold the text of `source`, which may be anything but "pydocs".
 
     Those of a folder are all files under it with one of the SUFFIXES, sorted by path, and stderr
-    says which others there are. What is hidden (.git/, ._a.txt) is left out, and a link to a folder
+    says which others there are. What is hidden (.git/, ._a.txt) is left out, and so are the files
+    of a model or a run (OWN_FILES), so that an --out may lie inside of --data. A link to a folder
     is followed, but no folder is read twice. Raises UserError if there are none.
     """
     if source == "shakespeare":
@@ -125,7 +144,10 @@ def _files_under(folder: Path) -> list[Path]:
         folders[:] = sorted(
             shown, key=lambda name: (os.path.islink(os.path.join(place, name)), name)
         )
-        paths = [Path(place, name) for name in names if not name.startswith(".")]
+        shown = [name for name in names if not name.startswith(".")]
+        if any(name == "settings.toml" or name.endswith(".safetensors") for name in shown):
+            shown = [name for name in shown if name not in OWN_FILES]
+        paths = [Path(place, name) for name in shown]
         files += [path for path in paths if path.is_file()]
     return files
 

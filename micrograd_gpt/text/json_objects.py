@@ -10,6 +10,7 @@ from typing import Any
 
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.documents import read_text
+from micrograd_gpt.text.records import json_problem
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a pair, which JSON can have without the other
 
@@ -46,4 +47,4 @@ def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: this is not JSON ({error}): correct it") from error
+        raise UserError(f"{place}: this is not JSON ({json_problem(error)}): correct it") from error

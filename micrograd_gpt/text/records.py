@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from micrograd_gpt.support.cli import is_utf8
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.decoding import Form, Notes, text_chunks
 from micrograd_gpt.text.tables import columns, no_field, parquet_columns, short, table_rows
@@ -41,21 +42,13 @@ def record_texts(path: Path, form: Form, on_read: OnRead, notes: Notes) -> Itera
                 f"{path}, {place}: {form.field!r} is {short(text)}, not a text: correct it, or "
                 "name another with --text-field"
             )
-        if not _is_unicode(text):
+        if not is_utf8(text):
             notes.skipped[NO_CHARACTER] += 1
             continue
         if form.line_ends == "lf" and "\r" in text:
             notes.mended.add(path)
             text = text.replace("\r\n", "\n").replace("\r", "\n")
         yield text
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _values(path: Path, form: Form, on_read: OnRead, notes: Notes) -> Values:
@@ -120,8 +113,15 @@ def _parsed(path: Path, place: str, text: str) -> Any:
         raise _not_json(path, place, error) from error
 
 
-def _not_json(path: Path, place: str, error: Exception) -> UserError:
-    reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+def json_problem(error: ValueError | RecursionError) -> str:
+    """What is wrong with a JSON text, without Python's advice on how to program around it."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(error).partition("; use sys.")[0]
+
+
+def _not_json(path: Path, place: str, error: ValueError | RecursionError) -> UserError:
+    reason = json_problem(error)
     return UserError(f"{path}, {place}: this is not JSON ({reason}): correct it, or remove it")
 
 

@@ -53,6 +53,8 @@ def columns(
     for name in wanted:
         if name not in names:
             raise no_field(f"{path}: its header", name, names, flags)
+        if names.count(name) > 1:
+            raise UserError(f"{path}: its header has {name!r} twice: rename or remove one")
     places = [names.index(name) for name in wanted]
     for place, fields in rows:
         if len(fields) != len(names):
@@ -112,6 +114,8 @@ def _python_value(value: Any) -> Any:
 def no_field(where: str, name: str, names: Sequence[str], flags: str) -> UserError:
     """What to say where there is no such column or key, only these."""
     found = ", ".join(map(short, names[:10])) or "none"
+    if len(names) == 1 and ";" in names[0]:  # as spreadsheets write it in much of Europe
+        return UserError(f"{where} has semicolons between the names: put commas in their place")
     return UserError(f"{where} has no {name!r}, only {found}: name what holds it with {flags}")
 
 

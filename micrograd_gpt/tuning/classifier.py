@@ -17,6 +17,7 @@ import numpy as np
 
 from micrograd_gpt import layers
 from micrograd_gpt.arrays.devices import device_of, move
+from micrograd_gpt.arrays.int8 import INT8
 from micrograd_gpt.arrays.memory import memory_errors
 from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.gpt2 import GPT2
@@ -159,7 +160,9 @@ def load_with_tokenizer(
 def build_classifier(
     weights: Weights, device: str = "cpu", dtype: str = "float32"
 ) -> GPT2Classifier:
-    """The classifier with these weights; UserError as for `load_classifier`."""
+    """The classifier with these weights; UserError as for `load_classifier`, and for int8."""
+    if dtype == INT8:
+        raise UserError("int8 is for language models: give a classifier --dtype bfloat16")
     if SCORE not in weights.heads:
         raise UserError(
             f"{weights.path} is a language model, not a classifier: make one of it with "

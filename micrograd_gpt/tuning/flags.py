@@ -31,6 +31,7 @@ from micrograd_gpt.runs.settings import (
     check_free,
     check_in_use,
     check_kinds,
+    check_rates,
     one_of,
     resumed_settings,
 )
@@ -198,6 +199,7 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
         settings |= {"data_fingerprint": None, "base_weights": None, "planned_steps": 0, **flags}
         if "learning_rate" in flags and "min_lr" not in flags:
             settings["min_lr"] = settings["learning_rate"] / 10
+        check_rates(settings)
     check_kinds(settings, rows)
     complete = argparse.Namespace(command=command, **settings)
     lora.check_flags(complete)

@@ -14,6 +14,7 @@ import numpy as np
 
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import reading
 from micrograd_gpt.text import tables
 from micrograd_gpt.text.documents import check_encoding, read_text
 from micrograd_gpt.text.json_objects import read_objects
@@ -74,8 +75,9 @@ def read_examples(
     missing column, an empty text, a missing label, and labels of both kinds.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give {', '.join(SUFFIXES)}")
+    with reading(path):
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give {', '.join(SUFFIXES)}")
     rows = list(_rows(path, columns, encoding, with_labels))
     if not rows:
         raise UserError(f"{path} holds no examples: give a file with texts")

@@ -85,14 +85,16 @@ def add_lora(
     A name is one of LAYERS, or the last part of one: `c_proj` is both of that name. `alpha` is
     twice the rank if left out. A classifier's head is trained in full. From now on the model is
     saved as an adapter, which names `base`, what the model is called, if given. Raises UserError
-    for a layer that there is not.
+    for a layer that there is not, and for a rank above that of a layer's weight.
     """
     check_layer_names(layer_names)
-    names = [
-        name
-        for name in named_layers(model, Linear)
-        if any(name.endswith(f".{wanted}") for wanted in layer_names)
-    ]
+    linear = named_layers(model, Linear)
+    names = [name for name in linear if any(name.endswith(f".{wanted}") for wanted in layer_names)]
+    full = min((min(linear[name].weight.shape) for name in names), default=rank)
+    if rank > full:
+        raise UserError(
+            f"--lora-rank {rank:,} is above {full:,}, where an addition can be any matrix: lower it"
+        )
     for i, name in enumerate(names):
         replace_by_lora(model, name, rank, alpha or 2 * rank, (seed, i), dropout)
     model.adapter = AdapterFiles(base)

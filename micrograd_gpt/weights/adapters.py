@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from micrograd_gpt.arrays.devices import Array
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json
 from micrograd_gpt.text.hugging_face import TOKENIZER
@@ -211,8 +212,15 @@ class Merged(StoredTensor):
 
 
 def with_adapter(weights: Weights, folder: str) -> Weights:
-    """The weights with the adapter in this folder folded in; UserError for a classifier's."""
+    """The weights with the adapter in this folder folded in; UserError for a classifier's.
+
+    Shapes cannot tell whether it was trained on these weights; where it was on those of another
+    folder, stderr says so.
+    """
     adapter = open_adapter(folder)
+    base = adapter.config.get("base_model_name_or_path")
+    if isinstance(base, str) and Path(base).is_dir() and not weights.folder.samefile(base):
+        say(f"note: {folder} was trained on {base}, not on {weights.folder}")
     if adapter.head is not None:
         raise UserError(f"{folder} is a classifier's adapter: use it as it is, with --model")
     return merged(weights, adapter)

@@ -63,7 +63,9 @@ def read_values(folder: str | Path) -> dict[str, Any]:
     Raises UserError if it is missing or damaged.
     """
     finish_set(folder)
-    values = read_json(Path(folder) / CONFIG) or read_json(Path(folder) / ADAPTED_CONFIG)
+    values = read_json(Path(folder) / CONFIG)
+    if values is None:
+        values = read_json(Path(folder) / ADAPTED_CONFIG)
     if values is None:
         raise UserError(f"{folder} holds no model: there is no {CONFIG}")
     return values

@@ -7,11 +7,14 @@ build(weights)           -> GPT2
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from micrograd_gpt.arrays.devices import Array, move
-from micrograd_gpt.arrays.precision import hold_in
+from micrograd_gpt.arrays.int8 import INT8, hold_in_int8, refuse_int8
+from micrograd_gpt.arrays.memory import HugePages
+from micrograd_gpt.arrays.precision import check_precision, hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.download import reason
@@ -29,9 +32,9 @@ def from_pretrained(
 
     names.py says what a name can be. A size is taken from a cache, or downloaded from Hugging Face
     or else from OpenAI; a file or folder is anything that `open_weights` reads, without the
-    network. `dtype` is what the parameters are held in ("float32", "float64", "bfloat16" or
-    "float16"), whatever the file stores. The model is in evaluation mode. Raises UserError if the
-    weights can't be found, fetched or read.
+    network. `dtype` is what the parameters are held in ("float32", "float64", "bfloat16", "float16"
+    or, to use a model on a CPU, "int8": arrays/int8.py), whatever the file stores. The model is in
+    evaluation mode. Raises UserError if the weights can't be found, fetched or read.
     """
     return build(open_model(str(name)), device, dtype, cls)
 
@@ -41,32 +44,50 @@ def build(
 ) -> GPT2:
     """A GPT2 (or a subclass of it) with these weights, in evaluation mode.
 
-    Each tensor is read into the parameter that keeps it, so on the CPU memory holds the model once.
-    Raises UserError, naming the tensor, for one that is missing, extra, misshapen or damaged, and
-    for a model that does not fit into memory.
+    Each tensor is read into the parameter that keeps it, so on the CPU memory holds the model once;
+    for int8 each becomes that before the next is read. Raises UserError, naming the tensor, for one
+    that is missing, extra, misshapen or damaged, for a model that does not fit into memory, and for
+    int8 on a GPU.
     """
+    refuse_int8(dtype, device)
     if weights.heads:
         names = ", ".join(map(ascii, weights.heads))[:200]  # there can be any, and any number
         say(f"note: {weights.path}: {names} left out: a language model has no such head")
     try:
-        model = unwritten(weights.config, cls)
-        hold_in(model, dtype)
+        if dtype == INT8:  # float32 until it is read
+            model = unwritten(weights.config, cls, new=np.zeros)
+        else:
+            check_precision(dtype)
+            model = unwritten(weights.config, cls, dtype)
+            hold_in(model, dtype)
         move(model, device)
     except MemoryError as error:
         raise UserError(
             f"{weights.path}: not enough memory for this model ({reason(error)})"
         ) from error
-    arrays = {name: parameter.data for name, parameter in model.named_parameters()}
-    fill(arrays, weights.tensors, weights.path)
+    parameters = dict(model.named_parameters())
+    arrays = {name: parameter.data for name, parameter in parameters.items()}
+
+    memory = HugePages()
+
+    def hold(name: str) -> None:
+        del arrays[name]
+        hold_in_int8(name, parameters[name], memory.zeros)
+
+    fill(arrays, weights.tensors, weights.path, hold if dtype == INT8 else None)
     return model.eval()
 
 
-def unwritten(config: GPT2Config, cls: type[GPT2] = GPT2) -> GPT2:
-    """A model to fill: its matrices are zeros from the system, which take no room until then."""
+def unwritten(
+    config: GPT2Config, cls: type[GPT2] = GPT2, dtype: str = "float32", new: Any = None
+) -> GPT2:
+    """A model to fill, whose matrices are of this type: zeros that `new`, or else the system, gives
+    and that take no room until then."""
+    new = HugePages().zeros if new is None else new
     tables = [(rows, config.n_embd) for rows in (config.vocab_size, config.n_positions)]
 
     def zeros(shape: tuple[int, ...], std: float) -> Array:
         # Embeddings keep C order, and Linear would copy what is not in Fortran order.
-        return np.zeros(shape, np.float32, order="C" if shape in tables else "F")
+        return new(shape, np.dtype(dtype), order="C" if shape in tables else "F")
 
     return model_class(config, cls)(config, init=zeros)

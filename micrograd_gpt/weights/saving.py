@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from micrograd_gpt.arrays.devices import Array, to_device
+from micrograd_gpt.arrays.int8 import INT8
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.support.files import write_text
 from micrograd_gpt.text.tokenizers import Tokenizer
@@ -29,8 +31,11 @@ def save_pretrained(
     the adapter is written, and `peft.PeftModel.from_pretrained(base, folder)` loads it. `dtype`
     ("float16", "bfloat16") stores the weights in that type, rounded to nearest; `metadata` is added
     to the safetensors file's own. Raises UserError if the files can't be written, and leaves what
-    was there before.
+    was there before, for a whole model in int8, and for an empty name, which would be the current
+    folder.
     """
+    if not str(folder):
+        raise UserError("the name of the folder is empty: give one to save the model in")
     with written_as_set(folder) as new:
         write_model(model, new, tokenizer, dtype, metadata)
 
@@ -50,9 +55,12 @@ def write_model(
     """
     folder = Path(folder)
     file, arrays = stored_arrays(model)
+    held = str(model.transformer.wte.weight.dtype)
+    if held == INT8 and file == MODEL:
+        raise UserError("a model in int8 cannot be saved: load it in float32, or in bfloat16")
     on_cpu = {name: to_device(array, "cpu") for name, array in arrays.items()}
     write_safetensors(folder / file, on_cpu, {"format": "pt", **(metadata or {})}, dtype)
-    stored = dtype or str(model.transformer.wte.weight.dtype)
+    stored = dtype or ("float32" if held == INT8 else held)  # an adapter beside int8 is float32
     config = config_json(model.config, stored, tokenizer.special_tokens if tokenizer else None)
     config |= also_in_config or {}
     whole, adapter = (MODEL, CONFIG), (ADAPTER_MODEL, ADAPTED_CONFIG, ADAPTER_CONFIG)

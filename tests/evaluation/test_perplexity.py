@@ -117,3 +117,8 @@ def test_wikitext_without_its_spaces() -> None:
     expected = " = A =\n\nThe (well-known) cat's 1,000 lives, \"the cats' own\".\n== B == "
     assert wikitext(text) == expected
     assert wikitext("the cats ' own") == "the cats' own"
+
+
+def test_a_window_of_one_token_has_no_context() -> None:
+    with pytest.raises(UserError, match="a window has 2 tokens or more"):
+        sliding_windows(10, 1, 1)

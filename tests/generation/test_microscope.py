@@ -9,6 +9,7 @@ import pytest
 from small_gpt2 import POSITIONS, VOCABULARY, make_model
 
 from micrograd_gpt import no_grad
+from micrograd_gpt.arrays.int8 import hold_in_int8
 from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.generation.microscope import Observation, attribution, lens, observe
 from micrograd_gpt.gpt2 import GPT2, Block
@@ -108,6 +109,15 @@ def test_dropout_is_off_while_a_model_in_training_is_observed() -> None:
 
 
 # ---------------------------------------------------------------- the lens, and sums of the logit
+
+
+def test_the_parts_of_a_model_in_int8_sum_to_its_logits() -> None:
+    model = make_model()
+    for name, parameter in model.named_parameters():
+        hold_in_int8(name, parameter)
+    seen = observe(model, IDS)
+    total = attribution(model, seen, TARGETS).total()
+    assert_close(total, logits_of(model)[np.arange(POSITIONS), TARGETS])
 
 
 @pytest.mark.parametrize("config", RELATIVES, ids=str)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import mmap
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from compilers import CC, REPORT, QuickCompiler, needs_cc, run_apart
+from compilers import CC, REPORT, WITHOUT_PACKAGE, QuickCompiler, needs_cc, run_apart
 from kernel_cases import parameters
 
 from micrograd_gpt import functional as F
 from micrograd_gpt import optim
+from micrograd_gpt.arrays.memory import ROWS_AT_ONCE
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels.in_c import compiler
 from micrograd_gpt.kernels.in_c import kernels as compiled
@@ -68,9 +72,48 @@ def test_every_width_of_vectors_gives_the_same(option: str, tmp_path: Path) -> N
 
 
 def test_without_a_compiler_numpy_does_it(tmp_path: Path) -> None:
-    result = run_apart(COMPARE, PATH=str(tmp_path), CC="", XDG_CACHE_HOME=str(tmp_path))
+    environment = {"PATH": str(tmp_path), "CC": "", "XDG_CACHE_HOME": str(tmp_path)}
+    result = run_apart(WITHOUT_PACKAGE + COMPARE, **environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("NumPy (there is no C compiler")
+    assert "pip install -e '.[compiler]'" in result.stdout
+
+
+@needs_cc
+@pytest.mark.parametrize("names", [["named", "cc", "package"], ["cc", "package"], ["package"]])
+def test_a_package_is_the_compiler_where_there_is_no_other(
+    names: list[str], tmp_path: Path
+) -> None:
+    """CC comes before the system's compiler, and that before the package."""
+    for name in ("named", "cc", "package"):
+        QuickCompiler(tmp_path, name, first="exit 1")
+    if names == ["package"]:  # GCC looks for its parts in PATH
+        QuickCompiler(tmp_path, "package", first=f"PATH={shlex.quote(os.environ['PATH'])}")
+        (tmp_path / "cc").unlink()
+    (tmp_path / "ziglang").mkdir()
+    (tmp_path / "ziglang" / "__main__.py").write_text(
+        f"import os, sys; os.execv({str(tmp_path / 'package')!r}, sys.argv[1:])\n"
+    )
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+        "PATH": str(tmp_path),
+        "CC": str(tmp_path / "named") if "named" in names else "",
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    said = run_apart(REPORT, **environment).stdout
+    assert ("C, compiled by quick 1" in said) == (names == ["package"])
+    assert [log.stem for log in tmp_path.glob("*.log") if log.read_text()] == names[:1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("ziglang"), reason="ziglang is not installed")
+def test_the_packages_compiler_needs_neither_another_nor_a_home(tmp_path: Path) -> None:
+    environment = {"PATH": str(tmp_path), "CC": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    code = f"import os; os.environ.pop('HOME', None)\n{COMPARE}"
+    result = run_apart(code, **environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("C, compiled by clang")
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the failing compiler is a shell script")
@@ -172,8 +215,8 @@ def test_a_strange_compiler_is_no_hindrance(command: str, tmp_path: Path) -> Non
 def test_a_compiler_that_is_not_found_is_named(tmp_path: Path) -> None:
     missing = "CC names no-such-cc, which is not found"
     environment = {"CC": "no-such-cc -O2", "XDG_CACHE_HOME": str(tmp_path)}
-    without = run_apart(REPORT, PATH=str(tmp_path), **environment).stdout
-    assert without.startswith("'NumPy (there is no C compiler") and missing in without
+    without = run_apart(WITHOUT_PACKAGE + REPORT, PATH=str(tmp_path), **environment).stdout
+    assert "NumPy (there is no C compiler" in without and missing in without
     QuickCompiler(tmp_path, "cc")
     path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
     said = run_apart(REPORT, PATH=path, **environment).stdout
@@ -219,7 +262,8 @@ def test_a_path_need_not_be_utf8(where: str, tmp_path: Path) -> None:
 @needs_cc
 def test_a_report_about_a_path_that_is_not_utf8_can_be_printed(tmp_path: Path) -> None:
     missing = os.fsdecode(b"caf\xe9/cc")
-    said = run_apart(COMPARE, CC=missing, PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+    environment = {"CC": missing, "PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    said = run_apart(WITHOUT_PACKAGE + COMPARE, **environment)
     assert said.returncode == 0, said.stderr
     assert r"CC names caf\udce9/cc, which is not found" in said.stdout
 
@@ -279,7 +323,7 @@ def test_callers_in_several_threads_get_their_own_results() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 96, 385])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 12, 16, 17, 96, 385])
 @pytest.mark.parametrize("k", [1, 31, 384, 385, 800])
 def test_products_of_every_layout(n: int, k: int) -> None:
     """Operands in C order, in Fortran order and with gaps; results in both orders."""
@@ -424,6 +468,26 @@ def test_a_number_that_is_none_is_not_lost(bad: float) -> None:
     q, k, v = numbers(3, 1, 1, 40, 16)
     q[0, 0, 7, 3] = bad
     assert not np.isfinite(F.attention_forward(q, k, v, 0.0, ())[0][0, 0, 7]).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loss_over_many_rows_holds_few_logits(dtype: str) -> None:
+    """Its gradients are those of all rows together."""
+    n, vocab_size, width = 2 * ROWS_AT_ONCE + 77, 3001, 24
+    x, table = numbers(n, width).astype(dtype), numbers(vocab_size, width).astype(dtype)
+    labels = np.random.default_rng(0).integers(0, vocab_size, n)
+    tracemalloc.start()
+    ours = compiled.linear_cross_entropy_forward(x, table, labels, True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * vocab_size * (2 * ROWS_AT_ONCE + 3 * width)
+    exact = linear_cross_entropy_forward.definition(  # type: ignore[attr-defined]
+        x.astype("float64"), table.astype("float64"), labels, True
+    )
+    for one, other in zip(ours, exact, strict=True):
+        tolerance = (1e-5 if dtype == "float32" else 2e-2) * np.abs(other).max()
+        np.testing.assert_allclose(one.astype("float64"), other, rtol=0, atol=tolerance)
 
 
 @needs_compiler

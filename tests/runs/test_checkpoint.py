@@ -23,7 +23,7 @@ from micrograd_gpt.support import files
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import SAVED
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.text.tokenizers import CharTokenizer
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 from micrograd_gpt.weights.config import read_config
 from micrograd_gpt.weights.saving import save_pretrained
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
@@ -394,3 +394,13 @@ def test_a_damaged_file_of_a_run_names_the_way_back(name: str, tmp_path: Path) -
     for file in (tmp_path / "best").iterdir():
         shutil.copy(file, tmp_path)
     checkpoint.load_run(tmp_path, *trained(0))  # as good as the other one
+
+
+def test_a_tokenizer_of_another_model_is_named(tmp_path: Path) -> None:
+    tokenizer = CharTokenizer("abcdefgh")
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=8, n_positions=4)
+    save_pretrained(GPT2(config), tmp_path, tokenizer)
+    assert checkpoint.own_tokenizer(tmp_path).vocab_size == 8
+    ByteTokenizer().save(tmp_path)
+    with pytest.raises(UserError, match="the tokenizer has 257 tokens and the model 8: put the"):
+        checkpoint.own_tokenizer(tmp_path)

@@ -135,6 +135,17 @@ def test_speed_flags_do_not_change_the_text(
     assert run(capsys, *flags) == run(capsys, *flags[: 4 + len(mode)])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_narrow_weights_write_what_they_write_without_a_cache(
+    char_model: str, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    """The small model's likeliest tokens are far enough apart for roundings not to matter."""
+    flags = ["--model", char_model, "--prompt", "the ", "--greedy", "--dtype", dtype]
+    text = run(capsys, *flags)
+    assert text == run(capsys, *flags, "--no-kv-cache")
+    assert text.startswith("the ") and len(text) > 100
+
+
 def test_stop_texts(char_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", char_model, "--prompt", "the ", "--max-new-tokens", "60"]
     (whole,) = run_json(capsys, *flags)
@@ -390,6 +401,7 @@ def test_a_special_token_in_a_prompt_is_recognized_on_request(
         (["--repetition-penalty", "1e-320"], "repetition_penalty must be"),
         (["--stop", ""], "--stop needs a text"),
         (["--dtype", "float8"], "invalid choice"),
+        (["--dtype", "int8", "--device", "gpu"], "int8 is for the CPU"),
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--prompt", "über"], "'ü' at position 0"),
         (["--prompt", os.fsdecode(b"\xff")], "surrogate"),

@@ -21,6 +21,7 @@ from micrograd_gpt.support.errors import UserError
         *(f"finetune_gpt2 classify --{flag}=" for flag in ("data", "model", "predict", "out")),
         "finetune_gpt2 instruct --template=",
         "generate --model=",
+        "generate --microscope=",
         *(f"load_gpt2 --{flag}=" for flag in ("from", "out", "export")),
     ],
 )
@@ -70,3 +71,49 @@ def test_validation_covers_the_same_windows_whatever_the_batch(
         train_gpt2.main(["--data", str(text), "--out", str(out), *flags])
         losses.append(metrics(out)[-1]["val_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("train_gpt2 --max-steps 1 --min-lr 1", "--min-lr 1 is above --learning-rate 0.003"),
+        ("train_gpt2 --max-steps 1 --learning-rate 1e-4 --min-lr 2e-4", "--min-lr 0.0002 is above"),
+        ("finetune_gpt2 classify --data x.tsv --min-lr 1", "--min-lr 1 is above --learning-rate"),
+        ("train_gpt2 --data \udcff.txt", "--data must be a text in UTF-8"),
+        ("train_gpt2 --out \udcff", "--out must be a text in UTF-8"),
+        ("finetune_gpt2 classify --data \udcff.tsv", "--data must be a text in UTF-8"),
+        ("load_gpt2 --from 124M --source huggingface --openai-url http://x", "--from says where"),
+        ("load_gpt2 --source huggingface --openai-url http://x", "--openai-url is for what is"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    flags: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *words = flags.split()
+    with pytest.raises(UserError, match=f"^{problem}"):
+        script(name).main(words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "train_gpt2 --overwrite --out",
+        "train_gpt2 --out",
+        "train_gpt2 --resume --out",
+        "train_gpt2 --data",
+        "finetune_gpt2 classify --data x.tsv --overwrite --out",
+        "finetune_gpt2 classify --data",
+        "finetune_gpt2 instruct --data",
+        "evaluate_gpt2 last-word --data",
+        "generate --prompts",
+    ],
+)
+def test_a_name_that_is_too_long_is_one_line(
+    flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *words = flags.split()
+    with pytest.raises(UserError, match=r"cannot (write|read)( to)? xxx"):
+        script(name).main([*words, "x" * 300])

@@ -102,3 +102,13 @@ def test_a_text_that_ctrl_c_cut_short_has_no_page(
     argv = ["--model", char_model, "--prompt", "the ", "--microscope", str(tmp_path / "page.html")]
     assert generate.main(argv) == 130
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_page_takes_the_place_of_no_other_file(char_model: str, tmp_path: Path) -> None:
+    file, asked = tmp_path / "precious.json", ["--model", char_model, "--prompt", "the "]
+    file.write_text("{}")
+    with pytest.raises(UserError, match=r"precious.json is a file that would be lost: .* \.html$"):
+        generate.main([*asked, "--microscope", str(file)])
+    assert file.read_text() == "{}"
+    for _ in range(2):  # an earlier page may be replaced
+        generate.main([*asked, "--max-new-tokens", "2", "--microscope", str(tmp_path / "a.html")])

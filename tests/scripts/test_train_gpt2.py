@@ -402,6 +402,13 @@ def test_flags_come_before_those_in_a_file(train_gpt2: ModuleType, tmp_path: Pat
     assert type(flags["learning_rate"]) is float
 
 
+def test_a_file_of_flags_may_come_from_windows(train_gpt2: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_bytes(b"\xef\xbb\xbfbatch-size = 7\r\ndata = 'a.txt'\r\n")
+    flags = train_gpt2.parse_flags(["--config", str(path)])
+    assert flags == {"batch_size": 7, "data": "a.txt"}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -415,7 +422,7 @@ def test_flags_come_before_those_in_a_file(train_gpt2: ModuleType, tmp_path: Pat
         ("batch_size = 1.5", "batch_size must be a whole number, 1 or more, not 1.5"),
         ("dropout = 1", r"dropout must be in [0, 1), not 1"),
         ("dtype = 'int8'", "dtype must be float32 or"),
-        ("data = ['a']", "data must be a text that is not empty, not ['a']"),
+        ("data = ['a']", "data must be a text in UTF-8 that is not empty, not ['a']"),
     ],
 )
 def test_mistakes_in_a_file_of_flags(

@@ -503,3 +503,33 @@ def test_what_no_machine_can_hold_is_one_line(
     result = run("--data", text, "--out", tmp_path / "out", *SMALL, *flags)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.slow
+def test_a_run_with_another_tokenizer_is_not_said_to_have_other_data(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    """--allow-changes, which is advised for other data, would not help."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    for folder, tokenizer in ((out, "char"), (other, "byte")):
+        flags = [*SMALL, "--tokenizer", tokenizer, "--max-steps", "1"]
+        train_gpt2.main(["--data", str(text), "--out", str(folder), *flags])
+    shutil.copy(other / "tokenizer.json", out)
+    with pytest.raises(
+        UserError, match=r"^the tokenizer has 257 tokens and the model \d+: put the"
+    ):
+        train_gpt2.main(["--resume", "--out", str(out), "--max-steps", "2"])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_its_folder_is_part_of_its_data(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(text, data / "text.txt")
+    for out in (data / "out", data):  # the second has both runs and the text in it
+        flags = ["--data", str(data), "--out", str(out), *SMALL, "--max-steps", "1"]
+        assert train_gpt2.main(flags) == 0
+    for out in (data / "out", data):
+        assert train_gpt2.main(["--resume", "--out", str(out), "--max-steps", "2"]) == 0

@@ -134,3 +134,18 @@ def test_what_is_no_oserror_stays_what_it_is(tmp_path: Path, failure: type[BaseE
         file.write(b"half")
         raise failure("mine")
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file.txt": "old"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
+def test_a_file_does_not_take_the_place_of_a_device_or_a_link(tmp_path: Path) -> None:
+    """/dev/stdout is such a link: whoever may would replace it for all."""
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
+    os.mkfifo(pipe)
+    link.symlink_to(file)
+    with pytest.raises(UserError, match=r"cannot write .*pipe: it is a device or a pipe; name a f"):
+        files.write_text(pipe, "text")
+    assert pipe.is_fifo()
+    for text in ("new", "newer"):
+        files.write_text(link, text)
+        assert link.is_symlink() and file.read_text() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]

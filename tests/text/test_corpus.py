@@ -156,3 +156,9 @@ def test_what_is_left_out_is_said_once(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "b.pdf").touch()
     load_corpus(tmp_path, "char")
     assert capsys.readouterr().err.count("1 file of other kinds left out (.pdf)") == 1
+
+
+def test_a_text_too_short_for_any_block_is_advised_in_whole_sentences(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Hello")
+    with pytest.raises(UserError, match=r"171 tokens or more or a --validation FILE of its own$"):
+        load_corpus(tmp_path / "a.txt", "byte").windows(16)

@@ -401,3 +401,45 @@ def test_parquet_leaves_out_what_jsonl_leaves_out(
     assert load_documents(path) == ["one", "two"]
     said = "2 records left out: 1 without a text (null), 1 with half a character (a lone surrogate)"
     assert capsys.readouterr().err == f"note: {path}: {said}\n"
+
+
+def test_a_run_inside_of_its_data_is_not_learned_from(tmp_path: Path) -> None:
+    texts = ["data/a.txt", "data/out/notes.txt", "data/config.json", "data/vocab.json"]
+    weights = ["data/out/model.safetensors", "data/out/best/model.safetensors"]
+    own = ["data/out/config.json", "data/out/metrics.jsonl", "data/out/best/tokenizer.json"]
+    of_a_run_that_has_begun = ["data/new/settings.toml", "data/new/metrics.jsonl"]
+    for name in (*texts, *weights, *own, *of_a_run_that_has_begun):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    found = find_files(tmp_path / "data")
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in found) == sorted(texts)
+
+
+def test_null_characters_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes("Hello".encode("utf-16-le"))
+    assert load_documents(path) == ["H\0e\0l\0l\0o\0"]
+    assert "null characters" in (said := capsys.readouterr().err) and "utf-16-le" in said
+    assert load_documents(path, Form("utf-16-le")) == ["Hello"]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("x.csv", "text,text\na,b\n", "its header has 'text' twice: rename or remove one"),
+        ("x.csv", "text;label\na;b\n", "its header has semicolons .*: put commas in their place$"),
+        (
+            "x.jsonl",
+            '{"text": "a", "n": %s}' % ("9" * 5000),
+            r"not JSON \(Exceeds [^;]*\): correct",
+        ),
+    ],
+)
+def test_advice_about_a_file_helps_whoever_has_it(
+    name: str, content: str, problem: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=problem):
+        load_documents(tmp_path / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from small_gpt2 import make_model
 from tiny_weights import CONFIG, TINY, hf_folder
 
 from micrograd_gpt import Tensor, no_grad
+from micrograd_gpt.arrays.int8 import hold_in_int8
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2
@@ -27,6 +29,7 @@ from micrograd_gpt.tuning.lora import (
     lora_layers,
     trained_parameters,
 )
+from micrograd_gpt.weights.adapters import with_adapter
 from micrograd_gpt.weights.language_model import load_language_model
 from micrograd_gpt.weights.names import config_named, open_model, tokenizer_folder
 from micrograd_gpt.weights.saving import save_pretrained
@@ -220,6 +223,15 @@ def test_a_run_s_adapter_is_the_model_of_scripts_that_are_given_none(
     assert tokenizer.decode([10]) == "k" and template is None
 
 
+def test_an_adapter_of_a_model_in_int8_is_saved(base: Path, tmp_path: Path) -> None:
+    model = with_lora(base=str(base))
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            hold_in_int8(name, parameter)
+    model.save_pretrained(tmp_path / "new")
+    assert error(logits(GPT2.from_pretrained(tmp_path / "new")), logits(with_lora())) < 1e-5
+
+
 def test_the_shape_is_the_base_s_also_where_a_config_lies_beside(adapter: Path) -> None:
     (adapter / "config.json").write_text(json.dumps(CONFIG))
     assert config_named(str(adapter)) == make_model().config
@@ -332,3 +344,24 @@ def test_a_damaged_file_is_named(adapter: Path, damage: str) -> None:
 def test_a_layer_that_there_is_not(layer_names: list[str]) -> None:
     with pytest.raises(UserError, match="choose from attn\\.c_attn, attn"):
         add_lora(make_model(), 2, layer_names=layer_names)
+
+
+def test_a_rank_above_the_layer_s_is_refused_before_memory_is_asked_for() -> None:
+    model = make_model()  # 16 wide
+    with pytest.raises(
+        UserError, match=r"^--lora-rank 1,000,000,000,000 is above 16, .*: lower it"
+    ):
+        add_lora(model, 10**12)
+    add_lora(model, 16)
+
+
+def test_folding_an_adapter_into_another_model_of_its_shape_is_said(
+    adapter: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    with_adapter(open_model(str(base)), str(adapter))
+    assert capsys.readouterr().err == ""
+    with_adapter(open_model(str(other)), str(adapter))
+    note = f"note: {adapter} was trained on {base}, not on {other}"
+    assert capsys.readouterr().err == note + "\n"

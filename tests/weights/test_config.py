@@ -214,3 +214,11 @@ def test_sizes_by_name() -> None:
         size_name("125M")
     for size in SIZES:
         assert read_config(published_shape(size)) == GPT2Config(**SIZES[size])
+
+
+def test_a_config_that_says_nothing_is_not_one_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no config\.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config\.json lacks n_embd"):
+        read_config(tmp_path)

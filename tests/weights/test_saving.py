@@ -11,6 +11,7 @@ import pytest
 from faults import kill, needs_fork, run_with_fault
 
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import CharTokenizer
 from micrograd_gpt.weights.pretrained import from_pretrained
@@ -42,3 +43,13 @@ def test_killed_at_any_moment_it_leaves_the_old_model_or_the_new_one(
             break
         assert status == 9
     assert found == sorted(found) and set(found) == {1, 2} and len(found) > 12
+
+
+def test_an_empty_name_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=5, n_positions=4))
+    with pytest.raises(UserError, match="the name of the folder is empty"):
+        model.save_pretrained("")
+    assert list(tmp_path.iterdir()) == []

@@ -73,3 +73,8 @@ def contiguous(*arrays: Array) -> list[Array]:
 def strides_of(array: Array) -> list[int]:
     """How many elements apart neighbours along each axis of an aligned array are."""
     return [stride // array.itemsize for stride in array.strides]
+
+
+def address(array: Array | None) -> int | None:
+    """Where an array's numbers begin; None, which C takes for NULL, where there is no array."""
+    return None if array is None else array.ctypes.data

@@ -1,7 +1,8 @@
 """The C kernels, compiled once by the machine's own C compiler and kept (kept_library.py).
 
-Nothing has to be installed for them. Where there is no compiler, `library()` returns None, the
-kernels in NumPy do the work, and `report()` says so.
+Where the machine has none, the package `ziglang` is one, which the extra `compiler` installs: Zig
+contains Clang, and the headers of each system's C library. Without any compiler `library()` returns
+None, the kernels in NumPy do the work, and `report()` says so.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from micrograd_gpt.arrays.precision import multiplies
@@ -33,8 +38,10 @@ OPTIONS = "-O3 -std=gnu11 -shared -fPIC -pthread -fopenmp-simd -fno-math-errno -
 TARGETS = ("-march=native -mprefer-vector-width=512", "-march=native", "-mcpu=native", "")
 
 NOT_FOUND = "which is not found"
+NO_COMPILER = "there is no C compiler: with one they are faster: pip install -e '.[compiler]'"
 # What the processor multiplies bfloat16 with, as bfloat16.c numbers its ways
 WAYS = ("float32", "avx512_bf16", "AMX tiles")
+READ_AS_THEY_ARE = ("bfloat16", "int8")  # by narrow.c, at a rate that memory sets
 PATIENCE = 120  # seconds for one call of the compiler; it takes a few
 
 _LOADING = threading.Lock()
@@ -53,10 +60,12 @@ def report() -> str:
 
 
 @multiplies
-def multiplies_fast(dtype: str) -> bool:
-    """Whether the processor itself multiplies numbers of this type of half precision."""
-    found = library() if dtype == "bfloat16" and highest_level() == "c" else None
-    return found is not None and _way(found) > 0
+def multiplies_fast(dtype: str, decoding: bool) -> bool:
+    """Whether the processor itself multiplies numbers of this type of half precision, or for
+    decoding, whether there are kernels that read weights of this type as they are."""
+    if highest_level() != "c" or (found := library()) is None:
+        return False
+    return (dtype in READ_AS_THEY_ARE and decoding) or (dtype == "bfloat16" and _way(found) > 0)
 
 
 def _way(found: ctypes.CDLL) -> int:
@@ -95,7 +104,7 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
     try:
         compiler = _compiler(notes)
         if compiler is None:
-            return None, _words("NumPy", "there is no C compiler: with one they are faster", *notes)
+            return None, _words("NumPy", NO_COMPILER, *notes)
         version = next(iter(_output([*compiler, "--version"]).splitlines()), "an unnamed compiler")
         compiled = _kept_or_compiled(compiler, version, notes)
     except (OSError, subprocess.SubprocessError, ValueError) as problem:
@@ -112,7 +121,9 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _compiler(notes: list[str]) -> list[str] | None:
-    """The command of a C compiler: the one that $CC names, else the system's; None without one."""
+    """The command of a C compiler: the one that $CC names, else the system's, else an installed
+    package's; None without one.
+    """
     try:
         named = shlex.split(os.environ.get("CC", ""))
     except ValueError as error:
@@ -122,7 +133,10 @@ def _compiler(notes: list[str]) -> list[str] | None:
     if named:
         notes.append(f"CC names {named[0]}, {NOT_FOUND}")
     found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    return [found] if found else None
+    if found:
+        return [found]
+    has_package = sys.executable and importlib.util.find_spec("ziglang")
+    return [sys.executable, "-m", "ziglang", "cc"] if has_package else None
 
 
 def _kept_or_compiled(compiler: list[str], version: str, notes: list[str]) -> bytes:
@@ -161,16 +175,30 @@ def _compile(command: list[str], sources: list[str]) -> bytes:
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints; it gets no input, which belongs to the user's program."""
-    return subprocess.run(
-        command,
-        check=True,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=PATIENCE,
-    ).stdout
+    """What a compiler prints; it gets no input, which belongs to the user's program."""
+    with _zig_cache(command) as settings:
+        return subprocess.run(
+            command,
+            check=True,
+            env=settings | os.environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=PATIENCE,
+        ).stdout
+
+
+@contextmanager
+def _zig_cache(command: list[str]) -> Iterator[dict[str, str]]:
+    """Settings that let Zig keep what it makes in a folder that is removed, not in a home, which
+    not every user has; none for other compilers.
+    """
+    if not any("zig" in Path(word).name for word in command):
+        yield {}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield {"ZIG_GLOBAL_CACHE_DIR": folder, "ZIG_LOCAL_CACHE_DIR": folder}
 
 
 def _processor() -> str:

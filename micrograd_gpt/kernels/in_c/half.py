@@ -1,4 +1,5 @@
-"""Matrix products in half precision in C: of bfloat16 (bfloat16.c), and of a few rows (matmul.c).
+"""Matrix products in half precision in C: of bfloat16 (bfloat16.c), and of a few rows (narrow.c,
+or for float16 matmul.c).
 
 Sums are float32: what precision.py says half precision computes, but for the order of the sums, and
 that instructions for bfloat16 take numbers below 2**-126 for 0. kernels.py calls these functions
@@ -12,10 +13,11 @@ import ctypes
 import ml_dtypes
 import numpy as np
 
-from micrograd_gpt.arrays.precision import converts_on_cpu
+from micrograd_gpt.arrays.precision import cast, converts_on_cpu
 from micrograd_gpt.arrays.stand_ins import NotForMe, highest_level
 from micrograd_gpt.kernels.in_c.arguments import (
     Array,
+    address,
     call,
     contiguous,
     ints,
@@ -28,11 +30,16 @@ BFLOAT16, FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
 CONVERSIONS = ((FLOAT32, BFLOAT16), (BFLOAT16, FLOAT32))
 FEW_NUMBERS = 2**14  # NumPy converts fewer as quickly
-FEW_ROWS = 8  # with more, converting the matrix once is faster than once a row
+FEW_ROWS = {BFLOAT16: 16, FLOAT16: 8}  # with more, converting the matrix once is faster
+KINDS = (np.dtype(np.float32), BFLOAT16, np.dtype(np.int8))  # as narrow.h numbers them
 
 
 class FewRows(ctypes.Structure):
     _fields_ = [*ints("n", "k", "m"), *pointers("x", "weight", "bias", "y")]
+
+
+class NarrowRows(ctypes.Structure):
+    _fields_ = [*ints("kind", "n", "k", "m"), *pointers("x", "weight", "scales", "bias", "y")]
 
 
 class _HalfProduct(ctypes.Structure):
@@ -43,7 +50,7 @@ class _HalfProduct(ctypes.Structure):
         *pointers("b"),
         *ints("b_row", "b_column"),
         *pointers("bias", "c"),
-        *ints("c_row", "c_is_narrow"),
+        *ints("c_row", "c_is_narrow", "adds"),
     ]
 
 
@@ -56,7 +63,9 @@ class _HalfLinearBackward(ctypes.Structure):
     ]
 
 
-def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _HalfProduct:
+def _product(
+    a: Array, b: Array, c: Array, bias: Array | None = None, adds: bool = False
+) -> _HalfProduct:
     """c = a @ b + bias for the C code; where c is stored by columns, its transpose is computed."""
     if c.strides[1] != c.itemsize:
         a, b, c = b.T, a.T, c.T
@@ -64,19 +73,23 @@ def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _HalfPr
     return _HalfProduct(
         *(n, k, m, a.ctypes.data, *strides_of(a), b.ctypes.data, *strides_of(b)),
         *(None if bias is None else bias.ctypes.data, c.ctypes.data, strides_of(c)[0]),
-        c.dtype == BFLOAT16,
+        *(c.dtype == BFLOAT16, adds),
     )
 
 
 def multiply(a: Array, b: Array, dtype: np.dtype) -> Array:
     """a (N, K) @ b (K, M) of bfloat16, in this type: bfloat16 or float32."""
-    c = np.empty((len(a), b.shape[1]), dtype)
-    call("matmul_bfloat16", _product(a, b, c))
+    write_product(a, b, c := np.empty((len(a), b.shape[1]), dtype))
     return c
 
 
+def write_product(a: Array, b: Array, c: Array, adds: bool = False) -> None:
+    """Write a (N, K) @ b (K, M) of bfloat16 into c; with `adds`, add it to c of float32."""
+    call("matmul_bfloat16", _product(a, b, c, adds=adds))
+
+
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
-    if len(x) <= FEW_ROWS and weight.flags.f_contiguous:
+    if len(x) <= FEW_ROWS[weight.dtype] and weight.flags.f_contiguous:
         return _few_rows(x, weight, bias)
     if x.dtype != BFLOAT16:
         raise NotForMe
@@ -90,11 +103,15 @@ def _few_rows(x: Array, weight: Array, bias: Array | None) -> Array:
     """A few rows times a matrix in half precision, which is read as it is: half the bytes."""
     (n, k), m = x.shape, weight.shape[1]
     wide, y = np.ascontiguousarray(x, np.float32), np.empty((n, m), np.float32)
-    places = wide.ctypes.data, weight.ctypes.data, None, y.ctypes.data
-    call(f"few_rows_{weight.dtype}", FewRows(n, k, m, *places))
-    if bias is not None:
-        y += bias.astype(np.float32)
-    return y.astype(x.dtype)
+    at, to = (wide.ctypes.data, weight.ctypes.data), y.ctypes.data
+    if weight.dtype == BFLOAT16:
+        bias = None if bias is None else np.ascontiguousarray(bias)
+        kind = KINDS.index(BFLOAT16)
+        call("few_narrow_rows", NarrowRows(kind, n, k, m, *at, None, address(bias), to))
+    else:
+        call("few_rows_float16", FewRows(n, k, m, *at, None, to))
+        y += 0 if bias is None else bias.astype(np.float32)
+    return cast(y, x.dtype)
 
 
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:

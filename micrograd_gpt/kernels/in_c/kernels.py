@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from micrograd_gpt import functional, optim, tensor
-from micrograd_gpt.arrays.memory import keep_freed_memory
+from micrograd_gpt.arrays.memory import ROWS_AT_ONCE, keep_freed_memory
 from micrograd_gpt.arrays.precision import cast, is_half
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels import linear_cross_entropy
@@ -59,7 +59,7 @@ class _Product(ctypes.Structure):
         *pointers("b"),
         *ints("b_row", "b_column"),
         *pointers("bias", "c"),
-        *ints("c_row"),
+        *ints("c_row", "adds"),
     ]
 
 
@@ -72,7 +72,9 @@ class _LinearBackward(ctypes.Structure):
     ]
 
 
-def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _Product:
+def _product(
+    a: Array, b: Array, c: Array, bias: Array | None = None, adds: bool = False
+) -> _Product:
     """c = a @ b + bias for the C code; where c is stored by columns, its transpose is computed."""
     if c.strides[1] != 4:
         if c.strides[0] != 4 or bias is not None:
@@ -81,7 +83,7 @@ def _product(a: Array, b: Array, c: Array, bias: Array | None = None) -> _Produc
     (n, k), m = a.shape, b.shape[1]
     return _Product(
         *(n, k, m, a.ctypes.data, *strides_of(a), b.ctypes.data, *strides_of(b)),
-        *(None if bias is None else bias.ctypes.data, c.ctypes.data, strides_of(c)[0]),
+        *(None if bias is None else bias.ctypes.data, c.ctypes.data, strides_of(c)[0], adds),
     )
 
 
@@ -216,6 +218,7 @@ class _Attention(ctypes.Structure):
         *pointers("q", "k", "v"),
         *[(name, ctypes.c_int64 * 3) for name in ("q_strides", "k_strides", "v_strides")],
         *pointers("out", "log_total"),
+        *ints("narrow_q", "narrow_kv"),
     ]
 
 
@@ -241,11 +244,11 @@ def _attention(q: Array, k: Array, v: Array, out: Array, log_total: Array) -> _A
         *(b, h, t, k.shape[2], d),
         *(a.ctypes.data for a in (q, k, v)),
         *map(_head_strides, (q, k, v)),
-        *(out.ctypes.data, log_total.ctypes.data),
+        *(out.ctypes.data, log_total.ctypes.data, is_half(q), is_half(k)),
     )
 
 
-@in_c(functional.attention_forward)
+@in_c(functional.attention_forward, half.BFLOAT16)
 def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple[Array, Array]:
     """As the definition; the result lies in memory as (B, T, H, D), so joining heads is free."""
     if p:
@@ -253,7 +256,7 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
     b, h, t, d = q.shape
     out, log_total = np.empty((b, t, h, d), np.float32), np.empty((b, h, t), np.float32)
     call("attention_forward", _attention(q, k, v, out, log_total))
-    return out.swapaxes(1, 2), log_total
+    return cast(out, q.dtype).swapaxes(1, 2) if is_half(q) else out.swapaxes(1, 2), log_total
 
 
 @in_c(functional.attention_backward)
@@ -302,20 +305,41 @@ def cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, Array]:
 def linear_cross_entropy_forward(
     x: Array, weight: Array, labels: Array, with_gradients: bool
 ) -> tuple[Array | None, Array, Array | None]:
-    """As the definition; the logits become their own gradient in place."""
+    """As the definition, ROWS_AT_ONCE rows at a time, so that few logits exist at any moment."""
     labels = checked_labels(labels, len(weight))
-    in_half = is_half(weight)
-    logits = half.multiply(x, weight.T, FLOAT32) if in_half else _multiply(x, weight.T, None)
-    loss = _cross_entropy(logits, labels, logits)
-    if not with_gradients:
-        return None, loss, None
-    if in_half:  # so are the gradients of the logits, as its products take them
-        dlogits = cast(logits, half.BFLOAT16)
-        return half.multiply(dlogits, weight, x.dtype), loss, half.multiply(dlogits.T, x, FLOAT32)
-    dx, dweight = np.empty(x.shape, np.float32), np.empty(weight.shape, np.float32)
-    call("matmul", _product(logits, weight, dx))
-    call("matmul", _product(logits.T, x, dweight))
+    dx: Any = np.empty(x.shape, x.dtype) if with_gradients else None
+    dweight: Any = np.empty(weight.shape, np.float32) if with_gradients else None
+    loss = np.zeros((), np.float32)
+    for start in range(0, len(x), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        logits, total = _logits_and_loss(x[part], weight, labels[part])
+        loss = loss + total
+        if with_gradients:
+            _gradients(logits, x[part], weight, dx[part], dweight, start > 0)
     return dx, loss, dweight
+
+
+def _logits_and_loss(x: Array, weight: Array, labels: Array) -> tuple[Array, Array]:
+    """The gradient of the logits, which takes their place, and the summed loss."""
+    if is_half(weight):
+        logits = half.multiply(x, weight.T, FLOAT32)
+    else:
+        logits = _multiply(x, weight.T, None)
+    loss = _cross_entropy(logits, labels, logits)
+    # In half precision the gradients are so too, as the products that follow take them
+    return cast(logits, half.BFLOAT16) if is_half(weight) else logits, loss
+
+
+def _gradients(
+    dlogits: Array, x: Array, weight: Array, dx: Array, dweight: Array, adds: bool
+) -> None:
+    """Write the gradients of x and of the weight, or add the latter to what `dweight` holds."""
+    if is_half(weight):
+        half.write_product(dlogits, weight, dx)
+        half.write_product(dlogits.T, x, dweight, adds)
+    else:
+        call("matmul", _product(dlogits, weight, dx))
+        call("matmul", _product(dlogits.T, x, dweight, adds=adds))
 
 
 def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:

@@ -8,6 +8,7 @@
    the queries and panels_across() the keys. Of large scores another order of sums is off by more
    than 1, and the exponential of that is no longer a small error. */
 
+#include "half.h"
 #include "layers.h"
 #include "matmul.h"
 
@@ -15,10 +16,41 @@
 #define FEW_QUERIES 4     /* at most this many, as in decoding, go one by one */
 
 /* The purposes of scratch() here. */
-enum { KEYS, KEYS_ACROSS, VALUES, QUERIES, QUERY_ROWS, GRAD, GRAD_ROWS, SCORES, DSCORES, TILES };
+enum { KEYS, KEYS_ACROSS, VALUES, QUERIES, QUERY_ROWS, GRAD, GRAD_ROWS, SCORES, DSCORES, TILES,
+       WIDE_QUERIES, WIDE_KEYS, WIDE_VALUES };
 
 static const float *head_of(const float *x, Strides s, Int batch, Int head) {
   return x + batch * s.batch + head * s.head;
+}
+
+/* The rows of a head, (n, d), as floats: those of bfloat16 are copied, to `rows` of NULL where there
+   is no memory for them. */
+typedef struct {
+  const float *rows;
+  Int stride;
+} Head;
+
+static Head wide_head(int purpose, const void *x, Strides s, int narrow, Int batch, Int head, Int n,
+                      Int d) {
+  if (!narrow) return (Head){head_of(x, s, batch, head), s.token};
+  const uint16_t *from = (const uint16_t *)x + batch * s.batch + head * s.head;
+  float *rows = scratch(purpose, n * d);
+  for (Int i = 0; i < n && rows; i++)
+#pragma omp simd
+    for (Int c = 0; c < d; c++) rows[i * d + c] = from_bfloat16(from[i * s.token + c]);
+  return (Head){rows, d};
+}
+
+static Head queries_of(const Attention *a, Int batch, Int head) {
+  return wide_head(WIDE_QUERIES, a->q, a->q_strides, a->narrow_q, batch, head, a->queries, a->d);
+}
+
+static Head keys_of(const Attention *a, Int batch, Int head) {
+  return wide_head(WIDE_KEYS, a->k, a->k_strides, a->narrow_kv, batch, head, a->keys, a->d);
+}
+
+static Head values_of(const Attention *a, Int batch, Int head) {
+  return wide_head(WIDE_VALUES, a->v, a->v_strides, a->narrow_kv, batch, head, a->keys, a->d);
 }
 
 /* x (n, d) packed as multiply_tile's right factor, in panels of `columns` of its columns. */
@@ -72,19 +104,17 @@ INLINE void softmax_row(float *x, Int n, Int end, float *total, float *log_total
 INLINE void forward_head(int vectors, const Attention *a, Int batch, Int head) {
   Int d = a->d, columns = vectors * LANES, past = a->keys - a->queries;
   Int wide = round_up(d, columns), width = round_up(a->keys, COLUMNS);
-  const float *q = head_of(a->q, a->q_strides, batch, head);
-  const float *keys = panels_across(KEYS_ACROSS, head_of(a->k, a->k_strides, batch, head),
-                                    a->k_strides.token, a->keys, d);
-  const float *values = panels(VALUES, head_of(a->v, a->v_strides, batch, head), a->v_strides.token,
-                               a->keys, d, columns);
+  Head q = queries_of(a, batch, head), k = keys_of(a, batch, head), v = values_of(a, batch, head);
+  if (!q.rows || !k.rows || !v.rows) return;
+  const float *keys = panels_across(KEYS_ACROSS, k.rows, k.stride, a->keys, d);
+  const float *values = panels(VALUES, v.rows, v.stride, a->keys, d, columns);
   float *log_total = a->log_total + (batch * a->heads + head) * a->queries;
   float *scores = scratch(SCORES, ROWS * width), *mixed = scratch(TILES, ROWS * wide);
   float scale = 1 / sqrtf(d), total[ROWS];
   if (!keys || !values || !scores || !mixed) return;
   for (Int i0 = 0; i0 < a->queries; i0 += ROWS) {
     Int rows = min(ROWS, a->queries - i0), seen = past + i0 + rows;
-    const float *x =
-        rows_of(QUERY_ROWS, q + i0 * a->q_strides.token, a->q_strides.token, rows, d, scale);
+    const float *x = rows_of(QUERY_ROWS, q.rows + i0 * q.stride, q.stride, rows, d, scale);
     if (!x) return;
     dot_products(x, keys, seen, d, scores, width);
     for (Int i = 0; i < rows; i++)
@@ -101,20 +131,19 @@ INLINE void forward_head(int vectors, const Attention *a, Int batch, Int head) {
 /* The same for a few queries after many keys, which packing would take longer than using. */
 static void forward_few(const Attention *a, Int batch, Int head) {
   Int d = a->d;
-  const float *k = head_of(a->k, a->k_strides, batch, head);
-  const float *v = head_of(a->v, a->v_strides, batch, head);
+  Head q = queries_of(a, batch, head), k = keys_of(a, batch, head), v = values_of(a, batch, head);
   float *scores = scratch(SCORES, round_up(a->keys, LANES)), scale = 1 / sqrtf(d), total;
-  if (!scores) return;
+  if (!scores || !q.rows || !k.rows || !v.rows) return;
   for (Int i = 0; i < a->queries; i++) {
-    const float *q = head_of(a->q, a->q_strides, batch, head) + i * a->q_strides.token;
+    const float *query = q.rows + i * q.stride;
     float *out = a->out + ((batch * a->queries + i) * a->heads + head) * d;
     Int seen = a->keys - a->queries + i + 1;
-    for (Int j = 0; j < seen; j++) scores[j] = scale * dot(q, k + j * a->k_strides.token, d);
+    for (Int j = 0; j < seen; j++) scores[j] = scale * dot(query, k.rows + j * k.stride, d);
     softmax_row(scores, seen, seen, &total,
                 &a->log_total[(batch * a->heads + head) * a->queries + i]);
     memset(out, 0, d * sizeof(float));
     for (Int j = 0; j < seen; j++)
-      add_scaled(out, scores[j] / total, v + j * a->v_strides.token, d);
+      add_scaled(out, scores[j] / total, v.rows + j * v.stride, d);
   }
 }
 

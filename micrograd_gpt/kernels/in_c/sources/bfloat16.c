@@ -13,6 +13,7 @@
    For the first two, b's rows are packed in pairs: the numbers of rows 2p and 2p + 1 that stand in
    one column make one word of 32 bits. These instructions take numbers below 2^-126 for 0. */
 
+#include "bfloat16.h"
 #include "half.h"
 #include "matmul.h"
 
@@ -21,27 +22,13 @@
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_PAIRS
 #include <immintrin.h>
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__) && defined(__x86_64__)
-#define HAS_TILES
-#include <sys/syscall.h>
 #endif
+#ifdef HAS_TILES
+#include <sys/syscall.h>
 #endif
 
 enum { WIDENED, PAIRS, TILES };
 enum { PACKED_A, PACKED_B, SUMS, TOTALS }; /* the purposes of scratch() here */
-
-/* c = a @ b + bias for a (n, k), b (k, m), c (n, m) and bias (m) or NULL, as Product's, but of
-   bfloat16, and c either of float32 or narrow: of bfloat16. */
-typedef struct {
-  Int n, k, m;
-  const uint16_t *a;
-  Int a_row, a_column;
-  const uint16_t *b;
-  Int b_row, b_column;
-  const uint16_t *bias;
-  void *c;
-  Int c_row, c_is_narrow;
-} HalfProduct;
 
 /* -------------------------------------------------------------------- what the processor can do */
 
@@ -77,6 +64,8 @@ int bfloat16_products(Int most) {
   highest = most;
   return way();
 }
+
+int bfloat16_by_tiles(void) { return way() == TILES; }
 
 /* -------------------------------------------------------------------------------------- packing */
 
@@ -188,17 +177,6 @@ static void widen(const uint16_t *x, Int x_row, Int x_column, Int n, Int m, Int 
 /* ----------------------------------------------------------------------------- tiles of products */
 
 #ifdef HAS_TILES
-/* All 8 registers for matrices hold 16 rows of 64 bytes. */
-static void open_tiles(void) {
-  struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  } shape = {.palette = 1};
-  for (int i = 0; i < 8; i++) shape.row_bytes[i] = 64, shape.rows[i] = 16;
-  _tile_loadconfig(&shape);
-}
-
 /* c (32, 32) = a (32, deep) @ b (deep, 32), in four registers. */
 static void multiply_tiles(Int deep, const uint16_t *a, const uint32_t *b, float *c) {
   const Int a_bytes = deep * sizeof *a, b_bytes = 32 * sizeof *b, c_bytes = 32 * sizeof *c;
@@ -372,7 +350,7 @@ static void multiply_columns(const HalfProduct *p, Block *block, Int first_row, 
   for (block->p0 = 0; block->p0 < p->k; block->p0 += block->depth) {
     block->depth = min(block->cutting.depth, p->k - block->p0);
     block->deep = round_up(block->depth, block->cutting.step);
-    block->first = block->p0 == 0, block->complete = block->p0 + block->depth == p->k;
+    block->first = block->p0 == 0 && !p->adds, block->complete = block->p0 + block->depth == p->k;
     pack_block_of_b(p, block);
     for (Int row = first_row; row < end_row; row += PACKED_ROWS) {
       Int n = min(PACKED_ROWS, end_row - row);
@@ -480,12 +458,6 @@ int linear_backward_bfloat16(const HalfLinearBackward *l) {
 }
 
 /* ---------------------------------------------------------------------------------- conversions */
-
-typedef struct {
-  Int size, to_narrow; /* from wide to narrow numbers, else from narrow to wide ones */
-  float *wide;
-  uint16_t *narrow;
-} Conversion;
 
 static void convert_task(const void *arguments, Int part, Int parts) {
   const Conversion *c = arguments;

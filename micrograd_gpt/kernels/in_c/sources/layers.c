@@ -110,14 +110,7 @@ int layer_norm_backward(const LayerNormBackward *l) {
 
 /* ----------------------------------------------------------------------------------------- gelu */
 
-#define GELU_SCALE 0.7978845608f /* sqrt(2 / pi) */
-#define GELU_CUBIC 0.044715f
 #define GELU_IS_STRAIGHT 20.0f /* from this |x| on its slope is 1 or 0; x * x could overflow */
-
-/* 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)), u being GELU's inner polynomial. */
-INLINE float gelu_gate(float x) {
-  return 1 / (1 + exp_of(-2 * GELU_SCALE * (x + GELU_CUBIC * x * x * x)));
-}
 
 static void gelu_task(const void *arguments, Int part, Int parts) {
   const Gelu *g = arguments;

@@ -25,6 +25,14 @@ typedef struct {
 } Gelu;
 int gelu_forward(const Gelu *g);
 
+#define GELU_SCALE 0.7978845608f /* sqrt(2 / pi) */
+#define GELU_CUBIC 0.044715f
+
+/* 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)), u being GELU's inner polynomial. */
+INLINE float gelu_gate(float x) {
+  return 1 / (1 + exp_of(-2 * GELU_SCALE * (x + GELU_CUBIC * x * x * x)));
+}
+
 /* How far apart batches, heads and tokens of a (B, H, T, D) array are; D must have no gaps. */
 typedef struct {
   Int batch, head, token;
@@ -32,9 +40,10 @@ typedef struct {
 
 typedef struct {
   Int batches, heads, queries, keys, d; /* the last query stands at the last key */
-  const float *q, *k, *v;
+  const void *q, *k, *v;
   Strides q_strides, k_strides, v_strides;
   float *out;       /* (B, T, H, D) without gaps */
   float *log_total; /* (B, H, T): the log of each softmax's denominator */
+  Int narrow_q, narrow_kv; /* whether q, and k and v, are bfloat16: of the forward alone */
 } Attention;
 int attention_forward(const Attention *a);

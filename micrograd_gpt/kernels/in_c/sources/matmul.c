@@ -130,7 +130,7 @@ void multiply_part(const Product *p, Int first_row, Int end_row, Int first_colum
         for (Int i = 0; i < height; i += ROWS)
           multiply_strip(min(ROWS, height - i), width, depth,
                          pack ? packed_a + i * depth : a + i * p->a_row, p->a_row, pack, packed_b,
-                         bias, p->c + (i0 + i) * p->c_row + j0, p->c_row, p0 > 0);
+                         bias, p->c + (i0 + i) * p->c_row + j0, p->c_row, p->adds || p0 > 0);
       }
     }
   }
@@ -218,64 +218,157 @@ int linear_backward(const LinearBackward *l) {
 
 #define TOGETHER 4 /* how many rows of x, at most, share one reading of the weights */
 
-/* y (rows, columns) = x (rows, k) @ weight (columns, k).T for at most LANES columns, `side` of them
-   at a time. While the weights are read, nothing else is done: adding up the lanes of each sum, and
-   the last k % LANES products, come afterwards. */
-INLINE void dots(int rows, int side, Int columns, Int k, const float *x, const float *weight,
-                 float *y, Int m) {
-  float sums[TOGETHER][LANES * LANES] __attribute__((aligned(64))), across[LANES * LANES];
+/* y (rows, columns) = x (rows, k) @ weight (columns, k).T for at most LANES columns. While the
+   weights are read, nothing else is done: adding up the lanes of each sum, and the last k % LANES
+   products, come afterwards. */
+INLINE void dots(int rows, Int columns, Int k, const float *x, const float *weight, float *y,
+                 Int m) {
+  vec sums[TOGETHER][LANES] = {0};
   Int whole = k / LANES * LANES;
-  for (Int j = 0; j < columns; j += side) {
-    const float *w = weight + j * k;
-    vec sum[TOGETHER][TOGETHER] = {0};
-    for (Int p = 0; p < whole; p += LANES)
-      for (int i = 0; i < side; i++) {
-        vec here = *(const vec *)(w + i * k + p);
-        for (int r = 0; r < rows; r++) sum[r][i] += here * *(const vec *)(x + r * k + p);
-      }
-    for (int r = 0; r < rows; r++)
-      for (int i = 0; i < side; i++) *(vec *)(sums[r] + (j + i) * LANES) = sum[r][i];
+  for (Int j = 0; j < columns; j++) {
+    vec sum[TOGETHER] = {0};
+    for (Int p = 0; p < whole; p += LANES) {
+      vec here = *(const vec *)(weight + j * k + p);
+      for (int r = 0; r < rows; r++) sum[r] += here * *(const vec *)(x + r * k + p);
+    }
+    for (int r = 0; r < rows; r++) sums[r][j] = sum[r];
   }
   for (int r = 0; r < rows; r++) {
-    memset(sums[r] + columns * LANES, 0, (LANES - columns) * LANES * sizeof(float));
-    transpose_block(sums[r], LANES, LANES, across);
-    vec total = {0};
-    for (int lane = 0; lane < LANES; lane++) total += *(const vec *)(across + lane * LANES);
+    vec total = sums_of_lanes(sums[r]);
     for (Int j = 0; j < columns; j++) y[r * m + j] = total[j];
     for (Int j = 0; j < columns && whole < k; j++)
       y[r * m + j] += dot(x + r * k + whole, weight + j * k + whole, k - whole);
   }
 }
 
-INLINE void dots_of_rows(Int rows, int side, Int columns, Int k, const float *x,
-                         const float *weight, float *y, Int m) {
+static void dots_of_rows(Int rows, Int columns, Int k, const float *x, const float *weight,
+                         float *y, Int m) {
   switch (rows) {
-    case 1: dots(1, side, columns, k, x, weight, y, m); break;
-    case 2: dots(2, side, columns, k, x, weight, y, m); break;
-    case 3: dots(3, side, columns, k, x, weight, y, m); break;
-    default: dots(4, side, columns, k, x, weight, y, m);
+    case 1: dots(1, columns, k, x, weight, y, m); break;
+    case 2: dots(2, columns, k, x, weight, y, m); break;
+    case 3: dots(3, columns, k, x, weight, y, m); break;
+    default: dots(4, columns, k, x, weight, y, m);
+  }
+}
+
+/* With more rows, weights and x are cut into slices, which stay in the first-level cache: SLICE
+   numbers of SIDE rows of weights, and of all rows of x, which are packed slice after slice. Their
+   sums, a vector for each of SOME_ROWS rows and LANES columns, stay there too, and registers hold
+   those of a group of at most ROWS rows and SIDE columns. */
+#define SOME_ROWS 16
+#define SLICE 256
+#if LANES == 8
+#define SIDE 2 /* AVX has 16 registers, the others 32 */
+#else
+#define SIDE 4
+#endif
+
+/* sums[r][i] += x (rows, SLICE)[r] * weight (SIDE, k)[i] for `length` numbers, a multiple of LANES.
+   With `fetch`, the same numbers of the next LANES rows of weights are on their way meanwhile. */
+INLINE void add_products(int rows, int fetch, Int length, Int k, const float *x,
+                         const float *weight, vec (*sums)[LANES]) {
+  vec sum[ROWS][SIDE];
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < SIDE; i++) sum[r][i] = sums[r][i];
+  for (Int p = 0; p < length; p += LANES) {
+    vec here[SIDE];
+    for (int i = 0; i < SIDE; i++) {
+      here[i] = *(const vec *)(weight + i * k + p);
+      if (fetch) __builtin_prefetch(weight + (LANES + i) * k + p, 0, 2);
+    }
+    for (int r = 0; r < rows; r++) {
+      vec row = *(const vec *)(x + r * SLICE + p);
+      for (int i = 0; i < SIDE; i++) sum[r][i] += here[i] * row;
+    }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < SIDE; i++) sums[r][i] = sum[r][i];
+}
+
+INLINE void add_products_of(Int rows, int fetch, Int length, Int k, const float *x,
+                            const float *weight, vec (*sums)[LANES]) {
+  switch (rows) {
+    case 1: add_products(1, fetch, length, k, x, weight, sums); break;
+    case 2: add_products(2, fetch, length, k, x, weight, sums); break;
+    case 3: add_products(3, fetch, length, k, x, weight, sums); break;
+    case 4: add_products(4, fetch, length, k, x, weight, sums); break;
+    case 5: add_products(5, fetch, length, k, x, weight, sums); break;
+    default: add_products(ROWS, fetch, length, k, x, weight, sums);
+  }
+}
+
+/* A slice of x (rows, SLICE) and of LANES rows of weights, in groups that are as equal as they can
+   be; the first group of rows fetches weights for the others and for the next call. */
+static void add_slice(Int rows, Int length, Int k, const float *x, const float *weight,
+                      vec (*sums)[LANES]) {
+  Int groups = (rows + ROWS - 1) / ROWS;
+  for (Int j = 0; j < LANES; j += SIDE) {
+    const float *w = weight + j * k;
+    for (Int i = 0, first = 0, end; i < groups; i++, first = end) {
+      end = rows * (i + 1) / groups;
+      vec(*place)[LANES] = (vec(*)[LANES])(sums[first] + j);
+      if (i == 0)
+        add_products_of(end, 1, length, k, x, w, place);
+      else
+        add_products_of(end - first, 0, length, k, x + first * SLICE, w, place);
+    }
+  }
+}
+
+/* y (rows, LANES) = x (rows, k) @ weight (LANES, k).T for at most SOME_ROWS rows; of each slice of
+   `packed`, row after row lies SLICE numbers apart, and slices lie packed_slice apart. */
+static void dots_in_slices(Int rows, Int k, const float *x, const float *packed, Int packed_slice,
+                           const float *weight, float *y, Int m) {
+  vec sums[SOME_ROWS][LANES] __attribute__((aligned(64))) = {0};
+  Int whole = k / LANES * LANES;
+  for (Int p = 0; p < whole; p += SLICE, packed += packed_slice)
+    add_slice(rows, min(SLICE, whole - p), k, packed, weight + p, sums);
+  for (Int r = 0; r < rows; r++) {
+    vec total = sums_of_lanes(sums[r]);
+    *(vec *)(y + r * m) = total;
+    for (Int j = 0; j < LANES && whole < k; j++)
+      y[r * m + j] += dot(x + r * k + whole, weight + j * k + whole, k - whole);
   }
 }
 
 #define IN_NEAREST_CACHE 4096 /* floats of x that stay in it while weights pass by */
 
+typedef struct {
+  const FewRows *f;
+  float *packed; /* x, slice after slice; NULL: few rows, which stay in cache, need it not */
+} PackedRows;
+
 /* Columns first … end - 1 of y. While x stays in the first-level cache, memory sets the pace and
-   is read fastest in one stream. Where x does not stay there, four rows of weights share one
-   reading of it. */
-static void few_rows_columns(const FewRows *f, Int first, Int end) {
-  int in_one_stream = f->n <= TOGETHER && f->n * f->k <= IN_NEAREST_CACHE;
-  for (Int j = first; j < end; j += LANES)
-    for (Int r = 0; r < f->n; r += TOGETHER) {
-      const float *x = f->x + r * f->k, *weight = f->weight + j * f->k;
+   is read fastest in one stream. */
+static void few_rows_columns(const PackedRows *rows, Int first, Int end) {
+  const FewRows *f = rows->f;
+  for (Int j = first; j < end; j += LANES) {
+    const float *weight = f->weight + j * f->k;
+    int in_slices = rows->packed && end - j >= LANES;
+    Int step = in_slices ? SOME_ROWS : TOGETHER;
+    for (Int r = 0; r < f->n; r += step) {
+      const float *x = f->x + r * f->k;
       float *y = f->y + r * f->m + j;
-      Int columns = min(LANES, end - j), rows = min(TOGETHER, f->n - r);
-      if (in_one_stream || columns < LANES)
-        dots_of_rows(rows, 1, columns, f->k, x, weight, y, f->m);
+      Int n = min(step, f->n - r);
+      if (in_slices)
+        dots_in_slices(n, f->k, x, rows->packed + r * SLICE, f->n * SLICE, weight, y, f->m);
       else
-        dots_of_rows(rows, TOGETHER, LANES, f->k, x, weight, y, f->m);
+        dots_of_rows(n, min(LANES, end - j), f->k, x, weight, y, f->m);
     }
+  }
   for (Int r = 0; r < f->n && f->bias; r++)
     add_scaled(f->y + r * f->m + first, 1, f->bias + first, end - first);
+}
+
+static void pack_slices(const void *arguments, Int part, Int parts) {
+  PackedRows *rows = (PackedRows *)arguments;
+  const FewRows *f = rows->f;
+  rows->packed = scratch(PACKED_A, f->n * round_up(f->k, SLICE));
+  if (!rows->packed) return;
+  for (Int p = 0; p < f->k; p += SLICE)
+    for (Int r = 0; r < f->n; r++)
+      memcpy(rows->packed + (p / SLICE * f->n + r) * SLICE, f->x + r * f->k + p,
+             min(SLICE, f->k - p) * sizeof(float));
 }
 
 #define FEW_WEIGHTS 20000 /* with fewer, waking another thread does not pay */
@@ -285,17 +378,22 @@ static Int few_rows_parts(const FewRows *f) {
 }
 
 static void few_rows_task(const void *arguments, Int part, Int parts) {
-  const FewRows *f = arguments;
-  Int first, end = cut(f->m, parts, LANES, part, &first);
-  few_rows_columns(f, first, end);
+  const PackedRows *rows = arguments;
+  Int first, end = cut(rows->f->m, parts, LANES, part, &first);
+  few_rows_columns(rows, first, end);
 }
 
-int few_rows(const FewRows *f) { return run_parts(few_rows_task, f, few_rows_parts(f)); }
+int few_rows(const FewRows *f) {
+  PackedRows rows = {f, NULL};
+  int stay_in_cache = f->n <= TOGETHER && f->n * f->k <= IN_NEAREST_CACHE;
+  if (!stay_in_cache && run_parts(pack_slices, &rows, 1)) return OUT_OF_MEMORY;
+  return run_parts(few_rows_task, &rows, few_rows_parts(f));
+}
 
-/* ------------------------------------------- few rows, and weights in half precision, read as such */
+/* ------------------------------------------------- few rows, and weights of float16, read as such */
 
-/* As few_rows, with weights that `convert` makes floats of. */
-INLINE void few_rows_half(const FewRows *f, Int part, Int parts, float (*convert)(uint16_t)) {
+static void float16_task(const void *arguments, Int part, Int parts) {
+  const FewRows *f = arguments;
   const uint16_t *weights = (const uint16_t *)f->weight;
   Int first, end = cut(f->m, parts, LANES, part, &first);
   for (Int j = first; j < end; j++)
@@ -304,19 +402,9 @@ INLINE void few_rows_half(const FewRows *f, Int part, Int parts, float (*convert
       const uint16_t *weight = weights + j * f->k;
       float sum = 0;
       SIMD_SUM(sum)
-      for (Int i = 0; i < f->k; i++) sum += x[i] * convert(weight[i]);
+      for (Int i = 0; i < f->k; i++) sum += x[i] * from_float16(weight[i]);
       f->y[r * f->m + j] = sum;
     }
 }
-
-static void bfloat16_task(const void *arguments, Int part, Int parts) {
-  few_rows_half(arguments, part, parts, from_bfloat16);
-}
-
-static void float16_task(const void *arguments, Int part, Int parts) {
-  few_rows_half(arguments, part, parts, from_float16);
-}
-
-int few_rows_bfloat16(const FewRows *f) { return run_parts(bfloat16_task, f, few_rows_parts(f)); }
 
 int few_rows_float16(const FewRows *f) { return run_parts(float16_task, f, few_rows_parts(f)); }

@@ -13,7 +13,8 @@
 #define COLUMNS (VECTORS * LANES)
 
 /* c = a @ b + bias for a (n, k), b (k, m), c (n, m) and bias (m) or NULL. Element (i, j) of a is
-   a[i * a_row + j * a_column]; the elements of a row of c have no gaps. */
+   a[i * a_row + j * a_column]; the elements of a row of c have no gaps. A product that `adds` adds
+   to the numbers of c. */
 typedef struct {
   Int n, k, m;
   const float *a;
@@ -22,7 +23,7 @@ typedef struct {
   Int b_row, b_column;
   const float *bias;
   float *c;
-  Int c_row;
+  Int c_row, adds;
 } Product;
 
 /* y = x @ weight.T + bias for a few rows of x: bound by reading the weights. */
@@ -33,8 +34,8 @@ typedef struct {
 } FewRows;
 int few_rows(const FewRows *f);
 
-/* The same, where `weight` is the address of numbers of 16 bits, and bias NULL. */
-int few_rows_bfloat16(const FewRows *f);
+/* The same, where `weight` is the address of numbers of float16, and bias NULL. narrow.h has other
+   types. */
 int few_rows_float16(const FewRows *f);
 
 /* Rows first_row … end_row - 1 and columns first_column … end_column - 1 of c, on this thread. */
@@ -72,6 +73,34 @@ INLINE void transpose_block(const float *b, Int stride, Int columns, float *pack
       }
   }
   for (int i = 0; i < LANES; i++) *(vec *)(packed + i * columns) = rows[i];
+#endif
+}
+
+/* The sum of the lanes of rows[i] in lane i, for LANES rows, which change. */
+INLINE vec sums_of_lanes(vec *rows) {
+#ifdef __clang__
+  float across[LANES * LANES];
+  transpose_block((const float *)rows, LANES, LANES, across);
+  for (int i = 1; i < LANES; i++) *(vec *)across += *(const vec *)(across + i * LANES);
+  return *(const vec *)across;
+#else
+  /* In each round two rows become one: its lanes whose number has the bit `step` belong to the
+     second, the others to the first, and each is the sum of two that had the same owner. */
+#pragma GCC unroll 4
+  for (int step = LANES / 2; step; step /= 2) {
+    places here, there;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+      here[i] = i & step ? LANES + i : i;
+      there[i] = here[i] ^ step;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < step; i++) {
+      vec row = rows[i], other = rows[i + step];
+      rows[i] = __builtin_shuffle(row, other, here) + __builtin_shuffle(row, other, there);
+    }
+  }
+  return rows[0];
 #endif
 }
 

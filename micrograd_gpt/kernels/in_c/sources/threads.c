@@ -13,6 +13,7 @@
 #include <time.h>
 
 #define PATIENCE 200e-6 /* seconds that a thread without work stays awake */
+#define CACHE_LINE 64 /* bytes */
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards the variables below */
 static pthread_cond_t opened = PTHREAD_COND_INITIALIZER;
@@ -44,9 +45,21 @@ static pthread_key_t own_key;
 static int has_key;
 static pthread_once_t key_made = PTHREAD_ONCE_INIT;
 
+/* Memory that begins at a cache line, or NULL. */
+#ifdef _WIN32
+static void *allocate_aligned(Int bytes) { return _aligned_malloc(bytes, CACHE_LINE); }
+static void free_aligned(void *memory) { _aligned_free(memory); }
+#else
+static void *allocate_aligned(Int bytes) {
+  void *memory = NULL;
+  return posix_memalign(&memory, CACHE_LINE, bytes) ? NULL : memory;
+}
+static void free_aligned(void *memory) { free(memory); }
+#endif
+
 static void free_own(void *of_thread) {
   Own *own = of_thread;
-  for (int i = 0; i < SCRATCHES; i++) free(own->memory[i]);
+  for (int i = 0; i < SCRATCHES; i++) free_aligned(own->memory[i]);
   free(own);
 }
 
@@ -200,12 +213,10 @@ Int cut(Int n, Int parts, Int step, Int i, Int *first) {
 
 /* Replace a scratch by a larger one. What it holds need not be kept, so the old one goes first. */
 static void enlarge(Own *own, int purpose, Int count) {
-  void *memory = NULL;
   Int room = round_up(count + 1, 16); /* a part may be empty: then 0, too, is a success */
-  free(own->memory[purpose]);
-  own->memory[purpose] = NULL, own->room[purpose] = 0;
-  if (posix_memalign(&memory, 64, room * sizeof(float))) return;
-  own->memory[purpose] = memory, own->room[purpose] = room;
+  free_aligned(own->memory[purpose]);
+  own->memory[purpose] = allocate_aligned(room * sizeof(float));
+  own->room[purpose] = own->memory[purpose] ? room : 0;
 }
 
 float *scratch(int purpose, Int count) {

@@ -28,4 +28,4 @@ Int cut(Int n, Int parts, Int step, Int i, Int *first);
    64 bytes. It is not cleared: it holds whatever the last use left there. NULL where there is not
    enough memory: the part then returns at once, and run_parts reports it. */
 float *scratch(int purpose, Int count);
-#define SCRATCHES 10
+#define SCRATCHES 13

@@ -1,0 +1,46 @@
+/* Matrix products of bfloat16, and conversions; see bfloat16.c. */
+
+#pragma once
+#include "threads.h"
+
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__AMX_TILE__) && \
+    defined(__linux__) && defined(__x86_64__)
+#define HAS_TILES
+#include <immintrin.h>
+
+/* All 8 registers for matrices hold 16 rows of 64 bytes. */
+INLINE void open_tiles(void) {
+  struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  } shape = {.palette = 1};
+  for (int i = 0; i < 8; i++) shape.row_bytes[i] = 64, shape.rows[i] = 16;
+  _tile_loadconfig(&shape);
+}
+#endif
+
+/* Whether products are computed by AMX tiles now. */
+int bfloat16_by_tiles(void);
+
+/* c = a @ b + bias for a (n, k), b (k, m), c (n, m) and bias (m) or NULL, as Product's, but of
+   bfloat16, and c either of float32 or narrow: of bfloat16. A product that `adds` adds to the
+   numbers of c, which is of float32. */
+typedef struct {
+  Int n, k, m;
+  const uint16_t *a;
+  Int a_row, a_column;
+  const uint16_t *b;
+  Int b_row, b_column;
+  const uint16_t *bias;
+  void *c;
+  Int c_row, c_is_narrow, adds;
+} HalfProduct;
+int matmul_bfloat16(const HalfProduct *p);
+
+typedef struct {
+  Int size, to_narrow; /* from wide to narrow numbers, else from narrow to wide ones */
+  float *wide;
+  uint16_t *narrow;
+} Conversion;
+int convert_bfloat16(const Conversion *c);

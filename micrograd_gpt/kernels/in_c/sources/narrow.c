@@ -1,0 +1,334 @@
+/* A few rows times a matrix of bfloat16, or of int8 with a scale for each group of numbers.
+
+   Decoding reads every weight once a token, so memory sets the pace, and a weight of half or a
+   quarter of the bytes takes half or a quarter of the time. Weights become floats in registers, or,
+   of bfloat16 where several rows meet AMX tiles, are multiplied as they are (tiles take subnormal
+   numbers for 0). All sums are float32's. Rounding the rows of x to integers, too, to multiply
+   integers (vpdpbusd), would save instructions, but none of the bytes, and would cost accuracy. */
+
+#include "narrow.h"
+#include "bfloat16.h"
+#include "half.h"
+#include "matmul.h"
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#define TOGETHER 4 /* how many rows of x, at most, share one reading of the weights */
+
+#define STEP (2 * LANES)
+enum { X }; /* the purposes of scratch() here */
+
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+
+/* LANES integers from `x` on as floats. Of GCC's own vectors these conversions are slow. */
+INLINE vec floats_of(const int8_t *x) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
+#elif defined(__AVX2__)
+  return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
+#else
+  vec wide;
+  for (int i = 0; i < LANES; i++) wide[i] = x[i];
+  return wide;
+#endif
+}
+
+typedef struct {
+  vec first, second;
+} Pair;
+
+/* STEP weights as floats, from number `at` on; those of int8 are yet to be scaled. Of bfloat16 the
+   even ones come first, as arranged() puts x: they are the lower halves of words of 32 bits, the
+   odd ones the upper halves, and a float is a bfloat16 above 16 zeros. */
+INLINE Pair weights_at(int kind, const void *weights, Int at) {
+  if (kind == INT8) {
+    const int8_t *narrow = (const int8_t *)weights + at;
+    return (Pair){floats_of(narrow), floats_of(narrow + LANES)};
+  }
+  words both = *(const words *)((const uint16_t *)weights + at);
+  return (Pair){(vec)(both << 16), (vec)(both & 0xffff0000)};
+}
+
+INLINE float weight_at(int kind, const void *weights, Int at) {
+  return kind == INT8 ? ((const int8_t *)weights)[at]
+                      : from_bfloat16(((const uint16_t *)weights)[at]);
+}
+
+/* The rows of x in the order in which weights_at gives weights; NULL if there is no memory. */
+static const float *arranged(int kind, const NarrowRows *f) {
+  if (kind == INT8) return f->x;
+  float *copy = scratch(X, f->n * f->k);
+  for (Int r = 0; r < f->n && copy; r++)
+    for (Int p = 0; p < f->k / STEP * STEP; p += STEP) {
+      const float *from = f->x + r * f->k + p;
+      float *to = copy + r * f->k + p;
+      for (Int i = 0; i < LANES; i++) to[i] = from[2 * i], to[LANES + i] = from[2 * i + 1];
+    }
+  return copy;
+}
+
+INLINE Int groups_of(Int k) { return (k + GROUP - 1) / GROUP; }
+
+INLINE float scale_at(int kind, const NarrowRows *f, Int column, Int at) {
+  return kind == INT8 ? f->scales[column * groups_of(f->k) + at / GROUP] : 1;
+}
+
+/* Memory is asked early for what will be read; the processor itself looks no further than to the end
+   of a page. How many bytes ahead was found by trying. */
+INLINE void fetch_ahead(int kind, const void *weights, Int at) {
+  __builtin_prefetch((const char *)weights + (kind == INT8 ? at + 4096 : 2 * at + 2048));
+}
+
+INLINE void add_products(Pair *sum, Pair w, const float *x) {
+  sum->first += w.first * *(const vec *)x;
+  sum->second += w.second * *(const vec *)(x + LANES);
+}
+
+/* sum[r] += x[r] * w for numbers p … p + n - 1 of a column of weights, n <= GROUP. The sum is
+   scaled, not the numbers. */
+INLINE void add_group(int kind, int rows, const NarrowRows *f, const float *x, Int column, Int p,
+                      Int n, Pair *sum) {
+  Pair part[TOGETHER] = {0};
+#pragma GCC unroll 16
+  for (Int q = p; q < p + n; q += STEP) {
+    Pair w = weights_at(kind, f->weight, column * f->k + q);
+    if (kind != INT8 || q % 64 == 0) fetch_ahead(kind, f->weight, column * f->k + q);
+    for (int r = 0; r < rows; r++)
+      add_products(kind == INT8 ? &part[r] : &sum[r], w, x + r * f->k + q);
+  }
+  float scale = scale_at(kind, f, column, p);
+  for (int r = 0; r < rows && kind == INT8; r++) {
+    sum[r].first += scale * part[r].first;
+    sum[r].second += scale * part[r].second;
+  }
+}
+
+/* sum[r] = x[r] * w for numbers 0 … whole - 1. A sum of its own for each half of a Pair: each
+   addition waits for the one before it. */
+INLINE void sum_column(int kind, int rows, const NarrowRows *f, const float *x, Int column,
+                       Int whole, vec *total) {
+  Int groups = whole / GROUP * GROUP;
+  Pair sum[TOGETHER] = {0};
+  for (Int p = 0; p < groups; p += GROUP) add_group(kind, rows, f, x, column, p, GROUP, sum);
+  if (groups < whole) add_group(kind, rows, f, x, column, groups, whole - groups, sum);
+  for (int r = 0; r < rows; r++) total[r] = sum[r].first + sum[r].second;
+}
+
+/* The same for TOGETHER columns side by side, which share each reading of x. */
+INLINE void add_columns(int kind, int rows, const NarrowRows *f, const float *x, Int column,
+                        Int whole, vec sum[TOGETHER][TOGETHER]) {
+  for (Int p = 0; p < whole; p += STEP)
+    for (int i = 0; i < TOGETHER; i++) {
+      Pair w = weights_at(kind, f->weight, (column + i) * f->k + p);
+      if (kind != INT8 || p % 64 == 0) fetch_ahead(kind, f->weight, (column + i) * f->k + p);
+      if (kind == INT8) {
+        float scale = scale_at(kind, f, column + i, p);
+        w = (Pair){scale * w.first, scale * w.second};
+      }
+      for (int r = 0; r < rows; r++) {
+        sum[i][r] += w.first * *(const vec *)(x + r * f->k + p);
+        sum[i][r] += w.second * *(const vec *)(x + r * f->k + p + LANES);
+      }
+    }
+}
+
+/* The products of the last numbers of a row, which fill no register. */
+INLINE float rest(int kind, const NarrowRows *f, const float *x, Int column, Int whole) {
+  float sum = 0;
+  for (Int p = whole; p < f->k; p++)
+    sum += x[p] * weight_at(kind, f->weight, column * f->k + p) * scale_at(kind, f, column, p);
+  return sum;
+}
+
+/* y[row …, column …] for `rows` <= TOGETHER rows and `columns` <= LANES columns. While weights are
+   read, nothing else is done: adding up the lanes of each sum comes afterwards. */
+INLINE void dots(int kind, int rows, int side_by_side, const NarrowRows *f, const float *x, Int row,
+                 Int column, Int columns) {
+  vec sums[TOGETHER][LANES];
+  Int whole = f->k / STEP * STEP, side = side_by_side ? TOGETHER : 1;
+  x += row * f->k;
+  for (Int j = 0; j < columns; j += side) {
+    vec sum[TOGETHER][TOGETHER] = {0};
+    if (side_by_side)
+      add_columns(kind, rows, f, x, column + j, whole, sum);
+    else
+      sum_column(kind, rows, f, x, column + j, whole, sum[0]);
+    for (int i = 0; i < side; i++)
+      for (int r = 0; r < rows; r++) sums[r][j + i] = sum[i][r];
+  }
+  for (int r = 0; r < rows; r++) {
+    float *y = f->y + (row + r) * f->m + column;
+    for (Int j = columns; j < LANES; j++) sums[r][j] = (vec){0};
+    vec total = sums_of_lanes(sums[r]);
+    for (Int j = 0; j < columns; j++) y[j] = total[j];
+    for (Int j = 0; j < columns && whole < f->k; j++)
+      y[j] += rest(kind, f, f->x + (row + r) * f->k, column + j, whole);
+  }
+}
+
+INLINE void dots_of_rows(int kind, Int rows, int side_by_side, const NarrowRows *f, const float *x,
+                         Int row, Int column, Int columns) {
+  switch (rows) {
+    case 1: dots(kind, 1, side_by_side, f, x, row, column, columns); break;
+    case 2: dots(kind, 2, side_by_side, f, x, row, column, columns); break;
+    case 3: dots(kind, 3, side_by_side, f, x, row, column, columns); break;
+    default: dots(kind, 4, side_by_side, f, x, row, column, columns);
+  }
+}
+
+/* ------------------------------------------------------------------ several rows, and AMX tiles */
+
+#ifdef HAS_TILES
+#define TILE 16       /* rows of weights, and at most as many of x */
+#define TILE_STEP 64  /* numbers of each row that are multiplied in one step: two tiles */
+#define TILE_COLUMNS (2 * TILE)
+#define ENOUGH_ROWS 3 /* with fewer the registers of ordinary vectors are as quick */
+
+/* The rows of x as tiles want them: word [p][r] is the pair of numbers 2p and 2p + 1 of row r, whose
+   upper halves are all of them. */
+static uint32_t *pairs_across(const NarrowRows *f, Int whole) {
+  uint32_t *pairs = (uint32_t *)scratch(X, whole / 2 * TILE), block[TILE * TILE] = {0};
+  for (Int p = 0; p < whole / 2 && pairs; p += TILE) {
+    for (Int r = 0; r < f->n; r++) {
+      const Float *x = (const Float *)(f->x + r * f->k + 2 * p);
+#pragma omp simd
+      for (Int i = 0; i < TILE; i++)
+        block[r * TILE + i] = x[2 * i].bits >> 16 | (x[2 * i + 1].bits & 0xffff0000);
+    }
+    transpose_block((const float *)block, TILE, TILE, (float *)pairs + p * TILE);
+  }
+  return pairs;
+}
+
+/* sums (TILE_COLUMNS, TILE) = weights (TILE_COLUMNS, whole) @ x.T; meanwhile the weights that come
+   next are fetched. Two sums for each result: each addition waits for the one before it. */
+static void multiply_tiles(const uint16_t *weights, Int k, Int whole, const uint32_t *x,
+                           float *sums) {
+  const uint16_t *below = weights + TILE * k;
+  __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles are memory's */
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (Int p = 0; p < whole; p += TILE_STEP) {
+    for (Int i = 0; i < TILE_COLUMNS; i++) {
+      __builtin_prefetch(weights + (TILE_COLUMNS + i) * k + p);
+      __builtin_prefetch(weights + (TILE_COLUMNS + i) * k + p + 32);
+    }
+    _tile_loadd(4, x + p / 2 * TILE, 64);
+    _tile_loadd(5, x + (p + 32) / 2 * TILE, 64);
+    _tile_loadd(6, weights + p, 2 * k);
+    _tile_dpbf16ps(0, 6, 4);
+    _tile_loadd(7, weights + p + 32, 2 * k);
+    _tile_dpbf16ps(1, 7, 5);
+    _tile_loadd(6, below + p, 2 * k);
+    _tile_dpbf16ps(2, 6, 4);
+    _tile_loadd(7, below + p + 32, 2 * k);
+    _tile_dpbf16ps(3, 7, 5);
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 2 * TILE * TILE, 64);
+  _tile_stored(2, sums + TILE * TILE, 64);
+  _tile_stored(3, sums + 3 * TILE * TILE, 64);
+  __asm__ volatile("" ::: "memory");
+}
+
+/* Columns first … of y, as many as fill tiles before `end`. Returns where they end. */
+static Int tile_columns(const NarrowRows *f, Int first, Int end) {
+  float sums[4 * TILE * TILE] __attribute__((aligned(64))), across[TILE * TILE];
+  Int whole = f->k / TILE_STEP * TILE_STEP, j = first;
+  if (f->n < ENOUGH_ROWS || f->n > TILE || !whole || !bfloat16_by_tiles()) return first;
+  const uint32_t *x = pairs_across(f, whole);
+  if (!x) return first;
+  open_tiles();
+  for (; j + TILE_COLUMNS <= end; j += TILE_COLUMNS) {
+    multiply_tiles((const uint16_t *)f->weight + j * f->k, f->k, whole, x, sums);
+    add_scaled(sums, 1, sums + 2 * TILE * TILE, 2 * TILE * TILE);
+    for (Int half = 0; half < 2; half++) {
+      transpose_block(sums + half * TILE * TILE, TILE, TILE, across);
+      for (Int r = 0; r < f->n; r++)
+        for (Int i = 0; i < TILE; i++) {
+          Int column = j + half * TILE + i;
+          f->y[r * f->m + column] =
+              across[r * TILE + i] +
+              (whole < f->k ? rest(BFLOAT16, f, f->x + r * f->k, column, whole) : 0);
+        }
+    }
+  }
+  _tile_release();
+  return j;
+}
+#endif
+
+/* ----------------------------------------------------------------------------------- all of them */
+
+#define IN_NEAREST_CACHE 4096 /* floats of x that stay in it while weights pass by */
+
+INLINE void add_bias(const NarrowRows *f, Int first, Int end) {
+  for (Int r = 0; r < f->n && f->bias; r++)
+    for (Int j = first; j < end; j++)
+      f->y[r * f->m + j] += f->kind == INT8 ? ((const float *)f->bias)[j]
+                                            : from_bfloat16(((const uint16_t *)f->bias)[j]);
+}
+
+/* Columns first … end - 1 of y; see few_rows_columns of matmul.c. */
+INLINE void narrow_columns(int kind, const NarrowRows *f, Int first, Int end) {
+  int in_one_stream = f->n <= TOGETHER && f->n * f->k <= IN_NEAREST_CACHE;
+  Int start = first;
+#ifdef HAS_TILES
+  if (kind == BFLOAT16) start = tile_columns(f, first, end);
+#endif
+  const float *x = start < end ? arranged(kind, f) : f->x; /* tiles may have done it all */
+  if (!x) return;
+  for (Int j = start; j < end; j += LANES)
+    for (Int r = 0; r < f->n; r += TOGETHER) {
+      Int columns = min(LANES, end - j), rows = min(TOGETHER, f->n - r);
+      if (in_one_stream || columns < LANES)
+        dots_of_rows(kind, rows, 0, f, x, r, j, columns);
+      else
+        dots_of_rows(kind, rows, 1, f, x, r, j, LANES);
+    }
+  add_bias(f, first, end);
+}
+
+static void narrow_task(const void *arguments, Int part, Int parts) {
+  const NarrowRows *f = arguments;
+  Int first, end = cut(f->m, parts, LANES, part, &first);
+  if (f->kind == INT8)
+    narrow_columns(INT8, f, first, end);
+  else
+    narrow_columns(BFLOAT16, f, first, end);
+}
+
+#define FEW_WEIGHTS 20000 /* with fewer, waking another thread does not pay */
+
+int few_narrow_rows(const NarrowRows *f) {
+  return run_parts(narrow_task, f, f->k * f->m < FEW_WEIGHTS ? 1 : 4 * thread_count());
+}
+
+/* ------------------------------------------------------- a matrix of int8 as floats, for many rows */
+
+typedef struct {
+  Int k, m;
+  const int8_t *values; /* (m, k) */
+  const float *scales;  /* (m, k / GROUP rounded up) */
+  float *wide;          /* (m, k) */
+} Widening;
+
+static void widen_task(const void *arguments, Int part, Int parts) {
+  const Widening *w = arguments;
+  Int first, end = cut(w->m, parts, 1, part, &first), groups = groups_of(w->k);
+  for (Int j = first; j < end; j++)
+    for (Int g = 0; g < groups; g++) {
+      Int at = j * w->k + g * GROUP, n = min(GROUP, w->k - g * GROUP);
+      float scale = w->scales[j * groups + g];
+#pragma omp simd
+      for (Int i = at; i < at + n; i++) w->wide[i] = w->values[i] * scale;
+    }
+}
+
+int widen_int8(const Widening *w) {
+  return run_parts(widen_task, w, w->k * w->m < FEW_WEIGHTS ? 1 : thread_count());
+}

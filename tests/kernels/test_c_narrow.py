@@ -1,0 +1,153 @@
+"""Products of a few rows with weights of bfloat16 and int8, in C."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from compilers import CC, run_apart
+
+from micrograd_gpt import functional as F
+from micrograd_gpt.arrays import int8
+from micrograd_gpt.arrays.precision import computed_wide, emulation_note
+from micrograd_gpt.arrays.stand_ins import NotForMe, at_most
+from micrograd_gpt.kernels.in_c import compiler
+from micrograd_gpt.kernels.in_c import int8 as in_c
+from micrograd_gpt.kernels.in_c import kernels as compiled
+
+pytestmark = pytest.mark.skipif(
+    compiler.library() is None, reason=f"no compiled kernels: {compiler.report()}"
+)
+
+SIZES = [
+    *((1, 1, 1), (1, 64, 16), (2, 33, 17), (3, 95, 131), (4, 1601, 66), (5, 768, 48)),
+    *((16, 65, 3), (16, 130, 700), (9, 64, 32)),
+]
+
+
+@pytest.fixture(params=["1 thread", "3 threads", "without AMX"], autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """On one thread and on several, and as on a processor that has no registers for matrices."""
+    library = compiler.library()
+    library.use_threads(ctypes.c_int64(3 if request.param == "3 threads" else 1))
+    try:
+        if request.param == "without AMX":
+            assert library.bfloat16_products(0) == 0
+        yield request.param
+    finally:
+        library.bfloat16_products(len(compiler.WAYS) - 1)
+        library.use_threads(ctypes.c_int64(compiler.cores()))
+
+
+def integers(*shape: int) -> np.ndarray:
+    """Integers so small that float32 has all sums of their products, in any order."""
+    return np.random.default_rng(shape).integers(-9, 10, shape).astype("float32")
+
+
+def int8_of_integers(k: int, m: int) -> int8.Int8Matrix:
+    """A matrix whose scales are powers of two, so that all products are exact."""
+    values = np.asfortranarray(integers(k, m).astype(np.int8))
+    scales = 2.0 ** np.random.default_rng(0).integers(-2, 3, (int8.groups(k), m))
+    return int8.int8_matrix(values, np.asfortranarray(scales.astype("float32")))
+
+
+def layouts(x: np.ndarray) -> Iterator[np.ndarray]:
+    n, k = x.shape
+    odd = np.full((n, k + 3), np.nan, x.dtype)
+    odd[:, 3:] = x
+    yield from (x, np.asfortranarray(x), x[::-1, ::-1].copy()[::-1, ::-1], odd[:, 3:])
+
+
+@pytest.mark.parametrize(("n", "k", "m"), SIZES)
+def test_exact_sums_are_the_definitions_to_the_last_bit(n: int, k: int, m: int) -> None:
+    whole, weight = integers(n, k), np.asfortranarray(integers(k, m)).astype("bfloat16")
+    bias, eighths = integers(m).astype("bfloat16"), int8_of_integers(k, m)
+    for x in layouts(whole):
+        np.testing.assert_array_equal(in_c.product(x, eighths), x @ eighths.astype("float32"))
+        narrow = x.astype("bfloat16")
+        for b in (bias, bias[::-1], None):
+            ours = compiled.linear_forward(narrow, weight, b)
+            expected = computed_wide(
+                F.linear_forward, F.linear_forward.definition, (narrow, weight, b)
+            )
+            assert ours.dtype == expected.dtype and ours.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_infinity_and_nan_go_where_they_belong(bad: float) -> None:
+    for place in (0, 63, 64, 69):
+        x, weight = integers(3, 70), int8_of_integers(70, 35)
+        x[1, place] = bad
+        with np.errstate(invalid="ignore"):
+            expected = x @ weight.astype("float32")
+        np.testing.assert_array_equal(in_c.product(x, weight), expected)
+        narrow = np.asfortranarray(weight.astype("bfloat16"))
+        ours = compiled.linear_forward(x.astype("bfloat16"), narrow, None)
+        np.testing.assert_array_equal(np.isfinite(ours.astype("float32")), np.isfinite(expected))
+    weight.scales[1, 7] = np.nan
+    ours = in_c.product(integers(3, 70), weight)
+    assert np.isnan(ours[:, 7]).all() and np.isfinite(np.delete(ours, 7, axis=1)).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+def test_subnormal_numbers_are_not_zero(rows: int, way: str) -> None:
+    """But for bfloat16 in AMX tiles, which several rows meet where the processor has them."""
+    weight = np.asfortranarray(np.full((64, 32), 2.0**-130, "float32")).astype("bfloat16")
+    x = np.full((rows, 64), 2.0**10, "float32")
+    y = compiled.linear_forward(x.astype("bfloat16"), weight, None).astype("float32")
+    assert np.isin(y, [2.0**-114] if rows < 3 or way == "without AMX" else [2.0**-114, 0]).all()
+    wide = in_c.product(x, int8.quantised(np.full((64, 16), 2.0**-130, "float32"), 0))
+    np.testing.assert_allclose(wide, 2.0**-114, rtol=1e-2)  # a subnormal scale has few digits
+
+
+def test_what_it_does_not_compute_is_refused() -> None:
+    x, weight = integers(2, 130), int8_of_integers(130, 33)
+    no_scales = int8.int8_matrix(weight.values, weight.scales[:2])
+    for bad in (
+        (x.astype("float64"), weight),
+        (x[:, :5], weight),
+        (x[:0], weight),
+        (x[0], weight),
+        (x, weight.values),
+        (x, no_scales),
+        (x, int8.int8_matrix(weight.values, weight.scales.astype("float64"))),
+        (x, int8.int8_matrix(weight.values, weight.scales.copy(order="C"))),
+    ):
+        with pytest.raises(NotForMe):
+            in_c.product(*bad)
+
+
+def test_the_note_says_where_it_would_be_slower() -> None:
+    assert emulation_note("int8", "cpu", decoding=True) is None
+    assert emulation_note("bfloat16", "cpu", decoding=True) is None
+    with at_most("numpy"):
+        assert "not faster" in str(emulation_note("int8", "cpu", decoding=True))
+        assert "not faster" in str(emulation_note("bfloat16", "cpu", decoding=True))
+
+
+# Run in a process of its own, with kernels for less than this processor has.
+LESS = """if True:
+    import numpy as np
+    from micrograd_gpt.arrays import int8
+    from micrograd_gpt.kernels.in_c import compiler, int8 as in_c, kernels
+    x, w = (np.random.default_rng(0).integers(-9, 10, s).astype("float32")
+            for s in ((5, 195), (195, 35)))
+    y = kernels.linear_forward(x.astype("bfloat16"), np.asfortranarray(w).astype("bfloat16"), None)
+    assert y.tobytes() == (x @ w).astype("bfloat16").tobytes()
+    ones = np.ones((4, 35), "float32", order="F")
+    weight = int8.int8_matrix(np.asfortranarray(w.astype("int8")), ones)
+    assert (in_c.product(x, weight) == x @ w).all()
+    assert (in_c.product(np.repeat(x, 9, 0), weight) == np.repeat(x, 9, 0) @ w).all()
+    print("equal")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["-mno-avx512f", "-mno-avx2", "-mno-avx"])
+def test_code_for_a_lesser_processor(options: str, tmp_path: object, way: str) -> None:
+    if way != "1 thread" or "avx512" not in compiler._processor():
+        pytest.skip("once is enough, and the options are for processors that have these")
+    result = run_apart(LESS, CC=f"{CC} {options}", XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 0 and "equal" in result.stdout, result.stderr
