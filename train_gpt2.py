@@ -85,8 +85,6 @@ def main(argv: list[str] | None = None) -> int:
 def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
     """Train as the settings say; returns the script's exit status."""
     shared = divided(settings, ranks.size)  # the same step in micro-batches that ranks can share
-    if ranks.size == 1 and settings.reduce_dtype != "float32":
-        say("note: --reduce-dtype is for several ranks; this is one process, and sends nothing")
 
     # Data: two streams of tokens, each cut into windows of block_size
     with ranks.first_on_machine():

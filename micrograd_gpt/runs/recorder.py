@@ -135,6 +135,8 @@ class Recorder:
         )
         if self.ranks.size > 1:
             say(self.ranks.description)
+        elif vars(self.settings).get("reduce_dtype", "float32") != "float32":
+            say("note: --reduce-dtype is for several ranks; this is one process, and sends nothing")
 
     def _way_back(self) -> str:
         latest = checkpoint.last_good(self.out, self.optimizer.steps + 1)
