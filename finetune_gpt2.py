@@ -40,6 +40,7 @@ from micrograd_gpt.runs.fingerprint import check_fingerprint
 from micrograd_gpt.runs.lock import only_writer
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.plan import Plan
+from micrograd_gpt.runs.ranks import check_only_process
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.runs.recorder import Recorder
 from micrograd_gpt.runs.signals import signals_as_before
@@ -75,6 +76,7 @@ Make = Callable[[GPT2], Any]  # what the body becomes: itself, or a classifier
 
 def main(argv: list[str] | None = None) -> int:
     given = flags.parse_flags(argv)
+    check_only_process("finetune_gpt2.py")
     stand_ins.highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
     cli.write_utf8()
     to_predict = "predict" in given or flags.is_piped(given)

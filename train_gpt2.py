@@ -3,6 +3,7 @@
     python train_gpt2.py                              # a small GPT on Python's own manual
     python train_gpt2.py --data my.txt --out mine     # on your text
     python train_gpt2.py --init-from 124M --data my.txt --batch-size 1 --max-steps 100
+    mpirun -n 2 python train_gpt2.py                  # the first of these, on two processes
 
 Read it from `main()` down: settings, then in `train()` data, model, optimizer and the loop. The
 flags and their defaults are the table in micrograd_gpt/runs/settings.py. Every random choice is a
@@ -19,9 +20,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
-import dataclasses
 import math
 import warnings
+from contextlib import nullcontext
 
 from micrograd_gpt import no_grad, optim
 from micrograd_gpt.arrays import stand_ins
@@ -36,6 +37,7 @@ from micrograd_gpt.runs.fingerprint import check_same_data
 from micrograd_gpt.runs.lock import only_writer
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.plan import Plan, smaller_model, smaller_step
+from micrograd_gpt.runs.ranks import Ranks, check_same_start, divided, started_ranks
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.runs.recorder import Recorder, micro_batches
 from micrograd_gpt.runs.settings import (
@@ -60,31 +62,41 @@ from micrograd_gpt.weights.pretrained import unwritten
 
 
 def main(argv: list[str] | None = None) -> int:
-    # Settings: the defaults, then what a resumed run was started with, then the flags
     cli.write_utf8()  # samples may need it
-    given = parse_flags(argv)
-    stand_ins.highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
-    settings = resolve_settings(given)
-    device = resolve_device(settings.device)
-    if settings.plan:
-        print(plan_of(settings, device))
-        return 0
-    set_tf32(settings.tf32, device)
-    out_of_memory, types = memory_errors(smaller_step(settings)), compute_in(settings.dtype)
-    with out_of_memory, types, only_writer(settings.out), signals_as_before():
-        return train(settings, device)
+    with started_ranks() as ranks:  # one, unless a launcher such as mpirun started several
+        # Settings: the defaults, then what a resumed run was started with, then the flags
+        given = parse_flags(argv)
+        stand_ins.highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
+        ranks.check_same(given)
+        with ranks.first_on_machine():
+            settings = resolve_settings(given)
+        device = resolve_device(settings.device)
+        if settings.plan:
+            print(plan_of(settings, device))
+            return 0
+        ranks.use_device(device)
+        set_tf32(settings.tf32, device)
+        out_of_memory, types = memory_errors(smaller_step(settings)), compute_in(settings.dtype)
+        writer = only_writer(settings.out) if ranks.is_first else nullcontext()
+        with out_of_memory, types, writer, signals_as_before():
+            return train(settings, device, ranks)
 
 
-def train(settings: argparse.Namespace, device: str) -> int:
+def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
     """Train as the settings say; returns the script's exit status."""
+    shared = divided(settings, ranks.size)  # the same step in micro-batches that ranks can share
+
     # Data: two streams of tokens, each cut into windows of block_size
-    corpus = load_data(settings)
+    with ranks.first_on_machine():
+        corpus = load_data(settings)
     training, validation = corpus.windows(settings.block_size)
 
     # Model, optimizer, and what a resumed run saved of them
     smaller = smaller_model(settings)
-    make_plan(settings, corpus.tokenizer.vocab_size, device).check_room(smaller)
-    with memory_errors(smaller):
+    if ranks.local_rank == 0:
+        plan = Plan.of(config_of(settings, corpus.tokenizer.vocab_size), settings, device)
+        plan.check_room(smaller, ranks.local_size)
+    with memory_errors(smaller), ranks.first_on_machine():
         model = make_model(settings, corpus.tokenizer, device)
         optimizer, scaler = make_optimizer(settings, model)
     if note := emulation_note(settings.dtype, device):
@@ -93,24 +105,29 @@ def train(settings: argparse.Namespace, device: str) -> int:
         checkpoint.load_run(settings.out, model, optimizer, scaler)
 
     # What the run says, measures and saves
-    recorder = Recorder(settings, corpus, model, optimizer, scaler)
-    write_settings(settings)
+    check_same_start(ranks, settings, model, optimizer)
+    recorder = Recorder(settings, corpus, model, optimizer, scaler, ranks=ranks)
+    if ranks.is_first:
+        write_settings(settings)
     if device == "cpu":
         say(f"CPU kernels: {stand_ins.report()}")
     recorder.start()
 
-    while optimizer.steps < settings.max_steps and not recorder.stopped:
+    while optimizer.steps < settings.max_steps and not ranks.agree(recorder.stopped):
         step = optimizer.steps
         optimizer.lr = learning_rate(step, settings)
 
-        # Gradients of the mean loss over all micro-batches, each with its own dropout
+        # Gradients of the mean loss over all micro-batches, each with its own dropout. A rank
+        # takes its share of them; then the gradients of all ranks are added up.
         losses = []
-        for batch in micro_batches(step, settings):
-            ids, targets = training.batch(settings.seed, batch, settings.batch_size)  # (B, T) each
+        for batch in ranks.share(micro_batches(step, shared)):
+            ids, targets = training.batch(settings.seed, batch, shared.batch_size)  # (B, T) each
             model.draws.reseed(settings.seed, batch)
-            loss = model.loss(ids, targets) * (1 / settings.grad_accum_steps)
+            loss = model.loss(ids, targets) * (1 / shared.grad_accum_steps)
             (loss * scaler.scale).backward()
             losses.append(loss.data)
+        ranks.add_up(model.parameters(), settings.reduce_dtype)
+        losses = ranks.join(losses)
         norm = optim.clip_grad_norm(model.parameters(), settings.grad_clip, scaler.scale)
 
         # The step, except where float16 overflowed: then it is tried again with a smaller scale
@@ -125,16 +142,17 @@ def train(settings: argparse.Namespace, device: str) -> int:
         if due.log:
             row = recorder.measure()
             if due.evaluation:
-                val_loss = evaluate(model, validation, settings)
+                val_loss = evaluate(model, validation, settings, ranks)
                 row |= {"val_loss": val_loss} | bits_per_byte(val_loss, corpus)
             recorder.log(row)
-        if due.sample and not recorder.stopped:
+        if due.sample and ranks.is_first and not recorder.stopped:
             recorder.show_sample(sample(model, corpus, optimizer.steps))
         recorder.save_if_due()
 
     if signal_number := recorder.finish():
         return 128 + signal_number
-    report(settings, model, corpus, recorder.val_loss)
+    if ranks.is_first:
+        report(settings, model, corpus, recorder.val_loss)
     return 0
 
 
@@ -221,15 +239,15 @@ def learning_rate(step: int, settings: argparse.Namespace) -> float:
     return optim.cosine_schedule(step, s.max_steps, s.warmup_steps, s.learning_rate, s.min_lr)
 
 
-def evaluate(model: GPT2, validation: Windows, settings: argparse.Namespace) -> float:
+def evaluate(model: GPT2, validation: Windows, settings: argparse.Namespace, ranks: Ranks) -> float:
     """Mean loss in nats per token over fixed windows of the validation text, the same each time."""
     total = count = 0.0
     with no_grad(), no_dropout():
         windows = settings.eval_batches * EVAL_WINDOWS
-        for ids, targets in validation.evenly_spaced(windows, settings.batch_size):
+        for ids, targets in ranks.every(validation.evenly_spaced(windows, settings.batch_size)):
             total += model.loss(ids, targets).item() * targets.size
             count += targets.size
-    return total / count
+    return sum(ranks.join([total])) / sum(ranks.join([count]))
 
 
 def bits_per_byte(loss: float, corpus: Corpus) -> dict[str, float]:
@@ -276,22 +294,8 @@ def plan_of(settings: argparse.Namespace, device: str) -> str:
         tokenizer = load_corpus(settings.data, tokenizer, form=form_of(settings)).tokenizer
     elif isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, "")
-    plan = make_plan(settings, tokenizer.vocab_size, device)
+    plan = Plan.of(config_of(settings, tokenizer.vocab_size), settings, device)
     return plan.report(settings.max_steps, settings.rate, settings.devices)
-
-
-def make_plan(settings: argparse.Namespace, vocab_size: int, device: str) -> Plan:
-    """What the run will take."""
-    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
-    return Plan(
-        dataclasses.replace(config_of(settings, vocab_size), **dropout),
-        settings.batch_size,
-        settings.block_size,
-        settings.grad_accum_steps,
-        settings.recompute,
-        settings.dtype,
-        device,
-    )
 
 
 if __name__ == "__main__":

@@ -95,6 +95,17 @@ def set_tf32(on: bool, device: str) -> None:
         raise UserError("--tf32 is for --device gpu: leave it out, or train on a GPU")
 
 
+def gpu_addresses() -> list[str]:
+    """Where the GPUs that this process sees are on the PCI bus, in the order of their numbers."""
+    runtime = library_for("gpu").cuda.runtime
+    return [runtime.deviceGetPCIBusId(number) for number in range(runtime.getDeviceCount())]
+
+
+def use_gpu(number: int) -> None:
+    """Compute on GPU `number`, of those that this process sees, from now on."""
+    library_for("gpu").cuda.Device(number).use()
+
+
 def to_device(array: Array, device: str) -> Array:
     """`array` on `device` ("cpu", "gpu"): the array itself if it is there already, else a copy.
 

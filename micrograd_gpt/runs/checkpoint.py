@@ -134,6 +134,11 @@ def load_settings(folder: str | Path) -> dict[str, Any]:
     return _read_state(Path(folder))["settings"]
 
 
+def saved_step(folder: str | Path) -> int:
+    """After how many steps the run in `folder` was saved; 0 if there is none."""
+    return _read_state(Path(folder))["step"] if holds_run(folder) else 0
+
+
 # ------------------------------------------------------------- which sets a folder holds
 
 

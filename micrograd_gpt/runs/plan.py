@@ -48,6 +48,20 @@ class Plan:
     device: str = "cpu"
     n_trained: int | None = None
 
+    @classmethod
+    def of(cls, config: GPT2Config, settings: argparse.Namespace, device: str) -> Plan:
+        """The plan of a run of train_gpt2.py, whose settings have another dropout than `config`."""
+        dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
+        return cls(
+            dataclasses.replace(config, **dropout),
+            settings.batch_size,
+            settings.block_size,
+            settings.grad_accum_steps,
+            settings.recompute,
+            settings.dtype,
+            device,
+        )
+
     @property
     def n_parameters(self) -> int:
         c = self.config
@@ -179,18 +193,21 @@ class Plan:
         gradients = 2 * self._stream + 2 * self._hidden
         return self._saved_by_block + gradients * self._narrow + copies
 
-    def check_room(self, smaller: str = SMALLER_MODEL) -> None:
+    def check_room(self, smaller: str = SMALLER_MODEL, ranks: int = 1) -> None:
         """UserError if a run on the CPU takes more memory than there is, before it takes it.
 
-        `smaller` is what helps where not even the model fits.
+        `smaller` is what helps where not even the model fits. `ranks` is how many such processes
+        will share the machine's memory.
         """
         if self.device != "cpu":  # a GPU's memory is never given out twice: it says when it is full
             return
         model = f"{self.n_parameters:,} parameters with their gradients and moments"
-        check_room(self.weights + self.gradients + self.moments, model, smaller)
+        for_all = f" on each of {ranks} ranks" if ranks > 1 else ""
+        size = self.weights + self.gradients + self.moments
+        check_room(ranks * size, model + for_all, smaller)
         tokens = f"{self.batch_size:,} × {self.block_size:,} tokens"
         batch = f"{self.n_parameters:,} parameters and micro-batches of {tokens}"
-        check_room(self.peak - PYTHON, batch, SMALLER_STEP)
+        check_room(ranks * (self.peak - PYTHON), batch + for_all, SMALLER_STEP)
 
     def seconds_per_step(self, rate: float | None = None, devices: int = 1) -> float:
         """Time of a step on `devices` that reach `rate` TFLOP/s each; None: as measured here.

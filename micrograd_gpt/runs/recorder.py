@@ -20,13 +20,16 @@ from micrograd_gpt.arrays.devices import resolve_device
 from micrograd_gpt.nn import Module
 from micrograd_gpt.optim import AdamW
 from micrograd_gpt.runs import checkpoint
+from micrograd_gpt.runs.last_resort import at_signal, save_if_killed
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.metrics import Metrics
+from micrograd_gpt.runs.ranks import Ranks
 from micrograd_gpt.runs.signals import StopSignals
 from micrograd_gpt.runs.unread import Unread, read_numbers
 from micrograd_gpt.runs.watch import Watch
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import remove_unfinished
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.weights.saving import write_model
 
@@ -63,7 +66,8 @@ class Recorder:
     run on stderr; `start()` then starts the clock, the progress bar and the signal handlers. Raises
     UserError if a resumed run is complete already, or if the folder cannot be written. `write` puts
     the model and its tokenizer into a folder, as `write_model` does. `tokens_per_step` is the most
-    that a step has, if that is not a full batch of `settings.block_size` each.
+    that a step has, if that is not a full batch of `settings.block_size` each. Of several `ranks`
+    the first keeps the record; the others only decide as it does.
     """
 
     def __init__(
@@ -75,23 +79,20 @@ class Recorder:
         scaler: LossScaler,
         write: Callable[..., None] = write_model,
         tokens_per_step: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
 
         self.settings, self.data, self._write = settings, data, write
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.out = Path(settings.out)
+        self.out, self.ranks = Path(settings.out), ranks or Ranks()
         if settings.resume:
-            checkpoint.keep_best(self.out)
+            if self.ranks.is_first:
+                checkpoint.keep_best(self.out)
             if optimizer.steps >= settings.max_steps:
                 raise UserError(
                     f"the run in {self.out} is complete at step {optimizer.steps}; "
                     "give a larger --max-steps to continue it"
                 )
-        self.metrics = Metrics(self.out, optimizer.steps, settings.tensorboard)
-        if settings.overwrite:
-            checkpoint.remove_run(self.out)
-        self.watch = Watch(self.metrics, optimizer.steps, settings.watch, data.unit)
-        self.best_loss = checkpoint.best_loss(self.out)
         self.val_loss: float | None = None  # of the latest step, if it was measured
         self._on_cpu = resolve_device(settings.device) == "cpu"
         self._unread = Unread()
@@ -102,7 +103,22 @@ class Recorder:
             settings.batch_size * settings.grad_accum_steps * settings.block_size
         )
         self._tokens = 0  # taken since the last row
-        self._announce()
+        self._row: dict[str, Any] | None = None  # of the step that was measured last
+        self._is_changing = False  # the optimizer is taking a step, or its row is not there yet
+        self._is_dying = False  # the launcher will kill us soon
+        self.best_loss = math.inf
+        self.ranks.way_back = self._way_back
+        if self.ranks.is_first:
+            self._open_folder()
+            self._announce()
+
+    def _open_folder(self) -> None:
+        steps = self.optimizer.steps
+        self.metrics = Metrics(self.out, steps, self.settings.tensorboard)
+        if self.settings.overwrite:
+            checkpoint.remove_run(self.out)
+        self.watch = Watch(self.metrics, steps, self.settings.watch, self.data.unit)
+        self.best_loss = checkpoint.best_loss(self.out)
 
     def _announce(self) -> None:
         if damaged := self.metrics.damaged_lines():
@@ -117,6 +133,14 @@ class Recorder:
             f"({most}{self._tokens_per_step:,} tokens a step) from step {self.optimizer.steps}; "
             f"writing to {self.out}/"
         )
+        if self.ranks.size > 1:
+            say(self.ranks.description)
+        elif vars(self.settings).get("reduce_dtype", "float32") != "float32":
+            say("note: --reduce-dtype is for several ranks; this is one process, and sends nothing")
+
+    def _way_back(self) -> str:
+        latest = checkpoint.last_good(self.out, self.optimizer.steps + 1)
+        return f"the last good checkpoint: {latest}"
 
     def start(self) -> None:
         """The loop begins: start the clock and the progress bar, and let Ctrl-C stop it gently."""
@@ -127,10 +151,37 @@ class Recorder:
             disable=None,
             smoothing=0.05,
         )
-        self._signals = StopSignals()
+        self._signals = StopSignals(self.ranks.stopping, self.ranks.check_alive)
+        if self.ranks.deadly and self.ranks.is_first and self._on_cpu:  # a fork has no GPU
+            at_signal(self.ranks.deadly, self._on_deadly_signal)
         self._last_time = time.perf_counter()
-        self._started = self._last_time - self.metrics.seconds  # a resumed run's time goes on
+        before = self.metrics.seconds if self.ranks.is_first else 0.0
+        self._started = self._last_time - before  # a resumed run's time goes on
         self._last_said, self._has_measured = monotonic(), False
+
+    def _on_deadly_signal(self) -> None:
+        """Have the latest whole step saved though the launcher is about to kill us."""
+        if not self.ranks.all_well():
+            return  # the launcher does the same where a rank has died or failed
+        if self._is_changing:
+            self._is_dying = True  # _step_is_whole knows when to do it
+        else:
+            save_if_killed(self._save_if_newer)
+
+    def _step_is_whole(self) -> None:
+        self._is_changing = False
+        if self._is_dying:
+            save_if_killed(self._save_if_newer)
+
+    def _save_if_newer(self) -> None:
+        done, row = self.optimizer.steps, self._row
+        remove_unfinished(self.out)  # such as loss.png, which it was drawing
+        if self._is_changing or checkpoint.saved_step(self.out) >= done:
+            return
+        self._save()
+        # A validation comes before its step's row is written.
+        if row and row["step"] == done and done not in {r["step"] for r in self.metrics.rows()}:
+            self.metrics.append(row)
 
     @property
     def stopped(self) -> int:
@@ -145,7 +196,13 @@ class Recorder:
     # ------------------------------------------------------------------- one step, in order
 
     def due_after(self, step: int) -> Due:
-        """What happens once `step`, counted from 0, has been taken."""
+        """What happens now that `step`, counted from 0, has been taken."""
+        due = self._due(step)
+        if not due.log:  # else measure() comes first
+            self._step_is_whole()
+        return due
+
+    def _due(self, step: int) -> Due:
         s, done = self.settings, step + 1
         last = done == s.max_steps  # whose sample and checkpoint are the run's own
         evaluation = done % s.eval_interval == 0 or last
@@ -173,11 +230,12 @@ class Recorder:
         self._unread.add(step, losses, grad_norm)
         self._tokens += self._tokens_per_step if tokens is None else tokens
         self.val_loss = None
-        due = self.due_after(step)
+        due = self._due(step)
         if self._on_cpu or due.log or due.sample or due.save or self.stopped:
             self._look()
         self._bar.update()
         self._show_life(step + 1)
+        self._is_changing = True
         return True
 
     def _show_life(self, done: int) -> None:
@@ -230,7 +288,8 @@ class Recorder:
         }
         if self.scaler.enabled:
             row |= {"loss_scale": self.scaler.scale, "skipped_steps": self.scaler.skipped_steps}
-        self._has_measured = True
+        self._row, self._has_measured = row, True
+        self._step_is_whole()
         self._bar.set_postfix_str(
             f"loss {self._train_loss:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
         )
@@ -239,6 +298,8 @@ class Recorder:
     def log(self, row: dict[str, Any]) -> None:
         """Add a row to metrics.jsonl; with a `val_loss`, say it and redraw loss.png too."""
         self.val_loss = row.get("val_loss")
+        if not self.ranks.is_first:
+            return
         if self.val_loss is not None:
             right = f"   accuracy {row['val_accuracy']:.1%}" if "val_accuracy" in row else ""
             self.say(
@@ -260,11 +321,12 @@ class Recorder:
         """Save if --save-interval says so, or the validation loss is the lowest so far."""
         done = self.optimizer.steps
         best = self.val_loss is not None and self.val_loss < self.best_loss
-        if self.due_after(done - 1).save or (best and done < self.settings.max_steps):
+        if self._due(done - 1).save or (best and done < self.settings.max_steps):
             self._attempt(self._save)
 
     def finish(self) -> int:
-        """The loop is over: save what is not saved yet and draw the curves; returns `stopped`.
+        """The loop is over: save what is not saved yet and draw the curves; returns `stopped` of
+        any rank.
 
         A first signal that comes meanwhile is heeded only after that. Raises UserError if the run
         cannot be saved.
@@ -272,20 +334,25 @@ class Recorder:
         self._bar.close()
         if self._saved_step < self.optimizer.steps:
             self._save()
-        self._attempt(self.metrics.draw, self.data.unit, needed=False)
-        self._attempt(self.watch.draw, self.settings.max_steps, False, needed=False)
-        if self.stopped:
+        if self.ranks.is_first:
+            self._attempt(self.metrics.draw, self.data.unit, needed=False)
+            self._attempt(self.watch.draw, self.settings.max_steps, False, needed=False)
+        stopped = self.ranks.agree(self.stopped)
+        if stopped:
             done = self.optimizer.steps
             can_resume = 0 < done < self.settings.max_steps
             how = f"; continue with --resume --out {self.out}" if can_resume else ""
             say(f"stopped after step {done}{how}")
-        return self.stopped
+        return stopped
 
     # -------------------------------------------------------------------- writing to the disk
 
     def _save(self) -> None:
         self._look()  # nothing is saved that is not known to be good
         done = self.optimizer.steps
+        if not self.ranks.is_first:
+            self._saved_step = done
+            return
         try:
             checkpoint.save_run(
                 self.out,

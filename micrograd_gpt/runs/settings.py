@@ -175,6 +175,8 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
      "optimizer steps"),
     ("batch_size", COUNT, By(12, 4), ASK, "windows in a micro-batch"),
     ("grad_accum_steps", COUNT, 1, ASK, "micro-batches in a step"),
+    ("reduce_dtype", one_of("float32", "bfloat16"), "float32", ASK,  # rounding is asked for
+     "number type in which several ranks send each other gradients"),
     ("recompute", ON_OFF, False, FREE,  # only where memory is short
      "compute activations again in the backward: less memory, a quarter more time"),
 ],

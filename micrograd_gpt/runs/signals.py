@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -21,14 +21,19 @@ class StopSignals:
 
     Python allows this in its main thread only: in another one signals do what they did before. So
     do those that are ignored, as a shell starts programs in the background.
+
+    `also` are signals that ask for the same, and `first` is called before any of them is heeded.
     """
 
-    def __init__(self) -> None:
-        self.requested = 0
-        for number in heeded():
+    def __init__(
+        self, also: Sequence[signal.Signals] = (), first: Callable[[], None] = lambda: None
+    ) -> None:
+        self.requested, self._first = 0, first
+        for number in (*heeded(), *also):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._first()
         if self.requested:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.requested = number

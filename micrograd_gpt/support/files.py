@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from micrograd_gpt.support.errors import UserError
 
+RANDOM = "[0-9a-f]" * 16  # the part of a temporary file's name that makes it unique
 ABANDONED = 24 * 3600  # seconds after which a temporary file is taken to be a killed writer's
 
 
@@ -57,11 +58,17 @@ def _refuse_device(path: Path) -> None:
 
 def _remove_abandoned(path: Path) -> None:
     """Remove the temporary files that killed writers of `path` left."""
-    pattern = f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.tmp"
+    pattern = f".{glob.escape(path.name)}.{RANDOM}.tmp"
     with suppress(OSError):  # another process removes it too, or it belongs to another user
         for left in path.parent.glob(pattern):
             if left.stat().st_mtime < time.time() - ABANDONED:
                 left.unlink()
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove what a killed writer left in a folder in which nobody else writes."""
+    for left in Path(folder).glob(f".*.{RANDOM}.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

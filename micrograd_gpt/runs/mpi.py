@@ -1,0 +1,310 @@
+"""Ranks that talk through MPI, by way of mpi4py.
+
+Their sums have an order. Of each bucket of gradients every rank gets one part, from all ranks; it
+adds these up, rank 0's first, and sends the sum to all. MPI's own all-reduce may add in another
+order whenever the ranks are placed otherwise, and needs no less traffic.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, NoReturn, TextIO
+
+import numpy as np
+from ml_dtypes import bfloat16
+from mpi4py import MPI
+
+from micrograd_gpt.arrays.devices import Array, array_module, gpu_addresses, to_device, use_gpu
+from micrograd_gpt.runs.ranks import Ranks, T, own_gpu, said_once, versions
+from micrograd_gpt.runs.unread import read_numbers
+from micrograd_gpt.support.cli import counted, say
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.machine import usable_cores
+from micrograd_gpt.tensor import Tensor
+
+BUCKET = 1 << 20  # numbers that are added up at a time: 4 MB, which stay in a cache
+BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
+FAILED = 1  # the tag of the message that a rank has met an error
+PATIENCE = 1.0  # seconds that a rank leaves each rank before it to say what both have met
+MOST_PATIENCE = 5.0  # seconds that it leaves them all
+
+
+class RankDied(Exception):
+    """Another rank's process has ended, so that no step can be taken any more."""
+
+
+class MPIRanks(Ranks):
+    """One of several ranks."""
+
+    # Open MPI's mpirun passes SIGUSR1 on; after Ctrl-C or SIGTERM it kills us within 0.25 s.
+    stopping = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
+
+    def __init__(self, launcher: str) -> None:
+        self.deadly = (signal.SIGINT, signal.SIGTERM) if launcher == "mpirun" else ()
+        self._all = MPI.COMM_WORLD
+        self._here = self._all.Split_type(MPI.COMM_TYPE_SHARED)  # those on this machine
+        self.rank, self.size = self._all.rank, self._all.size
+        self.local_rank, self.local_size = self._here.rank, self._here.size
+        self._machines = sum(self._all.allgather(self.local_rank == 0))
+        self._buffers: tuple[np.ndarray, np.ndarray] | None = None
+        neighbours = self.on_this_machine((self.rank, os.getpid()))
+        # Containers on one machine may each number their processes.
+        self._watched = {rank: pid for rank, pid in neighbours if is_running(pid)}
+
+    @property
+    def description(self) -> str:
+        machines, cores = counted(self._machines, "machine"), counted(usable_cores(), "core")
+        return f"{self.size} ranks on {machines}, {cores} each"
+
+    def add_up(self, parameters: Sequence[Tensor], dtype: str = "float32") -> None:
+        for parameter in parameters:
+            parameter.grad = ordered_like(parameter.grad, parameter.data)
+        flat = [flat_view(parameter.grad) for parameter in parameters]
+        for bucket in buckets([len(grad) for grad in flat], BUCKET):
+            parts = [flat[i][start:end] for i, start, end in bucket]
+            joined = to_device(array_module(parts[0]).concatenate(parts), "cpu")
+            joined = self._sum(joined, bfloat16 if dtype == "bfloat16" else joined.dtype)
+            ends = np.cumsum([len(part) for part in parts])
+            for part, end in zip(parts, ends, strict=True):
+                part[:] = array_module(part).asarray(joined[end - len(part) : end])
+
+    def _sum(self, numbers: np.ndarray, wire: Any) -> np.ndarray:
+        """The sum of all ranks' `numbers` (N,), which are sent in the dtype `wire`.
+
+        They may be in a buffer that the next call overwrites.
+        """
+        count = -(-len(numbers) // self.size)  # of a part
+        if self._buffers is None or self._buffers[0].dtype != wire:
+            most = -(-BUCKET // self.size) * self.size
+            self._buffers = np.zeros(most, wire), np.zeros(most, wire)
+        ours, received = (buffer[: count * self.size] for buffer in self._buffers)
+        ours[: len(numbers)] = numbers
+        self._wait(self._all.Ialltoall(as_bytes(ours), as_bytes(received)))
+        first, *others = received.reshape(self.size, count)
+        part = first.astype(numbers.dtype)
+        for other in others:
+            part += other.astype(numbers.dtype, copy=False)
+        self._wait(self._all.Iallgather(as_bytes(part.astype(wire, copy=False)), as_bytes(ours)))
+        return ours[: len(numbers)].astype(numbers.dtype, copy=False)
+
+    def join(self, values: Sequence[Any]) -> list[float]:
+        ours = np.array(read_numbers(values))
+        joined = np.empty(self.size * len(ours))
+        self._wait(self._all.Iallgather(ours, joined))
+        return joined.tolist()
+
+    def agree(self, number: int) -> int:
+        ours, largest = np.array(number), np.array(0)
+        self._wait(self._all.Iallreduce(ours, largest, MPI.MAX))
+        return int(largest)
+
+    def wait_for_all(self) -> None:
+        """Go on when all ranks have come here."""
+        self._wait(self._all.Ibarrier())
+
+    def _wait(self, request: MPI.Request) -> None:
+        """Wait for the other ranks. Signals are heeded meanwhile, as MPI's own wait does not."""
+        looked = time.monotonic()
+        while not request.Test():
+            time.sleep(0)  # lets other processes use the core
+            if time.monotonic() > looked + BETWEEN_LOOKS:
+                self.check_alive()
+                looked = time.monotonic()
+
+    def check_alive(self) -> None:
+        dead = [(rank, pid) for rank, pid in self._watched.items() if not is_running(pid)]
+        if dead:
+            which = ", ".join(f"rank {rank} (process {pid})" for rank, pid in dead)
+            raise RankDied(f"{which} on {platform.node()} has ended")
+
+    def all_well(self) -> bool:
+        alive = all(map(is_running, self._watched.values()))
+        return alive and not self._all.Iprobe(tag=FAILED)
+
+    def tell_first(self) -> None:
+        """Let rank 0 know, before the launcher ends it, that this rank has met an error."""
+        self._all.Isend(b"", 0, FAILED)
+
+    def living_before(self, here: bool) -> int:
+        """How many ranks before this one have not ended, of all, or of those on this machine."""
+        alive = {rank: is_running(pid) for rank, pid in self._watched.items()}
+        return sum(alive.get(rank, not here) for rank in range(self.rank))
+
+    @contextmanager
+    def first_on_machine(self) -> Iterator[None]:
+        if self.local_rank:
+            self._wait(self._here.Ibarrier())
+        yield
+        if not self.local_rank:
+            self._wait(self._here.Ibarrier())
+
+    def use_device(self, device: str) -> None:
+        if device == "gpu":
+            use_gpu(own_gpu(self.on_this_machine(gpu_addresses()), self.local_rank))
+
+    def on_this_machine(self, value: T) -> list[T]:
+        """The values of this machine's ranks."""
+        return self._here.allgather(value)
+
+    def check_same(self, facts: dict[str, Any]) -> None:
+        first, *others = self._all.allgather(facts)
+        for rank, theirs in enumerate(others, 1):
+            for what in first | theirs:
+                found, expected = (facts.get(what, "not given") for facts in (theirs, first))
+                if found != expected:
+                    raise UserError(
+                        f"rank {rank} has {what} {found}, rank 0 has {expected}: all ranks need "
+                        "the same"
+                    )
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process of this number on this machine; on Windows that is not asked."""
+    if os.name == "nt":  # os.kill would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
+
+
+def ordered_like(grad: Array, data: Array) -> Array:
+    """The gradient with its numbers in memory in the order of the parameter's, on every rank."""
+    by_columns = data.flags.f_contiguous and not data.flags.c_contiguous
+    return array_module(grad).asarray(grad, order="F" if by_columns else "C")
+
+
+def flat_view(array: Array) -> Array:
+    """All numbers of a contiguous array as they lie in memory, (N,)."""
+    return (array if array.flags.c_contiguous else array.T).reshape(-1)
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    """The memory of an array, which MPI moves whatever the type is."""
+    return array.view(np.uint8)
+
+
+def buckets(sizes: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Arrays of these sizes, one after another, in buckets of `most` numbers: a bucket is the
+    pieces in it, each (array, start, end)."""
+    bucket, room = [], most
+    for i, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            end = min(size, start + room)
+            bucket.append((i, start, end))
+            room, start = room - (end - start), end
+            if not room:
+                yield bucket
+                bucket, room = [], most
+    if bucket:
+        yield bucket
+
+
+# ------------------------------------------------------------------------- starting and ending
+
+
+@contextmanager
+def mpi_ranks(launcher: str, size: int, rank: int) -> Iterator[Ranks]:
+    """The ranks that a launcher started, as started_ranks says."""
+    if MPI.COMM_WORLD.size != size:
+        library = MPI.Get_library_version().split(",")[0].strip()
+        raise said_once(
+            rank,
+            f"{launcher} started {size} processes, of which mpi4py's {library} knows "
+            f"{MPI.COMM_WORLD.size}: use the {launcher} of that MPI",
+        )
+    ranks, stderr = MPIRanks(launcher), sys.stderr
+    try:
+        with printing(ranks.is_first):
+            ranks.check_same(versions())
+            share_cores(ranks)
+            with leaving_together(ranks):
+                yield ranks
+            ranks.wait_for_all()
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:  # as after --help
+            raise
+        end_all(ranks, error, stderr)
+
+
+@contextmanager
+def leaving_together(ranks: MPIRanks) -> Iterator[None]:
+    """A rank whose flags end it, as --help does, answers where the others compare their flags."""
+    try:
+        yield
+    except SystemExit as leaving:
+        if not leaving.code:
+            ranks.check_same({"--help or --version": "given"})
+        raise
+
+
+@contextmanager
+def printing(allowed: bool) -> Iterator[None]:
+    """Within this block Python prints only if it is allowed to."""
+    if allowed:
+        yield
+        return
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # closed below
+    with nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def share_cores(ranks: MPIRanks) -> None:
+    """Leave to each of a machine's ranks its share of the cores, unless OMP_NUM_THREADS says more.
+
+    Some launchers bind each rank to cores of its own, others let all of them run on all cores.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    ours = bound_to()
+    cores = set().union(*ranks.on_this_machine(ours))
+    paid_for = usable_cores()  # fewer than we are bound to, if the control group has a quota
+    shared = min(len(cores), paid_for if paid_for < len(ours) else len(cores))
+    count = min(len(ours), max(1, shared // ranks.local_size))
+    os.environ["OMP_NUM_THREADS"] = str(count)  # which the kernels read, and processes of ours
+
+
+def bound_to() -> set[int]:
+    """The numbers of the cores that the system lets this process run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def end_all(ranks: MPIRanks, error: BaseException, stderr: TextIO) -> NoReturn:
+    """End the processes of all ranks, after one message that says why."""
+    # They may be about to say the same; that a rank has died is noticed on its machine alone.
+    before = ranks.living_before(here=isinstance(error, RankDied))
+    time.sleep(min(MOST_PATIENCE, PATIENCE * before))
+    who = "" if ranks.is_first else f"rank {ranks.rank} on {platform.node()}: "
+    status = 1
+    with redirect_stderr(stderr):
+        if isinstance(error, UserError):
+            status = 2
+            say(f"error: {who}{error}")
+        elif isinstance(error, RankDied | MPI.Exception):  # MPI's, such as of a link that was cut
+            say(f"error: {error}; {ranks.way_back()}")
+        elif isinstance(error, KeyboardInterrupt):
+            status = 130
+        elif isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else 1
+        else:
+            say(f"error: {who}a bug, {type(error).__name__}; {ranks.way_back()}")
+            traceback.print_exception(error)
+    sys.stdout.flush()
+    stderr.flush()
+    if isinstance(error, Exception) and not isinstance(error, RankDied | MPI.Exception):
+        ranks.tell_first()
+    MPI.COMM_WORLD.Abort(status)
+    os._exit(status)  # with some MPIs it returns while the launcher ends the others

