@@ -161,16 +161,16 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
 
 def load_data(settings: argparse.Namespace) -> Corpus:
     """The text as two streams of tokens; UserError where a run would be resumed on other data."""
-    tokenizer = (
-        checkpoint.own_tokenizer(settings.out) if settings.resume else tokenizer_of(settings)
-    )
+    tokenizer = tokenizer_of(settings)
     corpus = load_corpus(settings.data, tokenizer, settings.validation, form_of(settings))
     check_same_data(settings, corpus)
     return corpus
 
 
 def tokenizer_of(settings: argparse.Namespace) -> Tokenizer | str:
-    """The tokenizer of the weights to start from or of a folder, or the name of one to make."""
+    """The tokenizer of the resumed run, given weights or a folder, or the name of one to make."""
+    if settings.resume:
+        return checkpoint.own_tokenizer(settings.out)
     if settings.init_from != "scratch":
         folder = tokenizer_folder(settings.init_from)
         return load_tokenizer(folder) if folder else "gpt2"
@@ -287,9 +287,7 @@ def report(
 
 def plan_of(settings: argparse.Namespace, device: str) -> str:
     """What --plan prints. Data is read only where the vocabulary depends on it."""
-    tokenizer = (
-        checkpoint.own_tokenizer(settings.out) if settings.resume else tokenizer_of(settings)
-    )
+    tokenizer = tokenizer_of(settings)
     if tokenizer in ("char", "word"):
         tokenizer = load_corpus(settings.data, tokenizer, form=form_of(settings)).tokenizer
     elif isinstance(tokenizer, str):
