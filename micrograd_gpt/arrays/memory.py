@@ -1,4 +1,4 @@
-"""Memory: what to say when it runs out, and how freed memory is kept for the next array."""
+"""Memory: what to say when it runs out, how freed memory is kept, and arrays in huge pages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import math
 import mmap
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -21,7 +22,8 @@ LOGITS_AT_ONCE = {"cpu": 2**26, "gpu": 2**28}
 ROWS_AT_ONCE = 256  # of logits, in the kernels in C: of GPT-2's vocabulary 51 MB
 
 HUGE_PAGE = 2**21  # bytes, of x86-64 and of most of arm64
-CHUNK = 2**26  # bytes that are asked of the system together
+CHUNK = 2**26  # bytes that are asked of the system together, for arrays that share them
+LARGEST_TO_SHARE = CHUNK // 4  # bytes: less is left over at the end of a chunk
 CACHE_LINE = 64  # bytes
 
 # What the runtime, the driver and cuBLAS say when they get no memory for their own needs
@@ -78,11 +80,11 @@ def keep_freed_memory() -> None:
 
 
 class HugePages:
-    """Arrays of zeros that lie one behind another in huge pages, where Linux has them.
+    """Arrays of zeros in huge pages, where Linux has them: small ones lie one behind another.
 
     Whoever reads all weights for every token waits for the addresses of pages too, of which there
     are 512 times fewer in pages of 2 MB. NumPy asks for these from 4 MB on, but its arrays begin
-    and end anywhere in them. The memory is freed with the last of the arrays that share a chunk.
+    and end anywhere in them. A chunk is freed with the last of the arrays that share it.
     """
 
     def __init__(self) -> None:
@@ -91,12 +93,19 @@ class HugePages:
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype, order: str = "C") -> np.ndarray:
         """A new array; MemoryError where there is no memory for it."""
         size = math.prod(shape) * dtype.itemsize
+        if size > sys.maxsize:
+            raise MemoryError(f"an array of {size:,} bytes")
         if not hasattr(mmap, "MADV_HUGEPAGE") or size == 0:
             return np.zeros(shape, dtype, order=order)  # type: ignore[call-overload]
-        if size > len(self.room):
-            self.room = _in_huge_pages(max(size, CHUNK))
-        mine, self.room = self.room[:size], self.room[-(-size // CACHE_LINE) * CACHE_LINE :]
+        mine = _in_huge_pages(size) if size > LARGEST_TO_SHARE else self._shared(size)
         return np.frombuffer(mine, dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+
+    def _shared(self, size: int) -> memoryview:
+        """The next bytes of the chunk, or of a new one where these are too few."""
+        if size > len(self.room):
+            self.room = _in_huge_pages(CHUNK)
+        mine, self.room = self.room[:size], self.room[-(-size // CACHE_LINE) * CACHE_LINE :]
+        return mine
 
 
 def _in_huge_pages(size: int) -> memoryview:

@@ -76,7 +76,17 @@ def test_without_a_compiler_numpy_does_it(tmp_path: Path) -> None:
     result = run_apart(WITHOUT_PACKAGE + COMPARE, **environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("NumPy (there is no C compiler")
-    assert "pip install -e '.[compiler]'" in result.stdout
+    assert 'pip install -e ".[compiler]"' in result.stdout  # Windows' cmd knows no other quotes
+
+
+def install_package(folder: Path) -> None:
+    """A package in this folder that stands in for ziglang: it runs the compiler `package` there,
+    which finds its own parts by the PATH of these tests."""
+    QuickCompiler(folder, "package", first=f"PATH={shlex.quote(os.environ['PATH'])}")
+    (folder / "ziglang").mkdir()
+    (folder / "ziglang" / "__main__.py").write_text(
+        f"import os, sys; os.execv({str(folder / 'package')!r}, sys.argv[1:])\n"
+    )
 
 
 @needs_cc
@@ -85,15 +95,9 @@ def test_a_package_is_the_compiler_where_there_is_no_other(
     names: list[str], tmp_path: Path
 ) -> None:
     """CC comes before the system's compiler, and that before the package."""
-    for name in ("named", "cc", "package"):
+    install_package(tmp_path)
+    for name in names[:-1]:
         QuickCompiler(tmp_path, name, first="exit 1")
-    if names == ["package"]:  # GCC looks for its parts in PATH
-        QuickCompiler(tmp_path, "package", first=f"PATH={shlex.quote(os.environ['PATH'])}")
-        (tmp_path / "cc").unlink()
-    (tmp_path / "ziglang").mkdir()
-    (tmp_path / "ziglang" / "__main__.py").write_text(
-        f"import os, sys; os.execv({str(tmp_path / 'package')!r}, sys.argv[1:])\n"
-    )
     environment = {
         "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
         "PATH": str(tmp_path),
@@ -105,6 +109,28 @@ def test_a_package_is_the_compiler_where_there_is_no_other(
     assert [log.stem for log in tmp_path.glob("*.log") if log.read_text()] == names[:1]
 
 
+@needs_cc
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_compiler_of_the_system_that_does_not_work_is_none(
+    installed: bool, tmp_path: Path
+) -> None:
+    """A Mac without Apple's tools for developers has such a cc."""
+    (tmp_path / "cc").write_text("#!/bin/sh\necho 'note: no developer tools' >&2; exit 1\n")
+    (tmp_path / "cc").chmod(0o755)
+    if installed:
+        install_package(tmp_path)
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+        "PATH": str(tmp_path),
+        "CC": "",
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    said = run_apart(REPORT if installed else WITHOUT_PACKAGE + REPORT, **environment).stdout
+    assert ("C, compiled by quick 1" in said) == installed
+    assert ('pip install -e ".[compiler]"' in said) == (not installed)
+    assert "cc does not work: note: no developer tools" in said
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("ziglang"), reason="ziglang is not installed")
 def test_the_packages_compiler_needs_neither_another_nor_a_home(tmp_path: Path) -> None:
@@ -114,6 +140,7 @@ def test_the_packages_compiler_needs_neither_another_nor_a_home(tmp_path: Path) 
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("C, compiled by clang")
     assert [file.name for file in tmp_path.iterdir()] == ["cache"]
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == ["micrograd-gpt"]  # not Zig's
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the failing compiler is a shell script")

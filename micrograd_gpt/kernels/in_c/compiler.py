@@ -38,11 +38,13 @@ OPTIONS = "-O3 -std=gnu11 -shared -fPIC -pthread -fopenmp-simd -fno-math-errno -
 TARGETS = ("-march=native -mprefer-vector-width=512", "-march=native", "-mcpu=native", "")
 
 NOT_FOUND = "which is not found"
-NO_COMPILER = "there is no C compiler: with one they are faster: pip install -e '.[compiler]'"
+NO_COMPILER = 'there is no C compiler: with one they are faster: pip install -e ".[compiler]"'
 # What the processor multiplies bfloat16 with, as bfloat16.c numbers its ways
 WAYS = ("float32", "avx512_bf16", "AMX tiles")
 READ_AS_THEY_ARE = ("bfloat16", "int8")  # by narrow.c, at a rate that memory sets
-PATIENCE = 120  # seconds for one call of the compiler; it takes a few
+# Seconds for one call of the compiler. It takes a few; Zig, which first compiles parts of its own,
+# more than a minute where the machine is busy.
+PATIENCE = 300
 
 _LOADING = threading.Lock()
 _LOADED: tuple[ctypes.CDLL | None, str] | None = None  # None until something asks for it
@@ -105,8 +107,8 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
         compiler = _compiler(notes)
         if compiler is None:
             return None, _words("NumPy", NO_COMPILER, *notes)
-        version = next(iter(_output([*compiler, "--version"]).splitlines()), "an unnamed compiler")
-        compiled = _kept_or_compiled(compiler, version, notes)
+        command, version = compiler
+        compiled = _kept_or_compiled(command, version, notes)
     except (OSError, subprocess.SubprocessError, ValueError) as problem:
         return None, _words(
             "NumPy", f"the C kernels cannot be compiled: {_reason(problem)}", *notes
@@ -120,23 +122,33 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
     return found, _words(f"C, compiled by {version}", *notes)
 
 
-def _compiler(notes: list[str]) -> list[str] | None:
-    """The command of a C compiler: the one that $CC names, else the system's, else an installed
-    package's; None without one.
+def _compiler(notes: list[str]) -> tuple[list[str], str] | None:
+    """The command of a C compiler, and its version: the one that $CC names, else the system's if it
+    works, else an installed package's; None without one.
     """
     try:
         named = shlex.split(os.environ.get("CC", ""))
     except ValueError as error:
         raise ValueError(f"CC is {os.environ['CC']!r}: {error}") from error
     if named and shutil.which(named[0]):
-        return named
+        return named, _version(named)
     if named:
         notes.append(f"CC names {named[0]}, {NOT_FOUND}")
     found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if found:
-        return [found]
-    has_package = sys.executable and importlib.util.find_spec("ziglang")
-    return [sys.executable, "-m", "ziglang", "cc"] if has_package else None
+        try:
+            return [found], _version([found])
+        except (OSError, subprocess.SubprocessError) as problem:  # macOS has one that only advises
+            notes.append(f"{found} does not work: {_reason(problem)}")
+    if not sys.executable or not importlib.util.find_spec("ziglang"):
+        return None
+    package = [sys.executable, "-m", "ziglang", "cc"]
+    return package, _version(package)
+
+
+def _version(compiler: list[str]) -> str:
+    """The first line that a compiler says of itself; an error where it does not work."""
+    return next(iter(_output([*compiler, "--version"]).splitlines()), "an unnamed compiler")
 
 
 def _kept_or_compiled(compiler: list[str], version: str, notes: list[str]) -> bytes:

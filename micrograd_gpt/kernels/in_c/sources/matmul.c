@@ -319,7 +319,8 @@ static void add_slice(Int rows, Int length, Int k, const float *x, const float *
    `packed`, row after row lies SLICE numbers apart, and slices lie packed_slice apart. */
 static void dots_in_slices(Int rows, Int k, const float *x, const float *packed, Int packed_slice,
                            const float *weight, float *y, Int m) {
-  vec sums[SOME_ROWS][LANES] __attribute__((aligned(64))) = {0};
+  vec sums[SOME_ROWS][LANES] __attribute__((aligned(64)));
+  memset(sums, 0, rows * sizeof *sums);
   Int whole = k / LANES * LANES;
   for (Int p = 0; p < whole; p += SLICE, packed += packed_slice)
     add_slice(rows, min(SLICE, whole - p), k, packed, weight + p, sums);
@@ -360,6 +361,7 @@ static void few_rows_columns(const PackedRows *rows, Int first, Int end) {
     add_scaled(f->y + r * f->m + first, 1, f->bias + first, end - first);
 }
 
+/* Sets `packed`, as the only part may; a task, so that run_parts reports a lack of memory. */
 static void pack_slices(const void *arguments, Int part, Int parts) {
   PackedRows *rows = (PackedRows *)arguments;
   const FewRows *f = rows->f;
