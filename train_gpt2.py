@@ -161,14 +161,14 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
 
 def load_data(settings: argparse.Namespace) -> Corpus:
     """The text as two streams of tokens; UserError where a run would be resumed on other data."""
-    tokenizer, validation = tokenizer_of(settings), settings.validation
-    corpus = load_corpus(settings.data, tokenizer, validation, form_of(settings))
+    tokenizer = tokenizer_of(settings)
+    corpus = load_corpus(settings.data, tokenizer, settings.validation, form_of(settings))
     check_same_data(settings, corpus)
     return corpus
 
 
 def tokenizer_of(settings: argparse.Namespace) -> Tokenizer | str:
-    """The tokenizer of a run, of weights or of a folder, or the name of one to make."""
+    """The tokenizer of the resumed run, given weights or a folder, or the name of one to make."""
     if settings.resume:
         return checkpoint.own_tokenizer(settings.out)
     if settings.init_from != "scratch":
