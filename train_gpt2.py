@@ -152,7 +152,7 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
     if signal_number := recorder.finish():
         return 128 + signal_number
     if ranks.is_first:
-        report(settings, model, corpus, recorder.val_loss)
+        report(settings, model, corpus, recorder)
     return 0
 
 
@@ -272,11 +272,11 @@ def sample(model: GPT2, corpus: Corpus, seed: int, length: int = 300) -> str:
     return corpus.tokenizer.decode(ids)
 
 
-def report(
-    settings: argparse.Namespace, model: GPT2, corpus: Corpus, val_loss: float | None
-) -> None:
+def report(settings: argparse.Namespace, model: GPT2, corpus: Corpus, recorder: Recorder) -> None:
     """The results of a run that is complete, on stdout."""
-    print(f"sample:\n{sample(model, corpus, settings.max_steps)}\n")
+    text, val_loss = sample(model, corpus, settings.max_steps), recorder.val_loss
+    recorder.keep_sample(text)
+    print(f"sample:\n{text}\n")
     if val_loss is not None:
         bits = "".join(f", {b:.3f} bits per byte" for b in bits_per_byte(val_loss, corpus).values())
         perplexity = math.exp(min(val_loss, 700))  # the largest power that is a float

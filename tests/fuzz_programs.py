@@ -51,7 +51,7 @@ def arguments_of(definition: Any) -> Callable[[Program], Program]:
     return register
 
 
-NEED_AN_EXTRA = ("micrograd_gpt.evaluation.harness",)
+NEED_AN_EXTRA = ("micrograd_gpt.evaluation.harness", "micrograd_gpt.runs.mpi")
 
 
 def definitions() -> dict[str, Any]:

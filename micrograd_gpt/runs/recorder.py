@@ -315,7 +315,13 @@ class Recorder:
     def show_sample(self, text: str) -> None:
         """Say what the model writes now, and keep it for watch.html."""
         self.say(f"--- sample\n{text}\n---")
-        self._attempt(self.watch.add_sample, self.optimizer.steps, text, needed=False)
+        self.keep_sample(text)
+
+    def keep_sample(self, text: str) -> None:
+        """Show in watch.html what the model writes now."""
+        done, max_steps = self.optimizer.steps, self.settings.max_steps
+        self._attempt(self.watch.add_sample, done, text, needed=False)
+        self._attempt(self.watch.draw, max_steps, done < max_steps, needed=False)
 
     def save_if_due(self) -> None:
         """Save if --save-interval says so, or the validation loss is the lowest so far."""

@@ -42,14 +42,15 @@ def test_a_run_that_is_watched(text: Path, tmp_path: Path) -> None:
     page = (tmp_path / "watch.html").read_text("utf-8")
     assert "Step 5 of 5: training loss" in page and "validation loss" in page
     assert "The run has ended" in page and "refresh" not in page
-    assert page.count("<polyline") == 4 and page.count("<pre>") == 2
+    assert page.count("<polyline") == 4 and page.count("<pre>") == 3
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4]
-    assert all(row["text"] in result.stderr for row in rows)
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert all(row["text"] in result.stderr for row in rows[:2])
+    assert f"sample:\n{rows[2]['text']}\n" in result.stdout
     more = run("--resume", "--out", tmp_path, "--max-steps", 7)  # --watch still holds
     assert more.returncode == 0, more.stderr
     page = (tmp_path / "watch.html").read_text("utf-8")
-    assert "Step 7 of 7" in page and page.count("<pre>") == 3
+    assert "Step 7 of 7" in page and page.count("<pre>") == 5
 
 
 def test_a_run_from_start_to_end(text: Path, tmp_path: Path) -> None:
