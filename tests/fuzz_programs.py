@@ -22,6 +22,7 @@ from fuzz_arguments import Arguments
 
 import micrograd_gpt
 from micrograd_gpt import Tensor, functional, layers, nn, no_grad, optim, tensor, variants
+from micrograd_gpt.arrays import int8
 from micrograd_gpt.arrays.precision import compute_in, hold_in
 from micrograd_gpt.arrays.stand_ins import highest_level
 from micrograd_gpt.generation.context import next_logits
@@ -198,6 +199,12 @@ def dropout(a: Arguments) -> Any:
 def _(a: Arguments) -> Any:
     n, k, m = a.sizes(3)
     return a.array(n, k), a.array(k, m), a.array(m) if a.chance(0.7) else None
+
+
+@arguments_of(int8.product)
+def _(a: Arguments) -> Any:
+    n, k, m = a.sizes(3)
+    return a.array(n, k), int8.quantised(a.array(k, m), a.pick((0, 1)))
 
 
 @arguments_of(functional.linear_backward)

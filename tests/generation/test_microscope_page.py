@@ -77,6 +77,7 @@ def test_the_part_that_is_shown(length: int, n_prompt: int, part: Part) -> None:
     assert choose_part(length, n_prompt, GPT2Config()) == part
 
 
+@pytest.mark.slow
 def test_the_largest_page_of_124m_is_below_3_mb() -> None:
     tokens = most_tokens(GPT2Config())
     assert tokens >= 64

@@ -189,7 +189,7 @@ LESS = """if True:
 """
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "highest"),
     [("-mno-amx-tile", 1), ("-mno-avx512f", 0), ("-mno-avx", 0)],

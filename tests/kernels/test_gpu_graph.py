@@ -277,6 +277,7 @@ def test_a_model_and_a_cache_go_with_their_owners() -> None:
     assert whole() is begun() is step() is None
 
 
+@pytest.mark.slow
 def test_only_so_many_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_step, "MOST_STEPS", 2)
     model = make()

@@ -139,7 +139,7 @@ def test_half_precision_arrays_are_2_bytes_wide(dtype: str, cupy: ModuleType) ->
     assert all(isinstance(p.data, np.ndarray) for p in model.parameters())
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_training_script_reads_once_a_logged_step(
     dtype: str, train: Callable[..., Path], cupy: ModuleType, monkeypatch: pytest.MonkeyPatch

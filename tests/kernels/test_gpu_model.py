@@ -59,7 +59,7 @@ def train(model: GPT2, steps: int = 3) -> list[float]:
     return losses
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_training(dtype: str, emulator: cuda_emulator.Emulator) -> None:
     model = GPT2(CONFIG, seed=1)

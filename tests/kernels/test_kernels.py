@@ -297,6 +297,7 @@ def test_an_interrupt_is_raised_once_all_tasks_are_done() -> None:
     assert sorted(done) == list(range(8))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no setitimer")
 def test_interrupts_at_any_moment_leave_blas_its_threads() -> None:
     """Thousands of them, within 0.3 ms of one another, so that many calls meet two and more."""

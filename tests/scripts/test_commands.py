@@ -34,6 +34,7 @@ def test_every_script_is_a_command() -> None:
         assert (file in text) == (f"  {name} " in text) == (file in FILES)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", [name for name, file in SCRIPTS.items() if file in FILES])
 def test_a_command_is_the_script(name: str, tmp_path: Path) -> None:
     command = run("-m", "micrograd_gpt", name, "--help", cwd=tmp_path)

@@ -74,6 +74,7 @@ def numbers(gpt2: GPT2) -> bytes:
     return b"".join(p.numpy().tobytes() for p in gpt2.parameters())
 
 
+@pytest.mark.slow
 def test_load_gpt2(shell: Shell) -> None:
     for name, folder, seed in ((NAME, "tiny-gpt2", 0), (f"{NAME}@v2", "tiny-gpt2", 1)):
         done = shell.run("load_gpt2.py", "--from", name)

@@ -34,6 +34,7 @@ FLAGS = """--data --validation --text-field --line-ends --special-tokens --no-sp
     --tensorboard --no-tensorboard --watch --no-watch --plan --rate --devices --help"""
 
 
+@pytest.mark.slow
 def test_a_run_that_is_watched(text: Path, tmp_path: Path) -> None:
     """Its page has the samples that were said, and stops being opened again when the run ends."""
     flags = ["--data", text, "--out", tmp_path, *SMALL, "--watch"]

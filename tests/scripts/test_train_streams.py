@@ -101,7 +101,7 @@ def test_a_signal_with_the_output_cut_off(
     assert status_after(number, process, tmp_path / "out") == status
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("stdout", "stderr", "status"),
     [

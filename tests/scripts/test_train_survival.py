@@ -201,6 +201,7 @@ def test_a_signal_in_the_last_evaluation_leaves_a_complete_run(
     assert_same(out / "best", straight / "best")
 
 
+@pytest.mark.slow
 def test_metrics_are_added_to_and_mended(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("--data", text, "--out", out, *SMALL, "--max-steps", 4)
