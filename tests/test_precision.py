@@ -65,6 +65,7 @@ def test_every_number_of_16_bits_survives_being_widened(half: str) -> None:
 def test_the_note_is_for_the_cpu_alone() -> None:
     assert "not faster" in (emulation_note("float16", "cpu") or "")
     assert emulation_note("float32", "cpu") is emulation_note("bfloat16", "gpu") is None
+    assert emulation_note("float16", "cuda") is None
 
 
 # ------------------------------------------------------------------- what is rounded, and where

@@ -124,7 +124,7 @@ def multiplies(function: Callable[[str, bool], bool]) -> Callable[[str, bool], b
 def emulation_note(dtype: str, device: str, decoding: bool = False) -> str | None:
     """What a user who asks for this type on this device, to train or for decoding, should know;
     None if there is nothing."""
-    if dtype not in (*HALF, "int8") or device == "gpu":
+    if dtype not in (*HALF, "int8") or device != "cpu":
         return None
     if any(fast(dtype, decoding) for fast in _FAST):
         return None

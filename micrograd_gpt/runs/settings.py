@@ -360,6 +360,9 @@ def resumed_settings(
 def saved_settings(out: Path, table: dict[str, Setting] = SETTINGS) -> dict[str, Any]:
     """The settings of the run in `out`; UserError where one is missing or impossible."""
     saved = checkpoint.load_settings(out)
+    if table is SETTINGS and "command" in saved:
+        maker = f"finetune_gpt2.py {saved['command']}"
+        raise UserError(f"the run in {out} is one of {maker}, which can continue it")
     settings = {"data_fingerprint": saved.get("data_fingerprint")}
     for name, row in table.items():
         value = (

@@ -110,7 +110,8 @@ class ArgumentParser(argparse.ArgumentParser):
         if extra:
             unknown = next((word for word in extra if word.startswith("--")), "").partition("=")[0]
             known = {flag for flag in self.flags() if flag.startswith("--")}
-            hint = did_you_mean(unknown, known) if unknown else ""
+            is_meant = not unknown or unknown in known  # a flag of another command
+            hint = "" if is_meant else did_you_mean(unknown, known)
             self.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
         return parsed
 

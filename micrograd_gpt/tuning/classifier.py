@@ -78,8 +78,8 @@ class GPT2Classifier(Module):
         rows, longest = ids.shape
         if lengths.shape != (rows,) or not ((lengths >= 1) & (lengths <= longest)).all():
             raise ValueError(f"lengths {lengths} do not fit token ids of shape {ids.shape}")
-        x = self.hidden(ids)  # (B, T, C)
-        return self.score(x[np.arange(rows), lengths - 1])  # (B, N)
+        x = self.hidden(ids).reshape(rows * longest, -1)  # (B T, C)
+        return self.score(x[np.arange(rows) * longest + lengths - 1])  # (B, N)
 
     def loss(self, ids: Any, lengths: Any, labels: Any) -> Tensor:
         """Mean cross-entropy, in nats, of the labels, numbers 0 … N-1 (B,)."""

@@ -172,7 +172,7 @@ def merged(weights: Weights, adapter: Adapter) -> Weights:
     tensors = dict(weights.tensors)
     for name, addition in adapter.additions.items():
         base = tensors[f"{name}.weight"]
-        values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+        values = {f.name: getattr(base, f.name) for f in dataclasses.fields(StoredTensor)}
         tensors[f"{name}.weight"] = Merged(**values, base=base, addition=addition)
     heads = weights.heads | ({} if adapter.head is None else {HEAD: adapter.head})
     return dataclasses.replace(weights, tensors=tensors, heads=heads)

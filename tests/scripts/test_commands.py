@@ -98,6 +98,10 @@ def test_a_wheel_holds_the_scripts_once_and_inside_the_package(tmp_path: Path) -
         (["train_gpt2.py", "--beta1", "x"], "--beta1: must be a number, not 'x'"),
         (["train_gpt2.py", "--zzz"], "unrecognized arguments: --zzz; see"),
         (["finetune_gpt2.py", "instruct", "--lr=1"], "did you mean --learning-rate?"),
+        (
+            ["finetune_gpt2.py", "instruct", "--predict", "x"],
+            "unrecognized arguments: --predict x;",
+        ),
         (["generate.py", "--temprature", "1"], "did you mean --temperature?"),
         (["generate.py", "--max_length", "1"], "did you mean --max-new-tokens?"),
         (["generate.py", "--top_k", "x"], "--top-k: must be a whole number, not 'x'"),

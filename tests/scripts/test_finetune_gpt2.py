@@ -244,10 +244,13 @@ def test_ctrl_c_ends_the_step_and_saves(
 
 
 @pytest.mark.slow
-def test_the_best_is_the_step_of_lowest_validation_loss(classify: Main, tmp_path: Path) -> None:
+def test_the_best_is_the_step_of_lowest_validation_loss(
+    classify: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
-    flags = ["--eval-interval", 5, "--max-steps", 40, "--min-lr", 3]  # it falls, then rises
-    classify(out, *flags, "--learning-rate", 0.01)
+    rising = [0.01 * 1.17**step for step in range(40)]  # so that the loss falls, then rises
+    monkeypatch.setattr("micrograd_gpt.optim.cosine_schedule", lambda step, *_: rising[step])
+    classify(out, "--eval-interval", 5, "--max-steps", 40)
     measured = {r["step"]: r["val_loss"] for r in metrics(out) if "val_loss" in r}
     best = min(measured, key=measured.__getitem__)
     state = json.loads((out / "best" / "trainer_state.json").read_text())
@@ -273,6 +276,8 @@ def test_a_run_of_another_kind_is_not_resumed(
 ) -> None:
     out = tmp_path / "out"
     classify(out, "--max-steps", 1)
+    with pytest.raises(UserError, match=r"is one of finetune_gpt2\.py classify, which"):
+        train_gpt2.main(["--resume", "--out", str(out)])
     state = json.loads((out / "trainer_state.json").read_text())
     for maker in ("instruct", None):
         state["settings"]["command"] = maker

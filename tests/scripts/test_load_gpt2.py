@@ -158,6 +158,11 @@ def test_an_adapter_is_merged(
         np.testing.assert_allclose(new.read(name), expected, rtol=1e-6)
     assert script.main(["--from", str(adapter)]) == 0  # it knows its base
     assert tree(here / "models" / "adapter") == tree(here / "new")
+    again = ["--from", str(adapter), "--merge", str(adapter), "--out", "twice"]
+    assert script.main(again) == 0  # an adapter into what another one made
+    name = "transformer.h.0.attn.c_attn.weight"
+    twice = TensorFile(here / "twice" / "model.safetensors").read(name)
+    np.testing.assert_allclose(twice, old.read(name) + 2 * scale * 0.18, rtol=1e-6)
 
 
 def test_the_template_of_a_tuned_model_goes_with_it(

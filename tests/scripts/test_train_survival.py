@@ -62,7 +62,7 @@ def test_resuming_takes_no_more_memory_than_starting(text: Path, tmp_path: Path)
 def test_the_best_is_the_step_of_lowest_validation_loss(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["--data", text, "--out", out, *SMALL, "--eval-interval", 2, "--max-steps", 12]
-    run(*flags, "--learning-rate", 0.01, "--min-lr", 3)  # it rises, and with it the loss
+    run(*flags, "--learning-rate", 3, "--warmup-steps", 300)  # it rises, and with it the loss
     measured = {r["step"]: r["val_loss"] for r in metrics(out) if "val_loss" in r}
     best = min(measured, key=measured.__getitem__)
     state = json.loads((out / "best" / "trainer_state.json").read_text())
