@@ -381,6 +381,14 @@ def test_a_killed_rank_ends_all_and_is_named(text: Path, tmp_path: Path, victim:
     assert result.returncode == 0 and f"from step {step}; writing" in result.stderr
 
 
+def stopped_step(out: Path, signaled: int, number: int, stderr: str) -> int:
+    """The step that a run in `out` saved when this signal, and no other, stopped it."""
+    step: int = json.loads((out / checkpoint.STATE).read_text())["step"]
+    assert signaled == number
+    assert f"stopped after step {step}; continue with --resume --out {out}" in stderr
+    return step
+
+
 @needs_mpi
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -398,9 +406,7 @@ def test_a_signal_saves_the_same_step_on_all_ranks(
     with training(out, text) as (process, _):
         process.send_signal(number)
         _, stderr = process.communicate(timeout=TIMEOUT)
-    step = json.loads((out / checkpoint.STATE).read_text())["step"]
-    assert process.returncode == 128 + number
-    assert f"stopped after step {step}; continue with --resume --out {out}" in stderr
+    step = stopped_step(out, process.returncode - 128, number, stderr)
     assert [row["step"] for row in metrics(out)] == list(range(1, step + 1))
     result = mpirun(2, SCRIPT, "--resume", "--allow-changes", "--max-steps", step + 1, "--out", out)
     assert result.returncode == 0 and metrics(out)[-1]["step"] == step + 1
@@ -415,9 +421,7 @@ def test_a_signal_to_one_rank_stops_all(text: Path, tmp_path: Path, rank: int) -
     with training(out, text) as (process, ranks):
         os.kill(ranks[rank], signal.SIGUSR1)
         _, stderr = process.communicate(timeout=TIMEOUT)
-    step = json.loads((out / checkpoint.STATE).read_text())["step"]
-    assert process.returncode == 128 + signal.SIGUSR1
-    assert f"stopped after step {step}; continue with --resume --out {out}" in stderr
+    stopped_step(out, process.returncode - 128, signal.SIGUSR1, stderr)
 
 
 @needs_mpi
