@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 SIX = ("tensor", "layers", "functional", "nn", "optim", "gpt2")
 HOOK = "arrays.stand_ins"
-ON_THE_SIX = ("variants", "graph")
+ON_THE_SIX = ("variants", "graph", "checks")
 SCRIPTS = sorted(ROOT.glob("*.py"))
 
 # What each part may import besides itself; each of the six may import those before it.
