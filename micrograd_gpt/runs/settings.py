@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 from micrograd_gpt.arrays.precision import PRECISIONS
 from micrograd_gpt.runs import checkpoint, config_file
+from micrograd_gpt.runs.folders import check_free
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.corpus import VALIDATION
 from micrograd_gpt.text.decoding import Form
 from micrograd_gpt.text.tokenizers import NAMES
 from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, size_name
-from micrograd_gpt.weights.formats import is_adapter
+from micrograd_gpt.weights.formats import STATE
 from micrograd_gpt.weights.names import config_named
 
 SHAPES: dict[str, dict[str, int]] = {"tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128}, **SIZES}
@@ -308,16 +309,6 @@ def check_rates(settings: dict[str, Any]) -> None:
         )
 
 
-def check_free(out: Path) -> None:
-    """UserError if the folder holds a run or a model, which a new run would replace."""
-    if checkpoint.holds_run(out):
-        raise UserError(
-            f"{out} holds a run already: --resume it, --overwrite it, or give another --out"
-        )
-    if (out / checkpoint.MODEL).exists() or is_adapter(out):
-        raise UserError(f"{out} holds a model: --overwrite it, or give another --out")
-
-
 def defaults(trained: str) -> dict[str, Any]:
     """What holds where no flag is given; what is `trained` is "tiny", "large" or "tuned"."""
     values = {name: row.default for name, row in SETTINGS.items()}
@@ -370,7 +361,7 @@ def saved_settings(out: Path, table: dict[str, Setting] = SETTINGS) -> dict[str,
         )
         if isinstance(value, By) or not (row.kind.holds(value) or value is row.default is None):
             what = f"have {value!r} as {name}" if name in saved else f"lack {name}"
-            raise UserError(f"{out / checkpoint.STATE} is damaged: its settings {what}")
+            raise UserError(f"{out / STATE} is damaged: its settings {what}")
         settings[name] = value
     return settings
 
