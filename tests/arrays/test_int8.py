@@ -255,6 +255,8 @@ def test_it_is_not_for_training_nor_for_files(tmp_path: Path) -> None:
 
 def test_a_folder_is_read_into_int8(tmp_path: Path) -> None:
     model_of().save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"unknown dtype 'int4': .*, float16, int8$"):
+        GPT2.from_pretrained(tmp_path / "model", dtype="int4")
     model = GPT2.from_pretrained(tmp_path / "model", dtype="int8")
     for (name, ours), (_, expected) in zip(
         model.named_parameters(), model_of("int8").named_parameters(), strict=True

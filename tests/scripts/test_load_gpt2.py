@@ -485,7 +485,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(
     monkeypatch.setitem(sys.modules, "gguf", None)
     save_pretrained(GPT2(GPT2Config(1, 1, 4, 3, 8)), here / "char", CharTokenizer("abc"))
     for model, message in (
-        (source, r"needs gguf: pip install 'micrograd-gpt\[gguf\]'"),
+        (source, r'needs gguf: pip install "micrograd-gpt\[gguf\]"'),
         ("char", "a char tokenizer cannot be exported"),
         (DATA / "saver", "the tokenizer has 50257 tokens and the model 61"),
     ):
