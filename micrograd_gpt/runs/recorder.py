@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from micrograd_gpt.arrays import stand_ins
 from micrograd_gpt.arrays.devices import resolve_device
 from micrograd_gpt.arrays.precision import emulation_note
+from micrograd_gpt.arrays.stand_ins import report
 from micrograd_gpt.nn import Module
 from micrograd_gpt.optim import AdamW
 from micrograd_gpt.runs import checkpoint
@@ -173,7 +173,7 @@ class Recorder:
                 f"the learning rate stays below {s.learning_rate:g}"
             )
         if self._on_cpu:
-            say(f"CPU kernels: {stand_ins.report()}")
+            say(f"CPU kernels: {report()}")
 
     def _on_deadly_signal(self) -> None:
         """Have the latest whole step saved though the launcher is about to kill us."""
