@@ -1,8 +1,9 @@
 """Matrix products in half precision in C: of bfloat16 (bfloat16.c), and of a few rows (narrow.c).
 
 Sums are float32: what precision.py says half precision computes, but for the order of the sums, and
-that instructions for bfloat16 take numbers below 2**-126 for 0. kernels.py calls these functions
-with arrays that fit together; NotForMe leaves a product to float32.
+that instructions for bfloat16 take numbers below 2**-126 for 0. The order depends on how many rows
+there are, so beside others a row may be rounded to the next number. kernels.py calls these
+functions with arrays that fit together; NotForMe leaves a product to float32.
 """
 
 from __future__ import annotations
