@@ -58,7 +58,7 @@ def add_flags(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
         type=with_line_ends,
         default=argparse.SUPPRESS,
         metavar="TEXT",
-        help=r"end before this text, in which \n is the end of a line, \t a tab and \\ a backslash; "
+        help=r"end before this text, where \n is the end of a line, \t a tab and \\ a backslash; "
         "repeatable (default: off)",
     )
     add_to[WHICH_TOKEN](
