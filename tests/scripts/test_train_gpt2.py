@@ -31,7 +31,8 @@ FLAGS = """--data --validation --text-field --line-ends --special-tokens --no-sp
     --max-steps --batch-size --grad-accum-steps --recompute --no-recompute --learning-rate --min-lr
     --reduce-dtype --warmup-steps --weight-decay --beta1 --beta2 --grad-clip --log-interval
     --eval-interval --eval-batches --sample-interval --save-interval --keep --on-save-error
-    --tensorboard --no-tensorboard --watch --no-watch --plan --rate --devices --help"""
+    --tensorboard --no-tensorboard --watch --no-watch --plan --rate --devices --interconnect
+    --help"""
 
 
 @pytest.mark.slow
