@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from typing import Any, NoReturn, TextIO
 
 import numpy as np
@@ -18,6 +19,7 @@ from mpi4py import MPI
 
 from micrograd_gpt.arrays.devices import Array, array_module, gpu_addresses, to_device, use_gpu
 from micrograd_gpt.runs.exchange import Exchange
+from micrograd_gpt.runs.overlap import Bucket, Overlap
 from micrograd_gpt.runs.ranks import Ranks, T, own_gpu, said_once, versions
 from micrograd_gpt.runs.unread import read_numbers
 from micrograd_gpt.support.cli import counted, say
@@ -49,7 +51,9 @@ class MPIRanks(Ranks):
         self.rank, self.size = self._all.rank, self._all.size
         self.local_rank, self.local_size = self._here.rank, self._here.size
         self._machines = sum(self._all.allgather(self.local_rank == 0))
-        self.exchange = Exchange(self._all, self._wait, BUCKET)
+        self.exchange = Exchange(self._all.Dup(), self._wait, BUCKET)
+        overlaps = self._machines > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        self.overlap = Overlap() if overlaps else None
         neighbours = self.on_this_machine((self.rank, os.getpid()))
         # Containers on one machine may each number their processes.
         self._watched = {rank: pid for rank, pid in neighbours if is_running(pid)}
@@ -59,18 +63,32 @@ class MPIRanks(Ranks):
         machines, cores = counted(self._machines, "machine"), counted(usable_cores(), "core")
         return f"{self.size} ranks on {machines}, {cores} each"
 
+    def add_up_during(
+        self, loss: Tensor, parameters: Sequence[Tensor], dtype: str = "float32"
+    ) -> None:
+        if self.overlap and loss.device == "cpu":
+            add_up = partial(self._add_up, parameters, dtype)
+            self.overlap.begin(loss, parameters, gradient_buckets(parameters), add_up)
+
     def add_up(self, parameters: Sequence[Tensor], dtype: str = "float32") -> None:
-        for parameter in parameters:
-            parameter.grad = ordered_like(parameter.grad, parameter.data)
-        flat = [flat_view(parameter.grad) for parameter in parameters]
-        for bucket in buckets([len(grad) for grad in flat], BUCKET):
-            parts = [flat[i][start:end] for i, start, end in bucket]
-            joined = to_device(array_module(parts[0]).concatenate(parts), "cpu")
-            wire = bfloat16 if dtype == "bfloat16" else joined.dtype
-            added = self.exchange.gather(self.exchange.scatter_sum(joined, wire), wire)
-            ends = np.cumsum([len(part) for part in parts])
-            for part, end in zip(parts, ends, strict=True):
-                part[:] = array_module(part).asarray(added[end - len(part) : end])
+        if self.overlap and self.overlap.has_begun:
+            self.overlap.finish()
+            return
+        for bucket in gradient_buckets(parameters):
+            self._add_up(parameters, dtype, bucket)
+
+    def _add_up(self, parameters: Sequence[Tensor], dtype: str, bucket: Bucket) -> None:
+        """Add up the gradients in a bucket."""
+        parts = []
+        for i, start, end in bucket:
+            grad = parameters[i].grad = ordered_like(parameters[i].grad, parameters[i].data)
+            parts.append(flat_view(grad)[start:end])
+        joined = to_device(array_module(parts[0]).concatenate(parts), "cpu")
+        wire = bfloat16 if dtype == "bfloat16" else joined.dtype
+        added = self.exchange.gather(self.exchange.scatter_sum(joined, wire), wire)
+        ends = np.cumsum([len(part) for part in parts])
+        for part, end in zip(parts, ends, strict=True):
+            part[:] = array_module(part).asarray(added[end - len(part) : end])
 
     def join(self, values: Sequence[Any]) -> list[float]:
         ours = np.array(read_numbers(values))
@@ -165,6 +183,11 @@ def ordered_like(grad: Array, data: Array) -> Array:
 def flat_view(array: Array) -> Array:
     """All numbers of a contiguous array as they lie in memory, (N,)."""
     return (array if array.flags.c_contiguous else array.T).reshape(-1)
+
+
+def gradient_buckets(parameters: Sequence[Tensor]) -> list[Bucket]:
+    """The parameters' gradients in buckets of which each is added up at a time."""
+    return list(buckets([parameter.size for parameter in parameters], BUCKET))
 
 
 def buckets(sizes: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -88,6 +88,15 @@ class Ranks:
         rank's gradients are rounded to it, added in float32, and the sums are rounded again.
         """
 
+    def add_up_during(
+        self, loss: Tensor, parameters: Sequence[Tensor], dtype: str = "float32"
+    ) -> None:
+        """Begin with what add_up does while the backward of `loss`, a step's last, still runs.
+
+        add_up then waits for the rest. Nothing else changes. On one machine, whose cores are busy,
+        all is left to add_up.
+        """
+
     def join(self, values: Sequence[Any]) -> Sequence[Any]:
         """The numbers of all ranks, as many of each, first those of rank 0."""
         return values
