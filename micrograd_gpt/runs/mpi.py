@@ -20,7 +20,16 @@ from mpi4py import MPI
 from micrograd_gpt.arrays.devices import Array, array_module, gpu_addresses, to_device, use_gpu
 from micrograd_gpt.runs.exchange import Exchange
 from micrograd_gpt.runs.overlap import Bucket, Overlap
-from micrograd_gpt.runs.ranks import Ranks, T, own_gpu, said_once, versions
+from micrograd_gpt.runs.ranks import (
+    Cut,
+    Ranks,
+    T,
+    flat_view,
+    ordered_like,
+    own_gpu,
+    said_once,
+    versions,
+)
 from micrograd_gpt.runs.unread import read_numbers
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
@@ -78,17 +87,41 @@ class MPIRanks(Ranks):
             self._add_up(parameters, dtype, bucket)
 
     def _add_up(self, parameters: Sequence[Tensor], dtype: str, bucket: Bucket) -> None:
-        """Add up the gradients in a bucket."""
+        """Add up the gradients in a bucket: of all of it, or of this rank's part."""
         parts = []
         for i, start, end in bucket:
             grad = parameters[i].grad = ordered_like(parameters[i].grad, parameters[i].data)
             parts.append(flat_view(grad)[start:end])
-        joined = to_device(array_module(parts[0]).concatenate(parts), "cpu")
+        joined = taken(parts, 0, sum(map(len, parts)))
         wire = bfloat16 if dtype == "bfloat16" else joined.dtype
-        added = self.exchange.gather(self.exchange.scatter_sum(joined, wire), wire)
-        ends = np.cumsum([len(part) for part in parts])
-        for part, end in zip(parts, ends, strict=True):
-            part[:] = array_module(part).asarray(added[end - len(part) : end])
+        added = self.exchange.scatter_sum(joined, wire)
+        if self.shards:
+            put(parts, self.rank * len(added), added)
+        else:
+            put(parts, 0, self.exchange.gather(added, wire))
+
+    def cut(self, sizes: Sequence[int]) -> Iterator[Cut]:
+        for bucket in buckets(sizes, BUCKET):
+            count, first = self._part_of(bucket), 0
+            for i, start, end in bucket:
+                places = (start + rank * count - first for rank in range(self.size + 1))
+                yield i, [min(max(start, place), end) for place in places]
+                first += end - start
+
+    def _part_of(self, bucket: Bucket) -> int:
+        """How many numbers of a bucket a rank has, if it is not the last, which may have fewer."""
+        return -(-sum(end - start for _, start, end in bucket) // self.size)
+
+    def gather(self, arrays: Sequence[Array]) -> None:
+        flat = [flat_view(array) for array in arrays]
+        for bucket in buckets(list(map(len, flat)), BUCKET):
+            parts, count = [flat[i][start:end] for i, start, end in bucket], self._part_of(bucket)
+            put(parts, 0, self.exchange.gather(taken(parts, self.rank * count, count)))
+
+    def to_first(self, numbers: np.ndarray, into: np.ndarray, counts: Sequence[int]) -> None:
+        sizes = [int(count) * into.itemsize for count in counts]
+        received = [as_bytes(into), (sizes, None), MPI.BYTE] if self.is_first else None
+        self._wait(self._all.Igatherv(as_bytes(numbers), received))
 
     def join(self, values: Sequence[Any]) -> list[float]:
         ours = np.array(read_numbers(values))
@@ -97,7 +130,7 @@ class MPIRanks(Ranks):
         return joined.tolist()
 
     def agree(self, number: int) -> int:
-        ours, largest = np.array(number), np.array(0)
+        ours, largest = np.array(int(number)), np.array(0)
         self._wait(self._all.Iallreduce(ours, largest, MPI.MAX))
         return int(largest)
 
@@ -174,15 +207,32 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def ordered_like(grad: Array, data: Array) -> Array:
-    """The gradient with its numbers in memory in the order of the parameter's, on every rank."""
-    by_columns = data.flags.f_contiguous and not data.flags.c_contiguous
-    return array_module(grad).asarray(grad, order="F" if by_columns else "C")
+def taken(parts: Sequence[Array], first: int, count: int) -> np.ndarray:
+    """`count` numbers of flat arrays laid end to end, from number `first` on, on the host.
+
+    Zeros stand for what is not there.
+    """
+    pieces = []
+    for part in parts:
+        pieces.append(part[max(0, first) : max(0, first + count)])
+        first -= len(part)
+    numbers = to_device(array_module(parts[0]).concatenate(pieces), "cpu")
+    missing = count - len(numbers)
+    return np.concatenate([numbers, np.zeros(missing, numbers.dtype)]) if missing else numbers
 
 
-def flat_view(array: Array) -> Array:
-    """All numbers of a contiguous array as they lie in memory, (N,)."""
-    return (array if array.flags.c_contiguous else array.T).reshape(-1)
+def put(parts: Sequence[Array], first: int, numbers: np.ndarray) -> None:
+    """Write numbers into flat arrays laid end to end, from number `first` on, as far as they go."""
+    for part in parts:
+        start, end = max(0, first), min(len(part), first + len(numbers))
+        if start < end:
+            part[start:end] = array_module(part).asarray(numbers[start - first : end - first])
+        first -= len(part)
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    """The memory of an array, which MPI moves whatever the type is."""
+    return array.view(np.uint8)
 
 
 def gradient_buckets(parameters: Sequence[Tensor]) -> list[Bucket]:

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from micrograd_gpt.arrays.devices import resolve_device
 from micrograd_gpt.nn import Module
-from micrograd_gpt.optim import AdamW
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.last_resort import at_signal, save_if_killed
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.metrics import Metrics
 from micrograd_gpt.runs.ranks import Ranks
+from micrograd_gpt.runs.sharding import Optimizer, answer_first, asking
 from micrograd_gpt.runs.signals import StopSignals
 from micrograd_gpt.runs.unread import Unread, read_numbers
 from micrograd_gpt.runs.watch import Watch
@@ -75,7 +75,7 @@ class Recorder:
         settings: argparse.Namespace,
         data: Data,
         model: Module,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         scaler: LossScaler,
         write: Callable[..., None] = write_model,
         tokens_per_step: int | None = None,
@@ -326,9 +326,14 @@ class Recorder:
     def save_if_due(self) -> None:
         """Save if --save-interval says so, or the validation loss is the lowest so far."""
         done = self.optimizer.steps
-        best = self.val_loss is not None and self.val_loss < self.best_loss
-        if self._due(done - 1).save or (best and done < self.settings.max_steps):
+        if self._due(done - 1).save or (done < self.settings.max_steps and self._is_best()):
             self._attempt(self._save)
+
+    def _is_best(self) -> bool:
+        """Whether rank 0, which knows the other losses, finds this validation loss the lowest."""
+        if self.val_loss is None:
+            return False
+        return bool(self.ranks.agree(self.ranks.is_first and self.val_loss < self.best_loss))
 
     def finish(self) -> int:
         """The loop is over: save what is not saved yet and draw the curves; returns `stopped` of
@@ -338,7 +343,7 @@ class Recorder:
         cannot be saved.
         """
         self._bar.close()
-        if self._saved_step < self.optimizer.steps:
+        if self.ranks.agree(self._saved_step < self.optimizer.steps):  # if rank 0 failed to save
             self._save()
         if self.ranks.is_first:
             self._attempt(self.metrics.draw, self.data.unit, needed=False)
@@ -357,20 +362,22 @@ class Recorder:
         self._look()  # nothing is saved that is not known to be good
         done = self.optimizer.steps
         if not self.ranks.is_first:
+            answer_first(self.optimizer)
             self._saved_step = done
             return
         try:
-            checkpoint.save_run(
-                self.out,
-                self.model,
-                self.data.tokenizer,
-                self.optimizer,
-                vars(self.settings),
-                self.val_loss,
-                self.settings.keep,
-                self.scaler,
-                self._write,
-            )
+            with asking(self.optimizer):
+                checkpoint.save_run(
+                    self.out,
+                    self.model,
+                    self.data.tokenizer,
+                    self.optimizer,
+                    vars(self.settings),
+                    self.val_loss,
+                    self.settings.keep,
+                    self.scaler,
+                    self._write,
+                )
         except UserError as error:
             latest = checkpoint.last_good(self.out, done + 1)
             raise UserError(f"{error}; the last checkpoint: {latest}") from error
@@ -385,6 +392,8 @@ class Recorder:
         except UserError as error:
             if self.settings.on_save_error == "continue":
                 raise
+            if self.ranks.shards:  # the others do not know that rank 0 would need their moments
+                raise UserError(f"{error}; {self._way_back()}") from error
             self._save()
             raise UserError(f"{error}; the run is saved after step {row['step']}") from error
 
