@@ -57,7 +57,7 @@ class ShardedAdamW:
             pieces = [piece for piece in self._pieces if piece.parameter is parameter]
             arrays = [own.get(id(piece), moments[0][:0]) for piece in pieces]
             bounds = [piece.bounds for piece in pieces]
-            found.append(Scattered(self.ranks, number, parameter.data, bounds, arrays))
+            found.append(Scattered(self, number, parameter.data, bounds, arrays))
         return found
 
     @property
@@ -151,7 +151,7 @@ class Scattered:
 
     def __init__(
         self,
-        ranks: Ranks,
+        owner: ShardedAdamW,
         number: int,
         like: Array,
         bounds: Sequence[Sequence[int]],
@@ -163,12 +163,12 @@ class Scattered:
             like.size,
             like.nbytes,
         )
-        self._ranks, self._number, self._like = ranks, number, like
+        self._owner, self._number, self._like = owner, number, like
         self._bounds, self._pieces = bounds, pieces
 
     def get(self, order: str = "A") -> np.ndarray:
         """All numbers, in the host's memory, in the parameter's order there."""
-        self._ranks.agree(self._number)
+        self._owner.ranks.agree(self._number)
         return self.sent()
 
     def sent(self) -> np.ndarray:
@@ -177,14 +177,14 @@ class Scattered:
         flat = flat_view(whole)
         for bounds, piece in zip(self._bounds, self._pieces, strict=True):
             into = flat[bounds[0] : bounds[-1]]
-            self._ranks.to_first(
+            self._owner.ranks.to_first(
                 to_device(piece, "cpu").reshape(-1), into, np.diff(bounds).tolist()
             )
         return whole
 
     def set(self, array: np.ndarray) -> None:
         """Keep this rank's pieces of an array of this shape."""
-        flat, rank = flat_view(ordered_like(array, self._like)), self._ranks.rank
+        flat, rank = flat_view(ordered_like(array, self._like)), self._owner.ranks.rank
         for bounds, piece in zip(self._bounds, self._pieces, strict=True):
             numbers = flat[bounds[rank] : bounds[rank + 1]].reshape(piece.shape)
             piece[:] = array_module(piece).asarray(numbers)
