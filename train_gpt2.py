@@ -120,19 +120,20 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
 
         # Gradients of the mean loss over all micro-batches, each with its own dropout. A rank
         # takes its share of them; then the gradients of all ranks are added up.
-        losses = []
-        for batch in ranks.share(micro_batches(step, shared)):
+        losses, batches = [], ranks.share(micro_batches(step, shared))
+        for batch in batches:
             ids, targets = training.batch(settings.seed, batch, shared.batch_size)  # (B, T) each
             model.draws.reseed(settings.seed, batch)
             loss = model.loss(ids, targets) * (1 / shared.grad_accum_steps)
+            if batch == batches[-1]:
+                ranks.add_up_during(loss, model.parameters(), settings.reduce_dtype)
             (loss * scaler.scale).backward()
             losses.append(loss.data)
         ranks.add_up(model.parameters(), settings.reduce_dtype)
-        losses = ranks.join(losses)
         norm = clip_grad_norm(optimizer, settings.grad_clip, scaler.scale)
 
         # The step, except where float16 overflowed: then it is tried again with a smaller scale
-        if not recorder.accepts(step, losses, norm):
+        if not recorder.accepts(step, ranks.join(losses), norm):
             optimizer.zero_grad()
             continue
         optimizer.step()
@@ -256,9 +257,8 @@ def bits_per_byte(loss: float, corpus: Corpus) -> dict[str, float]:
 
 def sample(model: GPT2, corpus: Corpus, seed: int, length: int = 300) -> str:
     """How the model continues the first tokens of the validation text."""
-    prompt = corpus.validation[:8].astype(int)
     ids = model.generate(
-        prompt,
+        corpus.validation[:8].astype(int),
         max_new_tokens=length,
         temperature=0.8,
         top_k=40,

@@ -37,6 +37,7 @@ from micrograd_gpt.support.machine import usable_cores
 from micrograd_gpt.tensor import Tensor
 
 BUCKET = 1 << 20  # numbers that are added up at a time: 4 MB, which stay in a cache
+BETWEEN_TESTS = 0.0002  # seconds between looks at a message that travels during the backward
 BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
 FAILED = 1  # the tag of the message that a rank has met an error
 PATIENCE = 1.0  # seconds that a rank leaves each rank before it to say what both have met
@@ -60,9 +61,10 @@ class MPIRanks(Ranks):
         self.rank, self.size = self._all.rank, self._all.size
         self.local_rank, self.local_size = self._here.rank, self._here.size
         self._machines = sum(self._all.allgather(self.local_rank == 0))
-        self.exchange = Exchange(self._all.Dup(), self._wait, BUCKET)
         overlaps = self._machines > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self.overlap = Overlap() if overlaps else None
+        wait = partial(self._wait, pause=BETWEEN_TESTS if overlaps else 0)
+        self.exchange = Exchange(self._all.Dup(), wait, BUCKET)
         neighbours = self.on_this_machine((self.rank, os.getpid()))
         # Containers on one machine may each number their processes.
         self._watched = {rank: pid for rank, pid in neighbours if is_running(pid)}
@@ -138,11 +140,11 @@ class MPIRanks(Ranks):
         """Go on when all ranks have come here."""
         self._wait(self._all.Ibarrier())
 
-    def _wait(self, request: MPI.Request) -> None:
+    def _wait(self, request: MPI.Request, pause: float = 0) -> None:
         """Wait for the other ranks. Signals are heeded meanwhile, as MPI's own wait does not."""
         looked = time.monotonic()
         while not request.Test():
-            time.sleep(0)  # lets other processes use the core
+            time.sleep(pause)  # lets other processes use the core
             if time.monotonic() > looked + BETWEEN_LOOKS:
                 self.check_alive()
                 looked = time.monotonic()

@@ -15,11 +15,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeAlias
 
 from micrograd_gpt.tensor import LEAF, Array, Node, Tensor, node_of, tape_below
 
 Bucket: TypeAlias = Sequence[tuple[int, int, int]]  # pieces of gradients: (parameter, start, end)
+
+NOWHERE = -1  # below all places on a tape: the backward never comes there
 
 
 class Overlap:
@@ -31,14 +34,9 @@ class Overlap:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "gradients")
-        self._work: Callable[[Bucket], None] | None = None
-        self._due: deque[tuple[int, Bucket]] = deque()
-        self._done: deque[Future[None]] = deque()
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether there is something to finish."""
-        return self._work is not None
+        self._due: deque[tuple[int, Callable[[], None]]] = deque()  # from which place on, what
+        self._handed_over: deque[Future[None]] = deque()
+        self.has_begun = False  # so that there is something to finish
 
     def begin(
         self,
@@ -48,46 +46,49 @@ class Overlap:
         work: Callable[[Bucket], None],
     ) -> None:
         """Let the backward of `loss`, a step's last, hand over each bucket that is complete."""
-        self._work = work
         tape = tape_below(node_of(loss))
         lowest = lowest_readers(tape, parameters)
-        self._due = deque((min(lowest[i] for i, _, _ in b), b) for b in reversed(buckets))
+        for bucket in reversed(buckets):
+            place = min(lowest[i] for i, _, _ in bucket)
+            self._due.append((place, partial(work, bucket)))
         for place, node in enumerate(tape):
             if node.name != LEAF:
                 node.backward = self._noticed(place, node.backward)
+        self.has_begun = True
 
     def _noticed(self, place: int, backward: Callable[[Array], Any]) -> Callable[[Array], Any]:
-        """The backward of the node at this place of the tape; all above it are done then."""
+        """The backward of the node at this place, when that of every node above it is done."""
 
         def notice(grad: Array) -> Any:
-            self._hand_over(below=place)
+            self._hand_over(place)
             return backward(grad)
 
         return notice
 
-    def _hand_over(self, below: int) -> None:
-        """Hand over what is complete below this place; raise what went wrong in the thread."""
-        while self._done and self._done[0].done():
-            self._done.popleft().result()
-        while self._due and self._due[0][0] > below:
-            self._done.append(self._thread.submit(self._work, self._due.popleft()[1]))
+    def _hand_over(self, place: int) -> None:
+        """Hand over the buckets that are complete where the backward has come to this place.
+
+        Raises what went wrong in the thread.
+        """
+        while self._handed_over and self._handed_over[0].done():
+            self._handed_over.popleft().result()
+        while self._due and self._due[0][0] > place:
+            _, work = self._due.popleft()
+            self._handed_over.append(self._thread.submit(work))
 
     def finish(self) -> None:
         """Wait until the work on all buckets is done; raise what went wrong in it."""
-        self._hand_over(below=-2)
-        while self._done:
-            self._done.popleft().result()
-        self._work = None
+        self._hand_over(NOWHERE - 1)
+        while self._handed_over:
+            self._handed_over.popleft().result()
+        self.has_begun = False
 
 
 def lowest_readers(tape: Sequence[Node], parameters: Sequence[Tensor]) -> list[int]:
-    """For each parameter the lowest place on the tape of an operation it went into.
-
-    It is -1, which the backward never passes, where there is none.
-    """
+    """The lowest place on the tape of an operation that each parameter went into, or NOWHERE."""
     lowest: dict[int, int] = {}
     for place, node in enumerate(tape):
         for parent in node.parents:
             if parent and parent.name == LEAF:
                 lowest.setdefault(id(parent.backward.__self__), place)
-    return [lowest.get(id(parameter), -1) for parameter in parameters]
+    return [lowest.get(id(parameter), NOWHERE) for parameter in parameters]
