@@ -1,9 +1,4 @@
-"""Ranks that talk through MPI, by way of mpi4py.
-
-Their sums have an order. Of each bucket of gradients every rank gets one part, from all ranks; it
-adds these up, rank 0's first, and sends the sum to all. MPI's own all-reduce may add in another
-order whenever the ranks are placed otherwise, and needs no less traffic.
-"""
+"""Ranks that talk through MPI, by way of mpi4py. How they add numbers up is in runs/exchange.py."""
 
 from __future__ import annotations
 
@@ -22,6 +17,7 @@ from ml_dtypes import bfloat16
 from mpi4py import MPI
 
 from micrograd_gpt.arrays.devices import Array, array_module, gpu_addresses, to_device, use_gpu
+from micrograd_gpt.runs.exchange import Exchange
 from micrograd_gpt.runs.ranks import Ranks, T, own_gpu, said_once, versions
 from micrograd_gpt.runs.unread import read_numbers
 from micrograd_gpt.support.cli import counted, say
@@ -53,7 +49,7 @@ class MPIRanks(Ranks):
         self.rank, self.size = self._all.rank, self._all.size
         self.local_rank, self.local_size = self._here.rank, self._here.size
         self._machines = sum(self._all.allgather(self.local_rank == 0))
-        self._buffers: tuple[np.ndarray, np.ndarray] | None = None
+        self.exchange = Exchange(self._all, self._wait, BUCKET)
         neighbours = self.on_this_machine((self.rank, os.getpid()))
         # Containers on one machine may each number their processes.
         self._watched = {rank: pid for rank, pid in neighbours if is_running(pid)}
@@ -70,29 +66,11 @@ class MPIRanks(Ranks):
         for bucket in buckets([len(grad) for grad in flat], BUCKET):
             parts = [flat[i][start:end] for i, start, end in bucket]
             joined = to_device(array_module(parts[0]).concatenate(parts), "cpu")
-            joined = self._sum(joined, bfloat16 if dtype == "bfloat16" else joined.dtype)
+            wire = bfloat16 if dtype == "bfloat16" else joined.dtype
+            added = self.exchange.gather(self.exchange.scatter_sum(joined, wire), wire)
             ends = np.cumsum([len(part) for part in parts])
             for part, end in zip(parts, ends, strict=True):
-                part[:] = array_module(part).asarray(joined[end - len(part) : end])
-
-    def _sum(self, numbers: np.ndarray, wire: Any) -> np.ndarray:
-        """The sum of all ranks' `numbers` (N,), which are sent in the dtype `wire`.
-
-        They may be in a buffer that the next call overwrites.
-        """
-        count = -(-len(numbers) // self.size)  # of a part
-        if self._buffers is None or self._buffers[0].dtype != wire:
-            most = -(-BUCKET // self.size) * self.size
-            self._buffers = np.zeros(most, wire), np.zeros(most, wire)
-        ours, received = (buffer[: count * self.size] for buffer in self._buffers)
-        ours[: len(numbers)] = numbers
-        self._wait(self._all.Ialltoall(as_bytes(ours), as_bytes(received)))
-        first, *others = received.reshape(self.size, count)
-        part = first.astype(numbers.dtype)
-        for other in others:
-            part += other.astype(numbers.dtype, copy=False)
-        self._wait(self._all.Iallgather(as_bytes(part.astype(wire, copy=False)), as_bytes(ours)))
-        return ours[: len(numbers)].astype(numbers.dtype, copy=False)
+                part[:] = array_module(part).asarray(added[end - len(part) : end])
 
     def join(self, values: Sequence[Any]) -> list[float]:
         ours = np.array(read_numbers(values))
@@ -187,11 +165,6 @@ def ordered_like(grad: Array, data: Array) -> Array:
 def flat_view(array: Array) -> Array:
     """All numbers of a contiguous array as they lie in memory, (N,)."""
     return (array if array.flags.c_contiguous else array.T).reshape(-1)
-
-
-def as_bytes(array: np.ndarray) -> np.ndarray:
-    """The memory of an array, which MPI moves whatever the type is."""
-    return array.view(np.uint8)
 
 
 def buckets(sizes: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
