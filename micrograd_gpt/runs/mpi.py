@@ -16,8 +16,9 @@ import numpy as np
 from ml_dtypes import bfloat16
 from mpi4py import MPI
 
-from micrograd_gpt.arrays.devices import Array, array_module, gpu_addresses, to_device, use_gpu
+from micrograd_gpt.arrays.devices import Array, array_module, gpu_addresses, use_gpu
 from micrograd_gpt.runs.exchange import Exchange
+from micrograd_gpt.runs.nccl import GPUExchange, NCCLFailed, nccl_version, without_nccl
 from micrograd_gpt.runs.ranks import Ranks, T, own_gpu, said_once, versions
 from micrograd_gpt.runs.unread import read_numbers
 from micrograd_gpt.support.cli import counted, say
@@ -36,6 +37,9 @@ class RankDied(Exception):
     """Another rank's process has ended, so that no step can be taken any more."""
 
 
+LINK_ERRORS = (RankDied, MPI.Exception, NCCLFailed)  # the latter two where a link was cut
+
+
 class MPIRanks(Ranks):
     """One of several ranks."""
 
@@ -49,7 +53,7 @@ class MPIRanks(Ranks):
         self.rank, self.size = self._all.rank, self._all.size
         self.local_rank, self.local_size = self._here.rank, self._here.size
         self._machines = sum(self._all.allgather(self.local_rank == 0))
-        self.exchange = Exchange(self._all, self._wait, BUCKET)
+        self.exchange: Exchange | GPUExchange = Exchange(self._all, self._wait, BUCKET)
         neighbours = self.on_this_machine((self.rank, os.getpid()))
         # Containers on one machine may each number their processes.
         self._watched = {rank: pid for rank, pid in neighbours if is_running(pid)}
@@ -63,16 +67,18 @@ class MPIRanks(Ranks):
         for parameter in parameters:
             parameter.grad = ordered_like(parameter.grad, parameter.data)
         flat = [flat_view(parameter.grad) for parameter in parameters]
-        for bucket in buckets([len(grad) for grad in flat], BUCKET):
-            parts = [flat[i][start:end] for i, start, end in bucket]
-            joined = to_device(array_module(parts[0]).concatenate(parts), "cpu")
-            wire = bfloat16 if dtype == "bfloat16" else joined.dtype
-            added = self.exchange.gather(self.exchange.scatter_sum(joined, wire), wire)
-            ends = np.cumsum([len(part) for part in parts])
-            for part, end in zip(parts, ends, strict=True):
-                part[:] = array_module(part).asarray(added[end - len(part) : end])
+        with self.exchange.beside():
+            for bucket in buckets([len(grad) for grad in flat], self.exchange.most):
+                parts = [flat[i][start:end] for i, start, end in bucket]
+                joined = array_module(parts[0]).concatenate(parts)
+                wire = bfloat16 if dtype == "bfloat16" else joined.dtype
+                added = self.exchange.gather(self.exchange.scatter_sum(joined, wire), wire)
+                ends = np.cumsum([len(part) for part in parts])
+                for part, end in zip(parts, ends, strict=True):
+                    part[:] = added[end - len(part) : end]
 
     def join(self, values: Sequence[Any]) -> list[float]:
+        self.exchange.finish()
         ours = np.array(read_numbers(values))
         joined = np.empty(self.size * len(ours))
         self._wait(self._all.Iallgather(ours, joined))
@@ -126,6 +132,12 @@ class MPIRanks(Ranks):
     def use_device(self, device: str) -> None:
         if device == "gpu":
             use_gpu(own_gpu(self.on_this_machine(gpu_addresses()), self.local_rank))
+            version = nccl_version()
+            self.check_same({"NCCL": version or "not installed"})
+            if version:
+                self.exchange = GPUExchange(self._all, self._wait)
+            else:
+                say(without_nccl())
 
     def on_this_machine(self, value: T) -> list[T]:
         """The values of this machine's ranks."""
@@ -266,7 +278,7 @@ def end_all(ranks: MPIRanks, error: BaseException, stderr: TextIO) -> NoReturn:
         if isinstance(error, UserError):
             status = 2
             say(f"error: {who}{error}")
-        elif isinstance(error, RankDied | MPI.Exception):  # MPI's, such as of a link that was cut
+        elif isinstance(error, LINK_ERRORS):
             say(f"error: {error}; {ranks.way_back()}")
         elif isinstance(error, KeyboardInterrupt):
             status = 130
@@ -277,7 +289,7 @@ def end_all(ranks: MPIRanks, error: BaseException, stderr: TextIO) -> NoReturn:
             traceback.print_exception(error)
     sys.stdout.flush()
     stderr.flush()
-    if isinstance(error, Exception) and not isinstance(error, RankDied | MPI.Exception):
+    if isinstance(error, Exception) and not isinstance(error, LINK_ERRORS):
         ranks.tell_first()
     MPI.COMM_WORLD.Abort(status)
     os._exit(status)  # with some MPIs it returns while the launcher ends the others
