@@ -17,8 +17,9 @@ import numpy as np
 from ml_dtypes import bfloat16
 from mpi4py import MPI
 
-from micrograd_gpt.arrays.devices import Array, array_module, gpu_addresses, to_device, use_gpu
+from micrograd_gpt.arrays.devices import Array, array_module, gpu_addresses, use_gpu
 from micrograd_gpt.runs.exchange import Exchange
+from micrograd_gpt.runs.nccl import GPUExchange, NCCLFailed, nccl_version, without_nccl
 from micrograd_gpt.runs.overlap import Bucket, Overlap
 from micrograd_gpt.runs.ranks import (
     Cut,
@@ -48,6 +49,9 @@ class RankDied(Exception):
     """Another rank's process has ended, so that no step can be taken any more."""
 
 
+LINK_ERRORS = (RankDied, MPI.Exception, NCCLFailed)  # the latter two where a link was cut
+
+
 class MPIRanks(Ranks):
     """One of several ranks."""
 
@@ -64,7 +68,7 @@ class MPIRanks(Ranks):
         overlaps = self._machines > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self.overlap = Overlap() if overlaps else None
         wait = partial(self._wait, pause=BETWEEN_TESTS if overlaps else 0)
-        self.exchange = Exchange(self._all.Dup(), wait, BUCKET)
+        self.exchange: Exchange | GPUExchange = Exchange(self._all.Dup(), wait, BUCKET)
         neighbours = self.on_this_machine((self.rank, os.getpid()))
         # Containers on one machine may each number their processes.
         self._watched = {rank: pid for rank, pid in neighbours if is_running(pid)}
@@ -79,14 +83,16 @@ class MPIRanks(Ranks):
     ) -> None:
         if self.overlap and loss.device == "cpu":
             add_up = partial(self._add_up, parameters, dtype)
-            self.overlap.begin(loss, parameters, gradient_buckets(parameters), add_up)
+            buckets = self._buckets([parameter.size for parameter in parameters])
+            self.overlap.begin(loss, parameters, list(buckets), add_up)
 
     def add_up(self, parameters: Sequence[Tensor], dtype: str = "float32") -> None:
         if self.overlap and self.overlap.has_begun:
             self.overlap.finish()
             return
-        for bucket in gradient_buckets(parameters):
-            self._add_up(parameters, dtype, bucket)
+        with self.exchange.beside():
+            for bucket in self._buckets([parameter.size for parameter in parameters]):
+                self._add_up(parameters, dtype, bucket)
 
     def _add_up(self, parameters: Sequence[Tensor], dtype: str, bucket: Bucket) -> None:
         """Add up the gradients in a bucket: of all of it, or of this rank's part."""
@@ -103,12 +109,15 @@ class MPIRanks(Ranks):
             put(parts, 0, self.exchange.gather(added, wire))
 
     def cut(self, sizes: Sequence[int]) -> Iterator[Cut]:
-        for bucket in buckets(sizes, BUCKET):
+        for bucket in self._buckets(sizes):
             count, first = self._part_of(bucket), 0
             for i, start, end in bucket:
                 places = (start + rank * count - first for rank in range(self.size + 1))
                 yield i, [min(max(start, place), end) for place in places]
                 first += end - start
+
+    def _buckets(self, sizes: Sequence[int]) -> Iterator[Bucket]:
+        return buckets(sizes, self.exchange.most)
 
     def _part_of(self, bucket: Bucket) -> int:
         """How many numbers of a bucket a rank has, if it is not the last, which may have fewer."""
@@ -116,9 +125,12 @@ class MPIRanks(Ranks):
 
     def gather(self, arrays: Sequence[Array]) -> None:
         flat = [flat_view(array) for array in arrays]
-        for bucket in buckets(list(map(len, flat)), BUCKET):
-            parts, count = [flat[i][start:end] for i, start, end in bucket], self._part_of(bucket)
-            put(parts, 0, self.exchange.gather(taken(parts, self.rank * count, count)))
+        with self.exchange.beside():
+            for bucket in self._buckets([array.size for array in arrays]):
+                parts = [flat[i][start:end] for i, start, end in bucket]
+                count = self._part_of(bucket)
+                put(parts, 0, self.exchange.gather(taken(parts, self.rank * count, count)))
+        self.exchange.finish()
 
     def to_first(self, numbers: np.ndarray, into: np.ndarray, counts: Sequence[int]) -> None:
         sizes = [int(count) * into.itemsize for count in counts]
@@ -126,6 +138,7 @@ class MPIRanks(Ranks):
         self._wait(self._all.Igatherv(as_bytes(numbers), received))
 
     def join(self, values: Sequence[Any]) -> list[float]:
+        self.exchange.finish()
         ours = np.array(read_numbers(values))
         joined = np.empty(self.size * len(ours))
         self._wait(self._all.Iallgather(ours, joined))
@@ -179,6 +192,12 @@ class MPIRanks(Ranks):
     def use_device(self, device: str) -> None:
         if device == "gpu":
             use_gpu(own_gpu(self.on_this_machine(gpu_addresses()), self.local_rank))
+            version = nccl_version()
+            self.check_same({"NCCL": version or "not installed"})
+            if version:
+                self.exchange = GPUExchange(self._all, self._wait)
+            else:
+                say(without_nccl())
 
     def on_this_machine(self, value: T) -> list[T]:
         """The values of this machine's ranks."""
@@ -209,37 +228,30 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def taken(parts: Sequence[Array], first: int, count: int) -> np.ndarray:
-    """`count` numbers of flat arrays laid end to end, from number `first` on, on the host.
-
-    Zeros stand for what is not there.
-    """
+def taken(parts: Sequence[Array], first: int, count: int) -> Array:
+    """`count` numbers of flat arrays laid end to end, from number `first` on, or zeros after the
+    last one."""
     pieces = []
     for part in parts:
         pieces.append(part[max(0, first) : max(0, first + count)])
         first -= len(part)
-    numbers = to_device(array_module(parts[0]).concatenate(pieces), "cpu")
-    missing = count - len(numbers)
-    return np.concatenate([numbers, np.zeros(missing, numbers.dtype)]) if missing else numbers
+    xp = array_module(parts[0])
+    missing = count - sum(map(len, pieces))
+    return xp.concatenate([*pieces, xp.zeros(missing, parts[0].dtype)] if missing else pieces)
 
 
-def put(parts: Sequence[Array], first: int, numbers: np.ndarray) -> None:
+def put(parts: Sequence[Array], first: int, numbers: Array) -> None:
     """Write numbers into flat arrays laid end to end, from number `first` on, as far as they go."""
     for part in parts:
         start, end = max(0, first), min(len(part), first + len(numbers))
         if start < end:
-            part[start:end] = array_module(part).asarray(numbers[start - first : end - first])
+            part[start:end] = numbers[start - first : end - first]
         first -= len(part)
 
 
 def as_bytes(array: np.ndarray) -> np.ndarray:
     """The memory of an array, which MPI moves whatever the type is."""
     return array.view(np.uint8)
-
-
-def gradient_buckets(parameters: Sequence[Tensor]) -> list[Bucket]:
-    """The parameters' gradients in buckets of which each is added up at a time."""
-    return list(buckets([parameter.size for parameter in parameters], BUCKET))
 
 
 def buckets(sizes: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -341,7 +353,7 @@ def end_all(ranks: MPIRanks, error: BaseException, stderr: TextIO) -> NoReturn:
         if isinstance(error, UserError):
             status = 2
             say(f"error: {who}{error}")
-        elif isinstance(error, RankDied | MPI.Exception):  # MPI's, such as of a link that was cut
+        elif isinstance(error, LINK_ERRORS):
             say(f"error: {error}; {ranks.way_back()}")
         elif isinstance(error, KeyboardInterrupt):
             status = 130
@@ -352,7 +364,7 @@ def end_all(ranks: MPIRanks, error: BaseException, stderr: TextIO) -> NoReturn:
             traceback.print_exception(error)
     sys.stdout.flush()
     stderr.flush()
-    if isinstance(error, Exception) and not isinstance(error, RankDied | MPI.Exception):
+    if isinstance(error, Exception) and not isinstance(error, LINK_ERRORS):
         ranks.tell_first()
     MPI.COMM_WORLD.Abort(status)
     os._exit(status)  # with some MPIs it returns while the launcher ends the others
