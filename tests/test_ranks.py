@@ -426,13 +426,20 @@ def test_a_signal_to_one_rank_stops_all(text: Path, tmp_path: Path, rank: int) -
 
 @needs_mpi
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "flag"),
+    [
+        (signal.SIGINT, "--no-shard-optimizer"),
+        (signal.SIGTERM, "--no-shard-optimizer"),
+        (signal.SIGTERM, "--shard-optimizer"),  # then each rank has moments that nobody else has
+    ],
+)
 def test_a_run_is_saved_though_mpirun_does_not_wait(
-    text: Path, tmp_path: Path, number: signal.Signals
+    text: Path, tmp_path: Path, number: signal.Signals, flag: str
 ) -> None:
     """Saving takes a second, which Open MPI's mpirun does not leave after these signals."""
     straight, out = tmp_path / "straight", tmp_path / "out"
-    flags = ["--data", text, *RUN, "--max-steps", 100, "--save-interval", 40]
+    flags = ["--data", text, *RUN, "--max-steps", 100, "--save-interval", 40, flag]
     assert mpirun(2, SCRIPT, *flags, "--out", straight).returncode == 0
     command = [sys.executable, CHILD, "slow_save", *flags, "--out", out]
     with started("-n", 2, *command) as process:
@@ -442,7 +449,7 @@ def test_a_run_is_saved_though_mpirun_does_not_wait(
     wait_for(lambda: json.loads((out / checkpoint.STATE).read_text())["step"] > 50)
     wait_for(lambda: "another training" not in mpirun(2, SCRIPT, "--resume", "--out", out).stderr)
     assert_same(out, straight)
-    assert (losses(out) == losses(straight)).all()
+    assert (losses(out) == losses(straight)).all() and not list(out.glob(".moments*"))
 
 
 @needs_mpi

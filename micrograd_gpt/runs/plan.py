@@ -84,6 +84,7 @@ class Plan:
             shared.dtype,
             device,
             devices=devices,
+            sharded=shared.shard_optimizer,
         )
 
     @property
