@@ -125,7 +125,7 @@ def report(config: GPT2Config, settings: argparse.Namespace, device: str) -> str
 def row(step: SharedStep, max_steps: int, inefficient: str) -> tuple[str, ...]:
     plan = step.plan
     return (
-        f"1/{plan.devices} on each" if plan.sharded else "all on each",
+        f"1/{plan.devices} on each (--shard-optimizer)" if plan.sharded else "all on each",
         "during the backward" if step.overlaps else "after the backward",
         megabytes(step.reduced + step.gathered),
         megabytes(plan.peak),
