@@ -144,6 +144,17 @@ def test_only_a_cpu_lets_gradients_travel_during_the_backward(
         assert [row[0] for row in rows(report(CONFIG, settings, device))] == ways
 
 
+def test_devices_that_cannot_share_a_step_are_refused_as_ranks_are(
+    train_gpt2: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="which 5 ranks cannot share: start 1, 2, 3, 4, 6, 12 rank"):
+        train_gpt2.main([*FLAGS, "--devices", "5"])
+    with pytest.raises(UserError, match="which 4 ranks cannot share: give --grad-accum-steps 4"):
+        train_gpt2.main([*FLAGS, "--devices", "4", "--dropout", "0.1"])
+    assert not [*tmp_path.iterdir()]
+
+
 # Runs the script whose flags it gets, and writes down the most memory that this rank had.
 MEASURED = """
 import os, runpy, sys
