@@ -50,7 +50,7 @@ class _HalfProduct(ctypes.Structure):
         *pointers("b"),
         *ints("b_row", "b_column"),
         *pointers("bias", "c"),
-        *ints("c_row", "c_is_narrow", "adds"),
+        *ints("c_row", "c_is_narrow", "adds", "b_is_wide"),
     ]
 
 
@@ -66,14 +66,17 @@ class _HalfLinearBackward(ctypes.Structure):
 def _product(
     a: Array, b: Array, c: Array, bias: Array | None = None, adds: bool = False
 ) -> _HalfProduct:
-    """c = a @ b + bias for the C code; where c is stored by columns, its transpose is computed."""
+    """c = a @ b + bias for the C code; where c is stored by columns, its transpose is computed.
+
+    b may be float32, but not where c is stored by columns; it is rounded as it is read.
+    """
     if c.strides[1] != c.itemsize:
         a, b, c = b.T, a.T, c.T
     (n, k), m = a.shape, b.shape[1]
     return _HalfProduct(
         *(n, k, m, a.ctypes.data, *strides_of(a), b.ctypes.data, *strides_of(b)),
         *(None if bias is None else bias.ctypes.data, c.ctypes.data, strides_of(c)[0]),
-        *(c.dtype == BFLOAT16, adds),
+        *(c.dtype == BFLOAT16, adds, b.dtype == FLOAT32),
     )
 
 
@@ -89,12 +92,16 @@ def write_product(a: Array, b: Array, c: Array, adds: bool = False) -> None:
 
 
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
-    if len(x) <= FEW_ROWS[weight.dtype] and weight.flags.f_contiguous:
+    """For weights in the type of x, or of many rows in float32."""
+    few = len(x) <= FEW_ROWS[x.dtype] and weight.flags.f_contiguous
+    if weight.dtype != x.dtype and (few or x.dtype != BFLOAT16):
+        raise NotForMe
+    if few:
         return _few_rows(x, weight, bias)
     if x.dtype != BFLOAT16:
         raise NotForMe
     y = np.empty((len(x), weight.shape[1]), BFLOAT16)
-    bias = None if bias is None else np.ascontiguousarray(bias)
+    bias = None if bias is None else np.ascontiguousarray(bias, BFLOAT16)
     call("matmul_bfloat16", _product(x, weight, y, bias))
     return y
 
@@ -115,7 +122,7 @@ def _few_rows(x: Array, weight: Array, bias: Array | None) -> Array:
 
 
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
-    """Gradients of x in bfloat16, and of weight and bias in float32."""
+    """Gradients of x in bfloat16, and of weight, which may be float32, and bias in float32."""
     (grad,) = contiguous(grad)
     dx = np.empty(x.shape, BFLOAT16)
     dweight = np.empty_like(weight, np.float32)
