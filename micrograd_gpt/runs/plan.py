@@ -151,20 +151,23 @@ class Plan:
 
     @property
     def working(self) -> int:
-        """What lives for a moment only: the logits, or a block that is computed again."""
+        """What lives for a moment only: the logits, or a block's gradients.
+
+        A block that is computed again also saves what its backward needs.
+        """
         c = self.config
         tokens = self.batch_size * self.block_size
         parts = -(-tokens * c.vocab_size // LOGITS_AT_ONCE[self.device])
         at_once = max(1, tokens // parts)
         logits = (min(at_once, ROWS_AT_ONCE) if self.device == "cpu" else at_once) * c.vocab_size
+        logits *= self._wide if self.device == "cpu" else self._narrow
         head = c.vocab_size * c.n_embd
         head_gradient = head * self._wide if parts > 1 else 0  # of one part, beside their sum
-        rounded_head = head * self._narrow if self._is_half else 0
-        logits_bytes = logits * self._narrow
-        if self._is_half and self.device == "cpu":  # which computes them in float32
-            logits_bytes, rounded_head = logits * self._wide, head * (self._narrow + self._wide)
-        loss = logits_bytes + head_gradient + rounded_head
-        return max(loss, self._block_in_backward if self.recompute else 0)
+        rounded_head = head * self._narrow if self._keeps_rounded or self._is_emulated else 0
+        widened_head = head * self._wide if self._is_emulated else 0
+        saved = self._saved_by_block if self.recompute else 0
+        loss = logits + head_gradient + rounded_head + widened_head
+        return max(loss, saved + self._gradients_in_block)
 
     @property
     def peak(self) -> int:
@@ -178,13 +181,23 @@ class Plan:
         head = c.vocab_size * c.n_embd * self._wide
         before = self.gradients if self.grad_accum_steps > 1 else 0
         beginning = before + head + self.activations + self.working
-        end = self.gradients + self._block_in_backward
+        end = self.gradients + self._saved_by_block + self._gradients_in_block
         host = PYTHON + MPI * (self.devices > 1) if self.device == "cpu" else 0
         return host + self.weights + self.moments + max(beginning, end)
 
     @property
     def _is_half(self) -> bool:
         return self.dtype in HALF
+
+    @property
+    def _keeps_rounded(self) -> bool:
+        """Whether weights are rounded to half precision once, and not wherever they are read."""
+        return self._is_half and self.device != "cpu"
+
+    @property
+    def _is_emulated(self) -> bool:
+        """Whether half precision is computed in copies in float32."""
+        return self.dtype == "float16" and self.device == "cpu"
 
     @property
     def _wide(self) -> int:
@@ -219,19 +232,17 @@ class Plan:
         streams = 2  # the block's input and its middle
         sums = self.batch_size * self.block_size * (c.n_head + 4)  # of attention and LayerNorm
         # In the type of the matrix work: the results of two norms, q k v, attention's result, the
-        # MLP's hidden layer before and after GELU; and weights rounded to half precision.
+        # MLP's hidden layer before and after GELU; and weights that are rounded.
         branches = (2 + 3 + 1) * self._stream + 2 * self._hidden
-        weights = self._matrices_of_block if self._is_half else 0
+        weights = self._matrices_of_block if self._keeps_rounded else 0
         wide = streams * self._stream + sums
         return wide * self._wide + (branches + weights) * self._narrow
 
     @property
-    def _block_in_backward(self) -> int:
-        """Bytes that a block holds while its backward runs: what it saved, and gradients."""
-        # A CPU computes in float32: GELU's gradient of the hidden layer from two such copies.
-        copies = 3 * self._hidden * self._wide if self._is_half and self.device == "cpu" else 0
-        gradients = 2 * self._stream + 2 * self._hidden
-        return self._saved_by_block + gradients * self._narrow + copies
+    def _gradients_in_block(self) -> int:
+        """Bytes that a block's backward holds beside what its forward saved."""
+        copies = 3 * self._hidden * self._wide if self._is_emulated else 0  # in GELU's backward
+        return (2 * self._stream + 2 * self._hidden) * self._narrow + copies
 
     def check_room(self, smaller: str = SMALLER_MODEL, ranks: int = 1) -> None:
         """UserError if a run on the CPU takes more memory than there is, before it takes it.
