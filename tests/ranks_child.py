@@ -84,15 +84,15 @@ def raises() -> int:
 
 
 def full_disk(flags: list[str]) -> int:
-    """Train; the disk is full when the second checkpoint is written."""
+    """Train; while the second checkpoint is written the disk has no room for the moments."""
     save_run, saved = checkpoint.save_run, []
 
-    def save_on_a_full_disk(*args: object) -> None:
+    def save_on_a_full_disk(out: Path, *args: object) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            if saved:
-                fill_disk(patch, files, 1000)
             saved.append(None)
-            save_run(*args)
+            if len(saved) == 2:
+                fill_disk(patch, files, (out / checkpoint.MODEL).stat().st_size + 1000)
+            save_run(out, *args)
 
     checkpoint.save_run = save_on_a_full_disk
     return script("train_gpt2").main(flags)
