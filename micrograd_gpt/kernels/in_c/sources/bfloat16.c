@@ -1,4 +1,4 @@
-/* Matrix products of bfloat16, whose sums are float32.
+/* Matrix products of bfloat16, whose sums are float32; and conversions, of float16 too.
 
    Both factors are packed as matmul.c packs float32's, in one of three ways, the best that the
    processor has:
@@ -506,4 +506,19 @@ static void convert_task(const void *arguments, Int part, Int parts) {
 
 int convert_bfloat16(const Conversion *c) {
   return run_parts(convert_task, c, c->size < FEW_NUMBERS ? 1 : thread_count());
+}
+
+static void convert_float16_task(const void *arguments, Int part, Int parts) {
+  const Conversion *c = arguments;
+  Int first, end = cut(c->size, parts, LANES, part, &first);
+  if (c->to_narrow)
+#pragma omp simd
+    for (Int i = first; i < end; i++) c->narrow[i] = to_float16(c->wide[i]);
+  else
+#pragma omp simd
+    for (Int i = first; i < end; i++) c->wide[i] = from_float16(c->narrow[i]);
+}
+
+int convert_float16(const Conversion *c) {
+  return run_parts(convert_float16_task, c, c->size < FEW_NUMBERS ? 1 : thread_count());
 }

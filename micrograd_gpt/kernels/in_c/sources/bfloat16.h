@@ -44,3 +44,4 @@ typedef struct {
   uint16_t *narrow;
 } Conversion;
 int convert_bfloat16(const Conversion *c);
+int convert_float16(const Conversion *c);
