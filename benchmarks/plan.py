@@ -3,10 +3,10 @@
     python benchmarks/plan.py                        # 1, 2 and 4 ranks on this machine
     python benchmarks/plan.py --network 200 800      # and 2 on a slow link, in Mbit/s (needs root)
 
-Ranks have one thread each, and what is planned is timed with one thread. On one machine the
-interconnect is what ranks that do nothing else reach; there are no more devices than cores, so more
-ranks share them, and each counts as such a part of one. A slow link is one between two network
-namespaces, as in benchmarks/network.py, and the interconnect is its rate.
+Ranks have one thread each, and what is planned is timed with one thread. The interconnect is what
+they reach while they do nothing but add up gradients. Where there are more ranks than cores, each
+counts as its part of one. A slow link is one between two network namespaces, as in
+benchmarks/network.py; there gradients travel during the backward.
 """
 
 from __future__ import annotations
@@ -54,39 +54,39 @@ def main() -> None:
     rows = []
     for ranks in (1, 2, 4):
         start = [mpirun(), "-n", str(ranks)]
-        rows += compared(start, ranks, "one machine", None, args.rounds)
+        rows += compared(start, ranks, "one machine", args.rounds)
     for rate in args.network:
         with two_machines() as start:
             shape_link(rate)
-            rows += compared(start, 2, f"{rate} Mbit/s between two", rate / 8000, args.rounds)
+            rows += compared(start, 2, f"{rate} Mbit/s between two", args.rounds, overlaps=True)
     header = ["ranks", "link", "GB/s", "moments", "planned", "measured", "planned / measured"]
     print_table(header, rows)
 
 
 def compared(
-    start: Sequence[str], ranks: int, link: str, rate: float | None, rounds: int
+    start: Sequence[str], ranks: int, link: str, rounds: int, overlaps: bool = False
 ) -> list[list[str]]:
     """A row with moments whole on each rank, and one where they are sharded.
 
-    `start` starts the ranks. `rate` is that of the link in GB/s; None: it is measured.
+    `start` starts the ranks, whose gradients travel during the backward if it `overlaps`.
     """
-    found: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
+    ways = (False, True) if ranks > 1 else (False,)
+    found: dict[bool, list[tuple[float, float, float]]] = {sharded: [] for sharded in ways}
     for number in range(rounds):
         for sharded, results in found.items():
             side = f"{ranks} ranks, {link}, moments {'shared' if sharded else 'on each'}"
             print(f"round {number + 1} of {rounds}: {side}", file=sys.stderr)
-            interconnect = rate or float(output([*start, *this("rate")]))
-            expected = planned(ranks, interconnect, sharded, overlaps=rate is not None)
-            results.append((interconnect, expected, measured(start, sharded)))
+            rate = float(output([*start, *this("rate")]))
+            expected = planned(ranks, rate, sharded, overlaps)
+            results.append((rate, expected, measured(start, sharded)))
     rows = []
     for sharded, results in found.items():
-        if not sharded or ranks > 1:
-            speeds, plans, times = zip(*results, strict=True)
-            ratio = median(p / t for p, t in zip(plans, times, strict=True))
-            moments = "shared" if sharded else "on each"
-            seconds = [f"{median(column):.2f} s" for column in (plans, times)]
-            speed = f"{median(speeds):.3g}" if ranks > 1 else ""
-            rows.append([str(ranks), link, speed, moments, *seconds, f"{ratio:.2f} ×"])
+        rates, plans, times = zip(*results, strict=True)
+        ratio = median(p / t for p, t in zip(plans, times, strict=True))
+        moments = "shared" if sharded else "on each"
+        seconds = [f"{median(column):.2f} s" for column in (plans, times)]
+        rate = f"{median(rates):.3g}" if ranks > 1 else ""
+        rows.append([str(ranks), link, rate, moments, *seconds, f"{ratio:.2f} ×"])
     return rows
 
 
