@@ -236,11 +236,14 @@ def is_running(pid: int) -> bool:
 
 
 def taken(parts: Sequence[Array], first: int, count: int) -> Array:
-    """`count` numbers of flat arrays laid end to end, from number `first` on, or zeros after the
-    last one."""
+    """`count` numbers of flat arrays laid end to end, from number `first` on: a view, where they
+    are in one array. Zeros stand for those after the last one."""
     pieces = []
     for part in parts:
-        pieces.append(part[max(0, first) : max(0, first + count)])
+        piece = part[max(0, first) : max(0, first + count)]
+        if len(piece) == count:
+            return piece
+        pieces.append(piece)
         first -= len(part)
     xp = array_module(parts[0])
     missing = count - sum(map(len, pieces))
