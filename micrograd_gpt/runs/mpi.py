@@ -128,7 +128,10 @@ class MPIRanks(Ranks):
             for bucket in self._buckets([array.size for array in arrays]):
                 parts = [flat[i][start:end] for i, start, end in bucket]
                 count = self._part_of(bucket)
-                put(parts, 0, self.exchange.gather(taken(parts, self.rank * count, count)))
+                start, end = self.rank * count, (self.rank + 1) * count
+                joined = self.exchange.gather(taken(parts, start, count))
+                put(parts, 0, joined[:start])
+                put(parts, end, joined[end:])
         self.exchange.finish()
 
     def to_first(self, numbers: np.ndarray, into: np.ndarray, counts: Sequence[int]) -> None:
