@@ -44,6 +44,7 @@ ENVIRONMENT = os.environ | ALLOWED | {"OMP_NUM_THREADS": "1"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4], help="on this machine")
     parser.add_argument("--network", type=int, nargs="*", default=[], help="rates in Mbit/s")
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -52,7 +53,7 @@ def main() -> None:
         return
     print(f"{processor()}; Python {sys.version.split()[0]}, NumPy {np.__version__}\n")
     rows = []
-    for ranks in (1, 2, 4):
+    for ranks in args.ranks:
         start = [mpirun(), "-n", str(ranks)]
         rows += compared(start, ranks, "one machine", args.rounds)
     for rate in args.network:
