@@ -1,12 +1,10 @@
 """What `train_gpt2.py --plan` says of several ranks beside what they take, in one run.
 
     python benchmarks/plan.py                        # 1, 2 and 4 ranks on this machine
-    python benchmarks/plan.py --network 200 800      # and 2 on a slow link, in Mbit/s (needs root)
 
 Ranks have one thread each, and what is planned is timed with one thread. The interconnect is what
 they reach while they do nothing but add up gradients. Where there are more ranks than cores, each
-counts as its part of one. A slow link is one between two network namespaces, as in
-benchmarks/network.py; there gradients travel during the backward.
+counts as its part of one. On one machine gradients travel after the backward.
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 from common import median, print_table, processor
-from network import shape_link, two_machines
 from ranks import ALLOWED, mpirun
 
 from micrograd_gpt.gpt2 import GPT2Config
@@ -45,7 +42,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4], help="on this machine")
-    parser.add_argument("--network", type=int, nargs="*", default=[], help="rates in Mbit/s")
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -55,30 +51,24 @@ def main() -> None:
     rows = []
     for ranks in args.ranks:
         start = [mpirun(), "-n", str(ranks)]
-        rows += compared(start, ranks, "one machine", args.rounds)
-    for rate in args.network:
-        with two_machines() as start:
-            shape_link(rate)
-            rows += compared(start, 2, f"{rate} Mbit/s between two", args.rounds, overlaps=True)
-    header = ["ranks", "link", "GB/s", "moments", "planned", "measured", "planned / measured"]
+        rows += compared(start, ranks, args.rounds)
+    header = ["ranks", "GB/s", "moments", "planned", "measured", "planned / measured"]
     print_table(header, rows)
 
 
-def compared(
-    start: Sequence[str], ranks: int, link: str, rounds: int, overlaps: bool = False
-) -> list[list[str]]:
+def compared(start: Sequence[str], ranks: int, rounds: int) -> list[list[str]]:
     """A row with moments whole on each rank, and one where they are sharded.
 
-    `start` starts the ranks, whose gradients travel during the backward if it `overlaps`.
+    `start` starts the ranks.
     """
     ways = (False, True) if ranks > 1 else (False,)
     found: dict[bool, list[tuple[float, float, float]]] = {sharded: [] for sharded in ways}
     for number in range(rounds):
         for sharded, results in found.items():
-            side = f"{ranks} ranks, {link}, moments {'shared' if sharded else 'on each'}"
+            side = f"{ranks} ranks, moments {'shared' if sharded else 'on each'}"
             print(f"round {number + 1} of {rounds}: {side}", file=sys.stderr)
             rate = float(output([*start, *this("rate")]))
-            expected = planned(ranks, rate, sharded, overlaps)
+            expected = planned(ranks, rate, sharded)
             results.append((rate, expected, measured(start, sharded)))
     rows = []
     for sharded, results in found.items():
@@ -87,18 +77,18 @@ def compared(
         moments = "shared" if sharded else "on each"
         seconds = [f"{median(column):.2f} s" for column in (plans, times)]
         rate = f"{median(rates):.3g}" if ranks > 1 else ""
-        rows.append([str(ranks), link, rate, moments, *seconds, f"{ratio:.2f} ×"])
+        rows.append([str(ranks), rate, moments, *seconds, f"{ratio:.2f} ×"])
     return rows
 
 
-def planned(ranks: int, interconnect: float, sharded: bool, overlaps: bool) -> float:
+def planned(ranks: int, interconnect: float, sharded: bool) -> float:
     """Seconds of a step."""
     settings = resolve_settings({**FLAGS, **STEP, "plan": True, "shard_optimizer": sharded})
     plan = Plan.of(config_of(settings), settings, "cpu", ranks)
     gradients, update = json.loads(output(this("time")))
-    slower = 1.0 if overlaps else max(1.0, ranks / usable_cores())
+    slower = max(1.0, ranks / usable_cores())
     time = StepTime(gradients * slower, update * slower, "measured here")
-    return SharedStep(plan, time, interconnect, WIRE["float32"], overlaps).seconds
+    return SharedStep(plan, time, interconnect, WIRE["float32"]).seconds
 
 
 def measured(start: Sequence[str], sharded: bool) -> float:
