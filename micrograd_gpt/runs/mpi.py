@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 import numpy as np
@@ -99,6 +100,10 @@ class MPIRanks(Ranks):
         joined = np.empty(self.size * len(ours))
         self._wait(self._all.Iallgather(ours, joined))
         return joined.tolist()
+
+    def collect(self, value: T) -> list[T]:
+        self.wait_for_all()  # who waits in allgather hears of no signal
+        return self._all.allgather(value)
 
     def agree(self, number: int) -> int:
         ours, largest = np.array(number), np.array(0)
@@ -229,6 +234,7 @@ def mpi_ranks(launcher: str, size: int, rank: int) -> Iterator[Ranks]:
         with printing(ranks.is_first):
             ranks.check_same(versions())
             share_cores(ranks)
+            notice_deaths(ranks)
             with leaving_together(ranks):
                 yield ranks
             ranks.wait_for_all()
@@ -247,6 +253,16 @@ def leaving_together(ranks: MPIRanks) -> Iterator[None]:
         if not leaving.code:
             ranks.check_same({"--help or --version": "given"})
         raise
+
+
+def notice_deaths(ranks: MPIRanks) -> None:
+    """Have this rank say so where a launcher ends it by SIGTERM because another one has died."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        ranks.check_alive()
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 @contextmanager
