@@ -25,7 +25,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from micrograd_gpt.generation import flags
-from micrograd_gpt.generation.question import add_question_flags, read_questions
+from micrograd_gpt.generation.question import add_question_flags, read_questions, reads_stdin
 from micrograd_gpt.runs.ranks import Ranks, check_same_work, launched, started_ranks
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
@@ -65,6 +65,8 @@ def generate(given: argparse.Namespace, ranks: Ranks) -> int:
     choices = flags.Choices(decoding, DEFAULTS)
     choices.settings()  # what is wrong with them is said before a large model is loaded
     highest_level()  # and so is a mistake in MICROGRAD_GPT_KERNELS
+    if ranks.size > 1:
+        check_launcher(given)
     questions = ranks.collect(read_questions(given) if ranks.is_first else [])[0]
     if ranks.size > 1:
         check_shared(given, questions)
@@ -88,21 +90,29 @@ def generate(given: argparse.Namespace, ranks: Ranks) -> int:
     return 0 if finished else 130
 
 
+def check_launcher(given: argparse.Namespace) -> None:
+    """UserError where stdin is to be read and has no end."""
+    launcher, *_ = launched()
+    if launcher == "mpirun" and reads_stdin(given):  # seen with Open MPI 5.0.11
+        raise UserError(
+            "under Open MPI's mpirun stdin never ends: give a file of --prompts, or start "
+            "generate.py without mpirun"
+        )
+
+
 def check_shared(given: argparse.Namespace, questions: list[str] | None) -> None:
     """UserError for what several ranks cannot share."""
     launcher, size, _ = launched()
-    whole = None
+    others = f": start generate.py without {launcher}"
     if questions is None:
         whole = "the interactive prompt"
     elif given.microscope is not None:
         whole = "--microscope"
     elif len(questions) == 1:
-        whole = "a single prompt, with all of its samples or beams,"
-    if whole is not None:
-        raise UserError(
-            f"{launcher} started {size} processes, and {whole} runs in one: start generate.py "
-            f"without {launcher}, or give several prompts"
-        )
+        whole, others = "one prompt, with all of its samples,", f"{others}, or give several prompts"
+    else:
+        return
+    raise UserError(f"{launcher} started {size} processes, and {whole} runs in one{others}")
 
 
 def make_parser() -> argparse.ArgumentParser:
