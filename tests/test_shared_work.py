@@ -116,8 +116,8 @@ def one_process(capsys: pytest.CaptureFixture[str]) -> OneProcess:
 
 
 def comparable(text: str) -> str:
-    """What a script printed, without how fast it was."""
-    return re.sub(r'"tokens_per_second": [0-9.]+', "", text)
+    """What a script printed, without how fast it was, and with line ends as from a pipe."""
+    return re.sub(r'"tokens_per_second": [0-9.]+', "", re.sub("\r\n?", "\n", text))
 
 
 QUESTIONS = ["generate", "--data", "questions.jsonl", "--model", "model", "--temperature", "1"]
@@ -193,7 +193,7 @@ def test_texts_are_the_same_on_any_number_of_ranks(
     printed, notes = one_process(GENERATE, *flags)
     found = mpirun(count, GENERATE, *flags)
     assert (found.returncode, found.stderr) == (0, notes)
-    assert comparable(found.stdout) == comparable(printed)
+    assert comparable(found.stdout) == comparable(printed) != ""
 
 
 @needs_mpi
@@ -204,7 +204,7 @@ def test_prompts_from_a_pipe(folder: Path, one_process: OneProcess) -> None:
     printed, notes = one_process(GENERATE, *flags, folder / "prompts.txt")
     with open(folder / "prompts.txt", "rb") as prompts:
         found = mpirun(2, GENERATE, *flags, "-", stdin=prompts)
-    assert (found.returncode, found.stdout, found.stderr) == (0, printed, notes)
+    assert (found.returncode, found.stdout, found.stderr) == (0, comparable(printed), notes)
 
 
 # ---------------------------------------------------------------------- what is not, and why
@@ -241,7 +241,8 @@ def test_ranks_without_work_are_mentioned(
     flags = ["--model", "model", "--prompt", "a", "--prompt", "b", "--max-new-tokens", "5"]
     printed, notes = one_process(GENERATE, *flags)
     found = mpirun(2, GENERATE, *flags)
-    assert (found.returncode, found.stdout) == (0, printed) and "for only" not in notes
+    assert (found.returncode, found.stdout) == (0, comparable(printed))
+    assert "for only" not in notes
     assert "note: there is work for only 1 of 2 ranks (a lower --batch-size" in found.stderr
 
 
@@ -289,7 +290,7 @@ def test_a_signal_to_one_rank_ends_all(folder: Path, rank: int, number: signal.S
     command = [sys.executable, GENERATE, *flags, "--max-new-tokens", "100000"]
     with started("-n", 2, *command) as process:
         assert process.stdout is not None
-        process.stdout.read(200)  # which rank 0 has decided
+        process.stdout.read(40)  # which rank 0 has decided
         os.kill(ranks_of(process.pid)[rank], number)
         _, stderr = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130 and errors(stderr) == [] and "Traceback" not in stderr
