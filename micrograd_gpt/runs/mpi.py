@@ -31,6 +31,7 @@ from micrograd_gpt.support.machine import usable_cores
 from micrograd_gpt.tensor import Tensor
 
 BUCKET = 1 << 20  # numbers that are added up at a time: 4 MB, which stay in a cache
+BETWEEN_TESTS = 0.001  # seconds, in a wait that may be long
 BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
 FAILED = 1  # the tag of the message that a rank has met an error
 PATIENCE = 1.0  # seconds that a rank leaves each rank before it to say what both have met
@@ -102,7 +103,8 @@ class MPIRanks(Ranks):
         return joined.tolist()
 
     def collect(self, value: T) -> list[T]:
-        self.wait_for_all()  # who waits in allgather hears of no signal
+        # Who waits in allgather hears of no signal; and this may be a long wait, for a whole batch
+        self._wait(self._all.Ibarrier(), BETWEEN_TESTS)
         return self._all.allgather(value)
 
     def agree(self, number: int) -> int:
@@ -114,11 +116,11 @@ class MPIRanks(Ranks):
         """Go on when all ranks have come here."""
         self._wait(self._all.Ibarrier())
 
-    def _wait(self, request: MPI.Request) -> None:
+    def _wait(self, request: MPI.Request, pause: float = 0) -> None:
         """Wait for the other ranks. Signals are heeded meanwhile, as MPI's own wait does not."""
         looked = time.monotonic()
         while not request.Test():
-            time.sleep(0)  # lets other processes use the core
+            time.sleep(pause)  # lets other processes use the core
             if time.monotonic() > looked + BETWEEN_LOOKS:
                 self.check_alive()
                 looked = time.monotonic()
