@@ -28,7 +28,7 @@ from micrograd_gpt.evaluation.flags import make_parser
 from micrograd_gpt.runs.ranks import Ranks, check_same_work, started_ranks
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
-from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.errors import UserError, about
 
 if TYPE_CHECKING:
     from micrograd_gpt.evaluation.running import Task
@@ -99,7 +99,8 @@ def perplexity(given: argparse.Namespace, ranks: Ranks) -> Result:
     model, tokenizer, _ = load(given, ranks)
     width = window_size(model, given.block_size)
     stride = given.stride or max(1, width // 2)
-    task = PerplexityTask(documents, originals, tokenizer, width, stride, given.limit)
+    with about(given.data):
+        task = PerplexityTask(documents, originals, tokenizer, width, stride, given.limit)
     how = {"stride": stride, "block_size": width}
     return measure(given, ranks, model, task, documents, how)
 

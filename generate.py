@@ -25,7 +25,12 @@ import sys
 from typing import TYPE_CHECKING
 
 from micrograd_gpt.generation import flags
-from micrograd_gpt.generation.question import add_question_flags, read_questions, reads_stdin
+from micrograd_gpt.generation.question import (
+    BATCH_SIZE,
+    add_question_flags,
+    read_questions,
+    reads_stdin,
+)
 from micrograd_gpt.runs.ranks import Ranks, check_same_work, launched, started_ranks
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
@@ -74,7 +79,7 @@ def generate(given: argparse.Namespace, ranks: Ranks) -> int:
         microscope_page.check_page(given.microscope, questions)
     model, tokenizer, template = load(given, ranks)
     cli.write_utf8()
-    how = given.json, template, given.special_tokens, given.batch_size
+    how = given.json, template, given.special_tokens, given.batch_size or BATCH_SIZE
     writer = Writer(model, tokenizer, *how, ranks.do)
     if questions is None:
         return converse(writer, choices)
