@@ -261,7 +261,7 @@ def test_a_killed_rank_ends_all_and_the_rest_is_done_by_others(
 ) -> None:
     monkeypatch.chdir(folder)
     items = tmp_path / "out" / "items.jsonl"
-    flags = [*QUESTIONS, "--max-new-tokens", "400", "--batch-size", "2"]
+    flags = [*QUESTIONS, "--max-new-tokens", "200", "--batch-size", "2"]
     straight, _ = one_process(EVALUATE, *flags, "--out", tmp_path / "straight")
     command = ["-n", 2, sys.executable, EVALUATE, *flags, "--out", tmp_path / "out"]
     with started(*command) as process:

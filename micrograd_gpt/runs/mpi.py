@@ -103,8 +103,7 @@ class MPIRanks(Ranks):
         return joined.tolist()
 
     def collect(self, value: T) -> list[T]:
-        # Who waits in allgather hears of no signal; and this may be a long wait, for a whole batch
-        self._wait(self._all.Ibarrier(), BETWEEN_TESTS)
+        self.wait_for_all()  # who waits in allgather hears of no signal
         return self._all.allgather(value)
 
     def agree(self, number: int) -> int:
@@ -114,7 +113,7 @@ class MPIRanks(Ranks):
 
     def wait_for_all(self) -> None:
         """Go on when all ranks have come here."""
-        self._wait(self._all.Ibarrier())
+        self._wait(self._all.Ibarrier(), BETWEEN_TESTS)
 
     def _wait(self, request: MPI.Request, pause: float = 0) -> None:
         """Wait for the other ranks. Signals are heeded meanwhile, as MPI's own wait does not."""
@@ -147,7 +146,7 @@ class MPIRanks(Ranks):
     @contextmanager
     def first_on_machine(self) -> Iterator[None]:
         if self.local_rank:
-            self._wait(self._here.Ibarrier())
+            self._wait(self._here.Ibarrier(), BETWEEN_TESTS)
         yield
         if not self.local_rank:
             self._wait(self._here.Ibarrier())
