@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 import numpy as np
@@ -30,6 +31,7 @@ from micrograd_gpt.support.machine import usable_cores
 from micrograd_gpt.tensor import Tensor
 
 BUCKET = 1 << 20  # numbers that are added up at a time: 4 MB, which stay in a cache
+BETWEEN_TESTS = 0.001  # seconds, in a wait that may be long
 BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
 FAILED = 1  # the tag of the message that a rank has met an error
 PATIENCE = 1.0  # seconds that a rank leaves each rank before it to say what both have met
@@ -100,6 +102,10 @@ class MPIRanks(Ranks):
         self._wait(self._all.Iallgather(ours, joined))
         return joined.tolist()
 
+    def collect(self, value: T) -> list[T]:
+        self.wait_for_all()  # who waits in allgather hears of no signal
+        return self._all.allgather(value)
+
     def agree(self, number: int) -> int:
         ours, largest = np.array(number), np.array(0)
         self._wait(self._all.Iallreduce(ours, largest, MPI.MAX))
@@ -107,13 +113,13 @@ class MPIRanks(Ranks):
 
     def wait_for_all(self) -> None:
         """Go on when all ranks have come here."""
-        self._wait(self._all.Ibarrier())
+        self._wait(self._all.Ibarrier(), BETWEEN_TESTS)
 
-    def _wait(self, request: MPI.Request) -> None:
+    def _wait(self, request: MPI.Request, pause: float = 0) -> None:
         """Wait for the other ranks. Signals are heeded meanwhile, as MPI's own wait does not."""
         looked = time.monotonic()
         while not request.Test():
-            time.sleep(0)  # lets other processes use the core
+            time.sleep(pause)  # lets other processes use the core
             if time.monotonic() > looked + BETWEEN_LOOKS:
                 self.check_alive()
                 looked = time.monotonic()
@@ -140,7 +146,7 @@ class MPIRanks(Ranks):
     @contextmanager
     def first_on_machine(self) -> Iterator[None]:
         if self.local_rank:
-            self._wait(self._here.Ibarrier())
+            self._wait(self._here.Ibarrier(), BETWEEN_TESTS)
         yield
         if not self.local_rank:
             self._wait(self._here.Ibarrier())
@@ -229,6 +235,7 @@ def mpi_ranks(launcher: str, size: int, rank: int) -> Iterator[Ranks]:
         with printing(ranks.is_first):
             ranks.check_same(versions())
             share_cores(ranks)
+            notice_deaths(ranks)
             with leaving_together(ranks):
                 yield ranks
             ranks.wait_for_all()
@@ -247,6 +254,16 @@ def leaving_together(ranks: MPIRanks) -> Iterator[None]:
         if not leaving.code:
             ranks.check_same({"--help or --version": "given"})
         raise
+
+
+def notice_deaths(ranks: MPIRanks) -> None:
+    """Have this rank say so where a launcher ends it by SIGTERM because another one has died."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        ranks.check_alive()
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 @contextmanager
