@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from training import ROOT
@@ -48,11 +49,12 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def started(*command: object) -> Iterator[subprocess.Popen[str]]:
+def started(*command: object, stdin: IO[bytes] | None = None) -> Iterator[subprocess.Popen[str]]:
     """mpirun, which ends with the block."""
     with subprocess.Popen(
         [str(MPIRUN), *map(str, command)],
         env=environment(),
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -63,8 +65,10 @@ def started(*command: object) -> Iterator[subprocess.Popen[str]]:
             process.terminate()  # killed, it would leave its ranks behind
 
 
-def mpirun(count: int, *command: object) -> subprocess.CompletedProcess[str]:
+def mpirun(
+    count: int, *command: object, stdin: IO[bytes] | None = None
+) -> subprocess.CompletedProcess[str]:
     """What came of so many ranks, each of which runs a script with these arguments."""
-    with started("-n", count, sys.executable, *command) as process:
+    with started("-n", count, sys.executable, *command, stdin=stdin) as process:
         stdout, stderr = process.communicate(timeout=TIMEOUT)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
