@@ -158,9 +158,17 @@ class Stream:
         return Graph(launches)
 
 
+def nobody_watches(array: ndarray) -> None:
+    """Called with each array whose numbers are read or written; fake_nccl.py puts its own here."""
+
+
+touched = nobody_watches
+
+
 def unwrap(value: Any, operation: str) -> Any:
     """A device array's numbers; other values pass as they are, but NumPy arrays are refused."""
     if isinstance(value, ndarray):
+        touched(value)
         return value._numbers
     if isinstance(value, np.ndarray):
         raise TypeError(f"{operation}: Unsupported type {type(value)}")
@@ -208,10 +216,11 @@ class ndarray:
     __array_priority__ = 100
 
     def __init__(self, numbers: np.ndarray) -> None:
-        if numbers.base is None:
-            capture.forbids("an allocation")
         self._numbers = numbers
         self.base: ndarray | None = None  # the array that this one is a view of
+        if numbers.base is None:
+            capture.forbids("an allocation")
+            touched(self)
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed: use .get()")
@@ -236,6 +245,7 @@ class ndarray:
 
     def get(self, stream: None = None, order: Any = "C") -> np.ndarray:
         capture.forbids("get()")
+        touched(self)
         counts.reads += 1
         return self._numbers.copy(order)
 
@@ -248,6 +258,7 @@ class ndarray:
             )
         if not (self.flags.c_contiguous or self.flags.f_contiguous):
             raise RuntimeError("Cannot set to non-contiguous array")
+        touched(self)
         counts.uploads += 1
         self._numbers[...] = numbers
 
@@ -256,6 +267,7 @@ class ndarray:
 
     def __setitem__(self, index: Any, value: Any) -> None:
         capture.forbids("an assignment, which is not recorded here")
+        touched(self)
         self._numbers[index_of(index)] = unwrap(value, "setitem")
 
     def __len__(self) -> int:
@@ -295,7 +307,8 @@ def _method(name: str, accepted: str | None = None) -> Any:
         if accepted is not None:
             check_arguments(name, accepted, args, kwargs)
         kwargs = {key: unwrap(value, name) for key, value in kwargs.items()}
-        return wrap(getattr(self._numbers, name)(*unwrap(args, name), **kwargs), self)
+        numbers = unwrap(self, name)
+        return wrap(getattr(numbers, name)(*unwrap(args, name), **kwargs), self)
 
     return method
 
@@ -304,7 +317,7 @@ def _read(name: str) -> Any:
     def method(self: ndarray) -> Any:
         capture.forbids(name)
         counts.reads += 1
-        return getattr(self._numbers, name)()
+        return getattr(unwrap(self, name), name)()
 
     return method
 
@@ -312,9 +325,8 @@ def _read(name: str) -> Any:
 def _in_place(name: str) -> Any:
     def method(self: ndarray, other: Any) -> ndarray:
         capture.forbids(f"{name}, which is not recorded here")
-        getattr(np, name)(
-            self._numbers, unwrap(other, name), out=self._numbers, casting="same_kind"
-        )
+        ours = unwrap(self, name)
+        getattr(np, name)(ours, unwrap(other, name), out=ours, casting="same_kind")
         return self
 
     return method
@@ -390,12 +402,12 @@ def matmul(a: Any, b: Any, out: Any = None) -> ndarray:
     product = (x @ y).astype(dtype)
     if out is None:
         return ndarray(np.asarray(product))
-    out._numbers[...] = product
+    unwrap(out, "cupy.matmul")[...] = product
     return out
 
 
 def scatter_add(target: ndarray, index: Any, values: Any) -> None:
-    np.add.at(target._numbers, index_of(index), unwrap(values, "cupy.add.at"))
+    np.add.at(unwrap(target, "cupy.add.at"), index_of(index), unwrap(values, "cupy.add.at"))
 
 
 globals()["add"].at = scatter_add
