@@ -238,6 +238,26 @@ def test_any_number_of_ranks_trains_the_same(text: Path, tmp_path: Path) -> None
 
 @needs_mpi
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_sharded_optimizer_takes_the_same_steps(text: Path, tmp_path: Path, count: int) -> None:
+    """Bit for bit, but for the last digits of the norm, also where it is clipped."""
+    flags = ["--data", text, *RUN, "--max-steps", 50, "--grad-clip", 0.9, "--eval-interval", 25]
+    for name, flag in {"whole": [], "sharded": ["--shard-optimizer"]}.items():
+        result = mpirun(count, SCRIPT, *flags, *flag, "--out", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+    assert_same(tmp_path / "sharded", tmp_path / "whole")
+    assert (losses(tmp_path / "sharded") == losses(tmp_path / "whole")).all()
+    ours, theirs = (
+        np.array([row["grad_norm"] for row in metrics(tmp_path / name)])
+        for name in ("sharded", "whole")
+    )
+    assert theirs.min() < 0.9 < theirs.max()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-14)
+    assert checkpoint.best_loss(tmp_path / "sharded") == checkpoint.best_loss(tmp_path / "whole")
+
+
+@needs_mpi
+@pytest.mark.slow
 def test_windows_are_shared_where_there_is_one_micro_batch(text: Path, tmp_path: Path) -> None:
     flags = ["--data", text, *SMALL, "--max-steps", 5]
     assert run(*flags, "--out", tmp_path / "1").returncode == 0
@@ -267,12 +287,32 @@ def test_a_run_goes_on_with_another_number_of_ranks(text: Path, tmp_path: Path) 
     straight, out = tmp_path / "straight", tmp_path / "out"
     flags = ["--data", text, *RUN, "--max-steps", 9, "--save-interval", 3, "--keep", 9]
     assert mpirun(2, SCRIPT, *flags, "--out", straight).returncode == 0
-    for count, step in ((4, 3), (1, 6)):
+    before = straight / "step-000003"
+    for count, flag in ((4, "--shard-optimizer"), (2, "--no-shard-optimizer"), (1, "")):
         shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(straight / f"step-{step:06}", out)  # as a run stopped there leaves it
-        result = mpirun(count, SCRIPT, "--resume", "--out", out)
+        shutil.copytree(before, out)  # as a run stopped there leaves it
+        first = json.loads((out / checkpoint.STATE).read_text())["step"]
+        result = mpirun(count, SCRIPT, "--resume", "--out", out, *filter(None, [flag]))
         assert result.returncode == 0, result.stderr
-        np.testing.assert_allclose(losses(out), losses(straight)[step:], rtol=1e-5)
+        np.testing.assert_allclose(losses(out), losses(straight)[first:], rtol=1e-5)
+        if first == 3:  # the others go on with what this one has saved
+            shutil.copytree(out / "step-000006", before := tmp_path / "sixth")
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_when_a_checkpoint_cannot_be_written(
+    text: Path, tmp_path: Path
+) -> None:
+    """The disk is full while rank 0 writes the moments that it gets from the others."""
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    flags = ["--data", text, *RUN, "--max-steps", 9, "--save-interval", 2, "--shard-optimizer"]
+    flags += ["--on-save-error", "continue"]
+    assert mpirun(2, SCRIPT, *flags, "--out", straight).returncode == 0
+    result = mpirun(2, CHILD, "full_disk", *flags, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("No space left on device") == 1
+    assert_same(out, straight)
 
 
 @needs_mpi
@@ -426,13 +466,20 @@ def test_a_signal_to_one_rank_stops_all(text: Path, tmp_path: Path, rank: int) -
 
 @needs_mpi
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "flag"),
+    [
+        (signal.SIGINT, "--no-shard-optimizer"),
+        (signal.SIGTERM, "--no-shard-optimizer"),
+        (signal.SIGTERM, "--shard-optimizer"),  # then each rank has moments that nobody else has
+    ],
+)
 def test_a_run_is_saved_though_mpirun_does_not_wait(
-    text: Path, tmp_path: Path, number: signal.Signals
+    text: Path, tmp_path: Path, number: signal.Signals, flag: str
 ) -> None:
     """Saving takes a second, which Open MPI's mpirun does not leave after these signals."""
     straight, out = tmp_path / "straight", tmp_path / "out"
-    flags = ["--data", text, *RUN, "--max-steps", 100, "--save-interval", 40]
+    flags = ["--data", text, *RUN, "--max-steps", 100, "--save-interval", 40, flag]
     assert mpirun(2, SCRIPT, *flags, "--out", straight).returncode == 0
     command = [sys.executable, CHILD, "slow_save", *flags, "--out", out]
     with started("-n", 2, *command) as process:
@@ -442,7 +489,7 @@ def test_a_run_is_saved_though_mpirun_does_not_wait(
     wait_for(lambda: json.loads((out / checkpoint.STATE).read_text())["step"] > 50)
     wait_for(lambda: "another training" not in mpirun(2, SCRIPT, "--resume", "--out", out).stderr)
     assert_same(out, straight)
-    assert (losses(out) == losses(straight)).all()
+    assert (losses(out) == losses(straight)).all() and not list(out.glob(".moments*"))
 
 
 @needs_mpi

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from typing import Any, NoReturn, TextIO
 
 import numpy as np
@@ -19,7 +20,17 @@ from mpi4py import MPI
 from micrograd_gpt.arrays.devices import Array, array_module, gpu_addresses, use_gpu
 from micrograd_gpt.runs.exchange import Exchange
 from micrograd_gpt.runs.nccl import GPUExchange, NCCLFailed, nccl_version, without_nccl
-from micrograd_gpt.runs.ranks import Ranks, T, own_gpu, said_once, versions
+from micrograd_gpt.runs.overlap import Bucket, Overlap
+from micrograd_gpt.runs.ranks import (
+    Cut,
+    Ranks,
+    T,
+    flat_view,
+    ordered_like,
+    own_gpu,
+    said_once,
+    versions,
+)
 from micrograd_gpt.runs.unread import read_numbers
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
@@ -27,6 +38,7 @@ from micrograd_gpt.support.machine import usable_cores
 from micrograd_gpt.tensor import Tensor
 
 BUCKET = 1 << 20  # numbers that are added up at a time: 4 MB, which stay in a cache
+BETWEEN_TESTS = 0.0002  # seconds between looks at a message that travels during the backward
 BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
 FAILED = 1  # the tag of the message that a rank has met an error
 PATIENCE = 1.0  # seconds that a rank leaves each rank before it to say what both have met
@@ -53,7 +65,10 @@ class MPIRanks(Ranks):
         self.rank, self.size = self._all.rank, self._all.size
         self.local_rank, self.local_size = self._here.rank, self._here.size
         self._machines = sum(self._all.allgather(self.local_rank == 0))
-        self.exchange: Exchange | GPUExchange = Exchange(self._all, self._wait, BUCKET)
+        overlaps = self._machines > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        self.overlap = Overlap() if overlaps else None
+        wait = partial(self._wait, pause=BETWEEN_TESTS if overlaps else 0)
+        self.exchange: Exchange | GPUExchange = Exchange(self._all.Dup(), wait, BUCKET)
         neighbours = self.on_this_machine((self.rank, os.getpid()))
         # Containers on one machine may each number their processes.
         self._watched = {rank: pid for rank, pid in neighbours if is_running(pid)}
@@ -63,19 +78,64 @@ class MPIRanks(Ranks):
         machines, cores = counted(self._machines, "machine"), counted(usable_cores(), "core")
         return f"{self.size} ranks on {machines}, {cores} each"
 
+    def add_up_during(
+        self, loss: Tensor, parameters: Sequence[Tensor], dtype: str = "float32"
+    ) -> None:
+        if self.overlap and loss.device == "cpu":
+            add_up = partial(self._add_up, parameters, dtype)
+            buckets = self._buckets([parameter.size for parameter in parameters])
+            self.overlap.begin(loss, parameters, list(buckets), add_up)
+
     def add_up(self, parameters: Sequence[Tensor], dtype: str = "float32") -> None:
-        for parameter in parameters:
-            parameter.grad = ordered_like(parameter.grad, parameter.data)
-        flat = [flat_view(parameter.grad) for parameter in parameters]
+        if self.overlap and self.overlap.has_begun:
+            self.overlap.finish()
+            return
         with self.exchange.beside():
-            for bucket in buckets([len(grad) for grad in flat], self.exchange.most):
+            for bucket in self._buckets([parameter.size for parameter in parameters]):
+                self._add_up(parameters, dtype, bucket)
+
+    def _add_up(self, parameters: Sequence[Tensor], dtype: str, bucket: Bucket) -> None:
+        """Add up the gradients in a bucket: of all of it, or of this rank's part."""
+        parts = []
+        for i, start, end in bucket:
+            grad = parameters[i].grad = ordered_like(parameters[i].grad, parameters[i].data)
+            parts.append(flat_view(grad)[start:end])
+        joined = taken(parts, 0, sum(map(len, parts)))
+        wire = bfloat16 if dtype == "bfloat16" else joined.dtype
+        added = self.exchange.scatter_sum(joined, wire)
+        if self.shards:
+            put(parts, self.rank * len(added), added)
+        else:
+            put(parts, 0, self.exchange.gather(added, wire))
+
+    def cut(self, sizes: Sequence[int]) -> Iterator[Cut]:
+        for bucket in self._buckets(sizes):
+            count, first = self._part_of(bucket), 0
+            for i, start, end in bucket:
+                places = (start + rank * count - first for rank in range(self.size + 1))
+                yield i, [min(max(start, place), end) for place in places]
+                first += end - start
+
+    def _buckets(self, sizes: Sequence[int]) -> Iterator[Bucket]:
+        return buckets(sizes, self.exchange.most)
+
+    def _part_of(self, bucket: Bucket) -> int:
+        """How many numbers of a bucket a rank has, if it is not the last, which may have fewer."""
+        return -(-sum(end - start for _, start, end in bucket) // self.size)
+
+    def gather(self, arrays: Sequence[Array]) -> None:
+        flat = [flat_view(array) for array in arrays]
+        with self.exchange.beside():
+            for bucket in self._buckets([array.size for array in arrays]):
                 parts = [flat[i][start:end] for i, start, end in bucket]
-                joined = array_module(parts[0]).concatenate(parts)
-                wire = bfloat16 if dtype == "bfloat16" else joined.dtype
-                added = self.exchange.gather(self.exchange.scatter_sum(joined, wire), wire)
-                ends = np.cumsum([len(part) for part in parts])
-                for part, end in zip(parts, ends, strict=True):
-                    part[:] = added[end - len(part) : end]
+                count = self._part_of(bucket)
+                put(parts, 0, self.exchange.gather(taken(parts, self.rank * count, count)))
+        self.exchange.finish()
+
+    def to_first(self, numbers: np.ndarray, into: np.ndarray, counts: Sequence[int]) -> None:
+        sizes = [int(count) * into.itemsize for count in counts]
+        received = [as_bytes(into), (sizes, None), MPI.BYTE] if self.is_first else None
+        self._wait(self._all.Igatherv(as_bytes(numbers), received))
 
     def join(self, values: Sequence[Any]) -> list[float]:
         self.exchange.finish()
@@ -85,7 +145,7 @@ class MPIRanks(Ranks):
         return joined.tolist()
 
     def agree(self, number: int) -> int:
-        ours, largest = np.array(number), np.array(0)
+        ours, largest = np.array(int(number)), np.array(0)
         self._wait(self._all.Iallreduce(ours, largest, MPI.MAX))
         return int(largest)
 
@@ -93,11 +153,11 @@ class MPIRanks(Ranks):
         """Go on when all ranks have come here."""
         self._wait(self._all.Ibarrier())
 
-    def _wait(self, request: MPI.Request) -> None:
+    def _wait(self, request: MPI.Request, pause: float = 0) -> None:
         """Wait for the other ranks. Signals are heeded meanwhile, as MPI's own wait does not."""
         looked = time.monotonic()
         while not request.Test():
-            time.sleep(0)  # lets other processes use the core
+            time.sleep(pause)  # lets other processes use the core
             if time.monotonic() > looked + BETWEEN_LOOKS:
                 self.check_alive()
                 looked = time.monotonic()
@@ -168,15 +228,30 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def ordered_like(grad: Array, data: Array) -> Array:
-    """The gradient with its numbers in memory in the order of the parameter's, on every rank."""
-    by_columns = data.flags.f_contiguous and not data.flags.c_contiguous
-    return array_module(grad).asarray(grad, order="F" if by_columns else "C")
+def taken(parts: Sequence[Array], first: int, count: int) -> Array:
+    """`count` numbers of flat arrays laid end to end, from number `first` on, or zeros after the
+    last one."""
+    pieces = []
+    for part in parts:
+        pieces.append(part[max(0, first) : max(0, first + count)])
+        first -= len(part)
+    xp = array_module(parts[0])
+    missing = count - sum(map(len, pieces))
+    return xp.concatenate([*pieces, xp.zeros(missing, parts[0].dtype)] if missing else pieces)
 
 
-def flat_view(array: Array) -> Array:
-    """All numbers of a contiguous array as they lie in memory, (N,)."""
-    return (array if array.flags.c_contiguous else array.T).reshape(-1)
+def put(parts: Sequence[Array], first: int, numbers: Array) -> None:
+    """Write numbers into flat arrays laid end to end, from number `first` on, as far as they go."""
+    for part in parts:
+        start, end = max(0, first), min(len(part), first + len(numbers))
+        if start < end:
+            part[start:end] = numbers[start - first : end - first]
+        first -= len(part)
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    """The memory of an array, which MPI moves whatever the type is."""
+    return array.view(np.uint8)
 
 
 def buckets(sizes: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:

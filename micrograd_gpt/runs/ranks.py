@@ -8,6 +8,8 @@ gradients is the step's, so every rank takes the same step, and all hold the sam
     losses = ranks.join(losses)              # and these are the losses of all
     optimizer.step()
 
+The step itself can be shared too (runs/sharding.py).
+
 `Ranks` is a process on its own, for which all of this does nothing. A launcher such as mpirun or
 srun starts several; how these talk to each other is in runs/mpi.py.
 """
@@ -23,14 +25,13 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from micrograd_gpt.arrays.devices import to_device
+from micrograd_gpt.arrays.devices import Array, array_module, to_device
 from micrograd_gpt.arrays.stand_ins import report
 from micrograd_gpt.nn import Module
-from micrograd_gpt.optim import AdamW
 from micrograd_gpt.support.cli import counted
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.version import VERSION
@@ -48,6 +49,7 @@ LAUNCHERS = {
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 T = TypeVar("T")
+Cut: TypeAlias = tuple[int, Sequence[int]]  # the number of an array, and where its pieces begin
 
 
 class Ranks:
@@ -55,6 +57,7 @@ class Ranks:
 
     rank, size = 0, 1  # its number among all, and how many there are
     local_rank, local_size = 0, 1  # the same among those on its machine
+    shards = False  # whether each rank updates only its part of the parameters
 
     stopping: Sequence[signal.Signals] = ()  # signals that ask to stop, beside the usual ones
     deadly: Sequence[signal.Signals] = ()  # signals after which the launcher kills all ranks soon
@@ -85,8 +88,38 @@ class Ranks:
 
         They are added in the order of the ranks, so that every rank, and every run on as many
         ranks, gets the same bits. In "bfloat16" they take half the time on a slow network: each
-        rank's gradients are rounded to it, added in float32, and the sums are rounded again.
+        rank's gradients are rounded to it, added in float32, and the sums are rounded again. If
+        `shards`, each rank gets the sums of its part alone, which are not rounded again.
         """
+
+    def add_up_during(
+        self, loss: Tensor, parameters: Sequence[Tensor], dtype: str = "float32"
+    ) -> None:
+        """Begin with what add_up does while the backward of `loss`, a step's last, still runs.
+
+        add_up then waits for the rest. Nothing else changes. On one machine, whose cores are busy,
+        all is left to add_up.
+        """
+
+    def cut(self, sizes: Sequence[int]) -> Iterator[Cut]:
+        """Arrays of these sizes, one after another, cut into pieces for the ranks.
+
+        An array may be cut into several rows of pieces, one piece for each rank. With the array's
+        number, in turn, comes where in it the pieces of a row begin, and where the last one ends.
+        Pieces may be empty.
+        """
+        return ((i, [0, size]) for i, size in enumerate(sizes))
+
+    def gather(self, arrays: Sequence[Array]) -> None:
+        """Replace what is not in this rank's pieces of arrays, as `cut` has them, by the others'.
+
+        As they lie in memory, which has to be without gaps and in one order on all ranks.
+        """
+
+    def to_first(self, numbers: np.ndarray, into: np.ndarray, counts: Sequence[int]) -> None:
+        """Put all ranks' numbers, of which there are so many, one after another into rank 0's
+        `into`. All are flat, and in the host's memory."""
+        into[:] = numbers
 
     def join(self, values: Sequence[Any]) -> Sequence[Any]:
         """The numbers of all ranks, as many of each, first those of rank 0."""
@@ -183,6 +216,17 @@ def own_gpu(visible: Sequence[Sequence[str]], rank: int) -> int:
     return rank
 
 
+def ordered_like(array: Array, like: Array) -> Array:
+    """An array, such as a gradient, in memory in the order of another, such as its parameter."""
+    by_columns = like.flags.f_contiguous and not like.flags.c_contiguous
+    return array_module(array).asarray(array, order="F" if by_columns else "C")
+
+
+def flat_view(array: Array) -> Array:
+    """All numbers of a contiguous array as they lie in memory, (N,)."""
+    return (array if array.flags.c_contiguous else array.T).reshape(-1)
+
+
 def said_once(rank: int, message: str) -> BaseException:
     """What to raise for a mistake that every rank meets: one message is enough."""
     return UserError(message) if rank == 0 else SystemExit(2)
@@ -203,9 +247,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def check_same_start(
-    ranks: Ranks, settings: argparse.Namespace, model: Module, optimizer: AdamW
-) -> None:
+def check_same_start(ranks: Ranks, settings: argparse.Namespace, model: Module, step: int) -> None:
     """UserError where ranks would start on other data, from other weights or another step, or with
     kernels that round otherwise, whose weights would drift apart."""
     if ranks.size == 1:
@@ -218,7 +260,7 @@ def check_same_start(
     ranks.check_same(
         {
             "data": settings.data_fingerprint,
-            "the checkpoint of step": optimizer.steps,
+            "the checkpoint of step": step,
             "weights of CRC-32": f"{weights:08x}",
             "CPU kernels": kernels,
         }

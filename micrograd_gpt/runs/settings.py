@@ -177,6 +177,8 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
     ("grad_accum_steps", COUNT, 1, ASK, "micro-batches in a step"),
     ("reduce_dtype", one_of("float32", "bfloat16"), "float32", ASK,  # rounding is asked for
      "number type in which several ranks send each other gradients"),
+    ("shard_optimizer", ON_OFF, False, FREE,  # Open MPI may end ranks before all moments are saved
+     "each of several ranks holds AdamW's moments of its part of the parameters, and updates it"),
     ("recompute", ON_OFF, False, FREE,  # only where memory is short
      "compute activations again in the backward: less memory, a quarter more time"),
 ],
