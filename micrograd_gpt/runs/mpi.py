@@ -40,6 +40,7 @@ from micrograd_gpt.tensor import Tensor
 BUCKET = 1 << 20  # numbers that are added up at a time: 4 MB, which stay in a cache
 BETWEEN_TESTS = 0.0002  # seconds between looks at a message that travels during the backward
 BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
+SLURM = "SLURM_STEP_ID"  # which every process of srun has
 FAILED = 1  # the tag of the message that a rank has met an error
 PATIENCE = 1.0  # seconds that a rank leaves each rank before it to say what both have met
 MOST_PATIENCE = 5.0  # seconds that it leaves them all
@@ -279,10 +280,13 @@ def mpi_ranks(launcher: str, size: int, rank: int) -> Iterator[Ranks]:
     """The ranks that a launcher started, as started_ranks says."""
     if MPI.COMM_WORLD.size != size:
         library = MPI.Get_library_version().split(",")[0].strip()
+        advice = f"use the {launcher} of that MPI"
+        if SLURM in os.environ:
+            advice = "Open MPI needs srun --mpi=pmix, MPICH srun --mpi=pmi2 (srun --mpi=list)"
         raise said_once(
             rank,
             f"{launcher} started {size} processes, of which mpi4py's {library} knows "
-            f"{MPI.COMM_WORLD.size}: use the {launcher} of that MPI",
+            f"{MPI.COMM_WORLD.size}: {advice}",
         )
     ranks, stderr = MPIRanks(launcher), sys.stderr
     try:
