@@ -33,6 +33,7 @@ from training import ROOT, SCRIPT, SMALL, assert_same, everything, metrics, run,
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.ranks import LAUNCHERS, TORCHRUN, divided, own_gpu, started_ranks
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.shards import write_shard
 
 CHILD = ROOT / "tests" / "ranks_child.py"
 # A step of 12 micro-batches, with dropout in each
@@ -280,6 +281,26 @@ def test_a_sharded_optimizer_takes_the_same_steps(text: Path, tmp_path: Path, co
     assert theirs.min() < 0.9 < theirs.max()
     np.testing.assert_allclose(ours, theirs, rtol=1e-14)
     assert checkpoint.best_loss(tmp_path / "sharded") == checkpoint.best_loss(tmp_path / "whole")
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_text_is_tokenized_once_a_machine(text: Path, tmp_path: Path, shards: bool) -> None:
+    """The other ranks get the tokens; those of files are read by each of them."""
+    alone, out, data = tmp_path / "1", tmp_path / "3", text
+    flags = ["--tokenizer", "byte" if shards else "word"]
+    if shards:
+        data = tmp_path / "shards"
+        data.mkdir()
+        write_shard(data / "train.bin", [np.frombuffer(text.read_bytes(), np.uint8)])
+    flags = ["--data", data, *flags, *RUN, "--max-steps", 5]
+    assert run(*flags, "--out", alone).returncode == 0
+    result = mpirun(3, CHILD, "loads", *flags, "--out", out)
+    assert result.returncode == 0, result.stderr
+    read_by = sorted(path.name for path in tmp_path.glob("3-read-by-*"))
+    assert read_by == [f"3-read-by-{rank}" for rank in (range(3) if shards else [0])]
+    assert_close(out, alone)
 
 
 @needs_mpi

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from typing import Any, NoReturn, TextIO
@@ -36,6 +36,7 @@ from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.machine import usable_cores
 from micrograd_gpt.tensor import Tensor
+from micrograd_gpt.text.corpus import Corpus
 
 BUCKET = 1 << 20  # numbers that are added up at a time: 4 MB, which stay in a cache
 BETWEEN_TESTS = 0.0002  # seconds between looks at a message that travels during the backward
@@ -189,6 +190,16 @@ class MPIRanks(Ranks):
         yield
         if not self.local_rank:
             self._wait(self._here.Ibarrier())
+
+    def once_a_machine(self, load: Callable[[], Corpus]) -> Corpus:
+        if self.local_rank == 0:
+            with self.first_on_machine():
+                loaded = load()
+            self._here.bcast(loaded if loaded.in_memory else None)
+            return loaded
+        with self.first_on_machine():  # waits as MPI's own bcast does not
+            copy = self._here.bcast(None)
+        return load() if copy is None else copy
 
     def use_device(self, device: str) -> None:
         if device == "gpu":
