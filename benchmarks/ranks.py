@@ -85,11 +85,15 @@ def measured(size: str, ranks: int, threads: int) -> dict[str, float]:
     """What rank 0 of so many ranks, or the only process, measured."""
     command = [sys.executable, __file__, "--child", size]
     if ranks > 1:
-        mpirun = shutil.which("mpirun") or str(Path(sys.executable).with_name("mpirun"))
-        command = [mpirun, "-n", str(ranks), *command]
+        command = [mpirun(), "-n", str(ranks), *command]
     env = os.environ | ALLOWED | {"OMP_NUM_THREADS": str(threads)}
     result = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def mpirun() -> str:
+    """The launcher, in the path or beside this Python."""
+    return shutil.which("mpirun") or str(Path(sys.executable).with_name("mpirun"))
 
 
 # ------------------------------------------------------------------------------ in the children

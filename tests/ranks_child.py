@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import tracemalloc
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,6 +19,7 @@ from training import script
 
 from micrograd_gpt.runs import checkpoint, mpi
 from micrograd_gpt.runs.mpi import bound_to
+from micrograd_gpt.runs.overlap import Overlap
 from micrograd_gpt.runs.ranks import Cut, Ranks, flat_view, started_ranks
 from micrograd_gpt.support import cli, files
 from micrograd_gpt.support.machine import usable_cores
@@ -91,6 +93,40 @@ def sums() -> int:
         assert all(time > times[0] for time in times[1:])
         assert usable_cores() <= max(1, len(bound_to()) // ranks.size)
         print(f"{ranks.size} ranks agree")
+    return 0
+
+
+def overlapped(flags: list[str]) -> int:
+    """Train, and add gradients up during the backward, as ranks on several machines do."""
+    mpi.overlaps, mpi.BUCKET = lambda machines: True, 1000
+    finish, begun = Overlap.finish, []
+
+    def note(overlap: Overlap) -> None:
+        begun.append(overlap.has_begun)
+        finish(overlap)
+
+    Overlap.finish = note
+    status = script("train_gpt2").main(flags)
+    assert begun and all(begun)
+    return status
+
+
+def memory() -> int:
+    """Adding up what fills many buckets needs memory of a few, the same each time."""
+    mpi.BUCKET = 1 << 14
+    with started_ranks() as ranks:
+        parameters = [Tensor(np.zeros(100 << 14, np.float32), requires_grad=True)]
+        parameters[0].grad = np.ones_like(parameters[0].data)
+        ranks.add_up(parameters)
+        tracemalloc.start()
+        ranks.add_up(parameters)
+        _, peak = tracemalloc.get_traced_memory()
+        assert peak < 3 * 4 * mpi.BUCKET, peak
+        numbers = np.ones(100, np.float32)
+        places = [ranks.exchange.scatter_sum(numbers).ctypes.data for _ in range(3)]
+        places += [ranks.exchange.scatter_sum(numbers[:7]).ctypes.data for _ in range(3)]
+        assert len(set(places)) == 1
+        print(f"{peak} bytes")
     return 0
 
 
@@ -175,7 +211,7 @@ def raises_in_step(flags: list[str]) -> int:
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
-    actions: dict[str, Callable[[], int]] = {"sums": sums, "raises": raises}
-    for action in (full_disk, loads, slow_save, slow_validation, raises_in_step):
+    actions: dict[str, Callable[[], int]] = {"sums": sums, "raises": raises, "memory": memory}
+    for action in (overlapped, full_disk, loads, slow_save, slow_validation, raises_in_step):
         actions[action.__name__] = partial(action, rest)
     cli.run(actions[what])

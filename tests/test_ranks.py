@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -403,12 +403,16 @@ def test_help_is_shown_once() -> None:
 
 @contextlib.contextmanager
 def training(
-    out: Path, text: Path, *flags: object, mpi: MPI | None = OURS
+    out: Path,
+    text: Path,
+    *flags: object,
+    program: Sequence[object] = (SCRIPT,),
+    mpi: MPI | None = OURS,
 ) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A run of two ranks that has saved its step 4; its launcher, and the ranks' processes."""
     long = ["--max-steps", 1_000_000, "--save-interval", 4, "--log-interval", 1, *flags]
     run = ["--data", text, *RUN, *long, "--out", out]
-    with started("-n", 2, sys.executable, SCRIPT, *run, mpi=mpi) as process:
+    with started("-n", 2, sys.executable, *program, *run, mpi=mpi) as process:
         wait_for((out / checkpoint.STATE).exists, process)
         yield process, ranks_of(process.pid)
 
@@ -450,10 +454,14 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="th
 @needs_open_mpi  # MPICH's launcher kills the others before they can say anything
 @needs_proc
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_all_and_is_named(text: Path, tmp_path: Path, victim: int) -> None:
+@pytest.mark.parametrize(
+    ("victim", "program"), [(0, [SCRIPT]), (1, [SCRIPT]), (1, [CHILD, "overlapped"])]
+)
+def test_a_killed_rank_ends_all_and_is_named(
+    text: Path, tmp_path: Path, victim: int, program: list[object]
+) -> None:
     out = tmp_path / "out"
-    with training(out, text) as (process, ranks):
+    with training(out, text, program=program) as (process, ranks):
         os.kill(ranks[victim], signal.SIGKILL)
         killed = time.monotonic()
         _, stderr = process.communicate(timeout=TIMEOUT)

@@ -67,9 +67,8 @@ class MPIRanks(Ranks):
         self.rank, self.size = self._all.rank, self._all.size
         self.local_rank, self.local_size = self._here.rank, self._here.size
         self._machines = sum(self._all.allgather(self.local_rank == 0))
-        overlaps = self._machines > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
-        self.overlap = Overlap() if overlaps else None
-        wait = partial(self._wait, pause=BETWEEN_TESTS if overlaps else 0)
+        self.overlap = Overlap() if overlaps(self._machines) else None
+        wait = partial(self._wait, pause=BETWEEN_TESTS if self.overlap else 0)
         self.exchange: Exchange | GPUExchange = Exchange(self._all.Dup(), wait, BUCKET)
         neighbours = self.on_this_machine((self.rank, os.getpid()))
         # Containers on one machine may each number their processes.
@@ -225,6 +224,14 @@ class MPIRanks(Ranks):
                         f"rank {rank} has {what} {found}, rank 0 has {expected}: all ranks need "
                         "the same"
                     )
+
+
+def overlaps(machines: int) -> bool:
+    """Whether gradients are added up during the backward, in a thread, which MPI must allow.
+
+    On one machine the ranks keep all cores busy, so that it would not save time.
+    """
+    return machines > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
 
 
 def is_running(pid: int) -> bool:
