@@ -77,7 +77,7 @@ class Stream(fake_cupy.Stream):
         for other in self.at.values():
             if self.current[0] in (self, other) and not (self.by_itself or other.by_itself):
                 self.seen |= other.seen
-        whole = array if array.base is None else array.base
+        whole = fake_cupy.whole(array)
         last, count = getattr(whole, "last_use", (self, 0))
         if self.seen[last] < count:
             raise MissingWait(f"stream {self.ptr} uses {array} before stream {last.ptr} is done")

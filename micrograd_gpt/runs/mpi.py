@@ -39,6 +39,7 @@ from micrograd_gpt.tensor import Tensor
 from micrograd_gpt.text.corpus import Corpus
 
 BUCKET = 1 << 20  # numbers that are added up at a time: 4 MB, which stay in a cache
+GPU_BUCKET = 1 << 23  # the same between GPUs: 32 MB, a little more than PyTorch's DDP takes
 BETWEEN_TESTS = 0.0002  # seconds between looks at a message that travels during the backward
 BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
 SLURM = "SLURM_STEP_ID"  # which every process of srun has
@@ -82,32 +83,35 @@ class MPIRanks(Ranks):
     def add_up_during(
         self, loss: Tensor, parameters: Sequence[Tensor], dtype: str = "float32"
     ) -> None:
-        if self.overlap and loss.device == "cpu":
-            add_up = partial(self._add_up, parameters, dtype)
+        if self.overlap:
+            add_up = partial(self._add_up, parameters, dtype, catch_up=False)
             buckets = self._buckets([parameter.size for parameter in parameters])
             self.overlap.begin(loss, parameters, list(buckets), add_up)
 
     def add_up(self, parameters: Sequence[Tensor], dtype: str = "float32") -> None:
         if self.overlap and self.overlap.has_begun:
             self.overlap.finish()
+            self.exchange.catch_up()
             return
-        with self.exchange.beside():
-            for bucket in self._buckets([parameter.size for parameter in parameters]):
-                self._add_up(parameters, dtype, bucket)
+        for bucket in self._buckets([parameter.size for parameter in parameters]):
+            self._add_up(parameters, dtype, bucket)
 
-    def _add_up(self, parameters: Sequence[Tensor], dtype: str, bucket: Bucket) -> None:
+    def _add_up(
+        self, parameters: Sequence[Tensor], dtype: str, bucket: Bucket, catch_up: bool = True
+    ) -> None:
         """Add up the gradients in a bucket: of all of it, or of this rank's part."""
         parts = []
         for i, start, end in bucket:
             grad = parameters[i].grad = ordered_like(parameters[i].grad, parameters[i].data)
             parts.append(flat_view(grad)[start:end])
-        joined = taken(parts, 0, sum(map(len, parts)))
-        wire = bfloat16 if dtype == "bfloat16" else joined.dtype
-        added = self.exchange.scatter_sum(joined, wire)
-        if self.shards:
-            put(parts, self.rank * len(added), added)
-        else:
-            put(parts, 0, self.exchange.gather(added, wire))
+        with self.exchange.beside(catch_up):
+            joined = taken(parts, 0, sum(map(len, parts)))
+            wire = bfloat16 if dtype == "bfloat16" else joined.dtype
+            added = self.exchange.scatter_sum(joined, wire)
+            if self.shards:
+                put(parts, self.rank * len(added), added)
+            else:
+                put(parts, 0, self.exchange.gather(added, wire))
 
     def cut(self, sizes: Sequence[int]) -> Iterator[Cut]:
         for bucket in self._buckets(sizes):
@@ -206,8 +210,10 @@ class MPIRanks(Ranks):
             version = nccl_version()
             self.check_same({"NCCL": version or "not installed"})
             if version:
-                self.exchange = GPUExchange(self._all, self._wait)
+                self.exchange = GPUExchange(self._all, self._wait, GPU_BUCKET)
+                self.overlap = Overlap(in_thread=False)
             else:
+                self.overlap = None  # each copy to the host waits for the backward
                 say(without_nccl())
 
     def on_this_machine(self, value: T) -> list[T]:

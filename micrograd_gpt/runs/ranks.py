@@ -98,8 +98,8 @@ class Ranks:
     ) -> None:
         """Begin with what add_up does while the backward of `loss`, a step's last, still runs.
 
-        add_up then waits for the rest. Nothing else changes. On one machine, whose cores are busy,
-        all is left to add_up.
+        add_up then waits for the rest. Nothing else changes. On one machine's processors, which are
+        busy, all is left to add_up.
         """
 
     def cut(self, sizes: Sequence[int]) -> Iterator[Cut]:

@@ -37,7 +37,7 @@ def sum_of(numbers: Any, exchange: GPUExchange) -> np.ndarray:
 
 def test_streams_wait_for_each_other() -> None:
     with fake_nccl.installed(ALONE) as cupy:
-        exchange = GPUExchange(ALONE, poll)
+        exchange = GPUExchange(ALONE, poll, 100)
         gradients = asarray(np.ones(5, "f4"))
         for _ in range(2):
             gradients += gradients
@@ -60,7 +60,7 @@ def test_a_missing_wait_would_be_noticed(monkeypatch: pytest.MonkeyPatch, defaul
 
     monkeypatch.setattr(fake_nccl.Stream, "wait_event", forget)
     with fake_nccl.installed(ALONE):
-        exchange = GPUExchange(ALONE, poll)
+        exchange = GPUExchange(ALONE, poll, 100)
         with pytest.raises(fake_nccl.MissingWait):
             sum_of(asarray(np.ones(5, "f4")), exchange)
 
@@ -72,7 +72,7 @@ def refuse(*_: object) -> None:
 @pytest.mark.parametrize("call", ["send", "recv", "allGather"])
 def test_an_exchange_that_fails(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     with fake_nccl.installed(ALONE):
-        exchange = GPUExchange(ALONE, poll)
+        exchange = GPUExchange(ALONE, poll, 100)
         monkeypatch.setattr(fake_nccl.NcclCommunicator, call, refuse)
         with pytest.raises(NCCLFailed, match="cannot reach the other ranks: NCCL_ERROR_SYSTEM"):
             sum_of(asarray(np.ones(5, "f4")), exchange)
@@ -82,7 +82,7 @@ def test_a_failure_that_shows_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that waits for a rank which has ended waits for ever, and Python must not."""
     monkeypatch.setattr(fake_nccl.Event, "done", False)
     with fake_nccl.installed(ALONE):
-        exchange = GPUExchange(ALONE, poll)
+        exchange = GPUExchange(ALONE, poll, 100)
         exchange.scatter_sum(asarray(np.ones(5, "f4")))
         monkeypatch.setattr(fake_nccl.NcclCommunicator, "check_async_error", refuse)
         with pytest.raises(NCCLFailed, match="NCCL_ERROR_SYSTEM"):
@@ -92,7 +92,7 @@ def test_a_failure_that_shows_later(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpus_that_nccl_cannot_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake_nccl.NcclCommunicator, "__init__", refuse)
     with fake_nccl.installed(ALONE), pytest.raises(UserError, match="connect the GPUs of 1 ranks"):
-        GPUExchange(ALONE, poll)
+        GPUExchange(ALONE, poll, 100)
 
 
 # ------------------------------------------------------------------------------ on several ranks
@@ -141,6 +141,19 @@ def test_gpus_with_and_without_nccl_train_the_same(
         assert result.stderr.count("CuPy finds no NCCL: gradients go through the host") == says
         np.testing.assert_allclose(losses(out), losses(cpu), rtol=1e-5)
     assert losses(tmp_path / "train") == losses(tmp_path / "without_nccl")
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--shard-optimizer"], ["--reduce-dtype", "bfloat16"]])
+def test_gradients_travel_during_the_backward(
+    train: Callable[..., tuple[Path, Any]], flags: list[str]
+) -> None:
+    out, result = train("overlapped", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "during the backward: True" in result.stdout
+    after, result = train("without_nccl", *flags)
+    assert result.returncode == 0 and losses(out) == losses(after)
 
 
 @needs_mpi
