@@ -65,6 +65,17 @@ def test_a_missing_wait_would_be_noticed(monkeypatch: pytest.MonkeyPatch, defaul
             sum_of(asarray(np.ones(5, "f4")), exchange)
 
 
+def test_other_work_may_go_on_beside_an_exchange() -> None:
+    with fake_nccl.installed(ALONE):
+        exchange = GPUExchange(ALONE, poll, 100)
+        with exchange.beside(catch_up=False):
+            sums = exchange.scatter_sum(asarray(np.ones(5, "f4")))
+        with pytest.raises(fake_nccl.MissingWait):
+            sums.get()
+        exchange.catch_up()
+        np.testing.assert_array_equal(sums.get(), np.ones(5, "f4"))
+
+
 def refuse(*_: object) -> None:
     raise fake_nccl.NcclError(fake_nccl.ERROR)
 
