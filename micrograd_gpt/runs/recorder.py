@@ -140,8 +140,10 @@ class Recorder:
         )
         if self.ranks.size > 1:
             say(self.ranks.description)
-        elif vars(self.settings).get("reduce_dtype", "float32") != "float32":
-            say("note: --reduce-dtype is for several ranks; this is one process, and sends nothing")
+            return
+        for flag, default in (("--reduce-dtype", "float32"), ("--shard-optimizer", False)):
+            if vars(self.settings).get(flag[2:].replace("-", "_"), default) != default:
+                say(f"note: {flag} is for several ranks; this is one process")
 
     def _way_back(self) -> str:
         latest = checkpoint.last_good(self.out, self.optimizer.steps + 1)
