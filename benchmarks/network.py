@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def table_row(rate: int, found: dict[str, float]) -> list[str]:
-    """Seconds a step. At best all is sent while the backward runs, or the backward all that time."""
+    """Seconds a step; at best the backward runs all the time that something is sent, or longer."""
     sending = found["after"] - found["not sent"]
     best = found["not sent"] + max(0, sending - found["backward"])
     hidden = (found["after"] - found["during"]) / (found["after"] - best)
@@ -97,7 +97,7 @@ def two_machines() -> Iterator[list[str]]:
                     run("ip -n", machine, "link set", device, "up")
             yield [
                 *(str(agent), MACHINES[0], mpirun(), "--prtemca", "plm_ssh_agent", str(agent)),
-                *("--host", ",".join(MACHINES), "-n", "2"),
+                *("--host", ",".join(MACHINES), "-n", "2", "--map-by", "node"),
             ]
         finally:
             for machine in MACHINES:
@@ -125,6 +125,7 @@ def environment(ours: bool = True) -> dict[str, str]:
 
 def child(steps: int) -> None:
     with started_ranks() as ranks:
+        assert "2 machines" in ranks.description, ranks.description
         model = GPT2(GPT2Config(**SHAPE))
         optimizer = optim.AdamW(model.parameters(), lr=6e-4)
         windows = WINDOWS, SHAPE["n_positions"] + 1
