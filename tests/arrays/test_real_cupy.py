@@ -11,7 +11,7 @@ import fake_nccl
 import numpy as np
 import pytest
 
-cupy = pytest.importorskip("cupy", reason="CuPy is not installed: pip install -e '.[cuda13]'")
+cupy = pytest.importorskip("cupy", reason='CuPy is not installed: pip install -e ".[cuda13]"')
 
 
 def parameters(function: Any) -> list[str]:
