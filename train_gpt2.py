@@ -119,7 +119,7 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
             ids, targets = training.batch(settings.seed, batch, shared.batch_size)  # (B, T) each
             model.draws.reseed(settings.seed, batch)
             loss = model.loss(ids, targets) * (1 / shared.grad_accum_steps)
-            if batch == batches[-1]:
+            if batch == batches[-1]:  # whose backward completes one gradient after another
                 ranks.add_up_during(loss, model.parameters(), settings.reduce_dtype)
             (loss * scaler.scale).backward()
             losses.append(loss.data)

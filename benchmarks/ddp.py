@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from common import installed, median, print_table, processor
@@ -27,14 +28,14 @@ from train import SHAPES
 
 # size: (windows in a step, context, steps measured in each child)
 WORK = {"124M": (2, 256, 3), "tiny": (12, 64, 50)}
-OURS, PYTORCH = "ours", "PyTorch"
-RANKS = (1, 2)
+OURS, SHARDED, PYTORCH = "ours", "ours, sharded", "PyTorch"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", choices=[*WORK, "all"], default="all")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shard-optimizer", action="store_true", help="in our ranks")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -46,23 +47,23 @@ def main() -> None:
     rows = []
     for size in WORK:
         if args.work in (size, "all"):
-            rows += table_rows(size, args.rounds)
+            rows += table_rows(size, args.rounds, SHARDED if args.shard_optimizer else OURS)
     head = ["work", "processes", "ours, tokens/s", "PyTorch", "ours is", "ours, processor s a step"]
     print_table([*head, "PyTorch", "ours is"], rows)
 
 
-def table_rows(size: str, rounds: int) -> list[list[str]]:
+def table_rows(size: str, rounds: int, in_ranks: str) -> list[list[str]]:
     """A row for each number of processes: medians, over the rounds, of the median step."""
-    sides = [(ranks, side) for ranks in RANKS for side in (OURS, PYTORCH)]
+    sides = [(1, OURS), (1, PYTORCH), (2, in_ranks), (2, PYTORCH)]
     found: dict[tuple[int, str], list[list[float]]] = {side: [] for side in sides}
     for number in range(rounds):
         for ranks, side in sides:
             print(f"round {number + 1} of {rounds}: {size}, {ranks} × {side}", file=sys.stderr)
             found[ranks, side].append(measured(size, ranks, side))
     rows, (windows, context, _) = [], WORK[size]
-    for ranks in RANKS:
+    for ranks, ours_is in ((1, OURS), (2, in_ranks)):
         (ours, our_work), (theirs, their_work) = (
-            np.median(found[ranks, side], axis=0) for side in (OURS, PYTORCH)
+            np.median(found[ranks, side], axis=0) for side in (ours_is, PYTORCH)
         )
         speeds = [f"{windows * context / seconds:,.0f}" for seconds in (ours, theirs)]
         work = [f"{seconds:.3f}" for seconds in (our_work, their_work)]
@@ -76,7 +77,7 @@ def measured(size: str, ranks: int, side: str) -> list[float]:
     """The seconds that a step takes, and the processor time of all processes in it."""
     command = [sys.executable, __file__, "--child", size, side]
     told = os.environ | ALLOWED | {"OMP_NUM_THREADS": "1"}
-    if side == OURS:
+    if side != PYTORCH:
         commands = [[mpirun(), "-n", str(ranks), *command] if ranks > 1 else command]
         environments = [told]
     else:
@@ -104,7 +105,10 @@ def child(size: str, side: str) -> None:
     windows, context, _ = WORK[size]
     config = SHAPES[size]
     ids = np.random.default_rng(0).integers(0, config["vocab_size"], (windows, context + 1))
-    (in_our_ranks if side == OURS else in_ddp)(size, config, ids)
+    if side == PYTORCH:
+        in_ddp(size, config, ids)
+    else:
+        in_our_ranks(size, config, ids, sharded=side == SHARDED)
 
 
 def report(size: str, step: Callable[[], object], total: Callable[[float], float]) -> None:
@@ -122,15 +126,17 @@ def report(size: str, step: Callable[[], object], total: Callable[[float], float
     print(json.dumps([median(walls[1:]), work]), flush=True)
 
 
-def in_our_ranks(size: str, config: dict[str, int], ids: np.ndarray) -> None:
+def in_our_ranks(size: str, config: dict[str, int], ids: np.ndarray, sharded: bool) -> None:
     from micrograd_gpt import optim
     from micrograd_gpt.arrays.memory import keep_freed_memory
     from micrograd_gpt.gpt2 import GPT2, GPT2Config
     from micrograd_gpt.runs.ranks import started_ranks
+    from micrograd_gpt.runs.sharding import ShardedAdamW, clip_grad_norm
 
     with started_ranks() as ranks:
         model = GPT2(GPT2Config(**config))
-        optimizer = optim.AdamW(model.parameters(), lr=6e-4)
+        adamw = partial(ShardedAdamW, ranks) if sharded else optim.AdamW
+        optimizer = adamw(model.parameters(), lr=6e-4)
         ours = ids[list(ranks.share(range(len(ids))))]
         keep_freed_memory()
 
@@ -139,7 +145,7 @@ def in_our_ranks(size: str, config: dict[str, int], ids: np.ndarray) -> None:
             ranks.add_up_during(loss, optimizer.parameters)
             loss.backward()
             ranks.add_up(optimizer.parameters)
-            optim.clip_grad_norm(optimizer.parameters, 1.0)
+            clip_grad_norm(optimizer, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             ranks.join([loss.data])

@@ -1,6 +1,6 @@
 """Steps of two ranks with a slow link between them: gradients after the backward, or during it.
 
-    python benchmarks/network.py                     # at 400, 800 and 1600 Mbit/s
+    python benchmarks/network.py                     # at 500, 1000 and 2000 Mbit/s
     python benchmarks/network.py --rates 1000 --hold # then keeps the two machines, to try more
 
 Two network namespaces of this machine stand for two machines: Open MPI starts a rank in each, and
@@ -42,7 +42,7 @@ WINDOWS = 4  # of each rank
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rates", type=int, nargs="+", default=[400, 800, 1600], help="Mbit/s")
+    parser.add_argument("--rates", type=int, nargs="+", default=[500, 1000, 2000], help="Mbit/s")
     parser.add_argument("--steps", type=int, default=9, help="measured of each way")
     parser.add_argument("--hold", action="store_true", help="keep the machines until Enter")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
@@ -107,7 +107,7 @@ def two_machines() -> Iterator[list[str]]:
 def shape_link(rate: int) -> None:
     """Let no more than `rate` Mbit/s pass, in each direction."""
     for machine in MACHINES:
-        shape = f"root tbf rate {rate}mbit burst 256k latency 50ms"
+        shape = f"root tbf rate {rate}mbit burst 1m latency 50ms"
         run("tc -n", machine, "qdisc replace dev wire", shape)
 
 

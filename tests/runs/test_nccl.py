@@ -164,7 +164,10 @@ def test_gradients_travel_during_the_backward(
     assert result.returncode == 0, result.stderr
     assert "during the backward: True" in result.stdout
     after, result = train("without_nccl", *flags)
-    assert result.returncode == 0 and losses(out) == losses(after)
+    assert result.returncode == 0, result.stderr
+    # Ranks that share the optimizer add up the norm of their pieces, which buckets cut otherwise.
+    tolerance = 1e-6 if "--shard-optimizer" in flags else 0
+    np.testing.assert_allclose(losses(out), losses(after), rtol=tolerance)
 
 
 @needs_mpi
