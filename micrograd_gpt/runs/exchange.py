@@ -52,11 +52,11 @@ class Exchange:
         """This rank's part (ceil(N / size),) of the sum of all ranks' `numbers` (N,)."""
         wire, size = np.dtype(dtype or numbers.dtype), self._comm.size
         count = -(-len(numbers) // size)
-        sent, received = (
-            _as(wire, buffer, count * size) for buffer in (self._sent, self._received)
-        )
-        sent[: len(numbers)] = to_device(numbers, "cpu")
-        sent[len(numbers) :] = 0
+        sent, received = to_device(numbers, "cpu"), _as(wire, self._received, count * size)
+        if sent.dtype != wire or len(sent) < count * size:
+            sent = _as(wire, self._sent, count * size)
+            sent[: len(numbers)] = to_device(numbers, "cpu")
+            sent[len(numbers) :] = 0
         self._wait(self._comm.Ialltoall(_as_bytes(sent), _as_bytes(received)))
         first, *others = received.reshape(size, count)
         added = _as(numbers.dtype, self._added, count)

@@ -134,7 +134,10 @@ class MPIRanks(Ranks):
             for bucket in self._buckets([array.size for array in arrays]):
                 parts = [flat[i][start:end] for i, start, end in bucket]
                 count = self._part_of(bucket)
-                put(parts, 0, self.exchange.gather(taken(parts, self.rank * count, count)))
+                start, end = self.rank * count, (self.rank + 1) * count
+                joined = self.exchange.gather(taken(parts, start, count))
+                put(parts, 0, joined[:start])
+                put(parts, end, joined[end:])
         self.exchange.finish()
 
     def to_first(self, numbers: np.ndarray, into: np.ndarray, counts: Sequence[int]) -> None:
@@ -254,11 +257,14 @@ def is_running(pid: int) -> bool:
 
 
 def taken(parts: Sequence[Array], first: int, count: int) -> Array:
-    """`count` numbers of flat arrays laid end to end, from number `first` on, or zeros after the
-    last one."""
+    """`count` numbers of flat arrays laid end to end, from number `first` on: a view, where they
+    are in one array. Zeros stand for those after the last one."""
     pieces = []
     for part in parts:
-        pieces.append(part[max(0, first) : max(0, first + count)])
+        piece = part[max(0, first) : max(0, first + count)]
+        if len(piece) == count:
+            return piece
+        pieces.append(piece)
         first -= len(part)
     xp = array_module(parts[0])
     missing = count - sum(map(len, pieces))

@@ -103,9 +103,9 @@ class ShardedAdamW:
         self._take_gradients()
         norms = self.ranks.join([optim.clip_grad_norm(self._own.parameters, math.inf)])
         norm = math.hypot(*norms)
-        if 0 < norm < math.inf:  # a rank's share of max_norm is its share of the norm
-            share = norms[self.ranks.rank] / norm
-            optim.clip_grad_norm(self._own.parameters, max_norm * share, loss_scale)
+        ours = norms[self.ranks.rank]
+        if ours > 0 and norm < math.inf:  # a rank's share of max_norm is its share of the norm
+            optim.clip_grad_norm(self._own.parameters, max_norm * (ours / norm), loss_scale)
         return norm / loss_scale
 
 

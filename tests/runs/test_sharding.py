@@ -114,12 +114,15 @@ def test_the_norm_is_that_of_all_parts() -> None:
         np.testing.assert_allclose(middle(tensor.grad), part * 5 / norm, rtol=1e-6)
 
 
-def test_gradients_below_the_largest_norm_are_left_alone() -> None:
+@pytest.mark.parametrize(("size", "max_norm"), [(1, 1000.0), (0, 1000.0), (0, math.inf)])
+def test_gradients_below_the_largest_norm_are_left_alone(size: int, max_norm: float) -> None:
     tensors = parameters()
     optimizer = ShardedAdamW(Middle(first=3.0), tensors)
     give_gradients(tensors, 0)
+    for tensor in tensors:
+        tensor.grad *= size
     before = [t.grad.copy() for t in tensors]
-    clip_grad_norm(optimizer, 1000.0)
+    clip_grad_norm(optimizer, max_norm)
     for tensor, grad in zip(tensors, before, strict=True):
         np.testing.assert_array_equal(tensor.grad, grad)
 
