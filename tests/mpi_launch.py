@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import pytest
 from training import ROOT
@@ -83,12 +84,15 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def started(*command: object, mpi: MPI | None = OURS) -> Iterator[subprocess.Popen[str]]:
+def started(
+    *command: object, mpi: MPI | None = OURS, stdin: IO[bytes] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """mpirun, which ends with the block."""
     assert mpi is not None
     with subprocess.Popen(
         [mpi.launcher, *map(str, command)],
         env=environment() | mpi.variables,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -99,8 +103,10 @@ def started(*command: object, mpi: MPI | None = OURS) -> Iterator[subprocess.Pop
             process.terminate()  # killed, it would leave its ranks behind
 
 
-def mpirun(count: int, *command: object) -> subprocess.CompletedProcess[str]:
+def mpirun(
+    count: int, *command: object, mpi: MPI | None = OURS, stdin: IO[bytes] | None = None
+) -> subprocess.CompletedProcess[str]:
     """What came of so many ranks, each of which runs a script with these arguments."""
-    with started("-n", count, sys.executable, *command) as process:
+    with started("-n", count, sys.executable, *command, mpi=mpi, stdin=stdin) as process:
         stdout, stderr = process.communicate(timeout=TIMEOUT)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pydoc_data.topics
+import tracemalloc
 from typing import Any
 
 import ml_dtypes
@@ -213,6 +214,24 @@ def test_gradients_of_float32_parameters_are_not_rounded(half: str, level: str) 
     for parameter in (w, b):
         assert parameter.grad.dtype == np.float32
         assert (parameter.grad != rounded(parameter.grad, half)).any()
+
+
+@pytest.mark.parametrize("half", HALF)
+@pytest.mark.parametrize("faster", [level for level in LEVELS if level != "definitions"])
+def test_the_forward_keeps_no_rounded_copy_of_the_weights(half: str, faster: str) -> None:
+    """It would be half a model more, from the forward until the backward is through."""
+    w = Tensor(numbers(300, 400, dtype="float32"), requires_grad=True)
+    x = Tensor(numbers(20, 300, dtype="float32"), requires_grad=True)
+    tracemalloc.start()
+    try:
+        with at_most(faster), compute_in(half):
+            y = layers.linear(x, w)
+            kept, _ = tracemalloc.get_traced_memory()
+            y.sum().backward()
+    finally:
+        tracemalloc.stop()
+    assert y.dtype == half and kept > y.data.nbytes
+    assert kept < w.size  # of its 2 bytes a number
 
 
 def test_targets_may_be_a_tensor_in_half_precision_too() -> None:

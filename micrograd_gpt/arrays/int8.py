@@ -137,16 +137,15 @@ def int8_matrix(values: np.ndarray, scales: np.ndarray) -> Int8Matrix:
     return matrix
 
 
-def quantised(matrix: np.ndarray, axis: int, new: NewArray = np.empty) -> Int8Matrix:
+def quantised(matrix: np.ndarray, axis: int) -> Int8Matrix:
     """A matrix of floats in int8, in groups along `axis`, the one that products add up.
 
-    In memory, which `new` gives, the numbers along that axis have no gaps. A group with NaN or
-    infinity becomes NaN.
+    In memory the numbers along that axis have no gaps. A group with NaN or infinity becomes NaN.
     """
     rows = matrix if axis == 1 else matrix.T  # (M, K)
     starts = np.arange(0, rows.shape[1], GROUP)
-    values = new(rows.shape, np.dtype(np.int8))
-    scales = new((len(rows), len(starts)), np.dtype(np.float32))
+    values = np.empty(rows.shape, np.int8)
+    scales = np.empty((len(rows), len(starts)), np.float32)
     for first in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(first, first + ROWS_AT_ONCE)
         some = rows[part].astype(np.float32)
@@ -181,15 +180,66 @@ def product(x: Array, weight: Int8Matrix) -> Array:
     return x @ dequantised(weight.values, weight.scales, weight.axis)
 
 
-def hold_in_int8(name: str, parameter: Any, new: NewArray = np.empty) -> None:
-    """Convert a model's parameter of this name where it is a matrix that is multiplied, in memory
-    that `new` gives.
+class Arriving:
+    """A matrix of float32 that is only written, rows after rows, and is kept in int8 as `matrix`.
+
+    Rows are written as they come from a file: a multiple of `rows_together`, up to the last ones.
+    """
+
+    dtype, ndim = np.dtype(np.float32), 2
+
+    def __init__(self, values: np.ndarray, scales: np.ndarray, axis: int) -> None:
+        self.values, self.scales, self.axis = values, scales, axis
+        self.shape, self.nbytes = values.shape, self.dtype.itemsize * values.size
+        self.rows_together = GROUP if axis == 0 else 1  # whole groups
+
+    @property
+    def matrix(self) -> Int8Matrix:
+        return int8_matrix(self.values, self.scales)
+
+    @property
+    def T(self) -> Arriving:
+        """The transpose, to write to."""
+        return Arriving(self.values.T, self.scales.T, 1 - self.axis)
+
+    def __setitem__(self, rows: slice, numbers: np.ndarray) -> None:
+        part = quantised(numbers, self.axis)
+        first, end, _ = rows.indices(len(self.values))
+        first_scale = first // self.rows_together
+        self.values[first:end] = part.values
+        self.scales[first_scale : first_scale + len(part.scales)] = part.scales
+
+    def set(self, numbers: np.ndarray) -> None:
+        """Write all rows."""
+        self[:] = numbers
+
+
+def arriving(shape: tuple[int, ...], axis: int, new: NewArray) -> Arriving:
+    """A matrix to write, in groups along `axis`, whose memory `new` gives (as zeros)."""
+    rows, length = shape if axis == 1 else shape[::-1]
+    values = new((rows, length), np.dtype(np.int8))
+    scales = new((rows, groups(length)), np.dtype(np.float32))
+    return Arriving(values, scales, 1) if axis == 1 else Arriving(values.T, scales.T, 0)
+
+
+def is_held_in_int8(name: str, parameter: Any) -> bool:
+    """Whether a model's parameter of this name is a matrix that is multiplied."""
+    return parameter.ndim == 2 and not name.endswith(NEVER_MULTIPLIED)
+
+
+def hold_in_int8(name: str, parameter: Any) -> None:
+    """Convert a model's parameter of this name where it is a matrix that is multiplied.
 
     A parameter needs no gradient any more: none could be applied to it.
     """
     parameter.requires_grad = False
-    if parameter.ndim == 2 and not name.endswith(NEVER_MULTIPLIED):
-        parameter.data = quantised(parameter.data, 1 if name.endswith(TABLES) else 0, new)
+    if is_held_in_int8(name, parameter):
+        parameter.data = quantised(parameter.data, axis_of(name))
+
+
+def axis_of(name: str) -> int:
+    """The axis along which products add up a parameter of this name."""
+    return 1 if name.endswith(TABLES) else 0
 
 
 def refuse_int8(dtype: str, device: str) -> None:

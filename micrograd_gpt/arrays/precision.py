@@ -32,7 +32,9 @@ from micrograd_gpt.support.errors import UserError
 HALF = ("bfloat16", "float16")
 PRECISIONS = ("float32", "float64", *HALF)
 
-MATRIX_WORK = ("linear", "linear_cross_entropy")  # layers whose inputs are rounded
+# Layers, and functions of arrays, whose inputs are rounded
+MATRIX_WORK = ("linear", "linear_cross_entropy")
+MATRIX_WORK_ON_ARRAYS = ("linear_forward", "linear_backward", "linear_cross_entropy_forward")
 LOOK_UPS = ("embedding",)  # layers that return float32 rows, whatever type their table is held in
 
 _HALF_DTYPES = frozenset((np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)))
@@ -143,17 +145,32 @@ def is_needed(args: tuple[Any, ...]) -> bool:
 
 
 def rounded(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments, rounded where `function` begins matrix work in half precision."""
+    """The arguments, rounded where `function` begins matrix work in half precision.
+
+    On a CPU, weights are left to whoever reads them (computed_wide, or a kernel): a rounded copy
+    would take memory from the forward to the backward.
+    """
     if function.__name__ not in MATRIX_WORK or len(args) < 2:
         return args
     dtype = compute_dtype(args[1])
     if dtype not in _HALF_DTYPES:
         return args
-    return tuple(arg.astype(dtype) if _is_float_tensor(arg) else arg for arg in args)
+    if isinstance(args[0].data, np.ndarray):
+        return args[0].astype(dtype), *args[1:]
+    return all_in(dtype, args)
 
 
-def _is_float_tensor(value: Any) -> bool:
-    return hasattr(value, "requires_grad") and value.dtype.kind not in "iub"
+def all_in(dtype: np.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, with every array or tensor of floats in this type."""
+    return tuple(_in_type(dtype, arg) if _is_float(arg) else arg for arg in args)
+
+
+def _in_type(dtype: np.dtype, value: Any) -> Any:
+    return cast(value, dtype) if value.dtype != dtype else value
+
+
+def _is_float(value: Any) -> bool:
+    return hasattr(value, "dtype") and value.dtype.kind not in "iub"
 
 
 def computed_wide(
@@ -161,11 +178,16 @@ def computed_wide(
 ) -> Any:
     """function(*args); where arguments are half precision, again(*args) in float32, then rounded.
 
-    `again` is the function with its stand-ins, which may take the float32 arguments. A function
-    that returns nothing has changed its first argument, which is then rounded in place.
+    `again` is the function with its stand-ins, which may take the float32 arguments; or, of matrix
+    work, the weights once they are rounded. A function that returns nothing has changed its first
+    argument, which is then rounded in place.
     """
     if not any(map(is_half, args)):
         return function(*args)
+    if function.__name__ in (*MATRIX_WORK, *MATRIX_WORK_ON_ARRAYS) and is_half(args[0]):
+        alike = all_in(args[0].dtype, args)
+        if any(x is not y for x, y in zip(alike, args, strict=True)):
+            return again(*alike)
     if function.__name__ in LOOK_UPS:
         return function(*args).astype(np.float32)
     wide = [widened(arg) for arg in args]

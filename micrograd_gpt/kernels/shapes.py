@@ -16,6 +16,7 @@ import numpy as np
 from micrograd_gpt import functional, layers
 from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.arrays.int8 import Int8Matrix, groups
+from micrograd_gpt.arrays.precision import is_half
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.layers import IGNORE
@@ -44,6 +45,7 @@ SHAPES = {
     layers.dropout_forward: "x *",
     linear_cross_entropy.linear_cross_entropy_forward: "x N C, weight V C, labels N",
 }
+OF_LAYERS = ("weight", "bias")
 ROW_OF_ADAMW = "p *, grad *, m *, v *"
 BLOCK = (
     "ln_1_weight C, ln_1_bias C, c_attn_weight C 3C, c_attn_bias 3C, c_proj_weight C C, "
@@ -120,11 +122,19 @@ def check_int8(weight: Any) -> tuple[Array, Array]:
 def fitting(definition: Callable[..., Any], *dtypes: Any) -> Callable[[F], F]:
     """Let the decorated kernel see only NumPy arrays that fit as SHAPES says, of one of the types.
 
+    Beside arrays of half precision, weight and bias may be float32, which the kernel then rounds.
     A definition that is not in SHAPES has a kernel that checks its arguments itself.
     """
+    names = [array.split()[0] for array in SHAPES.get(definition, "-").split(", ")]
 
     def check(floats: Sequence[Any], labels: Sequence[Any]) -> None:
-        check_plain(floats, dtypes)
+        if is_half(floats[0]):
+            named = [*zip(names, floats, strict=False)]
+            check_plain([x for name, x in named if name not in OF_LAYERS], dtypes)
+            weights = [x for name, x in named if name in OF_LAYERS]
+            check_plain(weights or [floats[0]], [floats[0].dtype, FLOAT32])
+        else:
+            check_plain(floats, dtypes)
         if any(type(array) not in PLAIN for array in labels):
             raise NotForMe
 

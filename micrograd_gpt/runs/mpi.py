@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
+from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 import numpy as np
@@ -40,7 +41,10 @@ from micrograd_gpt.text.corpus import Corpus
 
 BUCKET = 1 << 20  # numbers that are added up at a time: 4 MB, which stay in a cache
 GPU_BUCKET = 1 << 23  # the same between GPUs: 32 MB, a little more than PyTorch's DDP takes
-BETWEEN_TESTS = 0.0002  # seconds between looks at a message that travels during the backward
+DURING_BACKWARD = (
+    0.0002  # seconds between tests of a message, which leave the processor to the backward
+)
+BETWEEN_TESTS = 0.001  # seconds, in a wait that may be long
 BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
 SLURM = "SLURM_STEP_ID"  # which every process of srun has
 FAILED = 1  # the tag of the message that a rank has met an error
@@ -69,7 +73,7 @@ class MPIRanks(Ranks):
         self.local_rank, self.local_size = self._here.rank, self._here.size
         self._machines = sum(self._all.allgather(self.local_rank == 0))
         self.overlap = Overlap() if overlaps(self._machines) else None
-        wait = partial(self._wait, pause=BETWEEN_TESTS if self.overlap else 0)
+        wait = partial(self._wait, pause=DURING_BACKWARD if self.overlap else 0)
         self.exchange: Exchange | GPUExchange = Exchange(self._all.Dup(), wait, BUCKET)
         neighbours = self.on_this_machine((self.rank, os.getpid()))
         # Containers on one machine may each number their processes.
@@ -152,6 +156,10 @@ class MPIRanks(Ranks):
         self._wait(self._all.Iallgather(ours, joined))
         return joined.tolist()
 
+    def collect(self, value: T) -> list[T]:
+        self.wait_for_all()  # who waits in allgather hears of no signal
+        return self._all.allgather(value)
+
     def agree(self, number: int) -> int:
         ours, largest = np.array(int(number)), np.array(0)
         self._wait(self._all.Iallreduce(ours, largest, MPI.MAX))
@@ -159,7 +167,7 @@ class MPIRanks(Ranks):
 
     def wait_for_all(self) -> None:
         """Go on when all ranks have come here."""
-        self._wait(self._all.Ibarrier())
+        self._wait(self._all.Ibarrier(), BETWEEN_TESTS)
 
     def _wait(self, request: MPI.Request, pause: float = 0) -> None:
         """Wait for the other ranks. Signals are heeded meanwhile, as MPI's own wait does not."""
@@ -192,7 +200,7 @@ class MPIRanks(Ranks):
     @contextmanager
     def first_on_machine(self) -> Iterator[None]:
         if self.local_rank:
-            self._wait(self._here.Ibarrier())
+            self._wait(self._here.Ibarrier(), BETWEEN_TESTS)
         yield
         if not self.local_rank:
             self._wait(self._here.Ibarrier())
@@ -323,6 +331,7 @@ def mpi_ranks(launcher: str, size: int, rank: int) -> Iterator[Ranks]:
         with printing(ranks.is_first):
             ranks.check_same(versions())
             share_cores(ranks)
+            notice_deaths(ranks)
             with leaving_together(ranks):
                 yield ranks
             ranks.wait_for_all()
@@ -341,6 +350,16 @@ def leaving_together(ranks: MPIRanks) -> Iterator[None]:
         if not leaving.code:
             ranks.check_same({"--help or --version": "given"})
         raise
+
+
+def notice_deaths(ranks: MPIRanks) -> None:
+    """Have this rank say so where a launcher ends it by SIGTERM because another one has died."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        ranks.check_alive()
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 @contextmanager

@@ -179,9 +179,9 @@ class Plan:
         streams = 2  # the block's input and its middle
         sums = self.batch_size * self.block_size * (c.n_head + 4)  # of attention and LayerNorm
         # In the type of the matrix work: the results of two norms, q k v, attention's result, the
-        # MLP's hidden layer before and after GELU; and weights rounded to half precision.
+        # MLP's hidden layer before and after GELU; and on a GPU, weights rounded to half precision.
         branches = (2 + 3 + 1) * self._stream + 2 * self._hidden
-        weights = self._matrices_of_block if self._is_half else 0
+        weights = self._matrices_of_block if self._is_half and self.device != "cpu" else 0
         wide = streams * self._stream + sums
         return wide * self._wide + (branches + weights) * self._narrow
 

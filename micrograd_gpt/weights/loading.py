@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from micrograd_gpt.arrays.devices import Array
@@ -15,12 +15,8 @@ def fill(
     arrays: Mapping[str, Array],
     tensors: Mapping[str, StoredTensor],
     path: Path,
-    once_read: Callable[[str], None] | None = None,
 ) -> None:
     """Read each of `tensors`, which are in `path`, into the array of the same name, in place.
-
-    `once_read` gets the name of each array as soon as it is filled, and may take it out of
-    `arrays`.
 
     Each number is read once, so memory holds the arrays and one chunk, or on a GPU one tensor. NaN
     and infinity are warned of on stderr. Raises UserError, naming the tensor, unless names and
@@ -33,12 +29,9 @@ def fill(
     with tqdm(
         total=size, desc="loading", unit="B", unit_scale=True, delay=1, disable=None
     ) as progress:
-        for name in [*arrays]:
-            array = arrays[name]
+        for name, array in arrays.items():
             if not tensors[name].read_into(array):
                 say(f"warning: {path}: {name} holds NaN or infinity")
-            if once_read is not None:
-                once_read(name)
             progress.update(array.nbytes)
 
 

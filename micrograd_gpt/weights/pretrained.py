@@ -6,13 +6,14 @@ build(weights)           -> GPT2
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from micrograd_gpt.arrays.devices import Array, move
-from micrograd_gpt.arrays.int8 import INT8, hold_in_int8, refuse_int8
+from micrograd_gpt.arrays.int8 import INT8, arriving, axis_of, is_held_in_int8, refuse_int8
 from micrograd_gpt.arrays.memory import HugePages
 from micrograd_gpt.arrays.precision import check_precision, hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
@@ -45,7 +46,7 @@ def build(
     """A GPT2 (or a subclass of it) with these weights, in evaluation mode.
 
     Each tensor is read into the parameter that keeps it, so on the CPU memory holds the model once;
-    for int8 each becomes that before the next is read. Raises UserError, naming the tensor, for one
+    for int8 its rows become that as they are read. Raises UserError, naming the tensor, for one
     that is missing, extra, misshapen or damaged, for a model that does not fit into memory, and for
     int8 on a GPU.
     """
@@ -55,27 +56,35 @@ def build(
         names = ", ".join(map(ascii, weights.heads))[:200]  # there can be any, and any number
         say(f"note: {weights.path}: {names} left out: a language model has no such head")
     try:
-        if dtype == INT8:  # float32 until it is read
-            model = unwritten(weights.config, cls, new=np.zeros)
+        if dtype == INT8:
+            model, arrays = _to_fill_in_int8(weights, cls)
         else:
             model = unwritten(weights.config, cls, dtype)
             hold_in(model, dtype)
-        move(model, device)
+            move(model, device)
+            arrays = {name: parameter.data for name, parameter in model.named_parameters()}
     except MemoryError as error:
         raise UserError(
             f"{weights.path}: not enough memory for this model ({reason(error)})"
         ) from error
-    parameters = dict(model.named_parameters())
-    arrays = {name: parameter.data for name, parameter in parameters.items()}
-
-    memory = HugePages()
-
-    def hold(name: str) -> None:
-        del arrays[name]
-        hold_in_int8(name, parameters[name], memory.zeros)
-
-    fill(arrays, weights.tensors, weights.path, hold if dtype == INT8 else None)
+    fill(arrays, weights.tensors, weights.path)
     return model.eval()
+
+
+def _to_fill_in_int8(weights: Weights, cls: type[GPT2]) -> tuple[GPT2, dict[str, Any]]:
+    """A model whose matrices are int8, and what its tensors are read into.
+
+    It is made with zeros that no matrix keeps, so that those of one shape can be the same.
+    """
+    model, memory = unwritten(weights.config, cls, new=functools.cache(np.zeros)), HugePages()
+    arrays: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        arrays[name] = parameter.data
+        parameter.requires_grad = False
+        if is_held_in_int8(name, parameter):
+            arrays[name] = arriving(parameter.shape, axis_of(name), memory.zeros)
+            parameter.data = arrays[name].matrix
+    return model, arrays
 
 
 def unwritten(

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from micrograd_gpt.arrays.devices import Array
+from micrograd_gpt.arrays.int8 import Arriving
 from micrograd_gpt.support.errors import UserError
 
 CHUNK = 1 << 20  # bytes read and converted at a time: few enough to stay in the processor's cache
@@ -47,8 +49,9 @@ class StoredTensor:
     def nbytes(self) -> int:
         return self.count * self.dtype.itemsize
 
-    def read_into(self, out: Array) -> bool:
-        """Fill `out`, an array of this shape on any device; returns whether all numbers are finite.
+    def read_into(self, out: Array | Arriving) -> bool:
+        """Fill `out`, an array of this shape on any device, or a matrix that is to be kept in int8;
+        returns whether all numbers are finite.
 
         Floats are converted to `out`'s dtype; one that is too large for it becomes infinity. Raises
         ValueError for an `out` of another shape, and UserError if the file can't be read or holds
@@ -61,20 +64,23 @@ class StoredTensor:
             raise UserError(
                 f"{self.path}: {self.name!r} holds {self.dtype}, where {out.dtype} is needed"
             )
-        if not isinstance(out, np.ndarray):  # on a GPU
+        if not isinstance(out, np.ndarray | Arriving):  # on a GPU
             finite = self.read_into(copy := np.empty(out.shape, out.dtype))
             out.set(copy)
             return finite
-        out = out if out.ndim else out[None]
-        in_place = out.reshape(-1) if same and out.flags.c_contiguous else None
-        row = max(1, math.prod(out.shape[1:]))
+        target: Any = out
+        target = target if target.ndim else target[None]
+        row, in_place = max(1, math.prod(target.shape[1:])), None
+        together = target.rows_together if isinstance(target, Arriving) else 1
+        if same and isinstance(target, np.ndarray) and target.flags.c_contiguous:
+            in_place = target.reshape(-1)
         finite = True
-        for start, numbers in self.chunks(in_place, row):
+        for start, numbers in self.chunks(in_place, row * together):
             if in_place is None:  # in another type or order than the file, as a Linear's weight is
                 with np.errstate(over="ignore"):
-                    numbers = numbers.astype(out.dtype, copy=False)
-                rows = out[start // row : (start + numbers.size) // row]
-                rows[...] = numbers.reshape(rows.shape)
+                    numbers = numbers.astype(target.dtype, copy=False)
+                rows = slice(start // row, (start + numbers.size) // row)
+                target[rows] = numbers.reshape(-1, *target.shape[1:])
             finite &= bool(np.isfinite(numbers).all())
         return finite
 

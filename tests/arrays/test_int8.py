@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import pickle
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from micrograd_gpt.text.documents import load_documents
 from micrograd_gpt.text.tokenizers import make_tokenizer
 from micrograd_gpt.text.windows import Windows
 from micrograd_gpt.variants import VariantConfig, VariantGPT2
+from micrograd_gpt.weights import reading
+from micrograd_gpt.weights.reading import StoredTensor, Transposed
 
 
 def numbers(*shape: int, seed: int = 0) -> np.ndarray:
@@ -251,6 +254,44 @@ def test_it_is_not_for_training_nor_for_files(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="unknown dtype 'int8'"):
         hold_in(model_of(), "int8")  # as integers without a scale
+
+
+@pytest.mark.parametrize("shape", [(1000, 70), (70, 1000), (64, 64), (3, 5)])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_matrix_may_arrive_in_pieces(
+    transposed: bool,
+    axis: int,
+    shape: tuple[int, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whole groups each time; the result is that of the whole matrix."""
+    monkeypatch.setattr(reading, "CHUNK", 20_000)
+    w = numbers(*shape)
+    (tmp_path / "w").write_bytes(np.ascontiguousarray(w.T if transposed else w).tobytes())
+    kind = Transposed if transposed else StoredTensor
+    arriving = int8.arriving(shape, axis, np.zeros)
+    assert kind("w", tmp_path / "w", w.dtype, shape, 0).read_into(arriving)
+    ours, whole = arriving.matrix, int8.quantised(w, axis)
+    np.testing.assert_array_equal(ours.values, whole.values)
+    np.testing.assert_array_equal(ours.scales, whole.scales)
+    assert (ours.axis, ours.strides) == (whole.axis, whole.strides)
+
+
+def test_loading_takes_less_memory_than_the_weights_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "CHUNK", 2**16)
+    config = GPT2Config(n_layer=12, n_head=4, n_embd=128, vocab_size=1500, n_positions=8)
+    GPT2(config).save_pretrained(tmp_path / "model")
+    tracemalloc.start()
+    try:
+        model = GPT2.from_pretrained(tmp_path / "model", dtype="int8")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.5 * 4 * sum(parameter.size for parameter in model.parameters())
 
 
 def test_a_folder_is_read_into_int8(tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import tracemalloc
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from compilers import CC, run_apart
 
+from micrograd_gpt import Tensor, layers
 from micrograd_gpt import functional as F
-from micrograd_gpt.arrays.precision import computed_wide, emulation_note
+from micrograd_gpt.arrays.memory import ROWS_AT_ONCE
+from micrograd_gpt.arrays.precision import compute_in, computed_wide, emulation_note
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.kernels.in_c import compiler, half
 from micrograd_gpt.kernels.in_c import kernels as compiled
@@ -111,6 +114,34 @@ def test_other_sums_differ_by_float32s_rounding(n: int, k: int, m: int) -> None:
     )
 
 
+@pytest.mark.parametrize(("n", "k", "m"), SIZES[1:])
+def test_weights_of_float32_give_what_rounded_ones_give(
+    n: int, k: int, m: int, threads: None
+) -> None:
+    """To the last bit, in every layout; the weights hold ties and infinity."""
+    x, grad = numbers(n, k), numbers(n, m)
+    wide = np.random.default_rng(k).standard_normal((k, m)).astype("float32")
+    wide[::3] = np.float32(1 + 2**-8) * (1 + np.arange(m) % 2 * 2**-7)
+    wide[k // 2, m // 2] = np.inf
+    bias = wide[0].copy()
+    for weight in layouts(wide):
+        rounded = weight.astype("bfloat16")
+        expected = compiled.linear_forward(x, rounded, bias.astype("bfloat16"))
+        assert compiled.linear_forward(x, weight, bias).tobytes() == expected.tobytes()
+        with np.errstate(invalid="ignore"):
+            ours = compiled.linear_backward(grad, x, weight)
+            theirs = compiled.linear_backward(grad, x, rounded)
+        assert all(a.tobytes("A") == b.tobytes("A") for a, b in zip(ours, theirs, strict=True))
+
+
+def test_few_rows_meet_rounded_weights_too() -> None:
+    x, weight = numbers(3, 40), np.asfortranarray(numbers(40, 9).astype("float32") * 1.001)
+    with compute_in("bfloat16"):
+        y = layers.linear(Tensor(x), Tensor(weight))
+    expected = compiled.linear_forward(x, weight.astype("bfloat16"), None)
+    assert y.data.tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_infinity_and_nan_go_where_they_belong(bad: float) -> None:
     """And nowhere else: not to the zeros that blocks are filled up with."""
@@ -164,6 +195,48 @@ def test_the_loss_and_its_gradients_are_as_defined() -> None:
         assert error < ONE_BIT * np.abs(expected).max()
     without = compiled.linear_cross_entropy_forward(*args[:3], False)
     assert without[0] is None and without[2] is None and without[1] == loss
+
+
+def test_the_loss_of_float32_weights_is_that_of_rounded_ones() -> None:
+    x, weight = numbers(300, 40), numbers(301, 40).astype("float32") * np.float32(1.001)
+    labels = np.arange(300) * 7 % 301
+    labels[5] = F.IGNORE
+    ours = compiled.linear_cross_entropy_forward(x, weight, labels, True)
+    narrow = compiled.linear_cross_entropy_forward(x, weight.astype("bfloat16"), labels, True)
+    assert [a.tobytes() for a in ours] == [a.tobytes() for a in narrow]
+    assert not ours[0][5].any()  # the row of an ignored label
+
+
+def test_the_loss_holds_the_logits_of_some_rows_once(way: int) -> None:
+    """In float32; their gradient takes the same memory, and is gone when the next rows come."""
+    if way:
+        pytest.skip("once is enough")
+    x, weight = numbers(3 * ROWS_AT_ONCE, 4), numbers(4001, 4).astype("float32")
+    labels = np.arange(len(x))
+    compiled.linear_cross_entropy_forward(x, weight, labels, True)
+    tracemalloc.start()
+    try:
+        results = compiled.linear_cross_entropy_forward(x, weight, labels, True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    logits = ROWS_AT_ONCE * len(weight) * 4
+    assert logits < peak - sum(a.nbytes for a in results) < 1.1 * logits
+
+
+def test_gelu_is_that_of_float32_rounded() -> None:
+    x = np.arange(2**16, dtype=np.uint16).view("bfloat16")  # every number
+    grad = np.random.default_rng(0).permutation(x)
+    with np.errstate(invalid="ignore", over="ignore"):
+        wide, wide_grad = x.astype("float32"), grad.astype("float32")
+        for ours, exact in (
+            (compiled.gelu_forward(x), compiled.gelu_forward(wide)),
+            (compiled.gelu_backward(grad, x), compiled.gelu_backward(wide_grad, wide)),
+        ):
+            assert ours.dtype == "bfloat16"
+            np.testing.assert_array_equal(
+                ours.astype("float32"), exact.astype("bfloat16").astype("float32")
+            )
 
 
 def test_the_report_names_what_multiplies(way: int) -> None:

@@ -1,9 +1,10 @@
-"""Products of a few rows with weights of bfloat16 and int8, in C."""
+"""Products of a few rows with weights of 16 or 8 bits in C; and how float16 is rounded."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from compilers import CC, run_apart
 
 from micrograd_gpt import functional as F
 from micrograd_gpt.arrays import int8
-from micrograd_gpt.arrays.precision import computed_wide, emulation_note
+from micrograd_gpt.arrays.precision import HALF, computed_wide, emulation_note
 from micrograd_gpt.arrays.stand_ins import NotForMe, at_most
-from micrograd_gpt.kernels.in_c import compiler
+from micrograd_gpt.kernels.in_c import compiler, half
 from micrograd_gpt.kernels.in_c import int8 as in_c
 from micrograd_gpt.kernels.in_c import kernels as compiled
 
@@ -66,13 +67,45 @@ def test_exact_sums_are_the_definitions_to_the_last_bit(n: int, k: int, m: int) 
     bias, eighths = integers(m).astype("bfloat16"), int8_of_integers(k, m)
     for x in layouts(whole):
         np.testing.assert_array_equal(in_c.product(x, eighths), x @ eighths.astype("float32"))
-        narrow = x.astype("bfloat16")
-        for b in (bias, bias[::-1], None):
-            ours = compiled.linear_forward(narrow, weight, b)
-            expected = computed_wide(
-                F.linear_forward, F.linear_forward.definition, (narrow, weight, b)
-            )
+        for narrow, b in product(HALF, (bias, bias[::-1], None)):
+            args = [None if a is None else a.astype(narrow) for a in (x, weight, b)]
+            ours = compiled.linear_forward(*args)
+            expected = computed_wide(F.linear_forward, F.linear_forward.definition, tuple(args))
             assert ours.dtype == expected.dtype and ours.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2**16), (16, 48)])
+def test_weights_of_float16_are_read_right(n: int, m: int) -> None:
+    """Every number of it, subnormal ones too, and those that follow the last whole register."""
+    halves = np.arange(2**16, dtype=np.uint16).view("float16")
+    weight = np.asfortranarray(np.tile(halves[np.isfinite(halves)][:m], (37, 1)))
+    x = np.full((n, 37), 2.0**-8, "float16")
+    y = compiled.linear_forward(x, weight, None)
+    exact = 37 * 2.0**-8 * weight[:1].astype("float32")
+    np.testing.assert_array_equal(y, np.repeat(exact.astype("float16"), n, axis=0))
+
+
+def gaps(x: np.ndarray) -> np.ndarray:
+    """The same numbers where others lie between them, and with their axes in another order."""
+    wide = np.full((3, 2, len(x) // 3 + 5), np.nan, x.dtype)
+    wide[:, 0, 5:] = x[: len(x) // 3 * 3].reshape(3, -1)
+    return wide.transpose(2, 1, 0)[5:, :1]
+
+
+def test_float16_is_rounded_and_widened_as_numpy_does() -> None:
+    halves = np.arange(2**16, dtype=np.uint16).view("float16")  # every number
+    exact = halves[np.isfinite(halves)].astype("float32")
+    between = (exact[1:] + exact[:-1]) / 2  # where rounding goes one way or the other, or to even
+    floats = [exact, between, np.nextafter(between, np.float32(0)), np.nextafter(between, np.inf)]
+    large = [65519.99, 65520, 1e30, 3e38, np.inf, np.nan, 1e-30, 2.0**-25, 2.0**-149, 0]
+    wide = np.concatenate([*floats, np.array(large, "float32"), -np.array(large, "float32")])
+    with np.errstate(over="ignore"):
+        for array, dtype in ((wide, "float16"), (halves, "float32")):
+            for x in (array, gaps(array), gaps(array).T):
+                ours = half.converted(x, np.dtype(dtype))
+                assert ours is not None and ours.dtype == dtype and ours.shape == x.shape
+                np.testing.assert_array_equal(ours, x.astype(dtype))
+                assert (np.signbit(ours) == np.signbit(x)).all()
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
@@ -100,6 +133,23 @@ def test_subnormal_numbers_are_not_zero(rows: int, way: str) -> None:
     assert np.isin(y, [2.0**-114] if rows < 3 or way == "without AMX" else [2.0**-114, 0]).all()
     wide = in_c.product(x, int8.quantised(np.full((64, 16), 2.0**-130, "float32"), 0))
     np.testing.assert_allclose(wide, 2.0**-114, rtol=1e-2)  # a subnormal scale has few digits
+
+
+@pytest.mark.parametrize("k", [70, 768, 3072])
+def test_a_row_depends_in_its_last_bits_alone_on_how_many_are_beside_it(k: int) -> None:
+    """It is added up in another order: the difference is within 2**-20 of the sum of all products'
+    sizes, and in 16 bits within one more step of the result."""
+    random = np.random.default_rng(k)
+    x, w = (random.standard_normal(s).astype("float32") for s in ((40, k), (k, 48)))
+    weight, sizes = int8.quantised(w, 0), 2.0**-20 * np.abs(x[0]) @ np.abs(w)
+    alone = in_c.product(x[:1], weight)[0]
+    narrow = {half: (x.astype(half), np.asfortranarray(w.astype(half))) for half in HALF}
+    for n in (2, 3, 4, 5, 9, 16, 17, 40):
+        assert (np.abs(in_c.product(x[:n], weight)[0] - alone) <= sizes).all()
+        for half_x, half_w in narrow.values():
+            ours, one = (F.linear_forward(half_x[:i], half_w, None)[0] for i in (n, 1))
+            step = np.abs(np.spacing(one)).astype("float32")
+            assert (np.abs(ours.astype("float32") - one.astype("float32")) <= sizes + step).all()
 
 
 def test_what_it_does_not_compute_is_refused() -> None:
@@ -134,8 +184,9 @@ LESS = """if True:
     from micrograd_gpt.kernels.in_c import compiler, int8 as in_c, kernels
     x, w = (np.random.default_rng(0).integers(-9, 10, s).astype("float32")
             for s in ((5, 195), (195, 35)))
-    y = kernels.linear_forward(x.astype("bfloat16"), np.asfortranarray(w).astype("bfloat16"), None)
-    assert y.tobytes() == (x @ w).astype("bfloat16").tobytes()
+    for half in ("bfloat16", "float16"):
+        y = kernels.linear_forward(x.astype(half), np.asfortranarray(w).astype(half), None)
+        assert y.tobytes() == (x @ w).astype(half).tobytes()
     ones = np.ones((4, 35), "float32", order="F")
     weight = int8.int8_matrix(np.asfortranarray(w.astype("int8")), ones)
     assert (in_c.product(x, weight) == x @ w).all()

@@ -104,11 +104,10 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
     """The library, kept or compiled now, and the report."""
     notes: list[str] = []
     try:
-        compiler = _compiler(notes)
-        if compiler is None:
+        made = _compiled_by_the_first(notes)
+        if made is None:
             return None, _words("NumPy", NO_COMPILER, *notes)
-        command, version = compiler
-        compiled = _kept_or_compiled(command, version, notes)
+        compiled, version = made
     except (OSError, subprocess.SubprocessError, ValueError) as problem:
         return None, _words(
             "NumPy", f"the C kernels cannot be compiled: {_reason(problem)}", *notes
@@ -122,28 +121,40 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
     return found, _words(f"C, compiled by {version}", *notes)
 
 
-def _compiler(notes: list[str]) -> tuple[list[str], str] | None:
-    """The command of a C compiler, and its version: the one that $CC names, else the system's if it
+def _compiled_by_the_first(notes: list[str]) -> tuple[bytes, str] | None:
+    """The library and the version of its compiler: the one that $CC names, else the system's if it
     works, else an installed package's; None without one.
     """
+    if named := _named_compiler(notes):
+        return _compiled_by(named, notes)
+    found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if found:
+        try:
+            return _compiled_by([found], notes)
+        except (OSError, subprocess.SubprocessError) as problem:
+            # macOS has one that only advises; others lack the C library's headers, or a linker
+            notes.append(f"{found} does not work: {_reason(problem)}")
+    if not sys.executable or not importlib.util.find_spec("ziglang"):
+        return None
+    return _compiled_by([sys.executable, "-m", "ziglang", "cc"], notes)
+
+
+def _named_compiler(notes: list[str]) -> list[str]:
+    """The command that $CC names; empty where it names none that is there, which is noted."""
     try:
         named = shlex.split(os.environ.get("CC", ""))
     except ValueError as error:
         raise ValueError(f"CC is {os.environ['CC']!r}: {error}") from error
-    if named and shutil.which(named[0]):
-        return named, _version(named)
-    if named:
+    if named and not shutil.which(named[0]):
         notes.append(f"CC names {named[0]}, {NOT_FOUND}")
-    found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if found:
-        try:
-            return [found], _version([found])
-        except (OSError, subprocess.SubprocessError) as problem:  # macOS has one that only advises
-            notes.append(f"{found} does not work: {_reason(problem)}")
-    if not sys.executable or not importlib.util.find_spec("ziglang"):
-        return None
-    package = [sys.executable, "-m", "ziglang", "cc"]
-    return package, _version(package)
+        return []
+    return named
+
+
+def _compiled_by(compiler: list[str], notes: list[str]) -> tuple[bytes, str]:
+    """The library, kept or compiled now, and the compiler's version; an error where it fails."""
+    version = _version(compiler)
+    return _kept_or_compiled(compiler, version, notes), version
 
 
 def _version(compiler: list[str]) -> str:

@@ -1,9 +1,9 @@
-"""Matrix products in half precision in C: of bfloat16 (bfloat16.c), and of a few rows (narrow.c,
-or for float16 matmul.c).
+"""Matrix products in half precision in C: of bfloat16 (bfloat16.c), and of a few rows (narrow.c).
 
 Sums are float32: what precision.py says half precision computes, but for the order of the sums, and
-that instructions for bfloat16 take numbers below 2**-126 for 0. kernels.py calls these functions
-with arrays that fit together; NotForMe leaves a product to float32.
+that instructions for bfloat16 take numbers below 2**-126 for 0. The order depends on how many rows
+there are, so beside others a row may be rounded to the next number. kernels.py calls these
+functions with arrays that fit together; NotForMe leaves a product to float32.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ from micrograd_gpt.kernels.in_c.compiler import library
 
 BFLOAT16, FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
-CONVERSIONS = ((FLOAT32, BFLOAT16), (BFLOAT16, FLOAT32))
 FEW_NUMBERS = 2**14  # NumPy converts fewer as quickly
-FEW_ROWS = {BFLOAT16: 16, FLOAT16: 8}  # with more, converting the matrix once is faster
-KINDS = (np.dtype(np.float32), BFLOAT16, np.dtype(np.int8))  # as narrow.h numbers them
+FEW_ROWS = 16  # with more, converting the matrix once is faster
+KINDS = (np.dtype(np.float32), BFLOAT16, np.dtype(np.int8), FLOAT16)  # as narrow.h numbers them
 
 
 class FewRows(ctypes.Structure):
@@ -50,7 +49,7 @@ class _HalfProduct(ctypes.Structure):
         *pointers("b"),
         *ints("b_row", "b_column"),
         *pointers("bias", "c"),
-        *ints("c_row", "c_is_narrow", "adds"),
+        *ints("c_row", "c_is_narrow", "adds", "b_is_wide"),
     ]
 
 
@@ -66,14 +65,17 @@ class _HalfLinearBackward(ctypes.Structure):
 def _product(
     a: Array, b: Array, c: Array, bias: Array | None = None, adds: bool = False
 ) -> _HalfProduct:
-    """c = a @ b + bias for the C code; where c is stored by columns, its transpose is computed."""
+    """c = a @ b + bias for the C code; where c is stored by columns, its transpose is computed.
+
+    b may be float32, but not where c is stored by columns; it is rounded as it is read.
+    """
     if c.strides[1] != c.itemsize:
         a, b, c = b.T, a.T, c.T
     (n, k), m = a.shape, b.shape[1]
     return _HalfProduct(
         *(n, k, m, a.ctypes.data, *strides_of(a), b.ctypes.data, *strides_of(b)),
         *(None if bias is None else bias.ctypes.data, c.ctypes.data, strides_of(c)[0]),
-        *(c.dtype == BFLOAT16, adds),
+        *(c.dtype == BFLOAT16, adds, b.dtype == FLOAT32),
     )
 
 
@@ -89,12 +91,16 @@ def write_product(a: Array, b: Array, c: Array, adds: bool = False) -> None:
 
 
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
-    if len(x) <= FEW_ROWS[weight.dtype] and weight.flags.f_contiguous:
+    """For weights in the type of x, or of many rows in float32."""
+    few = len(x) <= FEW_ROWS and weight.flags.f_contiguous
+    if weight.dtype != x.dtype and (few or x.dtype != BFLOAT16):
+        raise NotForMe
+    if few:
         return _few_rows(x, weight, bias)
     if x.dtype != BFLOAT16:
         raise NotForMe
     y = np.empty((len(x), weight.shape[1]), BFLOAT16)
-    bias = None if bias is None else np.ascontiguousarray(bias)
+    bias = None if bias is None else np.ascontiguousarray(bias, BFLOAT16)
     call("matmul_bfloat16", _product(x, weight, y, bias))
     return y
 
@@ -103,19 +109,14 @@ def _few_rows(x: Array, weight: Array, bias: Array | None) -> Array:
     """A few rows times a matrix in half precision, which is read as it is: half the bytes."""
     (n, k), m = x.shape, weight.shape[1]
     wide, y = np.ascontiguousarray(x, np.float32), np.empty((n, m), np.float32)
-    at, to = (wide.ctypes.data, weight.ctypes.data), y.ctypes.data
-    if weight.dtype == BFLOAT16:
-        bias = None if bias is None else np.ascontiguousarray(bias)
-        kind = KINDS.index(BFLOAT16)
-        call("few_narrow_rows", NarrowRows(kind, n, k, m, *at, None, address(bias), to))
-    else:
-        call("few_rows_float16", FewRows(n, k, m, *at, None, to))
-        y += 0 if bias is None else bias.astype(np.float32)
+    bias = None if bias is None else np.ascontiguousarray(bias)
+    at, kind = (wide.ctypes.data, weight.ctypes.data), KINDS.index(weight.dtype)
+    call("few_narrow_rows", NarrowRows(kind, n, k, m, *at, None, address(bias), y.ctypes.data))
     return cast(y, x.dtype)
 
 
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
-    """Gradients of x in bfloat16, and of weight and bias in float32."""
+    """Gradients of x in bfloat16, and of weight, which may be float32, and bias in float32."""
     (grad,) = contiguous(grad)
     dx = np.empty(x.shape, BFLOAT16)
     dweight = np.empty_like(weight, np.float32)
@@ -136,18 +137,22 @@ class _Conversion(ctypes.Structure):
 
 @converts_on_cpu
 def converted(array: Array, dtype: np.dtype) -> Array | None:
-    """A float32 array as bfloat16, or the other way round, with its axes in the same order.
+    """A float32 array in half precision, or the other way round, with its axes in the same order.
 
-    None for small arrays, those with gaps and other types.
+    None for small arrays and other types.
     """
-    if array.size < FEW_NUMBERS or (array.dtype, dtype) not in CONVERSIONS:
+    to_narrow = array.dtype == FLOAT32
+    wide, narrow = (array.dtype, dtype) if to_narrow else (dtype, array.dtype)
+    if array.size < FEW_NUMBERS or wide != FLOAT32 or narrow not in (BFLOAT16, FLOAT16):
         return None
-    if not array.flags.forc or not array.flags.aligned or type(array) is not np.ndarray:
+    if not array.flags.aligned or type(array) is not np.ndarray:
         return None
     if highest_level() != "c" or library() is None:
         return None
+    if not array.flags.forc:
+        array = array.copy("K")  # its axes may lie in any order, but without gaps
     result = np.empty_like(array, dtype)
     places = [a.ctypes.data for a in (array, result)]
-    to_narrow = dtype == BFLOAT16
-    call("convert_bfloat16", _Conversion(array.size, to_narrow, *places[:: 1 if to_narrow else -1]))
+    name = "convert_bfloat16" if narrow == BFLOAT16 else "convert_float16"
+    call(name, _Conversion(array.size, to_narrow, *places[:: 1 if to_narrow else -1]))
     return result

@@ -23,8 +23,9 @@ def product(x: Array, weight: int8.Int8Matrix) -> Array:
     """As the definition; in groups along the first axis only, stored column after column.
 
     A few rows are added up group by group, and each sum is scaled: numbers of x beyond 4e34 may
-    become infinite there. With more rows the weights are scaled, as in the definition, and the last
-    bits of a row depend on how many there are beside it.
+    become infinite there. With more rows the weights are scaled, as in the definition. So the last
+    bits of a row depend on how many there are beside it, by at most 2**-20 of the sum of its
+    products' sizes.
     """
     check_plain([x], [FLOAT32])
     values, scales = check_int8(weight)

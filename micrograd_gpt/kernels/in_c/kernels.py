@@ -89,7 +89,7 @@ def _product(
 
 @in_c(functional.linear_forward, half.FLOAT16, half.BFLOAT16)
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
-    if is_half(weight):
+    if is_half(x):
         return half.linear_forward(x, weight, bias)
     return _multiply(x, weight, None if bias is None else np.ascontiguousarray(bias))
 
@@ -108,7 +108,7 @@ def _multiply(a: Array, b: Array, bias: Array | None) -> Array:
 
 @in_c(functional.linear_backward, half.BFLOAT16)
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
-    if is_half(weight):
+    if is_half(x):
         return half.linear_backward(grad, x, weight)
     (grad,) = contiguous(grad)
     dx, dweight = np.empty(x.shape, np.float32), np.empty_like(weight)
@@ -190,22 +190,23 @@ def layer_norm_backward(
 
 
 class _Gelu(ctypes.Structure):
-    _fields_ = [*ints("size"), *pointers("grad", "x", "result")]
+    _fields_ = [*ints("size"), *pointers("grad", "x", "result"), *ints("narrow")]
 
 
-@in_c(functional.gelu_forward)
+@in_c(functional.gelu_forward, half.BFLOAT16)
 def gelu_forward(x: Array) -> Array:
     (x,) = contiguous(x)
-    y = np.empty(x.shape, np.float32)
-    call("gelu_forward", _Gelu(x.size, None, x.ctypes.data, y.ctypes.data))
+    y = np.empty(x.shape, x.dtype)
+    call("gelu_forward", _Gelu(x.size, None, x.ctypes.data, y.ctypes.data, is_half(x)))
     return y
 
 
-@in_c(functional.gelu_backward)
+@in_c(functional.gelu_backward, half.BFLOAT16)
 def gelu_backward(grad: Array, x: Array) -> Array:
     grad, x = contiguous(grad, x)
-    dx = np.empty(x.shape, np.float32)
-    call("gelu_backward", _Gelu(x.size, grad.ctypes.data, x.ctypes.data, dx.ctypes.data))
+    dx = np.empty(x.shape, x.dtype)
+    places = grad.ctypes.data, x.ctypes.data, dx.ctypes.data
+    call("gelu_backward", _Gelu(x.size, *places, is_half(x)))
     return dx
 
 
@@ -290,6 +291,7 @@ class _CrossEntropy(ctypes.Structure):
         *pointers("logits", "targets"),
         *floats("scale"),
         *pointers("losses", "dlogits"),
+        *ints("narrow"),
     ]
 
 
@@ -312,29 +314,29 @@ def linear_cross_entropy_forward(
     loss = np.zeros((), np.float32)
     for start in range(0, len(x), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
-        logits, total = _logits_and_loss(x[part], weight, labels[part])
-        loss = loss + total
-        if with_gradients:
-            _gradients(logits, x[part], weight, dx[part], dweight, start > 0)
+        dpart = dx[part] if with_gradients else None
+        loss = loss + _loss_of_rows(x[part], weight, labels[part], dpart, dweight, start > 0)
     return dx, loss, dweight
 
 
-def _logits_and_loss(x: Array, weight: Array, labels: Array) -> tuple[Array, Array]:
-    """The gradient of the logits, which takes their place, and the summed loss."""
-    if is_half(weight):
-        logits = half.multiply(x, weight.T, FLOAT32)
-    else:
-        logits = _multiply(x, weight.T, None)
-    loss = _cross_entropy(logits, labels, logits)
-    # In half precision the gradients are so too, as the products that follow take them
-    return cast(logits, half.BFLOAT16) if is_half(weight) else logits, loss
+def _loss_of_rows(
+    x: Array, weight: Array, labels: Array, dx: Array | None, dweight: Array | None, adds: bool
+) -> Array:
+    """The summed loss of some rows; writes their gradients, where there is a place for them."""
+    narrow = is_half(x)
+    logits = half.multiply(x, weight.T, FLOAT32) if narrow else _multiply(x, weight.T, None)
+    loss = _cross_entropy(logits, labels, logits, narrow)
+    if dx is not None and dweight is not None:
+        dlogits = logits.view(half.BFLOAT16)[:, : len(weight)] if narrow else logits
+        _gradients(dlogits, x, weight, dx, dweight, adds)
+    return loss
 
 
 def _gradients(
     dlogits: Array, x: Array, weight: Array, dx: Array, dweight: Array, adds: bool
 ) -> None:
     """Write the gradients of x and of the weight, or add the latter to what `dweight` holds."""
-    if is_half(weight):
+    if is_half(x):
         half.write_product(dlogits, weight, dx)
         half.write_product(dlogits.T, x, dweight, adds)
     else:
@@ -342,11 +344,14 @@ def _gradients(
         call("matmul", _product(dlogits.T, x, dweight, adds=adds))
 
 
-def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
-    """The summed loss; writes the gradient into `dlogits`, which may be `logits` itself."""
+def _cross_entropy(logits: Array, labels: Array, dlogits: Array, narrow: bool = False) -> Array:
+    """The summed loss; writes the gradient into `dlogits`, which may be `logits` itself.
+
+    A gradient that is `narrow` is of bfloat16, and each of its rows fills the first half of one.
+    """
     losses = np.empty(len(logits), np.float32)
     places = losses.ctypes.data, dlogits.ctypes.data
-    arguments = (*logits.shape, logits.ctypes.data, labels.ctypes.data, 1.0, *places)
+    arguments = (*logits.shape, logits.ctypes.data, labels.ctypes.data, 1.0, *places, narrow)
     call("cross_entropy_forward", _CrossEntropy(*arguments))
     return losses.sum()
 

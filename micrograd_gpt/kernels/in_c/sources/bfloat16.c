@@ -1,4 +1,4 @@
-/* Matrix products of bfloat16, whose sums are float32.
+/* Matrix products of bfloat16, whose sums are float32; and conversions, of float16 too.
 
    Both factors are packed as matmul.c packs float32's, in one of three ways, the best that the
    processor has:
@@ -111,6 +111,32 @@ static void pack_pairs(const uint16_t *b, Int b_row, Int b_column, Int k, Int wi
       const uint16_t *first = b + 2 * p * b_row + q * b_column;
       packed[p * columns + q] = pair(*first, 2 * p + 1 < k ? first[b_row] : 0);
     }
+}
+
+#define SLICE 32 /* rows of a wide b that are rounded while they are in the nearest cache */
+
+/* The same where b is of float32, which is rounded. */
+static void pack_rounded_pairs(const float *b, Int b_row, Int b_column, Int k, Int width, Int deep,
+                               Int columns, uint32_t *packed) {
+  float slice[SLICE * 64] __attribute__((aligned(64)));
+  for (Int first = 0; first < deep; first += SLICE) {
+    Int rows = min(SLICE, deep - first), given = min(rows, k - first);
+    pack_columns(b + first * b_row, b_row, b_column, given, width, columns, slice);
+    memset(slice + given * columns, 0, (rows - given) * columns * sizeof *slice);
+    for (Int p = 0; p < rows; p += 2)
+#pragma omp simd
+      for (Int j = 0; j < columns; j++)
+        packed[(first + p) / 2 * columns + j] = pair(
+            to_bfloat16(slice[p * columns + j]), to_bfloat16(slice[(p + 1) * columns + j]));
+  }
+}
+
+/* b (k, width) of float32 as rows of `columns` floats, which have only the digits of a bfloat16. */
+static void round_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int columns,
+                          float *packed) {
+  pack_columns(b, b_row, b_column, k, width, columns, packed);
+#pragma omp simd
+  for (Int i = 0; i < k * columns; i++) packed[i] = from_bfloat16(to_bfloat16(packed[i]));
 }
 
 /* packed[i][p] = a[i][p] for LANES rows of a and 2 LANES of its columns, which have no gaps. */
@@ -270,15 +296,21 @@ typedef struct {
 } Block;
 
 static void pack_block_of_b(const HalfProduct *p, const Block *block) {
-  Int columns = block->cutting.columns;
+  Int columns = block->cutting.columns, depth = block->depth, deep = block->deep;
   for (Int j = 0; j < block->width; j += columns) {
-    const uint16_t *b = p->b + block->p0 * p->b_row + (block->j0 + j) * p->b_column;
-    void *packed = block->packed_b + j * block->deep * block->cutting.size;
+    Int at = block->p0 * p->b_row + (block->j0 + j) * p->b_column;
+    const uint16_t *narrow = (const uint16_t *)p->b + at;
+    const float *wide = (const float *)p->b + at;
+    void *packed = block->packed_b + j * deep * block->cutting.size;
     Int width = min(columns, block->width - j);
-    if (block->way == WIDENED)
-      widen(b, p->b_row, p->b_column, block->depth, width, block->deep, columns, packed);
+    if (block->way == WIDENED && p->b_is_wide)
+      round_columns(wide, p->b_row, p->b_column, depth, width, columns, packed);
+    else if (block->way == WIDENED)
+      widen(narrow, p->b_row, p->b_column, depth, width, deep, columns, packed);
+    else if (p->b_is_wide)
+      pack_rounded_pairs(wide, p->b_row, p->b_column, depth, width, deep, columns, packed);
     else
-      pack_pairs(b, p->b_row, p->b_column, block->depth, width, block->deep, columns, packed);
+      pack_pairs(narrow, p->b_row, p->b_column, depth, width, deep, columns, packed);
   }
 }
 
@@ -474,4 +506,19 @@ static void convert_task(const void *arguments, Int part, Int parts) {
 
 int convert_bfloat16(const Conversion *c) {
   return run_parts(convert_task, c, c->size < FEW_NUMBERS ? 1 : thread_count());
+}
+
+static void convert_float16_task(const void *arguments, Int part, Int parts) {
+  const Conversion *c = arguments;
+  Int first, end = cut(c->size, parts, LANES, part, &first);
+  if (c->to_narrow)
+#pragma omp simd
+    for (Int i = first; i < end; i++) c->narrow[i] = to_float16(c->wide[i]);
+  else
+#pragma omp simd
+    for (Int i = first; i < end; i++) c->wide[i] = from_float16(c->narrow[i]);
+}
+
+int convert_float16(const Conversion *c) {
+  return run_parts(convert_float16_task, c, c->size < FEW_NUMBERS ? 1 : thread_count());
 }

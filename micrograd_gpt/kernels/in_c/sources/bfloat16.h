@@ -25,16 +25,16 @@ int bfloat16_by_tiles(void);
 
 /* c = a @ b + bias for a (n, k), b (k, m), c (n, m) and bias (m) or NULL, as Product's, but of
    bfloat16, and c either of float32 or narrow: of bfloat16. A product that `adds` adds to the
-   numbers of c, which is of float32. */
+   numbers of c, which is of float32. A b that is wide is of float32, and is rounded. */
 typedef struct {
   Int n, k, m;
   const uint16_t *a;
   Int a_row, a_column;
-  const uint16_t *b;
+  const void *b;
   Int b_row, b_column;
   const uint16_t *bias;
   void *c;
-  Int c_row, c_is_narrow, adds;
+  Int c_row, c_is_narrow, adds, b_is_wide;
 } HalfProduct;
 int matmul_bfloat16(const HalfProduct *p);
 
@@ -44,3 +44,4 @@ typedef struct {
   uint16_t *narrow;
 } Conversion;
 int convert_bfloat16(const Conversion *c);
+int convert_float16(const Conversion *c);

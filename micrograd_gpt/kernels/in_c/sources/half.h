@@ -31,3 +31,15 @@ INLINE float from_float16(uint16_t x) {
   wide.bits |= sign | (size >= 31u << 23 ? 0xffu << 23 : 0); /* infinity and NaN stay so */
   return wide.number;
 }
+
+/* The nearest float16, and of two the even one; infinity from 65520 on. Below 2^-14 its steps are
+   those that floats have from 0.5 on. */
+INLINE uint16_t to_float16(float x) {
+  Float given = {.number = x}, size = {given.bits & 0x7fffffff};
+  Float small = {.number = size.number + 0.5f};
+  uint32_t normal = (size.bits - (112u << 23) + 0xfff + ((size.bits >> 13) & 1)) >> 13;
+  uint32_t nearest = size.bits < 113u << 23 ? small.bits - (126u << 23) : normal;
+  nearest = size.bits < 143u << 23 ? nearest : 0x7c00;
+  nearest |= size.bits > 0x7f800000 ? 0x200 : 0; /* NaN */
+  return (given.bits >> 16 & 0x8000) | nearest;
+}

@@ -4,6 +4,7 @@
    functional.py derives the formulas. The threads share the rows (or elements). */
 
 #include "layers.h"
+#include "half.h"
 
 enum { TOTALS }; /* the purpose of scratch() here */
 
@@ -112,26 +113,56 @@ int layer_norm_backward(const LayerNormBackward *l) {
 
 #define GELU_IS_STRAIGHT 20.0f /* from this |x| on its slope is 1 or 0; x * x could overflow */
 
+/* A number of bfloat16, or else of float32; `narrow` is a constant for the compiler. */
+INLINE float number_at(int narrow, const void *x, Int i) {
+  return narrow ? from_bfloat16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
+}
+
+INLINE void put_number(int narrow, void *x, Int i, float number) {
+  if (narrow)
+    ((uint16_t *)x)[i] = to_bfloat16(number);
+  else
+    ((float *)x)[i] = number;
+}
+
+INLINE void gelu_of(int narrow, const Gelu *g, Int first, Int end) {
+#pragma omp simd
+  for (Int i = first; i < end; i++) {
+    float x = number_at(narrow, g->x, i);
+    put_number(narrow, g->result, i, x * gelu_gate(x));
+  }
+}
+
 static void gelu_task(const void *arguments, Int part, Int parts) {
   const Gelu *g = arguments;
   Int first, end = cut(g->size, parts, LANES, part, &first);
-#pragma omp simd
-  for (Int i = first; i < end; i++) g->result[i] = g->x[i] * gelu_gate(g->x[i]);
+  if (g->narrow)
+    gelu_of(1, g, first, end);
+  else
+    gelu_of(0, g, first, end);
 }
 
 int gelu_forward(const Gelu *g) { return run_parts(gelu_task, g, parts_for(g->size)); }
 
-static void gelu_backward_task(const void *arguments, Int part, Int parts) {
-  const Gelu *g = arguments;
-  Int first, end = cut(g->size, parts, LANES, part, &first);
+INLINE void gelu_gradient_of(int narrow, const Gelu *g, Int first, Int end) {
 #pragma omp simd
   for (Int i = first; i < end; i++) {
-    float x = g->x[i];
+    float x = number_at(narrow, g->x, i);
     x = x > GELU_IS_STRAIGHT ? GELU_IS_STRAIGHT : x < -GELU_IS_STRAIGHT ? -GELU_IS_STRAIGHT : x;
     float gate = gelu_gate(x);
     float inner = 2 * GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x);
-    g->result[i] = g->grad[i] * (gate + x * gate * (1 - gate) * inner);
+    float slope = gate + x * gate * (1 - gate) * inner;
+    put_number(narrow, g->result, i, number_at(narrow, g->grad, i) * slope);
   }
+}
+
+static void gelu_backward_task(const void *arguments, Int part, Int parts) {
+  const Gelu *g = arguments;
+  Int first, end = cut(g->size, parts, LANES, part, &first);
+  if (g->narrow)
+    gelu_gradient_of(1, g, first, end);
+  else
+    gelu_gradient_of(0, g, first, end);
 }
 
 int gelu_backward(const Gelu *g) { return run_parts(gelu_backward_task, g, parts_for(g->size)); }
@@ -144,7 +175,19 @@ typedef struct {
   const int64_t *targets; /* below 0: the row is ignored */
   float scale;
   float *losses, *dlogits; /* dlogits may be logits */
+  Int narrow;              /* dlogits become bfloat16, in the first half of each row */
 } CrossEntropy;
+
+/* A row of floats becomes bfloat16, in its own first half: numbers that are read already. */
+static void narrow_in_place(float *row, Int n) {
+  uint16_t some[256];
+  for (Int first = 0; first < n; first += 256) {
+    Int count = min(256, n - first);
+#pragma omp simd
+    for (Int i = 0; i < count; i++) some[i] = to_bfloat16(row[first + i]);
+    memcpy((char *)row + first * sizeof *some, some, count * sizeof *some);
+  }
+}
 
 static void cross_entropy_task(const void *arguments, Int part, Int parts) {
   const CrossEntropy *c = arguments;
@@ -165,6 +208,7 @@ static void cross_entropy_task(const void *arguments, Int part, Int parts) {
     float factor = c->scale / total;
     for (Int i = 0; i < c->vocab_size; i++) dlogits[i] *= factor;
     dlogits[target] -= c->scale;
+    if (c->narrow) narrow_in_place(dlogits, c->vocab_size);
     c->losses[row] = logf(total) - at_target;
   }
 }

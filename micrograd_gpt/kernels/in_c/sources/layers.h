@@ -20,8 +20,9 @@ int layer_norm_forward(const LayerNorm *l);
 
 typedef struct {
   Int size;
-  const float *grad, *x;
-  float *result;
+  const void *grad, *x;
+  void *result;
+  Int narrow; /* all three are bfloat16, else float32 */
 } Gelu;
 int gelu_forward(const Gelu *g);
 

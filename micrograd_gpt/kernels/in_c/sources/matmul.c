@@ -6,7 +6,6 @@
    tile of c stays in registers for DEPTH steps. */
 
 #include "matmul.h"
-#include "half.h"
 
 #include <unistd.h>
 
@@ -391,22 +390,3 @@ int few_rows(const FewRows *f) {
   if (!stay_in_cache && run_parts(pack_slices, &rows, 1)) return OUT_OF_MEMORY;
   return run_parts(few_rows_task, &rows, few_rows_parts(f));
 }
-
-/* ------------------------------------------------- few rows, and weights of float16, read as such */
-
-static void float16_task(const void *arguments, Int part, Int parts) {
-  const FewRows *f = arguments;
-  const uint16_t *weights = (const uint16_t *)f->weight;
-  Int first, end = cut(f->m, parts, LANES, part, &first);
-  for (Int j = first; j < end; j++)
-    for (Int r = 0; r < f->n; r++) {
-      const float *x = f->x + r * f->k;
-      const uint16_t *weight = weights + j * f->k;
-      float sum = 0;
-      SIMD_SUM(sum)
-      for (Int i = 0; i < f->k; i++) sum += x[i] * from_float16(weight[i]);
-      f->y[r * f->m + j] = sum;
-    }
-}
-
-int few_rows_float16(const FewRows *f) { return run_parts(float16_task, f, few_rows_parts(f)); }

@@ -32,11 +32,7 @@ typedef struct {
   const float *x, *weight, *bias; /* x (n, k), weight (m, k), bias (m) or NULL; rows without gaps */
   float *y;                       /* (n, m) */
 } FewRows;
-int few_rows(const FewRows *f);
-
-/* The same, where `weight` is the address of numbers of float16, and bias NULL. narrow.h has other
-   types. */
-int few_rows_float16(const FewRows *f);
+int few_rows(const FewRows *f); /* narrow.h has other types */
 
 /* Rows first_row … end_row - 1 and columns first_column … end_column - 1 of c, on this thread. */
 void multiply_part(const Product *p, Int first_row, Int end_row, Int first_column, Int end_column);

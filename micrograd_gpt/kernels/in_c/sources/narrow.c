@@ -1,4 +1,4 @@
-/* A few rows times a matrix of bfloat16, or of int8 with a scale for each group of numbers.
+/* A few rows times a matrix of bfloat16 or float16, or of int8 with a scale for each group of numbers.
 
    Decoding reads every weight once a token, so memory sets the pace, and a weight of half or a
    quarter of the bytes takes half or a quarter of the time. Weights become floats in registers, or,
@@ -39,6 +39,19 @@ typedef struct {
   vec first, second;
 } Pair;
 
+/* The same of float16: for its instruction, too, compilers have no vectors. */
+INLINE vec floats_of_float16(const uint16_t *x) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+#else
+  vec wide;
+  for (int i = 0; i < LANES; i++) wide[i] = from_float16(x[i]);
+  return wide;
+#endif
+}
+
 /* STEP weights as floats, from number `at` on; those of int8 are yet to be scaled. Of bfloat16 the
    even ones come first, as arranged() puts x: they are the lower halves of words of 32 bits, the
    odd ones the upper halves, and a float is a bfloat16 above 16 zeros. */
@@ -47,18 +60,24 @@ INLINE Pair weights_at(int kind, const void *weights, Int at) {
     const int8_t *narrow = (const int8_t *)weights + at;
     return (Pair){floats_of(narrow), floats_of(narrow + LANES)};
   }
-  words both = *(const words *)((const uint16_t *)weights + at);
+  const uint16_t *half = (const uint16_t *)weights + at;
+  if (kind == FLOAT16) return (Pair){floats_of_float16(half), floats_of_float16(half + LANES)};
+  words both = *(const words *)half;
   return (Pair){(vec)(both << 16), (vec)(both & 0xffff0000)};
 }
 
+INLINE float half_at(int kind, const void *numbers, Int at) {
+  uint16_t half = ((const uint16_t *)numbers)[at];
+  return kind == FLOAT16 ? from_float16(half) : from_bfloat16(half);
+}
+
 INLINE float weight_at(int kind, const void *weights, Int at) {
-  return kind == INT8 ? ((const int8_t *)weights)[at]
-                      : from_bfloat16(((const uint16_t *)weights)[at]);
+  return kind == INT8 ? ((const int8_t *)weights)[at] : half_at(kind, weights, at);
 }
 
 /* The rows of x in the order in which weights_at gives weights; NULL if there is no memory. */
 static const float *arranged(int kind, const NarrowRows *f) {
-  if (kind == INT8) return f->x;
+  if (kind != BFLOAT16) return f->x;
   float *copy = scratch(X, f->n * f->k);
   for (Int r = 0; r < f->n && copy; r++)
     for (Int p = 0; p < f->k / STEP * STEP; p += STEP) {
@@ -269,8 +288,8 @@ static Int tile_columns(const NarrowRows *f, Int first, Int end) {
 INLINE void add_bias(const NarrowRows *f, Int first, Int end) {
   for (Int r = 0; r < f->n && f->bias; r++)
     for (Int j = first; j < end; j++)
-      f->y[r * f->m + j] += f->kind == INT8 ? ((const float *)f->bias)[j]
-                                            : from_bfloat16(((const uint16_t *)f->bias)[j]);
+      f->y[r * f->m + j] +=
+          f->kind == INT8 ? ((const float *)f->bias)[j] : half_at(f->kind, f->bias, j);
 }
 
 /* Columns first … end - 1 of y; see few_rows_columns of matmul.c. */
@@ -298,6 +317,8 @@ static void narrow_task(const void *arguments, Int part, Int parts) {
   Int first, end = cut(f->m, parts, LANES, part, &first);
   if (f->kind == INT8)
     narrow_columns(INT8, f, first, end);
+  else if (f->kind == FLOAT16)
+    narrow_columns(FLOAT16, f, first, end);
   else
     narrow_columns(BFLOAT16, f, first, end);
 }
