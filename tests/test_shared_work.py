@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mpi_launch import IS_OPEN_MPI, TIMEOUT, mpirun, needs_mpi, needs_open_mpi, started
+from mpi_launch import MPICH, TIMEOUT, mpirun, needs_mpi, needs_mpich, needs_open_mpi, started
 from small_gpt2 import TEXT, make_model, save_model
 from test_ranks import errors, needs_proc, ranks_of, wait_for
 from training import ROOT, script
@@ -28,7 +28,6 @@ from micrograd_gpt.tuning.classifier import GPT2Classifier, write_classifier
 GENERATE, EVALUATE = ROOT / "generate.py", ROOT / "evaluate_gpt2.py"
 WORDS = TEXT.split()
 OneProcess = Callable[..., tuple[str, str]]
-not_open_mpi_5 = pytest.mark.skipif(IS_OPEN_MPI, reason="Open MPI 5 never ends what is piped in")
 
 
 class InThreads(Ranks):
@@ -196,14 +195,13 @@ def test_texts_are_the_same_on_any_number_of_ranks(
     assert comparable(found.stdout) == comparable(printed) != ""
 
 
-@needs_mpi
-@not_open_mpi_5
+@needs_mpich  # Open MPI 5 never ends what is piped in
 @pytest.mark.slow
 def test_prompts_from_a_pipe(folder: Path, one_process: OneProcess) -> None:
     flags = ["--model", folder / "model", "--max-new-tokens", "8", "--batch-size", "6", "--prompts"]
     printed, notes = one_process(GENERATE, *flags, folder / "prompts.txt")
     with open(folder / "prompts.txt", "rb") as prompts:
-        found = mpirun(2, GENERATE, *flags, "-", stdin=prompts)
+        found = mpirun(2, GENERATE, *flags, "-", mpi=MPICH, stdin=prompts)
     assert (found.returncode, found.stdout, found.stderr) == (0, comparable(printed), notes)
 
 

@@ -37,6 +37,7 @@ from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.version import VERSION
 from micrograd_gpt.tensor import Tensor
+from micrograd_gpt.text.corpus import Corpus
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -98,8 +99,8 @@ class Ranks:
     ) -> None:
         """Begin with what add_up does while the backward of `loss`, a step's last, still runs.
 
-        add_up then waits for the rest. Nothing else changes. On one machine, whose cores are busy,
-        all is left to add_up.
+        add_up then waits for the rest. Nothing else changes. On one machine's processors, which are
+        busy, all is left to add_up.
         """
 
     def cut(self, sizes: Sequence[int]) -> Iterator[Cut]:
@@ -161,6 +162,14 @@ class Ranks:
     def first_on_machine(self) -> AbstractContextManager[None]:
         """One rank of each machine goes through this block first, the others after it."""
         return nullcontext()
+
+    def once_a_machine(self, load: Callable[[], Corpus]) -> Corpus:
+        """What load() returns, on all ranks, though only the first of each machine calls it.
+
+        The others get copies of its tokens. Where these are in files, each rank calls it, after
+        the first has made or checked the files, and maps them into memory.
+        """
+        return load()
 
     def use_device(self, device: str) -> None:
         """Compute on the GPU of this rank's number, where the device is a GPU."""
