@@ -87,8 +87,7 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
     shared = divided(settings, ranks.size)  # the same step in micro-batches that ranks can share
 
     # Data: two streams of tokens, each cut into windows of block_size
-    with ranks.first_on_machine():
-        corpus = load_data(settings)
+    corpus = load_data(settings, ranks)
     training, validation = corpus.windows(settings.block_size)
 
     # Model, optimizer, and what a resumed run saved of them
@@ -157,10 +156,12 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
 # ------------------------------------------------------------------------------------- the set-up
 
 
-def load_data(settings: argparse.Namespace) -> Corpus:
+def load_data(settings: argparse.Namespace, ranks: Ranks) -> Corpus:
     """The text as two streams of tokens; UserError where a run would be resumed on other data."""
-    tokenizer = tokenizer_of(settings)
-    corpus = load_corpus(settings.data, tokenizer, settings.validation, form_of(settings))
+    s = settings
+    corpus = ranks.once_a_machine(
+        lambda: load_corpus(s.data, tokenizer_of(s), s.validation, form_of(s))
+    )
     check_same_data(settings, corpus)
     return corpus
 

@@ -107,7 +107,7 @@ class GPT2(Module):
 
     def __init__(self, config: GPT2Config, seed: int = 0, init: Init | None = None) -> None:
         if type(self) is GPT2 and type(config) is not GPT2Config:
-            raise ValueError(f"a {type(config).__name__} is for a model class of its own")
+            raise ValueError(f"GPT2 takes a GPT2Config, not a {type(config).__name__}")
         self.config, self.draws = dataclasses.replace(config), Draws(seed)
         self.transformer = Transformer(config, init or normal(seed), self.draws)
 
@@ -116,6 +116,8 @@ class GPT2(Module):
         ids = layers.checked_ids(ids, self.config.vocab_size)
         if ids.ndim != 2:
             raise ValueError(f"GPT2 takes token ids of shape (B, T), not {ids.shape}")
+        if not hasattr(cache, "lengths") and cache is not None:
+            raise TypeError("a cache continues ids: with targets, call model.loss(ids, targets)")
         end = ids.shape[1] + (0 if cache is None else cache.lengths.max())
         if end > self.config.n_positions:
             raise ValueError(f"{end} tokens do not fit n_positions = {self.config.n_positions}")

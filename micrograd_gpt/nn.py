@@ -56,8 +56,12 @@ def parts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 class Module:
     """A part of a model. Its parameters are those among its attributes and in its `parts`."""
 
+    forward: Callable[..., Any]
     _training = True  # as train() and eval() set it; dropout is on while `training`
     training = property(lambda self: self._training and not no_dropout.inside.get())
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self.forward(*inputs, **options)  # a module may define either, as in PyTorch
 
     def __repr__(self) -> str:
         from micrograd_gpt.graph import outline
@@ -125,7 +129,7 @@ class LayerNorm(Module):
 class Dropout(Module):
     """While training, zero each element with probability p and divide the others by 1 - p."""
 
-    def __init__(self, p: float, draws: Draws) -> None:
+    def __init__(self, p: float, draws: Draws = Draws(0)) -> None:
         self.p, self.draws = p, draws
 
     def draw(self) -> tuple[float, Key]:

@@ -7,11 +7,12 @@ those of the inputs. `Tensor.backward()` walks that tape once, from the loss dow
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from micrograd_gpt.arrays.habits import Habits
 from micrograd_gpt.arrays.stand_ins import Switch, as_array, converted, definition
 
 Array: TypeAlias = Any  # NumPy's or CuPy's, which answers NumPy's functions too (NEP 13, 18, 35)
@@ -78,12 +79,7 @@ def reflected(name: str) -> Any:
     return lambda self, other: getattr(as_tensor(other, self), name)(self)
 
 
-def number(kind: type) -> Any:
-    """The method that makes the number in a tensor of one element an int, a float or a bool."""
-    return lambda self: kind(self.item() if self.size == 1 else self.data)
-
-
-class Tensor:
+class Tensor(Habits):
     """An n-dimensional array on the CPU (NumPy) or the GPU (CuPy) that can carry a gradient.
 
     `data` is an array, which is kept as it is, or numbers and lists of them, which become float32;
@@ -91,7 +87,6 @@ class Tensor:
     it is a leaf, whose `.grad`, an array of the same shape and dtype, `backward()` adds to."""
 
     __slots__ = ("__weakref__", "_data", "_node", "grad", "requires_grad", "version")
-    __array_ufunc__ = None  # np.float32(2) * tensor: NumPy leaves it to Tensor.__rmul__
 
     def __init__(
         self, data: Any, requires_grad: bool = False, dtype: Any = None, device: Any = None
@@ -117,15 +112,6 @@ class Tensor:
     T = property(lambda self: self.transpose())
     device = property(lambda self: "cpu" if isinstance(self.data, np.ndarray) else "gpu")
 
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[i] for i, _ in enumerate(self.data))  # TypeError where it is 0-d
-
-    def __format__(self, spec: str) -> str:
-        return format(self.item(), spec) if self.ndim == 0 else super().__format__(spec)
-
     def __repr__(self) -> str:
         leaf = ", requires_grad=True" if self.requires_grad else ""
         return f"Tensor({self.data!r}{f', made by {self._node.name}' if self._node else leaf})"
@@ -134,15 +120,6 @@ class Tensor:
         """The data as a NumPy array: itself on the CPU, a copy from the GPU."""
         data = self.to("cpu").data
         return data if type(data) is np.ndarray else data[...]  # the numbers of an int8 matrix
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        if self.requires_grad:
-            raise TypeError("NumPy would lose the gradient: for the data alone call .numpy()")
-        return np.array(self.numpy(), dtype, copy=copy)
-
-    def item(self) -> float:
-        """The number in a tensor of one element."""
-        return self.data.item()
 
     def detach(self) -> Tensor:
         """The same data, off the tape."""
@@ -317,10 +294,9 @@ class Tensor:
         index = plain_index(index, self.data)
         return record("getitem", self.data[index], [self], lambda grad: (Picked(index, grad),))
 
-    __bool__, __int__, __float__ = map(number, (bool, int, float))
     __eq__, __ne__, __lt__ = map(comparison, ("__eq__", "__ne__", "__lt__"))
     __le__, __gt__, __ge__ = map(comparison, ("__le__", "__gt__", "__ge__"))
-    __hash__ = object.__hash__  # as a key a tensor is itself, whatever it holds
+    __hash__ = Habits.__hash__  # which Python takes away where __eq__ is defined
 
 
 def where(condition: Any, a: Any, b: Any) -> Tensor:

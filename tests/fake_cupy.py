@@ -61,6 +61,7 @@ FUNCTIONS = {
     "zeros": "shape dtype order",
     "zeros_like": "a dtype order subok shape",
 }
+KEEPING = ("asarray", "ascontiguousarray")  # which return an array itself if it is as it should be
 WAITING = ("flatnonzero",)  # functions whose result has a shape that only the device knows
 METHODS = {
     "all": "axis out keepdims",
@@ -302,13 +303,25 @@ def check_arguments(name: str, accepted: str, args: tuple, kwargs: dict[str, Any
         raise TypeError(f"CuPy's {name} takes {names}, not {len(args)} and {sorted(kwargs)}")
 
 
+def is_of(result: Any, array: ndarray) -> bool:
+    """Whether it is the array, or a view of it, for which no number had to be looked at."""
+    return isinstance(result, ndarray) and whole(result) is whole(array)
+
+
+def whole(array: ndarray) -> ndarray:
+    """The array that holds the memory of this one."""
+    return array if array.base is None else array.base
+
+
 def _method(name: str, accepted: str | None = None) -> Any:
     def method(self: ndarray, *args: Any, **kwargs: Any) -> Any:
         if accepted is not None:
             check_arguments(name, accepted, args, kwargs)
         kwargs = {key: unwrap(value, name) for key, value in kwargs.items()}
-        numbers = unwrap(self, name)
-        return wrap(getattr(numbers, name)(*unwrap(args, name), **kwargs), self)
+        result = wrap(getattr(self._numbers, name)(*unwrap(args, name), **kwargs), self)
+        if not is_of(result, self):
+            touched(self)
+        return result
 
     return method
 
@@ -358,6 +371,10 @@ def _function(name: str, accepted: str) -> Any:
         counts.reads += name in WAITING
         uploads = name in ("array", "asarray") and isinstance(args[0], np.ndarray | list | tuple)
         counts.uploads += uploads
+        if name in KEEPING and isinstance(args[0], ndarray):
+            same = wrap(getattr(np, name)(args[0]._numbers, *args[1:], **kwargs), args[0])
+            if same is args[0]:
+                return same
         sources = [*args, *kwargs.values()]
         args = args if uploads else unwrap(args, f"cupy.{name}")
         kwargs = {key: unwrap(value, f"cupy.{name}") for key, value in kwargs.items()}

@@ -1,9 +1,9 @@
 """Streams, events and NCCL for fake_cupy.py: several ranks, and a GPU for each that does not exist.
 
 What a stream is given is computed at once, so a wait that was forgotten would change no number. It
-is found in another way, by vector clocks: each stream counts the arrays that it has used, and learns
-from the events that it waits for how far the other streams have come. MissingWait is raised where a
-stream uses an array before it knows that the stream which used it last is done with it.
+is found in another way, by vector clocks: each stream counts the arrays that it has used, and
+learns from the events that it waits for how far the other streams have come. MissingWait is raised
+where a stream uses an array before it knows that the one which used it last is done with it.
 
     with fake_nccl.installed(MPI.COMM_WORLD): ...      # a rank's GPU, and NCCL between all of them
 
@@ -55,6 +55,7 @@ class Stream(fake_cupy.Stream):
         super().__init__(null, non_blocking, ptds)
         self.ptr = next(self.addresses)
         self.at[self.ptr] = self
+        self.by_itself = non_blocking  # it does not wait for the default stream, nor that for it
         self.seen: Counter[Stream] = Counter()  # uses of arrays, before whatever comes next here
 
     def __enter__(self) -> Stream:
@@ -73,7 +74,10 @@ class Stream(fake_cupy.Stream):
         self.seen |= event.seen
 
     def uses(self, array: fake_cupy.ndarray) -> None:
-        whole = array if array.base is None else array.base
+        for other in self.at.values():
+            if self.current[0] in (self, other) and not (self.by_itself or other.by_itself):
+                self.seen |= other.seen
+        whole = fake_cupy.whole(array)
         last, count = getattr(whole, "last_use", (self, 0))
         if self.seen[last] < count:
             raise MissingWait(f"stream {self.ptr} uses {array} before stream {last.ptr} is done")

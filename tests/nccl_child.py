@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -43,12 +44,13 @@ def sums() -> int:
                 assert_same(part, expected)
                 assert_same(gpu.gather(part, wire), host.gather(expected, wire))
         gpu.finish()
+        print("the same sums")
     return 0
 
 
 def gradients() -> int:
     """Gradients on a GPU become those that `add_up` makes of them on the CPU, in both layouts."""
-    nccl.BUCKET = mpi.BUCKET = 10
+    mpi.GPU_BUCKET = mpi.BUCKET = 10
     random, shapes = np.random.default_rng(WORLD.rank), [(3, 5), (1,), (2, 3, 4), (), (4, 4)]
     with fake_nccl.installed(WORLD), started_ranks() as ranks:
         grads = [np.asarray(random.normal(size=shape), "f4") for shape in shapes]
@@ -63,6 +65,7 @@ def gradients() -> int:
             for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
                 assert_same(gpu.grad, cpu.grad)
             ranks.exchange = Exchange(WORLD, ranks._wait, mpi.BUCKET)
+        print("the same gradients")
     return 0
 
 
@@ -75,6 +78,26 @@ def assert_same(ours: object, expected: np.ndarray) -> None:
 def train(flags: list[str], gpus: int | None = None) -> int:
     with fake_nccl.installed(WORLD, gpus):
         return script("train_gpt2").main([*flags, "--device", "gpu"])
+
+
+def overlapped(flags: list[str]) -> int:
+    """Train; count the sums that begin while a backward is under way."""
+    mpi.GPU_BUCKET = 200
+    counts, scatter_sum, backward = Counter(), nccl.GPUExchange.scatter_sum, Tensor.backward
+
+    def count(*args: object) -> object:
+        counts["during" if counts["backwards"] else "after"] += 1
+        return scatter_sum(*args)
+
+    def watched(loss: Tensor) -> None:
+        counts["backwards"] += 1
+        backward(loss)
+        counts["backwards"] -= 1
+
+    nccl.GPUExchange.scatter_sum, Tensor.backward = count, watched
+    status = train(flags)
+    print(f"during the backward: {counts['during'] > counts['after']}")
+    return status
 
 
 def without_nccl(flags: list[str]) -> int:
@@ -116,8 +139,8 @@ if __name__ == "__main__":
         "gradients": gradients,
         "train": partial(train, rest),
         "one_gpu": partial(train, rest, 1),
-        "fails": partial(fails, rest[:1], rest[1:]) if rest else None,
+        "fails": lambda: fails(rest[0], rest[1:]),
     }
-    for action in (without_nccl, other_version, no_connection):
+    for action in (overlapped, without_nccl, other_version, no_connection):
         actions[action.__name__] = partial(action, rest)
     cli.run(actions[what])

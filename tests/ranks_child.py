@@ -182,6 +182,19 @@ def slow_validation(flags: list[str]) -> int:
     return training.main(flags)
 
 
+def loads(flags: list[str]) -> int:
+    """Train; each rank that reads the text leaves a file."""
+    training = script("train_gpt2")
+    load_corpus = training.load_corpus
+
+    def load(*args: object) -> object:
+        Path(f"{flags[-1]}-read-by-{MPI.COMM_WORLD.rank}").touch()
+        return load_corpus(*args)
+
+    training.load_corpus = load
+    return training.main(flags)
+
+
 def raises_in_step(flags: list[str]) -> int:
     """Train; rank 1 meets a bug in step 7, while rank 0 waits for its gradients."""
     training = script("train_gpt2")
@@ -199,6 +212,6 @@ def raises_in_step(flags: list[str]) -> int:
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     actions: dict[str, Callable[[], int]] = {"sums": sums, "raises": raises, "memory": memory}
-    for action in (overlapped, full_disk, slow_save, slow_validation, raises_in_step):
+    for action in (overlapped, full_disk, loads, slow_save, slow_validation, raises_in_step):
         actions[action.__name__] = partial(action, rest)
     cli.run(actions[what])

@@ -401,3 +401,12 @@ def test_sampling_follows_the_softmax_and_its_seed() -> None:
     p /= p.sum()
     shares = np.bincount(ids[:, 1], minlength=23) / 4000
     assert (np.abs(shares - p) < 5 * np.sqrt(p * (1 - p) / 4000) + 1e-3).all()
+
+
+def test_targets_are_no_cache() -> None:
+    ids = np.zeros((1, 2), int)
+    for targets in (ids, ids.tolist()):
+        with pytest.raises(TypeError, match=r"model\.loss\(ids, targets\)"):
+            small_model()(ids, targets)
+    with pytest.raises(ValueError, match="GPT2 takes a GPT2Config, not a dict"):
+        GPT2({"n_layer": 1})  # type: ignore[arg-type]

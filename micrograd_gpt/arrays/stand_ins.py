@@ -1,11 +1,12 @@
 """How a faster function stands in for a readable one.
 
-Besides each other and NumPy, the six files at the top import only this module. A readable function
-is marked `@definition`. A function that computes the same result faster registers with
-`@stands_in_for(the_definition, level)`. It must take the same arguments, and may raise `NotForMe`
-before it has written anything. A call tries the stand-ins for its device, fastest first, and runs
-the definition where none of them takes the arguments, or where the definition has been edited since
-they were tested against it (edits.py). The levels:
+Besides each other and NumPy, the six files at the top import only this module, and habits.py: what
+Python and NumPy ask of a tensor. A readable function is marked `@definition`. A function that
+computes the same result faster registers with `@stands_in_for(the_definition, level)`. It must take
+the same arguments, and may raise `NotForMe` before it has written anything. A call tries the
+stand-ins for its device, fastest first, and runs the definition where none of them takes the
+arguments, or where the definition has been edited since they were tested against it (edits.py). The
+levels:
 
     definitions   nothing stands in: `layers.py` alone, for stepping through with a debugger
     fused         the layers of `functional.py`, each forward and backward worked out by hand

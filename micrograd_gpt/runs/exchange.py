@@ -38,9 +38,12 @@ class Exchange:
             np.empty(size, np.uint8) for size in (whole, whole, part)
         )
 
-    def beside(self) -> AbstractContextManager[None]:
-        """Within this block, work on a GPU may go on beside what was given it before."""
+    def beside(self, catch_up: bool = True) -> AbstractContextManager[None]:
+        """Within this block a GPU's work has a stream of its own; a CPU has none."""
         return nullcontext()
+
+    def catch_up(self) -> None:
+        """Nothing goes on beside Python here."""
 
     def finish(self) -> None:
         """Wait until what was exchanged has arrived, as it has when a method returns."""

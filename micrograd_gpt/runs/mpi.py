@@ -8,9 +8,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
+from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 import numpy as np
@@ -36,10 +37,14 @@ from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.machine import usable_cores
 from micrograd_gpt.tensor import Tensor
+from micrograd_gpt.text.corpus import Corpus
 
 BUCKET = 1 << 20  # numbers that are added up at a time: 4 MB, which stay in a cache
-BETWEEN_TESTS = 0.0002  # seconds between looks at a message that travels during the backward
+GPU_BUCKET = 1 << 23  # the same between GPUs: 32 MB, a little more than PyTorch's DDP takes
+DURING_BACKWARD = 0.0002  # seconds between tests of a message, which leave it the processor
+BETWEEN_TESTS = 0.001  # seconds, in a wait that may be long
 BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
+SLURM = "SLURM_STEP_ID"  # which every process of srun has
 FAILED = 1  # the tag of the message that a rank has met an error
 PATIENCE = 1.0  # seconds that a rank leaves each rank before it to say what both have met
 MOST_PATIENCE = 5.0  # seconds that it leaves them all
@@ -66,7 +71,7 @@ class MPIRanks(Ranks):
         self.local_rank, self.local_size = self._here.rank, self._here.size
         self._machines = sum(self._all.allgather(self.local_rank == 0))
         self.overlap = Overlap() if overlaps(self._machines) else None
-        wait = partial(self._wait, pause=BETWEEN_TESTS if self.overlap else 0)
+        wait = partial(self._wait, pause=DURING_BACKWARD if self.overlap else 0)
         self.exchange: Exchange | GPUExchange = Exchange(self._all.Dup(), wait, BUCKET)
         neighbours = self.on_this_machine((self.rank, os.getpid()))
         # Containers on one machine may each number their processes.
@@ -80,32 +85,35 @@ class MPIRanks(Ranks):
     def add_up_during(
         self, loss: Tensor, parameters: Sequence[Tensor], dtype: str = "float32"
     ) -> None:
-        if self.overlap and loss.device == "cpu":
-            add_up = partial(self._add_up, parameters, dtype)
+        if self.overlap:
+            add_up = partial(self._add_up, parameters, dtype, catch_up=False)
             buckets = self._buckets([parameter.size for parameter in parameters])
             self.overlap.begin(loss, parameters, list(buckets), add_up)
 
     def add_up(self, parameters: Sequence[Tensor], dtype: str = "float32") -> None:
         if self.overlap and self.overlap.has_begun:
             self.overlap.finish()
+            self.exchange.catch_up()
             return
-        with self.exchange.beside():
-            for bucket in self._buckets([parameter.size for parameter in parameters]):
-                self._add_up(parameters, dtype, bucket)
+        for bucket in self._buckets([parameter.size for parameter in parameters]):
+            self._add_up(parameters, dtype, bucket)
 
-    def _add_up(self, parameters: Sequence[Tensor], dtype: str, bucket: Bucket) -> None:
+    def _add_up(
+        self, parameters: Sequence[Tensor], dtype: str, bucket: Bucket, catch_up: bool = True
+    ) -> None:
         """Add up the gradients in a bucket: of all of it, or of this rank's part."""
         parts = []
         for i, start, end in bucket:
             grad = parameters[i].grad = ordered_like(parameters[i].grad, parameters[i].data)
             parts.append(flat_view(grad)[start:end])
-        joined = taken(parts, 0, sum(map(len, parts)))
-        wire = bfloat16 if dtype == "bfloat16" else joined.dtype
-        added = self.exchange.scatter_sum(joined, wire)
-        if self.shards:
-            put(parts, self.rank * len(added), added)
-        else:
-            put(parts, 0, self.exchange.gather(added, wire))
+        with self.exchange.beside(catch_up):
+            joined = taken(parts, 0, sum(map(len, parts)))
+            wire = bfloat16 if dtype == "bfloat16" else joined.dtype
+            added = self.exchange.scatter_sum(joined, wire)
+            if self.shards:
+                put(parts, self.rank * len(added), added)
+            else:
+                put(parts, 0, self.exchange.gather(added, wire))
 
     def cut(self, sizes: Sequence[int]) -> Iterator[Cut]:
         for bucket in self._buckets(sizes):
@@ -146,6 +154,10 @@ class MPIRanks(Ranks):
         self._wait(self._all.Iallgather(ours, joined))
         return joined.tolist()
 
+    def collect(self, value: T) -> list[T]:
+        self.wait_for_all()  # who waits in allgather hears of no signal
+        return self._all.allgather(value)
+
     def agree(self, number: int) -> int:
         ours, largest = np.array(int(number)), np.array(0)
         self._wait(self._all.Iallreduce(ours, largest, MPI.MAX))
@@ -153,7 +165,7 @@ class MPIRanks(Ranks):
 
     def wait_for_all(self) -> None:
         """Go on when all ranks have come here."""
-        self._wait(self._all.Ibarrier())
+        self._wait(self._all.Ibarrier(), BETWEEN_TESTS)
 
     def _wait(self, request: MPI.Request, pause: float = 0) -> None:
         """Wait for the other ranks. Signals are heeded meanwhile, as MPI's own wait does not."""
@@ -186,10 +198,20 @@ class MPIRanks(Ranks):
     @contextmanager
     def first_on_machine(self) -> Iterator[None]:
         if self.local_rank:
-            self._wait(self._here.Ibarrier())
+            self._wait(self._here.Ibarrier(), BETWEEN_TESTS)
         yield
         if not self.local_rank:
             self._wait(self._here.Ibarrier())
+
+    def once_a_machine(self, load: Callable[[], Corpus]) -> Corpus:
+        if self.local_rank == 0:
+            with self.first_on_machine():
+                loaded = load()
+            self._here.bcast(loaded if loaded.in_memory else None)
+            return loaded
+        with self.first_on_machine():  # waits as MPI's own bcast does not
+            copy = self._here.bcast(None)
+        return load() if copy is None else copy
 
     def use_device(self, device: str) -> None:
         if device == "gpu":
@@ -197,8 +219,10 @@ class MPIRanks(Ranks):
             version = nccl_version()
             self.check_same({"NCCL": version or "not installed"})
             if version:
-                self.exchange = GPUExchange(self._all, self._wait)
+                self.exchange = GPUExchange(self._all, self._wait, GPU_BUCKET)
+                self.overlap = Overlap(in_thread=False)
             else:
+                self.overlap = None  # each copy to the host waits for the backward
                 say(without_nccl())
 
     def on_this_machine(self, value: T) -> list[T]:
@@ -292,16 +316,20 @@ def mpi_ranks(launcher: str, size: int, rank: int) -> Iterator[Ranks]:
     """The ranks that a launcher started, as started_ranks says."""
     if MPI.COMM_WORLD.size != size:
         library = MPI.Get_library_version().split(",")[0].strip()
+        advice = f"use the {launcher} of that MPI"
+        if SLURM in os.environ:
+            advice = "Open MPI needs srun --mpi=pmix, MPICH srun --mpi=pmi2 (srun --mpi=list)"
         raise said_once(
             rank,
             f"{launcher} started {size} processes, of which mpi4py's {library} knows "
-            f"{MPI.COMM_WORLD.size}: use the {launcher} of that MPI",
+            f"{MPI.COMM_WORLD.size}: {advice}",
         )
     ranks, stderr = MPIRanks(launcher), sys.stderr
     try:
         with printing(ranks.is_first):
             ranks.check_same(versions())
             share_cores(ranks)
+            notice_deaths(ranks)
             with leaving_together(ranks):
                 yield ranks
             ranks.wait_for_all()
@@ -320,6 +348,16 @@ def leaving_together(ranks: MPIRanks) -> Iterator[None]:
         if not leaving.code:
             ranks.check_same({"--help or --version": "given"})
         raise
+
+
+def notice_deaths(ranks: MPIRanks) -> None:
+    """Have this rank say so where a launcher ends it by SIGTERM because another one has died."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        ranks.check_alive()
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 @contextmanager

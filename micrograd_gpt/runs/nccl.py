@@ -23,7 +23,6 @@ import numpy as np
 from micrograd_gpt.arrays.devices import Array, library_for
 from micrograd_gpt.support.errors import UserError
 
-BUCKET = 1 << 23  # numbers that are sent at a time: 32 MB, a little more than PyTorch's DDP sends
 INSTALL_NCCL = "pip install nvidia-nccl-cu13 (or nvidia-nccl-cu12)"
 
 
@@ -60,7 +59,7 @@ class GPUExchange:
     given, and meanwhile heeds signals and looks after the other ranks.
     """
 
-    def __init__(self, comm: Any, wait: Callable[[Any], None], most: int = BUCKET) -> None:
+    def __init__(self, comm: Any, wait: Callable[[Any], None], most: int) -> None:
         self._size, self._wait, self.most = comm.size, wait, most
         self._cupy, self._nccl = library_for("gpu"), _bindings()
         try:
@@ -73,11 +72,12 @@ class GPUExchange:
         self._done: Any = None  # the event after the last block of `beside`
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
+    def beside(self, catch_up: bool = True) -> Iterator[None]:
         """Within this block the GPU's work goes to the stream of the exchange.
 
-        It begins after all that the caller's stream was given before, and what that stream is given
-        after the block begins after the block's work. Python waits for neither.
+        It begins after all that the caller's stream was given before. What that stream is given
+        after the block begins after the block's work, unless that is left to a call of `catch_up`.
+        Python waits for neither.
         """
         outer = self._cupy.cuda.get_current_stream()
         if outer == self._stream:
@@ -87,7 +87,12 @@ class GPUExchange:
         with self._stream, self._failures():
             yield
         self._done = self._stream.record()
-        outer.wait_event(self._done)
+        if catch_up:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """What the current stream is given from now on begins after what was exchanged."""
+        self._cupy.cuda.get_current_stream().wait_event(self._done)
 
     def scatter_sum(self, numbers: Array, dtype: Any = None) -> Array:
         """This rank's part (ceil(N / size),) of the sum of all ranks' `numbers` (N,)."""

@@ -17,6 +17,7 @@ srun starts several; how these talk to each other is in runs/mpi.py.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import signal
@@ -32,10 +33,11 @@ import numpy as np
 from micrograd_gpt.arrays.devices import Array, array_module, to_device
 from micrograd_gpt.arrays.stand_ins import report
 from micrograd_gpt.nn import Module
-from micrograd_gpt.support.cli import counted
+from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.version import VERSION
 from micrograd_gpt.tensor import Tensor
+from micrograd_gpt.text.corpus import Corpus
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -97,8 +99,8 @@ class Ranks:
     ) -> None:
         """Begin with what add_up does while the backward of `loss`, a step's last, still runs.
 
-        add_up then waits for the rest. Nothing else changes. On one machine, whose cores are busy,
-        all is left to add_up.
+        add_up then waits for the rest. Nothing else changes. On one machine's processors, which are
+        busy, all is left to add_up.
         """
 
     def cut(self, sizes: Sequence[int]) -> Iterator[Cut]:
@@ -125,6 +127,27 @@ class Ranks:
         """The numbers of all ranks, as many of each, first those of rank 0."""
         return values
 
+    def collect(self, value: T) -> list[T]:
+        """The values of all ranks, rank 0's first."""
+        return [value]
+
+    def do(self, work: Iterator[Callable[[], T]]) -> Iterator[T]:
+        """Share pieces of work, the same on all ranks; yields all results in order, on every rank.
+
+        In each round a rank does one piece, rank 0 the first; all wait until the round is done.
+        """
+        is_first_round = True
+        while round := list(itertools.islice(work, self.size)):
+            if is_first_round and len(round) < self.size:
+                say(
+                    f"note: there is work for only {len(round)} of {self.size} ranks (a lower "
+                    "--batch-size makes more batches, of fewer texts)"
+                )
+            is_first_round = False
+            ours = [piece() for piece in round[self.rank : self.rank + 1]]
+            for results in self.collect(ours):
+                yield from results
+
     def agree(self, number: int) -> int:
         """The largest of all ranks' numbers, so that all decide alike."""
         return number
@@ -139,6 +162,14 @@ class Ranks:
     def first_on_machine(self) -> AbstractContextManager[None]:
         """One rank of each machine goes through this block first, the others after it."""
         return nullcontext()
+
+    def once_a_machine(self, load: Callable[[], Corpus]) -> Corpus:
+        """What load() returns, on all ranks, though only the first of each machine calls it.
+
+        The others get copies of its tokens. Where these are in files, each rank calls it, after
+        the first has made or checked the files, and maps them into memory.
+        """
+        return load()
 
     def use_device(self, device: str) -> None:
         """Compute on the GPU of this rank's number, where the device is a GPU."""
@@ -265,6 +296,14 @@ def check_same_start(ranks: Ranks, settings: argparse.Namespace, model: Module, 
             "CPU kernels": kernels,
         }
     )
+
+
+def check_same_work(ranks: Ranks, facts: dict[str, Any]) -> None:
+    """UserError where ranks have other kernels, or others of these facts about weights and data, so
+    that results would depend on which of them did what."""
+    with ranks.first_on_machine():  # which compiles the kernels, if that has to be done
+        kernels = report()
+    ranks.check_same(facts | {"CPU kernels": kernels})
 
 
 # ---------------------------------------------------------------------------- dividing a step

@@ -28,7 +28,7 @@ class Recomputed(Module):
     attn: Any
 
     def __call__(self, x: Tensor, past: Any = None) -> Tensor:
-        compute: Callable[..., Tensor] = super().__call__  # type: ignore[misc]
+        compute: Callable[..., Tensor] = super().__call__
         if not self.training or past is not None:
             return compute(x, past)
         return recompute(compute, x, self.parameters(), self.attn.attn_dropout.draws)

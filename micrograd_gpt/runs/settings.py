@@ -135,10 +135,10 @@ def _text(value: Any) -> str:
 # fmt: off
 TABLE: dict[str, list[tuple[Any, ...]]] = {
 "data": [
-    ("data", TEXT, "pydocs", ASK,  # English that every Python carries: nothing to download
+    ("data", TEXT, "pydocs", FREE,  # English that every Python carries: nothing to download
      "pydocs, shakespeare, or a path: a text, records (.jsonl, .json, .csv, .tsv, .parquet), a "
      "folder of these, or token shards"),
-    ("validation", TEXT, f"{VALIDATION:g}", ASK,
+    ("validation", TEXT, f"{VALIDATION:g}", FREE,
      "what to validate on: a path as for --data, or the fraction at the end of --data"),
     ("text_field", TEXT, "text", ASK, "the key or column of records that holds their text"),
     ("encoding", TEXT, "utf-8", ASK, "of the text files; the mark of UTF-8, 16 or 32 is noticed"),

@@ -80,6 +80,8 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(*args, **options)
         self.register("type", int, whole_number)  # "invalid int value" says little to most
         self.register("type", float, number)
+        self.register("action", None, StoreOnce)
+        self.given: dict[str, Any] = {}  # what was given to each flag of one value
         self.add_argument(
             "--version",
             action="version",
@@ -89,6 +91,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
+        self.given = {}
         return super().parse_known_args([self._with_dashes(word) for word in words], namespace)
 
     def _with_dashes(self, word: str) -> str:
@@ -117,6 +120,19 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+class StoreOnce(argparse.Action):
+    """The action of a flag that takes one value. Of two numbers the last counts, as it does in most
+    programs; of two texts or paths, which might both be meant, neither does."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, value: Any, flag: str | None = None
+    ) -> None:
+        before = parser.given.setdefault(self.dest, value)
+        if flag and before != value and isinstance(value, str | Path) and not self.choices:
+            parser.error(f"{flag} was given twice, with {before} and with {value}: give one")
+        setattr(namespace, self.dest, value)
 
 
 def some_text(text: str) -> str:

@@ -24,6 +24,16 @@ MARKS = {  # the longer of two that begin alike first
     codecs.BOM_UTF8: "utf-8",
 }
 
+PACKED = {  # how files begin that hold text, but not as text, and how to get at it
+    b"\x1f\x8b": "gzip: unpack it first, as with gunzip",
+    b"BZh": "bzip2: unpack it first, as with bunzip2",
+    b"\xfd7zXZ": "xz: unpack it first, as with unxz",
+    b"\x28\xb5\x2f\xfd": "zstd: unpack it first, as with unzstd",
+    b"PK\x03\x04": "zip, as .docx and .epub are too: unpack it, or save it as plain text",
+    b"%PDF-": "PDF: save it as plain text first, as with pdftotext",
+    b"{\\rtf": "RTF: save it as plain text first",
+}
+
 
 @dataclass(frozen=True)
 class Form:
@@ -92,6 +102,13 @@ def encoding_of(beginning: bytes, encoding: str) -> str:
     return next((name for mark, name in MARKS.items() if beginning.startswith(mark)), encoding)
 
 
+def check_not_packed(beginning: bytes, name: str | Path) -> None:
+    """UserError where a file begins as those do that hold their text packed."""
+    for mark, what in PACKED.items():
+        if beginning.startswith(mark):
+            raise UserError(f"{name} is {what}")
+
+
 def text_chunks(
     path: Path, form: Form, on_read: Callable[[int], object], notes: Notes
 ) -> Iterator[str]:
@@ -103,6 +120,7 @@ def text_chunks(
     encoding, end = form.encoding, 0  # end: offset in the file of what has been read
     try:
         with reading(path), open(path, "rb") as file:
+            check_not_packed(file.peek(8), path)
             encoding = encoding_of(file.peek(4), form.encoding)
             decoder: Any = codecs.getincrementaldecoder(encoding)()
             if form.line_ends == "lf":
@@ -136,6 +154,7 @@ def decoded(data: bytes, name: str) -> str:
 
     Raises UserError, which says that `name` is not text, and where.
     """
+    check_not_packed(data, name)
     encoding = encoding_of(data[:4], "utf-8")
     try:
         return data.decode(encoding).removeprefix("\ufeff")

@@ -145,3 +145,24 @@ def test_gradients_are_not_clipped_at_0_and_a_long_warm_up_is_said(
         losses.append((out / "model.safetensors").read_bytes())
     assert losses[0] == losses[1] != losses[2]
     assert "note: --warmup-steps 5 is longer than --max-steps 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train_gpt2 --data a.txt --data b.txt",
+        "train_gpt2 --out a --out=b",
+        "generate --model a --model b",
+        "evaluate_gpt2 perplexity --data a.txt --data b.txt",
+        "finetune_gpt2 classify --data a.csv --data b.csv",
+    ],
+)
+def test_of_two_paths_none_is_dropped(words: str) -> None:
+    name, *flags = words.split()
+    with pytest.raises(UserError, match=r"was given twice, with a\S* and with b\S*: give one"):
+        script(name).main(flags)
+
+
+def test_of_two_numbers_the_last_counts(train_gpt2: ModuleType) -> None:
+    flags = train_gpt2.parse_flags(["--seed", "1", "--seed=2", "--data", "a", "--data", "a"])
+    assert (flags["seed"], flags["data"]) == (2, "a")

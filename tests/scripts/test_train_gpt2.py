@@ -221,6 +221,12 @@ def test_resume_refuses_what_would_change_the_run(text: Path, tmp_path: Path) ->
     assert longer.returncode == 0, longer.stderr
     assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4, 5]
     assert any((weights(out)[name] != before[name]).any() for name in before)
+    moved = text.rename(tmp_path / "moved.txt")  # the same text under another name
+    longer = run("--resume", "--out", out, "--max-steps", 6, "--data", moved)
+    assert longer.returncode == 0, longer.stderr
+    moved.write_text(moved.read_text() + "more")
+    other = run("--resume", "--out", out, "--max-steps", 7)
+    assert other.returncode == 2 and "no longer the data of the run" in other.stderr
 
 
 @pytest.mark.slow

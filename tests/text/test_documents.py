@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import re
 import sys
@@ -167,6 +170,27 @@ def test_a_wrong_byte_is_named_with_its_offset(
     )
     with pytest.raises(UserError, match=re.escape(message)):
         load_documents(tmp_path, Form(encoding))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (gzip.compress(b"to be"), "is gzip: unpack it first"),
+        (bz2.compress(b"to be"), "is bzip2"),
+        (lzma.compress(b"to be"), "is xz"),
+        (b"PK\x03\x04 ...", "is zip, as .docx"),
+        (b"%PDF-1.4 all in ASCII", "is PDF: save it as plain text first"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_text_that_is_packed_is_not_read_as_it_is(
+    data: bytes, message: str, encoding: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        load_documents(tmp_path, Form(encoding))
+    with pytest.raises(UserError, match=f"the prompts {message}"):
+        decoding.decoded(data, "the prompts")
 
 
 def test_the_encoding_is_one_that_there_is(tmp_path: Path) -> None:

@@ -1,0 +1,89 @@
+"""What Python and NumPy ask of a tensor besides arithmetic: nothing here is about gradients.
+
+`Tensor` adds to this base all that is. What would lose a gradient is refused in a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+SIZES = (np.shape, np.ndim, np.size)  # of these functions no gradient is asked
+
+
+class Habits:
+    """The base of Tensor, which has `data`, an array, and `requires_grad`."""
+
+    __slots__ = ()
+
+    data: Any
+    requires_grad: bool
+    numpy: Callable[[], np.ndarray]
+
+    __array_ufunc__ = None  # np.float32(2) * tensor: NumPy leaves it to Tensor.__rmul__
+    __hash__ = object.__hash__  # as a key a tensor is itself, whatever it holds
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i, _ in enumerate(self.data))  # type: ignore[index]  # TypeError if 0-d
+
+    def item(self) -> float:
+        """The number in a tensor of one element; ValueError where there are more."""
+        return self.data.item()
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.data.ndim == 0 else super().__format__(spec)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        if self.requires_grad:
+            raise TypeError("NumPy would lose the gradient: for the data alone call .numpy()")
+        return np.array(self.numpy(), dtype, copy=copy)
+
+    def __array_function__(self, function: Any, types: Any, args: Any, options: Any) -> Any:
+        """A function of NumPy's on tensors, as np.mean(tensor): that on their numbers (NEP 18)."""
+
+        def numbers(value: Any) -> Any:
+            if isinstance(value, Habits):
+                return value.data if function in SIZES else np.asarray(value)
+            return type(value)(map(numbers, value)) if type(value) in (list, tuple) else value
+
+        return function(*numbers(args), **{name: numbers(value) for name, value in options.items()})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._changed(self + other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._changed(self - other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._changed(self * other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._changed(self / other)
+
+    def _changed(self, result: Any) -> Any:
+        """What `t -= x` makes of t, where `t - x` is the result.
+
+        A leaf that learns changes in place, within no_grad. Any other name gets the new tensor, so
+        that what was computed with the old one keeps its gradient.
+        """
+        if not self.requires_grad or self._node is not None:  # type: ignore[attr-defined]
+            return result
+        if result.requires_grad:
+            raise RuntimeError("a leaf that requires a gradient changes in place within no_grad()")
+        self.data[...] = result.data
+        self.data = self.data  # tells the tape that it changes
+        return self
