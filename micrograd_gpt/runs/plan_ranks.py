@@ -18,7 +18,8 @@ time until the first byte arrives is left out, as is what the processor does for
 Gradients may travel while the backward of the last micro-batch still runs (Li et al. 2020,
 arXiv:2006.15704). The backward of each of L blocks takes b seconds, and then the block's gradients
 travel for t seconds, one block's after another's: all have arrived after b + (L - 1) max(b, t) + t.
-Those of the embeddings are complete only at the very end, since a model begins with them.
+Those of the embeddings are complete only at the very end, since a model begins with them. Ranks on
+several machines and GPUs that have NCCL send during the backward, others after it (runs/mpi.py).
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def report(config: GPT2Config, settings: argparse.Namespace, device: str) -> str
     plans = [Plan.of(config, s, device, n) for n in numbers_of_ranks(s)]
     rows: list[Sequence[str]] = [HEADER]
     for sharded in (False, True):
-        for overlaps in (False, True) if device == "cpu" else (False,):
+        for overlaps in (False, True):
             steps = {
                 p.devices: SharedStep(
                     dataclasses.replace(p, sharded=sharded),

@@ -13,8 +13,7 @@ from training import SCRIPT, run, script
 
 from micrograd_gpt.gpt2 import GPT2Config
 from micrograd_gpt.runs.plan import Plan, StepTime
-from micrograd_gpt.runs.plan_ranks import SharedStep, report
-from micrograd_gpt.runs.settings import resolve_settings
+from micrograd_gpt.runs.plan_ranks import SharedStep
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.weights.config import SIZES
 
@@ -133,15 +132,6 @@ def test_a_network_that_is_fast_enough_for_any_number(
 ) -> None:
     table = planned(train_gpt2, capsys, 2, "--interconnect", "1000")
     assert {row[3] for row in table} == {"not up to 12 devices"}
-
-
-def test_only_a_cpu_lets_gradients_travel_during_the_backward(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(Plan, "verdict", lambda self: "unknown")  # there is no GPU to ask
-    settings = resolve_settings({"plan": True, "rate": 1.0, "interconnect": 1.0})
-    for device, ways in (("cpu", ["after", "during"] * 2), ("gpu", ["after"] * 2)):
-        assert [row[0] for row in rows(report(CONFIG, settings, device))] == ways
 
 
 def test_devices_that_cannot_share_a_step_are_refused_as_ranks_are(
