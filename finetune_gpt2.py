@@ -180,7 +180,7 @@ def tune(
     longest = int(task.lengths.max())
     plan = make_plan(settings, longest, device, make)
     if settings.plan:
-        print(plan.report(settings.max_steps, settings.rate, settings.devices))
+        print(plan.report(settings.max_steps, plan.step_time(settings.rate)))
         return None, 0
     plan.check_room("give a smaller --model")
     check_fingerprint(settings, task.fingerprint())

@@ -31,7 +31,7 @@ from micrograd_gpt.arrays.memory import memory_errors
 from micrograd_gpt.arrays.precision import HALF, compute_in, hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.nn import no_dropout
-from micrograd_gpt.runs import checkpoint
+from micrograd_gpt.runs import checkpoint, plan_ranks
 from micrograd_gpt.runs.dropout import set_dropout
 from micrograd_gpt.runs.fingerprint import check_same_data
 from micrograd_gpt.runs.lock import only_writer
@@ -93,7 +93,8 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
     # Model, optimizer, and what a resumed run saved of them
     smaller = smaller_model(settings)
     if ranks.local_rank == 0:
-        plan = Plan.of(config_of(settings, corpus.tokenizer.vocab_size), settings, device)
+        config = config_of(settings, corpus.tokenizer.vocab_size)
+        plan = Plan.of(config, settings, device, ranks.size)
         plan.check_room(smaller, ranks.local_size)
     with memory_errors(smaller), ranks.first_on_machine():
         model = make_model(settings, corpus.tokenizer, device)
@@ -285,8 +286,7 @@ def plan_of(settings: argparse.Namespace, device: str) -> str:
         tokenizer = load_corpus(settings.data, tokenizer, form=form_of(settings)).tokenizer
     elif isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, "")
-    plan = Plan.of(config_of(settings, tokenizer.vocab_size), settings, device)
-    return plan.report(settings.max_steps, settings.rate, settings.devices)
+    return plan_ranks.report(config_of(settings, tokenizer.vocab_size), settings, device)
 
 
 if __name__ == "__main__":

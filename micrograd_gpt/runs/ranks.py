@@ -325,12 +325,11 @@ def divided(settings: argparse.Namespace, size: int) -> argparse.Namespace:
     step = f"a step has {s.grad_accum_steps} {batches} of {counted(s.batch_size, 'window')}"
     again = " --allow-changes" if s.resume else ""
     if windows % size:
-        more = -(-s.grad_accum_steps // size) * size
-        shared = s.grad_accum_steps if s.dropout else windows  # as for any number of ranks
-        numbers = ", ".join(str(n) for n in range(1, shared + 1) if shared % n == 0)
-        ranks = "rank" if shared == 1 else "ranks"
+        more, numbers = -(-s.grad_accum_steps // size) * size, numbers_of_ranks(s)
+        ranks = "rank" if numbers == [1] else "ranks"
         raise UserError(
-            f"{step}, which {size} ranks cannot share: start {numbers} {ranks}, or give "
+            f"{step}, which {size} ranks cannot share: start {', '.join(map(str, numbers))} "
+            f"{ranks}, or give "
             f"--grad-accum-steps {more}{again}"
         )
     count = next(
@@ -343,3 +342,10 @@ def divided(settings: argparse.Namespace, size: int) -> argparse.Namespace:
         )
     smaller = {"grad_accum_steps": count, "batch_size": windows // count}
     return argparse.Namespace(**{**vars(s), **smaller})
+
+
+def numbers_of_ranks(settings: argparse.Namespace) -> list[int]:
+    """All numbers of ranks that can share a step, in rising order."""
+    s = settings
+    shared = s.grad_accum_steps if s.dropout else s.grad_accum_steps * s.batch_size
+    return [n for n in range(1, shared + 1) if shared % n == 0]

@@ -216,12 +216,15 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
 "planning": [
     ("plan", SWITCH, False, ONCE, "print what the run would take, and end"),
     ("rate", ABOVE_0, None, ONCE, "TFLOP/s that a device reaches (measured on this machine)"),
-    ("devices", COUNT, 1, ONCE, "how many devices share a step"),
+    ("devices", COUNT, 1, ONCE,
+     "how many GPUs or machines of their own share a step, one rank each"),
+    ("interconnect", ABOVE_0, None, ONCE,
+     "GB/s that each device sends to others and receives at the same time: plan that too"),
 ]}
 # fmt: on
 GROUPS = {title: [Setting(*row) for row in rows] for title, rows in TABLE.items()}
 SETTINGS = {row.name: row for rows in GROUPS.values() for row in rows}
-NEEDS = {"rate": "plan", "devices": "plan", "allow_changes": "resume"}
+NEEDS = {"rate": "plan", "devices": "plan", "interconnect": "plan", "allow_changes": "resume"}
 EARLIER = {"line_ends": "keep"}  # what runs did whose settings do not say it yet
 OF_THE_WEIGHTS = ("size", "n_layer", "n_head", "n_embd", "tokenizer")  # --init-from decides these
 

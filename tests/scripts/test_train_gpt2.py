@@ -32,7 +32,8 @@ FLAGS = """--data --validation --text-field --line-ends --special-tokens --no-sp
     --reduce-dtype --shard-optimizer --no-shard-optimizer --warmup-steps --weight-decay --beta1
     --beta2 --grad-clip --log-interval
     --eval-interval --eval-batches --sample-interval --save-interval --keep --on-save-error
-    --tensorboard --no-tensorboard --watch --no-watch --plan --rate --devices --help"""
+    --tensorboard --no-tensorboard --watch --no-watch --plan --rate --devices --interconnect
+    --help"""
 
 
 @pytest.mark.slow
