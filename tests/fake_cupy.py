@@ -233,6 +233,8 @@ class ndarray:
             return NotImplemented
         if any(isinstance(value, tuple) for value in inputs):  # several indices of add.at
             return NotImplemented
+        if not all(isinstance(value, OPERANDS) for value in inputs):  # another library's to do
+            return NotImplemented
         if "out" in kwargs:
             (kwargs["out"],) = kwargs["out"]
         return (function if method == "__call__" else function.at)(*inputs, **kwargs)
@@ -291,9 +293,13 @@ class ndarray:
         return wrap(self._numbers.T, self)
 
     def __matmul__(self, other: Any) -> ndarray:
-        return matmul(self, other)
+        return matmul(self, other) if isinstance(other, OPERANDS) else NotImplemented
 
     __hash__ = None
+
+
+# What CuPy's operators and ufuncs take; NumPy's arrays they refuse
+OPERANDS = (ndarray, np.ndarray, np.generic, bool, int, float)
 
 
 def check_arguments(name: str, accepted: str, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -326,6 +332,17 @@ def _method(name: str, accepted: str | None = None) -> Any:
     return method
 
 
+def _operator(name: str) -> Any:
+    method = _method(name)
+
+    def operator(self: ndarray, *other: Any) -> Any:
+        """CuPy lets NumPy ask another library's object, which it does not know."""
+        known = all(isinstance(value, OPERANDS) for value in other)
+        return method(self, *other) if known else NotImplemented
+
+    return operator
+
+
 def _read(name: str) -> Any:
     def method(self: ndarray) -> Any:
         capture.forbids(name)
@@ -354,9 +371,9 @@ for _name in READS:
 for _name in ATTRIBUTES:
     setattr(ndarray, _name, property(lambda self, name=_name: getattr(self._numbers, name)))
 for _name in OPERATORS:
-    setattr(ndarray, f"__{_name}__", _method(f"__{_name}__"))
+    setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
     if hasattr(np.ndarray, f"__r{_name}__"):
-        setattr(ndarray, f"__r{_name}__", _method(f"__r{_name}__"))
+        setattr(ndarray, f"__r{_name}__", _operator(f"__r{_name}__"))
 for _name, _function in (("add", "add"), ("sub", "subtract"), ("mul", "multiply")):
     setattr(ndarray, f"__i{_name}__", _in_place(_function))
 ndarray.__itruediv__ = _in_place("divide")

@@ -96,6 +96,22 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         F.linear_cross_entropy(x, w, [0, 1])
 
 
+@pytest.mark.parametrize("level", ["definitions", "fused", "c"])
+def test_what_is_no_tensor_is_named(level: str) -> None:
+    x, w = numbers(2, 3), Tensor(numbers(3, 5))
+    with at_most(level):
+        with pytest.raises(TypeError, match=r"softmax: x must be a Tensor, not ndarray: .*\(x\)"):
+            F.softmax(x)
+        with pytest.raises(TypeError, match="cross_entropy: logits must be a Tensor, not ndarray"):
+            F.cross_entropy(logits=x, targets=[0, 1])
+        with pytest.raises(TypeError, match="linear: x must be a Tensor, not list"):
+            F.linear(x.tolist(), w)
+        with pytest.raises(TypeError, match="linear: weight must be a Tensor, not ndarray"):
+            F.linear(Tensor(x), w.data)
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'weight'"):
+            F.linear(Tensor(x))
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_two_types_of_float_give_the_wider_one(name: str) -> None:
     """As in NumPy; and each gradient has its input's type."""

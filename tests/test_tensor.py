@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import operator
 import weakref
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -946,6 +947,41 @@ def test_functions_of_numpy_see_the_numbers() -> None:
     assert np.ndim(x) == 2
     with pytest.raises(TypeError, match=r"lose the gradient: .*\.numpy\(\)"):
         np.mean(x)
+
+
+def test_elementwise_functions_of_numpy_see_the_numbers() -> None:
+    x = Tensor([[1.0, 2.0], [3.0, 6.0]])
+    np.testing.assert_array_equal(np.exp(x), np.exp(x.data))
+    assert np.maximum(x, 2).tolist() == [[2, 2], [3, 6]] and np.add.reduce(x).tolist() == [4, 8]
+    total = np.zeros((2, 2), np.float32)
+    total += x
+    assert total.tolist() == x.data.tolist() and type(total) is np.ndarray
+    x.requires_grad = True
+    loss = x.sum()
+    assert np.isfinite(loss) and not np.isnan(loss) and not np.isinf(x).any()
+    for lost in (lambda: np.exp(x), lambda: np.maximum(x, 2), lambda: np.add.reduce(x)):
+        with pytest.raises(TypeError, match=r"lose the gradient: .*\.numpy\(\)"):
+            lost()
+    with pytest.raises(TypeError, match="lose the gradient"):
+        total += x
+
+
+@pytest.mark.parametrize("left", [np.float32(2), np.full((2, 2), 2, np.float32)])
+def test_with_an_array_on_the_left_an_operation_is_the_tensor_s(left: Any) -> None:
+    x = Tensor([[1.0, 2.0], [3.0, 6.0]], requires_grad=True)
+    names = ("__add__", "__sub__", "__mul__", "__truediv__", "__pow__", "__matmul__")
+    for name in names[: 6 if np.ndim(left) else 5]:
+        operation, grads = getattr(operator, name), []
+        for a in (left, Tensor(np.broadcast_to(left, x.shape))):
+            y = operation(a, x)
+            y.sum().backward()
+            grads.append((y.data.tolist(), x.grad.tolist()))
+            x.grad = None
+        assert grads[0] == grads[1]
+    for name in ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"):
+        result = getattr(operator, name)(left, x)
+        assert isinstance(result, Tensor)
+        assert result.data.tolist() == getattr(operator, name)(left, x.data).tolist()
 
 
 def test_a_leaf_changes_in_place_within_no_grad_alone() -> None:

@@ -10,7 +10,21 @@ from typing import Any
 
 import numpy as np
 
-SIZES = (np.shape, np.ndim, np.size)  # of these functions no gradient is asked
+NO_GRADIENT = (np.shape, np.ndim, np.size, np.isnan, np.isinf, np.isfinite)  # is asked of these
+OPERATORS = {  # what an array on the left calls, and what the tensor on its right does
+    np.add: "__radd__",
+    np.subtract: "__rsub__",
+    np.multiply: "__rmul__",
+    np.true_divide: "__rtruediv__",
+    np.power: "__rpow__",
+    np.matmul: "__rmatmul__",
+    np.equal: "__eq__",
+    np.not_equal: "__ne__",
+    np.less: "__gt__",
+    np.less_equal: "__ge__",
+    np.greater: "__lt__",
+    np.greater_equal: "__le__",
+}
 
 
 class Habits:
@@ -22,7 +36,6 @@ class Habits:
     requires_grad: bool
     numpy: Callable[[], np.ndarray]
 
-    __array_ufunc__ = None  # np.float32(2) * tensor: NumPy leaves it to Tensor.__rmul__
     __hash__ = object.__hash__  # as a key a tensor is itself, whatever it holds
 
     def __len__(self) -> int:
@@ -52,12 +65,19 @@ class Habits:
             raise TypeError("NumPy would lose the gradient: for the data alone call .numpy()")
         return np.array(self.numpy(), dtype, copy=copy)
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **options: Any) -> Any:
+        """array * tensor, which is a tensor, and np.exp(tensor): that of its numbers (NEP 13)."""
+        if ufunc in OPERATORS and args[-1] is self and method == "__call__" and not options:
+            return getattr(self, OPERATORS[ufunc])(args[0])
+        function = ufunc if method == "__call__" else getattr(ufunc, method)
+        return self.__array_function__(function, (), args, options)
+
     def __array_function__(self, function: Any, types: Any, args: Any, options: Any) -> Any:
         """A function of NumPy's on tensors, as np.mean(tensor): that on their numbers (NEP 18)."""
 
         def numbers(value: Any) -> Any:
             if isinstance(value, Habits):
-                return value.data if function in SIZES else np.asarray(value)
+                return value.data if function in NO_GRADIENT else np.asarray(value)
             return type(value)(map(numbers, value)) if type(value) in (list, tuple) else value
 
         return function(*numbers(args), **{name: numbers(value) for name, value in options.items()})

@@ -31,6 +31,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from micrograd_gpt.arrays import edits, precision
+from micrograd_gpt.arrays.habits import Habits
 from micrograd_gpt.support.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -54,11 +55,13 @@ class NotForMe(Exception):
 def definition(function: F) -> F:
     """Let faster functions stand in for `function`, which runs where none of them does.
 
-    On the result, `.definition` is `function` itself, and `.stand_ins` maps each level to the
-    function registered there.
+    A call gives a TypeError where a parameter is annotated as a Tensor and gets something else. On
+    the result, `.definition` is `function` itself, and `.stand_ins` maps each level to the function
+    registered there.
     """
 
     signature = inspect.signature(function)
+    tensors = [p.name if _is_tensor(p.annotation) else "" for p in signature.parameters.values()]
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -66,6 +69,10 @@ def definition(function: F) -> F:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             args = bound.args
+        for name, arg in zip(tensors, args, strict=False):
+            if name and not isinstance(arg, Habits):
+                what = f"{function.__name__}: {name} must be a Tensor, not {type(arg).__name__}"
+                raise TypeError(f"{what}: write Tensor({name})")
         if highest_level() == "definitions" and not precision.is_needed(args):
             return named(*args)
         return choose(*precision.rounded(function, args))
@@ -260,6 +267,10 @@ def report() -> str:
         return _IN_C[-1]()
     names = {"definitions": "none, layers.py", "fused": "none, functional.py", "numpy": "NumPy"}
     return f"{names[level]} (as MICROGRAD_GPT_KERNELS asks)"
+
+
+def _is_tensor(annotation: Any) -> bool:
+    return getattr(annotation, "__name__", annotation) == "Tensor"
 
 
 def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any]]:

@@ -8,6 +8,7 @@ tokens.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
@@ -15,6 +16,8 @@ from typing import Any, get_args, get_type_hints
 from micrograd_gpt.generation.settings import GROUPS, HOW_MUCH, WHICH_TOKEN, Settings
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
+
+ESCAPES = {r"\n": "\n", r"\t": "\t", "\\\\": "\\"}  # in a stop text
 
 # A script's defaults where they differ from the library's: setting -> (default, why)
 Defaults = Mapping[str, tuple[Any, str]]
@@ -52,9 +55,11 @@ def add_flags(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
     add_to[HOW_MUCH](
         "--stop",
         action="append",
+        type=with_line_ends,
         default=argparse.SUPPRESS,
         metavar="TEXT",
-        help="end before this text; repeatable (default: off)",
+        help=r"end before this text, where \n is the end of a line, \t a tab and \\ a backslash; "
+        "repeatable (default: off)",
     )
     add_to[WHICH_TOKEN](
         "--greedy",
@@ -62,6 +67,11 @@ def add_flags(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
         default=argparse.SUPPRESS,
         help="always the likeliest token, as --temperature 0 (default: off)",
     )
+
+
+def with_line_ends(text: str) -> str:
+    r"""A text as most mean it who type it in a shell, which leaves \n as two characters."""
+    return re.sub(r"\\[nt\\]", lambda found: ESCAPES[found[0]], text)
 
 
 def _what_follows(setting: Field[Any]) -> dict[str, Any]:

@@ -24,9 +24,11 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from micrograd_gpt.checks import DROPOUTS
 from micrograd_gpt.nn import Module, Parameter
 from micrograd_gpt.runs.config_file import WRITTEN as WRITTEN_FLAGS
 from micrograd_gpt.runs.loss_scaler import LossScaler
@@ -80,6 +82,7 @@ def save_run(
     folder = Path(folder)
     step = {"step": str(optimizer.steps)}
     state = {"step": optimizer.steps, "val_loss": val_loss, "settings": settings}
+    state["config"] = _lasting_config(model)
     if missed := _missed(model, optimizer):
         state["missed_steps"] = missed
     if scaler and scaler.enabled:
@@ -121,11 +124,28 @@ def load_run(
                 f"{step}: they were saved apart; start another run from the weights"
             )
         fill(arrays, file.entries, file.path)
+    _check_config(model, state.get("config", {}), folder)  # {}: saved by an earlier version
     for parameter in model.parameters():
         parameter.data = parameter.data  # filled in place: a tape made before no longer holds
     optimizer.steps = step
     missed = state.get("missed_steps", {})
     optimizer.missed = [missed.get(name, 0) for name, _ in _learning(model, optimizer)]
+
+
+def _lasting_config(model: Any) -> dict[str, Any]:
+    """A model's config but for dropout, which is a setting of the run."""
+    return {key: value for key, value in asdict(model.config).items() if key not in DROPOUTS}
+
+
+def _check_config(model: Any, saved: dict[str, Any], folder: Path) -> None:
+    """UserError where config.json has come to describe another model, though the weights fit."""
+    for key, now in _lasting_config(model).items():
+        before = saved.get(key, now)
+        if now != before:
+            raise UserError(
+                f"the run in {folder} was saved with {key} {before!r}, and its {CONFIG} now says "
+                f"{now!r}: put that back, or start another run from the weights"
+            )
 
 
 def load_settings(folder: str | Path) -> dict[str, Any]:
@@ -282,6 +302,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def _checked(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     if type(state.get("step")) is not int or not isinstance(state.get("settings"), dict):
         raise UserError(f"{folder / STATE} is damaged: it lacks the step or the settings")
+    if not isinstance(state.get("config", {}), dict):
+        raise UserError(f"{folder / STATE} is damaged: its config is not that of a model")
     missed = state.get("missed_steps", {})
     if not isinstance(missed, dict) or not all(type(n) is int and n >= 0 for n in missed.values()):
         raise UserError(f"{folder / STATE} is damaged: its missed_steps are not numbers")

@@ -52,7 +52,7 @@ def columns(
         return
     for name in wanted:
         if name not in names:
-            raise no_field(f"{path}: its header", name, names, flags)
+            raise no_column(path, name, names, flags)
         if names.count(name) > 1:
             raise UserError(f"{path}: its header has {name!r} twice: rename or remove one")
     places = [names.index(name) for name in wanted]
@@ -109,6 +109,12 @@ def _python_value(value: Any) -> Any:
         return value.as_py()
     except UnicodeDecodeError:  # some writers let half a character through
         return value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+
+
+def no_column(path: Path, name: str, names: Sequence[str], flags: str) -> UserError:
+    """What to say where the first record of a table does not name such a column."""
+    or_none = f"{flags}; or, if these are a record and no names, put a header above them"
+    return no_field(f"{path}: its header", name, names, or_none)
 
 
 def no_field(where: str, name: str, names: Sequence[str], flags: str) -> UserError:

@@ -63,8 +63,8 @@ LABELLED_DATA = [
     Setting("balance", ON_OFF, False, ASK,
      "learn from each label equally often: texts of rare ones more than once an epoch"),
     Setting("predict", OPTIONAL_FILE, None, ONCE,
-     "label the texts of a file (.txt: one a line; else as for --data) or of a pipe with the "
-     "classifier --model: one JSON object a line"),
+     "label the texts of a file (.txt: one a line, blank lines do not count; else as for --data) "
+     "or of a pipe with the classifier --model: one JSON object a line"),
 ]
 CLASSIFIER = [
     Setting("train_layers", one_of("all", "last", "head"), "all", NEVER,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading
 from micrograd_gpt.text import tables
@@ -103,7 +103,7 @@ def read_texts(source: str, columns: Columns, encoding: str = "utf-8") -> list[E
         text = sys.stdin.buffer.read().decode(encoding)
     except UnicodeDecodeError as error:
         raise UserError(f"stdin is not {encoding.upper()} text ({error}): convert it") from None
-    examples = [Example(row.text, None, f"stdin, {row.place}") for row in text_lines(text)]
+    examples = [Example(row.text, None, f"stdin, {row.place}") for row in text_lines(text, "stdin")]
     if not examples:
         raise UserError(
             "stdin holds no texts: send some, a line each, or name a file with --predict FILE (to "
@@ -131,7 +131,7 @@ def _rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Ite
         case ".parquet":
             records = tables.parquet_columns(path, wanted, FLAGS)
         case _ if not with_labels:
-            yield from text_lines(_text(path, encoding))
+            yield from text_lines(_text(path, encoding), path)
             return
         case _:
             raise UserError(f"{path} is not a table of texts: give {', '.join(SUFFIXES)}")
@@ -139,11 +139,16 @@ def _rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Ite
         yield Row(place, text, label[0] if label else None)
 
 
-def text_lines(text: str) -> Iterator[Row]:
-    """The lines of a text that are not blank, without labels."""
-    for number, line in enumerate(text.split("\n"), 1):
+def text_lines(text: str, source: str | Path) -> Iterator[Row]:
+    """The lines of a text that are not blank, without labels; says how many others there are."""
+    blank = 0
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         if line.strip():
             yield Row(f"line {number}", line.removesuffix("\r"), None)
+        else:
+            blank += 1
+    if blank:
+        say(f"note: {source}: {counted(blank, 'blank line')} left out")
 
 
 def _text(path: Path, encoding: str) -> str:
@@ -170,7 +175,7 @@ def _tsv_records(
     label = 0 if len(values[0]) <= len(values[1]) else 1
     if len(wanted) > 1 and len(table) > 1 and values[label][first[label]] == 1:
         # What is there only once is a header
-        raise tables.no_field(f"{path}: its header", wanted[1], first, FLAGS)
+        raise tables.no_column(path, wanted[1], first, FLAGS)
     for place, fields in table:
         yield place, [fields[1 - label], fields[label]]
 
@@ -297,6 +302,14 @@ def split(examples: Sequence[Example], parts: Sequence[float]) -> list[list[Exam
     return [[examples[i] for i in sorted(result)] for result in results]
 
 
+def _how_few(examples: Sequence[Example], labels: Sequence[str]) -> str:
+    """How many texts there are of how many labels, and what to do."""
+    found = f"{len(examples):,} texts have {len(labels):,} labels"
+    if len(labels) > len(examples) / 2 and all(map(is_number, labels)):
+        return f"{found}, which look like measurements: give labels that several texts share"
+    return f"{found}: give more texts of each, or a file of them"
+
+
 def read_parts(
     data: str,
     validation: str | None,
@@ -321,7 +334,7 @@ def read_parts(
     learned = {example.text for example in train}
     for name, part in (("validate on", cut[0]), ("test on", cut[1])):
         if not part:
-            raise UserError(f"{data} has too few texts to {name}: give more, or a file of them")
+            raise UserError(f"{data} has too few texts to {name}: {_how_few(examples, labels)}")
         if again := sum(example.text in learned for example in part):
             say(f"warning: {again:,} of {len(part):,} texts to {name} are learned from as well")
     return Parts(train, cut[0], cut[1], labels)

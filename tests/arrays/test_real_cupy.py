@@ -11,6 +11,8 @@ import fake_nccl
 import numpy as np
 import pytest
 
+from micrograd_gpt import Tensor
+
 cupy = pytest.importorskip("cupy", reason='CuPy is not installed: pip install -e ".[cuda13]"')
 
 
@@ -68,6 +70,16 @@ def test_numpys_functions_work_on_cupys_arrays() -> None:
     for wrong in (lambda: np.add(x, np.ones(3)), lambda: np.where(np.ones(3, bool), x, x)):
         with pytest.raises(TypeError):
             wrong()
+
+
+@pytest.mark.gpu
+def test_an_array_may_stand_left_of_a_tensor() -> None:
+    x = Tensor(cupy.asarray([[1.0, 2.0], [3.0, 4.0]], "float32"), requires_grad=True)
+    left = cupy.full((2, 2), 2, "float32")
+    for result in (left + x, left - x, left * x, left / x, left**x, left @ x, np.float32(2) * x):
+        assert isinstance(result, Tensor) and result.device == "gpu" and result.requires_grad
+    assert (left < x).numpy().tolist() == [[False, False], [True, True]]
+    assert np.isfinite(x).all() and not np.isnan(x).any()
 
 
 def test_what_else_the_gpu_path_uses_is_there() -> None:

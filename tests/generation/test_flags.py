@@ -105,6 +105,13 @@ def test_greedy_is_temperature_0() -> None:
         parse("--greedy", "--temperature", "1").settings()
 
 
+def test_a_typed_line_end_in_a_stop_text_is_one() -> None:
+    typed = [r"\n", r"a\n\nb", r"\t", r"\\n", r"\end{x}", "\n"]
+    wanted = ["\n", "a\n\nb", "\t", r"\n", r"\end{x}", "\n"]
+    assert parse(*(word for text in typed for word in ("--stop", text))).stop_texts == wanted
+    assert Choices({}).set("stop", r"Q:\n").stop_texts == ["Q:\n"]
+
+
 def test_choices_change_one_flag_at_a_time() -> None:
     first = parse("--seed", "3", "--stop", "a", "--stop", "b")
     assert first.stop_texts == ["a", "b"]

@@ -8,6 +8,7 @@ must be right.
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import signal
@@ -295,6 +296,18 @@ def test_what_comes_from_the_host_is_checked_there(cupy: ModuleType) -> None:
     assert fake_cupy.counts.reads == 0
     on_gpu = cupy.asarray(ids)  # these are not checked: that would wait for the GPU
     assert model.loss(on_gpu, on_gpu).device == "gpu" and fake_cupy.counts.reads == 0
+
+
+def test_an_array_may_stand_left_of_a_tensor(cupy: ModuleType) -> None:
+    left, leaf = np.full((2, 2), 3, np.float32), Tensor([[1.0, 3.0], [4.0, 2.0]])
+    x = leaf.to("gpu")
+    x.requires_grad = True
+    for operation in ("__mul__", "__sub__", "__matmul__", "__lt__"):
+        apply = getattr(operator, operation)
+        y = apply(cupy.asarray(left), x)
+        np.testing.assert_array_equal(y.numpy(), apply(left, leaf.data))
+        assert y.device == "gpu" and y.requires_grad == (operation != "__lt__")
+    assert np.isfinite(x).all()
 
 
 def test_tensors_are_indexed_by_lists_and_arrays(cupy: ModuleType) -> None:

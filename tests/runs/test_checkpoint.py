@@ -90,6 +90,9 @@ def test_a_run_that_an_earlier_version_saved_goes_on(tmp_path: Path) -> None:
     """Its tokenizer.json was in a format of our own, and there was no tokenizer_config.json."""
     model, optimizer = trained()
     checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    del state["config"]
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER.to_dict()))
     checkpoint.load_run(tmp_path, model, optimizer)
@@ -335,6 +338,23 @@ def test_a_state_without_its_facts_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text("{}")
     with pytest.raises(UserError, match=r"trainer_state\.json is damaged: it lacks the step"):
         checkpoint.load_settings(tmp_path)
+    (tmp_path / "trainer_state.json").write_text('{"step": 1, "settings": {}, "config": 3}')
+    with pytest.raises(UserError, match=r"trainer_state\.json is damaged: its config is not"):
+        checkpoint.load_settings(tmp_path)
+
+
+def test_a_config_that_makes_another_model_of_the_same_weights_is_named(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key, value, before in (("n_head", 4, "2"), ("layer_norm_epsilon", 0.5, "1e-05")):
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        again = GPT2(read_config(tmp_path))
+        message = f"was saved with {key} {before}, and its .* now says {value}"
+        with pytest.raises(UserError, match=message):
+            checkpoint.load_run(tmp_path, again, optim.AdamW(again.parameters()))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.5}))
+    checkpoint.load_run(tmp_path, model, optimizer)  # a run's dropout is its settings'
 
 
 def test_how_often_each_parameter_moved_comes_back(tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ def data(tmp_path: Path) -> Path:
 def classify(finetune_gpt2: ModuleType, base: Path, data: Path) -> Main:
     """classify(out, *flags): fine-tunes here, with the script's `main`."""
 
-    def main(out: Path, *flags: object, resume: bool = False) -> int:
-        start = ["--resume"] if resume else ["--model", base, "--data", data, *FAST]
+    def main(out: Path, *flags: object, resume: bool = False, model: Path = base) -> int:
+        start = ["--resume"] if resume else ["--model", model, "--data", data, *FAST]
         return finetune_gpt2.main(["classify", *map(str, [*start, "--out", out, *flags])])
 
     return main
@@ -425,7 +425,7 @@ def test_a_tokenizer_of_another_model_is_refused(
     small, out = tmp_path / "small", tmp_path / "out"
     GPT2(GPT2Config(1, 2, 16, 100, 32)).save_pretrained(small, ByteTokenizer())
     with pytest.raises(UserError, match="the tokenizer has 257 tokens and the model 100"):
-        classify(out, "--model", small)
+        classify(out, model=small)
     classify(out, "--max-steps", 1)
     CharTokenizer.from_text("abc 0123456789").save(out)
     texts = tmp_path / "texts.txt"

@@ -53,11 +53,12 @@ def template(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def instruct(finetune_gpt2: ModuleType, base: Path, data: Path, template: Path) -> Main:
-    """instruct(out, *flags): fine-tunes here, with the script's `main`."""
+    """instruct(out, *flags): fine-tunes here, with the script's `main`. A flag wins over ours."""
 
     def main(out: Path, *flags: object, resume: bool = False) -> int:
-        start = ["--model", base, "--data", data, "--template", template, *FAST]
-        start = ["--resume"] if resume else start
+        ours = {"--model": base, "--data": data, "--template": template}
+        left = [word for flag in ours.items() if flag[0] not in flags for word in flag]
+        start = ["--resume"] if resume else [*left, *FAST]
         return finetune_gpt2.main(["instruct", *map(str, [*start, "--out", out, *flags])])
 
     return main

@@ -50,8 +50,8 @@ def data(tmp_path: Path) -> Path:
 def classify(finetune_gpt2: ModuleType, base: Path, data: Path) -> Main:
     """classify(out, *flags): fine-tunes here, with the script's `main`."""
 
-    def main(out: Path, *flags: object, resume: bool = False) -> int:
-        start = ["--model", base, "--data", data, "--learning-rate", 0.02, "--lora-rank", RANK]
+    def main(out: Path, *flags: object, resume: bool = False, model: Path = base) -> int:
+        start = ["--model", model, "--data", data, "--learning-rate", 0.02, "--lora-rank", RANK]
         start = ["--resume"] if resume else start
         return finetune_gpt2.main(["classify", *map(str, [*start, "--out", out, *flags])])
 
@@ -107,7 +107,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(classify: Main, tmp_path: Path) 
 def test_a_run_is_not_resumed_on_another_base(classify: Main, base: Path, tmp_path: Path) -> None:
     changed, out = tmp_path / "changed", tmp_path / "out"
     shutil.copytree(base, changed)
-    assert classify(out, "--model", changed, "--max-steps", 1) == 0
+    assert classify(out, "--max-steps", 1, model=changed) == 0
     model = GPT2.from_pretrained(changed)
     model.transformer.ln_f.bias.data += 0.5
     model.save_pretrained(changed)
@@ -204,4 +204,4 @@ def test_lora_s_flags_need_a_rank(
 def test_an_adapter_cannot_be_the_base_of_another(classify: Main, tmp_path: Path) -> None:
     assert classify(tmp_path / "first", "--max-steps", 1) == 0
     with pytest.raises(UserError, match=r"first is an adapter, .* merge it first"):
-        classify(tmp_path / "second", "--model", tmp_path / "first")
+        classify(tmp_path / "second", model=tmp_path / "first")

@@ -152,9 +152,11 @@ def test_gradients_are_not_clipped_at_0_and_a_long_warm_up_is_said(
     [
         "train_gpt2 --data a.txt --data b.txt",
         "train_gpt2 --out a --out=b",
+        "train_gpt2 --config a.toml --config b.toml",
         "generate --model a --model b",
         "evaluate_gpt2 perplexity --data a.txt --data b.txt",
         "finetune_gpt2 classify --data a.csv --data b.csv",
+        "finetune_gpt2 instruct --config a.toml --config b.toml",
     ],
 )
 def test_of_two_paths_none_is_dropped(words: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,6 +85,11 @@ def test_labels_that_are_numbers(tmp_path: Path) -> None:
 
 
 WRONG = {
+    "no header": (
+        "a.csv",
+        "the cat,ham\nthe dog,spam\n",
+        "only 'the cat', 'ham': name .*; or, if these are a record and no names, put a header",
+    ),
     "no column": (
         "a.csv",
         "v1,v2\nham,Hi\n",
@@ -203,9 +209,37 @@ def test_parts_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == expected
     with pytest.raises(UserError, match=r"c\.tsv, line 3: the label 'z' is unknown"):
         read_parts(a, None, c, Columns())
-    (tmp_path / "d.tsv").write_text("label\ttext\nx\td1\ny\td2\n")
-    with pytest.raises(UserError, match="too few texts to validate on"):
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("xy", "2 texts have 2 labels: give more texts of each, or a file of them$"),
+        (["0.5", "1.5", "2"], "3 texts have 3 labels, which look like measurements: give labels"),
+    ],
+)
+def test_labels_that_no_two_texts_share(
+    labels: Sequence[str], message: str, tmp_path: Path
+) -> None:
+    rows = "".join(f"{label}\ttext {i}\n" for i, label in enumerate(labels))
+    (tmp_path / "d.tsv").write_text("label\ttext\n" + rows)
+    with pytest.raises(UserError, match=f"too few texts to validate on: {message}"):
         read_parts(str(tmp_path / "d.tsv"), None, None, Columns())
+
+
+def test_blank_lines_that_are_left_out_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for content, note in (
+        ("one\n\n \ntwo\n", "new.txt: 2 blank lines left out\n"),
+        ("one\n\ntwo", "new.txt: 1 blank line left out\n"),
+        ("one\ntwo\n", ""),
+    ):
+        (tmp_path / "new.txt").write_text(content)
+        texts = read_texts(str(tmp_path / "new.txt"), Columns())
+        assert [e.text for e in texts] == ["one", "two"]
+        said = capsys.readouterr().err
+        assert said.startswith("note: ") == bool(note) and said.endswith(note)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.tsv", "a.csv", "a.jsonl"])
