@@ -395,6 +395,7 @@ def bound_to() -> set[int]:
 
 def end_all(ranks: MPIRanks, error: BaseException, stderr: TextIO) -> NoReturn:
     """End the processes of all ranks, after one message that says why."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher ends the others meanwhile
     # They may be about to say the same; that a rank has died is noticed on its machine alone.
     before = ranks.living_before(here=isinstance(error, RankDied))
     time.sleep(min(MOST_PATIENCE, PATIENCE * before))
