@@ -1,0 +1,218 @@
+/* Products of bfloat16 by AMX: an instruction multiplies (16, 32) @ (32, 16) from registers that hold
+   matrices, and adds to a third.
+
+   Four registers hold the sums of 32 rows and columns, so that each of the four that hold factors is
+   used twice. A block of the left factor is packed and stays in the second-level cache, while one
+   panel of the right factor after another is packed and passes by it from the first-level cache.
+   Multiplying leaves memory idle: meanwhile the next panel's numbers are fetched. */
+
+#include "tiles.h"
+
+#ifdef HAS_TILES
+#include "half.h"
+#include "matmul.h"
+
+enum { PACKED_A, PACKED_B, SUMS }; /* the purposes of scratch() here */
+#define MOST_DEPTH 1024           /* of what is packed together */
+
+/* -------------------------------------------------------------------------------------- packing */
+
+INLINE uint32_t pair(uint16_t first, uint16_t second) { return first | (uint32_t)second << 16; }
+
+/* Where the number (i, p) of a (n, deep) stands once it is packed. */
+INLINE Int place_in_strips(Int i, Int p, Int deep) {
+  return i / SIDE * SIDE * deep + p / STEP * SIDE * STEP + i % SIDE * STEP + p % STEP;
+}
+
+/* Where the pair (p, q) and (p + 1, q) of b (deep, m) stands, counted in pairs. */
+INLINE Int place_in_panels(Int p, Int q, Int deep) {
+  Int step = (q / SIDE * deep + p / STEP * STEP) * SIDE, half = q % SIDE / 16 * 16 * STEP;
+  return (step + half) / 2 + p % STEP / 2 * 16 + q % 16;
+}
+
+/* 16 rows and STEP columns of a, whose columns have no gaps. */
+INLINE void pack_across(const uint16_t *a, Int a_column, uint16_t *packed) {
+  uint32_t pairs[LANES * LANES];
+  for (Int p = 0; p < LANES; p++) {
+    const uint16_t *x = a + 2 * p * a_column, *y = x + a_column;
+#pragma omp simd
+    for (Int i = 0; i < LANES; i++) pairs[p * LANES + i] = pair(x[i], y[i]);
+  }
+  transpose_block((const float *)pairs, LANES, STEP / 2, (float *)packed);
+}
+
+void pack_strips(const uint16_t *a, Int a_row, Int a_column, Int n, Int k, uint16_t *packed) {
+  Int deep = round_up(k, STEP), done_rows = 0, done = k / STEP * STEP;
+  if (n % SIDE || k < deep) memset(packed, 0, round_up(n, SIDE) * deep * sizeof *packed);
+  if (a_column == 1) {
+    for (; done_rows < n; done_rows++)
+      for (Int p = 0; p < done; p += STEP)
+        memcpy(packed + place_in_strips(done_rows, p, deep), a + done_rows * a_row + p, 2 * STEP);
+  } else if (a_row == 1) {
+    done_rows = n / LANES * LANES;
+    for (Int p = 0; p < done; p += STEP) /* memory is read fastest along its rows */
+      for (Int i = 0; i < done_rows; i += LANES)
+        pack_across(a + i + p * a_column, a_column, packed + place_in_strips(i, p, deep));
+  }
+  for (Int i = 0; i < n; i++)
+    for (Int p = i < done_rows ? done : 0; p < k; p++)
+      packed[place_in_strips(i, p, deep)] = a[i * a_row + p * a_column];
+}
+
+/* The pairs of a row's and the next one's SIDE columns. */
+INLINE void pack_two_rows(const uint16_t *x, const uint16_t *y, uint32_t *packed) {
+  for (Int half = 0; half < 2; half++)
+#pragma omp simd
+    for (Int q = 0; q < 16; q++)
+      packed[half * 8 * STEP + q] = pair(x[half * 16 + q], y[half * 16 + q]);
+}
+
+void pack_panels(const uint16_t *b, Int b_row, Int b_column, Int k, Int m, uint16_t *packed) {
+  uint32_t *pairs = (uint32_t *)packed;
+  Int deep = round_up(k, STEP), done = 0, done_columns = 0;
+  if (m % SIDE || k < deep) memset(packed, 0, round_up(m, SIDE) * deep * sizeof *packed);
+  if (b_column == 1) {
+    done = k / 2 * 2, done_columns = m / SIDE * SIDE;
+    for (Int p = 0; p < done; p += 2) /* memory is read fastest along its rows */
+      for (Int q = 0; q < done_columns; q += SIDE)
+        pack_two_rows(b + p * b_row + q, b + (p + 1) * b_row + q,
+                      pairs + place_in_panels(p, q, deep));
+  } else if (b_row == 1 && b_column % 2 == 0) {
+    done = k / STEP * STEP, done_columns = m / LANES * LANES;
+    for (Int q = 0; q < done_columns; q += LANES)
+      for (Int p = 0; p < done; p += STEP) /* a column's pairs lie in memory as they are packed */
+        transpose_block((const float *)(b + p + q * b_column), b_column / 2, LANES,
+                        (float *)pairs + place_in_panels(p, q, deep));
+  }
+  for (Int q = 0; q < m; q++)
+    for (Int p = q < done_columns ? done : 0; p < k; p += 2) {
+      const uint16_t *first = b + p * b_row + q * b_column;
+      pairs[place_in_panels(p, q, deep)] = pair(*first, p + 1 < k ? first[b_row] : 0);
+    }
+}
+
+/* ------------------------------------------------------------------------------------- products */
+
+/* Where a block of a product lies: `depth` numbers from p0 on, and `rows` rows from i0 on. */
+typedef struct {
+  Int i0, rows, p0, depth, steps, columns; /* columns: how many of b are packed together */
+  int add, complete; /* to what is summed already; everything is, once this is added */
+  uint16_t *strips, *panels;
+  float *sums; /* of `rows` rows, panel after panel, where c cannot hold them until all are added */
+} Block;
+
+/* 16 numbers of bfloat16 as float32. */
+INLINE __m512 widened(const uint16_t *x) {
+  __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x));
+  return (__m512)_mm512_slli_epi32(words, 16);
+}
+
+/* A row of sums goes to c at (row, column), with the bias where all is summed. */
+INLINE void put_row(const HalfProduct *p, const Block *block, Int row, Int column, Int n,
+                    const float *restrict sums) {
+  const uint16_t *bias = p->bias && block->complete ? p->bias + column : NULL;
+  Int place = row * p->c_row + column;
+  if (p->c_is_narrow) {
+    uint16_t *restrict c = (uint16_t *)p->c + place;
+    Int whole = n / 32 * 32;
+    for (Int j = 0; j < whole; j += 32) {
+      __m512 low = _mm512_loadu_ps(sums + j), high = _mm512_loadu_ps(sums + j + 16);
+      if (bias) {
+        low = _mm512_add_ps(low, widened(bias + j));
+        high = _mm512_add_ps(high, widened(bias + j + 16));
+      }
+      _mm512_storeu_si512(c + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+    for (Int j = whole; j < n; j++)
+      c[j] = to_bfloat16(sums[j] + (bias ? from_bfloat16(bias[j]) : 0));
+  } else {
+    float *restrict c = (float *)p->c + place;
+    for (Int j = 0; j < n; j++)
+      c[j] = sums[j] + (block->add ? c[j] : 0) + (bias ? from_bfloat16(bias[j]) : 0);
+  }
+}
+
+/* Rows of c from (row, column) on get their sums, at most 16 rows and `width` columns. */
+static void put_rows(const HalfProduct *p, const Block *block, Int row, Int column, Int rows,
+                     Int width, const float *sums) {
+  for (Int r = 0; r < rows; r++)
+    if (width == SIDE) /* a constant makes short loops of vectors */
+      put_row(p, block, row + r, column, SIDE, sums + r * SIDE);
+    else
+      put_row(p, block, row + r, column, width, sums + r * SIDE);
+}
+
+/* c at (block->i0 + i, column), at most SIDE rows and `width` columns; or the sums that are not
+   complete. */
+static void multiply_strip(const HalfProduct *p, const Block *block, Int i, const uint16_t *panel,
+                           Int column, Int width, float *sums) {
+  Int rows = min(SIDE, block->rows - i), row = block->i0 + i;
+  int into_c = !p->c_is_narrow && !p->bias && rows == SIDE && width == SIDE;
+  float *place = into_c ? (float *)p->c + row * p->c_row + column : sums;
+  Int stride = into_c ? p->c_row : SIDE;
+  if (place && block->add)
+    load_sums(place, stride);
+  else
+    clear_sums();
+  multiply_strip_and_panel(block->steps, block->strips + i * block->steps * STEP, panel);
+  if (into_c || (p->c_is_narrow && !block->complete)) {
+    store_upper_sums(place, stride);
+    store_lower_sums(place + 16 * stride, stride);
+  } else {
+    /* One half after the other goes through the same few cache lines: loads from lines at the same
+       places of other pages wait for such stores. */
+    float half[16 * SIDE] __attribute__((aligned(64)));
+    store_upper_sums(half, SIDE);
+    put_rows(p, block, row, column, min(16, rows), width, half);
+    store_lower_sums(half, SIDE);
+    put_rows(p, block, row + 16, column, rows - 16, width, half);
+  }
+}
+
+/* Columns first … end - 1 of c in the rows and depth of a block. */
+static void multiply_block(const HalfProduct *p, Block *block, Int first, Int end) {
+  Int deep = block->steps * STEP, strips = round_up(block->rows, SIDE) / SIDE;
+  pack_strips(p->a + block->i0 * p->a_row + block->p0 * p->a_column, p->a_row, p->a_column,
+              block->rows, block->depth, block->strips);
+  float *sums = block->sums;
+  for (Int j0 = first; j0 < end; j0 += block->columns) {
+    Int columns = min(block->columns, end - j0);
+    pack_panels(p->b + block->p0 * p->b_row + j0 * p->b_column, p->b_row, p->b_column,
+                block->depth, columns, block->panels);
+    for (Int i = 0; i < strips; i++)
+      for (Int j = 0; j < columns; j += SIDE) {
+        multiply_strip(p, block, i * SIDE, block->panels + j * deep, j0 + j,
+                       min(SIDE, columns - j), sums);
+        if (sums) sums += SIDE * SIDE;
+      }
+  }
+}
+
+/* The largest multiple of SIDE up to n, or SIDE. */
+static Int whole_sides(Int n) { return n < SIDE ? SIDE : n / SIDE * SIDE; }
+
+void multiply_part_by_tiles(const HalfProduct *p, Int first_row, Int end_row, Int first_column,
+                            Int end_column) {
+  Int deep = equal_parts(p->k, MOST_DEPTH, STEP), rows = end_row - first_row;
+  Int cached = second_level_cache() / (deep * sizeof *p->a); /* rows or columns as deep */
+  Int together = equal_parts(rows, whole_sides(cached / 8 * 3), SIDE);
+  Block block = {.columns = min(whole_sides(cached / 4), round_up(end_column - first_column, SIDE))};
+  block.strips = (uint16_t *)scratch(PACKED_A, together * deep / 2);
+  block.panels = (uint16_t *)scratch(PACKED_B, block.columns * deep / 2);
+  if (!block.strips || !block.panels) return;
+  if (p->c_is_narrow && p->k > deep) {
+    block.sums = scratch(SUMS, together * round_up(end_column - first_column, SIDE));
+    if (!block.sums) return;
+  }
+  open_tiles();
+  for (block.i0 = first_row; block.i0 < end_row; block.i0 += together)
+    for (block.p0 = 0; block.p0 < p->k; block.p0 += deep) {
+      block.rows = min(together, end_row - block.i0);
+      block.depth = min(deep, p->k - block.p0);
+      block.steps = round_up(block.depth, STEP) / STEP;
+      block.add = p->adds || block.p0 > 0, block.complete = block.p0 + block.depth == p->k;
+      multiply_block(p, &block, first_column, end_column);
+    }
+  _tile_release();
+}
+#endif
