@@ -16,6 +16,7 @@ import numpy as np
 from micrograd_gpt import functional, layers
 from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.arrays.int8 import Int8Matrix, groups
+from micrograd_gpt.arrays.precision import is_half
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.layers import IGNORE
@@ -122,11 +123,14 @@ def fitting(definition: Callable[..., Any], *dtypes: Any) -> Callable[[F], F]:
 
     A definition that is not in SHAPES has a kernel that checks its arguments itself.
     """
+    has_labels = "labels" in SHAPES.get(definition, "")
 
-    def check(floats: Sequence[Any], labels: Sequence[Any]) -> None:
+    def check(floats: Sequence[Any], last: Sequence[Any]) -> None:
         check_plain(floats, dtypes)
-        if any(type(array) not in PLAIN for array in labels):
+        if has_labels and any(type(array) not in PLAIN for array in last):
             raise NotForMe
+        if last and not has_labels:  # statistics, which are not in half precision
+            check_plain(last, [FLOAT32 if is_half(floats[0]) else floats[0].dtype])
 
     return _fitting(definition, check)
 
@@ -134,16 +138,17 @@ def fitting(definition: Callable[..., Any], *dtypes: Any) -> Callable[[F], F]:
 def fitting_on_gpu(definition: Callable[..., Any]) -> Callable[[F], F]:
     """The same for a kernel on a GPU, which looks at the types itself."""
 
-    def check(floats: Sequence[Any], labels: Sequence[Any]) -> None:
+    def check(floats: Sequence[Any], last: Sequence[Any]) -> None:
         kind = type(floats[0])
-        if any(type(array) is not kind for array in (*floats, *labels) if array is not None):
+        if any(type(array) is not kind for array in (*floats, *last) if array is not None):
             raise NotForMe
 
     return _fitting(definition, check)
 
 
 def _fitting(definition: Callable[..., Any], check: Callable[..., None]) -> Callable[[F], F]:
-    """Let the decorated kernel see only arrays that pass check(floats, labels) and fit."""
+    """Let the decorated kernel see only arrays that pass check(floats, last) and fit; `last` are
+    labels or statistics, whose type is another."""
     if definition not in SHAPES:
         return lambda kernel: kernel
     line, n_arrays, n_floats = _counted(definition)
@@ -161,10 +166,10 @@ def _fitting(definition: Callable[..., Any], check: Callable[..., None]) -> Call
 
 
 def _counted(definition: Callable[..., Any]) -> tuple[str, int, int]:
-    """A line of SHAPES, how many arrays it names, and how many of them hold floats."""
+    """A line of SHAPES, how many arrays it names, and how many of them have the type of the first."""
     line = SHAPES[definition]
     n_arrays = line.count(",") + 1
-    return line, n_arrays, n_arrays - line.count("labels")
+    return line, n_arrays, n_arrays - line.count("labels") - line.count("log_total")
 
 
 # ------------------------------------------------------------------------ integers, by their values

@@ -45,6 +45,7 @@ from micrograd_gpt.tensor import Tensor
 Array = np.ndarray
 
 MANY_ELEMENTS = 2**14  # with fewer, another thread is not worth waking
+FEW_QUERIES = 4  # as in decoding; for them tiles do not pay
 FEW_ROWS = 16  # a product of at most this many rows is bound by reading the matrix
 
 
@@ -193,19 +194,21 @@ class _Gelu(ctypes.Structure):
     _fields_ = [*ints("size"), *pointers("grad", "x", "result")]
 
 
-@in_c(functional.gelu_forward)
+@in_c(functional.gelu_forward, half.BFLOAT16)
 def gelu_forward(x: Array) -> Array:
     (x,) = contiguous(x)
-    y = np.empty(x.shape, np.float32)
-    call("gelu_forward", _Gelu(x.size, None, x.ctypes.data, y.ctypes.data))
+    y = np.empty(x.shape, x.dtype)
+    name = "gelu_forward_bfloat16" if is_half(x) else "gelu_forward"
+    call(name, _Gelu(x.size, None, x.ctypes.data, y.ctypes.data))
     return y
 
 
-@in_c(functional.gelu_backward)
+@in_c(functional.gelu_backward, half.BFLOAT16)
 def gelu_backward(grad: Array, x: Array) -> Array:
     grad, x = contiguous(grad, x)
-    dx = np.empty(x.shape, np.float32)
-    call("gelu_backward", _Gelu(x.size, grad.ctypes.data, x.ctypes.data, dx.ctypes.data))
+    dx = np.empty(x.shape, x.dtype)
+    name = "gelu_backward_bfloat16" if is_half(x) else "gelu_backward"
+    call(name, _Gelu(x.size, grad.ctypes.data, x.ctypes.data, dx.ctypes.data))
     return dx
 
 
@@ -254,24 +257,27 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
     if p:
         raise NotForMe
     b, h, t, d = q.shape
-    out, log_total = np.empty((b, t, h, d), np.float32), np.empty((b, h, t), np.float32)
-    call("attention_forward", _attention(q, k, v, out, log_total))
-    return cast(out, q.dtype).swapaxes(1, 2) if is_half(q) else out.swapaxes(1, 2), log_total
+    by_tiles = is_half(q) and t > FEW_QUERIES and half.by_tiles()
+    out = np.empty((b, t, h, d), q.dtype if by_tiles else np.float32)
+    log_total = np.empty((b, h, t), np.float32)
+    name = "attention_forward_bfloat16" if by_tiles else "attention_forward"
+    call(name, _attention(q, k, v, out, log_total))
+    return cast(out, q.dtype).swapaxes(1, 2) if out.dtype != q.dtype else out.swapaxes(1, 2), log_total
 
 
-@in_c(functional.attention_backward)
+@in_c(functional.attention_backward, half.BFLOAT16)
 def attention_backward(
     grad: Array, q: Array, k: Array, v: Array, out: Array, log_total: Array, p: float, key: Key
 ) -> Array:
-    if p:
+    if p or (is_half(q) and not half.by_tiles()):
         raise NotForMe
     b, h, t, d = q.shape
     # The C code reads grad and out as (B, T, H, D) without gaps, the layout the forward writes.
     grad, out, log_total = contiguous(grad.swapaxes(1, 2), out.swapaxes(1, 2), log_total)
-    dqkv = np.empty((b, t, 3, h, d), np.float32)
+    dqkv = np.empty((b, t, 3, h, d), q.dtype)
     dq, dk, dv = dqkv.transpose(2, 0, 3, 1, 4)  # views, each (B, H, T, D)
     call(
-        "attention_backward",
+        "attention_backward_bfloat16" if is_half(q) else "attention_backward",
         _AttentionBackward(
             _attention(q, k, v, out, log_total),
             *(a.ctypes.data for a in (grad, dq, dk, dv)),

@@ -3,6 +3,7 @@
 
    functional.py derives the formulas. The threads share the rows (or elements). */
 
+#include "half.h"
 #include "layers.h"
 
 enum { TOTALS }; /* the purpose of scratch() here */
@@ -121,20 +122,55 @@ static void gelu_task(const void *arguments, Int part, Int parts) {
 
 int gelu_forward(const Gelu *g) { return run_parts(gelu_task, g, parts_for(g->size)); }
 
+INLINE float gelu_slope(float x) {
+  x = x > GELU_IS_STRAIGHT ? GELU_IS_STRAIGHT : x < -GELU_IS_STRAIGHT ? -GELU_IS_STRAIGHT : x;
+  float gate = gelu_gate(x);
+  float inner = 2 * GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x);
+  return gate + x * gate * (1 - gate) * inner;
+}
+
 static void gelu_backward_task(const void *arguments, Int part, Int parts) {
   const Gelu *g = arguments;
   Int first, end = cut(g->size, parts, LANES, part, &first);
 #pragma omp simd
-  for (Int i = first; i < end; i++) {
-    float x = g->x[i];
-    x = x > GELU_IS_STRAIGHT ? GELU_IS_STRAIGHT : x < -GELU_IS_STRAIGHT ? -GELU_IS_STRAIGHT : x;
-    float gate = gelu_gate(x);
-    float inner = 2 * GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x);
-    g->result[i] = g->grad[i] * (gate + x * gate * (1 - gate) * inner);
-  }
+  for (Int i = first; i < end; i++) g->result[i] = g->grad[i] * gelu_slope(g->x[i]);
 }
 
 int gelu_backward(const Gelu *g) { return run_parts(gelu_backward_task, g, parts_for(g->size)); }
+
+/* The same of bfloat16, which is computed in float32 and rounded. */
+
+typedef struct {
+  Int size;
+  const uint16_t *grad, *x;
+  uint16_t *result;
+} HalfGelu;
+
+static void half_gelu_task(const void *arguments, Int part, Int parts) {
+  const HalfGelu *g = arguments;
+  Int first, end = cut(g->size, parts, LANES, part, &first);
+#pragma omp simd
+  for (Int i = first; i < end; i++) {
+    float x = from_bfloat16(g->x[i]);
+    g->result[i] = to_bfloat16(x * gelu_gate(x));
+  }
+}
+
+int gelu_forward_bfloat16(const HalfGelu *g) {
+  return run_parts(half_gelu_task, g, parts_for(g->size));
+}
+
+static void half_gelu_backward_task(const void *arguments, Int part, Int parts) {
+  const HalfGelu *g = arguments;
+  Int first, end = cut(g->size, parts, LANES, part, &first);
+#pragma omp simd
+  for (Int i = first; i < end; i++)
+    g->result[i] = to_bfloat16(from_bfloat16(g->grad[i]) * gelu_slope(from_bfloat16(g->x[i])));
+}
+
+int gelu_backward_bfloat16(const HalfGelu *g) {
+  return run_parts(half_gelu_backward_task, g, parts_for(g->size));
+}
 
 /* -------------------------------------------------------------------------------- cross-entropy */
 
