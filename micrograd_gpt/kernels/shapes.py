@@ -166,7 +166,7 @@ def _fitting(definition: Callable[..., Any], check: Callable[..., None]) -> Call
 
 
 def _counted(definition: Callable[..., Any]) -> tuple[str, int, int]:
-    """A line of SHAPES, how many arrays it names, and how many of them have the type of the first."""
+    """A line of SHAPES, how many arrays it names, and how many have the type of the first."""
     line = SHAPES[definition]
     n_arrays = line.count(",") + 1
     return line, n_arrays, n_arrays - line.count("labels") - line.count("log_total")

@@ -30,7 +30,7 @@ from micrograd_gpt.kernels.in_c.arguments import (
     pointers,
     strides_of,
 )
-from micrograd_gpt.kernels.in_numpy.kernels import gradients, scale_to_norm
+from micrograd_gpt.kernels.in_numpy.kernels import gradients, scale_of
 from micrograd_gpt.kernels.in_numpy.threads import cores
 from micrograd_gpt.kernels.shapes import (
     FLOAT32,
@@ -262,7 +262,8 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
     log_total = np.empty((b, h, t), np.float32)
     name = "attention_forward_bfloat16" if by_tiles else "attention_forward"
     call(name, _attention(q, k, v, out, log_total))
-    return cast(out, q.dtype).swapaxes(1, 2) if out.dtype != q.dtype else out.swapaxes(1, 2), log_total
+    out = out if out.dtype == q.dtype else cast(out, q.dtype)
+    return out.swapaxes(1, 2), log_total
 
 
 @in_c(functional.attention_backward, half.BFLOAT16)
@@ -329,11 +330,11 @@ def _logits_and_loss(x: Array, weight: Array, labels: Array) -> tuple[Array, Arr
     """The gradient of the logits, which takes their place, and the summed loss."""
     if is_half(weight):
         logits = half.multiply(x, weight.T, FLOAT32)
-    else:
-        logits = _multiply(x, weight.T, None)
-    loss = _cross_entropy(logits, labels, logits)
-    # In half precision the gradients are so too, as the products that follow take them
-    return cast(logits, half.BFLOAT16) if is_half(weight) else logits, loss
+        loss = _cross_entropy(logits, labels, logits, "cross_entropy_forward_bfloat16")
+        # In half precision the gradients are so too, as the products that follow take them
+        return logits.view(half.BFLOAT16)[:, : len(weight)], loss
+    logits = _multiply(x, weight.T, None)
+    return logits, _cross_entropy(logits, labels, logits)
 
 
 def _gradients(
@@ -348,12 +349,14 @@ def _gradients(
         call("matmul", _product(dlogits.T, x, dweight, adds=adds))
 
 
-def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
+def _cross_entropy(
+    logits: Array, labels: Array, dlogits: Array, name: str = "cross_entropy_forward"
+) -> Array:
     """The summed loss; writes the gradient into `dlogits`, which may be `logits` itself."""
     losses = np.empty(len(logits), np.float32)
     places = losses.ctypes.data, dlogits.ctypes.data
     arguments = (*logits.shape, logits.ctypes.data, labels.ctypes.data, 1.0, *places)
-    call("cross_entropy_forward", _CrossEntropy(*arguments))
+    call(name, _CrossEntropy(*arguments))
     return losses.sum()
 
 
@@ -372,6 +375,10 @@ class _Squares(ctypes.Structure):
     _fields_ = [*ints("count"), *pointers("sizes", "arrays", "sums")]
 
 
+class _Scaling(ctypes.Structure):
+    _fields_ = [*ints("count"), *pointers("sizes", "arrays"), *floats("factor")]
+
+
 CHUNK = 65536  # elements; the same as in optimizer.c
 
 
@@ -379,14 +386,21 @@ CHUNK = 65536  # elements; the same as in optimizer.c
 def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> float:
     grads = gradients(parameters)
     check_plain(grads, [FLOAT32])
-    if not all(grad.flags.forc for grad in grads):  # in C order or in Fortran order, without gaps
+    # In C order or in Fortran order, without gaps; NumPy says what it says of those not writeable
+    if not all(grad.flags.forc and grad.flags.writeable for grad in grads):
         raise NotForMe
     sizes = np.array([grad.size for grad in grads], np.int64)
     places = np.array([grad.ctypes.data for grad in grads], np.uintp)
+    if len(np.unique(places)) < len(places):  # threads would scale one array at once
+        raise NotForMe
     sums = np.empty(int((-(-sizes // CHUNK)).sum()))
     at = sizes.ctypes.data, places.ctypes.data, sums.ctypes.data
     call("sum_of_squares", _Squares(len(grads), *at))
-    return scale_to_norm(grads, math.sqrt(sums.sum()), max_norm, loss_scale)
+    norm = math.sqrt(sums.sum()) / loss_scale
+    factor = scale_of(norm, max_norm, loss_scale)
+    if factor != 1:
+        call("scale", _Scaling(len(grads), *at[:2], factor))
+    return norm
 
 
 @in_c(optim.adamw_update)

@@ -30,16 +30,14 @@ static const uint16_t *head_of(const void *x, Strides s, Int batch, Int head) {
 INLINE void square_of(Int steps, const uint16_t *strip, const uint16_t *panel, float *square) {
   clear_sums();
   multiply_strip_and_panel(steps, strip, panel);
-  store_upper_sums(square, SIDE);
-  store_lower_sums(square + 16 * SIDE, SIDE);
+  store_sums(square, SIDE);
 }
 
 /* square += a strip @ a panel */
 INLINE void add_to_square(Int steps, const uint16_t *strip, const uint16_t *panel, float *square) {
   load_sums(square, SIDE);
   multiply_strip_and_panel(steps, strip, panel);
-  store_upper_sums(square, SIDE);
-  store_lower_sums(square + 16 * SIDE, SIDE);
+  store_sums(square, SIDE);
 }
 
 /* to[j] = factor * from[j], rounded */

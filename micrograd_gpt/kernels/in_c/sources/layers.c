@@ -209,6 +209,42 @@ int cross_entropy_forward(const CrossEntropy *c) {
   return run_parts(cross_entropy_task, c, parts_for(c->n * c->vocab_size));
 }
 
+/* The same for products of bfloat16 that follow: a row of dlogits takes the place of the first half
+   of its logits. */
+
+enum { EXPONENTIALS = TOTALS + 1 };
+
+/* Row `row` of dlogits, whose exponentials go through `exps`. */
+static void half_cross_entropy_row(const CrossEntropy *c, Int row, float *restrict exps) {
+  Int n = c->vocab_size, target = c->targets[row];
+  const float *logits = c->logits + row * n;
+  uint16_t *dlogits = (uint16_t *)(c->dlogits + row * n);
+  c->losses[row] = 0;
+  if (target < 0) {
+    memset(dlogits, 0, n * sizeof *dlogits);
+    return;
+  }
+  float largest = largest_of(logits, n), at_target = logits[target] - largest, total = 0;
+  SIMD_SUM(total)
+  for (Int i = 0; i < n; i++) total += exps[i] = exp_of(logits[i] - largest);
+  float factor = c->scale / total;
+#pragma omp simd
+  for (Int i = 0; i < n; i++) dlogits[i] = to_bfloat16(exps[i] * factor);
+  dlogits[target] = to_bfloat16(exps[target] * factor - c->scale);
+  c->losses[row] = logf(total) - at_target;
+}
+
+static void half_cross_entropy_task(const void *arguments, Int part, Int parts) {
+  const CrossEntropy *c = arguments;
+  Int row, end = cut(c->n, parts, 1, part, &row);
+  float *exps = scratch(EXPONENTIALS, c->vocab_size);
+  for (; row < end && exps; row++) half_cross_entropy_row(c, row, exps);
+}
+
+int cross_entropy_forward_bfloat16(const CrossEntropy *c) {
+  return run_parts(half_cross_entropy_task, c, parts_for(c->n * c->vocab_size));
+}
+
 /* ------------------------------------------------------------------------------------ embedding */
 
 typedef struct {

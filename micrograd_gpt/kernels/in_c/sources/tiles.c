@@ -107,47 +107,46 @@ INLINE __m512 widened(const uint16_t *x) {
   return (__m512)_mm512_slli_epi32(words, 16);
 }
 
-/* A row of sums goes to c at (row, column), with the bias where all is summed. */
+/* A row of at most 16 sums goes to c at (row, column), with the bias where all is summed. */
 INLINE void put_row(const HalfProduct *p, const Block *block, Int row, Int column, Int n,
                     const float *restrict sums) {
   const uint16_t *bias = p->bias && block->complete ? p->bias + column : NULL;
   Int place = row * p->c_row + column;
-  if (p->c_is_narrow) {
-    uint16_t *restrict c = (uint16_t *)p->c + place;
-    Int whole = n / 32 * 32;
-    for (Int j = 0; j < whole; j += 32) {
-      __m512 low = _mm512_loadu_ps(sums + j), high = _mm512_loadu_ps(sums + j + 16);
-      if (bias) {
-        low = _mm512_add_ps(low, widened(bias + j));
-        high = _mm512_add_ps(high, widened(bias + j + 16));
-      }
-      _mm512_storeu_si512(c + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-    for (Int j = whole; j < n; j++)
-      c[j] = to_bfloat16(sums[j] + (bias ? from_bfloat16(bias[j]) : 0));
-  } else {
-    float *restrict c = (float *)p->c + place;
-    for (Int j = 0; j < n; j++)
-      c[j] = sums[j] + (block->add ? c[j] : 0) + (bias ? from_bfloat16(bias[j]) : 0);
+  if (p->c_is_narrow && n == 16) {
+    __m512 all = _mm512_loadu_ps(sums);
+    if (bias) all = _mm512_add_ps(all, widened(bias));
+    _mm256_storeu_si256((__m256i *)((uint16_t *)p->c + place), (__m256i)_mm512_cvtneps_pbh(all));
+    return;
+  }
+  for (Int j = 0; j < n; j++) {
+    float sum = sums[j] + (bias ? from_bfloat16(bias[j]) : 0);
+    if (p->c_is_narrow)
+      ((uint16_t *)p->c)[place + j] = to_bfloat16(sum);
+    else
+      ((float *)p->c)[place + j] = sum + (block->add ? ((float *)p->c)[place + j] : 0);
   }
 }
 
-/* Rows of c from (row, column) on get their sums, at most 16 rows and `width` columns. */
-static void put_rows(const HalfProduct *p, const Block *block, Int row, Int column, Int rows,
-                     Int width, const float *sums) {
-  for (Int r = 0; r < rows; r++)
-    if (width == SIDE) /* a constant makes short loops of vectors */
-      put_row(p, block, row + r, column, SIDE, sums + r * SIDE);
+/* A register's sums go to c from (row, column) on, where there are so many rows and columns. They
+   pass through few cache lines, the same for each register: while stores are on their way, loads
+   from lines at the same places of other pages wait. */
+INLINE void put_quarter(int register_, const HalfProduct *p, const Block *block, Int row,
+                        Int column, Int rows, Int columns) {
+  float sums[16 * 16] __attribute__((aligned(64)));
+  if (rows <= 0 || columns <= 0) return;
+  store_quarter(register_, sums, 16);
+  for (Int r = 0; r < min(16, rows); r++)
+    if (columns >= 16) /* a constant makes a vector of a loop */
+      put_row(p, block, row + r, column, 16, sums + r * 16);
     else
-      put_row(p, block, row + r, column, width, sums + r * SIDE);
+      put_row(p, block, row + r, column, columns, sums + r * 16);
 }
 
-/* c at (block->i0 + i, column), at most SIDE rows and `width` columns; or the sums that are not
-   complete. */
+/* c at (block->i0 + i, column), at most SIDE rows and columns; or the sums, if not complete. */
 static void multiply_strip(const HalfProduct *p, const Block *block, Int i, const uint16_t *panel,
-                           Int column, Int width, float *sums) {
+                           Int column, Int columns, float *sums) {
   Int rows = min(SIDE, block->rows - i), row = block->i0 + i;
-  int into_c = !p->c_is_narrow && !p->bias && rows == SIDE && width == SIDE;
+  int into_c = !p->c_is_narrow && !p->bias && rows == SIDE && columns == SIDE;
   float *place = into_c ? (float *)p->c + row * p->c_row + column : sums;
   Int stride = into_c ? p->c_row : SIDE;
   if (place && block->add)
@@ -156,16 +155,12 @@ static void multiply_strip(const HalfProduct *p, const Block *block, Int i, cons
     clear_sums();
   multiply_strip_and_panel(block->steps, block->strips + i * block->steps * STEP, panel);
   if (into_c || (p->c_is_narrow && !block->complete)) {
-    store_upper_sums(place, stride);
-    store_lower_sums(place + 16 * stride, stride);
+    store_sums(place, stride);
   } else {
-    /* One half after the other goes through the same few cache lines: loads from lines at the same
-       places of other pages wait for such stores. */
-    float half[16 * SIDE] __attribute__((aligned(64)));
-    store_upper_sums(half, SIDE);
-    put_rows(p, block, row, column, min(16, rows), width, half);
-    store_lower_sums(half, SIDE);
-    put_rows(p, block, row + 16, column, rows - 16, width, half);
+    put_quarter(0, p, block, row, column, rows, columns);
+    put_quarter(1, p, block, row, column + 16, rows, columns - 16);
+    put_quarter(2, p, block, row + 16, column, rows - 16, columns);
+    put_quarter(3, p, block, row + 16, column + 16, rows - 16, columns - 16);
   }
 }
 

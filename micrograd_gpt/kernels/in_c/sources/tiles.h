@@ -50,17 +50,22 @@ INLINE void load_sums(const float *sums, Int stride) {
   _tile_loadd(3, sums + 16 * stride + 16, 4 * stride);
 }
 
-/* The first 16 rows of sums go to memory, and the others. */
-INLINE void store_upper_sums(float *sums, Int stride) {
-  _tile_stored(0, sums, 4 * stride);
-  _tile_stored(1, sums + 16, 4 * stride);
+/* One register's sums (16, 16) go to memory. */
+INLINE void store_quarter(int register_, float *sums, Int stride) {
+  switch (register_) { /* the instruction holds the register's number */
+    case 0: _tile_stored(0, sums, 4 * stride); break;
+    case 1: _tile_stored(1, sums, 4 * stride); break;
+    case 2: _tile_stored(2, sums, 4 * stride); break;
+    default: _tile_stored(3, sums, 4 * stride);
+  }
   __asm__ volatile("" ::: "memory");
 }
 
-INLINE void store_lower_sums(float *sums, Int stride) {
-  _tile_stored(2, sums, 4 * stride);
-  _tile_stored(3, sums + 16, 4 * stride);
-  __asm__ volatile("" ::: "memory");
+INLINE void store_sums(float *sums, Int stride) {
+  store_quarter(0, sums, stride);
+  store_quarter(1, sums + 16, stride);
+  store_quarter(2, sums + 16 * stride, stride);
+  store_quarter(3, sums + 16 * stride + 16, stride);
 }
 
 /* Rows first_row … end_row - 1 and columns first_column … end_column - 1 of c, on this thread. */
