@@ -1,5 +1,5 @@
-"""Kernels for the CPU in C (sources/), called through ctypes: float32 arrays only,
-but for matrix products in half precision (half.py).
+"""Kernels for the CPU in C (sources/), called through ctypes: for arrays of float32, and for matrix
+work also of bfloat16 and float16 (half.py).
 
 Each stands in for a definition and takes the same arguments, and sees only those that fit together
 (shapes.py). Where they have a type or layout that the C code cannot read, or nothing could be

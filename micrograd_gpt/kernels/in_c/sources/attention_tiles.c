@@ -1,7 +1,7 @@
 /* Causal attention of bfloat16 by AMX, as attention.c's: one head at a time, and in a head SIDE
    queries, a strip, at a time, which meet SIDE keys, a panel, at a time (see tiles.h).
 
-   Scores, softmax and all sums are float32. The weights, and the gradients of scores, are rounded to
+   Scores, softmax and all sums are float32. Weights and the gradients of scores are rounded to
    bfloat16 where another product takes them. */
 
 #include "half.h"
@@ -142,8 +142,8 @@ typedef struct {
   Strides dq_strides, dk_strides, dv_strides;
 } HalfAttentionBackward;
 
-/* What a head's products take. Of each, a strip or panel is as deep as the products with it are: the
-   head size, the number of keys, or that of a block of queries. */
+/* What a head's products take. A strip or panel is as deep as the products with it are: the head
+   size, the number of keys, or that of a block of queries. */
 typedef struct {
   Int t, d, deep, t_deep;
   const uint16_t *queries, *grads, *keys_across, *values_across; /* scores, dweights: by d */

@@ -1,10 +1,10 @@
-/* Products of bfloat16 by AMX: an instruction multiplies (16, 32) @ (32, 16) from registers that hold
-   matrices, and adds to a third.
+/* Products of bfloat16 by AMX: one instruction multiplies (16, 32) @ (32, 16), both in registers that
+   hold matrices, and adds to a third.
 
-   Four registers hold the sums of 32 rows and columns, so that each of the four that hold factors is
-   used twice. A block of the left factor is packed and stays in the second-level cache, while one
-   panel of the right factor after another is packed and passes by it from the first-level cache.
-   Multiplying leaves memory idle: meanwhile the next panel's numbers are fetched. */
+   Four registers hold the sums of 32 rows and columns; the other four hold factors, and each is used
+   twice. A block of the left factor is packed and stays in the second-level cache, beside as many
+   panels of the right factor as there is room for. Both are read from memory along their rows: it is
+   several times slower to read a few numbers of each row. */
 
 #include "tiles.h"
 
@@ -191,12 +191,13 @@ void multiply_part_by_tiles(const HalfProduct *p, Int first_row, Int end_row, In
   Int deep = equal_parts(p->k, MOST_DEPTH, STEP), rows = end_row - first_row;
   Int cached = second_level_cache() / (deep * sizeof *p->a); /* rows or columns as deep */
   Int together = equal_parts(rows, whole_sides(cached / 8 * 3), SIDE);
-  Block block = {.columns = min(whole_sides(cached / 4), round_up(end_column - first_column, SIDE))};
+  Int columns = end_column - first_column;
+  Block block = {.columns = min(whole_sides(cached / 4), round_up(columns, SIDE))};
   block.strips = (uint16_t *)scratch(PACKED_A, together * deep / 2);
   block.panels = (uint16_t *)scratch(PACKED_B, block.columns * deep / 2);
   if (!block.strips || !block.panels) return;
   if (p->c_is_narrow && p->k > deep) {
-    block.sums = scratch(SUMS, together * round_up(end_column - first_column, SIDE));
+    block.sums = scratch(SUMS, together * round_up(columns, SIDE));
     if (!block.sums) return;
   }
   open_tiles();
