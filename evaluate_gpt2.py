@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from micrograd_gpt.evaluation.flags import make_parser
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
-from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.errors import UserError, about
 
 if TYPE_CHECKING:
     from micrograd_gpt.evaluation.running import Task
@@ -79,7 +79,8 @@ def perplexity(given: argparse.Namespace) -> Result:
     model, tokenizer, _ = load(given)
     width = window_size(model, given.block_size)
     stride = given.stride or max(1, width // 2)
-    task = PerplexityTask(documents, originals, tokenizer, width, stride, given.limit)
+    with about(given.data):
+        task = PerplexityTask(documents, originals, tokenizer, width, stride, given.limit)
     return measure(given, model, task, documents, {"stride": stride, "block_size": width})
 
 

@@ -24,6 +24,7 @@ import json
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from micrograd_gpt import optim
 from micrograd_gpt.arrays import stand_ins
 from micrograd_gpt.arrays.devices import move, resolve_device, set_tf32
 from micrograd_gpt.arrays.memory import memory_errors
-from micrograd_gpt.arrays.precision import HALF, compute_in, emulation_note, hold_in
+from micrograd_gpt.arrays.precision import HALF, compute_in, hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.nn import Module
 from micrograd_gpt.runs import checkpoint
@@ -45,7 +46,6 @@ from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.runs.recorder import Recorder
 from micrograd_gpt.runs.signals import signals_as_before
 from micrograd_gpt.support import cli
-from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import write_text
 from micrograd_gpt.text.base_tokenizer import Tokenizer
@@ -195,8 +195,6 @@ def tune(
     if settings.recompute:
         recompute_blocks(model)
     optimizer, scaler = make_optimizer(settings, model)
-    if note := emulation_note(settings.dtype, device):
-        say(note)
     if settings.resume:
         checkpoint.load_run(settings.out, model, optimizer, scaler)
     recorder = Recorder(settings, task, model, optimizer, scaler, write, per_step * longest)
@@ -231,7 +229,7 @@ def learn(
             loss = task.loss(model, batch) * (batch.count / count)
             (loss * scaler.scale).backward()
             losses.append(loss.data)
-        norm = optim.clip_grad_norm(optimizer.parameters, settings.grad_clip, scaler.scale)
+        norm = optim.clip_grad_norm(optimizer.parameters, settings.grad_clip or inf, scaler.scale)
 
         # The step, except where float16 overflowed: then it is tried again with a smaller scale
         accepted = recorder.accepts(step, losses, norm, sum(batch.tokens for batch in batches))

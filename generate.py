@@ -24,7 +24,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from micrograd_gpt.generation import flags
-from micrograd_gpt.generation.question import add_question_flags, read_questions
+from micrograd_gpt.generation.question import BATCH_SIZE, add_question_flags, read_questions
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         microscope_page.check_page(given.microscope, questions)
     model, tokenizer, template = load(given)
     cli.write_utf8()
-    how = given.json, template, given.special_tokens, given.batch_size
+    how = given.json, template, given.special_tokens, given.batch_size or BATCH_SIZE
     writer = Writer(model, tokenizer, *how)
     if questions is None:
         return converse(writer, choices)

@@ -30,7 +30,7 @@ import numpy as np
 from micrograd_gpt import no_grad
 from micrograd_gpt.arrays import stand_ins
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.runs.checkpoint import STATE, holds_run
+from micrograd_gpt.runs.folders import check_target
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
@@ -40,7 +40,7 @@ from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZE
 from micrograd_gpt.text.template import save_template, template_of
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.weights import gguf_file
-from micrograd_gpt.weights.adapters import with_adapter
+from micrograd_gpt.weights.adapters import open_language_adapter, with_adapter
 from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_name
 from micrograd_gpt.weights.formats import Weights, is_adapter
 from micrograd_gpt.weights.names import find, open_local, own_name, size_named
@@ -71,24 +71,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse_args(argv)
     stand_ins.highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
+    adapter = open_language_adapter(args.merge) if args.merge else None
+    if adapter and not (args.model or args.size):
+        args.model = adapter.base
     claimed = size_name(args.size) if args.size else None
     named = size_named(args.model) if args.model else claimed or "124M"
     if args.openai_url and (not named or args.source == "huggingface"):
         raise UserError("--openai-url is for what is fetched from OpenAI: leave it out")
-    if named:
-        tried = sources(args.source, args.openai_url or OPENAI_URL)
-        weights = open_release(named, tried, verify=True, advice=ways_out(tried))
-    else:
-        weights = open_local(find(args.model))
-    weights = with_adapter(weights, args.merge) if args.merge else weights
+    if args.source and not named:
+        raise UserError(f"--source is for OpenAI's sizes, and {args.model} is none: leave it out")
+    adapters = [Path(given) for given in (args.model, args.merge) if given and is_adapter(given)]
+    told = args.out or args.export
+    if named or (told and not Path(args.model).exists()):  # before anything is fetched
+        check_target(target(args, named), adapters, args.overwrite)
+    weights = open_named(named, args) if named else open_local(find(args.model))
+    weights = with_adapter(weights, adapter) if adapter else weights
     size = named or published_size(weights.config)
     if claimed and size != claimed:
         raise UserError(f"{args.model} holds {size or 'no published size'}, not {claimed}")
-    name = f"gpt2-{size}" if size and not args.merge else own_name(args.merge or args.model)
-    out = args.export or args.out or Path("models") / name
-    adapters = [Path(given) for given in (args.model, args.merge) if given and is_adapter(given)]
-    for source in () if args.export else (weights.path, *adapters):
-        refuse_to_overwrite(out, source)
+    out = target(args, size)
+    check_target(out, [weights.path, *adapters], args.overwrite)
     tokenizer = exportable_tokenizer(weights) if args.export else tokenizer_of(weights)
 
     say(f"loading {weights.path}")
@@ -99,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if passed:
         if args.export:
             assert tokenizer
-            gguf_file.write_gguf(out, model, tokenizer, args.dtype, name)
+            gguf_file.write_gguf(out, model, tokenizer, args.dtype, name_of(args, size))
         else:
             write_folder(model, out, tokenizer, args.dtype, (args.merge, weights.folder))
     written = f"wrote {out}, weights stored as {args.dtype}"
@@ -132,7 +134,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--merge",
         metavar="ADAPTER",
-        help="fold in the LoRA adapter in this folder, as finetune_gpt2.py or PEFT saved it",
+        help="fold in the LoRA adapter in this folder, as finetune_gpt2.py or PEFT saved it (into"
+        " --from, or else into the model that it names)",
     )
     parser.add_argument(
         "--out",
@@ -145,6 +148,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=cli.some_path,
         metavar="FILE.gguf",
         help="write this file, tokenizer included, instead of a folder: llama.cpp runs it",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="even if there is another model (default: off)"
     )
     parser.add_argument(
         "--dtype",
@@ -168,10 +174,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def sources(name: str | None, openai_url: str) -> list[Source]:
-    """Where to fetch from: the source of that name, or all of them in the order of trying."""
-    all_sources: dict[str, Source] = {"huggingface": HuggingFace(), "openai": OpenAI(openai_url)}
-    return [all_sources[name]] if name else list(all_sources.values())
+def open_named(size: str, args: argparse.Namespace) -> Weights:
+    """OpenAI's weights of this size, fetched if need be and verified."""
+    url = args.openai_url or OPENAI_URL
+    known: dict[str, Source] = {"huggingface": HuggingFace(), "openai": OpenAI(url)}
+    tried = [known[args.source]] if args.source else [*known.values()]  # in the order of trying
+    return open_release(size, tried, verify=True, advice=ways_out(tried))
+
+
+def name_of(args: argparse.Namespace, size: str | None) -> str:
+    """What the result is called."""
+    return f"gpt2-{size}" if size and not args.merge else own_name(args.merge or args.model)
+
+
+def target(args: argparse.Namespace, size: str | None) -> Path:
+    """The folder, or with --export the file, to write."""
+    return args.export or args.out or Path("models") / name_of(args, size)
 
 
 def published_size(config: GPT2Config) -> str | None:
@@ -181,19 +199,6 @@ def published_size(config: GPT2Config) -> str | None:
         if is_gpt2(config) and all(getattr(config, key) == shape[key] for key in shape):
             return size
     return None
-
-
-def refuse_to_overwrite(out: Path, source: Path) -> None:
-    """UserError if `out` holds the weights at `source`, also by a link, or a training run."""
-    try:
-        # Only files are written, so an OpenAI folder may lie inside of `out`.
-        taken = [source] if source.is_dir() else [source.parent, source.resolve().parent]
-        if out.resolve() in [folder.resolve() for folder in taken]:
-            raise UserError(f"{out} is where the weights come from: choose another --out")
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    if holds_run(out):
-        raise UserError(f"{out} holds a training run ({STATE}): choose another --out")
 
 
 def own_tokenizer(weights: Weights) -> Tokenizer:

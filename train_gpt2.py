@@ -28,7 +28,7 @@ from micrograd_gpt import no_grad, optim
 from micrograd_gpt.arrays import stand_ins
 from micrograd_gpt.arrays.devices import move, resolve_device, set_tf32
 from micrograd_gpt.arrays.memory import memory_errors
-from micrograd_gpt.arrays.precision import HALF, compute_in, emulation_note, hold_in
+from micrograd_gpt.arrays.precision import HALF, compute_in, hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.runs import checkpoint
@@ -49,7 +49,6 @@ from micrograd_gpt.runs.settings import (
 )
 from micrograd_gpt.runs.signals import signals_as_before
 from micrograd_gpt.support import cli
-from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.corpus import Corpus, load_corpus
@@ -99,8 +98,6 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
     with memory_errors(smaller), ranks.first_on_machine():
         model = make_model(settings, corpus.tokenizer, device)
         optimizer, scaler = make_optimizer(settings, model)
-    if note := emulation_note(settings.dtype, device):
-        say(note)
     if settings.resume:
         checkpoint.load_run(settings.out, model, optimizer, scaler)
 
@@ -109,8 +106,6 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
     recorder = Recorder(settings, corpus, model, optimizer, scaler, ranks=ranks)
     if ranks.is_first:
         write_settings(settings)
-    if device == "cpu":
-        say(f"CPU kernels: {stand_ins.report()}")
     recorder.start()
 
     while optimizer.steps < settings.max_steps and not ranks.agree(recorder.stopped):
@@ -128,7 +123,9 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
             losses.append(loss.data)
         ranks.add_up(model.parameters(), settings.reduce_dtype)
         losses = ranks.join(losses)
-        norm = optim.clip_grad_norm(model.parameters(), settings.grad_clip, scaler.scale)
+        norm = optim.clip_grad_norm(
+            model.parameters(), settings.grad_clip or math.inf, scaler.scale
+        )
 
         # The step, except where float16 overflowed: then it is tried again with a smaller scale
         if not recorder.accepts(step, losses, norm):

@@ -93,7 +93,7 @@ def run_lesson(script: Path) -> Notebook:
         import nbclient
         import nbformat
     except ImportError as error:
-        raise UserError(f"{error.name} is missing: pip install -e '.[lessons]'") from None
+        raise UserError(f'{error.name} is missing: pip install -e ".[lessons]"') from None
     notebook = jupytext.read(script)
     notebook.metadata = nbformat.from_dict(
         {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}

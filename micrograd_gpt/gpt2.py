@@ -33,8 +33,9 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.n_head < 1 or self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        from micrograd_gpt.checks import check_config
+
+        check_config(vars(self))
 
 
 class CausalSelfAttention(Module):

@@ -15,8 +15,10 @@ def draw_graph(result: Tensor, model: Module | None = None, values: bool = False
     `dot -Tsvg` turns the text into a picture. With a `model`, its parameters are drawn with their
     names. With `values`, leaves are drawn with their numbers and, where they have some already,
     their gradients' (of a large one only the mean size). backward() frees the tape: draw before it,
-    afterwards this raises RuntimeError.
+    afterwards this raises RuntimeError. TypeError for what is no tensor.
     """
+    if not isinstance(result, Tensor):
+        raise TypeError(f"draw_graph draws the tape of a tensor, not of a {type(result).__name__}")
     root = node_of(result) or Node(LEAF, result, (), lambda grad: ())
     titles = {id(p): name for name, p in model.named_parameters()} if model else {}
     try:

@@ -9,7 +9,7 @@ import numpy as np
 
 from micrograd_gpt import layers
 from micrograd_gpt.layers import Key
-from micrograd_gpt.tensor import Array, Switch, Tensor
+from micrograd_gpt.tensor import Array, Switch, Tensor, as_tensor
 
 no_dropout = Switch("no_dropout")  # with no_dropout(): as if in eval mode; a decorator too
 Init = Callable[[tuple[int, ...], float], Array]  # (shape, standard deviation) -> a new matrix
@@ -96,8 +96,8 @@ class Linear(Module):
         self.weight = Parameter(np.asfortranarray(init((n_in, n_out), std)))
         self.bias = Parameter(np.zeros(n_out, np.float32))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return layers.linear(x, self.weight, self.bias)
+    def __call__(self, x: Any) -> Tensor:
+        return layers.linear(as_tensor(x), self.weight, self.bias)
 
 
 class Embedding(Module):
@@ -118,8 +118,8 @@ class LayerNorm(Module):
         self.bias = Parameter(np.zeros(width, np.float32))
         self.eps = eps
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return layers.layer_norm(x, self.weight, self.bias, self.eps)
+    def __call__(self, x: Any) -> Tensor:
+        return layers.layer_norm(as_tensor(x), self.weight, self.bias, self.eps)
 
 
 class Dropout(Module):
@@ -132,6 +132,6 @@ class Dropout(Module):
         """The probability that holds now, and the draw to use it with."""
         return (self.p, self.draws.next_key()) if self.training and self.p else (0.0, ())
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Any) -> Tensor:
         p, key = self.draw()
-        return layers.dropout(x, p, key) if p else x
+        return layers.dropout(as_tensor(x), p, key) if p else as_tensor(x)

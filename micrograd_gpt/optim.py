@@ -29,7 +29,7 @@ def adamw_update(rows: list, lr: float, beta1: float, beta2: float, eps: float, 
 class AdamW:
     """Adam with decoupled weight decay, in place; a tensor whose `.grad` is None is left alone.
     `lr` may change between steps. `weight_decay` is for matrices, not for biases and LayerNorm, as
-    GPT-2 and GPT-3 were trained. ValueError for parameters of 16 bits: updates round to 0."""
+    GPT-2 and GPT-3 were trained. TypeError and ValueError: see checks.py."""
 
     def __init__(
         self,
@@ -39,12 +39,11 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.1,
     ) -> None:
+        from micrograd_gpt.checks import check_adamw
+
         self.parameters = list(parameters)
-        if not self.parameters:
-            raise ValueError("AdamW: there are no parameters to train")
-        if narrow := next((p.dtype for p in self.parameters if p.dtype.itemsize < 4), None):
-            raise ValueError(f"parameters of {narrow} cannot be trained: hold them in float32")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        check_adamw(**vars(self))
         self.steps = 0  # in all; and how many of them each parameter had no gradient in:
         self.missed = [0] * len(self.parameters)
         self.m = [np.zeros_like(p.data) for p in self.parameters]

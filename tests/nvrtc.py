@@ -10,7 +10,7 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
-MISSING = "nvidia-cuda-nvrtc is not installed: on Linux, pip install -e '.[test]' installs it"
+MISSING = 'nvidia-cuda-nvrtc is not installed: on Linux, pip install -e ".[test]" installs it'
 
 
 @cache

@@ -72,3 +72,9 @@ def test_a_drawing_names_parameters_and_shows_values_and_gradients() -> None:
     large = Tensor(np.full(100, -3, np.float32), requires_grad=True)
     assert r"leaf\n(100,) float32\nmean size 3" in draw_graph(large * 2, values=True)
     assert "grad" not in draw_graph(large * 2, values=True) and "mean" not in draw_graph(large * 2)
+
+
+def test_draw_graph_refuses_what_has_no_tape() -> None:
+    for other in (3, None, np.ones(3), nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match=f"tape of a tensor, not of a {type(other).__name__}"):
+            draw_graph(other)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 SIX = ("tensor", "layers", "functional", "nn", "optim", "gpt2")
 HOOK = "arrays.stand_ins"
-ON_THE_SIX = ("variants", "graph")
+ON_THE_SIX = ("variants", "graph", "checks")
 SCRIPTS = sorted(ROOT.glob("*.py"))
 
 # What each part may import besides itself; each of the six may import those before it.
@@ -241,3 +241,11 @@ def test_no_function_of_the_six_is_longer_than_a_screen() -> None:
                 if length > 40:
                     long[f"{module}.{node.name}"] = length
     assert long == {}
+
+
+def test_what_is_to_be_installed_is_in_quotes_that_every_shell_knows() -> None:
+    """Windows' cmd knows no single ones."""
+    files = [*ROOT.rglob("*.py"), *ROOT.rglob("*.md"), *ROOT.glob(".ci/*")]
+    assert len(files) > 300
+    single = "pip install (-e )?" + "'"
+    assert [file for file in files if re.search(single, file.read_text("utf-8"))] == []

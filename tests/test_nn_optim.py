@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -357,3 +358,67 @@ def test_a_model_prints_its_modules_and_parameter_counts() -> None:
     count = sum(p.size for p in model.parameters())
     assert f"{count:,} parameters" in text.splitlines()[0]
     assert "    h.1: Block" in text and "        c_fc: Linear" in text
+
+
+WEIGHT = nn.Parameter(np.ones((2, 3), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1}, "lr must be a finite number from 0, not -1"),
+        ({"lr": math.nan}, "lr must be"),
+        ({"lr": "0.1"}, "lr must be"),
+        ({"betas": (1, 1)}, r"betas must be two numbers in \[0, 1\), not \(1, 1\)"),
+        ({"betas": 0.9}, "betas must be"),
+        ({"betas": (0.9,)}, "betas must be"),
+        ({"betas": (math.nan, 0.9)}, "betas must be"),
+        ({"eps": -1e-8}, "eps must be"),
+        ({"weight_decay": math.inf}, "weight_decay must be"),
+    ],
+)
+def test_numbers_adamw_cannot_use(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        optim.AdamW([WEIGHT], **settings)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ([np.ones(3, np.float32)], "takes tensors, as model.parameters.. are, not a ndarray"),
+        ({"weight": WEIGHT}.items(), "not a tuple"),
+        ([{"params": [WEIGHT]}], "not a dict"),
+        ([WEIGHT, WEIGHT], "a parameter is there twice"),
+        (WEIGHT, "parameter 0 is the result of 'getitem', not a leaf"),
+        ([Tensor(np.ones(3, np.int64))], "parameters of int64 cannot be trained"),
+    ],
+)
+def test_what_adamw_cannot_train(parameters: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        optim.AdamW(parameters)
+
+
+def test_layers_take_arrays_and_say_what_else_they_do_not_take() -> None:
+    x = np.ones((2, 3), np.float32)
+    for layer in (nn.Linear(3, 4), nn.LayerNorm(3), nn.Dropout(0.5, nn.Draws(1)).eval()):
+        assert (layer(x).data == layer(Tensor(x)).data).all()
+        for other in ([[1.0, 2.0, 3.0]], 3, None, "abc"):
+            with pytest.raises(TypeError, match="is no tensor or array"):
+                layer(other)
+
+
+@pytest.mark.parametrize(
+    "name", ["n_layer", "n_head", "n_embd", "vocab_size", "n_positions", "resid_pdrop"]
+)
+@pytest.mark.parametrize("value", [-1, "4", None, True, math.nan, 2.5])
+def test_a_config_of_odd_numbers_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be .* not {value!r}"):
+        GPT2Config(**{name: value})
+
+
+def test_a_config_takes_numpys_numbers() -> None:
+    config = GPT2Config(n_layer=np.int64(1), n_head=1, n_embd=4, attn_pdrop=np.float32(0.5))  # type: ignore[arg-type]
+    assert GPT2(config).config.n_layer == 1
+    for name in ("n_layer", "n_embd", "vocab_size"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, not 0"):
+            GPT2Config(**{name: 0})

@@ -162,7 +162,7 @@ def test_mpi4py_is_asked_for_once(no_launcher: pytest.MonkeyPatch, launcher: str
     no_launcher.delitem(sys.modules, "micrograd_gpt.runs.mpi", raising=False)
     no_launcher.setenv(size, "2")
     no_launcher.setenv(rank, "0")
-    message = rf"{launcher} started 2 processes, which need mpi4py.*pip install -e '.\[mpi\]'"
+    message = rf'{launcher} started 2 processes, which need mpi4py.*pip install -e ".\[mpi\]"'
     with pytest.raises(UserError, match=message), started_ranks():
         pass
     no_launcher.setenv(rank, "1")

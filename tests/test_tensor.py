@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from micrograd_gpt import Tensor, concatenate, layers, no_grad, optim, stack, where
 from micrograd_gpt.graph import retain_grad
+from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.tensor import record
 
 SHAPES = st.lists(st.integers(1, 4), max_size=3).map(tuple)
@@ -526,7 +529,7 @@ def test_numbers_of_other_kinds() -> None:
     assert x.sum(np.int64(0)).item() == 2
     assert not x.astype("int64").requires_grad
     for wrong in (None, "3"):
-        with pytest.raises(TypeError, match="combines with tensors, arrays and numbers"):
+        with pytest.raises(TypeError, match="is no tensor or array, nor a number beside"):
             x + wrong
     for axes in ((0, 3), (0, 0), (0,)):
         with pytest.raises(ValueError, match=r"ax[ei]s"):
@@ -855,3 +858,81 @@ def test_no_grad_decorates_a_function(decorate: Callable[..., Callable[..., Tens
     with pytest.raises(TypeError):
         double(x, 1, 2)
     assert (x * 2).requires_grad
+
+
+GENERATORS = "cannot hold in a generator or an async function"
+
+
+async def asynchronous() -> None:
+    pass
+
+
+def generating() -> Iterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize("switch", [no_grad, no_dropout], ids=["no_grad", "no_dropout"])
+def test_what_a_switch_cannot_hold_in_is_an_error(switch: Any) -> None:
+    name = switch.inside.name
+    for late in (asynchronous, generating):
+        for decorate in (switch, switch()):
+            with pytest.raises(TypeError, match=f"@{name} {GENERATORS}: write `with {name}"):
+                decorate(late)
+    for other in (5, int):
+        with pytest.raises(TypeError, match=f"@{name} is for functions, not for"):
+            switch(other)
+    with pytest.raises(TypeError, match=rf"write `with {name}\(\):`, with parentheses"), switch:
+        pass
+    assert not switch.inside.get()
+
+
+def test_arrays_are_joined_as_tensors_are() -> None:
+    x = Tensor(np.ones((2, 3), np.float32), requires_grad=True)
+    array = np.zeros((2, 3), np.float32)
+    for joined in (concatenate([array, x]), stack([array, x]), stack(t for t in (array, x))):
+        assert joined.data.reshape(4, 3)[:, 0].tolist() == [0, 0, 1, 1]
+        x.grad = None
+        joined.sum().backward()
+        assert x.grad is not None and x.grad.tolist() == np.ones((2, 3)).tolist()
+    assert stack([array, array]).shape == (2, 2, 3)
+    for join in (concatenate, stack):
+        with pytest.raises(ValueError, match="need at least one array"):
+            join([])
+        with pytest.raises(TypeError, match=r"\[1\] is no tensor or array"):
+            join([[1], [2]])
+    with pytest.raises(TypeError, match=r"1\.0 is no tensor or array, nor a number beside a tens"):
+        where(array > 0, 1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [None, "abc", "3", b"3", [None, 1.0], ["a"], 1j, {"a": 1}, np.array(["a"]), np.array([None])],
+    ids=repr,
+)
+def test_a_tensor_holds_numbers_only(data: Any) -> None:
+    with pytest.raises(TypeError, match="a tensor holds numbers, not "):
+        Tensor(data)
+    with pytest.raises(TypeError, match="a tensor holds numbers, not "):
+        Tensor(1.0).data = data
+
+
+def test_whatever_is_a_number_makes_a_tensor() -> None:
+    for data in (True, 2**70, [2**70], Fraction(1, 2), [], range(3), np.float64(2), [Tensor(1.0)]):
+        wanted = np.float64 if isinstance(data, np.float64) else np.float32
+        assert Tensor(data).dtype == wanted
+    assert Tensor([2**70]).item() == 2.0**70
+
+
+def test_data_may_be_set_to_numbers() -> None:
+    x = Tensor([3.0, 4.0], requires_grad=True)
+    x.data = [1, 2]
+    (x * x).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [2, 4]
+
+
+def test_transpose_says_how_two_axes_are_swapped() -> None:
+    x = Tensor(np.ones((2, 3, 4), np.float32))
+    for axes in ((0, 1), ((0, 1),), (1,)):
+        with pytest.raises(ValueError, match=r"shape \(2, 3, 4\): to swap two, \.swapaxes\(\)"):
+            x.transpose(*axes)
+    assert x.swapaxes(0, 1).shape == x.transpose(1, 0, 2).shape == (3, 2, 4)

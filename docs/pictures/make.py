@@ -123,7 +123,7 @@ def microscope(picture: Path, runs: Path) -> None:
     try:
         from playwright import sync_api
     except ImportError:
-        raise UserError("playwright is missing: pip install -e '.[browser]'") from None
+        raise UserError('playwright is missing: pip install -e ".[browser]"') from None
     folder = trained("story", runs)
     _, _, layer, head = clearest_head(folder)
     file = folder / "page.html"

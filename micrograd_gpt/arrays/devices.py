@@ -20,7 +20,7 @@ from micrograd_gpt.support.errors import UserError
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray; CuPy need not be installed to check types
 
 DEVICES = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
-INSTALL_CUPY = "pip install -e '.[cuda13]' (or '.[cuda12]')"
+INSTALL_CUPY = 'pip install -e ".[cuda13]" (or ".[cuda12]")'
 
 
 def resolve_device(name: str) -> str:
@@ -70,7 +70,7 @@ def _usable_cupy() -> ModuleType:
             raise UserError(
                 f"the NVIDIA driver is too old for this CuPy: it knows CUDA {_cuda(driver)}, CuPy "
                 f"was built for {_cuda(runtime.runtimeGetVersion())}; update the driver, or "
-                "pip install -e '.[cuda12]'"
+                'pip install -e ".[cuda12]"'
             ) from None
         raise UserError(f"CuPy finds no usable NVIDIA GPU ({problem}); use --device cpu") from None
     if not found:
@@ -92,7 +92,7 @@ def set_tf32(on: bool, device: str) -> None:
     if resolve_device(device) == "gpu":
         os.environ["CUPY_TF32"] = "1" if on else "0"
     elif on:
-        raise UserError("--tf32 is for --device gpu: leave it out, or train on a GPU")
+        raise UserError("--tf32 is for --device gpu: leave it out, or add --device gpu")
 
 
 def gpu_addresses() -> list[str]:

@@ -96,10 +96,11 @@ def converts_on_cpu(function: Callable[[Any, np.dtype], Any]) -> Callable[[Any, 
     return function
 
 
-def check_precision(dtype: str) -> None:
-    """UserError for a type that is not one of PRECISIONS (int8.py has int8)."""
-    if dtype not in PRECISIONS:
-        raise UserError(f"unknown dtype {dtype!r}: choose one of {', '.join(PRECISIONS)}")
+def check_precision(dtype: str, *others: str) -> None:
+    """UserError for a type that is none of PRECISIONS, nor of these others (int8.py has int8)."""
+    known = (*PRECISIONS, *others)
+    if dtype not in known:
+        raise UserError(f"unknown dtype {dtype!r}: choose one of {', '.join(known)}")
 
 
 def hold_in(model: Any, dtype: str) -> None:

@@ -22,9 +22,10 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from numbers import Real
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -36,6 +37,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 LEVELS = ("definitions", "fused", "numpy", "c")
 CUDA = "cuda"  # the kernels for a GPU's arrays; they stand in wherever "numpy" may on a CPU
 IN_THE_ENVIRONMENT = ("definitions", "numpy", "c")
+
+# Functions of these kinds return at once, and do their work when they are iterated or awaited
+RUN_LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 
 _IN_C: list[Callable[[], str]] = []
 _CONVERSIONS: list[Callable[[Any, np.dtype], Any]] = []
@@ -152,6 +156,17 @@ def converts(conversion: Callable[[Any, np.dtype], Any]) -> Callable[[Any, np.dt
     return conversion
 
 
+def as_array(data: Any, dtype: Any = None) -> Any:
+    """`data` as an array: itself where it is one; numbers and lists of them in float32, or what
+    `dtype` says. TypeError for what is no real number: None, texts, other objects."""
+    if isinstance(data, np.generic) or not isinstance(getattr(data, "dtype", None), np.dtype):
+        dtype = dtype or (data.dtype if isinstance(data, np.generic) else np.float32)
+        data = np.asarray(data)
+    if data.dtype.kind in "OSUMmc" and not all(isinstance(x, Real) for x in data.flat):
+        raise TypeError(f"a tensor holds numbers, not {data.tolist()!r:.60}")
+    return data if dtype is None else data.astype(dtype, copy=False)
+
+
 @contextmanager
 def setting(variable: ContextVar[Any], value: Any) -> Iterator[None]:
     """Within this block, in this thread alone, the variable has this value."""
@@ -170,8 +185,44 @@ class Switch:
         self.inside: ContextVar[bool] = ContextVar(name, default=False)
 
     def __call__(self, function: F | None = None) -> Any:
-        context = setting(self.inside, True)
-        return context if function is None else context(function)
+        """What holds in a `with`, or as a decorator; with a function, that function decorated."""
+        held = Held(self)
+        return held if function is None else held(function)
+
+    def __enter__(self) -> NoReturn:
+        raise TypeError(f"write `with {self.inside.name}():`, with parentheses")
+
+    def __exit__(self, *_: object) -> None:
+        """Python looks for it before it calls __enter__."""
+
+
+class Held(ContextDecorator):
+    """A switch that is on within a `with`, or while a function runs that it decorates."""
+
+    def __init__(self, switch: Switch) -> None:
+        self.switch = switch
+
+    def __enter__(self) -> None:
+        self.token = self.switch.inside.set(True)
+
+    def __exit__(self, *_: object) -> None:
+        self.switch.inside.reset(self.token)
+
+    def _recreate_cm(self) -> Held:
+        return Held(self.switch)  # one for each call: calls may be nested
+
+    def __call__(self, function: F) -> F:
+        """The decorated function. TypeError for one that runs only later, in pieces: the switch
+        would be off by then."""
+        name = self.switch.inside.name
+        if not callable(function) or isinstance(function, type):
+            raise TypeError(f"@{name} is for functions, not for {function!r:.60}")
+        if any(runs_later(function) for runs_later in RUN_LATER):
+            raise TypeError(
+                f"@{name} cannot hold in a generator or an async function: write `with {name}():` "
+                "in it, around what computes"
+            )
+        return super().__call__(function)
 
 
 def at_most(level: str) -> AbstractContextManager[None]:

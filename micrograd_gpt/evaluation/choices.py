@@ -16,6 +16,7 @@ from micrograd_gpt.evaluation.items import Choice, LastWord, request_of
 from micrograd_gpt.evaluation.records import Row
 from micrograd_gpt.evaluation.running import ScoredTask
 from micrograd_gpt.evaluation.scoring import Request, Score
+from micrograd_gpt.support.errors import about
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 
 DELIMITER = " "  # between a context and what continues it
@@ -32,10 +33,11 @@ class ChoiceTask(ScoredTask):
 
     def requests(self, item: int) -> list[Request]:
         choice = self.items[item]
-        return [
-            request_of(choice.context, DELIMITER + ending, self.tokenizer)
-            for ending in choice.endings
-        ]
+        with about(choice.place):
+            return [
+                request_of(choice.context, DELIMITER + ending, self.tokenizer)
+                for ending in choice.endings
+            ]
 
     def row(self, item: int, scores: Sequence[Score]) -> Row:
         choice = self.items[item]
@@ -74,7 +76,8 @@ class LastWordTask(ScoredTask):
 
     def requests(self, item: int) -> list[Request]:
         text = self.items[item]
-        return [request_of(text.context, DELIMITER + text.word, self.tokenizer)]
+        with about(text.place):
+            return [request_of(text.context, DELIMITER + text.word, self.tokenizer)]
 
     def row(self, item: int, scores: Sequence[Score]) -> Row:
         (score,) = scores

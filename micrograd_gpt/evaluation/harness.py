@@ -34,7 +34,7 @@ try:
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 except ImportError as error:
-    problem = f"lm-evaluation-harness is missing ({error}): pip install 'micrograd-gpt[harness]'"
+    problem = f'lm-evaluation-harness is missing ({error}): pip install "micrograd-gpt[harness]"'
     if __name__ == "__main__":
         cli.say(f"error: {problem}")
         sys.exit(2)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Choice:
     context: str
     endings: tuple[str, ...]
     label: int
+    place: str = field(default="", compare=False)  # where it stands, for messages
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class LastWord:
 
     context: str
     word: str
+    place: str = field(default="", compare=False)
 
 
 def read_choices(path: str | Path) -> list[Choice]:
@@ -86,7 +88,7 @@ def _choice(fields: Row, place: str) -> Choice:
             "(activity_label, ctx_a, ctx_b, endings) or PIQA (goal, sol1, sol2); this one has "
             f"{', '.join(fields) or 'none'}"
         )
-    return Choice(context, tuple(endings), _label(fields, len(endings), place))
+    return Choice(context, tuple(endings), _label(fields, len(endings), place), place)
 
 
 def without_headings(text: str) -> str:
@@ -125,7 +127,7 @@ def _last_word(fields: Row, place: str) -> LastWord:
         raise UserError(
             f"{place}: the text is to end in a word to ask for, after a space and other words"
         )
-    return LastWord(context, word)
+    return LastWord(context, word, place)
 
 
 # ------------------------------------------------------------------------------------ as token ids

@@ -16,6 +16,7 @@ from typing import Any
 
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading, write_text
+from micrograd_gpt.weights.formats import holds_model
 
 SETTINGS, ITEMS, REPORT = "settings.json", "items.jsonl", "report.json"
 
@@ -41,6 +42,8 @@ class Records:
         self.rows: dict[int, Row] = {}
         if self.folder is None:
             return
+        if holds_model(self.folder):
+            raise UserError(f"{self.folder} holds a model: choose another --out")
         before = read_json(self.folder / SETTINGS)
         if before is None:
             if (self.folder / ITEMS).exists():

@@ -9,6 +9,8 @@ from pathlib import Path
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 
+BATCH_SIZE = 16
+
 
 def add_question_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what is asked, from --prompt to --batch-size."""
@@ -55,8 +57,7 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         metavar="N",
         type=cli.positive_int,
-        default=16,
-        help="how many of several prompts are decoded at once (default: 16)",
+        help=f"how many of several prompts are decoded at once (default: {BATCH_SIZE})",
     )
     parser.add_argument(
         "--special-tokens",
@@ -73,12 +74,24 @@ def read_questions(given: argparse.Namespace) -> list[str] | None:
     """
     if given.input and given.instruction is None:
         raise UserError("--input is for an --instruction: give that too")
+    if given.batch_size is not None and (getattr(given, "num_beams", None) or 1) > 1:
+        raise UserError("--batch-size does nothing with --num-beams: leave one of them out")
     if given.prompts is not None:
+        from micrograd_gpt.text.records import RECORD_SUFFIXES
+
+        is_plain = Path(given.prompts).suffix.lower() not in RECORD_SUFFIXES
+        if given.text_field is not None and is_plain:
+            raise UserError(
+                f"--text-field is for records ({', '.join(RECORD_SUFFIXES)}), and {given.prompts} "
+                "is read line by line: leave it out"
+            )
         return _read_prompts(given.prompts, given.text_field or "prompt", given.encoding or "utf-8")
     for flag, value in (("--text-field", given.text_field), ("--encoding", given.encoding)):
         if value is not None:
             raise UserError(f"{flag} is for a file of --prompts: give that too")
     texts = given.prompt if given.instruction is None else given.instruction
+    if given.batch_size is not None and len(texts or ()) < 2:
+        raise UserError("--batch-size is for several prompts: give more of them, or leave it out")
     if texts is None:
         if sys.stdin is not None and sys.stdin.isatty():
             return None

@@ -45,12 +45,12 @@ from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG, read_config
-from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, MODEL, is_adapter
+from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, MODEL, STATE, is_adapter
 from micrograd_gpt.weights.loading import fill
 from micrograd_gpt.weights.saving import stored_arrays, write_model
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 
-OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
+OPTIMIZER = "optimizer.safetensors"
 SET = (CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG, OPTIMIZER, STATE)
 ADAPTER = (ADAPTED_CONFIG, ADAPTER_CONFIG, ADAPTER_MODEL)  # instead of the first two
 ALSO = (PROMPT_TEMPLATE,)  # which only some runs have

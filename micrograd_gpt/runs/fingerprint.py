@@ -15,15 +15,19 @@ from micrograd_gpt.text.shards import Shards, slices
 
 def check_same_data(settings: argparse.Namespace, corpus: Corpus) -> None:
     """UserError if a run would resume on other data; the settings note which data this is."""
-    check_fingerprint(settings, " and ".join(map(fingerprint, (corpus.train, corpus.validation))))
+    train, validation = map(fingerprint, (corpus.train, corpus.validation))
+    is_same = str(settings.data_fingerprint).startswith(f"{train} and ")
+    changed = corpus.validation_name if is_same else None
+    check_fingerprint(settings, f"{train} and {validation}", changed)
 
 
-def check_fingerprint(settings: argparse.Namespace, found: str) -> None:
-    """check_same_data for data whose fingerprint was `found`."""
+def check_fingerprint(settings: argparse.Namespace, found: str, changed: str | None = None) -> None:
+    """check_same_data for data whose fingerprint was `found`; `changed` is the file that differs,
+    where it is not --data."""
     before = settings.data_fingerprint
     if settings.resume and found != before and not settings.allow_changes:
         raise UserError(
-            f"{settings.data} is no longer the data of the run in {settings.out} "
+            f"{changed or settings.data} is no longer the data of the run in {settings.out} "
             f"({before}; now {found}): give the same data, or add --allow-changes"
         )
     settings.data_fingerprint = found

@@ -30,7 +30,8 @@ def only_writer(folder: str | Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+        place = error.filename or folder
+        raise UserError(f"cannot write {place}: {error.strerror or error}") from error
     try:
         yield
     finally:

@@ -183,7 +183,7 @@ def _event_writer(folder: Path, step: int) -> Any:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise UserError(
-            "--tensorboard needs tensorboardX: pip install 'micrograd-gpt[tensorboard]'"
+            '--tensorboard needs tensorboardX: pip install "micrograd-gpt[tensorboard]"'
         ) from None
     path = folder / "tensorboard"
     try:

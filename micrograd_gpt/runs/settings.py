@@ -16,13 +16,17 @@ from typing import Any, NamedTuple
 
 from micrograd_gpt.arrays.precision import PRECISIONS
 from micrograd_gpt.runs import checkpoint, config_file
+from micrograd_gpt.runs.folders import check_free
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.corpus import VALIDATION
 from micrograd_gpt.text.decoding import Form
+from micrograd_gpt.text.documents import BY_NAME, holds_records
+from micrograd_gpt.text.records import RECORD_SUFFIXES
 from micrograd_gpt.text.tokenizers import NAMES
 from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, size_name
-from micrograd_gpt.weights.formats import is_adapter
+from micrograd_gpt.weights.formats import STATE
 from micrograd_gpt.weights.names import config_named
 
 SHAPES: dict[str, dict[str, int]] = {"tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128}, **SIZES}
@@ -192,7 +196,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
     ("beta1", BELOW_1, 0.9, ASK, "decay rate of the first moment"),
     ("beta2", BELOW_1, By(0.99, 0.95), ASK,  # a small batch's gradient is noisy: average over more
      "decay rate of the second moment"),
-    ("grad_clip", ABOVE_0, 1.0, ASK, "largest norm of the gradient"),
+    ("grad_clip", FROM_0, 1.0, ASK, "largest norm of the gradient; 0: any"),
 ],
 "watching": [
     ("log_interval", COUNT, 10, FREE, "steps between metrics"),
@@ -296,7 +300,21 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
     if "learning_rate" in flags and "min_lr" not in flags:
         settings["min_lr"] = settings["learning_rate"] / 10
     check_rates(settings)
+    check_text_field(settings)
     return settings
+
+
+def check_text_field(settings: dict[str, Any]) -> None:
+    """UserError for a --text-field where there are no records that have it."""
+    field, sources = settings["text_field"], (settings["data"], settings["validation"])
+    is_told = field != SETTINGS["text_field"].default
+    with reading(settings["data"]):
+        found = [source for source in sources if source in BY_NAME or Path(source).exists()]
+        if is_told and found and not any(map(holds_records, found)):
+            raise UserError(
+                f"--text-field {field} is for records ({', '.join(RECORD_SUFFIXES)}), and "
+                f"{' and '.join(found)} holds none: leave it out"
+            )
 
 
 def check_rates(settings: dict[str, Any]) -> None:
@@ -306,16 +324,6 @@ def check_rates(settings: dict[str, Any]) -> None:
         raise UserError(
             f"--min-lr {last:g} is above --learning-rate {highest:g}: lower it, or leave it out"
         )
-
-
-def check_free(out: Path) -> None:
-    """UserError if the folder holds a run or a model, which a new run would replace."""
-    if checkpoint.holds_run(out):
-        raise UserError(
-            f"{out} holds a run already: --resume it, --overwrite it, or give another --out"
-        )
-    if (out / checkpoint.MODEL).exists() or is_adapter(out):
-        raise UserError(f"{out} holds a model: --overwrite it, or give another --out")
 
 
 def defaults(trained: str) -> dict[str, Any]:
@@ -370,7 +378,7 @@ def saved_settings(out: Path, table: dict[str, Setting] = SETTINGS) -> dict[str,
         )
         if isinstance(value, By) or not (row.kind.holds(value) or value is row.default is None):
             what = f"have {value!r} as {name}" if name in saved else f"lack {name}"
-            raise UserError(f"{out / checkpoint.STATE} is damaged: its settings {what}")
+            raise UserError(f"{out / STATE} is damaged: its settings {what}")
         settings[name] = value
     return settings
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from micrograd_gpt.support import download
 from micrograd_gpt.support.cli import counted
-from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.errors import UserError, about
 from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.decoding import Form
-from micrograd_gpt.text.documents import AS_IT_IS, find_files, load_documents
+from micrograd_gpt.text.documents import AS_IT_IS, BY_NAME, find_files, load_documents
 from micrograd_gpt.text.pieces import BETWEEN_DOCUMENTS, encode_piece
 from micrograd_gpt.text.prepare import prepare
 from micrograd_gpt.text.shard_files import check_shards, find_shards, matching_tokenizer
@@ -43,6 +43,7 @@ class Corpus:
     tokenizer: Tokenizer
     name: str
     fraction: float | None = None
+    validation_name: str | None = None  # of the other text; None: it has the same name
     unit: ClassVar[str] = "token"  # what the loss is the mean over
 
     def amount(self) -> str:
@@ -63,9 +64,10 @@ class Corpus:
         few = f"fewer than the {need:,} that --block-size {block_size} needs"
         smaller = f", or a smaller --block-size (at most {shorter - 1})" if shorter > 1 else ""
         if self.fraction is None:
+            name = self.validation_name if which == "validation" else None
             raise UserError(
-                f"{self.name}: the {which} text has {counted(shorter, 'token')}, {few}: give more "
-                f"text{smaller}"
+                f"{name or self.name}: the {which} text has {counted(shorter, 'token')}, {few}: "
+                f"give more text{smaller}"
             )
         comma = "," if smaller else " or"
         enough = math.ceil(need / min(self.fraction, 1 - self.fraction)) + 1
@@ -119,7 +121,7 @@ def load_corpus(
     ids, marked, tokenizer = _read(source, tokenizer, form, cache_folder)
     if fraction is None:
         other = _read_validation(validation, tokenizer, form, cache_folder)
-        return Corpus(ids, other, tokenizer, str(source))
+        return Corpus(ids, other, tokenizer, str(source), validation_name=str(validation))
     if marked is not None:
         if fraction != VALIDATION:
             raise UserError(
@@ -154,7 +156,7 @@ def _read(
     made them.
     """
     text_files = None
-    if source not in ("pydocs", "shakespeare"):
+    if source not in BY_NAME:
         with reading(source):
             shard_files = find_shards(source)
             text_files = [] if shard_files else find_files(source)
@@ -166,7 +168,8 @@ def _read(
             return train, validation if shard_files.validation else None, made_with
         if size > MOST_IN_MEMORY:
             tokens = Path(cache_folder or download.cache_folder()) / "tokens"
-            shard_files = prepare(source, text_files, tokenizer, form, tokens)
+            with about(source):
+                shard_files = prepare(source, text_files, tokenizer, form, tokens)
             made_with = matching_tokenizer(shard_files, tokenizer)
             try:
                 return shard_files.open()[0], None, made_with
@@ -177,18 +180,16 @@ def _read(
     documents = load_documents(source, form, text_files)
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, BETWEEN_DOCUMENTS.join(documents))
-    return encode_documents(documents, tokenizer, form.special_tokens), None, tokenizer
+    with about(source):
+        return encode_documents(documents, tokenizer, form.special_tokens), None, tokenizer
 
 
 def _read_validation(
     source: Any, tokenizer: Tokenizer, form: Form, cache_folder: str | Path | None
 ) -> Ids:
     """The ids of a source that is for validation only; of a divided one, that part of it."""
-    try:
+    with about(source):
         ids, marked, _ = _read(source, tokenizer, form, cache_folder)
-    except UserError as error:
-        named = str(source) in str(error)
-        raise UserError(str(error) if named else f"--validation {source}: {error}") from error
     return ids if marked is None else marked
 
 

@@ -21,6 +21,7 @@ from micrograd_gpt.text.records import RECORD_SUFFIXES, record_texts
 
 SUFFIXES = (".txt", ".md", ".rst", *RECORD_SUFFIXES)  # of the files read in a folder
 AS_IT_IS = Form()
+BY_NAME = ("pydocs", "shakespeare")  # sources that are no paths
 
 # What a model's folder or a run's holds beside its weights, and is no text to learn from
 OWN_FILES = {
@@ -80,7 +81,7 @@ def load_documents(
 
 def no_text(source: str | Path) -> UserError:
     """Return the error for a source whose documents are all empty."""
-    return UserError(f"{source} contains no text: give some text to learn from")
+    return UserError(f"{source} contains no text: give a file with some")
 
 
 def _pydocs() -> list[str]:
@@ -125,6 +126,15 @@ def find_files(source: str | Path) -> list[Path]:
             "file, a folder of text files, or a folder of token shards"
         )
     return [path]
+
+
+def holds_records(source: str | Path) -> bool:
+    """Whether some of the text of a source that exists is in files of records."""
+    path = Path(source)
+    if source in BY_NAME:
+        return False
+    files = _files_under(path) if path.is_dir() else [path]
+    return any(file.suffix.lower() in RECORD_SUFFIXES for file in files)
 
 
 def _files_under(folder: Path) -> list[Path]:

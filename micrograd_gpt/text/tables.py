@@ -76,7 +76,7 @@ def parquet_columns(
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise UserError(
-            f"reading {path} needs pyarrow: pip install 'micrograd-gpt[parquet]'"
+            f'reading {path} needs pyarrow: pip install "micrograd-gpt[parquet]"'
         ) from error
     try:
         size = path.stat().st_size

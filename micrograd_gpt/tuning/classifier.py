@@ -194,7 +194,8 @@ def labels_of(weights: Weights) -> list[str]:
         )
     names = values.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count)}
     try:
-        labels = [str(names[str(i)]) for i in range(count)]
+        labels = [names[str(i)] for i in range(count)]
+        labels = [str(label) for label in labels if isinstance(label, str | int | float)]
     except (KeyError, TypeError):
         labels = []
     if len(set(labels)) != count or len(names) != count:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from micrograd_gpt.runs import checkpoint, config_file
+from micrograd_gpt.runs.folders import check_free
 from micrograd_gpt.runs.settings import (
     ABOVE_0,
     ASK,
@@ -28,7 +29,6 @@ from micrograd_gpt.runs.settings import (
     TEXT,
     Kind,
     Setting,
-    check_free,
     check_in_use,
     check_kinds,
     check_rates,

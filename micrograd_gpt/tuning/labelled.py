@@ -89,6 +89,11 @@ def read_examples(
 
 def read_texts(source: str, columns: Columns, encoding: str = "utf-8") -> list[Example]:
     """The texts of a file, without labels, or of stdin where the source is "-", a line each."""
+    if columns.given and Path(source).suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"{FLAGS} are for tables ({', '.join(SUFFIXES)}), and --predict {source} has a text a "
+            "line: leave them out"
+        )
     if source != "-":
         return read_examples(source, columns, encoding, with_labels=False)
     check_encoding(encoding)

@@ -27,7 +27,14 @@ from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json
 from micrograd_gpt.text.hugging_face import TOKENIZER
-from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, Weights, is_adapter
+from micrograd_gpt.weights.checksum import stored_checksum
+from micrograd_gpt.weights.formats import (
+    ADAPTER_CONFIG,
+    ADAPTER_MODEL,
+    STATE,
+    Weights,
+    is_adapter,
+)
 from micrograd_gpt.weights.names import open_model
 from micrograd_gpt.weights.reading import StoredTensor
 from micrograd_gpt.weights.tensor_files import TensorFile
@@ -101,6 +108,12 @@ def open_with_base(folder: Path) -> Weights:
         base = open_model(adapter.base)
     except UserError as error:
         raise UserError(f"{folder / ADAPTER_CONFIG} names its base, but {error}") from error
+    if not trained_on(adapter, base):
+        raise UserError(
+            f"{adapter.base} has other weights now than when {folder} was trained on it: give it "
+            f"back those, or fold {folder} in all the same, with load_gpt2.py --from "
+            f"{adapter.base} --merge {folder}"
+        )
     weights = merged(base, adapter)
     has_tokenizer = (folder / TOKENIZER).exists()
     return dataclasses.replace(weights, path=folder) if has_tokenizer else weights
@@ -211,16 +224,36 @@ class Merged(StoredTensor):
         return bool(np.isfinite(wide).all())
 
 
-def with_adapter(weights: Weights, folder: str) -> Weights:
-    """The weights with the adapter in this folder folded in; UserError for a classifier's.
-
-    Shapes cannot tell whether it was trained on these weights; where it was on those of another
-    folder, stderr says so.
-    """
+def open_language_adapter(folder: str | Path) -> Adapter:
+    """As `open_adapter`; UserError too for a classifier's."""
     adapter = open_adapter(folder)
-    base = adapter.config.get("base_model_name_or_path")
-    if isinstance(base, str) and Path(base).is_dir() and not weights.folder.samefile(base):
-        say(f"note: {folder} was trained on {base}, not on {weights.folder}")
     if adapter.head is not None:
         raise UserError(f"{folder} is a classifier's adapter: use it as it is, with --model")
+    return adapter
+
+
+def with_adapter(weights: Weights, adapter: Adapter) -> Weights:
+    """The weights with an adapter folded in.
+
+    Where it is known that it was trained on other weights, stderr says so: no shape can tell.
+    """
+    base = adapter.config.get("base_model_name_or_path")
+    if isinstance(base, str) and Path(base).is_dir() and not weights.folder.samefile(base):
+        say(f"note: {adapter.folder} was trained on {base}, not on {weights.folder}")
+    elif not trained_on(adapter, weights):
+        say(f"note: {adapter.folder} was trained on other weights than {weights.path} has now")
     return merged(weights, adapter)
+
+
+def trained_on(adapter: Adapter, base: Weights) -> bool:
+    """Whether an adapter was trained on these weights, as far as its run noted that.
+
+    Only a folder's weights are looked at: nobody trains what was fetched.
+    """
+    settings = (read_json(adapter.folder / STATE) or {}).get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    noted = settings.get("base_weights")
+    if noted is None or not Path(adapter.config.get("base_model_name_or_path") or "").exists():
+        return True
+    dtype = "float64" if settings.get("dtype") == "float64" else "float32"
+    return stored_checksum(base, dtype) in (noted, None)

@@ -6,11 +6,11 @@ slightly different names.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from micrograd_gpt.checks import COUNTS, DROPOUTS, EPSILON
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import finish_set
@@ -34,9 +34,7 @@ SIZES = {  # OpenAI's four models
 }
 OLDER_NAMES = {"117M": "124M", "345M": "355M", "762M": "774M", "1.5B": "1558M"}
 
-REQUIRED = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
-DROPOUTS, EPSILON = ("embd_pdrop", "attn_pdrop", "resid_pdrop"), "layer_norm_epsilon"
-OPTIONAL = (*DROPOUTS, EPSILON)
+REQUIRED, OPTIONAL = COUNTS, (*DROPOUTS, EPSILON)
 HPARAMS = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}  # OpenAI's names that differ
 
 
@@ -92,26 +90,10 @@ def read_config(source: str | Path | Mapping[str, Any], file: str | Path = CONFI
     values = {key: source[key] for key in (*REQUIRED, *OPTIONAL) if key in source}
     variant = {key: source[key] for key in OWN_VALUES if key in source}
     try:
-        _check_numbers(values | variant)
         config = VariantConfig(**values, **variant)
         return GPT2Config(**values) if is_gpt2(config) else config
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
-
-
-def _check_numbers(values: Mapping[str, Any]) -> None:
-    for key in REQUIRED if values.get("n_inner") is None else (*REQUIRED, "n_inner"):
-        value = values[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{key} must be a whole number of at least 1, not {value!r}")
-    for key in values.keys() & set(DROPOUTS):
-        value = values[key]
-        if not isinstance(value, int | float) or not 0 <= value < 1:
-            raise ValueError(f"{key} must be a probability in [0, 1), not {value!r}")
-    value = values.get(EPSILON, GPT2Config.layer_norm_epsilon)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= sys.float_info.max:
-        raise ValueError(f"{EPSILON} must be a finite number above 0, not {value!r}")
 
 
 def read_hparams(hparams: Mapping[str, Any], file: str | Path) -> GPT2Config:

@@ -18,7 +18,7 @@ from typing import Any
 from micrograd_gpt.gpt2 import GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import SAVED, finish_set
-from micrograd_gpt.support.files import read_json
+from micrograd_gpt.support.files import read_json, reading
 from micrograd_gpt.weights.config import (
     CONFIG,
     SIZES,
@@ -40,6 +40,7 @@ TORCH_MODEL, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHT_FILES = (MODEL, INDEX, TORCH_MODEL, TORCH_INDEX)  # the first in a folder counts
 NANOGPT = "ckpt.pt"
 ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
+STATE = "trainer_state.json"  # of the training run that wrote a model (runs/checkpoint.py)
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 
 
@@ -68,6 +69,20 @@ def is_adapter(path: str | Path) -> bool:
         finish_set(path)
     whole = any(os.path.exists(Path(path, name)) for name in WEIGHT_FILES)
     return os.path.isfile(Path(path, ADAPTER_CONFIG)) and not whole
+
+
+def holds_model(path: str | Path) -> bool:
+    """Whether this folder holds a model or an adapter, in whatever format."""
+    files = (*WEIGHT_FILES, NANOGPT, HPARAMS)
+    return is_adapter(path) or any(os.path.exists(Path(path, name)) for name in files)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files in this folder that hold the weights of one model, Transformers'."""
+    shard = r"(pytorch_)?model-\d+-of-\d+\.(bin|safetensors)"
+    with reading(folder):
+        names = [file.name for file in folder.iterdir()]
+    return [name for name in names if name in WEIGHT_FILES or re.fullmatch(shard, name)]
 
 
 def open_weights(path: str | Path) -> Weights:

@@ -103,7 +103,7 @@ def gguf_package() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise UserError("a .gguf file needs gguf: pip install 'micrograd-gpt[gguf]'") from error
+        raise UserError('a .gguf file needs gguf: pip install "micrograd-gpt[gguf]"') from error
     return gguf
 
 

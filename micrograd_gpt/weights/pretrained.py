@@ -50,6 +50,7 @@ def build(
     int8 on a GPU.
     """
     refuse_int8(dtype, device)
+    check_precision(dtype, INT8)
     if weights.heads:
         names = ", ".join(map(ascii, weights.heads))[:200]  # there can be any, and any number
         say(f"note: {weights.path}: {names} left out: a language model has no such head")
@@ -57,7 +58,6 @@ def build(
         if dtype == INT8:  # float32 until it is read
             model = unwritten(weights.config, cls, new=np.zeros)
         else:
-            check_precision(dtype)
             model = unwritten(weights.config, cls, dtype)
             hold_in(model, dtype)
         move(model, device)

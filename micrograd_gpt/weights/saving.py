@@ -14,7 +14,7 @@ from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.support.files import write_text
 from micrograd_gpt.text.tokenizers import Tokenizer
 from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG, config_json
-from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, MODEL
+from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, MODEL, weight_files
 from micrograd_gpt.weights.tensor_files import write_safetensors
 
 
@@ -63,13 +63,14 @@ def write_model(
     stored = dtype or ("float32" if held == INT8 else held)  # an adapter beside int8 is float32
     config = config_json(model.config, stored, tokenizer.special_tokens if tokenizer else None)
     config |= also_in_config or {}
-    whole, adapter = (MODEL, CONFIG), (ADAPTER_MODEL, ADAPTED_CONFIG, ADAPTER_CONFIG)
+    adapter = (ADAPTER_MODEL, ADAPTED_CONFIG, ADAPTER_CONFIG)
     if file == MODEL:
         _write_json(folder / CONFIG, config)
     else:
         _write_json(folder / ADAPTED_CONFIG, config)
         _write_json(folder / ADAPTER_CONFIG, model.adapter.config(model))
-    for other in adapter if file == MODEL else whole:  # of what was saved here before
+    before = weight_files(folder.parent)  # of what was saved here
+    for other in {*before, *(adapter if file == MODEL else (CONFIG,))} - {file}:
         without(folder / other)
     if tokenizer:
         tokenizer.save(folder)

@@ -255,6 +255,8 @@ def test_it_is_not_for_training_nor_for_files(tmp_path: Path) -> None:
 
 def test_a_folder_is_read_into_int8(tmp_path: Path) -> None:
     model_of().save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"unknown dtype 'int4': .*, float16, int8$"):
+        GPT2.from_pretrained(tmp_path / "model", dtype="int4")
     model = GPT2.from_pretrained(tmp_path / "model", dtype="int8")
     for (name, ours), (_, expected) in zip(
         model.named_parameters(), model_of("int8").named_parameters(), strict=True
@@ -264,3 +266,13 @@ def test_a_folder_is_read_into_int8(tmp_path: Path) -> None:
         np.testing.assert_array_equal(*wide)
     with pytest.raises(UserError, match="int8 is for the CPU"):
         GPT2.from_pretrained(tmp_path / "model", dtype="int8", device="gpu")
+
+
+def test_numpy_gets_the_numbers_of_a_tensor_and_not_its_integers() -> None:
+    tensor = dict(model_of("int8").named_parameters())["transformer.h.0.mlp.c_fc.weight"]
+    wanted = tensor.data.astype(np.float32)
+    for got in (np.array(tensor), np.asarray(tensor), tensor.numpy(), np.asarray(tensor.numpy())):
+        assert got.dtype == np.float32 and type(got) is np.ndarray
+        assert (got == wanted).all()
+    assert np.asarray(tensor, np.float64).dtype == np.float64
+    assert tensor.numpy().max() < 1 < tensor.data.values.max()

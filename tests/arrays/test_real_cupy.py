@@ -10,7 +10,7 @@ import fake_cupy
 import numpy as np
 import pytest
 
-cupy = pytest.importorskip("cupy", reason="CuPy is not installed: pip install -e '.[cuda13]'")
+cupy = pytest.importorskip("cupy", reason='CuPy is not installed: pip install -e ".[cuda13]"')
 
 
 def parameters(function: Any) -> list[str]:

@@ -356,7 +356,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, module: Any, **versions: int) -> None
         (
             {"driverGetVersion": 12040, "runtimeGetVersion": 13020},
             "the NVIDIA driver is too old for this CuPy: it knows CUDA 12.4, CuPy was built for "
-            "13.2; update the driver, or pip install -e '.[cuda12]'",
+            '13.2; update the driver, or pip install -e ".[cuda12]"',
         ),
         ({}, "CuPy finds no usable NVIDIA GPU (cudaErrorInsufficientDriver: …); use --device cpu"),
     ],
@@ -403,7 +403,7 @@ def test_cupy_that_is_missing_or_broken_is_one_line(
     devices._usable_cupy.cache_clear()
     with pytest.raises(UserError, match=f"^{re.escape(message)}") as caught:
         devices.library_for("gpu")
-    assert "pip install -e '.[cuda13]'" in str(caught.value) and "\n" not in str(caught.value)
+    assert 'pip install -e ".[cuda13]"' in str(caught.value) and "\n" not in str(caught.value)
 
 
 def out_of_memory(*_: Any, **__: Any) -> None:

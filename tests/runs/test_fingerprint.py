@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
+from argparse import Namespace
+from pathlib import Path
 
-from micrograd_gpt.runs.fingerprint import fingerprint
+import numpy as np
+import pytest
+
+from micrograd_gpt.runs.fingerprint import check_same_data, fingerprint
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.corpus import load_corpus
 from micrograd_gpt.text.shards import Shards
 
 
@@ -27,3 +33,16 @@ def test_every_token_of_a_stream_is_told_apart_but_of_a_very_long_one() -> None:
     tokens[10_000] = 7  # in no piece of those 256, which are 19,600 apart
     assert fingerprint(tokens) != before
     assert fingerprint(tokens, 10) == before_of_pieces
+
+
+def test_the_file_that_is_no_longer_the_same_is_named(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("data.txt", "validation.txt")]
+    for file in files:
+        file.write_text("to be or not to be")
+    settings = Namespace(data=str(files[0]), out="out", resume=False, data_fingerprint=None)
+    check_same_data(settings, load_corpus(files[0], "byte", validation=files[1]))
+    settings.resume, settings.allow_changes = True, False
+    for file in reversed(files):
+        file.write_text("to be or not")
+        with pytest.raises(UserError, match=f"^{file} is no longer the data of the run in out"):
+            check_same_data(settings, load_corpus(files[0], "byte", validation=files[1]))

@@ -198,3 +198,31 @@ def test_help_imports_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "--max-new-tokens" in result.stdout
     assert result.stdout.splitlines()[-1] == "imported:"
+
+
+def test_a_character_that_is_not_known_is_said_with_its_file(model: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("§" * 9, encoding="utf-8")
+    words = lines(tmp_path / "words.jsonl", {"text": f"{TEXT} a"}, {"text": "§ a"})
+    choices = lines(tmp_path / "items.jsonl", {"context": "§", "endings": ["a", "b"], "label": 0})
+    for command, path, place in (
+        ("perplexity", str(text), ""),
+        ("last-word", words, ", line 2"),
+        ("multiple-choice", choices, ", line 1"),
+    ):
+        with pytest.raises(UserError, match=f"^{path}{place}: the character '§' at position 0"):
+            evaluate.main([command, "--model", model, "--data", path])
+
+
+def test_a_model_s_folder_takes_no_records(model: str, tmp_path: Path) -> None:
+    before = sorted(Path(model).iterdir())
+    words = lines(tmp_path / "words.jsonl", {"text": TEXT})
+    with pytest.raises(UserError, match=f"^{model} holds a model: choose another --out"):
+        evaluate.main(["last-word", "--model", model, "--data", words, "--out", model])
+    assert sorted(Path(model).iterdir()) == before
+
+
+def test_an_empty_file_has_nothing_to_evaluate(model: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=r"empty\.txt contains no text: give a file with some$"):
+        evaluate.main(["perplexity", "--model", model, "--data", str(tmp_path / "empty.txt")])

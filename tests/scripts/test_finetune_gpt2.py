@@ -125,6 +125,7 @@ def test_long_texts_are_cut_off_in_training_and_afterwards_alike(
     classify(out, "--max-steps", 1, "--block-size", 9)
     error = capsys.readouterr().err
     assert "training texts are cut off after 9 tokens" in error
+    assert "CPU kernels: " in error
     new = tmp_path / "new.txt"
     new.write_text("win cash and what follows\nwin cash and so on")
     finetune_gpt2.main(["classify", "--model", str(out), "--predict", str(new)])

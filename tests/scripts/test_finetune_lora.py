@@ -116,6 +116,28 @@ def test_a_run_is_not_resumed_on_another_base(classify: Main, base: Path, tmp_pa
     assert classify(out, "--max-steps", 2, "--allow-changes", resume=True) == 0
 
 
+def test_an_adapter_is_not_used_on_another_base(
+    finetune_gpt2: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed, out, new = tmp_path / "changed", tmp_path / "out", str(tmp_path / "new")
+    GPT2(GPT2Config(1, 1, 8, 257, 99)).save_pretrained(changed, ByteTokenizer())
+    data = tmp_path / "data.jsonl"
+    rows = ({"instruction": f"say {i}", "output": f"{i}"} for i in range(20))
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    start = ["instruct", "--model", changed, "--data", data, "--out", out, "--lora-rank", RANK]
+    assert finetune_gpt2.main([*map(str, start), "--max-steps", "1"]) == 0
+    load, generate = training.script("load_gpt2"), training.script("generate")
+    assert generate.main(["--model", str(out), "--instruction", "a", "--max-new-tokens", "1"]) == 0
+    model = GPT2.from_pretrained(changed)
+    model.transformer.ln_f.bias.data += 0.5
+    model.save_pretrained(changed)
+    with pytest.raises(UserError, match=f"changed has other weights now than when {out} was tr"):
+        generate.main(["--model", str(out), "--instruction", "a"])
+    capsys.readouterr()
+    assert load.main(["--from", str(changed), "--merge", str(out), "--out", new]) == 0
+    assert f"note: {out} was trained on other weights than" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_an_adapter_and_a_whole_model_replace_each_other(
     classify: Main, finetune_gpt2: ModuleType, base: Path, data: Path, tmp_path: Path

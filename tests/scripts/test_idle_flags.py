@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -55,6 +56,22 @@ def test_an_empty_text_is_refused(
         ("finetune_gpt2 classify --data \udcff.tsv", "--data must be a text in UTF-8"),
         ("load_gpt2 --from 124M --source huggingface --openai-url http://x", "--from says where"),
         ("load_gpt2 --source huggingface --openai-url http://x", "--openai-url is for what is"),
+        ("train_gpt2 --text-field body", "--text-field body is for records .*, and pydocs holds"),
+        ("train_gpt2 --tf32", "--tf32 is for --device gpu: leave it out, or add --device gpu"),
+        ("generate --prompt a --batch-size 3", "--batch-size is for several prompts"),
+        (
+            "generate --prompt a --prompt b --batch-size 3 --num-beams 2",
+            "--batch-size does nothing with --num-beams",
+        ),
+        ("generate --prompts a.txt --text-field body", "--text-field is for records .*, and a.txt"),
+        (
+            "finetune_gpt2 classify --model m --predict a.txt --text-field body",
+            "--text-field and --label-field are for tables .*, and --predict a.txt has a text a",
+        ),
+        (
+            "finetune_gpt2 classify --model m --predict --label-field body",
+            "--text-field and --label-field are for tables .*, and --predict - has a text a line",
+        ),
     ],
 )
 def test_a_flag_that_does_nothing_or_cannot_be_meant_is_refused(
@@ -102,3 +119,28 @@ def test_a_name_that_is_too_long_is_one_line(
     name, *words = flags.split()
     with pytest.raises(UserError, match=r"cannot (write|read)( to)? xxx"):
         script(name).main([*words, "x" * 300])
+
+
+def test_a_text_field_needs_records_somewhere(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    flags = [*SMALL, "--data", str(text), "--text-field", "body", "--max-steps", "1", "--out"]
+    with pytest.raises(UserError, match=f"--text-field body is for records .* and {text} holds"):
+        train_gpt2.main([*flags, str(tmp_path / "out")])
+    records = tmp_path / "validation.jsonl"
+    records.write_text(json.dumps({"body": text.read_text()}), encoding="utf-8")
+    assert train_gpt2.main([*flags, str(tmp_path / "out"), "--validation", str(records)]) == 0
+
+
+def test_gradients_are_not_clipped_at_0_and_a_long_warm_up_is_said(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The largest norm there is changes nothing either."""
+    flags = [*SMALL, "--data", str(text), "--max-steps", "2", "--warmup-steps", "5"]
+    losses = []
+    for clip in ("0", "1e30", "1e-3"):
+        out = tmp_path / clip
+        assert train_gpt2.main([*flags, "--grad-clip", clip, "--out", str(out)]) == 0
+        losses.append((out / "model.safetensors").read_bytes())
+    assert losses[0] == losses[1] != losses[2]
+    assert "note: --warmup-steps 5 is longer than --max-steps 2" in capsys.readouterr().err

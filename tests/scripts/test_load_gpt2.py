@@ -173,12 +173,12 @@ def test_the_template_of_a_tuned_model_goes_with_it(
         save_template(Template(text), folder)
     merge = ["--from", str(source), "--merge", str(adapter), "--out", "new"]
     for arguments, prompt in ((["--from", str(source), "--out", "new"], "a="), (merge, "a:")):
-        assert script.main(arguments) == 0
+        assert script.main([*arguments, "--overwrite"]) == 0
         template = template_of("new")
         assert template and template.prompt("a") == prompt
         assert "chat_template" in json.loads(Path("new/tokenizer_config.json").read_text())
     (source / "prompt_template.txt").unlink()
-    assert script.main(["--from", str(source), "--out", "new"]) == 0
+    assert script.main(["--from", str(source), "--out", "new", "--overwrite"]) == 0
     assert template_of("new") is None  # it was of the model that was there before
 
 
@@ -192,6 +192,35 @@ def test_what_cannot_be_merged(script: ModuleType, source: Path, adapter: Path, 
     with pytest.raises(UserError, match="is where the weights come from"):
         script.main(["--from", str(adapter), "--out", str(adapter)])
     assert not list(here.iterdir())
+
+
+def test_an_adapter_knows_what_it_is_merged_into(
+    script: ModuleType, source: Path, adapter: Path, here: Path
+) -> None:
+    assert script.main(["--merge", str(adapter), "--out", "new"]) == 0
+    assert script.main(["--from", str(source), "--merge", str(adapter), "--out", "told"]) == 0
+    assert tree(here / "new") == tree(here / "told")
+
+
+def test_an_adapter_is_looked_at_before_anything_is_fetched(
+    script: ModuleType, source: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was fetched")
+
+    monkeypatch.setattr(script, "open_release", fetched)
+    for size in ([], ["--size", "355M"]):
+        with pytest.raises(UserError, match="source holds no adapter"):
+            script.main([*size, "--merge", str(source)])
+    with pytest.raises(UserError, match=r"--source is for OpenAI's sizes, and .*source is none"):
+        script.main(["--merge", str(adapter), "--source", "openai"])
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    del config["base_model_name_or_path"]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"does not name its model .*load_gpt2\.py --from MODEL --merge"
+    ):
+        script.main(["--merge", str(adapter)])
 
 
 def test_openai_s_model_with_an_adapter_is_not_openai_s(
@@ -251,7 +280,7 @@ def test_the_right_ids_pass(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for size in ([], ["--size", "124M"]):
-        assert script.main(["--from", str(source), "--out", "new", *size]) == 0
+        assert script.main(["--from", str(source), "--out", "new", "--overwrite", *size]) == 0
         *_, ids, text, verdict = capsys.readouterr().out.splitlines()
         assert ids == "greedy ids: " + " ".join(map(str, tiny_124m))
         assert text.startswith("greedy text: 'The dog")
@@ -374,7 +403,7 @@ def test_what_is_cached_is_verified(
     _, store = servers
     monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
     monkeypatch.setattr(script, "check", lambda *_, claimed: (claimed, []))
-    args = ["--source", "openai", "--openai-url", store.url]
+    args = ["--source", "openai", "--openai-url", store.url, "--overwrite"]
     assert script.main(args) == 0
     good = tree(here)
     (data,) = here.rglob(OPENAI_FILES[-1])
@@ -456,7 +485,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(
     monkeypatch.setitem(sys.modules, "gguf", None)
     save_pretrained(GPT2(GPT2Config(1, 1, 4, 3, 8)), here / "char", CharTokenizer("abc"))
     for model, message in (
-        (source, r"needs gguf: pip install 'micrograd-gpt\[gguf\]'"),
+        (source, r'needs gguf: pip install "micrograd-gpt\[gguf\]"'),
         ("char", "a char tokenizer cannot be exported"),
         (DATA / "saver", "the tokenizer has 50257 tokens and the model 61"),
     ):
@@ -505,6 +534,65 @@ def test_a_training_run_is_not_overwritten(script: ModuleType, source: Path, her
     with pytest.raises(UserError, match=r"run holds a training run .*: choose another --out"):
         script.main(["--from", str(source), "--out", "run"])
     assert list(tree(here)) == ["run/trainer_state.json"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "ckpt.pt"],
+)
+def test_another_model_is_not_replaced_unasked(
+    script: ModuleType, source: Path, here: Path, name: str
+) -> None:
+    (here / "new").mkdir()
+    (here / "new" / name).write_bytes(b"another")
+    (here / "models").mkdir()
+    (here / "new").rename(here / "models" / "source")
+    for flags in ([], ["--out", "models/source"]):
+        with pytest.raises(
+            UserError, match=r"models/source holds a model: --overwrite it, or give"
+        ):
+            script.main(["--from", str(source), *flags])
+    assert tree(here) == {f"models/source/{name}": b"another"}
+    assert script.main(["--from", str(source), "--overwrite"]) == 0
+    written = pretrained.from_pretrained(GPT2, here / "models" / "source")
+    assert (
+        written.transformer.wpe.weight.data == GPT2(TINY, seed=3).transformer.wpe.weight.data
+    ).all()
+
+
+def test_a_model_s_folder_is_refused_before_anything_is_fetched(
+    script: ModuleType, source: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was fetched")
+
+    for name in ("open_release", "find"):
+        monkeypatch.setattr(script, name, fetched)
+    shutil.copytree(source, here / "models" / "gpt2-124M")
+    for flags in ([], ["--from", "gpt2"], ["--from", "some/one", "--out", str(source)]):
+        with pytest.raises(UserError, match="holds a model: --overwrite it, or give another --out"):
+            script.main(flags)
+
+
+def test_shards_of_an_older_model_do_not_stay(script: ModuleType, source: Path, here: Path) -> None:
+    old = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    old += ["model.safetensors.index.json", "pytorch_model.bin", "pytorch_model-00001-of-00001.bin"]
+    (here / "new").mkdir()
+    for name in (*old, "model-notes.safetensors"):
+        (here / "new" / name).write_bytes(b"{}")
+    assert script.main(["--from", str(source), "--out", "new", "--overwrite"]) == 0
+    assert sorted(tree(here / "new")) == [
+        *("config.json", "model-notes.safetensors", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    ]
+
+
+def test_an_exported_file_is_not_replaced_unasked(
+    script: ModuleType, source: Path, here: Path
+) -> None:
+    (here / "a.gguf").write_bytes(b"another")
+    with pytest.raises(UserError, match=r"a\.gguf exists already: --overwrite it, or give another"):
+        script.main(["--from", str(source), "--export", "a.gguf"])
 
 
 def test_an_older_tokenizer_does_not_stay(script: ModuleType, here: Path) -> None:
@@ -595,7 +683,7 @@ def test_other_faults_of_the_system_are_not_called_output() -> None:
 def test_a_name_too_long_is_one_line(script: ModuleType, source: Path, here: Path) -> None:
     with pytest.raises(UserError, match=r"^'x+' is neither a file or folder"):
         script.main(["--from", "x" * 300])
-    with pytest.raises(UserError, match=r"cannot write to x.*: File name too long"):
+    with pytest.raises(UserError, match=r"cannot write x.*: File name too long"):
         script.main(["--from", str(source), "--out", "x" * 300])
     assert list(here.iterdir()) == []
 
@@ -634,7 +722,7 @@ def test_a_full_disk_changes_nothing(
     old = tree(here)
     fill_disk(monkeypatch, files, room)
     with pytest.raises(UserError, match=r"^cannot write new/model\.safetensors: No space left on"):
-        script.main(["--from", str(source), "--out", "new"])
+        script.main(["--from", str(source), "--out", "new", "--overwrite"])
     assert tree(here) == old
     assert [p.name for p in here.iterdir()] == (["new"] if before else [])
 
@@ -654,7 +742,7 @@ def test_a_disk_that_fills_up_at_the_last_files_changes_nothing(
     for module in (saving, hugging_face):
         monkeypatch.setattr(module, "write_text", full)
     with pytest.raises(UserError, match=rf"cannot write .*{name}: No space left on device; what"):
-        script.main(["--from", str(source), "--out", "new"])
+        script.main(["--from", str(source), "--out", "new", "--overwrite"])
     assert tree(here) == old and len(list(here.iterdir())) == 1
 
 

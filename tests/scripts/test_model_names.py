@@ -77,7 +77,7 @@ def numbers(gpt2: GPT2) -> bytes:
 @pytest.mark.slow
 def test_load_gpt2(shell: Shell) -> None:
     for name, folder, seed in ((NAME, "tiny-gpt2", 0), (f"{NAME}@v2", "tiny-gpt2", 1)):
-        done = shell.run("load_gpt2.py", "--from", name)
+        done = shell.run("load_gpt2.py", "--from", name, "--overwrite")
         assert done.returncode == 0, done.stderr
         assert f"fetching {name} from Hugging Face" in done.stderr
         out = shell.folder / "models" / folder

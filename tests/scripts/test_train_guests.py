@@ -209,3 +209,12 @@ def test_a_user_without_a_home_trains(text: Path, tmp_path: Path) -> None:
             env=environment | {"MPLCONFIGDIR": str(tmp_path)},
         )
         assert result.returncode == 0, result.stderr
+
+
+def test_a_folder_in_the_place_of_the_lock_is_named(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()
+    with (
+        pytest.raises(UserError, match=rf"cannot write {tmp_path / LOCK}: "),
+        only_writer(tmp_path),
+    ):
+        pass

@@ -47,11 +47,15 @@ def test_a_corpus_is_split_by_position(name: str, tmp_path: Path) -> None:
 
 def test_a_corpus_that_cannot_be_split_or_encoded(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc")
+    ab = tmp_path / "ab.md"
+    ab.write_text("ab")
     for fraction in (0, 1, -0.1, 1.1):
         with pytest.raises(UserError, match="a fraction between 0 and 1, not"):
             load_corpus(tmp_path, "char", fraction)
-    with pytest.raises(UserError, match="'c' at position 2"):
-        load_corpus(tmp_path, CharTokenizer.from_text("ab"))
+    with pytest.raises(UserError, match=f"^{tmp_path}: the character 'c' at position 2"):
+        load_corpus(tmp_path, CharTokenizer.from_text("ab\n"))
+    with pytest.raises(UserError, match=f"^{tmp_path / 'a.txt'}: the character 'c' at position 2"):
+        load_corpus(ab, CharTokenizer.from_text("ab"), tmp_path / "a.txt")
     with pytest.raises(UserError, match="choose one of char"):
         load_corpus(tmp_path, "bpe")
 
@@ -122,7 +126,7 @@ def test_a_text_of_its_own_to_validate_on(tmp_path: Path) -> None:
     marked = load_corpus(train, "byte", shards, cache_folder=cache)  # of a divided set, that part
     assert marked.validation[:].tolist() == [98]
     other.write_text("é")
-    with pytest.raises(UserError, match=r"^--validation .*b\.txt: the character 'é'"):
+    with pytest.raises(UserError, match=r"b\.txt: the character 'é'"):
         load_corpus(train, "char", other)
     with pytest.raises(UserError, match="'missing' does not exist"):
         load_corpus(train, "char", "missing")
@@ -162,3 +166,13 @@ def test_a_text_too_short_for_any_block_is_advised_in_whole_sentences(tmp_path: 
     (tmp_path / "a.txt").write_text("Hello")
     with pytest.raises(UserError, match=r"171 tokens or more or a --validation FILE of its own$"):
         load_corpus(tmp_path / "a.txt", "byte").windows(16)
+
+
+def test_a_short_validation_file_is_called_by_its_name(tmp_path: Path) -> None:
+    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
+    long.write_text("to be or not to be")
+    short.write_text("be")
+    for source, validation, which in ((long, short, "validation"), (short, long, "training")):
+        corpus = load_corpus(source, "byte", validation=validation)
+        with pytest.raises(UserError, match=f"^{short}: the {which} text has 2 tokens, fewer"):
+            corpus.windows(8)

@@ -249,7 +249,7 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"needs pyarrow: pip install 'micrograd-gpt\[parquet\]'"):
+    with pytest.raises(UserError, match=r'needs pyarrow: pip install "micrograd-gpt\[parquet\]"'):
         load_documents(tmp_path)
 
 

@@ -166,6 +166,7 @@ def test_folders_that_hold_something_else(tmp_path: Path) -> None:
         ["a", "b", "c"],
         "abc",
         four,
+        {"0": "a", "1": None, "2": "c"},
     ):
         changed_config(folder, problem_type=None, id2label=wrong)
         with pytest.raises(UserError, match="id2label does not name 3 labels"):

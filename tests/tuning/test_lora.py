@@ -29,7 +29,7 @@ from micrograd_gpt.tuning.lora import (
     lora_layers,
     trained_parameters,
 )
-from micrograd_gpt.weights.adapters import with_adapter
+from micrograd_gpt.weights.adapters import open_language_adapter, with_adapter
 from micrograd_gpt.weights.language_model import load_language_model
 from micrograd_gpt.weights.names import config_named, open_model, tokenizer_folder
 from micrograd_gpt.weights.saving import save_pretrained
@@ -360,8 +360,8 @@ def test_folding_an_adapter_into_another_model_of_its_shape_is_said(
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(base, other)
-    with_adapter(open_model(str(base)), str(adapter))
+    with_adapter(open_model(str(base)), open_language_adapter(adapter))
     assert capsys.readouterr().err == ""
-    with_adapter(open_model(str(other)), str(adapter))
+    with_adapter(open_model(str(other)), open_language_adapter(adapter))
     note = f"note: {adapter} was trained on {base}, not on {other}"
     assert capsys.readouterr().err == note + "\n"

@@ -229,6 +229,6 @@ def test_without_the_package_one_line_says_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r"needs gguf: pip install 'micrograd-gpt\[gguf\]'"):
+    with pytest.raises(UserError, match=r'needs gguf: pip install "micrograd-gpt\[gguf\]"'):
         write_gguf(tmp_path / "a.gguf", GPT2(GPT2Config(1, 1, 4, 257, 8)), ByteTokenizer())
     assert list(tmp_path.iterdir()) == []
