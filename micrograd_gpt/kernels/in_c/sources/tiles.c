@@ -65,13 +65,20 @@ INLINE uint16_t half_at(int wide, const void *b, Int i) {
   return wide ? to_bfloat16(((const float *)b)[i]) : ((const uint16_t *)b)[i];
 }
 
+/* 16 of them, from place i on. */
+INLINE __m256i halves_at(int wide, const void *b, Int i) {
+  if (wide) return (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps((const float *)b + i));
+  return _mm256_loadu_si256((const __m256i *)((const uint16_t *)b + i));
+}
+
 /* The pairs of SIDE numbers from x on and as many from y on, places in two rows of b. */
 INLINE void pack_two_rows(int wide, const void *b, Int x, Int y, uint32_t *packed) {
-  for (Int half = 0; half < 2; half++)
-#pragma omp simd
-    for (Int q = 0; q < 16; q++)
-      packed[half * 8 * STEP + q] =
-          pair(half_at(wide, b, x + half * 16 + q), half_at(wide, b, y + half * 16 + q));
+  for (Int half = 0; half < 2; half++) {
+    __m512i first = _mm512_cvtepu16_epi32(halves_at(wide, b, x + half * 16));
+    __m512i second = _mm512_cvtepu16_epi32(halves_at(wide, b, y + half * 16));
+    _mm512_storeu_si512(packed + half * 8 * STEP,
+                        _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+  }
 }
 
 /* The pairs of STEP numbers of LANES columns, from place `at` of b on; a column has no gaps. */
@@ -82,9 +89,9 @@ INLINE void pack_columns_across(int wide, const void *b, Int at, Int b_column, u
                     (float *)packed);
     return;
   }
-  for (Int q = 0; q < LANES; q++)
-#pragma omp simd
-    for (Int p = 0; p < STEP; p++) rounded[q * STEP + p] = half_at(1, b, at + q * b_column + p);
+  for (Int i = 0; i < LANES * STEP; i += 16)
+    _mm256_store_si256((__m256i *)(rounded + i),
+                       halves_at(1, b, at + i / STEP * b_column + i % STEP));
   transpose_block((const float *)rounded, STEP / 2, LANES, (float *)packed);
 }
 
