@@ -5,6 +5,7 @@
     python evaluate_gpt2.py last-word --model 124M --data lambada_test.jsonl
     python evaluate_gpt2.py classify --model spam/best --data spam-test.tsv
     python evaluate_gpt2.py generate --model tuned --data questions.jsonl --out answers
+    mpirun -n 2 python evaluate_gpt2.py …               # the same, shared by two processes
 
 The report goes to stdout, everything else to stderr. A ± is a standard error: how far chance would
 move a figure if other items were drawn. With --out, Ctrl-C loses nothing.
@@ -24,6 +25,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from micrograd_gpt.evaluation.flags import make_parser
+from micrograd_gpt.runs.ranks import Ranks, check_same_work, started_ranks
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError, about
@@ -39,12 +41,21 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = make_parser(__doc__).parse_args(argv)
+    cli.write_utf8()
+    with started_ranks() as ranks:  # one, unless a launcher such as mpirun started several
+        given = make_parser(__doc__).parse_args(argv)
+        ranks.check_same(vars(given))
+        ranks.way_back = lambda: way_back(given)
+        return evaluate(given, ranks)
+
+
+def evaluate(given: argparse.Namespace, ranks: Ranks) -> int:
+    """Do what the flags ask for; returns the script's exit status."""
     # Not for --help, which is to be quick
+    from micrograd_gpt.arrays.devices import resolve_device
     from micrograd_gpt.arrays.memory import memory_errors
     from micrograd_gpt.arrays.stand_ins import highest_level
 
-    cli.write_utf8()
     highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
     commands = {
         "perplexity": perplexity,
@@ -53,8 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         "classify": classify,
         "generate": generate,
     }
+    ranks.use_device(resolve_device(given.device))
     with memory_errors("lower --batch-size"):
-        task, report = commands[given.command](given)
+        task, report = commands[given.command](given, ranks)
     text = json.dumps(report, ensure_ascii=False) if given.json else "\n".join(task.lines(report))
     if given.command == "generate" and given.out is None:
         say(text)  # stdout has the answers
@@ -63,50 +75,59 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def way_back(given: argparse.Namespace) -> str:
+    """What is said where one of several ranks has ended."""
+    if given.out is None:
+        return "nothing is kept without --out"
+    return f"{given.out} has the results so far: the same command goes on from there"
+
+
 # ------------------------------------------------------------------------- what can be evaluated
 
 
-def perplexity(given: argparse.Namespace) -> Result:
+def perplexity(given: argparse.Namespace, ranks: Ranks) -> Result:
     """How well a model predicts a text."""
     from micrograd_gpt.evaluation.detokenize import DETOKENIZERS
     from micrograd_gpt.evaluation.perplexity import PerplexityTask, window_size
     from micrograd_gpt.text.decoding import Form
     from micrograd_gpt.text.documents import load_documents
 
-    originals = load_documents(given.data, Form(given.encoding))
+    with ranks.first_on_machine():  # which fetches a text
+        originals = load_documents(given.data, Form(given.encoding))
     detokenize = DETOKENIZERS[given.detokenize] if given.detokenize else str
     documents = [detokenize(text) for text in originals]
-    model, tokenizer, _ = load(given)
+    model, tokenizer, _ = load(given, ranks)
     width = window_size(model, given.block_size)
     stride = given.stride or max(1, width // 2)
     with about(given.data):
         task = PerplexityTask(documents, originals, tokenizer, width, stride, given.limit)
-    return measure(given, model, task, documents, {"stride": stride, "block_size": width})
+    how = {"stride": stride, "block_size": width}
+    return measure(given, ranks, model, task, documents, how)
 
 
-def multiple_choice(given: argparse.Namespace) -> Result:
+def multiple_choice(given: argparse.Namespace, ranks: Ranks) -> Result:
     """How often a model finds the right one of several endings the likeliest."""
     from micrograd_gpt.evaluation.choices import ChoiceTask
     from micrograd_gpt.evaluation.items import read_choices
 
     items = read_choices(given.data)
-    model, tokenizer, _ = load(given)
+    model, tokenizer, _ = load(given, ranks)
     texts = [text for item in items for text in (item.context, *item.endings)]
-    return measure(given, model, ChoiceTask(items[: given.limit], tokenizer), texts)
+    return measure(given, ranks, model, ChoiceTask(items[: given.limit], tokenizer), texts)
 
 
-def last_word(given: argparse.Namespace) -> Result:
+def last_word(given: argparse.Namespace, ranks: Ranks) -> Result:
     """How often a model would have written the last word of a text."""
     from micrograd_gpt.evaluation.choices import LastWordTask
     from micrograd_gpt.evaluation.items import read_last_words
 
     items = read_last_words(given.data)
-    model, tokenizer, _ = load(given)
+    model, tokenizer, _ = load(given, ranks)
     texts = [f"{item.context} {item.word}" for item in items]
-    return measure(given, model, LastWordTask(items[: given.limit], tokenizer), texts)
+    return measure(given, ranks, model, LastWordTask(items[: given.limit], tokenizer), texts)
 
 
-def classify(given: argparse.Namespace) -> Result:
+def classify(given: argparse.Namespace, ranks: Ranks) -> Result:
     """How often a classifier labels a text as it is labelled, and what it takes for what."""
     from micrograd_gpt.evaluation.labels import ClassificationTask
     from micrograd_gpt.tuning.classifier import load_with_tokenizer
@@ -115,16 +136,17 @@ def classify(given: argparse.Namespace) -> Result:
     examples = read_examples(given.data, columns_of(given), given.encoding)
     if given.model is None:
         raise UserError("--model is missing: give the folder of a classifier")
-    model, tokenizer = load_with_tokenizer(given.model, given.device, given.dtype)
+    with ranks.first_on_machine():
+        model, tokenizer = load_with_tokenizer(given.model, given.device, given.dtype)
     task = ClassificationTask(examples[: given.limit], model, tokenizer)
     texts = [text for example in examples for text in (example.text, example.label or "")]
-    _, report = measure(given, model, task, texts)
-    if given.out is not None:
+    _, report = measure(given, ranks, model, task, texts)
+    if given.out is not None and ranks.is_first:
         task.draw(report, given.out)
     return task, report
 
 
-def generate(given: argparse.Namespace) -> Result:
+def generate(given: argparse.Namespace, ranks: Ranks) -> Result:
     """What a model answers to prompts or instructions; how often that is the right answer."""
     from micrograd_gpt.evaluation.questions import GenerationTask, read_questions
     from micrograd_gpt.generation.settings import Settings
@@ -134,27 +156,29 @@ def generate(given: argparse.Namespace) -> Result:
     }
     Settings(**how)  # what is wrong with them is said before a large model is loaded
     questions = read_questions(given.data)
-    model, tokenizer, template = load(given)
+    model, tokenizer, template = load(given, ranks)
     settings = Settings(**how, end_of_text=tokenizer.end_of_text, vocab_size=tokenizer.vocab_size)
     task = GenerationTask(questions[: given.limit], tokenizer, template, settings, given.stop)
     texts = [json.dumps(question.fields, ensure_ascii=False) for question in questions]
     template_text = template.text if template else None
     how |= {"stop": given.stop, "template": template_text}
-    return measure(given, model, task, texts, how)
+    return measure(given, ranks, model, task, texts, how)
 
 
 # ---------------------------------------------------------------------- what the commands share
 
 
-def load(given: argparse.Namespace) -> tuple[GPT2, Tokenizer, Template | None]:
+def load(given: argparse.Namespace, ranks: Ranks) -> tuple[GPT2, Tokenizer, Template | None]:
     """The language model, its tokenizer, and its template where it was tuned on instructions."""
     from micrograd_gpt.weights.language_model import load_language_model
 
-    return load_language_model(given.model, given.device, given.dtype)
+    with ranks.first_on_machine():  # which fetches it
+        return load_language_model(given.model, given.device, given.dtype)
 
 
 def measure(
     given: argparse.Namespace,
+    ranks: Ranks,
     model: Module,
     task: Task,
     texts: list[str],
@@ -166,7 +190,7 @@ def measure(
     from micrograd_gpt.weights.checksum import weights_checksum
 
     settings = {}
-    if given.out is not None:
+    if given.out is not None or ranks.size > 1:
         settings = {
             "command": given.command,
             "weights": weights_checksum(model),
@@ -174,8 +198,12 @@ def measure(
             "data": text_checksum(texts),
             **(how or {}),
         }
+    if ranks.size > 1:
+        check_same_work(ranks, settings)
     show = print_row if given.command == "generate" and given.out is None else None
-    return task, run(model, task, Records(given.out, settings, show), given.batch_size)
+    records = Records(given.out if ranks.is_first else None, settings, show)
+    records.rows = ranks.collect(records.rows)[0]  # what is done, whichever rank it was done by
+    return task, run(model, task, records, given.batch_size, ranks.do)
 
 
 def print_row(row: dict[str, Any]) -> None:

@@ -21,7 +21,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import json
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from math import inf
@@ -39,7 +38,7 @@ from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.dropout import set_dropout
 from micrograd_gpt.runs.fingerprint import check_fingerprint
 from micrograd_gpt.runs.lock import only_writer
-from micrograd_gpt.runs.loss_scaler import LossScaler
+from micrograd_gpt.runs.loss_scaler import LossScaler, scaler_for
 from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.ranks import check_only_process
 from micrograd_gpt.runs.recompute import recompute_blocks
@@ -181,7 +180,7 @@ def tune(
     longest = int(task.lengths.max())
     plan = make_plan(settings, longest, device, make)
     if settings.plan:
-        print(plan.report(settings.max_steps, settings.rate, settings.devices))
+        print(plan.report(settings.max_steps, plan.step_time(settings.rate)))
         return None, 0
     plan.check_room("give a smaller --model")
     check_fingerprint(settings, task.fingerprint())
@@ -262,10 +261,7 @@ def make_optimizer(settings: argparse.Namespace, model: Module) -> tuple[optim.A
     rate, betas = settings.learning_rate, (settings.beta1, settings.beta2)
     learning = trained_parameters(model)
     optimizer = optim.AdamW(learning, rate, betas, weight_decay=settings.weight_decay)
-    scaler = LossScaler(enabled=settings.dtype == "float16")
-    if scaler.enabled:  # an overflow does no harm then
-        warnings.filterwarnings("ignore", "(invalid value|overflow) encountered", RuntimeWarning)
-    return optimizer, scaler
+    return optimizer, scaler_for(settings.dtype)
 
 
 def tokenizer_of(settings: argparse.Namespace) -> Tokenizer:

@@ -6,6 +6,7 @@
     python generate.py --model tuned --instruction "Add." --input "2 and 3"
     python generate.py --prompt "The" --microscope page.html      # and how it came about
     python generate.py                                     # an interactive prompt
+    mpirun -n 2 python generate.py --prompts FILE          # batches shared by two processes
 
 Text goes to stdout as it is decided, whole characters only; everything else goes to stderr.
 """
@@ -24,7 +25,13 @@ import sys
 from typing import TYPE_CHECKING
 
 from micrograd_gpt.generation import flags
-from micrograd_gpt.generation.question import BATCH_SIZE, add_question_flags, read_questions
+from micrograd_gpt.generation.question import (
+    BATCH_SIZE,
+    add_question_flags,
+    read_questions,
+    reads_stdin,
+)
+from micrograd_gpt.runs.ranks import Ranks, check_same_work, launched, started_ranks
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 
@@ -42,7 +49,15 @@ DEFAULTS: flags.Defaults = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = make_parser().parse_args(argv)
+    with started_ranks() as ranks:  # one, unless a launcher such as mpirun started several
+        given = make_parser().parse_args(argv)
+        ranks.check_same(vars(given))
+        ranks.way_back = lambda: "start generate.py again"
+        return generate(given, ranks)
+
+
+def generate(given: argparse.Namespace, ranks: Ranks) -> int:
+    """Do what the flags ask for; returns the script's exit status."""
     # Not for --help, which is to be quick
     from micrograd_gpt.arrays.stand_ins import highest_level
     from micrograd_gpt.generation import microscope_page
@@ -55,13 +70,17 @@ def main(argv: list[str] | None = None) -> int:
     choices = flags.Choices(decoding, DEFAULTS)
     choices.settings()  # what is wrong with them is said before a large model is loaded
     highest_level()  # and so is a mistake in MICROGRAD_GPT_KERNELS
-    questions = read_questions(given)
+    if ranks.size > 1:
+        check_launcher(given)
+    questions = ranks.collect(read_questions(given) if ranks.is_first else [])[0]
+    if ranks.size > 1:
+        check_shared(given, questions)
     if given.microscope is not None:
         microscope_page.check_page(given.microscope, questions)
-    model, tokenizer, template = load(given)
+    model, tokenizer, template = load(given, ranks)
     cli.write_utf8()
     how = given.json, template, given.special_tokens, given.batch_size or BATCH_SIZE
-    writer = Writer(model, tokenizer, *how)
+    writer = Writer(model, tokenizer, *how, ranks.do)
     if questions is None:
         return converse(writer, choices)
     settings = choices.settings(tokenizer.end_of_text)
@@ -71,7 +90,34 @@ def main(argv: list[str] | None = None) -> int:
         finished = writer.write(questions, settings, choices.stop_texts)
     if finished and given.microscope is not None:
         microscope_page.write_page(given.microscope, model, tokenizer, writer.texts)
+    if ranks.size > 1 and not finished:
+        raise KeyboardInterrupt  # which ends all ranks
     return 0 if finished else 130
+
+
+def check_launcher(given: argparse.Namespace) -> None:
+    """UserError where stdin is to be read and has no end."""
+    launcher, *_ = launched()
+    if launcher == "mpirun" and reads_stdin(given):  # seen with Open MPI 5.0.11
+        raise UserError(
+            "under Open MPI's mpirun stdin never ends: give a file of --prompts, or start "
+            "generate.py without mpirun"
+        )
+
+
+def check_shared(given: argparse.Namespace, questions: list[str] | None) -> None:
+    """UserError for what several ranks cannot share."""
+    launcher, size, _ = launched()
+    others = f": start generate.py without {launcher}"
+    if questions is None:
+        whole = "the interactive prompt"
+    elif given.microscope is not None:
+        whole = "--microscope"
+    elif len(questions) == 1:
+        whole, others = "one prompt, with all of its samples,", f"{others}, or give several prompts"
+    else:
+        return
+    raise UserError(f"{launcher} started {size} processes, and {whole} runs in one{others}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -120,16 +166,21 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load(given: argparse.Namespace) -> tuple[GPT2, Tokenizer, Template | None]:
+def load(given: argparse.Namespace, ranks: Ranks) -> tuple[GPT2, Tokenizer, Template | None]:
     """The model, its tokenizer, and its template where it was tuned on instructions."""
-    from micrograd_gpt.arrays.devices import set_tf32
+    from micrograd_gpt.arrays.devices import resolve_device, set_tf32
+    from micrograd_gpt.weights.checksum import weights_checksum
     from micrograd_gpt.weights.language_model import load_language_model
 
+    ranks.use_device(resolve_device(given.device))
     set_tf32(given.tf32, given.device)
     answers = given.instruction is not None
-    loaded = load_language_model(given.model, given.device, given.dtype, answers, decoding=True)
+    with ranks.first_on_machine():
+        loaded = load_language_model(given.model, given.device, given.dtype, answers, decoding=True)
     model, tokenizer, template = loaded
     tokenizer.check_special(given.special_tokens)
+    if ranks.size > 1:
+        check_same_work(ranks, {"weights of CRC-32": weights_checksum(model)})
     return model, tokenizer, template
 
 

@@ -21,8 +21,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import math
-import warnings
 from contextlib import nullcontext
+from functools import partial
 
 from micrograd_gpt import no_grad, optim
 from micrograd_gpt.arrays import stand_ins
@@ -31,11 +31,11 @@ from micrograd_gpt.arrays.memory import memory_errors
 from micrograd_gpt.arrays.precision import HALF, compute_in, hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.nn import no_dropout
-from micrograd_gpt.runs import checkpoint
+from micrograd_gpt.runs import checkpoint, plan_ranks
 from micrograd_gpt.runs.dropout import set_dropout
 from micrograd_gpt.runs.fingerprint import check_same_data
 from micrograd_gpt.runs.lock import only_writer
-from micrograd_gpt.runs.loss_scaler import LossScaler
+from micrograd_gpt.runs.loss_scaler import LossScaler, scaler_for
 from micrograd_gpt.runs.plan import Plan, smaller_model, smaller_step
 from micrograd_gpt.runs.ranks import Ranks, check_same_start, divided, started_ranks
 from micrograd_gpt.runs.recompute import recompute_blocks
@@ -47,6 +47,7 @@ from micrograd_gpt.runs.settings import (
     resolve_settings,
     write_settings,
 )
+from micrograd_gpt.runs.sharding import Optimizer, ShardedAdamW, clip_grad_norm
 from micrograd_gpt.runs.signals import signals_as_before
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
@@ -86,23 +87,23 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
     shared = divided(settings, ranks.size)  # the same step in micro-batches that ranks can share
 
     # Data: two streams of tokens, each cut into windows of block_size
-    with ranks.first_on_machine():
-        corpus = load_data(settings)
+    corpus = load_data(settings, ranks)
     training, validation = corpus.windows(settings.block_size)
 
     # Model, optimizer, and what a resumed run saved of them
     smaller = smaller_model(settings)
     if ranks.local_rank == 0:
-        plan = Plan.of(config_of(settings, corpus.tokenizer.vocab_size), settings, device)
+        config = config_of(settings, corpus.tokenizer.vocab_size)
+        plan = Plan.of(config, settings, device, ranks.size)
         plan.check_room(smaller, ranks.local_size)
     with memory_errors(smaller), ranks.first_on_machine():
         model = make_model(settings, corpus.tokenizer, device)
-        optimizer, scaler = make_optimizer(settings, model)
+        optimizer, scaler = make_optimizer(settings, model, ranks)
     if settings.resume:
         checkpoint.load_run(settings.out, model, optimizer, scaler)
 
     # What the run says, measures and saves
-    check_same_start(ranks, settings, model, optimizer)
+    check_same_start(ranks, settings, model, optimizer.steps)
     recorder = Recorder(settings, corpus, model, optimizer, scaler, ranks=ranks)
     if ranks.is_first:
         write_settings(settings)
@@ -114,21 +115,20 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
 
         # Gradients of the mean loss over all micro-batches, each with its own dropout. A rank
         # takes its share of them; then the gradients of all ranks are added up.
-        losses = []
-        for batch in ranks.share(micro_batches(step, shared)):
+        losses, batches = [], ranks.share(micro_batches(step, shared))
+        for batch in batches:
             ids, targets = training.batch(settings.seed, batch, shared.batch_size)  # (B, T) each
             model.draws.reseed(settings.seed, batch)
             loss = model.loss(ids, targets) * (1 / shared.grad_accum_steps)
+            if batch == batches[-1]:  # whose backward completes one gradient after another
+                ranks.add_up_during(loss, model.parameters(), settings.reduce_dtype)
             (loss * scaler.scale).backward()
             losses.append(loss.data)
         ranks.add_up(model.parameters(), settings.reduce_dtype)
-        losses = ranks.join(losses)
-        norm = optim.clip_grad_norm(
-            model.parameters(), settings.grad_clip or math.inf, scaler.scale
-        )
+        norm = clip_grad_norm(optimizer, settings.grad_clip or math.inf, scaler.scale)
 
         # The step, except where float16 overflowed: then it is tried again with a smaller scale
-        if not recorder.accepts(step, losses, norm):
+        if not recorder.accepts(step, ranks.join(losses), norm):
             optimizer.zero_grad()
             continue
         optimizer.step()
@@ -156,10 +156,12 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
 # ------------------------------------------------------------------------------------- the set-up
 
 
-def load_data(settings: argparse.Namespace) -> Corpus:
+def load_data(settings: argparse.Namespace, ranks: Ranks) -> Corpus:
     """The text as two streams of tokens; UserError where a run would be resumed on other data."""
-    tokenizer = tokenizer_of(settings)
-    corpus = load_corpus(settings.data, tokenizer, settings.validation, form_of(settings))
+    s = settings
+    corpus = ranks.once_a_machine(
+        lambda: load_corpus(s.data, tokenizer_of(s), s.validation, form_of(s))
+    )
     check_same_data(settings, corpus)
     return corpus
 
@@ -213,18 +215,14 @@ def config_of(settings: argparse.Namespace, vocab_size: int) -> GPT2Config:
         raise UserError(f"{error}: choose a --n-embd and a --n-head that fit") from None
 
 
-def make_optimizer(settings: argparse.Namespace, model: GPT2) -> tuple[optim.AdamW, LossScaler]:
+def make_optimizer(
+    settings: argparse.Namespace, model: GPT2, ranks: Ranks
+) -> tuple[Optimizer, LossScaler]:
     """AdamW, and the scale that keeps float16's gradients in range (1 for other types)."""
-    optimizer = optim.AdamW(
-        model.parameters(),
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        weight_decay=settings.weight_decay,
-    )
-    scaler = LossScaler(enabled=settings.dtype == "float16")
-    if scaler.enabled:  # an overflow does no harm then
-        warnings.filterwarnings("ignore", "(invalid value|overflow) encountered", RuntimeWarning)
-    return optimizer, scaler
+    adamw = partial(ShardedAdamW, ranks) if settings.shard_optimizer else optim.AdamW
+    betas = settings.beta1, settings.beta2
+    optimizer = adamw(model.parameters(), betas=betas, weight_decay=settings.weight_decay)
+    return optimizer, scaler_for(settings.dtype)
 
 
 # ------------------------------------------------------------------------------- parts of the loop
@@ -256,9 +254,8 @@ def bits_per_byte(loss: float, corpus: Corpus) -> dict[str, float]:
 
 def sample(model: GPT2, corpus: Corpus, seed: int, length: int = 300) -> str:
     """How the model continues the first tokens of the validation text."""
-    prompt = corpus.validation[:8].astype(int)
     ids = model.generate(
-        prompt,
+        corpus.validation[:8].astype(int),
         max_new_tokens=length,
         temperature=0.8,
         top_k=40,
@@ -289,8 +286,7 @@ def plan_of(settings: argparse.Namespace, device: str) -> str:
         tokenizer = load_corpus(settings.data, tokenizer, form=form_of(settings)).tokenizer
     elif isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, "")
-    plan = Plan.of(config_of(settings, tokenizer.vocab_size), settings, device)
-    return plan.report(settings.max_steps, settings.rate, settings.devices)
+    return plan_ranks.report(config_of(settings, tokenizer.vocab_size), settings, device)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ FUNCTIONS = {
     "zeros": "shape dtype order",
     "zeros_like": "a dtype order subok shape",
 }
+KEEPING = ("asarray", "ascontiguousarray")  # which return an array itself if it is as it should be
 WAITING = ("flatnonzero",)  # functions whose result has a shape that only the device knows
 METHODS = {
     "all": "axis out keepdims",
@@ -158,9 +159,17 @@ class Stream:
         return Graph(launches)
 
 
+def nobody_watches(array: ndarray) -> None:
+    """Called with each array whose numbers are read or written; fake_nccl.py puts its own here."""
+
+
+touched = nobody_watches
+
+
 def unwrap(value: Any, operation: str) -> Any:
     """A device array's numbers; other values pass as they are, but NumPy arrays are refused."""
     if isinstance(value, ndarray):
+        touched(value)
         return value._numbers
     if isinstance(value, np.ndarray):
         raise TypeError(f"{operation}: Unsupported type {type(value)}")
@@ -208,10 +217,11 @@ class ndarray:
     __array_priority__ = 100
 
     def __init__(self, numbers: np.ndarray) -> None:
-        if numbers.base is None:
-            capture.forbids("an allocation")
         self._numbers = numbers
         self.base: ndarray | None = None  # the array that this one is a view of
+        if numbers.base is None:
+            capture.forbids("an allocation")
+            touched(self)
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed: use .get()")
@@ -236,6 +246,7 @@ class ndarray:
 
     def get(self, stream: None = None, order: Any = "C") -> np.ndarray:
         capture.forbids("get()")
+        touched(self)
         counts.reads += 1
         return self._numbers.copy(order)
 
@@ -248,6 +259,7 @@ class ndarray:
             )
         if not (self.flags.c_contiguous or self.flags.f_contiguous):
             raise RuntimeError("Cannot set to non-contiguous array")
+        touched(self)
         counts.uploads += 1
         self._numbers[...] = numbers
 
@@ -256,6 +268,7 @@ class ndarray:
 
     def __setitem__(self, index: Any, value: Any) -> None:
         capture.forbids("an assignment, which is not recorded here")
+        touched(self)
         self._numbers[index_of(index)] = unwrap(value, "setitem")
 
     def __len__(self) -> int:
@@ -290,12 +303,25 @@ def check_arguments(name: str, accepted: str, args: tuple, kwargs: dict[str, Any
         raise TypeError(f"CuPy's {name} takes {names}, not {len(args)} and {sorted(kwargs)}")
 
 
+def is_of(result: Any, array: ndarray) -> bool:
+    """Whether it is the array, or a view of it, for which no number had to be looked at."""
+    return isinstance(result, ndarray) and whole(result) is whole(array)
+
+
+def whole(array: ndarray) -> ndarray:
+    """The array that holds the memory of this one."""
+    return array if array.base is None else array.base
+
+
 def _method(name: str, accepted: str | None = None) -> Any:
     def method(self: ndarray, *args: Any, **kwargs: Any) -> Any:
         if accepted is not None:
             check_arguments(name, accepted, args, kwargs)
         kwargs = {key: unwrap(value, name) for key, value in kwargs.items()}
-        return wrap(getattr(self._numbers, name)(*unwrap(args, name), **kwargs), self)
+        result = wrap(getattr(self._numbers, name)(*unwrap(args, name), **kwargs), self)
+        if not is_of(result, self):
+            touched(self)
+        return result
 
     return method
 
@@ -304,7 +330,7 @@ def _read(name: str) -> Any:
     def method(self: ndarray) -> Any:
         capture.forbids(name)
         counts.reads += 1
-        return getattr(self._numbers, name)()
+        return getattr(unwrap(self, name), name)()
 
     return method
 
@@ -312,9 +338,8 @@ def _read(name: str) -> Any:
 def _in_place(name: str) -> Any:
     def method(self: ndarray, other: Any) -> ndarray:
         capture.forbids(f"{name}, which is not recorded here")
-        getattr(np, name)(
-            self._numbers, unwrap(other, name), out=self._numbers, casting="same_kind"
-        )
+        ours = unwrap(self, name)
+        getattr(np, name)(ours, unwrap(other, name), out=ours, casting="same_kind")
         return self
 
     return method
@@ -346,6 +371,10 @@ def _function(name: str, accepted: str) -> Any:
         counts.reads += name in WAITING
         uploads = name in ("array", "asarray") and isinstance(args[0], np.ndarray | list | tuple)
         counts.uploads += uploads
+        if name in KEEPING and isinstance(args[0], ndarray):
+            same = wrap(getattr(np, name)(args[0]._numbers, *args[1:], **kwargs), args[0])
+            if same is args[0]:
+                return same
         sources = [*args, *kwargs.values()]
         args = args if uploads else unwrap(args, f"cupy.{name}")
         kwargs = {key: unwrap(value, f"cupy.{name}") for key, value in kwargs.items()}
@@ -390,12 +419,12 @@ def matmul(a: Any, b: Any, out: Any = None) -> ndarray:
     product = (x @ y).astype(dtype)
     if out is None:
         return ndarray(np.asarray(product))
-    out._numbers[...] = product
+    unwrap(out, "cupy.matmul")[...] = product
     return out
 
 
 def scatter_add(target: ndarray, index: Any, values: Any) -> None:
-    np.add.at(target._numbers, index_of(index), unwrap(values, "cupy.add.at"))
+    np.add.at(unwrap(target, "cupy.add.at"), index_of(index), unwrap(values, "cupy.add.at"))
 
 
 globals()["add"].at = scatter_add

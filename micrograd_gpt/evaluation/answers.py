@@ -39,9 +39,7 @@ def answers(
     with it: `streams` are their numbers, the places if left out. Raises what `decode` raises.
     """
     streams = range(len(prompts)) if streams is None else streams
-    shortest_first = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    for start in range(0, len(prompts), at_once):
-        places = shortest_first[start : start + at_once]
+    for places in of_like_length(prompts, at_once):
         samples = [
             Sample(
                 ids=list(prompts[place]),
@@ -55,6 +53,12 @@ def answers(
             texts[id(sample)].follow(sample)  # which ends it at a stop text
         for place, sample in zip(places, samples, strict=True):
             yield place, Answer(text_of(sample, tokenizer, stop_texts), sample.stopped or "length")
+
+
+def of_like_length(prompts: Sequence[list[int]], at_once: int) -> list[list[int]]:
+    """The places of the prompts, the shortest first, in batches."""
+    shortest_first = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    return [shortest_first[i : i + at_once] for i in range(0, len(prompts), at_once)]
 
 
 def text_of(sample: Sample, tokenizer: Tokenizer, stop_texts: Sequence[str]) -> str:

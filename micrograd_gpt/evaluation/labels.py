@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from micrograd_gpt.evaluation.estimates import mean_and_error
 from micrograd_gpt.evaluation.records import Row
-from micrograd_gpt.evaluation.running import Task
+from micrograd_gpt.evaluation.running import Batch, Task
 from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.tuning.batches import by_length
 from micrograd_gpt.tuning.classification import encode, label_log_probs
 from micrograd_gpt.tuning.classifier import GPT2Classifier
 from micrograd_gpt.tuning.labelled import Example, label_numbers
@@ -34,15 +36,22 @@ class ClassificationTask(Task):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def rows(
+    def batches(
         self, model: GPT2Classifier, items: Sequence[int], batch_size: int | None
-    ) -> Iterator[tuple[int, Row]]:
+    ) -> Iterator[Batch]:
+        lengths = np.array([len(self.ids[item]) for item in items])
+        for places in by_length(lengths, batch_size or TEXTS_AT_ONCE):
+            yield partial(self._label, model, [items[place] for place in places])
+
+    def _label(self, model: GPT2Classifier, items: list[int]) -> list[tuple[int, Row]]:
         texts = [self.ids[item] for item in items]
-        log_probs = label_log_probs(model, texts, batch_size or TEXTS_AT_ONCE)  # (texts, N)
-        for item, row in zip(items, log_probs, strict=True):
-            probabilities = dict(zip(self.names, np.exp(row).tolist(), strict=True))
-            label, answer = self.names[self.labels[item]], self.names[int(row.argmax())]
-            yield item, {"label": label, "answer": answer, "probabilities": probabilities}
+        log_probs = label_log_probs(model, texts, len(texts))  # (texts, N)
+        return [(item, self._row(item, row)) for item, row in zip(items, log_probs, strict=True)]
+
+    def _row(self, item: int, log_probs: np.ndarray) -> Row:
+        probabilities = dict(zip(self.names, np.exp(log_probs).tolist(), strict=True))
+        label, answer = self.names[self.labels[item]], self.names[int(log_probs.argmax())]
+        return {"label": label, "answer": answer, "probabilities": probabilities}
 
     def report(self, rows: Sequence[Row]) -> Row:
         """Accuracy with its standard error, and all that tuning/scores.py knows."""

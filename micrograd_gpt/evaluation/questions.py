@@ -13,14 +13,15 @@ fields OF_ANSWERS.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from micrograd_gpt.evaluation.answers import PROMPTS_AT_ONCE, answers
+from micrograd_gpt.evaluation.answers import PROMPTS_AT_ONCE, Answer, answers, of_like_length
 from micrograd_gpt.evaluation.estimates import mean_and_error
 from micrograd_gpt.evaluation.items import text_field
 from micrograd_gpt.evaluation.records import Row
-from micrograd_gpt.evaluation.running import Task
+from micrograd_gpt.evaluation.running import Batch, Task
 from micrograd_gpt.generation.output import prompt_ids
 from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
@@ -119,17 +120,23 @@ class GenerationTask(Task):
     def __len__(self) -> int:
         return len(self.questions)
 
-    def rows(
-        self, model: GPT2, items: Sequence[int], batch_size: int | None
-    ) -> Iterator[tuple[int, Row]]:
+    def batches(self, model: GPT2, items: Sequence[int], batch_size: int | None) -> Iterator[Batch]:
         prompts = [self.prompts[item] for item in items]
-        how = (self.settings, self.stop_texts, batch_size or PROMPTS_AT_ONCE, items)
-        for place, answer in answers(model, self.tokenizer, prompts, *how):
-            question = self.questions[items[place]]
-            row = {**question.fields, "answer": answer.text, "stopped": answer.stopped}
-            if question.expected:
-                row["right"] = answer.text.strip() == question.expected.strip()
-            yield items[place], row
+        for places in of_like_length(prompts, batch_size or PROMPTS_AT_ONCE):
+            yield partial(self._answer, model, [items[place] for place in places])
+
+    def _answer(self, model: GPT2, items: list[int]) -> list[tuple[int, Row]]:
+        prompts = [self.prompts[item] for item in items]
+        how = (self.settings, self.stop_texts, len(items), items)
+        found = answers(model, self.tokenizer, prompts, *how)
+        return [(items[place], self._row(items[place], answer)) for place, answer in found]
+
+    def _row(self, item: int, answer: Answer) -> Row:
+        question = self.questions[item]
+        row = {**question.fields, "answer": answer.text, "stopped": answer.stopped}
+        if question.expected:
+            row["right"] = answer.text.strip() == question.expected.strip()
+        return row
 
     def report(self, rows: Sequence[Row]) -> Row:
         """How many answers there are, and how many equal the expected ones, but for spaces around

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from micrograd_gpt.evaluation.output import report_lines
 from micrograd_gpt.evaluation.records import Records, Row
-from micrograd_gpt.evaluation.scoring import TOKENS_AT_ONCE, Request, Score, score
+from micrograd_gpt.evaluation.scoring import (
+    TOKENS_AT_ONCE,
+    Group,
+    Request,
+    Score,
+    in_batches,
+    score_batch,
+)
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.support.work import Do, one_by_one
 
 ITEMS_AT_ONCE = 128  # sorted by length together
+
+Batch = Callable[[], list[tuple[int, Row]]]  # does some items; returns their numbers and results
 
 
 class Task(ABC):
@@ -24,10 +35,8 @@ class Task(ABC):
         """How many items there are."""
 
     @abstractmethod
-    def rows(
-        self, model: Any, items: Sequence[int], batch_size: int | None
-    ) -> Iterator[tuple[int, Row]]:
-        """The results of the items with these numbers, as JSON, in whatever order they come."""
+    def batches(self, model: Any, items: Sequence[int], batch_size: int | None) -> Iterator[Batch]:
+        """The items with these numbers in batches, each of which gives its results as JSON."""
 
     @abstractmethod
     def report(self, rows: Sequence[Row]) -> Row:
@@ -52,20 +61,30 @@ class ScoredTask(Task):
     def row(self, item: int, scores: Sequence[Score]) -> Row:
         """What is kept of an item's scores, as JSON."""
 
-    def rows(
-        self, model: GPT2, items: Sequence[int], batch_size: int | None
-    ) -> Iterator[tuple[int, Row]]:
+    def batches(self, model: GPT2, items: Sequence[int], batch_size: int | None) -> Iterator[Batch]:
         at_once = batch_size * model.config.n_positions if batch_size else TOKENS_AT_ONCE
         requests = [self.requests(item) for item in items]
-        for place, scores in score(model, requests, at_once):
-            yield items[place], self.row(items[place], scores)
+        for groups in in_batches(requests, model.config.n_positions, at_once):
+            yield partial(self._score, model, items, groups, at_once)
+
+    def _score(
+        self, model: GPT2, items: Sequence[int], groups: list[Group], at_once: int
+    ) -> list[tuple[int, Row]]:
+        scored = score_batch(model, groups, at_once)
+        return [(items[place], self.row(items[place], scores)) for place, scores in scored]
 
 
-def run(model: Any, task: Task, records: Records, batch_size: int | None = None) -> Row:
+def run(
+    model: Any,
+    task: Task,
+    records: Records,
+    batch_size: int | None = None,
+    do: Do = one_by_one,
+) -> Row:
     """Do the items that are not done yet; returns the report on all of them.
 
-    A progress bar shows on a terminal. Raises what the task raises, and UserError where the records
-    cannot be written.
+    `do` does the batches, as several processes may. A progress bar shows on a terminal. Raises what
+    the task raises, and UserError where the records cannot be written.
     """
     from tqdm import tqdm
 
@@ -74,9 +93,10 @@ def run(model: Any, task: Task, records: Records, batch_size: int | None = None)
     with tqdm(
         total=len(task), initial=done, desc=title, unit=task.unit, delay=1, disable=None
     ) as bar:
-        for start in range(0, len(left), ITEMS_AT_ONCE):
-            part = left[start : start + ITEMS_AT_ONCE]
-            for item, row in task.rows(model, part, batch_size):
+        parts = (left[i : i + ITEMS_AT_ONCE] for i in range(0, len(left), ITEMS_AT_ONCE))
+        batches = (batch for part in parts for batch in task.batches(model, part, batch_size))
+        for rows in do(batches):
+            for item, row in rows:
                 records.add({"item": item, **row})
                 bar.update()
     report = task.report([records.rows[item] for item in range(len(task))])

@@ -103,8 +103,14 @@ def score(
     than rounding. Raises UserError for a continuation longer than the model's context, and where
     the logits are not finite.
     """
-    keep_freed_memory()
-    n_positions = model.config.n_positions
+    for groups in in_batches(requests, model.config.n_positions, tokens_at_once):
+        yield from score_batch(model, groups, tokens_at_once)
+
+
+def in_batches(
+    requests: Sequence[Sequence[Request]], n_positions: int, tokens_at_once: int
+) -> Iterator[list[Group]]:
+    """Groups of requests, the longest first, in batches of about as many tokens."""
     groups = [Group(i, group, n_positions) for i, group in enumerate(requests)]
     groups.sort(key=lambda group: len(group.shared), reverse=True)
     while groups:
@@ -115,7 +121,7 @@ def score(
             if count and tokens > tokens_at_once:
                 break
             count += 1
-        yield from _score_batch(model, groups[:count], tokens_at_once)
+        yield groups[:count]
         del groups[:count]
 
 
@@ -125,9 +131,11 @@ def score_all(model: GPT2, requests: Sequence[Sequence[Request]]) -> list[list[S
     return [found[i] for i in range(len(requests))]
 
 
-def _score_batch(
+def score_batch(
     model: GPT2, groups: list[Group], tokens_at_once: int
 ) -> list[tuple[int, list[Score]]]:
+    """Score groups that are read together: the place of each, and its scores."""
+    keep_freed_memory()
     with no_grad(), no_dropout():
         states = _read(model, groups, tokens_at_once)  # a (n, C) for each continuation
         labels = np.concatenate([ids for group in groups for ids in group.labels])

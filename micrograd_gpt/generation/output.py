@@ -10,17 +10,19 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from micrograd_gpt.arrays.memory import check_room, memory_errors
 from micrograd_gpt.generation.beam_search import beam_search
 from micrograd_gpt.generation.context import BYTES_OF_TEXT, Continuation, check_memory
 from micrograd_gpt.generation.filters import NO_TOKEN_LEFT
-from micrograd_gpt.generation.sampling import decode, start_samples
+from micrograd_gpt.generation.sampling import Sample, decode, start_samples
 from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.work import Do, one_by_one
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.template import Template
 from micrograd_gpt.text.tokenizers import StreamDecoder
@@ -33,6 +35,8 @@ class Writer:
 
     `template` is that of a model that was tuned on instructions. With `special_tokens`, a
     `<|endoftext|>` in a prompt is the token. At most `batch_size` prompts are decoded at once.
+    `do` does all batches, as several processes may; each shows those that it decodes as they grow,
+    and then those of the others.
     `texts` are the continuations of the latest prompts, in order, the best of a prompt first where
     they come from a beam search.
     """
@@ -45,11 +49,13 @@ class Writer:
         template: Template | None = None,
         special_tokens: bool = False,
         batch_size: int = 16,
+        do: Do = one_by_one,
     ) -> None:
         self.model, self.tokenizer, self.as_json = model, tokenizer, as_json
         self.template = template
         self.texts: Sequence[Continuation] = ()
         self.special_tokens, self.batch_size = special_tokens, batch_size
+        self._do = do
         self._told_the_limit = False
 
     def answer(
@@ -128,16 +134,28 @@ class Writer:
         settings: Settings,
         output: Output,
     ) -> None:
-        self.texts = samples = start_samples(ids, settings)  # of all, so that equal prompts differ
+        samples = start_samples(ids, settings)  # of all, so that equal prompts differ
         at_once = self.batch_size * settings.num_samples
-        for first in range(0, len(samples), at_once):
-            batch = samples[first : first + at_once]
+
+        def show(batch: list[Sample], first: int) -> None:
             for place, sample in enumerate(batch, first):
                 output.add(sample, prompts[place // settings.num_samples])
             output.update()
+
+        def decode_batch(first: int) -> list[Sample]:
+            batch = samples[first : first + at_once]
+            show(batch, first)
             for _ in decode(self.model, batch, settings):
                 output.update()
-        if any(sample.stopped == "no token left" for sample in samples):
+            return batch
+
+        found: list[Sample] = []
+        self.texts = found
+        for batch in self._do(partial(decode_batch, i) for i in range(0, len(samples), at_once)):
+            if not samples[len(found)].stopped:  # another process has decoded them
+                show(batch, len(found))
+            found += batch
+        if any(sample.stopped == "no token left" for sample in found):
             say(f"note: {NO_TOKEN_LEFT}")
 
     def _search(
@@ -153,8 +171,8 @@ class Writer:
 
         found: list[Continuation] = []
         self.texts = found
-        for prompt, row in zip(prompts, ids, strict=True):
-            beams = beam_search(self.model, row, settings, hits_stop)
+        searches = (partial(beam_search, self.model, row, settings, hits_stop) for row in ids)
+        for prompt, beams in zip(prompts, self._do(searches), strict=True):
             found += beams
             for beam in beams:
                 output.add(beam, prompt)

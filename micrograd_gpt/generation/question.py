@@ -101,6 +101,14 @@ def read_questions(given: argparse.Namespace) -> list[str] | None:
     return [_stdin("--prompt") if text == "-" else text for text in texts]
 
 
+def reads_stdin(given: argparse.Namespace) -> bool:
+    """Whether `read_questions` reads stdin, or asks there."""
+    if given.prompts is not None:
+        return bool(given.prompts == "-")
+    texts = given.prompt if given.instruction is None else given.instruction
+    return texts is None or "-" in texts
+
+
 def _stdin(flag: str) -> str:
     """What stdin holds, without the last line end."""
     from micrograd_gpt.text.decoding import decoded

@@ -27,11 +27,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from micrograd_gpt.arrays.devices import to_device
 from micrograd_gpt.nn import Module, Parameter
-from micrograd_gpt.optim import AdamW
 from micrograd_gpt.runs.config_file import WRITTEN as WRITTEN_FLAGS
 from micrograd_gpt.runs.loss_scaler import LossScaler
+from micrograd_gpt.runs.sharding import Optimizer
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import (
     SAVED,
@@ -63,7 +62,7 @@ def save_run(
     folder: str | Path,
     model: Module,
     tokenizer: Tokenizer,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     settings: dict[str, Any],
     val_loss: float | None = None,
     keep: int = 0,
@@ -75,7 +74,8 @@ def save_run(
     The previous set stays until this one is complete; the latest `keep` of the earlier sets stay as
     `step-000100/`. If `val_loss`, the validation loss of these weights in nats per token, is the
     lowest so far, `best/` holds this set too. Raises UserError when it cannot be written; the
-    folder still holds one complete set then. `write` writes the model's own files.
+    folder still holds one complete set then. `write` writes the model's own files. Moments that lie
+    with several ranks are fetched one tensor at a time.
     """
     folder = Path(folder)
     step = {"step": str(optimizer.steps)}
@@ -86,8 +86,7 @@ def save_run(
         state["loss_scaler"] = {name: getattr(scaler, name) for name in SCALER}
     with written_as_set(folder) as new:
         write(model, new, tokenizer, metadata=step)
-        moments = {name: to_device(m, "cpu") for name, m in _moments(model, optimizer).items()}
-        write_safetensors(new / OPTIMIZER, moments, step)
+        write_safetensors(new / OPTIMIZER, _moments(model, optimizer), step)
         write_text(new / STATE, json.dumps(state, indent=2) + "\n")
         if keep and (folder / STATE).exists():
             before = _read_state(folder)["step"]
@@ -99,7 +98,7 @@ def save_run(
 
 
 def load_run(
-    folder: str | Path, model: Module, optimizer: AdamW, scaler: LossScaler | None = None
+    folder: str | Path, model: Module, optimizer: Optimizer, scaler: LossScaler | None = None
 ) -> None:
     """Fill `model`, `optimizer` and `scaler` with what `save_run` wrote.
 
@@ -240,19 +239,19 @@ def _fill_scaler(scaler: LossScaler, values: Any, folder: Path) -> None:
         setattr(scaler, name, value)
 
 
-def _learning(model: Module, optimizer: AdamW) -> list[tuple[str, Parameter]]:
+def _learning(model: Module, optimizer: Optimizer) -> list[tuple[str, Parameter]]:
     """The parameters that the optimizer has, in its order, which is the model's."""
     known = set(map(id, optimizer.parameters))
     return [(name, p) for name, p in model.named_parameters() if id(p) in known]
 
 
-def _missed(model: Module, optimizer: AdamW) -> dict[str, int]:
+def _missed(model: Module, optimizer: Optimizer) -> dict[str, int]:
     """How many steps did not move each parameter that some did not, as before unfreezing it."""
     missed = zip(_learning(model, optimizer), optimizer.missed, strict=True)
     return {name: count for (name, _), count in missed if count}
 
 
-def _moments(model: Module, optimizer: AdamW) -> dict[str, Any]:
+def _moments(model: Module, optimizer: Optimizer) -> dict[str, Any]:
     """AdamW's moments by name: m and v of parameter `name` are `m.name` and `v.name`."""
     names = [name for name, _ in _learning(model, optimizer)]
     pairs = (("m", optimizer.m), ("v", optimizer.v))

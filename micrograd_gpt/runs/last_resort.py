@@ -33,15 +33,16 @@ def at_signal(numbers: Sequence[signal.Signals], action: Callable[[], object]) -
     threading.Thread(target=wait, daemon=True).start()
 
 
-def save_if_killed(save: Callable[[], object]) -> None:
+def save_if_killed(save: Callable[[], object]) -> int:
     """Once this process has ended, call `save` in another one, on what it holds in memory now.
 
-    The other is a fork in a session of its own, which is not killed with this one. It has the
-    memory as it is at this moment, no input or output, and neither MPI nor a GPU.
+    The other, whose number is returned, is a fork in a session of its own, which is not killed with
+    this one. It has the memory as it is at this moment, no input or output, and neither MPI nor a
+    GPU.
     """
     us = os.getpid()
-    if os.fork():
-        return
+    if saver := os.fork():
+        return saver
     try:
         os.setsid()
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 
@@ -48,3 +49,12 @@ class LossScaler:
         self.scale, self.good_steps = self.scale / 2, 0
         self.skipped_steps += 1
         return False
+
+
+def scaler_for(dtype: str) -> LossScaler:
+    """The scaler of a run of this type, which only float16 needs. Overflows do no harm then, and
+    NumPy does not warn of them any more."""
+    scaler = LossScaler(enabled=dtype == "float16")
+    if scaler.enabled:
+        warnings.filterwarnings("ignore", "(invalid value|overflow) encountered", RuntimeWarning)
+    return scaler

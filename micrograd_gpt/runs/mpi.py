@@ -1,9 +1,4 @@
-"""Ranks that talk through MPI, by way of mpi4py.
-
-Their sums have an order. Of each bucket of gradients every rank gets one part, from all ranks; it
-adds these up, rank 0's first, and sends the sum to all. MPI's own all-reduce may add in another
-order whenever the ranks are placed otherwise, and needs no less traffic.
-"""
+"""Ranks that talk through MPI, by way of mpi4py. How they add numbers up is in runs/exchange.py."""
 
 from __future__ import annotations
 
@@ -13,24 +8,43 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
+from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 import numpy as np
 from ml_dtypes import bfloat16
 from mpi4py import MPI
 
-from micrograd_gpt.arrays.devices import Array, array_module, gpu_addresses, to_device, use_gpu
-from micrograd_gpt.runs.ranks import Ranks, T, own_gpu, said_once, versions
+from micrograd_gpt.arrays.devices import Array, array_module, gpu_addresses, use_gpu
+from micrograd_gpt.runs.exchange import Exchange
+from micrograd_gpt.runs.nccl import GPUExchange, NCCLFailed, nccl_version, without_nccl
+from micrograd_gpt.runs.overlap import Bucket, Overlap
+from micrograd_gpt.runs.ranks import (
+    Cut,
+    Ranks,
+    T,
+    flat_view,
+    ordered_like,
+    own_gpu,
+    said_once,
+    versions,
+)
 from micrograd_gpt.runs.unread import read_numbers
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.machine import usable_cores
 from micrograd_gpt.tensor import Tensor
+from micrograd_gpt.text.corpus import Corpus
 
 BUCKET = 1 << 20  # numbers that are added up at a time: 4 MB, which stay in a cache
+GPU_BUCKET = 1 << 23  # the same between GPUs: 32 MB, a little more than PyTorch's DDP takes
+DURING_BACKWARD = 0.0002  # seconds between tests of a message, which leave it the processor
+BETWEEN_TESTS = 0.001  # seconds, in a wait that may be long
 BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
+SLURM = "SLURM_STEP_ID"  # which every process of srun has
 FAILED = 1  # the tag of the message that a rank has met an error
 PATIENCE = 1.0  # seconds that a rank leaves each rank before it to say what both have met
 MOST_PATIENCE = 5.0  # seconds that it leaves them all
@@ -38,6 +52,9 @@ MOST_PATIENCE = 5.0  # seconds that it leaves them all
 
 class RankDied(Exception):
     """Another rank's process has ended, so that no step can be taken any more."""
+
+
+LINK_ERRORS = (RankDied, MPI.Exception, NCCLFailed)  # the latter two where a link was cut
 
 
 class MPIRanks(Ranks):
@@ -53,7 +70,9 @@ class MPIRanks(Ranks):
         self.rank, self.size = self._all.rank, self._all.size
         self.local_rank, self.local_size = self._here.rank, self._here.size
         self._machines = sum(self._all.allgather(self.local_rank == 0))
-        self._buffers: tuple[np.ndarray, np.ndarray] | None = None
+        self.overlap = Overlap() if overlaps(self._machines) else None
+        wait = partial(self._wait, pause=DURING_BACKWARD if self.overlap else 0)
+        self.exchange: Exchange | GPUExchange = Exchange(self._all.Dup(), wait, BUCKET)
         neighbours = self.on_this_machine((self.rank, os.getpid()))
         # Containers on one machine may each number their processes.
         self._watched = {rank: pid for rank, pid in neighbours if is_running(pid)}
@@ -63,57 +82,96 @@ class MPIRanks(Ranks):
         machines, cores = counted(self._machines, "machine"), counted(usable_cores(), "core")
         return f"{self.size} ranks on {machines}, {cores} each"
 
+    def add_up_during(
+        self, loss: Tensor, parameters: Sequence[Tensor], dtype: str = "float32"
+    ) -> None:
+        if self.overlap:
+            add_up = partial(self._add_up, parameters, dtype, catch_up=False)
+            buckets = self._buckets([parameter.size for parameter in parameters])
+            self.overlap.begin(loss, parameters, list(buckets), add_up)
+
     def add_up(self, parameters: Sequence[Tensor], dtype: str = "float32") -> None:
-        for parameter in parameters:
-            parameter.grad = ordered_like(parameter.grad, parameter.data)
-        flat = [flat_view(parameter.grad) for parameter in parameters]
-        for bucket in buckets([len(grad) for grad in flat], BUCKET):
-            parts = [flat[i][start:end] for i, start, end in bucket]
-            joined = to_device(array_module(parts[0]).concatenate(parts), "cpu")
-            joined = self._sum(joined, bfloat16 if dtype == "bfloat16" else joined.dtype)
-            ends = np.cumsum([len(part) for part in parts])
-            for part, end in zip(parts, ends, strict=True):
-                part[:] = array_module(part).asarray(joined[end - len(part) : end])
+        if self.overlap and self.overlap.has_begun:
+            self.overlap.finish()
+            self.exchange.catch_up()
+            return
+        for bucket in self._buckets([parameter.size for parameter in parameters]):
+            self._add_up(parameters, dtype, bucket)
 
-    def _sum(self, numbers: np.ndarray, wire: Any) -> np.ndarray:
-        """The sum of all ranks' `numbers` (N,), which are sent in the dtype `wire`.
+    def _add_up(
+        self, parameters: Sequence[Tensor], dtype: str, bucket: Bucket, catch_up: bool = True
+    ) -> None:
+        """Add up the gradients in a bucket: of all of it, or of this rank's part."""
+        parts = []
+        for i, start, end in bucket:
+            grad = parameters[i].grad = ordered_like(parameters[i].grad, parameters[i].data)
+            parts.append(flat_view(grad)[start:end])
+        with self.exchange.beside(catch_up):
+            joined = taken(parts, 0, sum(map(len, parts)))
+            wire = bfloat16 if dtype == "bfloat16" else joined.dtype
+            added = self.exchange.scatter_sum(joined, wire)
+            if self.shards:
+                put(parts, self.rank * len(added), added)
+            else:
+                put(parts, 0, self.exchange.gather(added, wire))
 
-        They may be in a buffer that the next call overwrites.
-        """
-        count = -(-len(numbers) // self.size)  # of a part
-        if self._buffers is None or self._buffers[0].dtype != wire:
-            most = -(-BUCKET // self.size) * self.size
-            self._buffers = np.zeros(most, wire), np.zeros(most, wire)
-        ours, received = (buffer[: count * self.size] for buffer in self._buffers)
-        ours[: len(numbers)] = numbers
-        self._wait(self._all.Ialltoall(as_bytes(ours), as_bytes(received)))
-        first, *others = received.reshape(self.size, count)
-        part = first.astype(numbers.dtype)
-        for other in others:
-            part += other.astype(numbers.dtype, copy=False)
-        self._wait(self._all.Iallgather(as_bytes(part.astype(wire, copy=False)), as_bytes(ours)))
-        return ours[: len(numbers)].astype(numbers.dtype, copy=False)
+    def cut(self, sizes: Sequence[int]) -> Iterator[Cut]:
+        for bucket in self._buckets(sizes):
+            count, first = self._part_of(bucket), 0
+            for i, start, end in bucket:
+                places = (start + rank * count - first for rank in range(self.size + 1))
+                yield i, [min(max(start, place), end) for place in places]
+                first += end - start
+
+    def _buckets(self, sizes: Sequence[int]) -> Iterator[Bucket]:
+        return buckets(sizes, self.exchange.most)
+
+    def _part_of(self, bucket: Bucket) -> int:
+        """How many numbers of a bucket a rank has, if it is not the last, which may have fewer."""
+        return -(-sum(end - start for _, start, end in bucket) // self.size)
+
+    def gather(self, arrays: Sequence[Array]) -> None:
+        flat = [flat_view(array) for array in arrays]
+        with self.exchange.beside():
+            for bucket in self._buckets([array.size for array in arrays]):
+                parts = [flat[i][start:end] for i, start, end in bucket]
+                count = self._part_of(bucket)
+                start, end = self.rank * count, (self.rank + 1) * count
+                joined = self.exchange.gather(taken(parts, start, count))
+                put(parts, 0, joined[:start])
+                put(parts, end, joined[end:])
+        self.exchange.finish()
+
+    def to_first(self, numbers: np.ndarray, into: np.ndarray, counts: Sequence[int]) -> None:
+        sizes = [int(count) * into.itemsize for count in counts]
+        received = [as_bytes(into), (sizes, None), MPI.BYTE] if self.is_first else None
+        self._wait(self._all.Igatherv(as_bytes(numbers), received))
 
     def join(self, values: Sequence[Any]) -> list[float]:
+        self.exchange.finish()
         ours = np.array(read_numbers(values))
         joined = np.empty(self.size * len(ours))
         self._wait(self._all.Iallgather(ours, joined))
         return joined.tolist()
 
+    def collect(self, value: T) -> list[T]:
+        self.wait_for_all()  # who waits in allgather hears of no signal
+        return self._all.allgather(value)
+
     def agree(self, number: int) -> int:
-        ours, largest = np.array(number), np.array(0)
+        ours, largest = np.array(int(number)), np.array(0)
         self._wait(self._all.Iallreduce(ours, largest, MPI.MAX))
         return int(largest)
 
     def wait_for_all(self) -> None:
         """Go on when all ranks have come here."""
-        self._wait(self._all.Ibarrier())
+        self._wait(self._all.Ibarrier(), BETWEEN_TESTS)
 
-    def _wait(self, request: MPI.Request) -> None:
+    def _wait(self, request: MPI.Request, pause: float = 0) -> None:
         """Wait for the other ranks. Signals are heeded meanwhile, as MPI's own wait does not."""
         looked = time.monotonic()
         while not request.Test():
-            time.sleep(0)  # lets other processes use the core
+            time.sleep(pause)  # lets other processes use the core
             if time.monotonic() > looked + BETWEEN_LOOKS:
                 self.check_alive()
                 looked = time.monotonic()
@@ -140,14 +198,32 @@ class MPIRanks(Ranks):
     @contextmanager
     def first_on_machine(self) -> Iterator[None]:
         if self.local_rank:
-            self._wait(self._here.Ibarrier())
+            self._wait(self._here.Ibarrier(), BETWEEN_TESTS)
         yield
         if not self.local_rank:
             self._wait(self._here.Ibarrier())
 
+    def once_a_machine(self, load: Callable[[], Corpus]) -> Corpus:
+        if self.local_rank == 0:
+            with self.first_on_machine():
+                loaded = load()
+            self._here.bcast(loaded if loaded.in_memory else None)
+            return loaded
+        with self.first_on_machine():  # waits as MPI's own bcast does not
+            copy = self._here.bcast(None)
+        return load() if copy is None else copy
+
     def use_device(self, device: str) -> None:
         if device == "gpu":
             use_gpu(own_gpu(self.on_this_machine(gpu_addresses()), self.local_rank))
+            version = nccl_version()
+            self.check_same({"NCCL": version or "not installed"})
+            if version:
+                self.exchange = GPUExchange(self._all, self._wait, GPU_BUCKET)
+                self.overlap = Overlap(in_thread=False)
+            else:
+                self.overlap = None  # each copy to the host waits for the backward
+                say(without_nccl())
 
     def on_this_machine(self, value: T) -> list[T]:
         """The values of this machine's ranks."""
@@ -165,6 +241,14 @@ class MPIRanks(Ranks):
                     )
 
 
+def overlaps(machines: int) -> bool:
+    """Whether gradients are added up during the backward, in a thread, which MPI must allow.
+
+    On one machine the ranks keep all cores busy, so that it would not save time.
+    """
+    return machines > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
+
+
 def is_running(pid: int) -> bool:
     """Whether there is a process of this number on this machine; on Windows that is not asked."""
     if os.name == "nt":  # os.kill would end it
@@ -178,15 +262,28 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def ordered_like(grad: Array, data: Array) -> Array:
-    """The gradient with its numbers in memory in the order of the parameter's, on every rank."""
-    by_columns = data.flags.f_contiguous and not data.flags.c_contiguous
-    return array_module(grad).asarray(grad, order="F" if by_columns else "C")
+def taken(parts: Sequence[Array], first: int, count: int) -> Array:
+    """`count` numbers of flat arrays laid end to end, from number `first` on: a view, where they
+    are in one array. Zeros stand for those after the last one."""
+    pieces = []
+    for part in parts:
+        piece = part[max(0, first) : max(0, first + count)]
+        if len(piece) == count:
+            return piece
+        pieces.append(piece)
+        first -= len(part)
+    xp = array_module(parts[0])
+    missing = count - sum(map(len, pieces))
+    return xp.concatenate([*pieces, xp.zeros(missing, parts[0].dtype)] if missing else pieces)
 
 
-def flat_view(array: Array) -> Array:
-    """All numbers of a contiguous array as they lie in memory, (N,)."""
-    return (array if array.flags.c_contiguous else array.T).reshape(-1)
+def put(parts: Sequence[Array], first: int, numbers: Array) -> None:
+    """Write numbers into flat arrays laid end to end, from number `first` on, as far as they go."""
+    for part in parts:
+        start, end = max(0, first), min(len(part), first + len(numbers))
+        if start < end:
+            part[start:end] = numbers[start - first : end - first]
+        first -= len(part)
 
 
 def as_bytes(array: np.ndarray) -> np.ndarray:
@@ -219,16 +316,20 @@ def mpi_ranks(launcher: str, size: int, rank: int) -> Iterator[Ranks]:
     """The ranks that a launcher started, as started_ranks says."""
     if MPI.COMM_WORLD.size != size:
         library = MPI.Get_library_version().split(",")[0].strip()
+        advice = f"use the {launcher} of that MPI"
+        if SLURM in os.environ:
+            advice = "Open MPI needs srun --mpi=pmix, MPICH srun --mpi=pmi2 (srun --mpi=list)"
         raise said_once(
             rank,
             f"{launcher} started {size} processes, of which mpi4py's {library} knows "
-            f"{MPI.COMM_WORLD.size}: use the {launcher} of that MPI",
+            f"{MPI.COMM_WORLD.size}: {advice}",
         )
     ranks, stderr = MPIRanks(launcher), sys.stderr
     try:
         with printing(ranks.is_first):
             ranks.check_same(versions())
             share_cores(ranks)
+            notice_deaths(ranks)
             with leaving_together(ranks):
                 yield ranks
             ranks.wait_for_all()
@@ -247,6 +348,16 @@ def leaving_together(ranks: MPIRanks) -> Iterator[None]:
         if not leaving.code:
             ranks.check_same({"--help or --version": "given"})
         raise
+
+
+def notice_deaths(ranks: MPIRanks) -> None:
+    """Have this rank say so where a launcher ends it by SIGTERM because another one has died."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        ranks.check_alive()
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 @contextmanager
@@ -293,7 +404,7 @@ def end_all(ranks: MPIRanks, error: BaseException, stderr: TextIO) -> NoReturn:
         if isinstance(error, UserError):
             status = 2
             say(f"error: {who}{error}")
-        elif isinstance(error, RankDied | MPI.Exception):  # MPI's, such as of a link that was cut
+        elif isinstance(error, LINK_ERRORS):
             say(f"error: {error}; {ranks.way_back()}")
         elif isinstance(error, KeyboardInterrupt):
             status = 130
@@ -304,7 +415,7 @@ def end_all(ranks: MPIRanks, error: BaseException, stderr: TextIO) -> NoReturn:
             traceback.print_exception(error)
     sys.stdout.flush()
     stderr.flush()
-    if isinstance(error, Exception) and not isinstance(error, RankDied | MPI.Exception):
+    if isinstance(error, Exception) and not isinstance(error, LINK_ERRORS):
         ranks.tell_first()
     MPI.COMM_WORLD.Abort(status)
     os._exit(status)  # with some MPIs it returns while the launcher ends the others

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
+from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,12 +18,15 @@ from micrograd_gpt.arrays.devices import library_for, move, to_device
 from micrograd_gpt.arrays.memory import LOGITS_AT_ONCE, ROWS_AT_ONCE, check_room
 from micrograd_gpt.arrays.precision import HALF, compute_in, hold_in
 from micrograd_gpt.gpt2 import GPT2Config
+from micrograd_gpt.runs.ranks import divided
 from micrograd_gpt.runs.recompute import recompute_blocks
+from micrograd_gpt.support.cli import counted
 from micrograd_gpt.support.machine import available_memory
 from micrograd_gpt.variants import inner_width
 from micrograd_gpt.weights.config import model_class
 
 PYTHON = 75_000_000  # bytes: the interpreter, NumPy and the other libraries of a run
+MPI = 30_000_000  # bytes that a rank takes beside it: MPI, and buffers for what it sends
 TIMED_TOKENS = 2048  # a micro-batch of about this many stands for larger ones when a CPU is timed
 
 # What helps where a run does not fit into memory
@@ -32,11 +36,22 @@ SMALLER_STEP = (
 )
 
 
+class StepTime(NamedTuple):
+    """Seconds that one device would take for all of a step, and where they are from."""
+
+    gradients: float  # forward and backward
+    update: float  # clipping and AdamW
+    source: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The sizes of a run (an architecture for learning may have a table or a norm less).
 
-    Memory is in bytes, on each device. `n_trained` is how many parameters learn (None: all).
+    A step is shared by `devices`, one rank each, which need not wait for each other's cores: GPUs,
+    or machines. Each takes `grad_accum_steps` micro-batches of it. Memory is in bytes, on each
+    device; AdamW's moments are `sharded` where each holds those of its part of the parameters.
+    `n_trained` is how many parameters learn (None: all).
     """
 
     config: GPT2Config
@@ -47,33 +62,47 @@ class Plan:
     dtype: str = "float32"
     device: str = "cpu"
     n_trained: int | None = None
+    devices: int = 1
+    sharded: bool = False
 
     @classmethod
-    def of(cls, config: GPT2Config, settings: argparse.Namespace, device: str) -> Plan:
-        """The plan of a run of train_gpt2.py, whose settings have another dropout than `config`."""
+    def of(
+        cls, config: GPT2Config, settings: argparse.Namespace, device: str, devices: int = 1
+    ) -> Plan:
+        """The plan of a run of train_gpt2.py, whose settings have another dropout than `config`.
+
+        UserError where so many devices cannot share a step.
+        """
         dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
+        shared = divided(settings, devices)
         return cls(
             dataclasses.replace(config, **dropout),
-            settings.batch_size,
-            settings.block_size,
-            settings.grad_accum_steps,
-            settings.recompute,
-            settings.dtype,
+            shared.batch_size,
+            shared.block_size,
+            shared.grad_accum_steps // devices,
+            shared.recompute,
+            shared.dtype,
             device,
+            devices=devices,
+            sharded=shared.shard_optimizer,
         )
 
     @property
     def n_parameters(self) -> int:
         c = self.config
-        tables = c.vocab_size + c.n_positions  # rows of n_embd numbers
-        tables += 0 if getattr(c, "tie_word_embeddings", True) else c.vocab_size
+        head = 0 if getattr(c, "tie_word_embeddings", True) else c.vocab_size * c.n_embd
         biases = 9 * c.n_embd + inner_width(c)  # qkv 3, proj 1, MLP; LayerNorms 2 + 2
         blocks = c.n_layer * (self._matrices_of_block + biases)
-        return tables * c.n_embd + blocks + 2 * c.n_embd  # and the last LayerNorm
+        return self.n_in_embeddings + blocks + 2 * c.n_embd + head  # and the last LayerNorm
+
+    @property
+    def n_in_embeddings(self) -> int:
+        return (self.config.vocab_size + self.config.n_positions) * self.config.n_embd
 
     @property
     def tokens_per_step(self) -> int:
-        return self.batch_size * self.block_size * self.grad_accum_steps
+        """Of all devices."""
+        return self.batch_size * self.block_size * self.grad_accum_steps * self.devices
 
     @property
     def flops_per_token(self) -> int:
@@ -82,11 +111,22 @@ class Plan:
         Each weight takes 2 in the forward and 4 in the backward. Attention makes two products over
         the causal half in the forward, and five in the backward, which computes the weights again.
         """
+        matrices, product, head = self._forward_flops
+        again = matrices + 2 * product if self.recompute else 0
+        return 3 * (matrices + head) + 7 * product + again
+
+    @property
+    def backward_of_blocks(self) -> float:
+        """The part of all this work that is done in the backward of the blocks."""
+        matrices, product, head = self._forward_flops
+        return 1 - (matrices + 2 * product + 3 * head) / self.flops_per_token
+
+    @property
+    def _forward_flops(self) -> tuple[int, int, int]:
+        """For each token, all blocks' matrices, one of attention's products in each, the head."""
         c = self.config
-        matrices = c.n_layer * self._matrices_of_block
-        attention = c.n_layer * c.n_embd * self.block_size // 2  # of one product
-        again = 2 * matrices + 2 * 2 * attention if self.recompute else 0
-        return 6 * (matrices + c.vocab_size * c.n_embd) + 7 * 2 * attention + again
+        matrices = 2 * c.n_layer * self._matrices_of_block
+        return matrices, c.n_layer * c.n_embd * self.block_size, 2 * c.vocab_size * c.n_embd
 
     @property
     def weights(self) -> int:
@@ -99,7 +139,7 @@ class Plan:
 
     @property
     def moments(self) -> int:
-        return 2 * self.gradients
+        return -(-2 * self.gradients // (self.devices if self.sharded else 1))
 
     @property
     def activations(self) -> int:
@@ -111,20 +151,23 @@ class Plan:
 
     @property
     def working(self) -> int:
-        """What lives for a moment only: the logits, or a block that is computed again."""
+        """What lives for a moment only: the logits, or a block's gradients.
+
+        A block that is computed again also saves what its backward needs.
+        """
         c = self.config
         tokens = self.batch_size * self.block_size
         parts = -(-tokens * c.vocab_size // LOGITS_AT_ONCE[self.device])
         at_once = max(1, tokens // parts)
         logits = (min(at_once, ROWS_AT_ONCE) if self.device == "cpu" else at_once) * c.vocab_size
+        logits *= self._wide if self.device == "cpu" else self._narrow
         head = c.vocab_size * c.n_embd
         head_gradient = head * self._wide if parts > 1 else 0  # of one part, beside their sum
-        rounded_head = head * self._narrow if self._is_half else 0
-        logits_bytes = logits * self._narrow
-        if self._is_half and self.device == "cpu":  # which computes them in float32
-            logits_bytes, rounded_head = logits * self._wide, head * (self._narrow + self._wide)
-        loss = logits_bytes + head_gradient + rounded_head
-        return max(loss, self._block_in_backward if self.recompute else 0)
+        rounded_head = head * self._narrow if self._keeps_rounded or self._is_emulated else 0
+        widened_head = head * self._wide if self._is_emulated else 0
+        saved = self._saved_by_block if self.recompute else 0
+        loss = logits + head_gradient + rounded_head + widened_head
+        return max(loss, saved + self._gradients_in_block)
 
     @property
     def peak(self) -> int:
@@ -138,13 +181,23 @@ class Plan:
         head = c.vocab_size * c.n_embd * self._wide
         before = self.gradients if self.grad_accum_steps > 1 else 0
         beginning = before + head + self.activations + self.working
-        end = self.gradients + self._block_in_backward
-        host = PYTHON if self.device == "cpu" else 0
+        end = self.gradients + self._saved_by_block + self._gradients_in_block
+        host = PYTHON + MPI * (self.devices > 1) if self.device == "cpu" else 0
         return host + self.weights + self.moments + max(beginning, end)
 
     @property
     def _is_half(self) -> bool:
         return self.dtype in HALF
+
+    @property
+    def _keeps_rounded(self) -> bool:
+        """Whether weights are rounded to half precision once, and not wherever they are read."""
+        return self._is_half and self.device != "cpu"
+
+    @property
+    def _is_emulated(self) -> bool:
+        """Whether half precision is computed in copies in float32."""
+        return self.dtype == "float16" and self.device == "cpu"
 
     @property
     def _wide(self) -> int:
@@ -179,19 +232,17 @@ class Plan:
         streams = 2  # the block's input and its middle
         sums = self.batch_size * self.block_size * (c.n_head + 4)  # of attention and LayerNorm
         # In the type of the matrix work: the results of two norms, q k v, attention's result, the
-        # MLP's hidden layer before and after GELU; and on a GPU, weights rounded to half precision.
+        # MLP's hidden layer before and after GELU; and weights that are rounded.
         branches = (2 + 3 + 1) * self._stream + 2 * self._hidden
-        weights = self._matrices_of_block if self._is_half and self.device != "cpu" else 0
+        weights = self._matrices_of_block if self._keeps_rounded else 0
         wide = streams * self._stream + sums
         return wide * self._wide + (branches + weights) * self._narrow
 
     @property
-    def _block_in_backward(self) -> int:
-        """Bytes that a block holds while its backward runs: what it saved, and gradients."""
-        # A CPU computes in float32: GELU's gradient of the hidden layer from two such copies.
-        copies = 3 * self._hidden * self._wide if self._is_half and self.device == "cpu" else 0
-        gradients = 2 * self._stream + 2 * self._hidden
-        return self._saved_by_block + gradients * self._narrow + copies
+    def _gradients_in_block(self) -> int:
+        """Bytes that a block's backward holds beside what its forward saved."""
+        copies = 3 * self._hidden * self._wide if self._is_emulated else 0  # in GELU's backward
+        return (2 * self._stream + 2 * self._hidden) * self._narrow + copies
 
     def check_room(self, smaller: str = SMALLER_MODEL, ranks: int = 1) -> None:
         """UserError if a run on the CPU takes more memory than there is, before it takes it.
@@ -209,22 +260,31 @@ class Plan:
         batch = f"{self.n_parameters:,} parameters and micro-batches of {tokens}"
         check_room(ranks * (self.peak - PYTHON), batch + for_all, SMALLER_STEP)
 
-    def seconds_per_step(self, rate: float | None = None, devices: int = 1) -> float:
-        """Time of a step on `devices` that reach `rate` TFLOP/s each; None: as measured here.
+    def step_time(self, rate: float | None = None) -> StepTime:
+        """The time of a step on a device that reaches `rate` TFLOP/s; None: as measured here.
 
-        A step of a model of one block is timed, and of one with two: the difference is what each
-        further block takes.
+        A given rate is that of the whole step. Else a step of a model of one block is timed, and of
+        one with two: the difference is what each further block takes.
         """
         if rate is not None:
-            return self.flops_per_token * self.tokens_per_step / (rate * 1e12 * devices)
+            seconds = self.flops_per_token * self.tokens_per_step / (rate * 1e12)
+            return StepTime(seconds, 0.0, "given")
         rows = self.batch_size  # a GPU needs them all to be busy
         if self.device == "cpu":
             rows = max(1, min(rows, TIMED_TOKENS // self.block_size))
         one, two = (self._timed_step(n_layer, rows) for n_layer in (1, 2))
-        micro_batches = self.grad_accum_steps * self.batch_size / rows
-        return (one + (self.config.n_layer - 1) * max(0.0, two - one)) * micro_batches / devices
+        gradients, update = one + (self.config.n_layer - 1) * np.maximum(0.0, two - one)
+        micro_batches = self.tokens_per_step / (rows * self.block_size)
+        source = "measured here on one and two blocks"
+        return StepTime(float(gradients * micro_batches), float(update), source)
 
-    def _timed_step(self, n_layer: int, rows: int) -> float:
+    def seconds_per_step(self, time: StepTime) -> float:
+        """Seconds that all devices together compute for a step, which `time` is of one."""
+        updates = self.devices if self.sharded else 1  # that are made at the same time
+        return time.gradients / self.devices + time.update / updates
+
+    def _timed_step(self, n_layer: int, rows: int) -> np.ndarray:
+        """Seconds of the gradients of a micro-batch, and of the update, (2,)."""
         config = dataclasses.replace(self.config, n_layer=n_layer)
         model = model_class(config)(config)
         move(model, self.device)
@@ -235,15 +295,17 @@ class Plan:
         ids = np.zeros((rows, self.block_size), int)
         times = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = perf_counter()
             with compute_in(self.dtype):
                 model.loss(ids, ids).backward()
+            to_device(optimizer.parameters[0].grad, "cpu")  # a GPU has then done all of it
+            middle = perf_counter()
             optim.clip_grad_norm(optimizer.parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            to_device(optimizer.parameters[-1].data, "cpu")  # a GPU has then done all of the step
-            times.append(time.perf_counter() - start)
-        return min(times)
+            to_device(optimizer.parameters[-1].data, "cpu")
+            times.append((middle - start, perf_counter() - middle))
+        return np.min(times, axis=0)
 
     def verdict(self) -> str:
         """Whether the run fits into the memory that is free now, in words."""
@@ -253,50 +315,52 @@ class Plan:
             free, place = library_for(self.device).cuda.runtime.memGetInfo()[0], "the GPU"
         if free is None:
             return f"unknown: {place} does not say how much memory is free"
-        found = f"{_megabytes(free)} are free on {place}"
+        found = f"{megabytes(free)} are free on {place}"
         if self.peak <= free:
             return f"yes: {found}"
         if self.weights + self.gradients + self.moments > free:  # whatever the batch
             return f"no: {found}; choose a smaller model"
         return f"no: {found}; lower --batch-size or --block-size, or add --recompute"
 
-    def report(self, max_steps: int, rate: float | None = None, devices: int = 1) -> str:
-        """The plan as lines to read; `rate` and `devices` are those of `seconds_per_step`."""
-        c, learn = self.config, self.n_trained
-        seconds = self.seconds_per_step(rate, devices)
+    def report(self, max_steps: int, time: StepTime | None = None) -> str:
+        """The plan as lines to read; a step takes one device `time` (None: as measured here)."""
+        c, learn, n = self.config, self.n_trained, self.devices
+        time = time or self.step_time()
+        seconds = self.seconds_per_step(time)
         step_flops = self.flops_per_token * self.tokens_per_step
-        reached = step_flops / seconds / devices / 1e12
-        source = "measured here on one and two blocks" if rate is None else "given"
+        reached = step_flops / seconds / n / 1e12
         saved = "the blocks' inputs only" if self.recompute else "of all blocks"
         lines = {
             "model": f"{self.n_parameters:,} parameters ({c.n_layer} layers, {c.n_head} heads, "
             f"{c.n_embd} wide, vocabulary {c.vocab_size:,})"
             + (f"; {learn:,} of them learn" if learn and learn < self.n_parameters else ""),
             "step": f"{self.tokens_per_step:,} tokens: micro-batches × windows × context = "
-            f"{self.grad_accum_steps} × {self.batch_size} × {self.block_size}; "
+            f"{self.grad_accum_steps * n} × {self.batch_size} × {self.block_size}; "
             f"{self.tokens_per_step * max_steps:,} in {max_steps:,} steps",
             "compute": f"{self.flops_per_token / 1e9:,.3g} GFLOP a token, "
             f"{step_flops / 1e12:,.3g} TFLOP a step",
-            "weights": _megabytes(self.weights),
-            "gradients": _megabytes(self.gradients),
-            "moments": _megabytes(self.moments),
-            "activations": f"{_megabytes(self.activations)} ({saved})",
-            "logits, work": _megabytes(self.working),
-            "peak memory": f"{_megabytes(self.peak)}, without the data (gradients and activations "
-            "are never all there at once)",
+            "weights": megabytes(self.weights),
+            "gradients": megabytes(self.gradients),
+            "moments": megabytes(self.moments),
+            "activations": f"{megabytes(self.activations)} ({saved})",
+            "logits, work": megabytes(self.working),
+            "peak memory": f"{megabytes(self.peak)}{' on each device' * (n > 1)}, without the data "
+            "(gradients and activations are never all there at once)",
             "fits": self.verdict(),
-            "time": f"{seconds:.3g} s a step, {_duration(seconds * max_steps)} in all, at "
-            f"{reached:.3g} TFLOP/s {source}, {devices} device{'s' * (devices > 1)}",
+            "time": f"{seconds:.3g} s a step, {duration(seconds * max_steps)} in all, at "
+            f"{reached:.3g} TFLOP/s {time.source}, {counted(n, 'device')}"
+            + " of their own, without what they send each other"
+            * (n > 1),
         }
         width = max(map(len, lines))
         return "\n".join(f"{name:{width}}  {text}" for name, text in lines.items())
 
 
-def _megabytes(count: float) -> str:
+def megabytes(count: float) -> str:
     return f"{count / 1e6:,.0f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """The time in the largest unit of which there are at least two."""
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:

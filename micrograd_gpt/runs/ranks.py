@@ -8,6 +8,8 @@ gradients is the step's, so every rank takes the same step, and all hold the sam
     losses = ranks.join(losses)              # and these are the losses of all
     optimizer.step()
 
+The step itself can be shared too (runs/sharding.py).
+
 `Ranks` is a process on its own, for which all of this does nothing. A launcher such as mpirun or
 srun starts several; how these talk to each other is in runs/mpi.py.
 """
@@ -15,6 +17,7 @@ srun starts several; how these talk to each other is in runs/mpi.py.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import signal
@@ -23,18 +26,18 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from micrograd_gpt.arrays.devices import to_device
+from micrograd_gpt.arrays.devices import Array, array_module, to_device
 from micrograd_gpt.arrays.stand_ins import report
 from micrograd_gpt.nn import Module
-from micrograd_gpt.optim import AdamW
-from micrograd_gpt.support.cli import counted
+from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.version import VERSION
 from micrograd_gpt.tensor import Tensor
+from micrograd_gpt.text.corpus import Corpus
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -48,6 +51,7 @@ LAUNCHERS = {
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 T = TypeVar("T")
+Cut: TypeAlias = tuple[int, Sequence[int]]  # the number of an array, and where its pieces begin
 
 
 class Ranks:
@@ -55,6 +59,7 @@ class Ranks:
 
     rank, size = 0, 1  # its number among all, and how many there are
     local_rank, local_size = 0, 1  # the same among those on its machine
+    shards = False  # whether each rank updates only its part of the parameters
 
     stopping: Sequence[signal.Signals] = ()  # signals that ask to stop, beside the usual ones
     deadly: Sequence[signal.Signals] = ()  # signals after which the launcher kills all ranks soon
@@ -85,12 +90,63 @@ class Ranks:
 
         They are added in the order of the ranks, so that every rank, and every run on as many
         ranks, gets the same bits. In "bfloat16" they take half the time on a slow network: each
-        rank's gradients are rounded to it, added in float32, and the sums are rounded again.
+        rank's gradients are rounded to it, added in float32, and the sums are rounded again. If
+        `shards`, each rank gets the sums of its part alone, which are not rounded again.
         """
+
+    def add_up_during(
+        self, loss: Tensor, parameters: Sequence[Tensor], dtype: str = "float32"
+    ) -> None:
+        """Begin with what add_up does while the backward of `loss`, a step's last, still runs.
+
+        add_up then waits for the rest. Nothing else changes. On one machine's processors, which are
+        busy, all is left to add_up.
+        """
+
+    def cut(self, sizes: Sequence[int]) -> Iterator[Cut]:
+        """Arrays of these sizes, one after another, cut into pieces for the ranks.
+
+        An array may be cut into several rows of pieces, one piece for each rank. With the array's
+        number, in turn, comes where in it the pieces of a row begin, and where the last one ends.
+        Pieces may be empty.
+        """
+        return ((i, [0, size]) for i, size in enumerate(sizes))
+
+    def gather(self, arrays: Sequence[Array]) -> None:
+        """Replace what is not in this rank's pieces of arrays, as `cut` has them, by the others'.
+
+        As they lie in memory, which has to be without gaps and in one order on all ranks.
+        """
+
+    def to_first(self, numbers: np.ndarray, into: np.ndarray, counts: Sequence[int]) -> None:
+        """Put all ranks' numbers, of which there are so many, one after another into rank 0's
+        `into`. All are flat, and in the host's memory."""
+        into[:] = numbers
 
     def join(self, values: Sequence[Any]) -> Sequence[Any]:
         """The numbers of all ranks, as many of each, first those of rank 0."""
         return values
+
+    def collect(self, value: T) -> list[T]:
+        """The values of all ranks, rank 0's first."""
+        return [value]
+
+    def do(self, work: Iterator[Callable[[], T]]) -> Iterator[T]:
+        """Share pieces of work, the same on all ranks; yields all results in order, on every rank.
+
+        In each round a rank does one piece, rank 0 the first; all wait until the round is done.
+        """
+        is_first_round = True
+        while round := list(itertools.islice(work, self.size)):
+            if is_first_round and len(round) < self.size:
+                say(
+                    f"note: there is work for only {len(round)} of {self.size} ranks (a lower "
+                    "--batch-size makes more batches, of fewer texts)"
+                )
+            is_first_round = False
+            ours = [piece() for piece in round[self.rank : self.rank + 1]]
+            for results in self.collect(ours):
+                yield from results
 
     def agree(self, number: int) -> int:
         """The largest of all ranks' numbers, so that all decide alike."""
@@ -106,6 +162,14 @@ class Ranks:
     def first_on_machine(self) -> AbstractContextManager[None]:
         """One rank of each machine goes through this block first, the others after it."""
         return nullcontext()
+
+    def once_a_machine(self, load: Callable[[], Corpus]) -> Corpus:
+        """What load() returns, on all ranks, though only the first of each machine calls it.
+
+        The others get copies of its tokens. Where these are in files, each rank calls it, after
+        the first has made or checked the files, and maps them into memory.
+        """
+        return load()
 
     def use_device(self, device: str) -> None:
         """Compute on the GPU of this rank's number, where the device is a GPU."""
@@ -183,6 +247,17 @@ def own_gpu(visible: Sequence[Sequence[str]], rank: int) -> int:
     return rank
 
 
+def ordered_like(array: Array, like: Array) -> Array:
+    """An array, such as a gradient, in memory in the order of another, such as its parameter."""
+    by_columns = like.flags.f_contiguous and not like.flags.c_contiguous
+    return array_module(array).asarray(array, order="F" if by_columns else "C")
+
+
+def flat_view(array: Array) -> Array:
+    """All numbers of a contiguous array as they lie in memory, (N,)."""
+    return (array if array.flags.c_contiguous else array.T).reshape(-1)
+
+
 def said_once(rank: int, message: str) -> BaseException:
     """What to raise for a mistake that every rank meets: one message is enough."""
     return UserError(message) if rank == 0 else SystemExit(2)
@@ -203,9 +278,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def check_same_start(
-    ranks: Ranks, settings: argparse.Namespace, model: Module, optimizer: AdamW
-) -> None:
+def check_same_start(ranks: Ranks, settings: argparse.Namespace, model: Module, step: int) -> None:
     """UserError where ranks would start on other data, from other weights or another step, or with
     kernels that round otherwise, whose weights would drift apart."""
     if ranks.size == 1:
@@ -218,11 +291,19 @@ def check_same_start(
     ranks.check_same(
         {
             "data": settings.data_fingerprint,
-            "the checkpoint of step": optimizer.steps,
+            "the checkpoint of step": step,
             "weights of CRC-32": f"{weights:08x}",
             "CPU kernels": kernels,
         }
     )
+
+
+def check_same_work(ranks: Ranks, facts: dict[str, Any]) -> None:
+    """UserError where ranks have other kernels, or others of these facts about weights and data, so
+    that results would depend on which of them did what."""
+    with ranks.first_on_machine():  # which compiles the kernels, if that has to be done
+        kernels = report()
+    ranks.check_same(facts | {"CPU kernels": kernels})
 
 
 # ---------------------------------------------------------------------------- dividing a step
@@ -244,12 +325,11 @@ def divided(settings: argparse.Namespace, size: int) -> argparse.Namespace:
     step = f"a step has {s.grad_accum_steps} {batches} of {counted(s.batch_size, 'window')}"
     again = " --allow-changes" if s.resume else ""
     if windows % size:
-        more = -(-s.grad_accum_steps // size) * size
-        shared = s.grad_accum_steps if s.dropout else windows  # as for any number of ranks
-        numbers = ", ".join(str(n) for n in range(1, shared + 1) if shared % n == 0)
-        ranks = "rank" if shared == 1 else "ranks"
+        more, numbers = -(-s.grad_accum_steps // size) * size, numbers_of_ranks(s)
+        ranks = "rank" if numbers == [1] else "ranks"
         raise UserError(
-            f"{step}, which {size} ranks cannot share: start {numbers} {ranks}, or give "
+            f"{step}, which {size} ranks cannot share: start {', '.join(map(str, numbers))} "
+            f"{ranks}, or give "
             f"--grad-accum-steps {more}{again}"
         )
     count = next(
@@ -262,3 +342,10 @@ def divided(settings: argparse.Namespace, size: int) -> argparse.Namespace:
         )
     smaller = {"grad_accum_steps": count, "batch_size": windows // count}
     return argparse.Namespace(**{**vars(s), **smaller})
+
+
+def numbers_of_ranks(settings: argparse.Namespace) -> list[int]:
+    """All numbers of ranks that can share a step, in rising order."""
+    s = settings
+    shared = s.grad_accum_steps if s.dropout else s.grad_accum_steps * s.batch_size
+    return [n for n in range(1, shared + 1) if shared % n == 0]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,12 +22,13 @@ from micrograd_gpt.arrays.devices import resolve_device
 from micrograd_gpt.arrays.precision import emulation_note
 from micrograd_gpt.arrays.stand_ins import report
 from micrograd_gpt.nn import Module
-from micrograd_gpt.optim import AdamW
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.last_resort import at_signal, save_if_killed
+from micrograd_gpt.runs.left_behind import leave_part, parts_left, remove_parts
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.metrics import Metrics
 from micrograd_gpt.runs.ranks import Ranks
+from micrograd_gpt.runs.sharding import Optimizer, answer_first, asking
 from micrograd_gpt.runs.signals import StopSignals
 from micrograd_gpt.runs.unread import Unread, read_numbers
 from micrograd_gpt.runs.watch import Watch
@@ -77,7 +80,7 @@ class Recorder:
         settings: argparse.Namespace,
         data: Data,
         model: Module,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         scaler: LossScaler,
         write: Callable[..., None] = write_model,
         tokens_per_step: int | None = None,
@@ -108,6 +111,7 @@ class Recorder:
         self._row: dict[str, Any] | None = None  # of the step that was measured last
         self._is_changing = False  # the optimizer is taking a step, or its row is not there yet
         self._is_dying = False  # the launcher will kill us soon
+        self._saver: int | None = None  # a process that saves once we are killed
         self.best_loss = math.inf
         self.ranks.way_back = self._way_back
         if self.ranks.is_first:
@@ -119,6 +123,7 @@ class Recorder:
         self.metrics = Metrics(self.out, steps, self.settings.tensorboard)
         if self.settings.overwrite:
             checkpoint.remove_run(self.out)
+        remove_parts(self.out)
         self.watch = Watch(self.metrics, steps, self.settings.watch, self.data.unit)
         self.best_loss = checkpoint.best_loss(self.out)
 
@@ -137,8 +142,10 @@ class Recorder:
         )
         if self.ranks.size > 1:
             say(self.ranks.description)
-        elif vars(self.settings).get("reduce_dtype", "float32") != "float32":
-            say("note: --reduce-dtype is for several ranks; this is one process, and sends nothing")
+            return
+        for flag, default in (("--reduce-dtype", "float32"), ("--shard-optimizer", False)):
+            if vars(self.settings).get(flag[2:].replace("-", "_"), default) != default:
+                say(f"note: {flag} is for several ranks; this is one process")
 
     def _way_back(self) -> str:
         latest = checkpoint.last_good(self.out, self.optimizer.steps + 1)
@@ -156,7 +163,8 @@ class Recorder:
             smoothing=0.05,
         )
         self._signals = StopSignals(self.ranks.stopping, self.ranks.check_alive)
-        if self.ranks.deadly and self.ranks.is_first and self._on_cpu:  # a fork has no GPU
+        saves = self.ranks.is_first or self.ranks.shards
+        if self.ranks.deadly and saves and self._on_cpu:  # a fork has no GPU
             at_signal(self.ranks.deadly, self._on_deadly_signal)
         self._last_time = time.perf_counter()
         before = self.metrics.seconds if self.ranks.is_first else 0.0
@@ -179,22 +187,33 @@ class Recorder:
         """Have the latest whole step saved though the launcher is about to kill us."""
         if not self.ranks.all_well():
             return  # the launcher does the same where a rank has died or failed
-        if self._is_changing:
-            self._is_dying = True  # _step_is_whole knows when to do it
-        else:
-            save_if_killed(self._save_if_newer)
+        self._is_dying = True
+        if not self._is_changing:  # else _step_is_whole knows when to do it
+            self._save_if_killed()
 
     def _step_is_whole(self) -> None:
         self._is_changing = False
         if self._is_dying:
-            save_if_killed(self._save_if_newer)
+            self._save_if_killed()
+
+    def _save_if_killed(self) -> None:
+        """Have this step saved, and no earlier one: of several ranks all can have come to it."""
+        earlier, self._saver = self._saver, save_if_killed(self._save_if_newer)
+        if earlier is not None:
+            os.kill(earlier, signal.SIGKILL)
 
     def _save_if_newer(self) -> None:
+        if self._is_changing:
+            return
+        if not self.ranks.is_first:
+            leave_part(self.optimizer, self.out)
+            return
         done, row = self.optimizer.steps, self._row
         remove_unfinished(self.out)  # such as loss.png, which it was drawing
-        if self._is_changing or checkpoint.saved_step(self.out) >= done:
+        if checkpoint.saved_step(self.out) >= done:
             return
-        self._save()
+        with parts_left(self.optimizer, self.out):
+            self._save()
         # A validation comes before its step's row is written.
         if row and row["step"] == done and done not in {r["step"] for r in self.metrics.rows()}:
             self.metrics.append(row)
@@ -342,9 +361,14 @@ class Recorder:
     def save_if_due(self) -> None:
         """Save if --save-interval says so, or the validation loss is the lowest so far."""
         done = self.optimizer.steps
-        best = self.val_loss is not None and self.val_loss < self.best_loss
-        if self._due(done - 1).save or (best and done < self.settings.max_steps):
+        if self._due(done - 1).save or (done < self.settings.max_steps and self._is_best()):
             self._attempt(self._save)
+
+    def _is_best(self) -> bool:
+        """Whether rank 0, which knows the other losses, finds this validation loss the lowest."""
+        if self.val_loss is None:
+            return False
+        return bool(self.ranks.agree(self.ranks.is_first and self.val_loss < self.best_loss))
 
     def finish(self) -> int:
         """The loop is over: save what is not saved yet and draw the curves; returns `stopped` of
@@ -354,7 +378,7 @@ class Recorder:
         cannot be saved.
         """
         self._bar.close()
-        if self._saved_step < self.optimizer.steps:
+        if self.ranks.agree(self._saved_step < self.optimizer.steps):  # if rank 0 failed to save
             self._save()
         if self.ranks.is_first:
             self._attempt(self.metrics.draw, self.data.unit, needed=False)
@@ -373,20 +397,22 @@ class Recorder:
         self._look()  # nothing is saved that is not known to be good
         done = self.optimizer.steps
         if not self.ranks.is_first:
+            answer_first(self.optimizer)
             self._saved_step = done
             return
         try:
-            checkpoint.save_run(
-                self.out,
-                self.model,
-                self.data.tokenizer,
-                self.optimizer,
-                vars(self.settings),
-                self.val_loss,
-                self.settings.keep,
-                self.scaler,
-                self._write,
-            )
+            with asking(self.optimizer):
+                checkpoint.save_run(
+                    self.out,
+                    self.model,
+                    self.data.tokenizer,
+                    self.optimizer,
+                    vars(self.settings),
+                    self.val_loss,
+                    self.settings.keep,
+                    self.scaler,
+                    self._write,
+                )
         except UserError as error:
             latest = checkpoint.last_good(self.out, done + 1)
             raise UserError(f"{error}; the last checkpoint: {latest}") from error
@@ -401,6 +427,8 @@ class Recorder:
         except UserError as error:
             if self.settings.on_save_error == "continue":
                 raise
+            if self.ranks.shards:  # the others do not know that rank 0 would need their moments
+                raise UserError(f"{error}; {self._way_back()}") from error
             self._save()
             raise UserError(f"{error}; the run is saved after step {row['step']}") from error
 

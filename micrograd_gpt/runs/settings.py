@@ -181,6 +181,8 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
     ("grad_accum_steps", COUNT, 1, ASK, "micro-batches in a step"),
     ("reduce_dtype", one_of("float32", "bfloat16"), "float32", ASK,  # rounding is asked for
      "number type in which several ranks send each other gradients"),
+    ("shard_optimizer", ON_OFF, False, FREE,  # Open MPI may end ranks before all moments are saved
+     "each of several ranks holds AdamW's moments of its part of the parameters, and updates it"),
     ("recompute", ON_OFF, False, FREE,  # only where memory is short
      "compute activations again in the backward: less memory, a quarter more time"),
 ],
@@ -214,12 +216,15 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
 "planning": [
     ("plan", SWITCH, False, ONCE, "print what the run would take, and end"),
     ("rate", ABOVE_0, None, ONCE, "TFLOP/s that a device reaches (measured on this machine)"),
-    ("devices", COUNT, 1, ONCE, "how many devices share a step"),
+    ("devices", COUNT, 1, ONCE,
+     "how many GPUs or machines of their own share a step, one rank each"),
+    ("interconnect", ABOVE_0, None, ONCE,
+     "GB/s that each device sends to others and receives at the same time: plan that too"),
 ]}
 # fmt: on
 GROUPS = {title: [Setting(*row) for row in rows] for title, rows in TABLE.items()}
 SETTINGS = {row.name: row for rows in GROUPS.values() for row in rows}
-NEEDS = {"rate": "plan", "devices": "plan", "allow_changes": "resume"}
+NEEDS = {"rate": "plan", "devices": "plan", "interconnect": "plan", "allow_changes": "resume"}
 EARLIER = {"line_ends": "keep"}  # what runs did whose settings do not say it yet
 OF_THE_WEIGHTS = ("size", "n_layer", "n_head", "n_embd", "tokenizer")  # --init-from decides these
 

@@ -50,6 +50,11 @@ class Corpus:
         """How much there is to train on, in words."""
         return f"{len(self.train):,} tokens of {self.name}"
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether all its ids are in memory, and none in files that are read when needed."""
+        return not any(isinstance(ids, Shards) for ids in (self.train, self.validation))
+
     def windows(self, block_size: int) -> tuple[Windows, Windows]:
         """The windows to train on, and those to validate on.
 

@@ -120,7 +120,7 @@ WATCHING = [
     Setting("save_interval", COUNT, None, FREE, "steps between checkpoints (an epoch)"),
     *_as_in_training("keep", "on_save_error", "tensorboard", "watch"),
 ]
-PLANNING = _as_in_training("plan", "rate", "devices")
+PLANNING = _as_in_training("plan", "rate")  # it runs in one process
 # fmt: on
 
 SHARED = {"run": RUN, "optimizer": OPTIMIZER, "watching": WATCHING, "planning": PLANNING}

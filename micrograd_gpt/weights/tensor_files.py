@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from micrograd_gpt.arrays.devices import Array
+from micrograd_gpt.arrays.devices import Array, to_device
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import written_whole
 from micrograd_gpt.weights.reading import CHUNK, FLOATS, StoredTensor, is_float, open_unbuffered
@@ -79,11 +79,13 @@ class TensorFile:
 
 def write_safetensors(
     path: str | Path,
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Array],
     metadata: Mapping[str, str] | None = None,
     dtype: str | None = None,
 ) -> None:
     """Write named arrays to `path`, whole or not at all, byte for byte as the library would.
+
+    Arrays on a GPU come to the host one at a time.
 
     `dtype` (a name in FLOATS) stores the floating-point arrays in that type, rounded to nearest,
     ties to even; None keeps each array's own. One chunk at a time is converted, so no second copy
@@ -122,7 +124,7 @@ def write_safetensors(
     with written_whole(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            flat = np.ascontiguousarray(tensors[name]).reshape(-1)
+            flat = np.ascontiguousarray(to_device(tensors[name], "cpu")).reshape(-1)
             step = CHUNK // flat.itemsize
             for start in range(0, flat.size, step):
                 chunk = converted(flat[start : start + step], stored[name], name)

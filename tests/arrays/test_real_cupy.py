@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import fake_cupy
+import fake_nccl
 import numpy as np
 import pytest
 
@@ -96,3 +97,25 @@ def test_what_else_the_gpu_path_uses_is_there() -> None:
     runtime = cupy.cuda.runtime
     assert issubclass(runtime.CUDARuntimeError, Exception)
     assert runtime.runtimeGetVersion() > 12000 and isinstance(runtime.driverGetVersion(), int)
+
+
+@pytest.mark.filterwarnings("ignore:\nnccl library could not be loaded")
+def test_nccl_takes_these_arguments() -> None:
+    from cupy.cuda import nccl
+
+    if not nccl.available:
+        pytest.skip("CuPy finds no NCCL: pip install nvidia-nccl-cu13")
+    assert vars(fake_nccl.nccl).keys() <= vars(nccl).keys()
+    assert issubclass(nccl.NcclError, Exception) and nccl.NCCL_UINT8 == fake_nccl.nccl.NCCL_UINT8
+    assert len(nccl.get_unique_id()) == 128 and nccl.get_version() > 20700  # the first with send
+    assert parameters(nccl.NcclCommunicator) == parameters(fake_nccl.NcclCommunicator)
+    for name in ("send", "recv", "allGather", "check_async_error"):
+        ours, theirs = (getattr(module.NcclCommunicator, name) for module in (fake_nccl, nccl))
+        assert parameters(theirs) == [p for p in parameters(ours) if p != "self"], name
+
+
+def test_streams_know_of_each_other_what_events_tell() -> None:
+    stream, event = cupy.cuda.Stream, cupy.cuda.Event
+    assert parameters(stream)[:2] == ["null", "non_blocking"]
+    assert parameters(stream.record)[-1] == "event" == parameters(stream.wait_event)[-1]
+    assert hasattr(event, "done") and callable(cupy.cuda.get_current_stream)

@@ -115,11 +115,12 @@ def test_what_is_drawn_depends_on_the_question_alone() -> None:
     """Not on what is answered with it: a batch, or what is left after a stop."""
     settings = Settings(max_new_tokens=5, seed=3, end_of_text=None)
     task = GenerationTask([Question("a", "", {}, "")] * 5, CHARS, None, settings)
-    expected = dict(task.rows(char_model(), range(5), 5))
+    (batch,) = task.batches(char_model(), range(5), 5)
+    expected = dict(batch())
     assert len({row["answer"] for row in expected.values()}) == 5  # each with its own numbers
     for items, batch_size in ((range(5), 2), ([3, 1], None)):
-        for item, row in task.rows(char_model(), items, batch_size):
-            assert row == expected[item]
+        for batch in task.batches(char_model(), items, batch_size):
+            assert all(row == expected[item] for item, row in batch())
 
 
 def test_questions_as_prompts_as_instructions_and_as_conversations(tmp_path: Path) -> None:

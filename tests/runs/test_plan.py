@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -101,18 +102,27 @@ def test_half_precision_saves_memory_for_activations_on_a_gpu() -> None:
 def test_the_report_agrees_with_itself() -> None:
     """The time is the work at the given rate, shared by the devices; micro-batches add up."""
     config = GPT2Config(**SIZES["124M"])
-    text = Plan(config, 4, 1024, grad_accum_steps=3).report(1000, rate=10.0, devices=2)
+    plan = Plan(config, 4, 1024, grad_accum_steps=3, devices=2)
+    text = plan.report(1000, plan.step_time(rate=10.0))
     found = re.search(r"([\d.]+) TFLOP a step", text), re.search(r"([\d.]+) s a step", text)
     work, seconds = (float(match[1]) for match in found if match)
     assert seconds == pytest.approx(work / 10 / 2, rel=0.01)
-    assert "12,288 tokens" in text and "12,288,000 in 1,000 steps" in text
-    assert "10 TFLOP/s given, 2 devices" in text
+    assert "24,576 tokens" in text and "6 × 4 × 1024" in text
+    assert "24,576,000 in 1,000 steps" in text
+    assert "10 TFLOP/s given, 2 devices of their own" in text
 
 
 def test_time_is_measured_where_no_rate_is_given() -> None:
     text = Plan(GPT2Config(**SMALL), 2, 8).report(max_steps=100)
     assert "measured here on one and two blocks" in text and " in all" in text
     assert "1,600 in 100 steps" in text
+
+
+def test_every_micro_batch_and_one_update_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by a second each time it is read, and so for each part of a step."""
+    monkeypatch.setattr(plan, "perf_counter", itertools.count().__next__)
+    time = Plan(GPT2Config(**SMALL), 2, 8, grad_accum_steps=5).step_time()
+    assert (time.gradients, time.update) == (5, 1)
 
 
 @pytest.mark.slow
@@ -124,9 +134,10 @@ def test_time_is_measured_where_no_rate_is_given() -> None:
         ["--recompute", "--batch-size", "16", "--dropout", "0.1"],
         ["--dtype", "bfloat16"],
         ["--dtype", "bfloat16", "--recompute", "--batch-size", "16"],
+        ["--dtype", "float16"],
     ],
 )
-def test_memory_within_15_percent_of_a_real_run(tmp_path: Path, flags: list[str]) -> None:
+def test_memory_within_10_percent_of_a_real_run(tmp_path: Path, flags: list[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 2000)
     command = [sys.executable, str(SCRIPT), "--data", str(text), "--tokenizer", "byte"]
@@ -150,7 +161,7 @@ def test_memory_within_15_percent_of_a_real_run(tmp_path: Path, flags: list[str]
     found = re.search(r"VmHWM:\s+(\d+) kB", real_run.stdout)
     assert found
     real = int(found[1]) * 1024 / 1e6
-    assert float(match[1].replace(",", "")) == pytest.approx(real, rel=0.15)
+    assert float(match[1].replace(",", "")) == pytest.approx(real, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +199,7 @@ def test_a_plan_says_whether_the_run_fits(
     free: int | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "available_memory", lambda: free)
-    report = Plan(GPT2Config(**SIZES["124M"]), 4, 1024).report(10, rate=1.0)
+    sizes = Plan(GPT2Config(**SIZES["124M"]), 4, 1024)
+    report = sizes.report(10, sizes.step_time(rate=1.0))
     (verdict,) = re.findall(r"^fits +(.*)$", report, re.MULTILINE)
     assert re.match(words, verdict)

@@ -122,6 +122,7 @@ def test_classify(classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture
     report = json.loads(run(capsys, *flags, "--json", "--out", str(out)))
     assert report["count"] == 4 and report["labels"].keys() == {"ham", "spam"}
     rows = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+    rows.sort(key=lambda row: row["item"])  # they are there in the order in which they were done
     assert [row["label"] for row in rows] == ["ham", "spam", "ham", "spam"]
     assert sum(row["label"] == row["answer"] for row in rows) == 4 * report["accuracy"]
     assert sum(report["confusion"][0]) == sum(report["confusion"][1]) == 2
