@@ -240,7 +240,13 @@ def test_gelu_is_that_of_float32_rounded() -> None:
             )
 
 
-ATTENTION = [(1, 5, 5, 2, 7), (2, 33, 33, 2, 16), (1, 200, 200, 1, 65), (1, 70, 131, 3, 32)]
+ATTENTION = [
+    (1, 3, 3, 2, 9),
+    (1, 5, 5, 2, 7),
+    (2, 33, 33, 2, 16),
+    (1, 200, 200, 1, 65),
+    (1, 70, 131, 3, 32),
+]
 
 
 def attention_inputs(b: int, t: int, s: int, h: int, d: int) -> tuple[np.ndarray, ...]:
@@ -269,6 +275,21 @@ def test_attention_and_its_gradients_are_as_defined(b: int, t: int, s: int, h: i
     for i in range(3):
         error = np.abs(dqkv[:, :, i] - expected[:, :, i]).max()
         assert error < 2 * ONE_BIT * np.abs(expected[:, :, i]).max()
+
+
+@pytest.mark.parametrize("d", [9, 32, 48, 64])
+@pytest.mark.parametrize("t", [3, 8, 40])
+def test_gradients_of_large_scores_take_the_forwards_weights(t: int, d: int) -> None:
+    """Half a unit in the last place of a score of 10^7 would make a weight of 1 one of 1.6."""
+    q, k, v, grad = attention_inputs(1, t, t, 2, d)
+    q, k = ((3000 * a.astype("float32")).astype("bfloat16") for a in (q, k))
+    exact = [a.astype("float64") for a in (q, k, v)]
+    expected_out, expected_log = F.attention_forward.definition(*exact, 0.0, ())
+    saved = *exact, expected_out, expected_log, 0.0, ()
+    expected = F.attention_backward.definition(grad.astype("float64"), *saved)[:, :, 2]
+    out, log_total = F.attention_forward(q, k, v, 0.0, ())
+    dv = F.attention_backward(grad, q, k, v, out, log_total, 0.0, ())[:, :, 2]
+    assert np.abs(dv - expected).max() < 2 * ONE_BIT * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])

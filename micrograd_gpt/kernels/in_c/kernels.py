@@ -256,7 +256,8 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
     if p:
         raise NotForMe
     b, h, t, d = q.shape
-    by_tiles = is_half(q) and t > FEW_QUERIES and half.by_tiles()
+    decoding = t <= FEW_QUERIES and t < k.shape[2]  # a backward follows all others, by tiles too
+    by_tiles = is_half(q) and not decoding and half.by_tiles()
     out = np.empty((b, t, h, d), q.dtype if by_tiles else np.float32)
     log_total = np.empty((b, h, t), np.float32)
     name = "attention_forward_bfloat16" if by_tiles else "attention_forward"

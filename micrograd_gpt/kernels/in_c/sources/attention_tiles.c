@@ -166,18 +166,20 @@ INLINE void pair_rows(const uint16_t *first, const uint16_t *second, uint32_t *p
 
 /* Scores and dweights of SIDE queries, the first of which sees the first n of SIDE keys, become
    weights and dscores, which are rounded; both as panels, and the latter as a strip, too. */
-INLINE void backward_square(const float *scores, const float *dweights, Int n, Int rows,
+INLINE void backward_square(float *scores, const float *dweights, Int n, Int rows,
                             const float *along, const float *log_total, float scale,
                             uint16_t *dscores, uint16_t *weights_panel, uint16_t *dscores_panel) {
   uint16_t weights[SQUARE];
   for (Int r = 0; r < SIDE; r++) {
     Int seen = r < rows ? n + r : 0;
-    const float *x = scores + r * SIDE, *dw = dweights + r * SIDE;
+    float *x = scores + r * SIDE;
+    const float *dw = dweights + r * SIDE;
     uint16_t *w = weights + r * SIDE, *ds = dscores + r * SIDE;
     float sum = along[r], log_sum = log_total[r];
+    for (Int q = 0; q < SIDE; q++) x[q] *= scale; /* rounded here, as the forward rounds it */
 #pragma omp simd
     for (Int q = 0; q < SIDE; q++) {
-      float weight = exp_of(scale * x[q] - log_sum), dscore = weight * (dw[q] - sum) * scale;
+      float weight = exp_of(x[q] - log_sum), dscore = weight * (dw[q] - sum) * scale;
       w[q] = q < seen ? to_bfloat16(weight) : 0;
       ds[q] = q < seen ? to_bfloat16(dscore) : 0;
     }
@@ -311,5 +313,11 @@ static void backward_task(const void *arguments, Int part, Int parts) {
 /* All arrays but log_total are of bfloat16. */
 int attention_backward_bfloat16(const HalfAttentionBackward *b) {
   return run_parts(backward_task, b, b->forward.batches * b->forward.heads);
+}
+#else
+
+int attention_forward_bfloat16(const Attention *a) { /* decode.c never calls it */
+  (void)a;
+  return OUT_OF_MEMORY;
 }
 #endif
