@@ -2,10 +2,12 @@
 
     python benchmarks/profile_step.py                              # GPT-2 124M, 2 × 512 tokens
     python benchmarks/profile_step.py --size tiny --batch 12 --context 64
+    python benchmarks/profile_step.py --dtype bfloat16 --processor-time   # beside other programs
 
 Times every kernel of the package's own training step from outside, forward and backward, and
 divides the work it does by that time: floating-point operations where it multiplies matrices, else
-the bytes that have to be read and written at least once.
+the bytes that have to be read and written at least once. Conversions, to half precision and back,
+are those between the kernels.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy as np
 
 from micrograd_gpt import functional as F
 from micrograd_gpt import optim, tensor
+from micrograd_gpt.arrays import precision
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.kernels import linear_cross_entropy as loss
 from micrograd_gpt.text.windows import Windows
@@ -48,8 +51,9 @@ WORK: dict[tuple[Any, str], tuple[str, Callable[..., float]]] = {
     (tensor, "add_at"): ("bytes", lambda total, index, part: 3 * part.nbytes),
     (optim, "clip_grad_norm"): ("bytes", lambda p, *_: sum(x.grad.nbytes for x in p)),
     (optim, "adamw_update"): ("bytes", lambda rows, *_: 7 * sum(row[0].nbytes for row in rows)),
-    (Windows, "batch"): ("bytes", lambda w, seed, step, batch: 2 * 8 * batch * w.block_size),
 }
+CONVERSIONS = "conversions"
+CHANGE_IN_PLACE = ("add_at", "adamw_update")  # and return nothing
 
 
 def main() -> None:
@@ -58,7 +62,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--processor-time", action="store_true", help="of all threads together")
     args = parser.parse_args()
+    clock = time.process_time if args.processor_time else time.perf_counter
 
     seconds: dict[str, list[float]] = defaultdict(list)
     work: dict[str, float] = defaultdict(float)
@@ -66,19 +73,30 @@ def main() -> None:
     now = {"step": 0}
 
     def timed(name: str, function: Callable[..., Any], amount: Callable[..., float]) -> Any:
-        def call(*inputs: Any, **options: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*inputs, **options)
-            seconds[name][now["step"]] += time.perf_counter() - start
-            work[name] += amount(*inputs, **options)
-            calls[name] += 1
+        """`function`, timed but for a call that it leaves to another: that raises NotForMe."""
+
+        def call(*inputs: Any) -> Any:
+            start = clock()
+            result = function(*inputs)
+            if result is not None or name in CHANGE_IN_PLACE:
+                seconds[name][now["step"]] += clock() - start
+                work[name] += amount(*inputs)
+                calls[name] += 1
             return result
 
         seconds[name] = [0.0] * (args.steps + 1)
         return call
 
+    # The stand-ins are timed: a definition that was wrapped would count as edited, and run itself
     for (module, name), (_, amount) in WORK.items():
-        setattr(module, name, timed(name, getattr(module, name), amount))
+        stand_ins = getattr(module, name).stand_ins
+        for level, stand_in in stand_ins.items():
+            stand_ins[level] = timed(name, stand_in, amount)
+        getattr(module, name).choices.cache_clear()
+    precision._CONVERSIONS[:] = [
+        timed(CONVERSIONS, conversion, lambda array, dtype: array.size * 6)
+        for conversion in precision._CONVERSIONS
+    ]
 
     model = GPT2(GPT2Config(**SHAPES[args.size]))
     optimizer = optim.AdamW(model.parameters())
@@ -87,16 +105,17 @@ def main() -> None:
     phases: dict[str, list[float]] = defaultdict(list)
     for step in range(args.steps + 1):  # the first one fetches memory, and is not counted
         now["step"] = step
-        times = [time.perf_counter()]
+        times = [clock()]
         ids, targets = windows.batch(0, step, args.batch)
-        batch_loss = model.loss(ids, targets)
-        times.append(time.perf_counter())
-        batch_loss.backward()
-        times.append(time.perf_counter())
+        with precision.compute_in(args.dtype):
+            batch_loss = model.loss(ids, targets)
+            times.append(clock())
+            batch_loss.backward()
+        times.append(clock())
         optim.clip_grad_norm(optimizer.parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter())
+        times.append(clock())
         for phase, a, b in zip(("forward", "backward", "update"), times, times[1:], strict=False):
             phases[phase].append(b - a)
 
@@ -110,7 +129,8 @@ def main() -> None:
         f"{per_step / total:,.0f} tokens/s, median of {args.steps}\n"
     )
     print("| operation | calls | ms | % of step | rate |\n| --- | ---: | ---: | ---: | ---: |")
-    for (_, name), (unit, _) in sorted(WORK.items(), key=lambda w: -median(seconds[w[0][1]])):
+    units = {name: unit for (_, name), (unit, _) in WORK.items()} | {CONVERSIONS: "bytes"}
+    for name, unit in sorted(units.items(), key=lambda u: -median(seconds[u[0]])):
         spent = median(seconds[name])
         rate = work[name] / (args.steps + 1) / max(spent, 1e-12) / 1e9
         shown = f"{rate:.0f} GFLOP/s" if unit == "flops" else f"{rate:.0f} GB/s"

@@ -125,9 +125,10 @@ def fitting(definition: Callable[..., Any], *dtypes: Any) -> Callable[[F], F]:
     Beside arrays of half precision, weight and bias may be float32, which the kernel then rounds.
     A definition that is not in SHAPES has a kernel that checks its arguments itself.
     """
+    has_labels = "labels" in SHAPES.get(definition, "")
     names = [array.split()[0] for array in SHAPES.get(definition, "-").split(", ")]
 
-    def check(floats: Sequence[Any], labels: Sequence[Any]) -> None:
+    def check(floats: Sequence[Any], last: Sequence[Any]) -> None:
         if is_half(floats[0]):
             named = [*zip(names, floats, strict=False)]
             check_plain([x for name, x in named if name not in OF_LAYERS], dtypes)
@@ -135,8 +136,10 @@ def fitting(definition: Callable[..., Any], *dtypes: Any) -> Callable[[F], F]:
             check_plain(weights or [floats[0]], [floats[0].dtype, FLOAT32])
         else:
             check_plain(floats, dtypes)
-        if any(type(array) not in PLAIN for array in labels):
+        if has_labels and any(type(array) not in PLAIN for array in last):
             raise NotForMe
+        if last and not has_labels:  # statistics, which are not in half precision
+            check_plain(last, [FLOAT32 if is_half(floats[0]) else floats[0].dtype])
 
     return _fitting(definition, check)
 
@@ -144,16 +147,17 @@ def fitting(definition: Callable[..., Any], *dtypes: Any) -> Callable[[F], F]:
 def fitting_on_gpu(definition: Callable[..., Any]) -> Callable[[F], F]:
     """The same for a kernel on a GPU, which looks at the types itself."""
 
-    def check(floats: Sequence[Any], labels: Sequence[Any]) -> None:
+    def check(floats: Sequence[Any], last: Sequence[Any]) -> None:
         kind = type(floats[0])
-        if any(type(array) is not kind for array in (*floats, *labels) if array is not None):
+        if any(type(array) is not kind for array in (*floats, *last) if array is not None):
             raise NotForMe
 
     return _fitting(definition, check)
 
 
 def _fitting(definition: Callable[..., Any], check: Callable[..., None]) -> Callable[[F], F]:
-    """Let the decorated kernel see only arrays that pass check(floats, labels) and fit."""
+    """Let the decorated kernel see only arrays that pass check(floats, last) and fit; `last` are
+    labels or statistics, whose type is another."""
     if definition not in SHAPES:
         return lambda kernel: kernel
     line, n_arrays, n_floats = _counted(definition)
@@ -171,10 +175,10 @@ def _fitting(definition: Callable[..., Any], check: Callable[..., None]) -> Call
 
 
 def _counted(definition: Callable[..., Any]) -> tuple[str, int, int]:
-    """A line of SHAPES, how many arrays it names, and how many of them hold floats."""
+    """A line of SHAPES, how many arrays it names, and how many have the type of the first."""
     line = SHAPES[definition]
     n_arrays = line.count(",") + 1
-    return line, n_arrays, n_arrays - line.count("labels")
+    return line, n_arrays, n_arrays - line.count("labels") - line.count("log_total")
 
 
 # ------------------------------------------------------------------------ integers, by their values

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 ONE_BIT = 2**-8
-SIZES = [(9, 1, 1), (17, 3, 5), (33, 64, 32), (97, 95, 131), (200, 1601, 66), (64, 1, 64)]
+SMALL = [(9, 1, 1), (17, 3, 5), (33, 64, 32), (97, 95, 131), (200, 1601, 66), (64, 1, 64)]
+SIZES = [*SMALL, (430, 1030, 300)]
 
 
 @pytest.fixture(params=enumerate(compiler.WAYS), ids=lambda way: way[1], autouse=True)
@@ -237,6 +238,70 @@ def test_gelu_is_that_of_float32_rounded() -> None:
             np.testing.assert_array_equal(
                 ours.astype("float32"), exact.astype("bfloat16").astype("float32")
             )
+
+
+ATTENTION = [
+    (1, 3, 3, 2, 9),
+    (1, 5, 5, 2, 7),
+    (2, 33, 33, 2, 16),
+    (1, 200, 200, 1, 65),
+    (1, 70, 131, 3, 32),
+]
+
+
+def attention_inputs(b: int, t: int, s: int, h: int, d: int) -> tuple[np.ndarray, ...]:
+    """Queries (B, H, T, D), keys and values (B, H, S, D), as parts of one array, and a gradient."""
+    q = numbers(b, t, 3, h, d)[:, :, 0].swapaxes(1, 2)
+    k, v = (numbers(b, s, 3, h, d, seed=1)[:, :, i].swapaxes(1, 2) for i in (1, 2))
+    return q, k, v, numbers(b, t, h, d, seed=2).swapaxes(1, 2)
+
+
+@pytest.mark.parametrize(("b", "t", "s", "h", "d"), ATTENTION)
+def test_attention_and_its_gradients_are_as_defined(b: int, t: int, s: int, h: int, d: int) -> None:
+    """Within roundings: those of its inputs, of weights that another product takes, of results."""
+    *qkv, grad = attention_inputs(b, t, s, h, d)
+    exact = [a.astype("float64") for a in qkv]
+    out, log_total = F.attention_forward(*qkv, 0.0, ())
+    expected, expected_log = F.attention_forward.definition(*exact, 0.0, ())
+    assert out.dtype == "bfloat16" and log_total.dtype == np.float32
+    assert np.abs(out - expected).max() < ONE_BIT * np.abs(expected).max()
+    np.testing.assert_allclose(log_total, expected_log, rtol=0, atol=1e-5)
+    if t < s:
+        return  # a backward has as many queries as keys
+    saved = *exact, out.astype("float64"), expected_log, 0.0, ()
+    expected = F.attention_backward.definition(grad.astype("float64"), *saved)
+    dqkv = F.attention_backward(grad, *qkv, out, log_total, 0.0, ())
+    assert dqkv.dtype == "bfloat16"
+    for i in range(3):
+        error = np.abs(dqkv[:, :, i] - expected[:, :, i]).max()
+        assert error < 2 * ONE_BIT * np.abs(expected[:, :, i]).max()
+
+
+@pytest.mark.parametrize("d", [9, 32, 48, 64])
+@pytest.mark.parametrize("t", [3, 8, 40])
+def test_gradients_of_large_scores_take_the_forwards_weights(t: int, d: int) -> None:
+    """Half a unit in the last place of a score of 10^7 would make a weight of 1 one of 1.6."""
+    q, k, v, grad = attention_inputs(1, t, t, 2, d)
+    q, k = ((3000 * a.astype("float32")).astype("bfloat16") for a in (q, k))
+    exact = [a.astype("float64") for a in (q, k, v)]
+    expected_out, expected_log = F.attention_forward.definition(*exact, 0.0, ())
+    saved = *exact, expected_out, expected_log, 0.0, ()
+    expected = F.attention_backward.definition(grad.astype("float64"), *saved)[:, :, 2]
+    out, log_total = F.attention_forward(q, k, v, 0.0, ())
+    dv = F.attention_backward(grad, q, k, v, out, log_total, 0.0, ())[:, :, 2]
+    assert np.abs(dv - expected).max() < 2 * ONE_BIT * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_infinity_and_nan_in_a_query_stay_in_its_row(bad: float) -> None:
+    q, k, v, _ = attention_inputs(1, 50, 50, 2, 20)
+    q[0, 1, 40, 3] = bad
+    out, log_total = F.attention_forward(q, k, v, 0.0, ())
+    strange = np.zeros((1, 2, 50), bool)
+    strange[0, 1, 40] = True
+    np.testing.assert_array_equal(np.isnan(out.astype("float32")).all(axis=-1), strange)
+    np.testing.assert_array_equal(np.isfinite(log_total), ~strange)
+    assert np.isfinite(out.astype("float32")[~strange]).all()
 
 
 def test_the_report_names_what_multiplies(way: int) -> None:

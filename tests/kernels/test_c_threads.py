@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 SHORT_OF_MEMORY = """if True:
     import ctypes, resource
     import numpy as np
-    from micrograd_gpt import Tensor, no_grad
+    from micrograd_gpt import Tensor, functional, no_grad
     from micrograd_gpt.generation.kv_cache import KVCache
     from micrograd_gpt.gpt2 import GPT2, GPT2Config
     from micrograd_gpt.kernels.in_c import compiler, kernels, token_step
@@ -52,6 +52,11 @@ SHORT_OF_MEMORY = """if True:
     def attention_backward():
         return [kernels.attention_backward(q, q, q, q, *attention(), 0.0, ())]
 
+    def attention_in_half():
+        narrow = q.astype("bfloat16")
+        found = functional.attention_forward(narrow, narrow, narrow, 0.0, ())
+        return [functional.attention_backward(narrow, narrow, narrow, narrow, *found, 0.0, ())]
+
     def step():
         cache.lengths[:] = 199_990
         try:
@@ -66,6 +71,7 @@ SHORT_OF_MEMORY = """if True:
         layer_norm,
         attention,
         attention_backward,
+        attention_in_half,
         step,
     ]
     for work in works:
@@ -100,7 +106,7 @@ def test_too_little_memory_is_an_error_and_the_threads_live_on() -> None:
     # No kernel is to find a large block that was freed, nor memory that is set aside for a thread.
     settings = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
     printed = run_apart(SHORT_OF_MEMORY, **settings)
-    assert printed == ["refused, then computed"] * 5
+    assert printed == ["refused, then computed"] * 6
 
 
 def test_a_thread_may_get_an_empty_part() -> None:

@@ -172,6 +172,8 @@ def _kept_or_compiled(compiler: list[str], version: str, notes: list[str]) -> by
         name = digest[:16] + LIBRARY_SUFFIX
         if (found := kept(name)) is not None:
             return found
+        if target == TARGETS[0]:
+            _check(compiler)
         try:
             compiled = _compile(
                 [*compiler, *OPTIONS.split(), *target.split()],
@@ -186,6 +188,13 @@ def _kept_or_compiled(compiler: list[str], version: str, notes: list[str]) -> by
                 notes.append(f"compiled again at every start: they cannot be kept in {folders}")
             return compiled
     raise AssertionError("TARGETS is empty")
+
+
+def _check(compiler: list[str]) -> None:
+    """An error where a compiler makes no library of a single line, nor then of all sources."""
+    with tempfile.TemporaryDirectory() as folder:
+        (source := Path(folder) / "one.c").write_text("int one(void) { return 1; }\n")
+        _compile([*compiler, "-shared", "-fPIC"], [str(source)])
 
 
 def _compile(command: list[str], sources: list[str]) -> bytes:

@@ -79,6 +79,12 @@ def _product(
     )
 
 
+def by_tiles() -> bool:
+    """Whether AMX multiplies bfloat16 here."""
+    loaded = library()
+    return loaded is not None and bool(loaded.bfloat16_by_tiles())
+
+
 def multiply(a: Array, b: Array, dtype: np.dtype) -> Array:
     """a (N, K) @ b (K, M) of bfloat16, in this type: bfloat16 or float32."""
     write_product(a, b, c := np.empty((len(a), b.shape[1]), dtype))

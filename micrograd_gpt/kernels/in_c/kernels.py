@@ -1,5 +1,5 @@
-"""Kernels for the CPU in C (sources/), called through ctypes: float32 arrays only,
-but for matrix products in half precision (half.py).
+"""Kernels for the CPU in C (sources/), called through ctypes: for arrays of float32, and for matrix
+work also of bfloat16 and float16 (half.py).
 
 Each stands in for a definition and takes the same arguments, and sees only those that fit together
 (shapes.py). Where they have a type or layout that the C code cannot read, or nothing could be
@@ -30,7 +30,7 @@ from micrograd_gpt.kernels.in_c.arguments import (
     pointers,
     strides_of,
 )
-from micrograd_gpt.kernels.in_numpy.kernels import gradients, scale_to_norm
+from micrograd_gpt.kernels.in_numpy.kernels import gradients, scale_of
 from micrograd_gpt.kernels.in_numpy.threads import cores
 from micrograd_gpt.kernels.shapes import (
     FLOAT32,
@@ -45,6 +45,7 @@ from micrograd_gpt.tensor import Tensor
 Array = np.ndarray
 
 MANY_ELEMENTS = 2**14  # with fewer, another thread is not worth waking
+FEW_QUERIES = 4  # as in decoding; for them tiles do not pay
 FEW_ROWS = 16  # a product of at most this many rows is bound by reading the matrix
 
 
@@ -255,24 +256,29 @@ def attention_forward(q: Array, k: Array, v: Array, p: float, key: Key) -> tuple
     if p:
         raise NotForMe
     b, h, t, d = q.shape
-    out, log_total = np.empty((b, t, h, d), np.float32), np.empty((b, h, t), np.float32)
-    call("attention_forward", _attention(q, k, v, out, log_total))
-    return cast(out, q.dtype).swapaxes(1, 2) if is_half(q) else out.swapaxes(1, 2), log_total
+    decoding = t <= FEW_QUERIES and t < k.shape[2]  # a backward follows all others, by tiles too
+    by_tiles = is_half(q) and not decoding and half.by_tiles()
+    out = np.empty((b, t, h, d), q.dtype if by_tiles else np.float32)
+    log_total = np.empty((b, h, t), np.float32)
+    name = "attention_forward_bfloat16" if by_tiles else "attention_forward"
+    call(name, _attention(q, k, v, out, log_total))
+    out = out if out.dtype == q.dtype else cast(out, q.dtype)
+    return out.swapaxes(1, 2), log_total
 
 
-@in_c(functional.attention_backward)
+@in_c(functional.attention_backward, half.BFLOAT16)
 def attention_backward(
     grad: Array, q: Array, k: Array, v: Array, out: Array, log_total: Array, p: float, key: Key
 ) -> Array:
-    if p:
+    if p or (is_half(q) and not half.by_tiles()):
         raise NotForMe
     b, h, t, d = q.shape
     # The C code reads grad and out as (B, T, H, D) without gaps, the layout the forward writes.
     grad, out, log_total = contiguous(grad.swapaxes(1, 2), out.swapaxes(1, 2), log_total)
-    dqkv = np.empty((b, t, 3, h, d), np.float32)
+    dqkv = np.empty((b, t, 3, h, d), q.dtype)
     dq, dk, dv = dqkv.transpose(2, 0, 3, 1, 4)  # views, each (B, H, T, D)
     call(
-        "attention_backward",
+        "attention_backward_bfloat16" if is_half(q) else "attention_backward",
         _AttentionBackward(
             _attention(q, k, v, out, log_total),
             *(a.ctypes.data for a in (grad, dq, dk, dv)),
@@ -371,6 +377,10 @@ class _Squares(ctypes.Structure):
     _fields_ = [*ints("count"), *pointers("sizes", "arrays", "sums")]
 
 
+class _Scaling(ctypes.Structure):
+    _fields_ = [*ints("count"), *pointers("sizes", "arrays"), *floats("factor")]
+
+
 CHUNK = 65536  # elements; the same as in optimizer.c
 
 
@@ -378,14 +388,21 @@ CHUNK = 65536  # elements; the same as in optimizer.c
 def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> float:
     grads = gradients(parameters)
     check_plain(grads, [FLOAT32])
-    if not all(grad.flags.forc for grad in grads):  # in C order or in Fortran order, without gaps
+    # In C order or in Fortran order, without gaps; NumPy says what it says of those not writeable
+    if not all(grad.flags.forc and grad.flags.writeable for grad in grads):
         raise NotForMe
     sizes = np.array([grad.size for grad in grads], np.int64)
     places = np.array([grad.ctypes.data for grad in grads], np.uintp)
+    if len(np.unique(places)) < len(places):  # threads would scale one array at once
+        raise NotForMe
     sums = np.empty(int((-(-sizes // CHUNK)).sum()))
     at = sizes.ctypes.data, places.ctypes.data, sums.ctypes.data
     call("sum_of_squares", _Squares(len(grads), *at))
-    return scale_to_norm(grads, math.sqrt(sums.sum()), max_norm, loss_scale)
+    norm = math.sqrt(sums.sum()) / loss_scale
+    factor = scale_of(norm, max_norm, loss_scale)
+    if factor != 1:
+        call("scale", _Scaling(len(grads), *at[:2], factor))
+    return norm
 
 
 @in_c(optim.adamw_update)

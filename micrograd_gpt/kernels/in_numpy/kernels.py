@@ -465,7 +465,11 @@ def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
 def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> float:
     grads = gradients(parameters)
     check_plain(grads, [FLOAT32, FLOAT64])
-    return scale_to_norm(grads, math.sqrt(sum_of_squares(grads)), max_norm, loss_scale)
+    norm = math.sqrt(sum_of_squares(grads)) / loss_scale
+    factor = scale_of(norm, max_norm, loss_scale)
+    for grad in grads if factor != 1 else ():
+        grad *= factor
+    return norm
 
 
 def gradients(parameters: list[Tensor]) -> list[Array]:
@@ -478,16 +482,10 @@ def gradients(parameters: list[Tensor]) -> list[Array]:
     return grads
 
 
-def scale_to_norm(grads: list[Array], norm: float, max_norm: float, loss_scale: float) -> float:
-    """Clip gradients of this norm, in place; returns their norm without the loss scale.
-
-    Where nothing is to be scaled, or the norm is not finite, no array is touched.
-    """
-    norm /= loss_scale
+def scale_of(norm: float, max_norm: float, loss_scale: float) -> float:
+    """What gradients of this norm, without the loss scale, are multiplied by; 1 if not finite."""
     factor = min(max_norm / max(norm, 1e-30), 1.0) / loss_scale
-    for grad in grads if math.isfinite(norm) and factor != 1 else ():
-        grad *= factor
-    return norm
+    return factor if math.isfinite(norm) else 1.0
 
 
 def sum_of_squares(arrays: Sequence[Array]) -> float:

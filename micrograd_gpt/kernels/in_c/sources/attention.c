@@ -13,7 +13,6 @@
 #include "matmul.h"
 
 #define STRIP (12 * ROWS) /* queries at a time */
-#define FEW_QUERIES 4     /* at most this many, as in decoding, go one by one */
 
 /* The purposes of scratch() here. */
 enum { KEYS, KEYS_ACROSS, VALUES, QUERIES, QUERY_ROWS, GRAD, GRAD_ROWS, SCORES, DSCORES, TILES,

@@ -1,7 +1,7 @@
 /* Matrix products of bfloat16, whose sums are float32; and conversions, of float16 too.
 
-   Both factors are packed as matmul.c packs float32's, in one of three ways, the best that the
-   processor has:
+   Both factors are packed, as matmul.c packs float32's, in one of three ways, the best that the
+   processor has; the first is in tiles.c:
 
    TILES    AMX multiplies (16, 32) @ (32, 16) in one instruction, and has 8 registers for matrices
    PAIRS    an instruction of avx512_bf16 multiplies two numbers a lane, and adds both products
@@ -16,8 +16,7 @@
 #include "bfloat16.h"
 #include "half.h"
 #include "matmul.h"
-
-#include <unistd.h>
+#include "tiles.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_PAIRS
@@ -25,6 +24,7 @@
 #endif
 #ifdef HAS_TILES
 #include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 enum { WIDENED, PAIRS, TILES };
@@ -78,7 +78,7 @@ typedef struct {
 } Cutting;
 
 static Cutting cutting_of(int way) {
-  if (way == TILES) return (Cutting){32, 32, 1024, 32, 2};
+  if (way == TILES) return (Cutting){.rows = 32, .columns = 32}; /* tiles.c knows the rest */
   if (way == PAIRS) return (Cutting){ROWS, COLUMNS, 768, 2, 2};
   return (Cutting){ROWS, COLUMNS, 384, 1, 4};
 }
@@ -202,33 +202,6 @@ static void widen(const uint16_t *x, Int x_row, Int x_column, Int n, Int m, Int 
 
 /* ----------------------------------------------------------------------------- tiles of products */
 
-#ifdef HAS_TILES
-/* c (32, 32) = a (32, deep) @ b (deep, 32), in four registers. */
-static void multiply_tiles(Int deep, const uint16_t *a, const uint32_t *b, float *c) {
-  const Int a_bytes = deep * sizeof *a, b_bytes = 32 * sizeof *b, c_bytes = 32 * sizeof *c;
-  __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles are memory's */
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (Int p = 0; p < deep; p += 32) {
-    _tile_loadd(4, a + p, a_bytes);
-    _tile_loadd(6, b + p / 2 * 32, b_bytes);
-    _tile_loadd(7, b + p / 2 * 32 + 16, b_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + 16 * deep + p, a_bytes);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, c, c_bytes);
-  _tile_stored(1, c + 16, c_bytes);
-  _tile_stored(2, c + 16 * 32, c_bytes);
-  _tile_stored(3, c + 16 * 32 + 16, c_bytes);
-  __asm__ volatile("" ::: "memory");
-}
-#endif
-
 #ifdef HAS_PAIRS
 /* c (ROWS, COLUMNS) = a (ROWS, deep) @ b (deep, COLUMNS) */
 static void multiply_pairs(Int deep, const uint16_t *a, const uint32_t *b, float *c) {
@@ -253,9 +226,6 @@ static void multiply_pairs(Int deep, const uint16_t *a, const uint32_t *b, float
 #endif
 
 static void multiply_packed(int way, Int deep, const void *a, const void *b, float *c) {
-#ifdef HAS_TILES
-  if (way == TILES) return multiply_tiles(deep, a, b, c);
-#endif
 #ifdef HAS_PAIRS
   if (way == PAIRS) return multiply_pairs(deep, a, b, c);
 #endif
@@ -267,22 +237,8 @@ static void multiply_packed(int way, Int deep, const void *a, const void *b, flo
 
 /* How many columns of b are packed together: as many as fill most of the second-level cache. */
 static Int columns_together(Cutting cutting) {
-  static _Atomic Int cache = 0; /* kept, since asking may take a while */
-  if (!cache) {
-    Int found = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-    cache = found > 0 ? found : 512 * 1024; /* the system does not say */
-  }
-  Int columns = cache / 8 * 5 / (cutting.depth * cutting.size);
+  Int columns = second_level_cache() / 8 * 5 / (cutting.depth * cutting.size);
   return round_up(min(columns, 1024), cutting.columns);
-}
-
-/* The length of the parts of n that are as few as `longest` allows, and as equal as `step` does. */
-static Int equal_parts(Int n, Int longest, Int step) {
-  Int parts = (n + longest - 1) / longest;
-  return round_up((n + parts - 1) / parts, step);
 }
 
 /* Where a block of a product lies: `deep` numbers from p0 on, and the columns from j0 on. */
@@ -399,6 +355,10 @@ static void multiply_half_part(const HalfProduct *p, Int first_row, Int end_row,
                                Int end_column) {
   Block block = {.way = way(), .cutting = cutting_of(way())};
   if (first_row >= end_row || first_column >= end_column) return;
+#ifdef HAS_TILES
+  if (block.way == TILES)
+    return multiply_part_by_tiles(p, first_row, end_row, first_column, end_column);
+#endif
   Int together = equal_parts(end_column - first_column, columns_together(block.cutting),
                              block.cutting.columns);
   block.cutting.depth = equal_parts(p->k, block.cutting.depth, block.cutting.step);
@@ -411,23 +371,18 @@ static void multiply_half_part(const HalfProduct *p, Int first_row, Int end_row,
     block.sums = scratch(SUMS, (end_row - first_row) * together);
     if (!block.sums) return;
   }
-#ifdef HAS_TILES
-  if (block.way == TILES) open_tiles();
-#endif
   for (block.j0 = first_column; block.j0 < end_column; block.j0 += together) {
     block.width = min(together, end_column - block.j0);
     multiply_columns(p, &block, first_row, end_row);
   }
-#ifdef HAS_TILES
-  if (block.way == TILES) _tile_release();
-#endif
 }
 
 /* Part i of `parts` of a product. The longer side of c is cut: of the factors, the larger one is
    then packed once, and the other once a part. */
 static void multiply_half_slice(const HalfProduct *p, Int i, Int parts) {
   Int first, end, rows = p->n >= p->m;
-  end = cut(rows ? p->n : p->m, parts, rows ? PACKED_ROWS : COLUMNS, i, &first);
+  Cutting cutting = cutting_of(way());
+  end = cut(rows ? p->n : p->m, parts, rows ? cutting.rows : cutting.columns, i, &first);
   if (rows)
     multiply_half_part(p, first, end, 0, p->m);
   else

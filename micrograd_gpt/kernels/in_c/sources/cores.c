@@ -1,4 +1,5 @@
-/* How many cores this process may use: a container or a batch job often has a part of a machine. */
+/* How many cores this process may use: a container or a batch job often has a part of a machine.
+   And how large their caches are. */
 
 #define _GNU_SOURCE /* for sched_getaffinity */
 #include <sched.h>
@@ -55,4 +56,16 @@ Int cores_available(void) {
   Int allowed = cores_allowed();
   double granted = time_granted();
   return granted > 0 ? min(allowed, (Int)ceil(granted)) : allowed;
+}
+
+Int second_level_cache(void) {
+  static _Atomic Int cache = 0; /* kept, since asking may take a while */
+  if (!cache) {
+    Int found = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    cache = found > 0 ? found : 512 * 1024;
+  }
+  return cache;
 }

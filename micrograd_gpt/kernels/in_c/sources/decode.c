@@ -92,9 +92,30 @@ static void remember(const Decode *d, const float *qkv, Int layer) {
       }
 }
 
-/* Rows of equal length go together, others one by one. */
+/* Attention by tiles, which read and write bfloat16; `wide` are queries still in float32. `half` has
+   room for twice the numbers of the result, or once where the queries are narrow. */
+static int attend_by_tiles(Attention a, const float *wide, uint16_t *half) {
+  Int width = a.heads * a.d, tokens = a.batches * a.queries, n = tokens * width;
+  float *out = a.out;
+  if (wide) {
+    uint16_t *queries = half + n;
+    for (Int token = 0; token < tokens; token++)
+#pragma omp simd
+      for (Int i = 0; i < width; i++)
+        queries[token * width + i] = to_bfloat16(wide[token * a.q_strides.token + i]);
+    a.q = queries;
+    a.q_strides = (Strides){a.queries * width, a.d, width};
+  }
+  a.out = half;
+  if (attention_forward_bfloat16(&a)) return OUT_OF_MEMORY;
+#pragma omp simd
+  for (Int i = 0; i < n; i++) out[i] = from_bfloat16(half[i]);
+  return DONE;
+}
+
+/* Rows of equal length go together, others one by one; `half` is room as attend_by_tiles says. */
 static int attend(const Decode *d, const void *qkv, int is_narrow, Int layer, float *mixed,
-                  float *log_total) {
+                  float *log_total, uint16_t *half) {
   Int width = d->width, size = width / d->heads, together = d->rows;
   for (Int row = 1; row < d->rows; row++)
     if (d->lengths[row] != d->lengths[0]) together = 1;
@@ -105,7 +126,10 @@ static int attend(const Decode *d, const void *qkv, int is_narrow, Int layer, fl
                    (const char *)qkv + row * q.batch * (is_narrow ? 2 : 4), keys_of(d, layer, first),
                    keys_of(d, layer, first + d->value_stride), q, kv, kv,
                    mixed + row * d->tokens * width, log_total, is_narrow, d->kind == BFLOAT16};
-    if (attention_forward(&a)) return OUT_OF_MEMORY;
+    int few = a.queries <= FEW_QUERIES && a.queries < a.keys;
+    int by_tiles = d->kind == BFLOAT16 && !few && bfloat16_by_tiles();
+    if (by_tiles ? attend_by_tiles(a, is_narrow ? NULL : a.q, half) : attention_forward(&a))
+      return OUT_OF_MEMORY;
   }
   return DONE;
 }
@@ -179,7 +203,7 @@ static int prompt_block(const Decode *d, Int i) {
       narrowed(n * width, mixed, branch) ||
       narrow_linear(n, &b->c_attn, width, 3 * width, branch, wide) ||
       run_parts(remember_task, &(NarrowKeys){d, wide, i}, d->rows * d->heads) ||
-      attend(d, wide, 1, i, mixed, unused) || narrowed(n * width, mixed, wide) ||
+      attend(d, wide, 1, i, mixed, unused, branch) || narrowed(n * width, mixed, wide) ||
       narrow_linear(n, &b->attn_c_proj, width, width, wide, branch) ||
       run_parts(add_narrow_task, &branches, parts))
     return OUT_OF_MEMORY;
@@ -217,7 +241,7 @@ int decode(const Decode *d) {
         linear(d, &b->c_attn, width, 3 * width, branch, wide))
       return OUT_OF_MEMORY;
     remember(d, wide, i);
-    if (attend(d, wide, 0, i, mixed, unused) ||
+    if (attend(d, wide, 0, i, mixed, unused, (uint16_t *)branch) ||
         linear(d, &b->attn_c_proj, width, width, mixed, branch) ||
         add(&(Add){n * width, d->x, branch, d->x}))
       return OUT_OF_MEMORY;

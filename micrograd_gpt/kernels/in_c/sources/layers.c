@@ -3,8 +3,8 @@
 
    functional.py derives the formulas. The threads share the rows (or elements). */
 
-#include "layers.h"
 #include "half.h"
+#include "layers.h"
 
 enum { TOTALS }; /* the purpose of scratch() here */
 

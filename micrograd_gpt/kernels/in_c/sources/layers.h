@@ -48,3 +48,5 @@ typedef struct {
   Int narrow_q, narrow_kv; /* whether q, and k and v, are bfloat16: of the forward alone */
 } Attention;
 int attention_forward(const Attention *a);
+int attention_forward_bfloat16(const Attention *a); /* where bfloat16_by_tiles() */
+#define FEW_QUERIES 4 /* at most this many, in decoding, go one by one (as kernels.py knows) */

@@ -7,8 +7,6 @@
 
 #include "matmul.h"
 
-#include <unistd.h>
-
 #define DEPTH 384
 #define MOST_COLUMNS 1024 /* of b, packed together */
 #define SAME_PLACE 1024 /* floats: rows this far apart share few places of the first-level cache */
@@ -95,16 +93,8 @@ static void multiply_strip(Int n, Int m, Int k, const float *a, Int a_row, int a
 /* How many columns of b are packed together: as many as fill, DEPTH rows deep, about half of the
    second-level cache. */
 static Int columns_together(void) {
-  static _Atomic Int columns = 0; /* kept, since asking may take a while */
-  if (!columns) {
-    Int cache = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-    if (cache <= 0) cache = 512 * 1024; /* the system does not say */
-    columns = min(round_up(cache / 2 / (DEPTH * sizeof(float)), COLUMNS), MOST_COLUMNS);
-  }
-  return columns;
+  Int columns = second_level_cache() / 2 / (DEPTH * sizeof(float));
+  return min(round_up(columns, COLUMNS), MOST_COLUMNS);
 }
 
 void multiply_part(const Product *p, Int first_row, Int end_row, Int first_column, Int end_column) {

@@ -46,6 +46,23 @@ int sum_of_squares(const Squares *s) {
   return run_parts(squares_task, s, count_chunks(s->count, s->sizes));
 }
 
+typedef struct {
+  Int count; /* arrays */
+  const Int *sizes;
+  float *const *arrays;
+  float factor;
+} Scaling;
+
+static void scale_task(const void *arguments, Int i, Int chunks) {
+  (void)chunks;
+  const Scaling *s = arguments;
+  Int first, array = find_chunk(i, s->sizes, &first), size = min(CHUNK, s->sizes[array] - first);
+  float *x = s->arrays[array] + first, factor = s->factor;
+  for (Int j = 0; j < size; j++) x[j] *= factor;
+}
+
+int scale(const Scaling *s) { return run_parts(scale_task, s, count_chunks(s->count, s->sizes)); }
+
 /* --------------------------------------------------------------------------------------- AdamW */
 
 typedef struct {

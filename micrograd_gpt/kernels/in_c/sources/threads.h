@@ -20,6 +20,9 @@ Int thread_count(void);
 /* How many cores this process may use, by its affinity and its control group's share of time. */
 Int cores_available(void);
 
+/* The bytes of a core's second-level cache, or a guess where the system does not say. */
+Int second_level_cache(void);
+
 /* Part i of 0 … n - 1 cut into `parts`, each a multiple of `step` long except at the end. The part
    starts at *first and ends before the result. */
 Int cut(Int n, Int parts, Int step, Int i, Int *first);

@@ -29,6 +29,12 @@ typedef int64_t Int;
 INLINE Int min(Int a, Int b) { return a < b ? a : b; }
 INLINE Int round_up(Int x, Int step) { return (x + step - 1) / step * step; }
 
+/* The length of the parts of n that are as few as `longest` allows, and as equal as `step` does. */
+INLINE Int equal_parts(Int n, Int longest, Int step) {
+  Int parts = (n + longest - 1) / longest;
+  return round_up((n + parts - 1) / parts, step);
+}
+
 /* exp(x), with a relative error of about 1e-7; 0 for all x below -87, infinity above 88.4. With
    x = n ln 2 + r it is 2^n e^r, and for |r| <= ln 2 / 2 a Taylor series gives e^r. There is no
    branch, so the compiler computes a whole register at once. NaN gives NaN. */
