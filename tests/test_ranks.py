@@ -449,7 +449,7 @@ def children_of(parent: int) -> list[int]:
 
 
 def has_ended(process: int) -> bool:
-    """Whether a process does nothing any more; its entry may wait for the system's first process."""
+    """Whether a process does nothing any more; its entry may stay until its parent asks."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):
