@@ -52,7 +52,10 @@ def arguments_of(definition: Any) -> Callable[[Program], Program]:
     return register
 
 
-NEED_AN_EXTRA = ("micrograd_gpt.evaluation.harness", "micrograd_gpt.runs.mpi")
+NEED_AN_EXTRA = (
+    "micrograd_gpt.evaluation.harness",
+    *(f"micrograd_gpt.runs.{name}" for name in ("exchange", "mpi")),
+)
 
 
 def definitions() -> dict[str, Any]:
