@@ -32,7 +32,9 @@ class QuickCompiler:
         self.log.write_text("")
         self.path.write_text(
             f'#!/bin/sh\n[ "$1" = --version ] && echo quick 1 && exit\n'
-            f'echo "$@" >> "$0.log"\n{first}\nexec {CC} "$@" -O0 -U__AVX512BF16__\n'
+            # one.c is only whether it works
+            f'case "$*" in */one.c*) ;; *) echo "$@" >> "$0.log" ;; esac\n'
+            f'{first}\nexec {CC} "$@" -O0 -U__AVX512BF16__\n'
         )
         self.path.chmod(0o755)
 
