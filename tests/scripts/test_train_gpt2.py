@@ -275,7 +275,7 @@ def test_fine_tuning_starts_from_the_weights_it_is_given(text: Path, tmp_path: P
         (["--resume"], "holds no run to resume"),
         (["--resume", "--overwrite"], "--overwrite would remove: give only one"),
         (["--min-lr", "-1"], "--min-lr must be 0 or more, not -1.0"),
-        (["--grad-clip", "nan"], "--grad-clip must be above 0, not nan"),
+        (["--grad-clip", "nan"], "--grad-clip must be 0 or more, not nan"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )

@@ -17,6 +17,7 @@ from training import everything, in_this_process, script
 
 from micrograd_gpt import optim
 from micrograd_gpt.arrays.precision import emulation_note
+from micrograd_gpt.runs import loss_scaler
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.support.errors import UserError
 
@@ -80,7 +81,7 @@ def start_from(
             made.scale, made.growth_interval = scale, growth_interval
         return made
 
-    monkeypatch.setattr(train_gpt2, "LossScaler", scaler)
+    monkeypatch.setattr(loss_scaler, "LossScaler", scaler)
 
 
 @pytest.mark.slow
