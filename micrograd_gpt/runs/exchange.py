@@ -57,7 +57,7 @@ class Exchange:
             sent = _as(wire, self._sent, count * size)
             sent[: len(numbers)] = to_device(numbers, "cpu")
             sent[len(numbers) :] = 0
-        self._wait(self._comm.Ialltoall(_as_bytes(sent), _as_bytes(received)))
+        self._wait(self._comm.Ialltoall(as_bytes(sent), as_bytes(received)))
         first, *others = received.reshape(size, count)
         added = _as(numbers.dtype, self._added, count)
         added[:] = first
@@ -70,7 +70,7 @@ class Exchange:
         wire, size = np.dtype(dtype or part.dtype), self._comm.size
         received = _as(wire, self._received, len(part) * size)
         ours = np.ascontiguousarray(to_device(part, "cpu"), wire)
-        self._wait(self._comm.Iallgather(_as_bytes(ours), _as_bytes(received)))
+        self._wait(self._comm.Iallgather(as_bytes(ours), as_bytes(received)))
         return to_device(received.astype(part.dtype, copy=False), device_of(part))
 
 
@@ -79,6 +79,6 @@ def _as(dtype: np.dtype, buffer: np.ndarray, count: int) -> np.ndarray:
     return buffer[: count * dtype.itemsize].view(dtype)
 
 
-def _as_bytes(array: np.ndarray) -> np.ndarray:
+def as_bytes(array: np.ndarray) -> np.ndarray:
     """The memory of an array, which MPI moves whatever the type is."""
     return array.view(np.uint8)

@@ -19,7 +19,7 @@ from ml_dtypes import bfloat16
 from mpi4py import MPI
 
 from micrograd_gpt.arrays.devices import Array, array_module, gpu_addresses, use_gpu
-from micrograd_gpt.runs.exchange import Exchange
+from micrograd_gpt.runs.exchange import Exchange, as_bytes
 from micrograd_gpt.runs.nccl import GPUExchange, NCCLFailed, nccl_version, without_nccl
 from micrograd_gpt.runs.overlap import Bucket, Overlap
 from micrograd_gpt.runs.ranks import (
@@ -284,11 +284,6 @@ def put(parts: Sequence[Array], first: int, numbers: Array) -> None:
         if start < end:
             part[start:end] = numbers[start - first : end - first]
         first -= len(part)
-
-
-def as_bytes(array: np.ndarray) -> np.ndarray:
-    """The memory of an array, which MPI moves whatever the type is."""
-    return array.view(np.uint8)
 
 
 def buckets(sizes: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -83,8 +83,6 @@ static Cutting cutting_of(int way) {
   return (Cutting){ROWS, COLUMNS, 384, 1, 4};
 }
 
-INLINE uint32_t pair(uint16_t first, uint16_t second) { return first | (uint32_t)second << 16; }
-
 /* pairs[i] is (x[i], y[i]) */
 INLINE void interleave(const uint16_t *x, const uint16_t *y, Int n, uint32_t *pairs) {
 #pragma omp simd

@@ -43,3 +43,6 @@ INLINE uint16_t to_float16(float x) {
   nearest |= size.bits > 0x7f800000 ? 0x200 : 0; /* NaN */
   return (given.bits >> 16 & 0x8000) | nearest;
 }
+
+/* Two numbers as the processor multiplies them: the first in the lower half. */
+INLINE uint32_t pair(uint16_t first, uint16_t second) { return first | (uint32_t)second << 16; }

@@ -17,8 +17,6 @@ enum { PACKED_A, PACKED_B, SUMS }; /* the purposes of scratch() here */
 
 /* -------------------------------------------------------------------------------------- packing */
 
-INLINE uint32_t pair(uint16_t first, uint16_t second) { return first | (uint32_t)second << 16; }
-
 /* Where the number (i, p) of a (n, deep) stands once it is packed. */
 INLINE Int place_in_strips(Int i, Int p, Int deep) {
   return i / SIDE * SIDE * deep + p / STEP * SIDE * STEP + i % SIDE * STEP + p % STEP;
