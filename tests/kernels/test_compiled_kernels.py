@@ -139,6 +139,19 @@ def test_a_compiler_of_the_system_that_does_not_work_is_none(
     assert len((tmp_path / "tries").read_text().splitlines()) == 1  # of one line of C, or less
 
 
+@needs_cc
+def test_the_sources_have_no_line_that_a_stricter_compiler_refuses() -> None:
+    """GCC 14 and clang 16 made errors of warnings, such as of a pointer to another type."""
+    options = "-fsyntax-only -std=gnu11 -fopenmp-simd -Wall -Wextra -Werror".split()
+    waived = ["-Wno-unused-parameter", "-Wno-missing-field-initializers"]
+    target = ["-march=native"] if platform.machine() == "x86_64" else []
+    sources = [str(source) for source in sorted(compiler.SOURCES.glob("*.c"))]
+    result = subprocess.run(
+        [CC, *options, *waived, *target, *sources], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("ziglang"), reason="ziglang is not installed")
 def test_the_packages_compiler_needs_neither_another_nor_a_home(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ INLINE void forward_head(int vectors, const Attention *a, Int batch, Int head) {
     for (Int c = 0; c < d; c += columns)
       multiply_tile(vectors, seen, scores, width, 1, values + c * a->keys, mixed + c, wide, 0);
     for (Int i = 0; i < rows; i++) {
-      float *out = a->out + ((batch * a->queries + i0 + i) * a->heads + head) * d;
+      float *out = (float *)a->out + ((batch * a->queries + i0 + i) * a->heads + head) * d;
       for (Int c = 0; c < d; c++) out[c] = mixed[i * wide + c] / total[i];
     }
   }
@@ -135,7 +135,7 @@ static void forward_few(const Attention *a, Int batch, Int head) {
   if (!scores || !q.rows || !k.rows || !v.rows) return;
   for (Int i = 0; i < a->queries; i++) {
     const float *query = q.rows + i * q.stride;
-    float *out = a->out + ((batch * a->queries + i) * a->heads + head) * d;
+    float *out = (float *)a->out + ((batch * a->queries + i) * a->heads + head) * d;
     Int seen = a->keys - a->queries + i + 1;
     for (Int j = 0; j < seen; j++) scores[j] = scale * dot(query, k.rows + j * k.stride, d);
     softmax_row(scores, seen, seen, &total,
@@ -213,7 +213,7 @@ INLINE void backward_head(int vectors, const AttentionBackward *b, Int batch, In
   const float *q = head_of(a->q, a->q_strides, batch, head);
   const float *k = head_of(a->k, a->k_strides, batch, head);
   const float *v = head_of(a->v, a->v_strides, batch, head);
-  const float *out = a->out + batch * t * together + head * d;
+  const float *out = (const float *)a->out + batch * t * together + head * d;
   const float *grad = b->grad + batch * t * together + head * d;
   const float *log_total = a->log_total + (batch * a->heads + head) * t;
   const float *keys_across = panels_across(KEYS_ACROSS, k, a->k_strides.token, t, d);

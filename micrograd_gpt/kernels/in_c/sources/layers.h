@@ -43,7 +43,7 @@ typedef struct {
   Int batches, heads, queries, keys, d; /* the last query stands at the last key */
   const void *q, *k, *v;
   Strides q_strides, k_strides, v_strides;
-  float *out;       /* (B, T, H, D) without gaps */
+  void *out;        /* (B, T, H, D) without gaps: float32; by tiles bfloat16, as q, k and v are */
   float *log_total; /* (B, H, T): the log of each softmax's denominator */
   Int narrow_q, narrow_kv; /* whether q, and k and v, are bfloat16: of the forward alone */
 } Attention;
