@@ -87,6 +87,7 @@ def install_package(folder: Path) -> None:
     which finds its own parts by the PATH of these tests."""
     QuickCompiler(folder, "package", first=OWN_PARTS)
     (folder / "ziglang").mkdir()
+    (folder / "ziglang" / "__init__.py").touch()  # else an installed ziglang comes before it
     (folder / "ziglang" / "__main__.py").write_text(
         f"import os, sys; os.execv({str(folder / 'package')!r}, sys.argv[1:])\n"
     )
