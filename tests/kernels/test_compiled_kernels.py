@@ -143,7 +143,7 @@ def test_a_compiler_of_the_system_that_does_not_work_is_none(
 @needs_cc
 def test_the_sources_have_no_line_that_a_stricter_compiler_refuses() -> None:
     """GCC 14 and clang 16 made errors of warnings, such as of a pointer to another type."""
-    options = "-fsyntax-only -std=gnu11 -fopenmp-simd -Wall -Wextra -Werror".split()
+    options = ["-fsyntax-only", "-std=gnu11", "-fopenmp-simd", "-Wall", "-Wextra", "-Werror"]
     waived = ["-Wno-unused-parameter", "-Wno-missing-field-initializers"]
     target = ["-march=native"] if platform.machine() == "x86_64" else []
     sources = [str(source) for source in sorted(compiler.SOURCES.glob("*.c"))]
