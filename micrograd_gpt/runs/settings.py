@@ -286,8 +286,8 @@ def check_kinds(settings: dict[str, Any], table: dict[str, Setting] = SETTINGS) 
 
 def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that starts; UserError where `out` is taken or flags contradict."""
-    if not flags.get("overwrite") and not flags.get("plan"):
-        check_free(out)
+    if not flags.get("plan"):
+        check_free(out, flags.get("overwrite", False))
     weights = flags.get("init_from", "scratch")
     if weights == "scratch":
         size = flags.get("size", SETTINGS["size"].default)
@@ -318,7 +318,7 @@ def check_text_field(settings: dict[str, Any]) -> None:
         if is_told and found and not any(map(holds_records, found)):
             raise UserError(
                 f"--text-field {field} is for records ({', '.join(RECORD_SUFFIXES)}), and "
-                f"{' and '.join(found)} holds none: leave it out"
+                f"{' and '.join(found)} holds none by its name: leave it out, or rename the file"
             )
 
 

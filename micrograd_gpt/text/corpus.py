@@ -15,11 +15,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from micrograd_gpt.support import download
-from micrograd_gpt.support.cli import counted
+from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError, about
 from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.decoding import Form
-from micrograd_gpt.text.documents import AS_IT_IS, BY_NAME, find_files, load_documents
+from micrograd_gpt.text.documents import (
+    AS_IT_IS,
+    BY_NAME,
+    find_files,
+    load_documents,
+    text_files,
+)
 from micrograd_gpt.text.pieces import BETWEEN_DOCUMENTS, encode_piece
 from micrograd_gpt.text.prepare import prepare
 from micrograd_gpt.text.shard_files import check_shards, find_shards, matching_tokenizer
@@ -125,6 +131,7 @@ def load_corpus(
     form = form.for_tokenizer(tokenizer if isinstance(tokenizer, str) else tokenizer.name)
     ids, marked, tokenizer = _read(source, tokenizer, form, cache_folder)
     if fraction is None:
+        _warn_if_shared(source, validation)
         other = _read_validation(validation, tokenizer, form, cache_folder)
         return Corpus(ids, other, tokenizer, str(source), validation_name=str(validation))
     if marked is not None:
@@ -196,6 +203,25 @@ def _read_validation(
     with about(source):
         ids, marked, _ = _read(source, tokenizer, form, cache_folder)
     return ids if marked is None else marked
+
+
+def _warn_if_shared(source: Any, validation: Any) -> None:
+    """Say so where a model would be validated on what it was trained on."""
+    with reading(source):
+        trained, other = (
+            {
+                (status.st_dev, status.st_ino): file
+                for file in text_files(place)
+                for status in [file.stat()]
+            }
+            for place in (source, validation)
+        )
+    if shared := other.keys() & trained.keys():
+        say(
+            f"warning: {counted(len(shared), 'file')} of --validation {validation} "
+            f"({min(other[key] for key in shared)}) is trained on too, as part of --data {source}: "
+            "the validation loss says nothing about a new text"
+        )
 
 
 def _cache(folder: str | Path | None, name: str) -> Path | None:

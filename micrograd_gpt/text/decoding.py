@@ -64,6 +64,7 @@ class Notes:
 
     mended: set[Path] = field(default_factory=set)  # files whose line ends were changed
     with_null: set[Path] = field(default_factory=set)  # files that have null characters
+    like_json: set[Path] = field(default_factory=set)  # that are not read as records
     skipped: Counter[str] = field(default_factory=Counter)  # records left out, by the reason
 
     def tell(self, source: str | Path) -> None:
@@ -78,6 +79,11 @@ class Notes:
             say(
                 f"note: {min(self.with_null)} has null characters, as a file that is no text has, "
                 "and UTF-16 without its mark (for that: --encoding utf-16-le)"
+            )
+        if self.like_json:
+            say(
+                f"note: {min(self.like_json)} looks like JSON and is learned as it stands, braces "
+                "and all; only a file that is called .json or .jsonl is read as records"
             )
         if self.skipped:
             why = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())

@@ -7,6 +7,7 @@ topic of Python's manual.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import NoReturn
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.download import cache_folder, download
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import refuse_tilde
 from micrograd_gpt.text.decoding import Form, Notes, text_chunks
 from micrograd_gpt.text.decoding import check_encoding as check_encoding
 from micrograd_gpt.text.records import RECORD_SUFFIXES, record_texts
 
 SUFFIXES = (".txt", ".md", ".rst", *RECORD_SUFFIXES)  # of the files read in a folder
 AS_IT_IS = Form()
+LIKE_JSON = re.compile(r'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')  # an object, or a list of some
 BY_NAME = ("pydocs", "shakespeare")  # sources that are no paths
 
 # What a model's folder or a run's holds beside its weights, and is no text to learn from
@@ -38,6 +41,7 @@ OWN_FILES = {
     "prompt_template.txt",
     "trainer_state.json",
     "metrics.jsonl",
+    "samples.jsonl",
     "scores.json",
 }
 
@@ -121,6 +125,7 @@ def find_files(source: str | Path) -> list[Path]:
             )
         return sorted(files, key=lambda file: file.relative_to(path).as_posix())
     if not path.exists():
+        refuse_tilde(path)
         raise UserError(
             f"{str(source)!r} does not exist: give pydocs, shakespeare, or the path of a text "
             "file, a folder of text files, or a folder of token shards"
@@ -128,13 +133,19 @@ def find_files(source: str | Path) -> list[Path]:
     return [path]
 
 
-def holds_records(source: str | Path) -> bool:
-    """Whether some of the text of a source that exists is in files of records."""
+def text_files(source: str | Path) -> list[Path]:
+    """The files with text of a source that is a path and exists; none of another source."""
     path = Path(source)
-    if source in BY_NAME:
-        return False
-    files = _files_under(path) if path.is_dir() else [path]
-    return any(file.suffix.lower() in RECORD_SUFFIXES for file in files)
+    if source in BY_NAME or not path.exists():
+        return []
+    if not path.is_dir():
+        return [path]
+    return [file for file in _files_under(path) if file.suffix.lower() in SUFFIXES]
+
+
+def holds_records(source: str | Path) -> bool:
+    """Whether some of the text of a source is in files of records."""
+    return any(file.suffix.lower() in RECORD_SUFFIXES for file in text_files(source))
 
 
 def _files_under(folder: Path) -> list[Path]:
@@ -158,6 +169,9 @@ def _files_under(folder: Path) -> list[Path]:
         if any(name == "settings.toml" or name.endswith(".safetensors") for name in shown):
             shown = [name for name in shown if name not in OWN_FILES]
         paths = [Path(place, name) for name in shown]
+        for path in paths:
+            if path.suffix.lower() in ("", *SUFFIXES) and path.is_symlink() and not path.exists():
+                raise UserError(f"{path} is a link that leads nowhere: mend it, or remove it")
         files += [path for path in paths if path.is_file()]
     return files
 
@@ -191,7 +205,15 @@ def read_documents(
     if path.suffix.lower() in RECORD_SUFFIXES:
         yield from ([text] for text in record_texts(path, form, on_read, notes))
     else:
-        yield text_chunks(path, form, on_read, notes)
+        yield _plain(path, text_chunks(path, form, on_read, notes), notes)
+
+
+def _plain(path: Path, chunks: Iterator[str], notes: Notes) -> Iterator[str]:
+    """The chunks of a text; `notes` takes down if it begins as records do."""
+    for number, chunk in enumerate(chunks):
+        if number == 0 and LIKE_JSON.match(chunk):
+            notes.like_json.add(path)
+        yield chunk
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:

@@ -16,20 +16,20 @@ HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a pair, which JSON can have
 
 
 def read_objects(path: str | Path, encoding: str = "utf-8") -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a .json file, which holds a list of them, or of any other, which has one a
-    line; each with where it stands, as "data.jsonl, line 3".
+    """The objects of a file, which holds a list of them or has one a line, whatever its name; each
+    with where it stands, as "data.jsonl, line 3".
 
     Raises UserError for what is something else, for half a character, and for a file without any.
     """
     path = Path(path)
     text = read_text(path, encoding).removeprefix("\ufeff")
-    if path.suffix.lower() == ".json":
-        listed = _parsed(text, str(path)) if text.strip() else []
-        if not isinstance(listed, list):
-            raise UserError(
-                f"{path} holds no list: give a JSON list, or a .jsonl file with an object a line"
-            )
-        values = [(f"{path}, item {number}", value) for number, value in enumerate(listed, 1)]
+    if text.lstrip().startswith("["):
+        listed = enumerate(_parsed(text, str(path)), 1)
+        values = [(f"{path}, item {number}", value) for number, value in listed]
+    elif path.suffix.lower() == ".json" and _is_one_value(text):
+        raise UserError(
+            f"{path} holds no list: give a JSON list, or a .jsonl file with an object a line"
+        )
     else:
         lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1)]
         values = [(place, _parsed(line, place)) for place, line in lines if line.strip()]
@@ -41,6 +41,14 @@ def read_objects(path: str | Path, encoding: str = "utf-8") -> Iterator[tuple[st
         if half := HALF_CHARACTER.search(json.dumps(value, ensure_ascii=False)):
             raise UserError(f"{place}: there is half a character, {half[0]!r}: remove it")
         yield place, value
+
+
+def _is_one_value(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):  # as in a file with a value a line
+        return False
+    return True
 
 
 def _parsed(text: str, place: str) -> Any:

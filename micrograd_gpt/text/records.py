@@ -87,6 +87,8 @@ def lines(chunks: Iterable[str]) -> Iterator[str]:
 
 def _jsonl_values(path: Path, field: str, chunks: Iterable[str]) -> Values:
     for number, line in enumerate(lines(chunks), start=1):
+        if number == 1 and line.startswith("[") and path.suffix.lower() != ".json":
+            raise UserError(f"{path} holds a list and not an object a line: call it .json")
         if line.strip():
             place = f"line {number}"
             yield place, _in_record(path, place, field, _parsed(path, place, line))

@@ -50,6 +50,8 @@ def test_a_json_file_holds_a_list(tmp_path: Path) -> None:
     path = tmp_path / "items.json"
     path.write_text(json.dumps([PLAIN, PIQA]))
     assert [item.label for item in read_choices(path)] == [0, 1]
+    path.write_text(f"{json.dumps(PLAIN)}\n{json.dumps(PIQA)}\n")  # many call lines so too
+    assert [item.label for item in read_choices(path)] == [0, 1]
     path.write_text(json.dumps(PLAIN))
     with pytest.raises(UserError, match=r"items.json holds no list"):
         read_choices(path)
@@ -77,7 +79,7 @@ def test_a_wrong_item_is_named(tmp_path: Path, change: dict[str, Any], problem: 
 def test_other_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"line 1: an item has .* this one has a, b"):
         read_choices(write(tmp_path, {"a": 1, "b": 2}))
-    with pytest.raises(UserError, match=r"line 1: this is not a JSON object"):
+    with pytest.raises(UserError, match=r"item 1: this is not a JSON object"):
         read_choices(write(tmp_path, [1]))
     with pytest.raises(UserError, match="has no items"):
         list(read_objects(write(tmp_path)))

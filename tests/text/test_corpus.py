@@ -176,3 +176,19 @@ def test_a_short_validation_file_is_called_by_its_name(tmp_path: Path) -> None:
         corpus = load_corpus(source, "byte", validation=validation)
         with pytest.raises(UserError, match=f"^{short}: the {which} text has 2 tokens, fewer"):
             corpus.windows(8)
+
+
+def test_a_validation_text_that_is_trained_on_is_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, other = tmp_path / "data", tmp_path / "other.txt"
+    data.mkdir()
+    for path in (data / "a.txt", data / "b.txt", other):
+        path.write_text("abc")
+    load_corpus(data, "char", other)
+    load_corpus("pydocs", "byte", "pydocs")  # whoever says it twice knows
+    assert capsys.readouterr().err == ""
+    for validation, said in ((data / "b.txt", "1 file"), (data, "2 files")):
+        load_corpus(data, "char", validation)
+        warning = f"warning: {said} of --validation {validation} ({data}"
+        assert capsys.readouterr().err.startswith(warning)

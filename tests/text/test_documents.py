@@ -431,13 +431,44 @@ def test_a_run_inside_of_its_data_is_not_learned_from(tmp_path: Path) -> None:
     texts = ["data/a.txt", "data/out/notes.txt", "data/config.json", "data/vocab.json"]
     weights = ["data/out/model.safetensors", "data/out/best/model.safetensors"]
     own = ["data/out/config.json", "data/out/metrics.jsonl", "data/out/best/tokenizer.json"]
-    of_a_run_that_has_begun = ["data/new/settings.toml", "data/new/metrics.jsonl"]
+    of_a_run_that_has_begun = [f"data/new/{name}" for name in ("settings.toml", "samples.jsonl")]
     for name in (*texts, *weights, *own, *of_a_run_that_has_begun):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
     found = find_files(tmp_path / "data")
     assert sorted(path.relative_to(tmp_path).as_posix() for path in found) == sorted(texts)
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "picture.png").symlink_to(tmp_path / "lost")  # would not be read anyway
+    assert find_files(tmp_path) == [tmp_path / "a.txt"]
+    for name in ("b.txt", "books"):
+        (tmp_path / name).symlink_to(tmp_path / "lost")
+        with pytest.raises(UserError, match=f"{name} is a link that leads nowhere: mend it"):
+            find_files(tmp_path)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "text", ['{"text": "a"}\n{"text": "b"}\n', '\n[\n  {"a": 1}]', "{}", "[a]"]
+)
+def test_a_text_that_looks_like_records_is_noticed(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    assert load_documents(path) == [text]
+    note = f"note: {path} looks like JSON and is learned as it stands"
+    assert capsys.readouterr().err.startswith(note) == (":" in text)
+
+
+def test_a_list_that_is_called_jsonl_is_told_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('[\n{"text": "a"}\n]')
+    with pytest.raises(UserError, match=r"a\.jsonl holds a list and .*: call it \.json$"):
+        load_documents(path)
 
 
 def test_null_characters_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
