@@ -12,6 +12,7 @@ import pytest
 from training import script
 
 from micrograd_gpt.arrays.devices import library_for
+from micrograd_gpt.runs.signals import STOPPING
 from micrograd_gpt.support.errors import UserError
 
 
@@ -79,7 +80,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def restore_signals() -> Iterator[None]:
     """Restore the signal handlers that training replaces."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.getsignal(s) for s in STOPPING}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM during training: the first lets the step end, the second does not."""
+"""Ctrl-C and SIGTERM during training: the first lets the step end, the second does not. So does
+SIGHUP, which says that the terminal was closed, or the connection to it lost."""
 
 from __future__ import annotations
 
@@ -10,14 +11,16 @@ from types import FrameType
 
 from micrograd_gpt.support.cli import say
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+HANG_UP = getattr(signal, "SIGHUP", None)  # there is none on Windows
+STOPPING = [s for s in (signal.SIGINT, signal.SIGTERM, HANG_UP) if s is not None]
 
 
 class StopSignals:
     """Remembers that the user asked to stop, so that the loop can do so where nothing is lost.
 
-    The first Ctrl-C or SIGTERM sets `requested`, the signal's number (0 before). A second one ends
-    the process at once: KeyboardInterrupt, or SystemExit with status 143.
+    The first signal sets `requested`, its number (0 before). A second one ends the process at once:
+    KeyboardInterrupt, or SystemExit with status 143. A SIGHUP does not, since both the shell and
+    the system send one.
 
     Python allows this in its main thread only: in another one signals do what they did before. So
     do those that are ignored, as a shell starts programs in the background.
@@ -34,6 +37,8 @@ class StopSignals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._first()
+        if self.requested and number == HANG_UP:
+            return
         if self.requested:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.requested = number

@@ -163,6 +163,28 @@ def test_a_signal_ends_the_step_and_saves(
     assert getattr(stopped.value, "code", 130) == status  # cli.run makes an interrupt 130
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_a_lost_terminal_ends_the_step_and_saves(
+    train_gpt2: ModuleType,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    out, evaluate = tmp_path / "my run", train_gpt2.evaluate
+
+    def interrupted(*args: object) -> object:
+        signal.raise_signal(signal.SIGHUP)  # from the shell
+        signal.raise_signal(signal.SIGHUP)  # and from the system
+        return evaluate(*args)
+
+    monkeypatch.setattr(train_gpt2, "evaluate", interrupted)
+    flags = ["--data", text, "--out", out, *SMALL, "--eval-interval", 3]
+    assert train_gpt2.main([*map(str, flags)]) == 128 + signal.SIGHUP
+    assert json.loads((out / "trainer_state.json").read_text())["step"] == 3
+    assert f"continue with --resume --out '{out}'\n" in capsys.readouterr().err
+
+
 def test_a_second_signal_ends_an_evaluation_at_once(
     train_gpt2: ModuleType, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
