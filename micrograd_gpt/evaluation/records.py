@@ -16,7 +16,7 @@ from typing import Any
 
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading, write_text
-from micrograd_gpt.weights.formats import holds_model
+from micrograd_gpt.weights.formats import RUN_FLAGS, holds_model
 
 SETTINGS, ITEMS, REPORT = "settings.json", "items.jsonl", "report.json"
 
@@ -44,6 +44,8 @@ class Records:
             return
         if holds_model(self.folder):
             raise UserError(f"{self.folder} holds a model: choose another --out")
+        if (self.folder / RUN_FLAGS).exists():
+            raise UserError(f"{self.folder} is where a run has begun: choose another --out")
         before = read_json(self.folder / SETTINGS)
         if before is None:
             if (self.folder / ITEMS).exists():

@@ -30,7 +30,6 @@ from typing import Any
 
 from micrograd_gpt.checks import DROPOUTS
 from micrograd_gpt.nn import Module, Parameter
-from micrograd_gpt.runs.config_file import WRITTEN as WRITTEN_FLAGS
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.sharding import Optimizer
 from micrograd_gpt.support.errors import UserError
@@ -46,7 +45,14 @@ from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG, read_config
-from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, MODEL, STATE, is_adapter
+from micrograd_gpt.weights.formats import (
+    ADAPTER_CONFIG,
+    ADAPTER_MODEL,
+    MODEL,
+    RUN_FLAGS,
+    STATE,
+    is_adapter,
+)
 from micrograd_gpt.weights.loading import fill
 from micrograd_gpt.weights.saving import stored_arrays, write_model
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
@@ -182,7 +188,7 @@ def remove_run(folder: str | Path) -> None:
         finish_set(place)  # or a set that a kill left unfinished would come back later
     try:
         # trainer_state.json, which makes this a run, goes first
-        for name in (*reversed(SET), *ADAPTER, *ALSO, WRITTEN_FLAGS):
+        for name in (*reversed(SET), *ADAPTER, *ALSO, RUN_FLAGS):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot remove the run in {folder}: {error.strerror}") from error
@@ -295,7 +301,10 @@ def _read_state(folder: Path) -> dict[str, Any]:
     finish_set(folder)
     state = read_json(folder / STATE)
     if state is None:
-        raise UserError(f"{folder} holds no run to resume: there is no {STATE}")
+        raise UserError(
+            f"{folder} holds no run to resume, as it has no {STATE}: start one without --resume, "
+            "or give another --out"
+        )
     return _checked(state, folder)
 
 

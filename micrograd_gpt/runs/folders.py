@@ -5,19 +5,45 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from micrograd_gpt.runs.checkpoint import holds_run
+from micrograd_gpt.runs.checkpoint import BEST, earlier_sets, holds_run
+from micrograd_gpt.runs.config_file import has_begun
+from micrograd_gpt.runs.metrics import CURVES, METRICS
+from micrograd_gpt.runs.watch import PAGE, SAMPLES
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.weights.formats import STATE, holds_model
+from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG
+from micrograd_gpt.weights.formats import RUN_FLAGS, STATE, holds_model
+
+# What a run writes beside the files that make a folder a run or a model, and removes as it begins
+ALSO_WRITTEN = (
+    *(CONFIG, ADAPTED_CONFIG, TOKENIZER, TOKENIZER_CONFIG, PROMPT_TEMPLATE),
+    *(RUN_FLAGS, METRICS, CURVES, PAGE, SAMPLES),
+)
 
 
-def check_free(out: Path) -> None:
-    """UserError if the folder holds a run or a model, which a new run would replace."""
-    if holds_run(out):
+def check_free(out: Path, overwrite: bool = False) -> None:
+    """UserError if the folder holds what a new run would replace.
+
+    That is a run, a model, or what is left of a run, unless `overwrite`; and in a folder without
+    any of these, a file of the user's that is called like one of a run's.
+    """
+    if holds_run(out) and not overwrite:
         raise UserError(
             f"{out} holds a run already: --resume it, --overwrite it, or give another --out"
         )
-    if holds_model(out):
+    if holds_model(out) and not overwrite:
         raise UserError(f"{out} holds a model: --overwrite it, or give another --out")
+    left = [place for place in (out / BEST, *earlier_sets(out)) if holds_run(place)]
+    if left and not overwrite:
+        raise UserError(f"{left[0]} is left of a run: --overwrite it, or give another --out")
+    if holds_run(out) or holds_model(out) or left or has_begun(out):
+        return
+    for name in ALSO_WRITTEN:
+        if (out / name).exists():
+            raise UserError(
+                f"{out / name} would be written over, and is from no run: move it, or give "
+                "another --out"
+            )
 
 
 def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
@@ -46,5 +72,7 @@ def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
         return
     if holds_run(out):
         raise UserError(f"{out} holds a training run ({STATE}): choose another --out")
+    if has_begun(out):
+        raise UserError(f"{out} is where a training run has begun: choose another --out")
     if holds_model(out) and not overwrite:
         raise UserError(f"{out} holds a model: --overwrite it, or give another --out")

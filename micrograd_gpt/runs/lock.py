@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import refuse_tilde
 
 LOCK = ".lock"  # in the folder while a training writes it: that process's number and its machine
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # some network file systems
@@ -25,10 +26,15 @@ def only_writer(folder: str | Path) -> Iterator[None]:
     UserError, naming the other process, if there is one, and where the folder cannot be written.
     """
     folder = Path(folder)
+    refuse_tilde(folder)
     try:
         absent = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder)
+    except FileExistsError as error:
+        raise UserError(
+            f"{folder} is a file, or a link that leads nowhere: give another --out"
+        ) from error
     except OSError as error:
         place = error.filename or folder
         raise UserError(f"cannot write {place}: {error.strerror or error}") from error
@@ -36,11 +42,43 @@ def only_writer(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):  # the folder was removed meanwhile, or nothing can be written now
-            (folder / LOCK).unlink()
+            if _is_still(lock, folder / LOCK):  # and not of another, in whose place it is
+                (folder / LOCK).unlink()
         lock.close()
         with suppress(OSError):  # there is a run in it now
             for place in absent:
                 place.rmdir()
+
+
+class OwnFolder:
+    """The folder of a run that has begun: its path leads to another when that one was moved away.
+
+    The lock of the folder goes with it, and so does what a path stands for on most file systems.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._writer = path, _writer_of(path)
+        self._was: os.stat_result | None = path.stat()
+
+    def check(self) -> None:
+        """UserError where another run has come to be in the place of this one's folder."""
+        if (writer := _writer_of(self.path)) == self._writer:
+            return
+        if not self.path.exists():  # nor will what comes there next be what it was
+            self._was = None
+        elif writer or (self._was and not os.path.samestat(self._was, self.path.stat())):
+            raise UserError(
+                f"{self.path} is the folder of another training now, and this one's was moved "
+                "away with its checkpoints: --resume it from there"
+            )
+
+
+def _writer_of(folder: Path) -> str:
+    """Who trains in the folder, as its lock says; "" where nobody does."""
+    try:
+        return (folder / LOCK).read_text("utf-8", "replace").strip()
+    except OSError:  # there is no lock, or it cannot be read
+        return ""
 
 
 def _locked(folder: Path) -> BinaryIO:
@@ -49,9 +87,8 @@ def _locked(folder: Path) -> BinaryIO:
         try:
             _lock(lock)
         except BlockingIOError:
-            lock.seek(0)
-            who = lock.read().decode("utf-8", "replace").strip() or "which has just started"
             lock.close()
+            who = _writer_of(folder) or "which has just started"
             raise UserError(
                 f"another training writes to {folder} ({who}): wait for it or stop it, or give "
                 "another --out"

@@ -16,6 +16,7 @@ from typing import Any
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading, written_whole
 
+METRICS, CURVES = "metrics.jsonl", "loss.png"
 LOG_AXIS_FROM = 4.0  # largest loss / smallest loss; from here on a log axis shows more
 
 
@@ -31,7 +32,7 @@ class Metrics:
     """
 
     def __init__(self, folder: str | Path, step: int = 0, tensorboard: bool = False) -> None:
-        self.folder, self.path = Path(folder), Path(folder) / "metrics.jsonl"
+        self.folder, self.path = Path(folder), Path(folder) / METRICS
         self._events = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -39,6 +40,8 @@ class Metrics:
                 self._events = _event_writer(self.folder, step)
             if step == 0:
                 self.path.unlink(missing_ok=True)
+                if (self.folder / CURVES).is_file():  # of an earlier run
+                    (self.folder / CURVES).unlink()
             else:
                 _mend_last_line(self.path)
                 self._remove_after(step)
@@ -121,7 +124,7 @@ class Metrics:
         rates.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         for axes in (losses, rates):
             axes.grid(which="both", alpha=0.3)
-        with written_whole(self.folder / "loss.png") as image:
+        with written_whole(self.folder / CURVES) as image:
             figure.savefig(image, format="png", dpi=120)
 
 
@@ -150,16 +153,17 @@ def current_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """The row on a line; None if step, loss or learning rate is missing or is not a number."""
+    """The numbers of the row on a line, without what else somebody has put there, such as null.
+    None if step, loss or learning rate is not among them.
+    """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict):
         return None
-    needed = [row.get(name) for name in ("step", "train_loss", "learning_rate")]
-    numbers = [*needed, row.get("val_loss", 0.0)]
-    return row if all(isinstance(number, int | float) for number in numbers) else None
+    numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+    return numbers if {"step", "train_loss", "learning_rate"} <= numbers.keys() else None
 
 
 def _mend_last_line(path: Path) -> None:

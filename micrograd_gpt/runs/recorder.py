@@ -25,6 +25,7 @@ from micrograd_gpt.nn import Module
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.last_resort import at_signal, save_if_killed
 from micrograd_gpt.runs.left_behind import leave_part, parts_left, remove_parts
+from micrograd_gpt.runs.lock import OwnFolder
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.metrics import Metrics
 from micrograd_gpt.runs.ranks import Ranks
@@ -32,7 +33,7 @@ from micrograd_gpt.runs.sharding import Optimizer, answer_first, asking
 from micrograd_gpt.runs.signals import StopSignals
 from micrograd_gpt.runs.unread import Unread, read_numbers
 from micrograd_gpt.runs.watch import Watch
-from micrograd_gpt.support.cli import counted, say
+from micrograd_gpt.support.cli import counted, quoted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import remove_unfinished
 from micrograd_gpt.text.base_tokenizer import Tokenizer
@@ -121,6 +122,7 @@ class Recorder:
     def _open_folder(self) -> None:
         steps = self.optimizer.steps
         self.metrics = Metrics(self.out, steps, self.settings.tensorboard)
+        self._folder = OwnFolder(self.out)
         if self.settings.overwrite:
             checkpoint.remove_run(self.out)
         remove_parts(self.out)
@@ -387,7 +389,7 @@ class Recorder:
         if stopped:
             done = self.optimizer.steps
             can_resume = 0 < done < self.settings.max_steps
-            how = f"; continue with --resume --out {self.out}" if can_resume else ""
+            how = f"; continue with --resume --out {quoted(self.out)}" if can_resume else ""
             say(f"stopped after step {done}{how}")
         return stopped
 
@@ -400,8 +402,9 @@ class Recorder:
             answer_first(self.optimizer)
             self._saved_step = done
             return
-        try:
-            with asking(self.optimizer):
+        with asking(self.optimizer):
+            self._folder.check()
+            try:
                 checkpoint.save_run(
                     self.out,
                     self.model,
@@ -413,15 +416,16 @@ class Recorder:
                     self.scaler,
                     self._write,
                 )
-        except UserError as error:
-            latest = checkpoint.last_good(self.out, done + 1)
-            raise UserError(f"{error}; the last checkpoint: {latest}") from error
+            except UserError as error:
+                latest = checkpoint.last_good(self.out, done + 1)
+                raise UserError(f"{error}; the last checkpoint: {latest}") from error
         self._saved_step = done
         if self.val_loss is not None:
             self.best_loss = min(self.best_loss, self.val_loss)
 
     def _append(self, row: dict[str, Any]) -> None:
         """Add a row to metrics.jsonl; if that fails and stops the run, save the run first."""
+        self._folder.check()
         try:
             self.metrics.append(row)
         except UserError as error:

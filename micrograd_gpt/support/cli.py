@@ -6,7 +6,9 @@ import argparse
 import difflib
 import io
 import os
+import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -207,6 +209,12 @@ def _whole_number(text: str, least: int) -> int:
 def counted(count: int, what: str) -> str:
     """How many there are of something, as "1 line" or "2,000 lines"."""
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def quoted(path: str | Path) -> str:
+    """A path as it can be typed on a command line: in quotes where it has spaces or the like."""
+    words = [str(path)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def say(message: str, bar: Any = None) -> None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import written_whole
+from micrograd_gpt.support.files import refuse_tilde, written_whole
 
 SAVING, SAVED = ".saving", ".saved"
 
@@ -30,6 +30,7 @@ def written_as_set(folder: str | Path) -> Iterator[Path]:
     written.
     """
     folder = Path(folder)
+    refuse_tilde(folder)
     finish_set(folder)
     saving = folder / SAVING
     with _named(folder):

@@ -29,6 +29,7 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
     which a file must not take the place of.
     """
     path = Path(path)
+    refuse_tilde(path)
     try:
         _refuse_device(path)
         target = path.resolve() if path.is_symlink() else path
@@ -49,6 +50,18 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; what was there before is unchanged"
         ) from error
+
+
+def refuse_tilde(path: str | Path) -> None:
+    """UserError for a path that begins with ~, which a shell leaves there behind a = or in quotes:
+    it would be a new folder of that name. One that exists is meant.
+    """
+    first = Path(path).parts[:1]
+    if first and first[0].startswith("~") and not os.path.exists(first[0]):
+        raise UserError(
+            f"{path} begins with {first[0]}, which no shell has replaced by a home folder: write "
+            "the whole path"
+        )
 
 
 def _refuse_device(path: Path) -> None:

@@ -193,8 +193,8 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
     else:
         if "data" not in flags:
             raise UserError("--data is missing: give a file to learn from; see --help")
-        if not flags.get("overwrite") and not flags.get("plan"):
-            check_free(out)
+        if not flags.get("plan"):
+            check_free(out, flags.get("overwrite", False))
         settings = {name: row.default for name, row in rows.items()}
         settings |= {"data_fingerprint": None, "base_weights": None, "planned_steps": 0, **flags}
         if "learning_rate" in flags and "min_lr" not in flags:

@@ -41,6 +41,7 @@ WEIGHT_FILES = (MODEL, INDEX, TORCH_MODEL, TORCH_INDEX)  # the first in a folder
 NANOGPT = "ckpt.pt"
 ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
 STATE = "trainer_state.json"  # of the training run that wrote a model (runs/checkpoint.py)
+RUN_FLAGS = "settings.toml"  # of a run, from its beginning on (runs/config_file.py)
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 
 

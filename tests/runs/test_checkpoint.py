@@ -119,7 +119,9 @@ def test_a_set_of_two_steps_is_named(tmp_path: Path) -> None:
 
 def test_what_is_missing_or_of_another_model_is_named(tmp_path: Path) -> None:
     model, optimizer = trained()
-    with pytest.raises(UserError, match=r"holds no run to resume: there is no trainer_state\.json"):
+    with pytest.raises(
+        UserError, match=r"holds no run to resume, as it has no trainer_state\.json"
+    ):
         checkpoint.load_run(tmp_path, model, optimizer)
     with pytest.raises(UserError, match=r"holds no model: there is no config\.json"):
         read_config(tmp_path)

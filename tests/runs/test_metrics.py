@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from micrograd_gpt.runs import metrics
 from micrograd_gpt.runs.metrics import Metrics, current_rows
+from micrograd_gpt.runs.watch import Watch
 from micrograd_gpt.support.errors import UserError
 
 
@@ -148,7 +149,7 @@ def test_event_files_that_cannot_be_written(tmp_path: Path, tensorboard_is: str)
     [
         *(b"\xff\xfe", b"[]", b"", b'{"step": 2', b'{"step": 2, "learning_rate": 0.1}', b"7"),
         b'{"step": "2", "train_loss": 1, "learning_rate": 0.1}',
-        b'{"step": 2, "train_loss": 1, "learning_rate": 0.1, "val_loss": null}',
+        b'{"step": 2, "train_loss": null, "learning_rate": 0.1}',
         b"[" * 100_000,
     ],
     ids=lambda damage: repr(damage[:40]),
@@ -162,3 +163,20 @@ def test_a_damaged_line_is_passed_over_and_stays(tmp_path: Path, damage: bytes) 
     log.append(row(4))
     log.draw()
     assert log.path.read_bytes().startswith(before) and len(log.rows()) == 3
+
+
+def test_what_others_wrote_into_a_row_is_no_number(tmp_path: Path) -> None:
+    edited = row(1) | {"val_loss": None, "grad_norm": None, "tokens_per_second": "fast", "by": "me"}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(edited) + "\n")
+    log = Metrics(tmp_path, step=3)
+    assert log.rows() == [row(1)] and log.damaged_lines() == []
+    assert "Step 1 of 4" in Watch(log, 3, True).html(4, running=True)
+    log.draw()
+
+
+def test_a_new_run_has_no_curve_of_an_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "loss.png").touch()
+    Metrics(tmp_path, step=3)
+    assert (tmp_path / "loss.png").exists()
+    Metrics(tmp_path)
+    assert not (tmp_path / "loss.png").exists()

@@ -223,6 +223,15 @@ def test_a_model_s_folder_takes_no_records(model: str, tmp_path: Path) -> None:
     assert sorted(Path(model).iterdir()) == before
 
 
+def test_the_folder_of_a_run_that_has_begun_takes_no_records(model: str, tmp_path: Path) -> None:
+    words, out = lines(tmp_path / "words.jsonl", {"text": TEXT}), tmp_path / "out"
+    out.mkdir()
+    (out / "settings.toml").touch()
+    with pytest.raises(UserError, match=f"^{out} is where a run has begun: choose another --out"):
+        evaluate.main(["last-word", "--model", model, "--data", words, "--out", str(out)])
+    assert [path.name for path in out.iterdir()] == ["settings.toml"]
+
+
 def test_an_empty_file_has_nothing_to_evaluate(model: str, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match=r"empty\.txt contains no text: give a file with some$"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import io
+import os
+import shlex
 import sys
 
 import pytest
 from tqdm import tqdm
 
-from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.cli import quoted, say
 
 
 def test_what_is_said_is_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,3 +45,10 @@ def test_that_nobody_reads_it_is_no_error(
     say("nobody reads this")
     with tqdm(total=1, file=io.StringIO()) as bar:
         say("nor this", bar)
+
+
+@pytest.mark.parametrize("path", ["out", "my run", "it's", 'a "b" $c', "runs/ü", ";", "*"])
+def test_a_path_can_be_copied_to_a_command_line(path: str) -> None:
+    assert quoted("runs/out-1.2") == "runs/out-1.2"
+    if os.name != "nt":
+        assert shlex.split(quoted(path)) == [path]

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 from faults import fill_disk
 
+from micrograd_gpt.runs.lock import only_writer
 from micrograd_gpt.support import files
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.file_sets import written_as_set
+from micrograd_gpt.support.files import written_whole
 
 UNCHANGED = "; what was there before is unchanged$"
 
@@ -149,3 +152,19 @@ def test_a_file_does_not_take_the_place_of_a_device_or_a_link(tmp_path: Path) ->
         files.write_text(link, text)
         assert link.is_symlink() and file.read_text() == text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]
+
+
+def test_a_home_that_no_shell_has_filled_in_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of --out=~/runs, which a shell leaves as it is."""
+    monkeypatch.chdir(tmp_path)
+    for write in (written_whole, written_as_set, only_writer):
+        for path in ("~", "~/runs", "~me/runs"):
+            with pytest.raises(UserError, match=f"^{path} begins with ~.*: write"), write(path):
+                pass
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "~").mkdir()  # somebody wants it
+    with written_whole("~/file"):
+        pass
+    assert (tmp_path / "~" / "file").exists()
