@@ -276,7 +276,8 @@ def report(settings: argparse.Namespace, model: GPT2, corpus: Corpus, recorder: 
         perplexity = math.exp(min(val_loss, 700))  # the largest power that is a float
         print(f"validation loss {val_loss:.4f} nats per token, perplexity {perplexity:.2f}{bits}")
     print(f"saved in {settings.out}/: the model and the run, metrics.jsonl, loss.png")
-    print(f'try: python generate.py --model {cli.quoted(settings.out)} --prompt "The"')
+    folder, prompt = map(cli.quoted, (settings.out, corpus.word()))
+    print(f"try: python generate.py --model {folder} --prompt {prompt}")
 
 
 def plan_of(settings: argparse.Namespace, device: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import enum
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,6 @@ from micrograd_gpt.runs import checkpoint, config_file
 from micrograd_gpt.runs.folders import check_free
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.corpus import VALIDATION
 from micrograd_gpt.text.decoding import Form
 from micrograd_gpt.text.documents import BY_NAME, holds_records
@@ -313,13 +313,12 @@ def check_text_field(settings: dict[str, Any]) -> None:
     """UserError for a --text-field where there are no records that have it."""
     field, sources = settings["text_field"], (settings["data"], settings["validation"])
     is_told = field != SETTINGS["text_field"].default
-    with reading(settings["data"]):
-        found = [source for source in sources if source in BY_NAME or Path(source).exists()]
-        if is_told and found and not any(map(holds_records, found)):
-            raise UserError(
-                f"--text-field {field} is for records ({', '.join(RECORD_SUFFIXES)}), and "
-                f"{' and '.join(found)} holds none by its name: leave it out, or rename the file"
-            )
+    found = [source for source in sources if source in BY_NAME or os.path.exists(source)]
+    if is_told and found and not any(map(holds_records, found)):
+        raise UserError(
+            f"--text-field {field} is for records ({', '.join(RECORD_SUFFIXES)}), and "
+            f"{' and '.join(found)} holds none by its name: leave it out, or rename the file"
+        )
 
 
 def check_rates(settings: dict[str, Any]) -> None:

@@ -239,10 +239,10 @@ def write_utf8() -> None:
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a script and exit with its status.
 
-    A UserError becomes one line, "error: …", and status 2, and so does output that can't be
-    written because the disk is full; Ctrl-C is 130. A reader that closes our output early, as
-    `| head` does, has had what it wanted, so the script ends quietly. Any other status of `main`
-    stays, whether or not its output can be written.
+    A UserError becomes one line, "error: …", and status 2, and so do a file that may not be used
+    and output that can't be written because the disk is full; Ctrl-C is 130. A reader that closes
+    our output early, as `| head` does, has had what it wanted, so the script ends quietly. Any
+    other status of `main` stays, whether or not its output can be written.
     """
     _open_closed_streams()
     if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):  # the script is imported now
@@ -260,10 +260,11 @@ def run(main: Callable[[], int]) -> NoReturn:
     except BrokenPipeError:
         status = 0
     except OSError as error:
-        if error.filename is not None:  # not our output: a bug, since bad files are UserErrors
+        is_forbidden = isinstance(error, PermissionError)
+        if error.filename is not None and not is_forbidden:  # a bug: bad files are UserErrors
             raise
-        status = 2
-        say(f"error: cannot write output: {error.strerror or error}")
+        status, what = 2, f"use {error.filename}" if error.filename else "write output"
+        say(f"error: cannot {what}: {error.strerror or error}")
     for stream in (sys.stdout, sys.stderr):
         _flush(stream)
     sys.exit(status)

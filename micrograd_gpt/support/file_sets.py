@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import refuse_tilde, written_whole
+from micrograd_gpt.support.files import reading, refuse_tilde, written_whole
 
 SAVING, SAVED = ".saving", ".saved"
 
@@ -70,9 +70,10 @@ def finish_set(folder: str | Path) -> None:
     """
     folder = Path(folder)
     saved = folder / SAVED
-    with _named(folder), suppress(FileNotFoundError):  # then another process has moved it
+    with reading(folder):
         if not saved.is_dir():
             return
+    with _named(folder), suppress(FileNotFoundError):  # then another process has moved it
         for file in sorted(saved.iterdir()):
             with suppress(FileNotFoundError):
                 if file.is_dir():
@@ -105,15 +106,18 @@ def link_set(files: Iterable[Path], folder: str | Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Remove a folder and everything in it, if it is there; UserError if that fails.
 
-    It is renamed first, so that a process stopped halfway leaves no folder that looks whole.
+    It is renamed first, so that a process stopped halfway leaves no folder that looks whole. Of a
+    link to a folder only the link goes.
     """
     removing = folder.with_name(".removing")
     with _named(folder):
-        if removing.exists():
-            shutil.rmtree(removing)
-        if folder.exists():
-            os.rename(folder, removing)
-            shutil.rmtree(removing)
+        for place in (removing, folder):
+            if place.is_symlink():
+                place.unlink()
+            elif place.exists():
+                if place == folder:
+                    os.rename(folder, removing)
+                shutil.rmtree(removing)
 
 
 @contextmanager

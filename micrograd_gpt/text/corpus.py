@@ -56,6 +56,15 @@ class Corpus:
         """How much there is to train on, in words."""
         return f"{len(self.train):,} tokens of {self.name}"
 
+    def word(self) -> str:
+        """A word to try the model with: "The", unless that has characters which the text lacks."""
+        try:
+            self.tokenizer.encode("The")
+        except UserError:
+            text = self.tokenizer.decode(self.validation[:100].astype(int))
+            return (text.split() or [text])[0][:20]
+        return "The"
+
     @property
     def in_memory(self) -> bool:
         """Whether all its ids are in memory, and none in files that are read when needed."""
@@ -146,11 +155,17 @@ def load_corpus(
 
 
 def _fraction(validation: float | str | Path) -> float | None:
-    """The fraction that `validation` is; None if it is a path. UserError for other numbers."""
+    """The fraction that `validation` is; None if it is a source. UserError for what is neither."""
     try:
         fraction = float(validation)  # type: ignore[arg-type]  # a Path is no number, as it says
     except (TypeError, ValueError):
-        return None
+        with reading(validation):
+            if validation in BY_NAME or Path(validation).exists():
+                return None
+        raise UserError(
+            f"--validation {str(validation)!r} does not exist: give a path as for --data, or a "
+            "fraction such as 0.1"
+        ) from None
     if not 0 < fraction < 1:
         raise UserError(
             f"--validation is a file, a folder or a fraction between 0 and 1, not {validation}"
@@ -207,19 +222,11 @@ def _read_validation(
 
 def _warn_if_shared(source: Any, validation: Any) -> None:
     """Say so where a model would be validated on what it was trained on."""
-    with reading(source):
-        trained, other = (
-            {
-                (status.st_dev, status.st_ino): file
-                for file in text_files(place)
-                for status in [file.stat()]
-            }
-            for place in (source, validation)
-        )
-    if shared := other.keys() & trained.keys():
+    trained, other = ({file.resolve() for file in text_files(s)} for s in (source, validation))
+    if shared := other & trained:
         say(
             f"warning: {counted(len(shared), 'file')} of --validation {validation} "
-            f"({min(other[key] for key in shared)}) is trained on too, as part of --data {source}: "
+            f"({min(shared)}) is trained on too, as part of --data {source}: "
             "the validation loss says nothing about a new text"
         )
 

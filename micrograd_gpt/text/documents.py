@@ -16,7 +16,7 @@ from typing import NoReturn
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.download import cache_folder, download
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import refuse_tilde
+from micrograd_gpt.support.files import reading, refuse_tilde
 from micrograd_gpt.text.decoding import Form, Notes, text_chunks
 from micrograd_gpt.text.decoding import check_encoding as check_encoding
 from micrograd_gpt.text.records import RECORD_SUFFIXES, record_texts
@@ -134,13 +134,15 @@ def find_files(source: str | Path) -> list[Path]:
 
 
 def text_files(source: str | Path) -> list[Path]:
-    """The files with text of a source that is a path and exists; none of another source."""
+    """The files with text of a source that is a path and exists; none of another source. UserError
+    where it cannot be read.
+    """
     path = Path(source)
-    if source in BY_NAME or not path.exists():
-        return []
-    if not path.is_dir():
-        return [path]
-    return [file for file in _files_under(path) if file.suffix.lower() in SUFFIXES]
+    with reading(source):
+        if source in BY_NAME or not path.exists():
+            return []
+        files = _files_under(path) if path.is_dir() else [path]
+    return [file for file in files if file == path or file.suffix.lower() in SUFFIXES]
 
 
 def holds_records(source: str | Path) -> bool:

@@ -11,7 +11,7 @@ import sys
 import pytest
 from tqdm import tqdm
 
-from micrograd_gpt.support.cli import quoted, say
+from micrograd_gpt.support.cli import quoted, run, say
 
 
 def test_what_is_said_is_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,3 +52,15 @@ def test_a_path_can_be_copied_to_a_command_line(path: str) -> None:
     assert quoted("runs/out-1.2") == "runs/out-1.2"
     if os.name != "nt":
         assert shlex.split(quoted(path)) == [path]
+
+
+def test_a_file_that_may_not_be_used_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """As one in a folder that belongs to another user, in which not even its being there shows."""
+
+    def main() -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", "theirs/config.json")
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: cannot use theirs/config.json: Permission denied\n"

@@ -167,3 +167,14 @@ def test_no_permission_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(UserError, match=r"^cannot write to .*run: Permission denied$"):
         write(tmp_path / "run", "new")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_of_a_link_to_a_folder_only_the_link_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").touch()
+    for link in ("folder", ".removing"):  # a kill left the second
+        (tmp_path / link).symlink_to("elsewhere")
+    remove_folder(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+    assert (tmp_path / "elsewhere" / "file").exists()

@@ -128,7 +128,9 @@ def test_a_text_of_its_own_to_validate_on(tmp_path: Path) -> None:
     other.write_text("é")
     with pytest.raises(UserError, match=r"b\.txt: the character 'é'"):
         load_corpus(train, "char", other)
-    with pytest.raises(UserError, match="'missing' does not exist"):
+    with pytest.raises(
+        UserError, match=r"--validation 'missing' does not exist: give .* or a fraction such as 0.1"
+    ):
         load_corpus(train, "char", "missing")
 
 
@@ -192,3 +194,18 @@ def test_a_validation_text_that_is_trained_on_is_noticed(
         load_corpus(data, "char", validation)
         warning = f"warning: {said} of --validation {validation} ({data}"
         assert capsys.readouterr().err.startswith(warning)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("The end. " * 20, "The"),
+        ("žluť kůň " * 20, "žluť"),
+        ("猫" * 300, "猫" * 20),
+        (" " * 200, " " * 20),
+    ],
+)
+def test_a_word_to_try_a_model_with(tmp_path: Path, text: str, word: str) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    assert load_corpus(path, "char").word() == word
