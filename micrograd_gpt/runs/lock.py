@@ -68,8 +68,8 @@ class OwnFolder:
             self._was = None
         elif writer or (self._was and not os.path.samestat(self._was, self.path.stat())):
             raise UserError(
-                f"{self.path} is the folder of another training now, and this one's was moved "
-                "away with its checkpoints: --resume it from there"
+                f"{self.path} has become another training's, as it was moved or its {LOCK} "
+                "removed: --resume this one where its checkpoints are"
             )
 
 

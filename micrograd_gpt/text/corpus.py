@@ -159,11 +159,12 @@ def _fraction(validation: float | str | Path) -> float | None:
     try:
         fraction = float(validation)  # type: ignore[arg-type]  # a Path is no number, as it says
     except (TypeError, ValueError):
-        with reading(validation):
-            if validation in BY_NAME or Path(validation).exists():
+        name = str(validation)
+        with reading(name):
+            if name in BY_NAME or Path(name).exists():
                 return None
         raise UserError(
-            f"--validation {str(validation)!r} does not exist: give a path as for --data, or a "
+            f"--validation {name!r} does not exist: give a path as for --data, or a "
             "fraction such as 0.1"
         ) from None
     if not 0 < fraction < 1:

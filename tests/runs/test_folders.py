@@ -70,7 +70,9 @@ def test_a_folder_whose_name_another_run_has_taken(tmp_path: Path) -> None:
         own.check()  # what is saved now makes the folder anew
         with only_writer(out):
             (out / LOCK).write_text("process 1 on another machine")
-            with pytest.raises(UserError, match=r"out is the folder of another training now"):
+            with pytest.raises(
+                UserError, match="out has become another training's, as it was moved or"
+            ):
                 own.check()
 
 
@@ -80,7 +82,9 @@ def test_a_folder_whose_name_another_run_had_meanwhile(tmp_path: Path) -> None:
         own = OwnFolder(out)
         out.rename(tmp_path / "moved")
         out.mkdir()
-        with pytest.raises(UserError, match=r"out is the folder of another training now"):
+        with pytest.raises(
+            UserError, match="out has become another training's, as it was moved or"
+        ):
             own.check()
 
 
