@@ -14,11 +14,9 @@ from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZE
 from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG
 from micrograd_gpt.weights.formats import RUN_FLAGS, STATE, holds_model
 
-# What a run writes beside the files that make a folder a run or a model, and removes as it begins
-ALSO_WRITTEN = (
-    *(CONFIG, ADAPTED_CONFIG, TOKENIZER, TOKENIZER_CONFIG, PROMPT_TEMPLATE),
-    *(RUN_FLAGS, METRICS, CURVES, PAGE, SAMPLES),
-)
+# What is written beside the weights, with a model and with a run
+OF_A_MODEL = (CONFIG, ADAPTED_CONFIG, TOKENIZER, TOKENIZER_CONFIG, PROMPT_TEMPLATE)
+OF_A_RUN = (*OF_A_MODEL, RUN_FLAGS, METRICS, CURVES, PAGE, SAMPLES)
 
 
 def check_free(out: Path, overwrite: bool = False) -> None:
@@ -38,19 +36,14 @@ def check_free(out: Path, overwrite: bool = False) -> None:
         raise UserError(f"{left[0]} is left of a run: --overwrite it, or give another --out")
     if holds_run(out) or holds_model(out) or left or has_begun(out):
         return
-    for name in ALSO_WRITTEN:
-        if (out / name).exists():
-            raise UserError(
-                f"{out / name} would be written over, and is from no run: move it, or give "
-                "another --out"
-            )
+    _check_names(out, OF_A_RUN)
 
 
 def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
     """UserError if writing a model to the folder or file `out` would lose what is there.
 
     That is one of the `sources`, also by a link, a training run, or, unless `overwrite`, another
-    model.
+    model, or a file of the user's that is called like one of a model's.
     """
     try:
         # Only files are written, so an OpenAI folder may lie inside of `out`.
@@ -76,3 +69,15 @@ def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
         raise UserError(f"{out} is where a training run has begun: choose another --out")
     if holds_model(out) and not overwrite:
         raise UserError(f"{out} holds a model: --overwrite it, or give another --out")
+    if not overwrite:
+        _check_names(out, OF_A_MODEL)
+
+
+def _check_names(out: Path, names: Iterable[str]) -> None:
+    """UserError if a folder without a model or a run has a file of one of these names."""
+    for name in names:
+        if (out / name).exists():
+            raise UserError(
+                f"{out / name} would be written over, and is from no run or model of ours: move "
+                "it, or give another --out"
+            )

@@ -10,21 +10,30 @@ import pytest
 from training import SMALL
 
 from micrograd_gpt.runs.config_file import HEADING
-from micrograd_gpt.runs.folders import ALSO_WRITTEN, check_free, check_target
+from micrograd_gpt.runs.folders import OF_A_MODEL, OF_A_RUN, check_free, check_target
 from micrograd_gpt.runs.lock import LOCK, OwnFolder, only_writer
 from micrograd_gpt.support.errors import UserError
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("name", ALSO_WRITTEN)
+@pytest.mark.parametrize("name", OF_A_RUN)
 def test_a_user_s_file_is_not_written_over(tmp_path: Path, name: str, overwrite: bool) -> None:
     (tmp_path / "notes.txt").touch()
     check_free(tmp_path, overwrite)
     (tmp_path / name).write_text("# mine")
-    with pytest.raises(UserError, match=f"{name} would be written over, and is from no run: move"):
+    with pytest.raises(UserError, match=f"{name} would be written over, and is from no run"):
         check_free(tmp_path, overwrite)
     (tmp_path / "settings.toml").write_text(HEADING)  # a run was killed before its first checkpoint
     check_free(tmp_path, overwrite)
+
+
+@pytest.mark.parametrize("name", OF_A_MODEL)
+def test_a_model_is_not_written_over_a_user_s_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} would be written over"):
+        check_target(tmp_path, [], overwrite=False)
+    check_target(tmp_path, [], overwrite=True)
+    check_target(tmp_path / name, [], overwrite=False)  # a file, such as model.gguf
 
 
 def test_the_data_of_a_run_is_still_there_after_it(
