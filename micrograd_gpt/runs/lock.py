@@ -64,8 +64,8 @@ class OwnFolder:
         """UserError where another run has come to be in the place of this one's folder."""
         if (writer := _writer_of(self.path)) == self._writer:
             return
-        if not self.path.exists():  # nor will what comes there next be what it was
-            self._was = None
+        if not self.path.exists() or not any(self.path.iterdir()):
+            self._was = None  # what comes there next is this run's, though it is not what it was
         elif writer or (self._was and not os.path.samestat(self._was, self.path.stat())):
             raise UserError(
                 f"{self.path} has become another training's, as it was moved or its {LOCK} "
