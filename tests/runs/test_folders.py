@@ -91,10 +91,22 @@ def test_a_folder_whose_name_another_run_had_meanwhile(tmp_path: Path) -> None:
         own = OwnFolder(out)
         out.rename(tmp_path / "moved")
         out.mkdir()
+        (out / "model.safetensors").touch()
         with pytest.raises(
             UserError, match="out has become another training's, as it was moved or"
         ):
             own.check()
+
+
+def test_a_folder_that_was_emptied_is_written_anew(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with only_writer(out):
+        own = OwnFolder(out)
+        out.rename(tmp_path / "moved")
+        out.mkdir()
+        own.check()
+        (out / "model.safetensors").touch()  # the run saves
+        own.check()
 
 
 def test_a_lock_that_somebody_removed_stops_no_run(tmp_path: Path) -> None:
