@@ -6,6 +6,7 @@ ids follow, then zeros. nanoGPT's files have no such header: they are ids from t
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ class Shards:
     """Several arrays of ids (memory maps) used like one array of shape (N,), without joining them.
 
     An index is a slice, or an array of positions of any shape; the ids there come as an array.
+    UserError where a file has been cut short since.
     """
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
@@ -43,6 +45,7 @@ class Shards:
         found = np.empty(index.shape, TOKEN)
         which = np.searchsorted(self._starts, index, side="right") - 1
         for part in np.unique(which):
+            _check_length(self.parts[part])
             here = which == part
             found[here] = self.parts[part][index[here] - self._starts[part]]
         return found
@@ -53,6 +56,19 @@ class Shards:
         pairs = list(zip(self.parts, cuts.tolist(), strict=True))
         return Shards([part[:cut] for part, cut in pairs]), Shards(
             [part[cut:] for part, cut in pairs]
+        )
+
+
+def _check_length(ids: np.ndarray) -> None:
+    """UserError if the file under a memory map is shorter now, as where it is being made again:
+    whoever reads beyond its end is killed by the system (SIGBUS).
+    """
+    name, base = "", ids
+    while isinstance(base, np.ndarray):
+        name, base = getattr(base, "filename", name), base.base  # type: ignore[assignment]
+    if isinstance(base, mmap.mmap) and base.size() < len(base):
+        raise UserError(
+            f"{name} was cut short while it was in use: --resume once it is whole again"
         )
 
 

@@ -311,3 +311,14 @@ def test_the_small_set_of_llm_c(tmp_path: Path) -> None:
     write_shard(tmp_path / "fineweb_train_000001.bin", [np.arange(300)])
     with pytest.raises(UserError, match=r"several data sets \(fineweb, tiny_shakespeare\)"):
         load_corpus(tmp_path, "gpt2", cache_folder=tmp_path / "cache")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps a file that is mapped as it is")
+def test_a_shard_that_is_cut_short_while_it_is_in_use_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.bin"
+    IDS.tofile(path)  # less than a page: the system would read zeros where the ids were
+    ids = Shards([open_shard(path, headerless=True)]).split(500)[1]
+    np.testing.assert_array_equal(ids[np.array([0])], IDS[500:501])
+    os.truncate(path, 10)  # as by another run of what made it
+    with pytest.raises(UserError, match=r"train\.bin was cut short while it was in use"):
+        ids[np.array([0])]
