@@ -26,7 +26,7 @@ from micrograd_gpt.text.documents import BY_NAME, holds_records
 from micrograd_gpt.text.records import RECORD_SUFFIXES
 from micrograd_gpt.text.tokenizers import NAMES
 from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, size_name
-from micrograd_gpt.weights.formats import STATE
+from micrograd_gpt.weights.formats import RUN_FLAGS, STATE
 from micrograd_gpt.weights.names import config_named
 
 SHAPES: dict[str, dict[str, int]] = {"tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128}, **SIZES}
@@ -366,7 +366,29 @@ def resumed_settings(
                 f"the run in {out} has {row.flag} {settings[name]}, not {value}: leave the flag "
                 f"out to resume, {choice}or start another run with --{anew} {out}"
             )
+    note_edits(out, settings, flags, table)
     return settings | flags | {"out": str(out)}
+
+
+def note_edits(
+    out: Path, settings: dict[str, Any], flags: dict[str, Any], table: dict[str, Setting]
+) -> None:
+    """Say so where the settings.toml of a resumed run, which is not read, was edited."""
+    if not config_file.has_begun(out):
+        return
+    path = out / RUN_FLAGS
+    try:
+        in_file = config_file.read_config_file(path, table)
+    except UserError as error:
+        cli.say(f"note: {error}; --resume does without it")
+        return
+    known = [(settings | {"out": in_file.get("out")}), flags]  # the folder may have been moved
+    edited = [n for n, value in in_file.items() if value not in [k.get(n) for k in known]]
+    if edited:
+        cli.say(
+            f"note: {path} says something else of {', '.join(edited)} than the run, by which "
+            "--resume goes: give changes as flags"
+        )
 
 
 def saved_settings(out: Path, table: dict[str, Setting] = SETTINGS) -> dict[str, Any]:

@@ -556,3 +556,25 @@ def test_a_run_goes_on_where_its_folder_is_part_of_its_data(
         assert train_gpt2.main(flags) == 0
     for out in (data / "out", data):
         assert train_gpt2.main(["--resume", "--out", str(out), "--max-steps", "2"]) == 0
+
+
+def test_settings_that_were_edited_are_not_ignored_in_silence(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, moved = tmp_path / "out", str(tmp_path / "moved")
+    flags = ["--data", str(text), *SMALL, "--max-steps", "1", "--out", str(out)]
+    assert train_gpt2.main(flags) == 0
+    out.rename(moved)
+    capsys.readouterr()
+    assert train_gpt2.main(["--resume", "--out", moved, "--max-steps", "2"]) == 0
+    assert "note" not in capsys.readouterr().err
+    file = tmp_path / "moved" / "settings.toml"
+    for old, new, said in (
+        ("seed = 1337", "seed = 7", f"note: {file} says something else of seed than the run"),
+        ("seed = 1337", "sead = 7", f"note: {file}: there is no flag 'sead'"),
+    ):
+        file.write_text(file.read_text().replace(old, new))
+        with pytest.raises(UserError, match="is complete at step 2"):
+            train_gpt2.main(["--resume", "--out", moved])
+        assert said in capsys.readouterr().err
+        file.write_text(file.read_text().replace(new, old))
