@@ -76,7 +76,7 @@ def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
 def _check_names(out: Path, names: Iterable[str]) -> None:
     """UserError if a folder without a model or a run has a file of one of these names."""
     for name in names:
-        if (out / name).exists():
+        if (out / name).is_file():
             raise UserError(
                 f"{out / name} would be written over, and is from no run or model of ours: move "
                 "it, or give another --out"
