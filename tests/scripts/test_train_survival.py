@@ -262,8 +262,8 @@ def test_a_place_that_cannot_be_written(text: Path) -> None:
     assert result.stderr.startswith(f"error: cannot write {text}")
 
 
-def test_a_plan_writes_nothing(text: Path, tmp_path: Path) -> None:
-    os.chdir(tmp_path)
+def test_a_plan_writes_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     result = run("--data", text, *SMALL, "--plan", "--rate", 0.5, "--devices", 2)
     assert result.returncode == 0, result.stderr
     assert "peak memory" in result.stdout and "0.5 TFLOP/s given, 2 devices" in result.stdout
