@@ -53,3 +53,10 @@ def test_an_empty_name_is_not_the_current_folder(
     with pytest.raises(UserError, match="the name of the folder is empty"):
         model.save_pretrained("")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_of_numpys_numbers_is_saved_as_any_other(tmp_path: Path) -> None:
+    numbers = {name: np.int64(4) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    config = GPT2Config(**numbers, n_positions=8, resid_pdrop=np.float32(0.5))  # type: ignore[arg-type]
+    GPT2(config).save_pretrained(tmp_path)
+    assert GPT2.from_pretrained(tmp_path).config == config == GPT2Config(4, 4, 4, 4, 8, 0, 0, 0.5)
