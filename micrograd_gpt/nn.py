@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -36,7 +37,7 @@ class Draws:
         self.reseed(*seed)
 
     def reseed(self, *seed: int) -> None:
-        self.latest: Key = (*seed, 0)
+        self.latest: Key = (*map(operator.index, seed), 0)
 
     def next_key(self) -> Key:
         self.latest = (*self.latest[:-1], self.latest[-1] + 1)
@@ -62,6 +63,10 @@ class Module:
     forward: Callable[..., Any]
     _training = True  # as train() and eval() set it; dropout is on while `training`
     training = property(lambda self: self._training and not no_dropout.inside.get())
+
+    def __init_subclass__(cls) -> None:
+        if "forward" in vars(cls) and "__call__" not in vars(cls):  # not the parent's __call__
+            cls.__call__ = Module.__call__  # type: ignore[method-assign]
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         return self.forward(*inputs, **options)  # a module may define either, as in PyTorch

@@ -116,11 +116,6 @@ class Tensor(Habits):
     T = property(lambda self: self.transpose())
     device = property(lambda self: "cpu" if isinstance(self.data, np.ndarray) else "gpu")
 
-    def numpy(self) -> np.ndarray:
-        """The data as a NumPy array: itself on the CPU, a copy from the GPU."""
-        data = self.to("cpu").data
-        return data if type(data) is np.ndarray else data[...]  # the numbers of an int8 matrix
-
     def detach(self) -> Tensor:
         """The same data, off the tape."""
         return Tensor(self)

@@ -522,3 +522,38 @@ def test_a_config_has_the_settings_it_has() -> None:
         config.block_size = 64  # type: ignore[attr-defined]
     config.n_layer = np.int64(3)  # type: ignore[assignment]
     assert type(config.n_layer) is int and config == GPT2Config(n_layer=3)
+
+
+def test_a_subclass_that_defines_forward_is_called_by_it() -> None:
+    """Also where the layer that it is made of defines __call__, as those of nn.py do."""
+
+    class Twice(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().__call__(x) * 2
+
+    class Louder(Twice):
+        def __call__(self, x: Any) -> Tensor:
+            return super().__call__(x) * 10
+
+    class Cold(GPT2):
+        def forward(self, ids: Any, cache: Any = None, last_only: bool = False) -> Tensor:
+            return super().__call__(ids, cache, last_only) * -1
+
+    x, init = np.ones((1, 2), np.float32), partial(nn.normal, 0)
+    plain = nn.Linear(2, 2, init())(x).data
+    np.testing.assert_array_equal(Twice(2, 2, init())(x).data, plain * 2)
+    np.testing.assert_array_equal(Louder(2, 2, init())(x).data, plain * 2 * 10)
+    config, ids = GPT2Config(1, 1, 4, 5, 8), [[1, 2]]
+    warm, cold = GPT2(config), Cold(config)
+    np.testing.assert_array_equal(cold(ids).data, -warm(ids).data)
+    least = warm(ids).data[0, -1].argmin()
+    for use_cache in (True, False):
+        (row,) = cold.generate(ids, max_new_tokens=1, temperature=0, use_cache=use_cache)
+        assert row[-1] == least
+
+
+def test_names_of_draws_are_whole_numbers() -> None:
+    for seed in (None, "a", 1.5):
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            nn.Draws(seed)  # type: ignore[arg-type]
+    assert nn.Draws(np.int64(3), 4).next_key() == (3, 4, 1)

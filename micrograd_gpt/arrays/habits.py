@@ -56,7 +56,7 @@ class Habits:
     data: Any
     requires_grad: bool
     _node: Any
-    numpy: Callable[[], np.ndarray]
+    to: Callable[[str], Any]
 
     __hash__ = object.__hash__  # as a key a tensor is itself, whatever it holds
 
@@ -73,6 +73,11 @@ class Habits:
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i, _ in enumerate(self.data))  # type: ignore[index]  # TypeError if 0-d
+
+    def numpy(self) -> np.ndarray:
+        """The data as a NumPy array: itself on the CPU, a copy from the GPU."""
+        data = self.to("cpu").data
+        return data if type(data) is np.ndarray else data[...]  # the numbers of an int8 matrix
 
     def item(self) -> float:
         """The number in a tensor of one element; ValueError where there are more."""

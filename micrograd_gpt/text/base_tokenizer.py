@@ -70,6 +70,8 @@ class Tokenizer(ABC):
         Raises UserError for a character that the vocabulary cannot express, and for a lone
         surrogate, which is what Python makes of a byte that was not UTF-8.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"encode takes a text, a str, not a {type(text).__name__}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
