@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from micrograd_gpt.tensor import Tensor
 
@@ -23,7 +25,7 @@ def check_config(values: Mapping[str, Any]) -> None:
     _check_counts({key: values[key] for key in counts})
     check_dropout(**{key: values[key] for key in DROPOUTS})
     value = values[EPSILON]
-    if not _is_number(value) or not 0 < value < math.inf:
+    if not _is_finite(value) or value <= 0:
         raise ValueError(f"{EPSILON} must be a finite number above 0, not {value!r}")
     width, heads = values["n_embd"], values["n_head"]
     if width % heads:
@@ -66,7 +68,7 @@ def check_trainable(parameters: Any) -> list[Tensor]:
 def check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
     """ValueError for numbers with which AdamW would not go downhill."""
     for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
-        if not _is_number(value) or not 0 <= value < math.inf:
+        if not _is_finite(value) or value < 0:
             raise ValueError(f"AdamW: {name} must be a finite number from 0, not {value!r}")
     pair = tuple(betas) if isinstance(betas, tuple | list) else ()
     if len(pair) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in pair):
@@ -105,6 +107,11 @@ def _check_counts(counts: Mapping[str, Any]) -> None:
     for name, value in counts.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    value = value.item() if isinstance(value, np.number) else value
+    return _is_number(value) and abs(value) <= sys.float_info.max
 
 
 def _is_number(value: Any) -> bool:
