@@ -297,7 +297,7 @@ class Tensor(Habits):
 def where(condition: Any, a: Any, b: Any) -> Tensor:
     """`a` where `condition` (array or tensor of booleans) is true, else `b`; one is a tensor."""
     a, b = operands("where", a, b)
-    mask = np.array(condition.data if isinstance(condition, Tensor) else condition, like=a.data)
+    mask = np.array(Tensor(condition).data, like=a.data)
     y = np.where(mask, a.data, b.data)
     return record("where", y, [a, b], lambda g: (np.where(mask, g, 0), np.where(mask, 0, g)))
 
@@ -407,10 +407,11 @@ def operands(name: str, a: Any, b: Any, broadcast: bool = True) -> tuple[Tensor,
 def as_tensor(value: Any, like: Any = None) -> Tensor:
     """`value` as a tensor on the device of `like`. A number gets its dtype too, but float32 where
     that is half precision, or integer and the number is not."""
-    if hasattr(value, "dtype") and not isinstance(value, np.number):
+    if hasattr(value, "dtype") and not isinstance(value, np.integer | np.floating):
         return value if isinstance(value, Tensor) else Tensor(value)
     if not isinstance(value, int | float | np.number) or not isinstance(like, Tensor):
-        raise TypeError(f"{value!r:.50} is no tensor or array, nor a number beside a tensor")
+        what = "is no tensor or array, nor a number beside a tensor: Tensor() makes one of a list"
+        raise TypeError(f"{value!r:.50} {what}")
     kinds = "fiu" if isinstance(value, int | np.integer) else "f"
     fits = like.dtype.kind in kinds and like.dtype != np.float16
     return Tensor(np.asarray(value, like.dtype if fits else np.float32, like=like.data))

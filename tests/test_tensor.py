@@ -1080,3 +1080,24 @@ def test_a_cast_says_that_it_is_one() -> None:
     assert repr(cast).endswith("made by astype)")
     with pytest.raises(ValueError, match="parameter 0 is the result of 'astype', not a leaf"):
         optim.AdamW([cast])
+
+
+def test_a_condition_is_truth_values_or_numbers() -> None:
+    x = Tensor([1.0, 2.0], requires_grad=True)
+    for condition in (None, "mask", object()):
+        with pytest.raises(TypeError, match="a tensor holds numbers, not"):
+            where(condition, x, 0.0)
+    for mask in ([True, False], np.array([2, 0]), Tensor([1.0, 0.0]), (1, 0), [True]):
+        assert where(mask, x, 0.0).data.tolist() in ([1, 0], [1, 2])
+
+
+def test_a_complex_number_is_refused_not_cut() -> None:
+    x = Tensor([1.0, 2.0])
+    for number in (1j, np.complex64(1 + 2j), np.complex128(1)):
+        for operation in (operator.mul, operator.add, operator.eq):
+            with pytest.raises(TypeError, match="number"):
+                operation(x, number)
+    with pytest.raises(
+        TypeError, match=r"\[1, 2\] is no tensor .*: Tensor\(\) makes one of a list"
+    ):
+        x + [1, 2]
