@@ -60,8 +60,7 @@ def check_trainable(parameters: Any) -> list[Tensor]:
                 f"AdamW: parameter {i} is the result of {p.made_by()!r}, not a leaf: it has no "
                 "gradient of its own"
             )
-    if len(set(map(id, parameters))) < len(parameters):
-        raise ValueError("AdamW: a parameter is there twice: give each once")
+    _check_each_once("AdamW", parameters)
     return parameters
 
 
@@ -85,11 +84,13 @@ def check_update(i: int, p: Tensor, m: Any, v: Any) -> None:
 
 
 def check_clipping(parameters: Any, max_norm: Any) -> list[Tensor]:
-    """The parameters as a list. TypeError for what are no tensors; ValueError for a norm that would
-    turn gradients around, or make them NaN."""
+    """The parameters as a list. TypeError for what are no tensors; ValueError where one is there
+    twice, and for a norm that would turn gradients around, or make them NaN."""
     if not _is_number(max_norm) or not max_norm >= 0:
         raise ValueError(f"clip_grad_norm: max_norm must be a number from 0, not {max_norm!r}")
-    return _check_tensors("clip_grad_norm", parameters)
+    parameters = _check_tensors("clip_grad_norm", parameters)
+    _check_each_once("clip_grad_norm", parameters)
+    return parameters
 
 
 def _check_tensors(name: str, parameters: Any) -> list[Tensor]:
@@ -101,6 +102,11 @@ def _check_tensors(name: str, parameters: Any) -> list[Tensor]:
         if not isinstance(p, Tensor):
             raise TypeError(f"{what}, not a list of {type(p).__name__}")
     return parameters
+
+
+def _check_each_once(name: str, parameters: list[Tensor]) -> None:
+    if len(set(map(id, parameters))) < len(parameters):
+        raise ValueError(f"{name}: a parameter is there twice: give each once")
 
 
 def _check_counts(counts: Mapping[str, Any]) -> None:

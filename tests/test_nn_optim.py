@@ -452,6 +452,8 @@ def test_what_gradients_cannot_be_clipped_by(level: str) -> None:
     for parameters in (layer, layer.weight, layer.named_parameters()):
         with pytest.raises((TypeError, AttributeError), match=r"single|tuple"):
             optim.clip_grad_norm(parameters, 0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a parameter is there twice"):
+        optim.clip_grad_norm([layer.weight, layer.bias, layer.weight], 0.1)
     np.testing.assert_array_equal(layer.weight.grad, before)
 
 

@@ -474,8 +474,10 @@ def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float 
 
 def gradients(parameters: list[Tensor], max_norm: float) -> list[Array]:
     """The gradients that exist; NotForMe where there are none, or some that cannot be written, and
-    for a norm below 0 or NaN."""
+    for what the definition refuses: a parameter that is there twice, a norm below 0 or NaN."""
     if not isinstance(parameters, list | tuple):  # what can be gone through only once
+        raise NotForMe
+    if len(set(map(id, parameters))) < len(parameters):
         raise NotForMe
     if not isinstance(max_norm, int | float) or not max_norm >= 0:
         raise NotForMe
