@@ -1,4 +1,4 @@
-"""What a model and an optimizer cannot be made of, each said in one line."""
+"""What a layer, a model and an optimizer cannot be made of, each said in one line."""
 
 from __future__ import annotations
 
