@@ -64,6 +64,7 @@ class PerplexityTask(ScoredTask):
             compared.
         width: tokens of a window.
         limit: how many windows to score, from the first; None: all.
+        special_tokens: whether `<|endoftext|>` in a text is the token.
 
     Raises UserError for a text of fewer than two tokens, and what `sliding_windows` raises.
     """
@@ -78,8 +79,9 @@ class PerplexityTask(ScoredTask):
         width: int,
         stride: int,
         limit: int | None = None,
+        special_tokens: bool = False,
     ) -> None:
-        self.ids = encode_documents(documents, tokenizer)  # (N,)
+        self.ids = encode_documents(documents, tokenizer, special_tokens)  # (N,)
         if len(self.ids) < 2:
             raise UserError("the text has a single token, and the first is not scored: give more")
         self.windows = sliding_windows(len(self.ids), width, stride)[:limit]

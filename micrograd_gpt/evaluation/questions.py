@@ -44,12 +44,12 @@ class Question(NamedTuple):
     place: str
 
 
-def read_questions(path: str | Path) -> list[Question]:
+def read_questions(path: str | Path, encoding: str = "utf-8") -> list[Question]:
     """The questions of a .jsonl file, one a line, or of a .json file, which holds a list of them.
 
     Raises UserError, naming the place, for an object that is none.
     """
-    objects = list(read_objects(path))
+    objects = list(read_objects(path, encoding))
     for place, fields in objects:
         if taken := [name for name in OF_ANSWERS if name in fields]:
             raise UserError(
@@ -57,7 +57,7 @@ def read_questions(path: str | Path) -> list[Question]:
                 "name ('output' for the right answer)"
             )
     if any("messages" in fields for _, fields in objects):
-        conversations = read_conversations(path)
+        conversations = read_conversations(path, encoding)
         return [
             Question(conversation, conversation[-1].output, fields, place)
             for conversation, (place, fields) in zip(conversations, objects, strict=True)
@@ -72,9 +72,8 @@ def _question(fields: Row, place: str) -> Question:
             f"{place}: a question has either a prompt, or an instruction, or messages; this one "
             f"has {', '.join(fields) or 'no fields'}"
         )
-    asked, input, expected = (
-        text_field(fields, name, place, "") for name in (names[0], "input", "output")
-    )
+    asked = text_field(fields, names[0], place)
+    input, expected = (text_field(fields, name, place, "") for name in ("input", "output"))
     if names == ["prompt"]:
         return Question(asked, expected, fields, place)
     return Question([Turn(asked, expected, input)], expected, fields, place)
@@ -119,6 +118,10 @@ class GenerationTask(Task):
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    def check(self, model: GPT2) -> None:
+        longest = model.config.n_positions
+        self.tell_cut(sum(len(prompt) > longest for prompt in self.prompts), "prompt", longest)
 
     def batches(self, model: GPT2, items: Sequence[int], batch_size: int | None) -> Iterator[Batch]:
         prompts = [self.prompts[item] for item in items]

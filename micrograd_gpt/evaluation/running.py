@@ -18,6 +18,7 @@ from micrograd_gpt.evaluation.scoring import (
     score_batch,
 )
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.work import Do, one_by_one
 
 ITEMS_AT_ONCE = 128  # sorted by length together
@@ -33,6 +34,19 @@ class Task(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """How many items there are."""
+
+    def check(self, model: Any) -> None:  # noqa: B027 - most tasks have been checked already
+        """Raise UserError for an item that the model cannot be given, before the first one is, and
+        say how many it can only see the end of.
+        """
+
+    def tell_cut(self, count: int, what: str, longest: int) -> None:
+        """Say on stderr how many of what the model is given have more tokens than its context."""
+        if count:
+            say(
+                f"note: {count:,} of {counted(len(self), what)} have more tokens than the "
+                f"model's context of {longest:,}: it reads only the ends of these"
+            )
 
     @abstractmethod
     def batches(self, model: Any, items: Sequence[int], batch_size: int | None) -> Iterator[Batch]:
@@ -88,6 +102,7 @@ def run(
     """
     from tqdm import tqdm
 
+    task.check(model)
     left = [item for item in range(len(task)) if item not in records.rows]
     done, title = len(task) - len(left), "evaluating"
     with tqdm(

@@ -73,17 +73,22 @@ class Group:
     def __init__(self, index: int, requests: Sequence[Request], n_positions: int) -> None:
         self.index = index
         self.labels = [request.continuation for request in requests]
-        longest = max(map(len, self.labels))
-        if longest > n_positions:
-            raise UserError(
-                f"a continuation of {longest} tokens is longer than the model's context of "
-                f"{n_positions}: shorten it"
-            )
+        check_lengths(requests, n_positions)
         texts = [request.context + request.continuation for request in requests]
         inputs = [text[-(n_positions + 1) : -1] for text in texts]
         same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*inputs, strict=False))
         self.shared = [tokens[0] for tokens in same]  # (P,)
         self.rest = [tokens[len(self.shared) :] for tokens in inputs]  # each (S,)
+
+
+def check_lengths(requests: Sequence[Request], n_positions: int) -> None:
+    """UserError for a continuation longer than n_positions."""
+    longest = max(len(request.continuation) for request in requests)
+    if longest > n_positions:
+        raise UserError(
+            f"a continuation of {longest} tokens is longer than the model's context of "
+            f"{n_positions}: shorten it"
+        )
 
 
 class Rest(NamedTuple):

@@ -73,6 +73,12 @@ def test_the_likeliest_ending_is_the_answer_and_by_length_the_likeliest_per_char
     assert report["accuracy_by_chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_ending_that_was_only_a_heading_can_be_scored() -> None:
+    task = ChoiceTask([Choice("a", ("", "b"), 1)], CHARS)
+    assert task.row(0, of(-3, -2))["answer_by_length"] == 1
+
+
 def test_a_last_word_is_right_if_greedy_decoding_writes_it() -> None:
     task = LastWordTask([LastWord("a", "b")] * 2, CHARS)
     report = task.report([task.row(0, of(-0.5)), task.row(1, of(-2.5))])
@@ -90,6 +96,27 @@ def test_a_model_knows_what_it_would_write() -> None:
     assert run(model, ChoiceTask(items, CHARS), Records(None, {}))["accuracy"] == 1
     task = LastWordTask([LastWord("the", word), LastWord("the", others[0])], CHARS)
     assert run(model, task, Records(None, {}))["accuracy"] == 0.5
+
+
+def test_what_is_too_long_is_said_before_the_first_item(capsys: pytest.CaptureFixture[str]) -> None:
+    model, whole = char_model(), Choice("the", ("fox", "dog"), 0)
+    cut = Choice("the quick brown fox jumps over", ("fox", "dog"), 0, "line 2")
+    items = [whole, cut, whole, Choice("a", ("o" * 40, "b"), 0, "x.jsonl, line 4")]
+    records = Records(None, {})
+    with pytest.raises(UserError, match=r"x.jsonl, line 4: a continuation of 41 tokens is longer"):
+        run(model, ChoiceTask(items, CHARS), records)
+    assert not records.rows
+    assert not capsys.readouterr().err
+    run(model, ChoiceTask(items[:3], CHARS), records)
+    assert "note: 1 of 3 items have more tokens than the model's context of 32" in (
+        capsys.readouterr().err
+    )
+    questions = [Question(text, "", {"prompt": text}, "") for text in ("the", "the fox " * 9)]
+    task = GenerationTask(questions, CHARS, None, Settings(max_new_tokens=1))
+    run(model, task, Records(None, {}))
+    assert "note: 1 of 2 prompts have more tokens than the model's context of 32" in (
+        capsys.readouterr().err
+    )
 
 
 # ---------------------------------------------------------------------------------------- answers

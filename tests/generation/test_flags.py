@@ -110,6 +110,8 @@ def test_a_typed_line_end_in_a_stop_text_is_one() -> None:
     wanted = ["\n", "a\n\nb", "\t", r"\n", r"\end{x}", "\n"]
     assert parse(*(word for text in typed for word in ("--stop", text))).stop_texts == wanted
     assert Choices({}).set("stop", r"Q:\n").stop_texts == ["Q:\n"]
+    with pytest.raises(UserError, match="--stop: must not be empty"):
+        Choices({}).set("stop", "")
 
 
 def test_choices_change_one_flag_at_a_time() -> None:

@@ -105,6 +105,19 @@ def test_settings_that_take_a_word_or_none(talk: Talk) -> None:
         assert setting in err
 
 
+@pytest.mark.parametrize("typed", [r"\n", r'"\n"', r"'\n'"])
+def test_a_line_end_can_be_typed_as_a_stop_text(talk: Talk, typed: str) -> None:
+    _, err = talk(f"/set stop {typed}", "/help")
+    assert r"stop ['\n']" in err
+
+
+def test_the_setting_that_was_meant_is_said(talk: Talk) -> None:
+    _, err = talk("/set temprature 1", "/set length 5", "/set colour red")
+    assert "no such setting: 'temprature': did you mean --temperature?" in err
+    assert "no such setting: 'length': did you mean --max-new-tokens?" in err
+    assert "no such setting: 'colour'; /help lists them" in err
+
+
 def test_a_change_that_contradicts_another_is_not_made(talk: Talk) -> None:
     _, err = talk("/set greedy", "/set temperature 0.5", "/help")
     assert "error: --greedy and --temperature contradict each other" in err

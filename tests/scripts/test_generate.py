@@ -399,7 +399,9 @@ def test_a_special_token_in_a_prompt_is_recognized_on_request(
         (["--max-new-tokens", "0"], "max_new_tokens must be 1"),
         (["--temperature", "1e-320"], "temperature must be 0"),
         (["--repetition-penalty", "1e-320"], "repetition_penalty must be"),
-        (["--stop", ""], "--stop needs a text"),
+        (["--stop", ""], "--stop: must not be empty"),
+        (["--stop", "---"], "--stop: expected one argument .* dash is given as --stop=-"),
+        (["--num-beams", "2", "--length", "5"], "--length: did you mean --max-new-tokens"),
         (["--dtype", "float8"], "invalid choice"),
         (["--dtype", "int8", "--device", "gpu"], "int8 is for the CPU"),
         (["--model", "no/such/folder"], "no/such/folder"),
@@ -439,6 +441,21 @@ def test_a_piped_prompt_that_is_not_utf8(monkeypatch: pytest.MonkeyPatch, char_m
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the \xff")))
     with pytest.raises(UserError, match="byte 0xff at offset 4"):
         generate.main(["--model", char_model])
+
+
+def test_piped_prompts_in_another_encoding(
+    monkeypatch: pytest.MonkeyPatch, byte_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", byte_model, "--prompts", "-", "--max-new-tokens", "1", "--encoding"]
+
+    def pipe() -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n")))
+
+    pipe()
+    assert [row["prompt"] for row in run_json(capsys, *flags, "latin-1")] == ["café"]
+    pipe()
+    with pytest.raises(UserError, match="'klingon' is not a text encoding"):
+        generate.main([*flags, "klingon"])
 
 
 def test_closed_streams(monkeypatch: pytest.MonkeyPatch, char_model: str) -> None:
