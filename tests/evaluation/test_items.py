@@ -60,7 +60,7 @@ def test_a_json_file_of_lines_is_read_and_a_table_is_called_one(tmp_path: Path) 
     assert [item.label for item in read_choices(path)] == [0, 1]
     for name in ("items.csv", "items.parquet"):
         path = path.rename(tmp_path / name)
-        with pytest.raises(UserError, match=rf"{name} is a table: make a .jsonl file of it"):
+        with pytest.raises(UserError, match=rf"{name} is a table: convert it to .jsonl"):
             read_choices(path)
 
 
