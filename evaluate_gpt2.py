@@ -88,11 +88,12 @@ def way_back(given: argparse.Namespace) -> str:
 def perplexity(given: argparse.Namespace, ranks: Ranks) -> Result:
     """How well a model predicts a text."""
     from micrograd_gpt.evaluation.detokenize import DETOKENIZERS
-    from micrograd_gpt.evaluation.perplexity import PerplexityTask, window_size
+    from micrograd_gpt.evaluation.perplexity import PerplexityTask, check_no_shards, window_size
     from micrograd_gpt.text.decoding import Form
     from micrograd_gpt.text.documents import check_text_field, find_files, load_documents
 
     check_text_field(given.text_field, [given.data])
+    check_no_shards(given.data)
     with ranks.first_on_machine():  # which fetches a text
         files = None if given.data == "pydocs" else find_files(given.data)
     model, tokenizer, _ = load(given, ranks)
@@ -160,6 +161,8 @@ def generate(given: argparse.Namespace, ranks: Ranks) -> Result:
     how = {
         name: getattr(given, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")
     }
+    if given.top_p is not None and given.temperature == 0:
+        raise UserError("--top-p does nothing at temperature 0: give a --temperature above that")
     Settings(**how)  # what is wrong with them is said before a large model is loaded
     questions = read_questions(given.data, given.encoding)
     model, tokenizer, template = load(given, ranks)

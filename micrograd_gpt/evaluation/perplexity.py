@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.corpus import encode_documents
+from micrograd_gpt.text.documents import SUFFIXES
+from micrograd_gpt.text.shard_files import find_shards
 
 
 class Window(NamedTuple):
@@ -127,6 +130,16 @@ class PerplexityTask(ScoredTask):
             "next_token_accuracy": accuracy,
             "next_token_accuracy_stderr": accuracy_error,
         }
+
+
+def check_no_shards(source: str) -> None:
+    """UserError for a source that has no text, but the tokens of one."""
+    is_text = any(path.suffix.lower() in SUFFIXES for path in Path(source).rglob("*"))
+    if not is_text and find_shards(source) is not None:
+        raise UserError(
+            f"{source} holds token shards, whose bytes and words cannot be counted: give the text "
+            "that they were made from"
+        )
 
 
 def window_size(model: GPT2, asked: int | None) -> int:

@@ -200,6 +200,7 @@ def test_generate(tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["generate", "--data", "{text}", "--temperature", "-1"], "temperature must be"),
         (["generate", "--data", "{questions}"], "not tuned on instructions"),
         (["generate", "--data", "{questions}", "--stop", ""], "--stop: must not be empty"),
+        (["generate", "--data", "{text}", "--top-p", "0.5"], "--top-p does nothing at temp"),
         (["generate", "--data", "{null}"], "line 1: 'prompt' is to be a text, not null"),
         (["perplexity", "--data", "{text}", "--text-field", "x"], "is for records .* holds none"),
         (["classify", "--data", "{table}"], "is a language model, not a classifier"),
@@ -265,6 +266,16 @@ def test_a_model_s_folder_takes_no_records(model: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^{model} holds a model: choose another --out"):
         evaluate.main(["last-word", "--model", model, "--data", words, "--out", model])
     assert sorted(Path(model).iterdir()) == before
+
+
+def test_token_shards_are_no_text(model: str, tmp_path: Path) -> None:
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes(bytes(range(256)))
+    for data in (tmp_path, tmp_path / "val.bin"):
+        with pytest.raises(UserError, match=f"^{data} holds token shards, .*: give the text that"):
+            evaluate.main(["perplexity", "--model", model, "--data", str(data)])
+    (tmp_path / "input.txt").write_text(TEXT)  # as nanoGPT has it beside its shards
+    assert evaluate.main(["perplexity", "--model", model, "--data", str(tmp_path)]) == 0
 
 
 def test_an_empty_file_has_nothing_to_evaluate(model: str, tmp_path: Path) -> None:
