@@ -19,6 +19,7 @@ from micrograd_gpt.evaluation.scoring import (
 )
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.cli import counted, say
+from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.work import Do, one_by_one
 
 ITEMS_AT_ONCE = 128  # sorted by length together
@@ -114,6 +115,11 @@ def run(
             for item, row in rows:
                 records.add({"item": item, **row})
                 bar.update()
-    report = task.report([records.rows[item] for item in range(len(task))])
+    try:
+        report = task.report([records.rows[item] for item in range(len(task))])
+    except (LookupError, TypeError) as error:
+        if not done:
+            raise
+        raise UserError(f"the items in --out are damaged ({error!r}): choose another") from error
     records.finish(report)
     return report

@@ -62,6 +62,13 @@ def test_the_error_of_an_average_over_clusters_is_how_far_it_varies() -> None:
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
 
 
+def test_a_kept_row_without_its_fields_is_said(tmp_path: Path) -> None:
+    records = Records(tmp_path, {})
+    records.add({"item": 0, "lebel": 0})
+    with pytest.raises(UserError, match=r"the items in --out are damaged \(KeyError"):
+        run(char_model(), ChoiceTask([Choice("a", ("b", "c"), 0)], CHARS), records)
+
+
 def test_the_likeliest_ending_is_the_answer_and_by_length_the_likeliest_per_character() -> None:
     items = [Choice("a", ("xx", "yyyyyyyy"), 1), Choice("a", ("x", "y", "z"), 0)]
     task = ChoiceTask(items, CHARS)
