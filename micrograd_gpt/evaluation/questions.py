@@ -29,7 +29,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.json_objects import read_objects
 from micrograd_gpt.text.template import Template
-from micrograd_gpt.tuning.conversations import Conversation, Turn, read_conversations
+from micrograd_gpt.tuning.conversations import Conversation, Turn, turns_of
 from micrograd_gpt.tuning.instructions import encode
 
 OF_ANSWERS = ("item", "answer", "stopped", "right")  # the fields that an answer's row adds
@@ -56,22 +56,19 @@ def read_questions(path: str | Path, encoding: str = "utf-8") -> list[Question]:
                 f"{place}: {taken[0]!r} is what a field of the answers is called: give it another "
                 "name ('output' for the right answer)"
             )
-    if any("messages" in fields for _, fields in objects):
-        conversations = read_conversations(path, encoding)
-        return [
-            Question(conversation, conversation[-1].output, fields, place)
-            for conversation, (place, fields) in zip(conversations, objects, strict=True)
-        ]
     return [_question(fields, place) for place, fields in objects]
 
 
 def _question(fields: Row, place: str) -> Question:
-    names = [name for name in ("prompt", "instruction") if name in fields]
+    names = [name for name in ("prompt", "instruction", "messages") if name in fields]
     if len(names) != 1:
         raise UserError(
             f"{place}: a question has either a prompt, or an instruction, or messages; this one "
             f"has {', '.join(fields) or 'no fields'}"
         )
+    if names == ["messages"]:
+        conversation = turns_of(fields["messages"], place)
+        return Question(conversation, conversation[-1].output, fields, place)
     asked = text_field(fields, names[0], place)
     input, expected = (text_field(fields, name, place, "") for name in ("input", "output"))
     if names == ["prompt"]:

@@ -187,9 +187,10 @@ def test_questions_as_prompts_as_instructions_and_as_conversations(tmp_path: Pat
         {"role": "user", "content": "three"},
         {"role": "assistant", "content": "four"},
     ]
-    path.write_text(json.dumps({"messages": said}))
+    path.write_text(json.dumps({"messages": said}) + "\n" + json.dumps({"prompt": "five"}))
     task = GenerationTask(read_questions(path), tokenizer, template, settings)
     assert tokenizer.decode(task.prompts[0]) == "one:=two<|endoftext|>three:="
+    assert tokenizer.decode(task.prompts[1]) == "five"
     assert task.questions[0].expected == "four"
 
 
@@ -212,6 +213,8 @@ def test_exact_match_is_over_those_that_have_an_answer() -> None:
     [
         ({"text": "a"}, "line 1: a question has either .* this one has text"),
         ({"prompt": "a", "instruction": "b"}, "line 1: a question has either"),
+        ({"messages": [], "instruction": "b"}, "line 1: a question has either"),
+        ({"messages": []}, "line 1: the roles are none"),
         ({"prompt": 3}, "line 1: 'prompt' is to be a text, not 3"),
         ({"prompt": "a", "answer": "b"}, "line 1: 'answer' is what a field of the answers is"),
         ({"messages": [], "item": 3}, "line 1: 'item' is what a field of the answers is"),
