@@ -179,8 +179,14 @@ class Choices:
         return replace(self, given={key: v for key, v in self.given.items() if key != name})
 
     def __str__(self) -> str:
-        """Every flag that is not off, with its value."""
-        values = {name: s.default for name, s in SETTINGS.items() if not s.metadata["switch"]}
-        values |= {name: default for name, (default, _) in self.defaults.items()}
-        in_use = {name: v for name, v in (values | dict(self.given)).items() if v is not None}
+        """Every flag that is not off, with the value that it has beside the others: with --greedy
+        the temperature is 0.
+        """
+        settings = self.settings()
+        in_use = {
+            name: value
+            for name, setting in SETTINGS.items()
+            if not setting.metadata["switch"] and (value := getattr(settings, name)) is not None
+        }
+        in_use |= {name: value for name, value in self.given.items() if name not in in_use}
         return ", ".join(f"{name.replace('_', '-')} {as_typed(v)}" for name, v in in_use.items())

@@ -132,7 +132,7 @@ def test_choices_are_listed_as_they_are_typed() -> None:
         parse("--num-beams", "2", "--early-stopping", "never", "--stop", "o j", "--top-p", "1")
     )
     for part in (
-        "temperature 0.8",
+        "temperature 1.0",  # the default for drawing does not hold here
         "num-beams 2",
         "early-stopping never",
         "stop ['o j']",
@@ -141,4 +141,5 @@ def test_choices_are_listed_as_they_are_typed() -> None:
         assert part in text
     for name in ("greedy", "min-p", "ignore-eos", "no-kv-cache", "speculate"):
         assert name not in text
-    assert "early-stopping false" in str(parse()) and "greedy true" in str(parse("--greedy"))
+    assert "early-stopping false" in str(parse()) and "temperature 0.8" in str(parse())
+    assert "temperature 0.0" in str(parse("--greedy")) and "greedy true" in str(parse("--greedy"))

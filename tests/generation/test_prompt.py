@@ -121,7 +121,12 @@ def test_the_setting_that_was_meant_is_said(talk: Talk) -> None:
 def test_a_change_that_contradicts_another_is_not_made(talk: Talk) -> None:
     _, err = talk("/set greedy", "/set temperature 0.5", "/help")
     assert "error: --greedy and --temperature contradict each other" in err
-    assert "temperature 0.8" in err and "greedy true" in err
+    assert "temperature 0.0" in err and "greedy true" in err
+
+
+def test_help_says_what_holds_in_a_beam_search(talk: Talk) -> None:
+    _, err = talk("/set num-beams 3", "/help")
+    assert "temperature 1.0" in err and "top-k" not in err.partition("settings: ")[2]
 
 
 def test_ctrl_c_stops_a_text_and_not_the_conversation(
