@@ -114,6 +114,7 @@ class PerplexityTask(ScoredTask):
 
         Per byte and per word they are worked out with the bytes and words that a token has on
         average in the whole text; they are None where the tokenizer does not know all of its words.
+        A perplexity that no float can hold is None too.
         """
         counts = [row["tokens"] for row in rows]
         nats, error = ratio_and_error([-row["log_prob"] for row in rows], counts)

@@ -18,7 +18,7 @@ from micrograd_gpt.evaluation.scoring import (
     score_batch,
 )
 from micrograd_gpt.gpt2 import GPT2
-from micrograd_gpt.support.cli import counted, say
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.work import Do, one_by_one
 
@@ -45,7 +45,7 @@ class Task(ABC):
         """Say on stderr how many of what the model is given have more tokens than its context."""
         if count:
             say(
-                f"note: {count:,} of {counted(len(self), what)} have more tokens than the "
+                f"note: {count:,} of {len(self):,} {what}s have more tokens than the "
                 f"model's context of {longest:,}: it reads only the ends of these"
             )
 

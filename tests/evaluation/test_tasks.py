@@ -62,6 +62,14 @@ def test_the_error_of_an_average_over_clusters_is_how_far_it_varies() -> None:
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
 
 
+def test_a_perplexity_is_said_as_it_is_or_not_at_all() -> None:
+    found = LastWordTask([LastWord("a", "b")], CHARS)
+    lines = {nats: found.lines(found.report([found.row(0, of(-nats))])) for nats in (7, 50, 800)}
+    assert "perplexity     1,096.63" in lines[7]
+    assert "perplexity     5.18e+21" in lines[50]
+    assert "perplexity     unknown" in lines[800] and "nats per word  800.0000" in lines[800]
+
+
 def test_a_kept_row_without_its_fields_is_said(tmp_path: Path) -> None:
     records = Records(tmp_path, {})
     records.add({"item": 0, "lebel": 0})
