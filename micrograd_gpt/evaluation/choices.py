@@ -36,13 +36,15 @@ class ItemTask(ScoredTask, Generic[Item]):
         return len(self.items)
 
     def check(self, model: GPT2) -> None:
-        longest, cut = model.config.n_positions, 0
+        longest, too_long, unknown = model.config.n_positions, 0, 0
         for number, item in enumerate(self.items):
             requests = self.requests(number)
             with about(item.place):
                 check_lengths(requests, longest)
-            cut += any(len(r.context) + len(r.continuation) > longest + 1 for r in requests)
-        self.tell_cut(cut, self.unit, longest)
+            texts = [request.context + request.continuation for request in requests]
+            too_long += any(len(ids) > longest + 1 for ids in texts)
+            unknown += any(map(self.tokenizer.count_unknown, texts))
+        self.tell(self.unit, too_long, longest, unknown)
 
 
 class ChoiceTask(ItemTask[Choice]):
@@ -94,7 +96,8 @@ class LastWordTask(ItemTask[LastWord]):
     def row(self, item: int, scores: Sequence[Score]) -> Row:
         (score,) = scores
         word = self.items[item].word
-        return {"word": word, "right": score.is_greedy, "log_prob": score.log_prob}
+        is_known = not self.tokenizer.count_unknown(self.tokenizer.encode(word))
+        return {"word": word, "right": score.is_greedy and is_known, "log_prob": score.log_prob}
 
     def report(self, rows: Sequence[Row]) -> Row:
         accuracy, error = mean_and_error([row["right"] for row in rows])

@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from micrograd_gpt.evaluation.estimates import perplexity, ratio_and_error
 from micrograd_gpt.evaluation.records import Row
 from micrograd_gpt.evaluation.running import ScoredTask
 from micrograd_gpt.evaluation.scoring import Request, Score
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.corpus import encode_documents
@@ -88,7 +87,8 @@ class PerplexityTask(ScoredTask):
         if len(self.ids) < 2:
             raise UserError("the text has a single token, and the first is not scored: give more")
         self.windows = sliding_windows(len(self.ids), width, stride)[:limit]
-        is_whole = tokenizer.unknown is None or not np.any(self.ids == tokenizer.unknown)
+        self.unknown = tokenizer.count_unknown(self.ids)
+        is_whole = not self.unknown
         size = sum(len(text.encode("utf-8")) for text in originals)
         self.bytes_per_token = size / len(self.ids) if is_whole else None
         words = sum(len(text.split()) for text in originals)
@@ -96,6 +96,11 @@ class PerplexityTask(ScoredTask):
 
     def __len__(self) -> int:
         return len(self.windows)
+
+    def check(self, model: GPT2) -> None:
+        if self.unknown:
+            tokens = f"{self.unknown:,} of {len(self.ids):,} tokens"
+            say(f"note: {tokens} are words that the tokenizer does not know, all as one")
 
     def requests(self, item: int) -> list[Request]:
         begin, scored, end = self.windows[item]

@@ -118,7 +118,9 @@ class GenerationTask(Task):
 
     def check(self, model: GPT2) -> None:
         longest = model.config.n_positions
-        self.tell_cut(sum(len(prompt) > longest for prompt in self.prompts), "prompt", longest)
+        too_long = sum(len(prompt) > longest for prompt in self.prompts)
+        unknown = sum(map(bool, map(self.tokenizer.count_unknown, self.prompts)))
+        self.tell("prompt", too_long, longest, unknown)
 
     def batches(self, model: GPT2, items: Sequence[int], batch_size: int | None) -> Iterator[Batch]:
         prompts = [self.prompts[item] for item in items]

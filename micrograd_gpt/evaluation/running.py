@@ -38,16 +38,19 @@ class Task(ABC):
 
     def check(self, model: Any) -> None:  # noqa: B027 - most tasks have been checked already
         """Raise UserError for an item that the model cannot be given, before the first one is, and
-        say how many it can only see the end of.
+        say how many it does not see as they are.
         """
 
-    def tell_cut(self, count: int, what: str, longest: int) -> None:
-        """Say on stderr how many of what the model is given have more tokens than its context."""
-        if count:
-            say(
-                f"note: {count:,} of {len(self):,} {what}s have more tokens than the "
-                f"model's context of {longest:,}: it reads only the ends of these"
-            )
+    def tell(self, what: str, too_long: int, longest: int, unknown: int) -> None:
+        """Say on stderr how many of what the model is given have more tokens than its context of
+        `longest`, or text that the tokenizer does not know.
+        """
+        for count, trouble in (
+            (too_long, f"more tokens than the model's context of {longest:,}: it reads their ends"),
+            (unknown, "words that the tokenizer does not know: the model sees none of these"),
+        ):
+            if count:
+                say(f"note: {count:,} of {len(self):,} {what}s have {trouble}")
 
     @abstractmethod
     def batches(self, model: Any, items: Sequence[int], batch_size: int | None) -> Iterator[Batch]:

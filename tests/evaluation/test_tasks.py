@@ -17,6 +17,7 @@ from micrograd_gpt.evaluation.answers import answers
 from micrograd_gpt.evaluation.choices import ChoiceTask, LastWordTask
 from micrograd_gpt.evaluation.estimates import mean_and_error, ratio_and_error
 from micrograd_gpt.evaluation.items import Choice, LastWord
+from micrograd_gpt.evaluation.perplexity import PerplexityTask
 from micrograd_gpt.evaluation.questions import GenerationTask, Question, read_questions
 from micrograd_gpt.evaluation.records import Records, Row, text_checksum
 from micrograd_gpt.evaluation.running import run
@@ -25,7 +26,7 @@ from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import Template
-from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
 from micrograd_gpt.weights.checksum import weights_checksum
 
 CHARS = CharTokenizer.from_text(TEXT)
@@ -132,6 +133,31 @@ def test_what_is_too_long_is_said_before_the_first_item(capsys: pytest.CaptureFi
     assert "note: 1 of 2 prompts have more tokens than the model's context of 32" in (
         capsys.readouterr().err
     )
+
+
+def test_words_that_the_tokenizer_does_not_know_are_told_and_never_right(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = WordTokenizer.from_text("the fox dog " * 9)
+    model = make_model(vocab_size=tokenizer.vocab_size, n_positions=32).eval()
+    settings = Settings(max_new_tokens=1)
+    for task, said in (
+        (
+            ChoiceTask([Choice("the", ("fox", "zebra"), 0)] * 2, tokenizer),
+            "2 of 2 items have words",
+        ),
+        (LastWordTask([LastWord("the", "zebra")], tokenizer), "1 of 1 items have words that"),
+        (
+            GenerationTask([Question("zebra", "", {}, "")], tokenizer, None, settings),
+            "1 of 1 prompts have words that the tokenizer does not know",
+        ),
+        (PerplexityTask(["the zebra"], ["the zebra"], tokenizer, 8, 4), "1 of 3 tokens are words"),
+    ):
+        capsys.readouterr()
+        run(model, task, Records(None, {}))
+        assert f"note: {said}" in capsys.readouterr().err
+    task = LastWordTask([LastWord("the", "zebra"), LastWord("the", "fox")], tokenizer)
+    assert [task.row(item, of(-0.5))["right"] for item in range(2)] == [False, True]
 
 
 # ---------------------------------------------------------------------------------------- answers

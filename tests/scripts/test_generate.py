@@ -21,7 +21,7 @@ from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import Template, save_template
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
 from micrograd_gpt.tuning.lora import add_lora, lora_layers
 from micrograd_gpt.weights.pretrained import from_pretrained
 from micrograd_gpt.weights.saving import save_pretrained
@@ -468,6 +468,21 @@ def test_closed_streams(monkeypatch: pytest.MonkeyPatch, char_model: str) -> Non
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(UserError, match="stdout is closed"):
         generate.main(["--model", char_model, "--prompt", "the "])
+
+
+def test_words_that_the_model_cannot_see_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_model(tmp_path, WordTokenizer.from_text("the fox " * 9))
+    flags = ["--model", model, "--max-new-tokens", "1"]
+    for prompts, said in (
+        (["the fox"], ""),
+        (["the zebra"], "note: the prompt has words that the tokenizer does not know"),
+        (["the zebra", "the fox"], "note: 1 prompt with words that the tokenizer does not know"),
+    ):
+        generate.main([*flags, *(word for prompt in prompts for word in ("--prompt", prompt))])
+        err = capsys.readouterr().err
+        assert err.startswith(said) if said else err == ""
 
 
 def test_padding_of_the_vocabulary_is_never_generated(
