@@ -129,6 +129,8 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("argument COMMAND: invalid choice"):  # it may be a flag's value
+            message += ": it comes first, before the flags"
         if message.endswith("expected one argument"):  # "argument --stop: expected one argument"
             flag = message.split()[1].removesuffix(":")
             message += f" (one that begins with a dash is given as {flag}=-…)"

@@ -207,6 +207,7 @@ def test_generate(tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["classify", "--data", "{table}", "--limit", "0"], "must be 1 or more"),
         (["perplexity"], "--data"),
         (["guess", "--data", "{text}"], "invalid choice"),
+        (["--data", "{text}", "perplexity"], "COMMAND: .*: it comes first, before the flags"),
     ],
 )
 def test_mistakes_are_named(model: str, tmp_path: Path, argv: list[str], problem: str) -> None:
