@@ -7,8 +7,9 @@
     python evaluate_gpt2.py generate --model tuned --data questions.jsonl --out answers
     mpirun -n 2 python evaluate_gpt2.py …               # the same, shared by two processes
 
-The report goes to stdout, everything else to stderr. A ± is a standard error: how far chance would
-move a figure if other items were drawn. With --out, Ctrl-C loses nothing.
+The report goes to stdout, everything else to stderr; generate without --out has its answers on
+stdout, and the report on stderr. A ± is a standard error: how far chance would move a figure if
+other items were drawn. With --out, Ctrl-C loses nothing.
 """
 
 from __future__ import annotations
