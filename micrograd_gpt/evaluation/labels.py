@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from micrograd_gpt.evaluation.estimates import mean_and_error
-from micrograd_gpt.evaluation.records import Row
+from micrograd_gpt.evaluation.records import PICTURE, Row
 from micrograd_gpt.evaluation.running import Batch, Task
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.tuning.batches import by_length
@@ -67,8 +67,8 @@ class ClassificationTask(Task):
         return lines if error is None else [*lines, f"standard error of the accuracy: {error:.1%}"]
 
     def draw(self, report: Row, folder: Path) -> None:
-        """Draw the confusion matrix of a report, as confusion.png in a folder."""
-        draw_confusion(self.scores(report), folder / "confusion.png")
+        """Draw the confusion matrix of a report, as a picture in a folder."""
+        draw_confusion(self.scores(report), folder / PICTURE)
 
     def scores(self, report: Row) -> Scores:
         """The scores that a report tells of."""

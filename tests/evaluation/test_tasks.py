@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -310,10 +311,13 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="an evaluation with another a, b: choose another --out"):
         evaluate(tmp_path / "a", settings={"a": 2, "b": 3})
     assert (tmp_path / "a/items.jsonl").read_bytes() == before
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/items.jsonl").write_text("mine")
-    with pytest.raises(UserError, match="in the way"):
-        evaluate(tmp_path / "b")
+    for name in ("items.jsonl", "report.json", "confusion.png"):
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / name).write_text("mine")
+        with pytest.raises(UserError, match=f"{name} is in the way: choose another --out"):
+            evaluate(tmp_path / "b")
+        assert (tmp_path / "b" / name).read_text() == "mine"
+        shutil.rmtree(tmp_path / "b")
     (tmp_path / "a/items.jsonl").write_text("not JSON\n")
     with pytest.raises(UserError, match="damaged"):
         evaluate(tmp_path / "a")
