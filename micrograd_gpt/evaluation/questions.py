@@ -22,6 +22,7 @@ from micrograd_gpt.evaluation.estimates import mean_and_error
 from micrograd_gpt.evaluation.items import text_field
 from micrograd_gpt.evaluation.records import Row
 from micrograd_gpt.evaluation.running import Batch, Task
+from micrograd_gpt.generation.context import check_memory
 from micrograd_gpt.generation.output import prompt_ids
 from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
@@ -129,6 +130,8 @@ class GenerationTask(Task):
 
     def _answer(self, model: GPT2, items: list[int]) -> list[tuple[int, Row]]:
         prompts = [self.prompts[item] for item in items]
+        longest = max(map(len, prompts)) + self.settings.max_new_tokens
+        check_memory(model, len(prompts), longest, advice="lower --batch-size")
         how = (self.settings, self.stop_texts, len(items), items)
         found = answers(model, self.tokenizer, prompts, *how)
         return [(items[place], self._row(items[place], answer)) for place, answer in found]

@@ -18,6 +18,7 @@ from micrograd_gpt.evaluation.answers import answers
 from micrograd_gpt.evaluation.choices import ChoiceTask, LastWordTask
 from micrograd_gpt.evaluation.estimates import mean_and_error, ratio_and_error
 from micrograd_gpt.evaluation.items import Choice, LastWord
+from micrograd_gpt.evaluation.labels import ClassificationTask
 from micrograd_gpt.evaluation.perplexity import PerplexityTask
 from micrograd_gpt.evaluation.questions import GenerationTask, Question, read_questions
 from micrograd_gpt.evaluation.records import Records, Row, text_checksum
@@ -28,6 +29,8 @@ from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import Template
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
+from micrograd_gpt.tuning.classifier import GPT2Classifier
+from micrograd_gpt.tuning.labelled import Example
 from micrograd_gpt.weights.checksum import weights_checksum
 
 CHARS = CharTokenizer.from_text(TEXT)
@@ -159,6 +162,24 @@ def test_words_that_the_tokenizer_does_not_know_are_told_and_never_right(
         assert f"note: {said}" in capsys.readouterr().err
     task = LastWordTask([LastWord("the", "zebra"), LastWord("the", "fox")], tokenizer)
     assert [task.row(item, of(-0.5))["right"] for item in range(2)] == [False, True]
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    classifier = GPT2Classifier(char_model(), ["a", "b"])
+    questions = [Question(TEXT[:9], "", {}, "")] * 9
+    texts = [Example(TEXT[:9], "a", "")] * 9
+    monkeypatch.setattr("micrograd_gpt.arrays.memory.available_memory", lambda: 50_000)
+    for model, task in (
+        (char_model(), PerplexityTask([TEXT * 9], [TEXT * 9], CHARS, 32, 16)),
+        (char_model(), ChoiceTask([Choice("the", ("dog", "lazy"), 0)] * 40, CHARS)),
+        (char_model(), GenerationTask(questions, CHARS, None, Settings(max_new_tokens=3))),
+        (classifier, ClassificationTask(texts, classifier, CHARS)),
+    ):
+        with pytest.raises(UserError, match=r"no memory for .* at once: .*: lower --batch-size"):
+            run(model, task, Records(None, {}), batch_size=9)
+        run(model, task, Records(None, {}), batch_size=1)
 
 
 # ---------------------------------------------------------------------------------------- answers
