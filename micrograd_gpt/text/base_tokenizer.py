@@ -89,6 +89,10 @@ class Tokenizer(ABC):
         end = np.array([self.end_of_text], np.int32)
         return np.concatenate([first, *(ids for part in rest for ids in (end, part))])
 
+    def count_unknown(self, ids: Sequence[int] | np.ndarray) -> int:
+        """How many of the ids stand for text that the vocabulary does not have."""
+        return 0 if self.unknown is None else int((np.asarray(ids) == self.unknown).sum())
+
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """Return the bytes of `ids`, integers of shape (T,). They can begin or end mid-character.
 
