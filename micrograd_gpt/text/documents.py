@@ -45,6 +45,9 @@ OWN_FILES = {
     "scores.json",
 }
 
+# What an evaluation's folder holds
+OF_EVALUATION = {"settings.json", "items.jsonl", "report.json"}
+
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
@@ -103,8 +106,8 @@ def find_files(source: str | Path) -> list[Path]:
 
     Those of a folder are all files under it with one of the SUFFIXES, sorted by path, and stderr
     says which others there are. What is hidden (.git/, ._a.txt) is left out, and so are the files
-    of a model or a run (OWN_FILES), so that an --out may lie inside of --data. A link to a folder
-    is followed, but no folder is read twice. Raises UserError if there are none.
+    of a model, a run or an evaluation, so that an --out may lie inside of --data. A link to a
+    folder is followed, but no folder is read twice. Raises UserError if there are none.
     """
     if source == "shakespeare":
         return [_shakespeare()]
@@ -131,6 +134,16 @@ def find_files(source: str | Path) -> list[Path]:
             "file, a folder of text files, or a folder of token shards"
         )
     return [path]
+
+
+def check_text_field(field: str, sources: Sequence[str]) -> None:
+    """UserError for a --text-field where none of the sources holds records that have it."""
+    found = [source for source in sources if source in BY_NAME or os.path.exists(source)]
+    if field != AS_IT_IS.field and found and not any(map(holds_records, found)):
+        raise UserError(
+            f"--text-field {field} is for records ({', '.join(RECORD_SUFFIXES)}), and "
+            f"{' and '.join(found)} holds none by its name: leave it out, or rename the file"
+        )
 
 
 def text_files(source: str | Path) -> list[Path]:
@@ -170,6 +183,8 @@ def _files_under(folder: Path) -> list[Path]:
         shown = [name for name in names if not name.startswith(".")]
         if any(name == "settings.toml" or name.endswith(".safetensors") for name in shown):
             shown = [name for name in shown if name not in OWN_FILES]
+        if {"settings.json", "items.jsonl"} <= {*shown}:
+            shown = [name for name in shown if name not in OF_EVALUATION]
         paths = [Path(place, name) for name in shown]
         for path in paths:
             if path.suffix.lower() in ("", *SUFFIXES) and path.is_symlink() and not path.exists():

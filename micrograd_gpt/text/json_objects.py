@@ -15,6 +15,9 @@ from micrograd_gpt.text.records import json_problem
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a pair, which JSON can have without the other
 
 
+TABLES = (".csv", ".tsv", ".parquet")
+
+
 def read_objects(path: str | Path, encoding: str = "utf-8") -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a file, which holds a list of them or has one a line, whatever its name; each
     with where it stands, as "data.jsonl, line 3".
@@ -22,14 +25,17 @@ def read_objects(path: str | Path, encoding: str = "utf-8") -> Iterator[tuple[st
     Raises UserError for what is something else, for half a character, and for a file without any.
     """
     path = Path(path)
+    if path.suffix.lower() in TABLES:
+        raise UserError(f"{path} is a table: convert it to .jsonl, an object a line")
     text = read_text(path, encoding).removeprefix("\ufeff")
-    if text.lstrip().startswith("["):
-        listed = enumerate(_parsed(text, str(path)), 1)
-        values = [(f"{path}, item {number}", value) for number, value in listed]
-    elif path.suffix.lower() == ".json" and _is_one_value(text):
-        raise UserError(
-            f"{path} holds no list: give a JSON list, or a .jsonl file with an object a line"
-        )
+    is_json = path.suffix.lower() == ".json" and not _is_line_by_line(text)
+    if is_json or text.lstrip().startswith("["):
+        listed = _parsed(text, str(path)) if text.strip() else []
+        if not isinstance(listed, list):
+            raise UserError(
+                f"{path} holds no list: give a JSON list, or a .jsonl file with an object a line"
+            )
+        values = [(f"{path}, item {number}", value) for number, value in enumerate(listed, 1)]
     else:
         lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1)]
         values = [(place, _parsed(line, place)) for place, line in lines if line.strip()]
@@ -43,16 +49,20 @@ def read_objects(path: str | Path, encoding: str = "utf-8") -> Iterator[tuple[st
         yield place, value
 
 
-def _is_one_value(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):  # as in a file with a value a line
-        return False
-    return True
-
-
 def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: this is not JSON ({json_problem(error)}): correct it") from error
+
+
+def _is_line_by_line(text: str) -> bool:
+    """Whether a text is of several objects, each on a line of its own, as its first one is."""
+    first, _, others = text.strip().partition("\n")
+    if not first.startswith("{") or not others.strip():
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
