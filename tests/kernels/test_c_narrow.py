@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import tracemalloc
 from collections.abc import Iterator
 from itertools import product
 
@@ -158,6 +159,20 @@ def test_a_row_depends_in_its_last_bits_alone_on_how_many_are_beside_it(k: int) 
             ours, one = (F.linear_forward(half_x[:i], half_w, None)[0] for i in (n, 1))
             step = np.abs(np.spacing(one)).astype("float32")
             assert (np.abs(ours.astype("float32") - one.astype("float32")) <= sizes + step).all()
+
+
+def test_many_rows_make_no_wide_copy_of_the_weights() -> None:
+    x, wide = integers(17, 512), integers(512, 600)
+    halves, eighths = np.asfortranarray(wide.astype("float16")), int8.quantised(wide, 0)
+    half_x = x.astype("float16")
+    for multiply in (lambda: F.linear_forward(half_x, halves, None), lambda: x @ eighths):
+        tracemalloc.start()
+        try:
+            multiply()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < wide.nbytes / 4
 
 
 def test_what_it_does_not_compute_is_refused() -> None:
