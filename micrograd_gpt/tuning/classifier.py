@@ -174,8 +174,9 @@ def build_classifier(
     hold_in(model, dtype)
     move(model, device)
     arrays = {name: parameter.data for name, parameter in model.named_parameters()}
-    tensors = {**weights.tensors, SCORE: weights.heads[SCORE]}
-    fill(arrays, tensors, weights.path)
+    # Without the head of an untied language model, as the base of an adapter may have one
+    tensors = {name: t for name, t in weights.tensors.items() if name != "lm_head.weight"}
+    fill(arrays, tensors | {SCORE: weights.heads[SCORE]}, weights.path)
     return model.eval()
 
 

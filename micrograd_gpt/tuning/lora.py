@@ -18,6 +18,7 @@ import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from micrograd_gpt.arrays.devices import Array, device_of, move, to_device
 from micrograd_gpt.nn import Draws, Dropout, Linear, Module, Parameter
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Tensor
+from micrograd_gpt.variants import ScaledQueries, scaled_queries
 from micrograd_gpt.weights.adapters import (
     HEAD,
     PREFIX,
@@ -65,10 +67,13 @@ class LoRALinear(Module):
         self.lora_B = Parameter(np.zeros((n_out, rank), dtype).T)
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         self.dropout = Dropout(dropout, draws)
+        # Of a variant that scales its queries: the addition to them is scaled with them
+        self.query_scale = base.scale if isinstance(base, ScaledQueries) else 1.0
 
     def __call__(self, x: Tensor) -> Tensor:
         low = layers.linear(self.dropout(x), self.lora_A) * self.scale  # (…, r)
-        return layers.linear(x, self.weight, self.bias) + layers.linear(low, self.lora_B)
+        y = layers.linear(x, self.weight, self.bias) + layers.linear(low, self.lora_B)
+        return y if self.query_scale == 1 else scaled_queries(y, self.query_scale)
 
 
 def add_lora(
@@ -85,9 +90,12 @@ def add_lora(
     A name is one of LAYERS, or the last part of one: `c_proj` is both of that name. `alpha` is
     twice the rank if left out. A classifier's head is trained in full. From now on the model is
     saved as an adapter, which names `base`, what the model is called, if given. Raises UserError
-    for a layer that there is not, and for a rank above that of a layer's weight.
+    for a layer that there is not, for a rank above that of a layer's weight, and for a model that
+    has additions already; ValueError for a number that is none of its kind.
     """
     check_layer_names(layer_names)
+    check_numbers(rank, alpha, dropout)
+    check_has_none(model)
     linear = named_layers(model, Linear)
     names = [name for name in linear if any(name.endswith(f".{wanted}") for wanted in layer_names)]
     full = min((min(linear[name].weight.shape) for name in names), default=rank)
@@ -99,6 +107,22 @@ def add_lora(
         replace_by_lora(model, name, rank, alpha or 2 * rank, (seed, i), dropout)
     model.adapter = AdapterFiles(base)
     freeze(model)
+
+
+def check_numbers(rank: int, alpha: float | None, dropout: float) -> None:
+    """ValueError unless these are what `add_lora` takes."""
+    if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
+    if alpha is not None and not (isinstance(alpha, Real) and 0 < alpha < math.inf):
+        raise ValueError(f"alpha must be a finite number above 0, not {alpha!r}")
+    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be a probability in [0, 1), not {dropout!r}")
+
+
+def check_has_none(model: Any) -> None:
+    """UserError for a model with additions: there is no room for others."""
+    if getattr(model, "adapter", None) is not None:
+        raise UserError("the model has LoRA's additions already: load it anew to give it others")
 
 
 def check_layer_names(layer_names: Sequence[str]) -> None:
@@ -125,6 +149,17 @@ def check_flags(settings: Namespace) -> None:
             f"first, with load_gpt2.py --from {settings.model} --out FOLDER"
         )
     check_layer_names(told_layers(settings))
+    if not settings.resume and lies_in(settings.model, Path(settings.out)):
+        raise UserError(
+            f"--out {settings.out} would replace {settings.model}, which an adapter needs: give "
+            "another --out"
+        )
+
+
+def lies_in(model: str, folder: Path) -> bool:
+    """Whether a model is the one in a folder, or in a folder below it, as a run's best/ is."""
+    is_local = size_named(model) is None and Path(model).exists()
+    return is_local and Path(model).resolve().is_relative_to(folder.resolve())
 
 
 def told_layers(settings: Namespace) -> list[str]:
@@ -259,8 +294,10 @@ def _target_modules(model: Any, lora: Mapping[str, LoRALinear]) -> list[str]:
 def load_adapter(model: Any, folder: str | Path) -> None:
     """Put the additions of an adapter, ours or PEFT's, into its base model, and freeze the rest.
 
-    Raises UserError, naming the file, where it can't be read or was made for another model.
+    Raises UserError, naming the file, where it can't be read or was made for another model, and for
+    a model that has additions already.
     """
+    check_has_none(model)
     adapter = open_adapter(folder)
     model.adapter = AdapterFiles(adapter.config.get("base_model_name_or_path"))
     parameters = dict(model.named_parameters())

@@ -77,6 +77,23 @@ def test_training_begins_at_the_model_as_it_was(level: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "variant", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}]
+)
+def test_a_variant_s_queries_stay_scaled(variant: dict[str, Any], tmp_path: Path) -> None:
+    """Before training nothing has changed, and what is trained is what is folded in later."""
+    model = make_model(factor=2, **variant)
+    model.save_pretrained(tmp_path / "base")
+    before = logits(model)
+    add_lora(model, rank=3, layer_names=LAYERS, base=str(tmp_path / "base"))
+    np.testing.assert_array_equal(logits(model), before)
+    for i, parameter in enumerate(trained_parameters(model)):
+        parameter.data = np.random.default_rng(i).normal(0, 0.1, parameter.shape).astype("f4")
+    model.save_pretrained(tmp_path / "adapter")
+    assert error(logits(model), before) > 0.01
+    assert error(logits(GPT2.from_pretrained(tmp_path / "adapter")), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize(
     ("layer_names", "expected"),
     [
         (("c_attn",), {"attn.c_attn"}),
@@ -344,6 +361,27 @@ def test_a_damaged_file_is_named(adapter: Path, damage: str) -> None:
 def test_a_layer_that_there_is_not(layer_names: list[str]) -> None:
     with pytest.raises(UserError, match="choose from attn\\.c_attn, attn"):
         add_lora(make_model(), 2, layer_names=layer_names)
+
+
+def test_a_model_takes_additions_once(adapter: Path) -> None:
+    model = with_lora()
+    for again in (lambda: add_lora(model, rank=1), lambda: load_adapter(model, adapter)):
+        with pytest.raises(UserError, match="has LoRA's additions already: load it anew"):
+            again()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank must be a whole number of at least 1, not 0"),
+        ({"rank": 2.5}, "rank must be a whole number of at least 1, not 2.5"),
+        ({"rank": 1, "alpha": 0}, "alpha must be a finite number above 0, not 0"),
+        ({"rank": 1, "dropout": 2}, r"dropout must be a probability in \[0, 1\), not 2"),
+    ],
+)
+def test_numbers_that_are_none_of_their_kind(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        add_lora(make_model(), **settings)
 
 
 def test_a_rank_above_the_layer_s_is_refused_before_memory_is_asked_for() -> None:
