@@ -165,7 +165,12 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
                 row.add_to(group)
         config_file.add_flag(command)
     given = vars(parser.parse_args(argv))
-    return config_file.with_flags_of_file(given, table(given["command"]))
+    flags = config_file.with_flags_of_file(given, table(given["command"]))
+    if "epochs" in given and "max_steps" in given:
+        raise UserError("--max-steps says how long to train, and so does --epochs: give one")
+    if "epochs" in given:
+        flags.pop("max_steps", None)  # of a run's settings.toml, which has both
+    return flags
 
 
 def table(command: str) -> dict[str, Setting]:

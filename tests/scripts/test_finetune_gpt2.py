@@ -330,6 +330,8 @@ def test_the_settings_of_a_run_can_be_given_again(classify: Main, tmp_path: Path
     rows = metrics(first), metrics(again)
     assert [r["train_loss"] for r in rows[0]] == [r["train_loss"] for r in rows[1]]
     assert "beta2 = 0.9" in (again / "settings.toml").read_text()
+    classify(again, "--config", first / "settings.toml", "--overwrite", "--epochs", 1)
+    assert metrics(again)[-1]["step"] == 8  # the flag wins over the file, which has steps too
     with pytest.raises(
         UserError, match=r"third\.toml: there is no flag 'beta_2': did you mean beta2"
     ):
@@ -382,6 +384,10 @@ def test_help_is_quick_and_complete() -> None:
         (["classify"], "--data is missing"),
         (["classify", "--data", "none.tsv"], "none.tsv does not exist"),
         (["classify", "--data", "x", "--epochs", "0"], "--epochs must be above 0, not 0"),
+        (
+            ["classify", "--data", "x", "--epochs", "2", "--max-steps", "9"],
+            "--max-steps says how long to train, and so does --epochs: give one",
+        ),
         (["classify", "--data", "x", "--train-layers", "few"], "invalid choice: 'few'"),
         (["classify", "--model", "{base}", "--predict", "none"], "none does not exist"),
         (["classify", "--predict", "{data}"], "--model is missing"),
