@@ -104,7 +104,10 @@ def open_with_base(folder: Path) -> Weights:
     """
     adapter = open_adapter(folder)
     if is_adapter(adapter.base):
-        raise UserError(f"the base of {folder} is an adapter itself: merge that with load_gpt2.py")
+        raise UserError(
+            f"the base of {folder} is an adapter itself: merge that with load_gpt2.py --from "
+            f"{adapter.base} --out FOLDER, and name FOLDER as {BASE} in {folder / ADAPTER_CONFIG}"
+        )
     try:
         base = open_model(adapter.base)
     except UserError as error:

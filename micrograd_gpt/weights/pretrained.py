@@ -54,7 +54,7 @@ def build(
     check_precision(dtype, INT8)
     if weights.heads:
         names = ", ".join(map(ascii, weights.heads))[:200]  # there can be any, and any number
-        say(f"note: {weights.path}: {names} left out: a language model has no such head")
+        say(f"note: {weights.path}: {names} left out: only the language model below is loaded")
     try:
         if dtype == INT8:
             model, arrays = _to_fill_in_int8(weights, cls)

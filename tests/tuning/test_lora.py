@@ -295,6 +295,11 @@ def rewrite(adapter: Path, change: dict[str, Any] | None = None, **config: Any) 
         ({}, {"lora_alpha": "16"}, "lora_alpha must be a number, not '16'"),
         ({}, {"base_model_name_or_path": None}, "does not name its model"),
         ({}, {"base_model_name_or_path": "/gone"}, "names its base, but '/gone' is neither"),
+        (
+            {},
+            {"base_model_name_or_path": "/gone"},
+            "if it was moved, correct base_model_name_or_path there",
+        ),
         ({f"{NAME}.lora_B.weight": None}, {}, "lora_A and lora_B of transformer.h.0.attn.c_attn"),
         (
             {f"{NAME}.lora_A.weight": np.zeros((2, 16), "f4")},
@@ -325,6 +330,12 @@ def test_an_adapter_without_additions_is_refused(adapter: Path) -> None:
         GPT2.from_pretrained(adapter)
 
 
+def test_an_adapter_in_peft_s_older_format_is_refused(adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"has no adapter_model\.safetensors, which is all"):
+        GPT2.from_pretrained(adapter)
+
+
 def test_an_adapter_of_another_model_is_refused(adapter: Path, tmp_path: Path) -> None:
     other = hf_folder(tmp_path / "other", config={**CONFIG, **TINY})
     rewrite(adapter, base_model_name_or_path=str(other))
@@ -342,7 +353,9 @@ def test_an_adapter_of_another_model_is_refused(adapter: Path, tmp_path: Path) -
 
 def test_an_adapter_of_an_adapter_is_refused(adapter: Path, tmp_path: Path) -> None:
     with_lora(base=str(adapter)).save_pretrained(tmp_path / "second")
-    with pytest.raises(UserError, match="second is an adapter itself: merge that"):
+    with pytest.raises(
+        UserError, match=r"second is an adapter itself: merge that with load_gpt2\.py --from"
+    ):
         GPT2.from_pretrained(tmp_path / "second")
 
 
