@@ -231,7 +231,10 @@ def _resumed(out: Path, flags: dict[str, Any], command: str) -> dict[str, Any]:
         raise UserError(f"the run in {out} is one of {maker}, which can continue it")
     if type(saved.get("max_steps")) is not int:
         raise UserError(f"{out / checkpoint.STATE} is damaged: its settings lack max_steps")
-    settings = resumed_settings(out, flags, table(command), "model")
+    # The base of an adapter may have been moved: its weights, which are compared, count
+    moved = {"model": flags["model"]} if "model" in flags and saved.get("base_weights") else {}
+    kept = {name: value for name, value in flags.items() if name not in moved}
+    settings = resumed_settings(out, kept, table(command), "model") | moved
     settings["planned_steps"] = saved["max_steps"]
     settings["base_weights"] = saved.get("base_weights")
     if "epochs" in flags and "max_steps" not in flags:

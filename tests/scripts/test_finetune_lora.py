@@ -117,6 +117,20 @@ def test_a_run_is_not_resumed_on_another_base(classify: Main, base: Path, tmp_pa
     assert classify(out, "--max-steps", 2, "--allow-changes", resume=True) == 0
 
 
+def test_a_run_is_resumed_on_a_base_that_was_moved(
+    classify: Main, base: Path, tmp_path: Path
+) -> None:
+    before, after, out = tmp_path / "before", tmp_path / "after", tmp_path / "out"
+    shutil.copytree(base, before)
+    assert classify(out, "--max-steps", 1, model=before) == 0
+    before.rename(after)
+    assert classify(out, "--max-steps", 2, "--model", after, resume=True) == 0
+    assert load_classifier(out).labels == ["ant", "bee", "cat"]
+    GPT2(GPT2Config(BLOCKS, 2, WIDTH, 257, 32), seed=6).save_pretrained(before, ByteTokenizer())
+    with pytest.raises(UserError, match="before has other weights now than when the run in"):
+        classify(out, "--max-steps", 3, "--model", before, resume=True)
+
+
 def test_an_adapter_is_not_used_on_another_base(
     finetune_gpt2: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
