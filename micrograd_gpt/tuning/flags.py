@@ -227,7 +227,7 @@ def for_prediction(given: dict[str, Any]) -> argparse.Namespace:
 def _resumed(out: Path, flags: dict[str, Any], command: str) -> dict[str, Any]:
     saved = checkpoint.load_settings(out)
     if saved.get("command") != command:
-        maker = saved.get("command", "train_gpt2.py")
+        maker = f"finetune_gpt2.py {saved['command']}" if "command" in saved else "train_gpt2.py"
         raise UserError(f"the run in {out} is one of {maker}, which can continue it")
     if type(saved.get("max_steps")) is not int:
         raise UserError(f"{out / checkpoint.STATE} is damaged: its settings lack max_steps")

@@ -283,7 +283,7 @@ def test_a_run_of_another_kind_is_not_resumed(
     for maker in ("instruct", None):
         state["settings"]["command"] = maker
         (out / "trainer_state.json").write_text(json.dumps(state))
-        with pytest.raises(UserError, match=f"is one of {maker}, which can continue it"):
+        with pytest.raises(UserError, match=rf"is one of finetune_gpt2\.py {maker}, which"):
             classify(out, resume=True)
     del state["settings"]["command"]
     (out / "trainer_state.json").write_text(json.dumps(state))
