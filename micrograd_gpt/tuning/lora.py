@@ -38,7 +38,7 @@ from micrograd_gpt.weights.adapters import (
 )
 from micrograd_gpt.weights.checksum import weights_checksum
 from micrograd_gpt.weights.formats import is_adapter
-from micrograd_gpt.weights.names import size_named
+from micrograd_gpt.weights.names import lies_in, size_named
 from micrograd_gpt.weights.releases import RELEASES
 
 M = TypeVar("M", bound=Module)
@@ -149,17 +149,13 @@ def check_flags(settings: Namespace) -> None:
             f"first, with load_gpt2.py --from {settings.model} --out FOLDER"
         )
     check_layer_names(told_layers(settings))
-    if not settings.resume and lies_in(settings.model, Path(settings.out)):
+    out = Path(settings.out)
+    places = [] if settings.resume else [out, out / "best", *out.glob("step-*")]
+    if any(lies_in(settings.model, place) for place in places):
         raise UserError(
-            f"--out {settings.out} would replace {settings.model}, which an adapter needs: give "
-            "another --out"
+            f"--out {out} would replace {settings.model}, which an adapter needs: give another "
+            "--out"
         )
-
-
-def lies_in(model: str, folder: Path) -> bool:
-    """Whether a model is the one in a folder, or in a folder below it, as a run's best/ is."""
-    is_local = size_named(model) is None and Path(model).exists()
-    return is_local and Path(model).resolve().is_relative_to(folder.resolve())
 
 
 def told_layers(settings: Namespace) -> list[str]:
@@ -208,7 +204,7 @@ def replace_by_lora(
     parent = named_layers(model, Module)[path]
     base, draws = getattr(parent, last), model.transformer.drop.draws
     layer = LoRALinear(base, rank, alpha, draws, seed, dropout)
-    move(layer, device_of(base.weight.data))
+    move(layer.train(base.training), device_of(base.weight.data))
     setattr(parent, last, layer)
     return layer
 
@@ -243,6 +239,11 @@ class AdapterFiles:
     """
 
     base: str | None
+
+    def check_place(self, folder: Path) -> None:
+        """UserError if the base is in this folder, whose files the adapter's would replace."""
+        if self.base is not None and lies_in(self.base, folder):
+            raise UserError(f"{folder} holds the adapter's own base: give another folder")
 
     def arrays(self, model: Any) -> dict[str, Array]:
         """What adapter_model.safetensors holds, by name: views of the parameters that are trained.

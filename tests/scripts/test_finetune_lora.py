@@ -232,6 +232,8 @@ def test_a_run_does_not_replace_the_base_of_its_adapter(
     with pytest.raises(UserError, match="which an adapter needs: give another --out"):
         classify(out, "--overwrite", "--max-steps", 1, model=out / inside)
     assert GPT2.from_pretrained(out) and GPT2.from_pretrained(out / "best")
+    if not inside:  # a folder below it is not touched
+        assert classify(tmp_path, "--max-steps", 1, model=out) == 0
 
 
 def test_a_classifier_s_adapter_may_have_a_base_with_a_head(

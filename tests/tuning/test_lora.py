@@ -265,6 +265,24 @@ def test_in_a_folder_is_what_was_saved_last(base: Path) -> None:
             assert not list(base.glob("*adapt*"))  # which Transformers would add to it
 
 
+def test_an_adapter_does_not_take_its_base_s_place(base: Path) -> None:
+    model = with_lora(base=str(base))
+    with pytest.raises(UserError, match="holds the adapter's own base: give another folder"):
+        model.save_pretrained(base)
+    assert GPT2.from_pretrained(base)
+    model.save_pretrained(base.parent)  # beside it
+
+
+def test_dropout_of_additions_is_off_in_a_model_that_is_not_training(
+    base: Path, tmp_path: Path
+) -> None:
+    with_lora(base=str(base), dropout=0.5).save_pretrained(tmp_path / "adapter")
+    model = GPT2.from_pretrained(base)  # in evaluation mode
+    load_adapter(model, tmp_path / "adapter")
+    np.testing.assert_array_equal(logits(model), logits(model))
+    assert (logits(model.train()) != logits(model)).any()
+
+
 def test_an_adapter_of_openai_s_model_names_it_as_the_hub_does(tmp_path: Path) -> None:
     with_lora(base="124M").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
