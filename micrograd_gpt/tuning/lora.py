@@ -37,7 +37,7 @@ from micrograd_gpt.weights.adapters import (
     open_adapter,
 )
 from micrograd_gpt.weights.checksum import weights_checksum
-from micrograd_gpt.weights.formats import is_adapter
+from micrograd_gpt.weights.formats import holds_model, is_adapter
 from micrograd_gpt.weights.names import lies_in, size_named
 from micrograd_gpt.weights.releases import RELEASES
 
@@ -241,7 +241,13 @@ class AdapterFiles:
     base: str | None
 
     def check_place(self, folder: Path) -> None:
-        """UserError if the base is in this folder, whose files the adapter's would replace."""
+        """UserError if the base is in this folder, whose files the adapter's would replace, or
+        could be for all that is known."""
+        if self.base is None and holds_model(folder) and not is_adapter(folder):
+            raise UserError(
+                f"{folder} holds a model, perhaps the adapter's base: give another folder, or say "
+                "which model is, with add_lora(…, base=NAME)"
+            )
         if self.base is not None and lies_in(self.base, folder):
             raise UserError(f"{folder} holds the adapter's own base: give another folder")
 

@@ -339,11 +339,15 @@ def test_the_settings_of_a_run_can_be_given_again(classify: Main, tmp_path: Path
         classify(third, "--config", tmp_path / "third.toml")
 
 
-def test_a_run_that_is_overwritten_leaves_no_settings(classify: Main, tmp_path: Path) -> None:
+def test_a_run_that_is_overwritten_leaves_no_settings_and_scores(
+    classify: Main, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     classify(out, "--max-steps", 1)
+    assert (out / "settings.toml").exists() and (out / "scores.json").exists()
     checkpoint.remove_run(out)
-    assert not (out / "settings.toml").exists()
+    left = {file.name for file in out.iterdir()}
+    assert not {"settings.toml", "scores.json", "confusion-test.png"} & left
 
 
 # ------------------------------------------------------------------------------- types, and errors

@@ -271,6 +271,9 @@ def test_an_adapter_does_not_take_its_base_s_place(base: Path) -> None:
         model.save_pretrained(base)
     assert GPT2.from_pretrained(base)
     model.save_pretrained(base.parent)  # beside it
+    with pytest.raises(UserError, match="holds a model, perhaps the adapter's base"):
+        with_lora().save_pretrained(base)
+    with_lora().save_pretrained(base.parent)  # an adapter was there
 
 
 def test_dropout_of_additions_is_off_in_a_model_that_is_not_training(
