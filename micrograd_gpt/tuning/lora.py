@@ -31,6 +31,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Tensor
 from micrograd_gpt.variants import ScaledQueries, scaled_queries
 from micrograd_gpt.weights.adapters import (
+    BASE,
     HEAD,
     PREFIX,
     check_made_for,
@@ -268,10 +269,12 @@ class AdapterFiles:
         lora = lora_layers(model)
         first = next(iter(lora.values()))
         is_classifier = HEAD in dict(model.named_parameters())
+        name, revision = (None, None) if self.base is None else base_name(self.base)
         return {
             "peft_type": "LORA",
             "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
-            "base_model_name_or_path": None if self.base is None else base_name(self.base),
+            BASE: name,
+            "revision": revision,
             "r": first.rank,
             "lora_alpha": first.alpha,
             "lora_dropout": first.dropout.p,
@@ -284,11 +287,15 @@ class AdapterFiles:
         }
 
 
-def base_name(model: str) -> str:
-    """What adapter_config.json calls a model: as PEFT can find it, from whichever folder."""
+def base_name(model: str) -> tuple[str, str | None]:
+    """What adapter_config.json calls a model: as PEFT can find it, from whichever folder, and the
+    revision of one on the Hub."""
     if size := size_named(model):
-        return RELEASES[size].repository
-    return str(Path(model).resolve()) if Path(model).exists() else model
+        return RELEASES[size].repository, None
+    if Path(model).exists():
+        return str(Path(model).resolve()), None
+    name, _, revision = model.partition("@")
+    return name, revision or None
 
 
 def _target_modules(model: Any, lora: Mapping[str, LoRALinear]) -> list[str]:
@@ -306,7 +313,7 @@ def load_adapter(model: Any, folder: str | Path) -> None:
     """
     check_has_none(model)
     adapter = open_adapter(folder)
-    model.adapter = AdapterFiles(adapter.config.get("base_model_name_or_path"))
+    model.adapter = AdapterFiles(adapter.base if adapter.config.get(BASE) else None)
     parameters = dict(model.named_parameters())
     check_made_for(adapter, {name: p.shape for name, p in parameters.items()}, "this one")
     if len(ranks := {a.a.shape[1] for a in adapter.additions.values()}) > 1:

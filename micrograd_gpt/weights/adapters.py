@@ -93,7 +93,9 @@ class Adapter:
                 f"{self.folder / ADAPTER_CONFIG} does not name its model ({BASE}): write it there, "
                 "or fold the adapter in with load_gpt2.py --from MODEL --merge"
             )
-        return name
+        revision = self.config.get("revision")  # of a model on the Hub
+        is_told = isinstance(revision, str) and revision not in ("", "main")
+        return f"{name}@{revision}" if is_told and not Path(name).exists() else name
 
 
 def open_with_base(folder: Path) -> Weights:

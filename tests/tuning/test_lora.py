@@ -29,7 +29,11 @@ from micrograd_gpt.tuning.lora import (
     lora_layers,
     trained_parameters,
 )
-from micrograd_gpt.weights.adapters import open_language_adapter, with_adapter
+from micrograd_gpt.weights.adapters import (
+    open_adapter,
+    open_language_adapter,
+    with_adapter,
+)
 from micrograd_gpt.weights.language_model import load_language_model
 from micrograd_gpt.weights.names import config_named, open_model, tokenizer_folder
 from micrograd_gpt.weights.saving import save_pretrained
@@ -210,6 +214,18 @@ def test_the_scale_may_be_by_the_root_of_the_rank(adapter: Path, base: Path) -> 
     load_adapter(model := GPT2.from_pretrained(base), adapter)
     expected = with_lora(alpha=6.0 * 3**0.5)
     np.testing.assert_allclose(logits(model), logits(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_on_the_hub_keeps_its_revision(base: Path, tmp_path: Path) -> None:
+    """It has a setting of its own, as in PEFT, which would look for OWNER/NAME@REVISION."""
+    with_lora(base="some/body@v2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("some/body", "v2")
+    assert open_adapter(tmp_path).base == "some/body@v2"
+    rewrite(tmp_path, revision="main")
+    assert open_adapter(tmp_path).base == "some/body"
+    rewrite(tmp_path, revision="v2", base_model_name_or_path=str(base))
+    assert open_adapter(tmp_path).base == str(base)
 
 
 def test_a_set_that_was_decided_on_is_completed(adapter: Path, tmp_path: Path) -> None:
