@@ -73,16 +73,21 @@ class GPT2Classifier(Module):
 
     def __call__(self, ids: Any, lengths: Any) -> Tensor:
         """Token ids (B, T), of which row i is a text up to lengths[i] and padding from there on ->
-        logits of the labels (B, N). ValueError for a length that is not in 1 … T."""
-        lengths = np.asarray(lengths)
-        rows, longest = ids.shape
-        if lengths.shape != (rows,) or not ((lengths >= 1) & (lengths <= longest)).all():
-            raise ValueError(f"lengths {lengths} do not fit token ids of shape {ids.shape}")
+        logits of the labels (B, N). ValueError for a length that is no whole number in 1 … T."""
+        lengths, shape = np.asarray(lengths), np.shape(ids)
+        are_counts = lengths.dtype.kind in "iu" and len(shape) == 2 and lengths.shape == shape[:1]
+        if not are_counts or not ((lengths >= 1) & (lengths <= shape[1])).all():
+            raise ValueError(f"lengths {lengths} do not fit token ids of shape {shape}")
+        rows, longest = shape
         x = self.hidden(ids).reshape(rows * longest, -1)  # (B T, C)
         return self.score(x[np.arange(rows) * longest + lengths - 1])  # (B, N)
 
     def loss(self, ids: Any, lengths: Any, labels: Any) -> Tensor:
-        """Mean cross-entropy, in nats, of the labels, numbers 0 … N-1 (B,)."""
+        """Mean cross-entropy, in nats, of the labels, numbers 0 … N-1 (B,); ValueError for others."""
+        numbers = np.asarray(labels)
+        if numbers.dtype.kind not in "iu" or not set(numbers.flat) <= set(range(len(self.labels))):
+            last = len(self.labels) - 1
+            raise ValueError(f"labels are given as numbers from 0 to {last}, not {labels}")
         return layers.cross_entropy(self(ids, lengths), labels)
 
 
