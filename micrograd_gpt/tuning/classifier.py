@@ -83,7 +83,7 @@ class GPT2Classifier(Module):
         return self.score(x[np.arange(rows) * longest + lengths - 1])  # (B, N)
 
     def loss(self, ids: Any, lengths: Any, labels: Any) -> Tensor:
-        """Mean cross-entropy, in nats, of the labels, numbers 0 … N-1 (B,); ValueError for others."""
+        """Mean cross-entropy, in nats, of labels (B,), numbers 0 … N-1; ValueError for others."""
         numbers = np.asarray(labels)
         if numbers.dtype.kind not in "iu" or not set(numbers.flat) <= set(range(len(self.labels))):
             last = len(self.labels) - 1
