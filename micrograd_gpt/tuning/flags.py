@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from micrograd_gpt.runs import checkpoint, config_file
-from micrograd_gpt.runs.folders import check_free
+from micrograd_gpt.runs.folders import check_free, check_start_stays
 from micrograd_gpt.runs.settings import (
     ABOVE_0,
     ASK,
@@ -200,6 +200,8 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
             raise UserError("--data is missing: give a file to learn from; see --help")
         if not flags.get("overwrite") and not flags.get("plan"):
             check_free(out)
+        if not flags.get("plan"):
+            check_start_stays(flags.get("model", rows["model"].default), out)
         settings = {name: row.default for name, row in rows.items()}
         settings |= {"data_fingerprint": None, "base_weights": None, "planned_steps": 0, **flags}
         if "learning_rate" in flags and "min_lr" not in flags:

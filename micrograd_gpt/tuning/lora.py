@@ -150,13 +150,6 @@ def check_flags(settings: Namespace) -> None:
             f"first, with load_gpt2.py --from {settings.model} --out FOLDER"
         )
     check_layer_names(told_layers(settings))
-    out = Path(settings.out)
-    places = [] if settings.resume else [out, out / "best", *out.glob("step-*")]
-    if any(lies_in(settings.model, place) for place in places):
-        raise UserError(
-            f"--out {out} would replace {settings.model}, which an adapter needs: give another "
-            "--out"
-        )
 
 
 def told_layers(settings: Namespace) -> list[str]:

@@ -223,14 +223,22 @@ def test_an_adapter_cannot_be_the_base_of_another(classify: Main, tmp_path: Path
 
 
 @pytest.mark.parametrize("inside", ["", "best", "model.safetensors"])
-def test_a_run_does_not_replace_the_base_of_its_adapter(
-    classify: Main, base: Path, tmp_path: Path, inside: str
+def test_a_run_does_not_remove_the_model_that_it_starts_from(
+    classify: Main,
+    finetune_gpt2: ModuleType,
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    inside: str,
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(base, out)
     shutil.copytree(base, out / "best")
-    with pytest.raises(UserError, match="which an adapter needs: give another --out"):
+    whole = ["classify", "--model", str(out / inside), "--data", str(data), "--out", str(out)]
+    with pytest.raises(UserError, match="which is needed: give another --out"):
         classify(out, "--overwrite", "--max-steps", 1, model=out / inside)
+    with pytest.raises(UserError, match="which is needed: give another --out"):  # without LoRA too
+        finetune_gpt2.main([*whole, "--overwrite"])
     assert GPT2.from_pretrained(out) and GPT2.from_pretrained(out / "best")
     if not inside:  # a folder below it is not touched
         assert classify(tmp_path, "--max-steps", 1, model=out) == 0
