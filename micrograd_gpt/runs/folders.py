@@ -7,6 +7,7 @@ from pathlib import Path
 
 from micrograd_gpt.runs.checkpoint import BEST, holds_run
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import reading
 from micrograd_gpt.weights.formats import STATE, holds_model
 from micrograd_gpt.weights.names import lies_in
 
@@ -24,7 +25,10 @@ def check_free(out: Path) -> None:
 def check_start_stays(model: str, out: Path) -> None:
     """UserError if a new run in `out` would remove the model that it starts from: at once, and so
     for good if it fails before its first checkpoint, or is one of an adapter to that model."""
-    if any(lies_in(model, place) for place in (out, out / BEST, *out.glob("step-*"))):
+    with reading(out):
+        places = [out, out / BEST, *out.glob("step-*")]
+        is_there = any(lies_in(model, place) for place in places)
+    if is_there:
         raise UserError(f"--out {out} would remove {model}, which is needed: give another --out")
 
 
