@@ -91,33 +91,31 @@ def add_lora(
     A name is one of LAYERS, or the last part of one: `c_proj` is both of that name. `alpha` is
     twice the rank if left out. A classifier's head is trained in full. From now on the model is
     saved as an adapter, which names `base`, what the model is called, if given. Raises UserError
-    for a layer that there is not, for a rank above that of a layer's weight, and for a model that
-    has additions already; ValueError for a number that is none of its kind.
+    for a layer that there is not, for a rank that no addition to a layer's weight can have, for an
+    `alpha` by which it would be nothing, and for a model that has additions already.
     """
     check_layer_names(layer_names)
-    check_numbers(rank, alpha, dropout)
     check_has_none(model)
+    if not isinstance(rank, Integral) or rank < 1:
+        raise UserError(f"the rank of LoRA must be a whole number of at least 1, not {rank!r}")
+    alpha = 2 * rank if alpha is None else alpha
+    if not isinstance(alpha, Real) or not 0 < abs(alpha) < math.inf:
+        raise UserError(f"the alpha of LoRA must be a finite number, and not 0; it is {alpha!r}")
+    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
+        raise UserError(f"the dropout of LoRA must be a probability in [0, 1), not {dropout!r}")
     linear = named_layers(model, Linear)
     names = [name for name in linear if any(name.endswith(f".{wanted}") for wanted in layer_names)]
-    full = min((min(linear[name].weight.shape) for name in names), default=rank)
+    if not names:
+        raise UserError("this model has no such layers")
+    full = min(min(linear[name].weight.shape) for name in names)
     if rank > full:
         raise UserError(
             f"--lora-rank {rank:,} is above {full:,}, where an addition can be any matrix: lower it"
         )
     for i, name in enumerate(names):
-        replace_by_lora(model, name, rank, alpha or 2 * rank, (seed, i), dropout)
+        replace_by_lora(model, name, rank, alpha, (seed, i), dropout)
     model.adapter = AdapterFiles(base)
     freeze(model)
-
-
-def check_numbers(rank: int, alpha: float | None, dropout: float) -> None:
-    """ValueError unless these are what `add_lora` takes."""
-    if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
-    if alpha is not None and not (isinstance(alpha, Real) and 0 < alpha < math.inf):
-        raise ValueError(f"alpha must be a finite number above 0, not {alpha!r}")
-    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be a probability in [0, 1), not {dropout!r}")
 
 
 def check_has_none(model: Any) -> None:
@@ -128,6 +126,8 @@ def check_has_none(model: Any) -> None:
 
 def check_layer_names(layer_names: Sequence[str]) -> None:
     """UserError unless each name is one of LAYERS, or the last part of one, and there are some."""
+    if isinstance(layer_names, str):
+        raise UserError(f"the layers of LoRA are a list of names: write [{layer_names!r}]")
     if not layer_names:
         raise UserError(f"--lora-layers: no layer given; choose from {', '.join(LAYERS)}")
     for wanted in layer_names:
