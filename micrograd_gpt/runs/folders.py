@@ -10,9 +10,11 @@ from micrograd_gpt.runs.config_file import has_begun
 from micrograd_gpt.runs.metrics import CURVES, METRICS
 from micrograd_gpt.runs.watch import PAGE, SAMPLES
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG
 from micrograd_gpt.weights.formats import RUN_FLAGS, STATE, holds_model
+from micrograd_gpt.weights.names import lies_in
 
 # What is written beside the weights, with a model and with a run
 OF_A_MODEL = (CONFIG, ADAPTED_CONFIG, TOKENIZER, TOKENIZER_CONFIG, PROMPT_TEMPLATE)
@@ -37,6 +39,16 @@ def check_free(out: Path, overwrite: bool = False) -> None:
     if holds_run(out) or holds_model(out) or left or has_begun(out):
         return
     _check_names(out, OF_A_RUN)
+
+
+def check_start_stays(model: str, out: Path) -> None:
+    """UserError if a new run in `out` would remove the model that it starts from: at once, and so
+    for good if it fails before its first checkpoint, or is one of an adapter to that model."""
+    with reading(out):
+        places = [out, out / BEST, *out.glob("step-*")]
+        is_there = any(lies_in(model, place) for place in places)
+    if is_there:
+        raise UserError(f"--out {out} would remove {model}, which is needed: give another --out")
 
 
 def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
