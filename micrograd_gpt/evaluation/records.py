@@ -17,7 +17,7 @@ from typing import Any
 
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading, write_text
-from micrograd_gpt.weights.formats import RUN_FLAGS, holds_model
+from micrograd_gpt.weights.formats import has_begun, holds_model
 
 SETTINGS, ITEMS, REPORT = "settings.json", "items.jsonl", "report.json"
 PICTURE = "confusion.png"
@@ -46,7 +46,7 @@ class Records:
             return
         if holds_model(self.folder):
             raise UserError(f"{self.folder} holds a model: choose another --out")
-        if (self.folder / RUN_FLAGS).exists():
+        if has_begun(self.folder):
             raise UserError(f"{self.folder} is where a run has begun: choose another --out")
         before = read_json(self.folder / SETTINGS)
         if before is None:

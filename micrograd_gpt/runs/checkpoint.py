@@ -183,14 +183,18 @@ def own_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def remove_run(folder: str | Path) -> None:
-    """Remove the run in `folder`: its sets and its settings.toml; UserError if it can't."""
+    """Remove the run in `folder`: its sets and its settings.toml; UserError if it can't.
+
+    Its tokenizer stays until the next run's takes its place, which may have been made from it.
+    """
     folder = Path(folder)
     for place in (folder, folder / BEST, *folder.glob("step-*")):
         finish_set(place)  # or a set that a kill left unfinished would come back later
     try:
         # trainer_state.json, which makes this a run, goes first
         for name in (*reversed(SET), *ADAPTER, *ALSO, *SCORES, RUN_FLAGS):
-            (folder / name).unlink(missing_ok=True)
+            if name not in (TOKENIZER, TOKENIZER_CONFIG):
+                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot remove the run in {folder}: {error.strerror}") from error
     for older in (folder / BEST, *earlier_sets(folder)):

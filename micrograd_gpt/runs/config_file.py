@@ -22,14 +22,12 @@ from typing import Any
 from micrograd_gpt.support.cli import did_you_mean, some_text
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading, write_text
-from micrograd_gpt.weights.formats import RUN_FLAGS
+from micrograd_gpt.weights.formats import RUN_FLAGS, RUN_FLAGS_BEGIN
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-HEADING = "# The settings of this run, for --config"
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
@@ -85,15 +83,6 @@ def _entries(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def has_begun(folder: Path) -> bool:
-    """Whether a run has begun in the folder, so that its RUN_FLAGS are there, and not a user's."""
-    with reading(folder / RUN_FLAGS):
-        try:
-            return (folder / RUN_FLAGS).read_bytes().startswith(HEADING.encode())
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return False
-
-
 def write_config_file(
     settings: argparse.Namespace, groups: Mapping[str, list[Any]], leave_out: tuple[str, ...]
 ) -> None:
@@ -101,7 +90,7 @@ def write_config_file(
 
     Those that hold for one start only, as --resume, are no part of it.
     """
-    lines = [f"{HEADING} (give another --out)"]
+    lines = [f"{RUN_FLAGS_BEGIN} (give another --out)"]
     for title, rows in groups.items():
         values = {r.name: getattr(settings, r.name) for r in rows if not r.is_once}
         known = {n: v for n, v in values.items() if v is not None and n not in leave_out}

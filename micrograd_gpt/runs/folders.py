@@ -5,57 +5,63 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from micrograd_gpt.runs.checkpoint import BEST, earlier_sets, holds_run
-from micrograd_gpt.runs.config_file import has_begun
+from micrograd_gpt.runs.checkpoint import BEST, SCORES, earlier_sets, holds_run
 from micrograd_gpt.runs.metrics import CURVES, METRICS
 from micrograd_gpt.runs.watch import PAGE, SAMPLES
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import reading
+from micrograd_gpt.text.documents import text_files
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG
-from micrograd_gpt.weights.formats import RUN_FLAGS, STATE, holds_model
+from micrograd_gpt.weights.formats import RUN_FLAGS, STATE, has_begun, holds_model
 from micrograd_gpt.weights.names import lies_in
 
 # What is written beside the weights, with a model and with a run
 OF_A_MODEL = (CONFIG, ADAPTED_CONFIG, TOKENIZER, TOKENIZER_CONFIG, PROMPT_TEMPLATE)
-OF_A_RUN = (*OF_A_MODEL, RUN_FLAGS, METRICS, CURVES, PAGE, SAMPLES)
+OF_A_RUN = (*OF_A_MODEL, RUN_FLAGS, METRICS, CURVES, PAGE, SAMPLES, *SCORES)
 
 
-def check_free(out: Path, overwrite: bool = False) -> None:
+def check_free(out: Path) -> None:
     """UserError if the folder holds what a new run would replace.
 
-    That is a run, a model, or what is left of a run, unless `overwrite`; and in a folder without
-    any of these, a file of the user's that is called like one of a run's.
+    That is a run, a model, or what is left of a run; and in a folder without any of these, a file
+    of the user's that is called like one of a run's.
     """
-    if holds_run(out) and not overwrite:
+    if holds_run(out):
         raise UserError(
             f"{out} holds a run already: --resume it, --overwrite it, or give another --out"
         )
-    if holds_model(out) and not overwrite:
+    if holds_model(out):
         raise UserError(f"{out} holds a model: --overwrite it, or give another --out")
-    left = [place for place in (out / BEST, *earlier_sets(out)) if holds_run(place)]
-    if left and not overwrite:
-        raise UserError(f"{left[0]} is left of a run: --overwrite it, or give another --out")
-    if holds_run(out) or holds_model(out) or left or has_begun(out):
-        return
-    _check_names(out, OF_A_RUN)
+    for place in (out / BEST, *earlier_sets(out)):
+        if holds_run(place):
+            raise UserError(f"{place} is left of a run: --overwrite it, or give another --out")
+    if not has_begun(out):
+        _check_names(out, OF_A_RUN, "a run")
 
 
-def check_start_stays(model: str, out: Path) -> None:
-    """UserError if a new run in `out` would remove the model that it starts from: at once, and so
-    for good if it fails before its first checkpoint, or is one of an adapter to that model."""
-    with reading(out):
-        places = [out, out / BEST, *out.glob("step-*")]
-        is_there = any(lies_in(model, place) for place in places)
-    if is_there:
-        raise UserError(f"--out {out} would remove {model}, which is needed: give another --out")
+def check_inputs_stay(out: Path, model: str | None, sources: Iterable[str]) -> None:
+    """UserError if a new run in `out` would remove the model that it starts from (None: a new one),
+    or a file of these sources: at once, and so for good if it fails before its first checkpoint."""
+    sets = [out / BEST, *earlier_sets(out)]
+    needed: list[str | Path] = []
+    if model and any(lies_in(model, place) for place in (out, *sets)):
+        needed.append(model)
+    for file in (file for source in sources for file in text_files(source)):
+        place = file.resolve()
+        is_replaced = place.parent == out.resolve() and place.name in OF_A_RUN
+        if is_replaced or any(older.resolve() in place.parents for older in sets):
+            needed.append(file)
+    if needed:
+        raise UserError(
+            f"--out {out} would remove {needed[0]}, which is needed: give another --out"
+        )
 
 
 def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
     """UserError if writing a model to the folder or file `out` would lose what is there.
 
     That is one of the `sources`, also by a link, a training run, or, unless `overwrite`, another
-    model, or a file of the user's that is called like one of a model's.
+    model, what a run has begun, or a file of the user's that is called like one of a model's.
     """
     try:
         # Only files are written, so an OpenAI folder may lie inside of `out`.
@@ -77,19 +83,21 @@ def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
         return
     if holds_run(out):
         raise UserError(f"{out} holds a training run ({STATE}): choose another --out")
-    if has_begun(out):
-        raise UserError(f"{out} is where a training run has begun: choose another --out")
+    if has_begun(out) and not overwrite:
+        raise UserError(
+            f"{out} is where a training run has begun: --overwrite it, or give another --out"
+        )
     if holds_model(out) and not overwrite:
         raise UserError(f"{out} holds a model: --overwrite it, or give another --out")
     if not overwrite:
-        _check_names(out, OF_A_MODEL)
+        _check_names(out, OF_A_MODEL, "a model")
 
 
-def _check_names(out: Path, names: Iterable[str]) -> None:
-    """UserError if a folder without a model or a run has a file of one of these names."""
-    for name in names:
-        if (out / name).is_file():
+def _check_names(out: Path, names: Iterable[str], owner: str) -> None:
+    """UserError if the folder has a file that is called like one of this owner's."""
+    for path in (out / name for name in names):
+        if path.is_file():
             raise UserError(
-                f"{out / name} would be written over, and is from no run or model of ours: move "
-                "it, or give another --out"
+                f"{path} is called like a file of {owner}, which would replace it: --overwrite it, "
+                "move it, or give another --out"
             )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from micrograd_gpt.arrays.precision import PRECISIONS
 from micrograd_gpt.runs import checkpoint, config_file
-from micrograd_gpt.runs.folders import check_free, check_start_stays
+from micrograd_gpt.runs.folders import check_free, check_inputs_stay
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.corpus import VALIDATION
@@ -24,7 +24,7 @@ from micrograd_gpt.text.decoding import Form
 from micrograd_gpt.text.documents import check_text_field
 from micrograd_gpt.text.tokenizers import NAMES
 from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, size_name
-from micrograd_gpt.weights.formats import RUN_FLAGS, STATE
+from micrograd_gpt.weights.formats import RUN_FLAGS, STATE, has_begun
 from micrograd_gpt.weights.names import config_named
 
 SHAPES: dict[str, dict[str, int]] = {"tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128}, **SIZES}
@@ -284,8 +284,8 @@ def check_kinds(settings: dict[str, Any], table: dict[str, Setting] = SETTINGS) 
 
 def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that starts; UserError where `out` is taken or flags contradict."""
-    if not flags.get("plan"):
-        check_free(out, flags.get("overwrite", False))
+    if not flags.get("overwrite") and not flags.get("plan"):
+        check_free(out)
     weights = flags.get("init_from", "scratch")
     if weights == "scratch":
         size = flags.get("size", SETTINGS["size"].default)
@@ -295,8 +295,6 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
             if name in flags:
                 flag = SETTINGS[name].flag
                 raise UserError(f"{flag} makes no sense with --init-from, whose weights decide it")
-        if not flags.get("plan"):
-            check_start_stays(weights, out)
         longest = config_named(weights).n_positions
         if flags.get("block_size", 0) > longest:
             raise UserError(f"--block-size is at most {longest}, the context of {weights}")
@@ -305,7 +303,11 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
     if "learning_rate" in flags and "min_lr" not in flags:
         settings["min_lr"] = settings["learning_rate"] / 10
     check_rates(settings)
-    check_text_field(settings["text_field"], [settings["data"], settings["validation"]])
+    texts = [settings["data"], settings["validation"]]
+    check_text_field(settings["text_field"], texts)
+    if not flags.get("plan"):
+        start = None if weights == "scratch" else weights
+        check_inputs_stay(out, start, texts if flags.get("overwrite") else [])
     return settings
 
 
@@ -362,7 +364,7 @@ def note_edits(
     out: Path, settings: dict[str, Any], flags: dict[str, Any], table: dict[str, Setting]
 ) -> None:
     """Say so where the settings.toml of a resumed run, which is not read, was edited."""
-    if not config_file.has_begun(out):
+    if not has_begun(out):
         return
     path = out / RUN_FLAGS
     try:

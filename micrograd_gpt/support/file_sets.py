@@ -111,13 +111,17 @@ def remove_folder(folder: Path) -> None:
     """
     removing = folder.with_name(".removing")
     with _named(folder):
-        for place in (removing, folder):
-            if place.is_symlink():
-                place.unlink()
-            elif place.exists():
-                if place == folder:
-                    os.rename(folder, removing)
-                shutil.rmtree(removing)
+        _remove(removing)  # a kill left it
+        if os.path.lexists(folder):
+            os.rename(folder, removing)
+            _remove(removing)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 @contextmanager

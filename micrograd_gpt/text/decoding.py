@@ -83,7 +83,7 @@ class Notes:
         if self.like_json:
             say(
                 f"note: {min(self.like_json)} looks like JSON and is learned as it stands, braces "
-                "and all; only a file that is called .json or .jsonl is read as records"
+                "and all; to have it read as records, call it .json"
             )
         if self.skipped:
             why = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())

@@ -113,7 +113,10 @@ def find_files(source: str | Path) -> list[Path]:
         return [_shakespeare()]
     path = Path(source)
     if path.is_dir():
-        found = _files_under(path)
+        found, lost = _files_under(path)
+        if lost:
+            links = "link leads" if len(lost) == 1 else "links lead"
+            say(f"note: {path}: {len(lost):,} {links} nowhere and left out ({lost[0]})")
         files = [file for file in found if file.suffix.lower() in SUFFIXES]
         if files and len(files) < len(found):
             others = [file for file in found if file.suffix.lower() not in SUFFIXES]
@@ -154,7 +157,7 @@ def text_files(source: str | Path) -> list[Path]:
     with reading(source):
         if source in BY_NAME or not path.exists():
             return []
-        files = _files_under(path) if path.is_dir() else [path]
+        files = _files_under(path)[0] if path.is_dir() else [path]
     return [file for file in files if file == path or file.suffix.lower() in SUFFIXES]
 
 
@@ -163,13 +166,15 @@ def holds_records(source: str | Path) -> bool:
     return any(file.suffix.lower() in RECORD_SUFFIXES for file in text_files(source))
 
 
-def _files_under(folder: Path) -> list[Path]:
-    """The files in a folder and its folders that are not hidden; no folder is entered twice."""
+def _files_under(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files in a folder and its folders that are not hidden, and the links that lead nowhere;
+    no folder is entered twice.
+    """
 
     def refuse(error: OSError) -> NoReturn:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
-    entered, files = set[str](), list[Path]()
+    entered, files, lost = set[str](), list[Path](), list[Path]()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in entered:  # by a link
@@ -186,11 +191,9 @@ def _files_under(folder: Path) -> list[Path]:
         if {"settings.json", "items.jsonl"} <= {*shown}:
             shown = [name for name in shown if name not in OF_EVALUATION]
         paths = [Path(place, name) for name in shown]
-        for path in paths:
-            if path.suffix.lower() in ("", *SUFFIXES) and path.is_symlink() and not path.exists():
-                raise UserError(f"{path} is a link that leads nowhere: mend it, or remove it")
         files += [path for path in paths if path.is_file()]
-    return files
+        lost += [path for path in paths if path.is_symlink() and not path.exists()]
+    return files, lost
 
 
 def _shakespeare() -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.documents import read_text
-from micrograd_gpt.text.records import json_problem
+from micrograd_gpt.text.records import is_line_by_line, json_problem
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a pair, which JSON can have without the other
 
@@ -28,8 +28,8 @@ def read_objects(path: str | Path, encoding: str = "utf-8") -> Iterator[tuple[st
     if path.suffix.lower() in TABLES:
         raise UserError(f"{path} is a table: convert it to .jsonl, an object a line")
     text = read_text(path, encoding).removeprefix("\ufeff")
-    is_json = path.suffix.lower() == ".json" and not _is_line_by_line(text)
-    if is_json or text.lstrip().startswith("["):
+    is_whole = path.suffix.lower() == ".json" or text.lstrip().startswith("[")
+    if is_whole and not is_line_by_line(text):
         listed = _parsed(text, str(path)) if text.strip() else []
         if not isinstance(listed, list):
             raise UserError(
@@ -54,15 +54,3 @@ def _parsed(text: str, place: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: this is not JSON ({json_problem(error)}): correct it") from error
-
-
-def _is_line_by_line(text: str) -> bool:
-    """Whether a text is of several objects, each on a line of its own, as its first one is."""
-    first, _, others = text.strip().partition("\n")
-    if not first.startswith("{") or not others.strip():
-        return False
-    try:
-        json.loads(first)
-    except (ValueError, RecursionError):
-        return False
-    return True

@@ -1,7 +1,7 @@
 """Files of records, of which one field is a text: .jsonl, .json, .csv, .tsv and .parquet.
 
-.jsonl .ndjson       an object a line
-.json                a list of objects, one object, or an object a line
+.jsonl .ndjson       an object a line, or a list of objects
+.json                the same, or one object
 .csv .tsv .parquet   tables (tables.py)
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def _values(path: Path, form: Form, on_read: OnRead, notes: Notes) -> Values:
             rows = table_rows(path, lines(chunks))
             return _only_value(columns(path, rows, [form.field], FLAG))
         case ".json":
-            return _json_values(path, form.field, chunks)
+            return _json_values(path, form.field, "".join(chunks))
     return _jsonl_values(path, form.field, chunks)
 
 
@@ -86,26 +87,44 @@ def lines(chunks: Iterable[str]) -> Iterator[str]:
 
 
 def _jsonl_values(path: Path, field: str, chunks: Iterable[str]) -> Values:
-    for number, line in enumerate(lines(chunks), start=1):
-        if number == 1 and line.startswith("[") and path.suffix.lower() != ".json":
-            raise UserError(f"{path} holds a list and not an object a line: call it .json")
+    rows = lines(chunks)
+    first = next(rows)
+    if first.lstrip().startswith("["):  # some call a list .jsonl
+        yield from _json_values(path, field, "\n".join([first, *rows]))
+    else:
+        yield from _line_values(path, field, chain([first], rows))
+
+
+def _line_values(path: Path, field: str, rows: Iterable[str]) -> Values:
+    for number, line in enumerate(rows, start=1):
         if line.strip():
             place = f"line {number}"
             yield place, _in_record(path, place, field, _parsed(path, place, line))
 
 
-def _json_values(path: Path, field: str, chunks: Iterable[str]) -> Values:
-    text = "".join(chunks)
+def _json_values(path: Path, field: str, text: str) -> Values:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):
+        if text.lstrip().startswith("[") and not is_line_by_line(text):
             raise _not_json(path, "the list", error) from error
-        yield from _jsonl_values(path, field, [text])  # many call a file of lines .json
+        yield from _line_values(path, field, text.split("\n"))  # many call a file of lines .json
         return
     records = content if isinstance(content, list) else [content]
     for number, record in enumerate(records, start=1):
         yield f"record {number}", _in_record(path, f"record {number}", field, record)
+
+
+def is_line_by_line(text: str) -> bool:
+    """Whether a text is of several JSON values, each on a line of its own, as its first one is."""
+    first, _, others = text.strip().partition("\n")
+    if not others.strip():
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _parsed(path: Path, place: str, text: str) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from micrograd_gpt.runs import checkpoint, config_file
-from micrograd_gpt.runs.folders import check_free, check_start_stays
+from micrograd_gpt.runs.folders import check_free, check_inputs_stay
 from micrograd_gpt.runs.settings import (
     ABOVE_0,
     ASK,
@@ -198,9 +198,12 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
     else:
         if "data" not in flags:
             raise UserError("--data is missing: give a file to learn from; see --help")
+        if not flags.get("overwrite") and not flags.get("plan"):
+            check_free(out)
         if not flags.get("plan"):
-            check_free(out, flags.get("overwrite", False))
-            check_start_stays(flags.get("model", rows["model"].default), out)
+            read = ("data", "validation", "test", "template") if flags.get("overwrite") else ()
+            files = [flags[name] for name in read if name in flags]
+            check_inputs_stay(out, flags.get("model", rows["model"].default), files)
         settings = {name: row.default for name, row in rows.items()}
         settings |= {"data_fingerprint": None, "base_weights": None, "planned_steps": 0, **flags}
         if "learning_rate" in flags and "min_lr" not in flags:

@@ -44,6 +44,7 @@ NANOGPT = "ckpt.pt"
 ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
 STATE = "trainer_state.json"  # of the training run that wrote a model (runs/checkpoint.py)
 RUN_FLAGS = "settings.toml"  # of a run, from its beginning on (runs/config_file.py)
+RUN_FLAGS_BEGIN = "# The settings of this run, for --config"  # its first line, which no user's has
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 
 
@@ -78,6 +79,15 @@ def holds_model(path: str | Path) -> bool:
     """Whether this folder holds a model or an adapter, in whatever format."""
     files = (*WEIGHT_FILES, NANOGPT, HPARAMS)
     return is_adapter(path) or any(os.path.exists(Path(path, name)) for name in files)
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run has begun in the folder, so that its RUN_FLAGS are there, and not a user's."""
+    with reading(folder / RUN_FLAGS):
+        try:
+            return (folder / RUN_FLAGS).read_bytes().startswith(RUN_FLAGS_BEGIN.encode())
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return False
 
 
 def weight_files(folder: Path) -> list[str]:
