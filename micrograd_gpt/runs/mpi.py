@@ -104,6 +104,8 @@ class MPIRanks(Ranks):
         """Add up the gradients in a bucket: of all of it, or of this rank's part."""
         parts = []
         for i, start, end in bucket:
+            if parameters[i].grad is None:
+                raise ValueError(f"parameter {i} has no gradient for ranks to add up: leave it out")
             grad = parameters[i].grad = ordered_like(parameters[i].grad, parameters[i].data)
             parts.append(flat_view(grad)[start:end])
         with self.exchange.beside(catch_up):

@@ -254,7 +254,15 @@ def ordered_like(array: Array, like: Array) -> Array:
 
 
 def flat_view(array: Array) -> Array:
-    """All numbers of a contiguous array as they lie in memory, (N,)."""
+    """All numbers of a contiguous array as they lie in memory, (N,): a view.
+
+    ValueError for an array that is not contiguous, of which NumPy would return a copy.
+    """
+    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+        raise ValueError(
+            f"an array of shape {array.shape} has gaps in memory, or lies there in another order, "
+            "so that ranks cannot share it: give a copy of it"
+        )
     return (array if array.flags.c_contiguous else array.T).reshape(-1)
 
 
