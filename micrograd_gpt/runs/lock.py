@@ -35,12 +35,31 @@ def only_writer(folder: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # the folder was removed meanwhile, or nothing can be written now
-            (folder / LOCK).unlink()
         lock.close()
+        with suppress(OSError):  # the folder was removed meanwhile, or nothing can be written now
+            _remove(folder / LOCK)
         with suppress(OSError):  # there is a run in it now
             for place in absent:
                 place.rmdir()
+
+
+def is_written(folder: str | Path) -> bool:
+    """Whether a process, or a fork of it, has come to `only_writer` and not ended.
+
+    Where files cannot be locked it may be, as far as anybody knows.
+    """
+    try:
+        with open(Path(folder) / LOCK, "r+b") as lock:
+            _lock(lock)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return True
+    return False
 
 
 def _locked(folder: Path) -> BinaryIO:
@@ -67,6 +86,20 @@ def _locked(folder: Path) -> BinaryIO:
     lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
     lock.flush()
     return lock
+
+
+def _remove(path: Path) -> None:
+    """Remove a lock that nobody has; a fork of this process may still have it."""
+    with open(path, "r+b") as lock:
+        try:
+            _lock(lock)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        if _is_still(lock, path):
+            path.unlink()
 
 
 def _is_still(lock: BinaryIO, path: Path) -> bool:
