@@ -18,11 +18,11 @@ from mpi4py import MPI
 from training import script
 
 from micrograd_gpt.runs import checkpoint, mpi
-from micrograd_gpt.runs.mpi import bound_to
+from micrograd_gpt.runs.buckets import flat_view
 from micrograd_gpt.runs.overlap import Overlap
-from micrograd_gpt.runs.ranks import Cut, Ranks, flat_view, started_ranks
+from micrograd_gpt.runs.ranks import Cut, Ranks, started_ranks
 from micrograd_gpt.support import cli, files
-from micrograd_gpt.support.machine import usable_cores
+from micrograd_gpt.support.machine import bound_to, usable_cores
 from micrograd_gpt.tensor import Tensor
 
 

@@ -163,7 +163,7 @@ def test_a_process_on_its_own_needs_no_mpi(no_launcher: pytest.MonkeyPatch) -> N
 def test_mpi4py_is_asked_for_once(no_launcher: pytest.MonkeyPatch, launcher: str) -> None:
     size, rank = LAUNCHERS[launcher]
     no_launcher.setitem(sys.modules, "mpi4py", None)
-    no_launcher.delitem(sys.modules, "micrograd_gpt.runs.mpi", raising=False)
+    no_launcher.delitem(sys.modules, "micrograd_gpt.runs.together", raising=False)
     no_launcher.setenv(size, "2")
     no_launcher.setenv(rank, "0")
     message = rf'{launcher} started 2 processes, which need mpi4py.*pip install -e ".\[mpi\]"'

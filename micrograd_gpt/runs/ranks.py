@@ -11,7 +11,8 @@ gradients is the step's, so every rank takes the same step, and all hold the sam
 The step itself can be shared too (runs/sharding.py).
 
 `Ranks` is a process on its own, for which all of this does nothing. A launcher such as mpirun or
-srun starts several; how these talk to each other is in runs/mpi.py.
+srun starts several; how these talk to each other is in runs/mpi.py, and how they begin and end
+together in runs/together.py.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from micrograd_gpt.arrays.devices import Array, array_module, to_device
+from micrograd_gpt.arrays.devices import Array, to_device
 from micrograd_gpt.arrays.stand_ins import report
 from micrograd_gpt.nn import Module
 from micrograd_gpt.support.cli import counted, say
@@ -191,7 +192,7 @@ def started_ranks() -> Iterator[Ranks]:
         yield Ranks()
         return
     try:
-        from micrograd_gpt.runs.mpi import mpi_ranks
+        from micrograd_gpt.runs.together import mpi_ranks
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI
         reason = " ".join(str(error).split())
         raise said_once(
@@ -245,25 +246,6 @@ def own_gpu(visible: Sequence[Sequence[str]], rank: int) -> int:
             "start no more than one rank a GPU"
         )
     return rank
-
-
-def ordered_like(array: Array, like: Array) -> Array:
-    """An array, such as a gradient, in memory in the order of another, such as its parameter."""
-    by_columns = like.flags.f_contiguous and not like.flags.c_contiguous
-    return array_module(array).asarray(array, order="F" if by_columns else "C")
-
-
-def flat_view(array: Array) -> Array:
-    """All numbers of a contiguous array as they lie in memory, (N,): a view.
-
-    ValueError for an array that is not contiguous, of which NumPy would return a copy.
-    """
-    if not (array.flags.c_contiguous or array.flags.f_contiguous):
-        raise ValueError(
-            f"an array of shape {array.shape} has gaps in memory, or lies there in another order, "
-            "so that ranks cannot share it: give a copy of it"
-        )
-    return (array if array.flags.c_contiguous else array.T).reshape(-1)
 
 
 def said_once(rank: int, message: str) -> BaseException:

@@ -26,7 +26,8 @@ from micrograd_gpt import optim
 from micrograd_gpt.arrays.devices import Array, array_module, to_device
 from micrograd_gpt.checks import check_adamw
 from micrograd_gpt.optim import AdamW
-from micrograd_gpt.runs.ranks import Ranks, flat_view, ordered_like
+from micrograd_gpt.runs.buckets import flat_view, ordered_like
+from micrograd_gpt.runs.ranks import Ranks
 from micrograd_gpt.tensor import Tensor
 
 ENOUGH = 0  # what rank 0 asks for when it has all moments that it wants
