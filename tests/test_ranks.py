@@ -456,6 +456,16 @@ def has_ended(process: int) -> bool:
         return True
 
 
+def at_work_in(folder: Path) -> list[int]:
+    """The processes that were told this folder and still do something."""
+    found = []
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            if str(folder).encode() in command.read_bytes():
+                found.append(int(command.parent.name))
+    return [process for process in found if not has_ended(process)]
+
+
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc")
 
 
@@ -599,6 +609,22 @@ def test_after_a_bug_in_one_rank_nothing_is_saved_behind_the_message(
     time.sleep(1)  # in which a process that outlived the launcher would save
     assert json.loads((out / checkpoint.STATE).read_text())["step"] == 6
     assert mpirun(2, SCRIPT, "--resume", "--out", out).returncode == 0
+
+
+@needs_mpi
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["raises_in_step", "full_disk"])
+def test_no_process_stays_when_a_rank_has_failed(text: Path, tmp_path: Path, fault: str) -> None:
+    """Of rank 1, or of rank 0; the others have moments, for which nobody will ask."""
+    out = tmp_path / "out"
+    flags = ["--data", text, *RUN, "--max-steps", 9, "--save-interval", 2, "--shard-optimizer"]
+    result = mpirun(3, CHILD, fault, *flags, "--out", out)
+    assert result.returncode != 0 and len(errors(result.stderr)) == 1
+    ended = time.monotonic()
+    wait_for(lambda: not at_work_in(out))
+    assert time.monotonic() - ended < 3
+    assert not list(out.glob(".[!l]*"))
 
 
 @needs_mpi
