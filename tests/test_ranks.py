@@ -529,6 +529,34 @@ def test_a_signal_saves_the_same_step_on_all_ranks(
     assert result.returncode == 0 and metrics(out)[-1]["step"] == step + 1
 
 
+# Rank 0 does something else first, while rank 1 waits for it in MPI's own initialization.
+LATE = """
+import os, pathlib, sys, time
+from micrograd_gpt.runs.ranks import LAUNCHERS, started_ranks
+from micrograd_gpt.support import cli
+def main():
+    if "0" in [os.environ.get(rank) for _, rank in LAUNCHERS.values()]:
+        time.sleep(1)
+        pathlib.Path(sys.argv[1]).touch()
+        time.sleep(60)
+    with started_ranks():
+        return 0
+cli.run(main)
+"""
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("mpi", [OURS, pytest.param(MPICH, marks=needs_mpich)])
+def test_ctrl_c_before_all_ranks_have_begun_to_talk(tmp_path: Path, mpi: MPI) -> None:
+    mark = tmp_path / "late"
+    with started("-n", 2, sys.executable, "-c", LATE, mark, mpi=mpi) as process:
+        wait_for(mark.exists, process)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=5)
+    assert process.returncode and "Traceback" not in stderr and not errors(stderr)
+
+
 @needs_mpi
 @needs_proc
 @pytest.mark.slow

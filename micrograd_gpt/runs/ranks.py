@@ -192,7 +192,8 @@ def started_ranks() -> Iterator[Ranks]:
         yield Ranks()
         return
     try:
-        from micrograd_gpt.runs.together import mpi_ranks
+        with ending_at_ctrl_c():
+            from micrograd_gpt.runs.together import mpi_ranks
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI
         reason = " ".join(str(error).split())
         raise said_once(
@@ -202,6 +203,24 @@ def started_ranks() -> Iterator[Ranks]:
         ) from None
     with mpi_ranks(launcher, size, rank) as ranks:
         yield ranks
+
+
+@contextmanager
+def ending_at_ctrl_c() -> Iterator[None]:
+    """Within this block the system itself ends this process at Ctrl-C.
+
+    Importing mpi4py waits for all ranks, in MPI, where Python hears of no signal: it would wait for
+    ever for a rank that Ctrl-C has ended.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before in (signal.SIG_IGN, None):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def launched() -> tuple[str, int, int]:
