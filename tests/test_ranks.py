@@ -32,6 +32,7 @@ from training import ROOT, SCRIPT, SMALL, assert_same, everything, metrics, run,
 
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.ranks import LAUNCHERS, TORCHRUN, divided, own_gpu, started_ranks
+from micrograd_gpt.support import file_sets
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.shards import write_shard
 
@@ -595,6 +596,26 @@ def test_a_run_is_saved_though_mpirun_does_not_wait(
     wait_for(lambda: "another training" not in mpirun(2, SCRIPT, "--resume", "--out", out).stderr)
     assert_same(out, straight)
     assert (losses(out) == losses(straight)).all() and not list(out.glob(".moments*"))
+
+
+@needs_mpi
+@needs_open_mpi  # MPICH's launcher waits until the checkpoint is saved
+@needs_proc
+@pytest.mark.slow
+def test_what_cannot_be_saved_is_given_up_soon_and_leaves_nothing(
+    text: Path, tmp_path: Path
+) -> None:
+    """Rank 0 is stopped while it writes, and rank 1 has no room to leave its moments."""
+    out = tmp_path / "out"
+    flags = ["--data", text, *RUN, "--max-steps", 9, "--save-interval", 3, "--shard-optimizer"]
+    with started("-n", 2, sys.executable, CHILD, "endless_save", *flags, "--out", out) as process:
+        wait_for((out / file_sets.SAVING).exists, process)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=TIMEOUT)
+    ended = time.monotonic()
+    wait_for(lambda: not at_work_in(out))
+    assert time.monotonic() - ended < 3
+    assert not list(out.glob(".[!l]*")) and not (out / checkpoint.STATE).exists()
 
 
 @needs_mpi

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -24,23 +24,20 @@ def only_writer(folder: str | Path) -> Iterator[None]:
     The system itself holds the lock, and ends it with the process, however that ends. Raises
     UserError, naming the other process, if there is one, and where the folder cannot be written.
     """
-    folder = Path(folder)
+    folder, absent = Path(folder), []
     try:
         absent = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder)
     except OSError as error:
+        _leave(folder, absent)
         place = error.filename or folder
         raise UserError(f"cannot write {place}: {error.strerror or error}") from error
     try:
         yield
     finally:
         lock.close()
-        with suppress(OSError):  # the folder was removed meanwhile, or nothing can be written now
-            _remove(folder / LOCK)
-        with suppress(OSError):  # there is a run in it now
-            for place in absent:
-                place.rmdir()
+        _leave(folder, absent)
 
 
 def is_written(folder: str | Path) -> bool:
@@ -64,7 +61,7 @@ def is_written(folder: str | Path) -> bool:
 
 def _locked(folder: Path) -> BinaryIO:
     while True:
-        lock = open(folder / LOCK, "a+b")  # noqa: SIM115  # it is locked as long as it is open
+        lock = open(folder / LOCK, "a+b", buffering=0)  # noqa: SIM115  # it is locked as long as it is open
         try:
             _lock(lock)
         except BlockingIOError:
@@ -82,10 +79,22 @@ def _locked(folder: Path) -> BinaryIO:
         if _is_still(lock, folder / LOCK):  # or its holder removed it in between
             break
         lock.close()
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
-    lock.flush()
+    try:
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+    except OSError:
+        lock.close()
+        raise
     return lock
+
+
+def _leave(folder: Path, absent: Sequence[Path]) -> None:
+    """Remove the lock, and the folders that were `absent` before it and hold nothing now."""
+    with suppress(OSError):  # the folder was removed meanwhile, or nothing can be written now
+        _remove(folder / LOCK)
+    with suppress(OSError):  # there is a run in it now
+        for place in absent:
+            place.rmdir()
 
 
 def _remove(path: Path) -> None:

@@ -16,9 +16,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from faults import needs_fork
+from faults import fill_disk, needs_fork
 from training import ROOT, SCRIPT, SMALL, run
 
+from micrograd_gpt.runs import lock
 from micrograd_gpt.runs.lock import LOCK, is_written, only_writer
 from micrograd_gpt.support.errors import UserError
 
@@ -233,6 +234,15 @@ def test_a_fork_has_the_lock_as_long_as_it_runs(tmp_path: Path) -> None:
         pass
     assert not [*tmp_path.iterdir()]
     os.close(reading)
+
+
+def test_a_full_disk_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder and an empty file often find room where a line of text does not."""
+    fill_disk(monkeypatch, lock, 0)
+    out = tmp_path / "a" / "b"
+    with pytest.raises(UserError, match=f"cannot write {out}: No space left"), only_writer(out):
+        pass
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_folder_in_the_place_of_the_lock_is_named(tmp_path: Path) -> None:
