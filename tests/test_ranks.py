@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -495,6 +496,30 @@ def test_a_killed_rank_ends_all_and_is_named(
     assert message.endswith(f"of step {step}")
     result = mpirun(2, SCRIPT, "--resume", "--allow-changes", "--max-steps", step + 2, "--out", out)
     assert result.returncode == 0 and f"from step {step}; writing" in result.stderr
+
+
+@needs_mpi
+@needs_proc
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_is_named_and_can_go_on(text: Path, tmp_path: Path) -> None:
+    """The others wait for it; only who has stopped it knows for how long."""
+    out = tmp_path / "out"
+    with training(out, text) as (process, ranks):
+        os.kill(ranks[1], signal.SIGSTOP)
+        in_vain = threading.Timer(TIMEOUT, process.terminate)
+        in_vain.start()
+        assert process.stderr
+        while not (line := process.stderr.readline().replace("\0", "")).startswith("note: "):
+            assert line  # not the end
+        in_vain.cancel()
+        before = rows(out)
+        os.kill(ranks[1], signal.SIGCONT)
+        wait_for(lambda: rows(out) > before + 3, process)
+        process.send_signal(signal.SIGUSR1)
+        _, stderr = process.communicate(timeout=TIMEOUT)
+    assert f"rank 1 (process {ranks[1]}) on " in line and f"kill -CONT {ranks[1]} " in line
+    stopped_step(out, process.returncode - 128, signal.SIGUSR1, stderr)
+    assert "note:" not in stderr
 
 
 def stopped_step(out: Path, signaled: int, number: int, stderr: str) -> int:

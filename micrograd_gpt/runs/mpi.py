@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ GPU_BUCKET = 1 << 23  # the same between GPUs: 32 MB, a little more than PyTorch
 DURING_BACKWARD = 0.0002  # seconds between tests of a message, which leave it the processor
 BETWEEN_TESTS = 0.001  # seconds, in a wait that may be long
 BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
+BETWEEN_NOTES = 3.0  # seconds of a wait, between looks for ranks that are stopped
 FAILED = 1  # the tag of the message that a rank has met an error
 
 
@@ -65,6 +67,8 @@ class MPIRanks(Ranks):
         neighbours = self.on_this_machine((self.rank, os.getpid()))
         # Containers on one machine may each number their processes.
         self._watched = {rank: pid for rank, pid in neighbours if is_running(pid)}
+        self._stopped: set[int] = set()  # ranks that were when we looked last
+        self._named: set[int] = set()  # those that the user knows of
 
     @property
     def description(self) -> str:
@@ -160,18 +164,36 @@ class MPIRanks(Ranks):
 
     def _wait(self, request: MPI.Request, pause: float = 0) -> None:
         """Wait for the other ranks. Signals are heeded meanwhile, as MPI's own wait does not."""
-        looked = time.monotonic()
+        looked = noted = time.monotonic()
         while not request.Test():
             time.sleep(pause)  # lets other processes use the core
             if time.monotonic() > looked + BETWEEN_LOOKS:
                 self.check_alive()
                 looked = time.monotonic()
+            if looked > noted + BETWEEN_NOTES:
+                self._name_stopped()
+                noted = looked
 
     def check_alive(self) -> None:
         dead = [(rank, pid) for rank, pid in self._watched.items() if not is_running(pid)]
         if dead:
             which = ", ".join(f"rank {rank} (process {pid})" for rank, pid in dead)
             raise RankDied(f"{which} on {platform.node()} has ended")
+
+    def _name_stopped(self) -> None:
+        """Say which ranks the others wait for in vain, if they were stopped at two looks.
+
+        After Ctrl-Z some are stopped a moment longer than others.
+        """
+        stopped = {rank for rank, pid in self._watched.items() if is_stopped(pid)}
+        lasting = stopped & self._stopped
+        for rank in sorted(lasting - self._named):
+            pid = self._watched[rank]
+            say(
+                f"note: rank {rank} (process {pid}) on {platform.node()} is stopped, and the "
+                f"others wait for it; kill -CONT {pid} lets it go on"
+            )
+        self._stopped, self._named = stopped, lasting
 
     def all_well(self) -> bool:
         alive = all(map(is_running, self._watched.values()))
@@ -251,3 +273,12 @@ def is_running(pid: int) -> bool:
     except PermissionError:  # it is another user's
         return True
     return True
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped, as by SIGSTOP; that is known on Linux alone."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state in "Tt"
