@@ -24,7 +24,7 @@ import numpy as np
 
 from micrograd_gpt import optim
 from micrograd_gpt.arrays.devices import Array, array_module, to_device
-from micrograd_gpt.checks import check_adamw
+from micrograd_gpt.checks import check_trainable
 from micrograd_gpt.optim import AdamW
 from micrograd_gpt.runs.buckets import flat_view, ordered_like
 from micrograd_gpt.runs.ranks import Ranks
@@ -42,14 +42,13 @@ class ShardedAdamW:
     """
 
     def __init__(self, ranks: Ranks, parameters: Sequence[Tensor], **settings: Any) -> None:
-        self.ranks, self.parameters = ranks, list(parameters)
+        self.ranks, self.parameters = ranks, check_trainable(parameters)
         self.missed = [0] * len(self.parameters)  # how many steps had no gradient of each
         ranks.shards = True
         cuts = ranks.cut([parameter.size for parameter in self.parameters])
         self._pieces = [Piece(i, self.parameters[i], bounds, ranks.rank) for i, bounds in cuts]
         self._not_empty = [piece for piece in self._pieces if piece.size]
-        self._own = own = AdamW([Tensor(piece.data) for piece in self._not_empty], **settings)
-        check_adamw(self.parameters, own.lr, own.betas, own.eps, own.weight_decay)
+        self._own = AdamW([Tensor(piece.data) for piece in self._not_empty], **settings)
         self.m = self._scattered(self._own.m, 1)
         self.v = self._scattered(self._own.v, 1 + len(self.m))
 
