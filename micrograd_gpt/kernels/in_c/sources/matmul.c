@@ -6,8 +6,9 @@
    tile of c stays in registers for DEPTH steps. */
 
 #include "matmul.h"
+#include "narrow.h"
 
-#define DEPTH 384
+#define DEPTH 384 /* whole groups of int8 */
 #define MOST_COLUMNS 1024 /* of b, packed together */
 #define SAME_PLACE 1024 /* floats: rows this far apart share few places of the first-level cache */
 #define STRIPS 16 /* of ROWS rows each, packed together, so that a is read in whole cache lines */
@@ -36,6 +37,54 @@ void pack_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int
   for (Int p = done; p < k; p++)
     for (Int q = 0; q < columns; q++)
       packed[p * columns + q] = q < width ? b[p * b_row + q * b_column] : 0;
+}
+
+/* Number (row, column) of a narrow b. */
+INLINE float narrow_at(int kind, const Product *p, Int row, Int column) {
+  Int at = column * p->b_column + row;
+  if (kind == FLOAT16) return from_float16(((const uint16_t *)p->b)[at]);
+  return ((const int8_t *)p->b)[at] * p->scales[column * groups_of(p->k) + row / GROUP];
+}
+
+/* LANES numbers of a column of it, from (row, column) on, which share a scale; the same numbers of
+   the next rows are fetched ahead. */
+INLINE vec narrow_vector(int kind, const Product *p, Int row, Int column) {
+  Int at = column * p->b_column + row;
+  if (kind == FLOAT16) {
+    const uint16_t *halves = (const uint16_t *)p->b + at;
+    __builtin_prefetch(halves + 4 * LANES);
+    return floats_of_float16(halves);
+  }
+  const int8_t *integers = (const int8_t *)p->b + at;
+  __builtin_prefetch(integers + 4 * LANES);
+  return floats_of(integers) * p->scales[column * groups_of(p->k) + row / GROUP];
+}
+
+/* As pack_columns, for the part (k, width) of a narrow b that begins at (row, column): squares of
+   LANES × LANES numbers become floats and are transposed in the nearest cache. */
+INLINE void widen_columns(int kind, const Product *p, Int row, Int column, Int k, Int width,
+                          float *packed) {
+  Int whole = k / LANES * LANES, whole_columns = width / LANES * LANES;
+  for (Int q = 0; q < whole_columns; q += LANES)
+    for (Int r = 0; r < whole; r += LANES) {
+      vec square[LANES];
+      for (int i = 0; i < LANES; i++) square[i] = narrow_vector(kind, p, row + r, column + q + i);
+      transpose_block((const float *)square, LANES, COLUMNS, packed + r * COLUMNS + q);
+    }
+  for (Int q = 0; q < COLUMNS; q++)
+    for (Int r = q < whole_columns ? whole : 0; r < k; r++)
+      packed[r * COLUMNS + q] = q < width ? narrow_at(kind, p, row + r, column + q) : 0;
+}
+
+/* The part (k, width) of b that begins at (row, column), of at most COLUMNS columns. */
+static void pack_part_of_b(const Product *p, Int row, Int column, Int k, Int width, float *packed) {
+  Int at = row * p->b_row + column * p->b_column;
+  if (p->b_kind == FLOAT16)
+    widen_columns(FLOAT16, p, row, column, k, width, packed);
+  else if (p->b_kind == INT8)
+    widen_columns(INT8, p, row, column, k, width, packed);
+  else
+    pack_columns((const float *)p->b + at, p->b_row, p->b_column, k, width, COLUMNS, packed);
 }
 
 /* Strips of ROWS rows of a (n, k), each stored column after column; missing rows are zeros. */
@@ -107,8 +156,7 @@ void multiply_part(const Product *p, Int first_row, Int end_row, Int first_colum
     for (Int p0 = 0; p0 < p->k; p0 += DEPTH) {
       Int depth = min(DEPTH, p->k - p0);
       for (Int j = 0; j < width; j += COLUMNS)
-        pack_columns(p->b + p0 * p->b_row + (j0 + j) * p->b_column, p->b_row, p->b_column, depth,
-                     min(COLUMNS, width - j), COLUMNS, packed_b + j * depth);
+        pack_part_of_b(p, p0, j0 + j, depth, min(COLUMNS, width - j), packed_b + j * depth);
       const float *bias = p->bias && p0 + depth == p->k ? p->bias + j0 : NULL;
       for (Int i0 = first_row; i0 < end_row; i0 += STRIPS * ROWS) {
         Int height = min(STRIPS * ROWS, end_row - i0);

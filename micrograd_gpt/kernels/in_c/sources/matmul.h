@@ -14,16 +14,18 @@
 
 /* c = a @ b + bias for a (n, k), b (k, m), c (n, m) and bias (m) or NULL. Element (i, j) of a is
    a[i * a_row + j * a_column]; the elements of a row of c have no gaps. A product that `adds` adds
-   to the numbers of c. */
+   to the numbers of c. A b of float16, or of int8 with scales, has columns without gaps, and becomes
+   floats while it is packed. */
 typedef struct {
   Int n, k, m;
   const float *a;
   Int a_row, a_column;
-  const float *b;
+  const void *b;
   Int b_row, b_column;
   const float *bias;
   float *c;
-  Int c_row, adds;
+  Int c_row, adds, b_kind; /* FLOAT32, FLOAT16 or INT8, as in narrow.h */
+  const float *scales;     /* of int8: (m, k / GROUP rounded up), what each group is multiplied by */
 } Product;
 
 /* y = x @ weight.T + bias for a few rows of x: bound by reading the weights. */

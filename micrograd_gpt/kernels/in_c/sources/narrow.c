@@ -11,10 +11,6 @@
 #include "half.h"
 #include "matmul.h"
 
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
 #define TOGETHER 4 /* how many rows of x, at most, share one reading of the weights */
 
 #define STEP (2 * LANES)
@@ -22,35 +18,9 @@ enum { X }; /* the purposes of scratch() here */
 
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
-/* LANES integers from `x` on as floats. Of GCC's own vectors these conversions are slow. */
-INLINE vec floats_of(const int8_t *x) {
-#if defined(__AVX512F__)
-  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
-#elif defined(__AVX2__)
-  return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
-#else
-  vec wide;
-  for (int i = 0; i < LANES; i++) wide[i] = x[i];
-  return wide;
-#endif
-}
-
 typedef struct {
   vec first, second;
 } Pair;
-
-/* The same of float16: for its instruction, too, compilers have no vectors. */
-INLINE vec floats_of_float16(const uint16_t *x) {
-#if defined(__AVX512F__)
-  return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
-#elif defined(__AVX2__) && defined(__F16C__)
-  return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
-#else
-  vec wide;
-  for (int i = 0; i < LANES; i++) wide[i] = from_float16(x[i]);
-  return wide;
-#endif
-}
 
 /* STEP weights as floats, from number `at` on; those of int8 are yet to be scaled. Of bfloat16 the
    even ones come first, as arranged() puts x: they are the lower halves of words of 32 bits, the
@@ -87,8 +57,6 @@ static const float *arranged(int kind, const NarrowRows *f) {
     }
   return copy;
 }
-
-INLINE Int groups_of(Int k) { return (k + GROUP - 1) / GROUP; }
 
 INLINE float scale_at(int kind, const NarrowRows *f, Int column, Int at) {
   return kind == INT8 ? f->scales[column * groups_of(f->k) + at / GROUP] : 1;
@@ -327,29 +295,4 @@ static void narrow_task(const void *arguments, Int part, Int parts) {
 
 int few_narrow_rows(const NarrowRows *f) {
   return run_parts(narrow_task, f, f->k * f->m < FEW_WEIGHTS ? 1 : 4 * thread_count());
-}
-
-/* ------------------------------------------------------- a matrix of int8 as floats, for many rows */
-
-typedef struct {
-  Int k, m;
-  const int8_t *values; /* (m, k) */
-  const float *scales;  /* (m, k / GROUP rounded up) */
-  float *wide;          /* (m, k) */
-} Widening;
-
-static void widen_task(const void *arguments, Int part, Int parts) {
-  const Widening *w = arguments;
-  Int first, end = cut(w->m, parts, 1, part, &first), groups = groups_of(w->k);
-  for (Int j = first; j < end; j++)
-    for (Int g = 0; g < groups; g++) {
-      Int at = j * w->k + g * GROUP, n = min(GROUP, w->k - g * GROUP);
-      float scale = w->scales[j * groups + g];
-#pragma omp simd
-      for (Int i = at; i < at + n; i++) w->wide[i] = w->values[i] * scale;
-    }
-}
-
-int widen_int8(const Widening *w) {
-  return run_parts(widen_task, w, w->k * w->m < FEW_WEIGHTS ? 1 : thread_count());
 }
