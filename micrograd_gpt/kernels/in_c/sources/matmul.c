@@ -252,19 +252,20 @@ static void dots_of_rows(Int rows, Int columns, Int k, const float *x, const flo
 #define SIDE 4
 #endif
 
+#define LINE 16 /* floats: a cache line */
+
 /* sums[r][i] += x (rows, SLICE)[r] * weight (SIDE, k)[i] for `length` numbers, a multiple of LANES.
-   With `fetch`, the same numbers of the next LANES rows of weights are on their way meanwhile. */
-INLINE void add_products(int rows, int fetch, Int length, Int k, const float *x,
-                         const float *weight, vec (*sums)[LANES]) {
+   In each step so many `lines` are fetched into the second-level cache, one after another from
+   `ahead` on. */
+INLINE void add_products(int rows, int lines, Int length, Int k, const float *x,
+                         const float *weight, const float *ahead, vec (*sums)[LANES]) {
   vec sum[ROWS][SIDE];
   for (int r = 0; r < rows; r++)
     for (int i = 0; i < SIDE; i++) sum[r][i] = sums[r][i];
   for (Int p = 0; p < length; p += LANES) {
     vec here[SIDE];
-    for (int i = 0; i < SIDE; i++) {
-      here[i] = *(const vec *)(weight + i * k + p);
-      if (fetch) __builtin_prefetch(weight + (LANES + i) * k + p, 0, 2);
-    }
+    for (int i = 0; i < SIDE; i++) here[i] = *(const vec *)(weight + i * k + p);
+    for (int i = 0; i < lines; i++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
     for (int r = 0; r < rows; r++) {
       vec row = *(const vec *)(x + r * SLICE + p);
       for (int i = 0; i < SIDE; i++) sum[r][i] += here[i] * row;
@@ -274,32 +275,40 @@ INLINE void add_products(int rows, int fetch, Int length, Int k, const float *x,
     for (int i = 0; i < SIDE; i++) sums[r][i] = sum[r][i];
 }
 
-INLINE void add_products_of(Int rows, int fetch, Int length, Int k, const float *x,
-                            const float *weight, vec (*sums)[LANES]) {
+#define LINES (SIDE * LANES / LINE) /* of weights that a step reads */
+
+INLINE void add_products_of_rows(Int rows, int lines, Int length, Int k, const float *x,
+                                 const float *weight, const float *ahead, vec (*sums)[LANES]) {
   switch (rows) {
-    case 1: add_products(1, fetch, length, k, x, weight, sums); break;
-    case 2: add_products(2, fetch, length, k, x, weight, sums); break;
-    case 3: add_products(3, fetch, length, k, x, weight, sums); break;
-    case 4: add_products(4, fetch, length, k, x, weight, sums); break;
-    case 5: add_products(5, fetch, length, k, x, weight, sums); break;
-    default: add_products(ROWS, fetch, length, k, x, weight, sums);
+    case 1: add_products(1, lines, length, k, x, weight, ahead, sums); break;
+    case 2: add_products(2, lines, length, k, x, weight, ahead, sums); break;
+    case 3: add_products(3, lines, length, k, x, weight, ahead, sums); break;
+    case 4: add_products(4, lines, length, k, x, weight, ahead, sums); break;
+    case 5: add_products(5, lines, length, k, x, weight, ahead, sums); break;
+    default: add_products(ROWS, lines, length, k, x, weight, ahead, sums);
   }
 }
 
 /* A slice of x (rows, SLICE) and of LANES rows of weights, in groups that are as equal as they can
-   be; the first group of rows fetches weights for the others and for the next call. */
+   be. As many weights are fetched from `ahead` on, by each group its share: asked for all at once,
+   they would keep the first group waiting, and memory would be idle while the others work. */
 static void add_slice(Int rows, Int length, Int k, const float *x, const float *weight,
-                      vec (*sums)[LANES]) {
+                      const float *ahead, vec (*sums)[LANES]) {
   Int groups = (rows + ROWS - 1) / ROWS;
   for (Int j = 0; j < LANES; j += SIDE) {
     const float *w = weight + j * k;
     for (Int i = 0, first = 0, end; i < groups; i++, first = end) {
       end = rows * (i + 1) / groups;
+      Int lines = LINES * (i + 1) / groups - LINES * i / groups;
+      const float *part = x + first * SLICE;
       vec(*place)[LANES] = (vec(*)[LANES])(sums[first] + j);
-      if (i == 0)
-        add_products_of(end, 1, length, k, x, w, place);
-      else
-        add_products_of(end - first, 0, length, k, x + first * SLICE, w, place);
+      switch (lines) {
+        case 0: add_products_of_rows(end - first, 0, length, k, part, w, ahead, place); break;
+        case 1: add_products_of_rows(end - first, 1, length, k, part, w, ahead, place); break;
+        case 2: add_products_of_rows(end - first, 2, length, k, part, w, ahead, place); break;
+        default: add_products_of_rows(end - first, LINES, length, k, part, w, ahead, place);
+      }
+      ahead += lines * length / LANES * LINE;
     }
   }
 }
@@ -312,7 +321,7 @@ static void dots_in_slices(Int rows, Int k, const float *x, const float *packed,
   memset(sums, 0, rows * sizeof *sums);
   Int whole = k / LANES * LANES;
   for (Int p = 0; p < whole; p += SLICE, packed += packed_slice)
-    add_slice(rows, min(SLICE, whole - p), k, packed, weight + p, sums);
+    add_slice(rows, min(SLICE, whole - p), k, packed, weight + p, weight + LANES * (k + p), sums);
   for (Int r = 0; r < rows; r++) {
     vec total = sums_of_lanes(sums[r]);
     *(vec *)(y + r * m) = total;
