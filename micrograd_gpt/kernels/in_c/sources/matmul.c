@@ -6,6 +6,7 @@
    tile of c stays in registers for DEPTH steps. */
 
 #include "matmul.h"
+#include "few_rows.h"
 
 #define DEPTH 384
 #define MOST_COLUMNS 1024 /* of b, packed together */
@@ -240,20 +241,6 @@ static void dots_of_rows(Int rows, Int columns, Int k, const float *x, const flo
   }
 }
 
-/* With more rows, weights and x are cut into slices, which stay in the first-level cache: SLICE
-   numbers of SIDE rows of weights, and of all rows of x, which are packed slice after slice. Their
-   sums, a vector for each of SOME_ROWS rows and LANES columns, stay there too, and registers hold
-   those of a group of at most ROWS rows and SIDE columns. */
-#define SOME_ROWS 16
-#define SLICE 256
-#if LANES == 8
-#define SIDE 2 /* AVX has 16 registers, the others 32 */
-#else
-#define SIDE 4
-#endif
-
-#define LINE 16 /* floats: a cache line */
-
 /* sums[r][i] += x (rows, SLICE)[r] * weight (SIDE, k)[i] for `length` numbers, a multiple of LANES.
    In each step so many `lines` are fetched into the second-level cache, one after another from
    `ahead` on. */
@@ -275,8 +262,6 @@ INLINE void add_products(int rows, int lines, Int length, Int k, const float *x,
     for (int i = 0; i < SIDE; i++) sums[r][i] = sum[r][i];
 }
 
-#define LINES (SIDE * LANES / LINE) /* of weights that a step reads */
-
 INLINE void add_products_of_rows(Int rows, int lines, Int length, Int k, const float *x,
                                  const float *weight, const float *ahead, vec (*sums)[LANES]) {
   switch (rows) {
@@ -289,27 +274,23 @@ INLINE void add_products_of_rows(Int rows, int lines, Int length, Int k, const f
   }
 }
 
-/* A slice of x (rows, SLICE) and of LANES rows of weights, in groups that are as equal as they can
-   be. As many weights are fetched from `ahead` on, by each group its share: asked for all at once,
-   they would keep the first group waiting, and memory would be idle while the others work. */
-static void add_slice(Int rows, Int length, Int k, const float *x, const float *weight,
-                      const float *ahead, vec (*sums)[LANES]) {
+/* The rows of x are taken in groups that are as equal as they can be. Each group fetches its share of
+   the lines: asked for all at once, they would keep the first group waiting, and memory would be
+   idle while the others work. */
+void add_side(Int rows, Int length, Int k, const float *x, const float *weight, Int lines_of_all,
+              const float *ahead, vec (*sums)[LANES]) {
   Int groups = (rows + ROWS - 1) / ROWS;
-  for (Int j = 0; j < LANES; j += SIDE) {
-    const float *w = weight + j * k;
-    for (Int i = 0, first = 0, end; i < groups; i++, first = end) {
-      end = rows * (i + 1) / groups;
-      Int lines = LINES * (i + 1) / groups - LINES * i / groups;
-      const float *part = x + first * SLICE;
-      vec(*place)[LANES] = (vec(*)[LANES])(sums[first] + j);
-      switch (lines) {
-        case 0: add_products_of_rows(end - first, 0, length, k, part, w, ahead, place); break;
-        case 1: add_products_of_rows(end - first, 1, length, k, part, w, ahead, place); break;
-        case 2: add_products_of_rows(end - first, 2, length, k, part, w, ahead, place); break;
-        default: add_products_of_rows(end - first, LINES, length, k, part, w, ahead, place);
-      }
-      ahead += lines * length / LANES * LINE;
+  for (Int i = 0, first = 0, end; i < groups; i++, first = end) {
+    end = rows * (i + 1) / groups;
+    Int n = end - first, lines = lines_of_all * (i + 1) / groups - lines_of_all * i / groups;
+    const float *part = x + first * SLICE;
+    switch (lines) {
+      case 0: add_products_of_rows(n, 0, length, k, part, weight, ahead, sums + first); break;
+      case 1: add_products_of_rows(n, 1, length, k, part, weight, ahead, sums + first); break;
+      case 2: add_products_of_rows(n, 2, length, k, part, weight, ahead, sums + first); break;
+      default: add_products_of_rows(n, 4, length, k, part, weight, ahead, sums + first);
     }
+    ahead += lines * length / LANES * LINE;
   }
 }
 
@@ -320,8 +301,13 @@ static void dots_in_slices(Int rows, Int k, const float *x, const float *packed,
   vec sums[SOME_ROWS][LANES] __attribute__((aligned(64)));
   memset(sums, 0, rows * sizeof *sums);
   Int whole = k / LANES * LANES;
-  for (Int p = 0; p < whole; p += SLICE, packed += packed_slice)
-    add_slice(rows, min(SLICE, whole - p), k, packed, weight + p, weight + LANES * (k + p), sums);
+  for (Int p = 0; p < whole; p += SLICE, packed += packed_slice) {
+    Int length = min(SLICE, whole - p);
+    const float *ahead = weight + LANES * (k + p); /* what the next LANES rows read now */
+    for (Int j = 0; j < LANES; j += SIDE)
+      add_side(rows, length, k, packed, weight + j * k + p, SIDE * LANES / LINE, ahead + j * length,
+               (vec(*)[LANES])(sums[0] + j));
+  }
   for (Int r = 0; r < rows; r++) {
     vec total = sums_of_lanes(sums[r]);
     *(vec *)(y + r * m) = total;
@@ -359,16 +345,19 @@ static void few_rows_columns(const PackedRows *rows, Int first, Int end) {
     add_scaled(f->y + r * f->m + first, 1, f->bias + first, end - first);
 }
 
+float *packed_in_slices(int purpose, Int n, Int k, const float *x) {
+  float *packed = scratch(purpose, n * round_up(k, SLICE));
+  for (Int p = 0; p < k && packed; p += SLICE)
+    for (Int r = 0; r < n; r++)
+      memcpy(packed + (p / SLICE * n + r) * SLICE, x + r * k + p,
+             min(SLICE, k - p) * sizeof(float));
+  return packed;
+}
+
 /* Sets `packed`, as the only part may; a task, so that run_parts reports a lack of memory. */
-static void pack_slices(const void *arguments, Int part, Int parts) {
+static void pack_task(const void *arguments, Int part, Int parts) {
   PackedRows *rows = (PackedRows *)arguments;
-  const FewRows *f = rows->f;
-  rows->packed = scratch(PACKED_A, f->n * round_up(f->k, SLICE));
-  if (!rows->packed) return;
-  for (Int p = 0; p < f->k; p += SLICE)
-    for (Int r = 0; r < f->n; r++)
-      memcpy(rows->packed + (p / SLICE * f->n + r) * SLICE, f->x + r * f->k + p,
-             min(SLICE, f->k - p) * sizeof(float));
+  rows->packed = packed_in_slices(PACKED_A, rows->f->n, rows->f->k, rows->f->x);
 }
 
 #define FEW_WEIGHTS 20000 /* with fewer, waking another thread does not pay */
@@ -386,6 +375,6 @@ static void few_rows_task(const void *arguments, Int part, Int parts) {
 int few_rows(const FewRows *f) {
   PackedRows rows = {f, NULL};
   int stay_in_cache = f->n <= TOGETHER && f->n * f->k <= IN_NEAREST_CACHE;
-  if (!stay_in_cache && run_parts(pack_slices, &rows, 1)) return OUT_OF_MEMORY;
+  if (!stay_in_cache && run_parts(pack_task, &rows, 1)) return OUT_OF_MEMORY;
   return run_parts(few_rows_task, &rows, few_rows_parts(f));
 }
