@@ -108,10 +108,11 @@ def test_float16_is_rounded_and_widened_as_numpy_does() -> None:
                 assert (np.signbit(ours) == np.signbit(x)).all()
 
 
+@pytest.mark.parametrize("rows", [3, 9])
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
-def test_infinity_and_nan_go_where_they_belong(bad: float) -> None:
+def test_infinity_and_nan_go_where_they_belong(bad: float, rows: int) -> None:
     for place in (0, 63, 64, 69):
-        x, weight = integers(3, 70), int8_of_integers(70, 35)
+        x, weight = integers(rows, 70), int8_of_integers(70, 35)
         x[1, place] = bad
         with np.errstate(invalid="ignore"):
             expected = x @ weight.astype("float32")
@@ -120,7 +121,7 @@ def test_infinity_and_nan_go_where_they_belong(bad: float) -> None:
         ours = compiled.linear_forward(x.astype("bfloat16"), narrow, None)
         np.testing.assert_array_equal(np.isfinite(ours.astype("float32")), np.isfinite(expected))
     weight.scales[1, 7] = np.nan
-    ours = in_c.product(integers(3, 70), weight)
+    ours = in_c.product(integers(rows, 70), weight)
     assert np.isnan(ours[:, 7]).all() and np.isfinite(np.delete(ours, 7, axis=1)).all()
 
 
@@ -150,6 +151,15 @@ def test_a_row_depends_in_its_last_bits_alone_on_how_many_are_beside_it(k: int) 
             ours, one = (F.linear_forward(half_x[:i], half_w, None)[0] for i in (n, 1))
             step = np.abs(np.spacing(one)).astype("float32")
             assert (np.abs(ours.astype("float32") - one.astype("float32")) <= sizes + step).all()
+
+
+@pytest.mark.parametrize(("k", "m"), [(1, 16), (70, 35), (768, 48), (1601, 66)])
+def test_a_row_of_float32_is_the_same_to_the_last_bit_beside_any_others(k: int, m: int) -> None:
+    random = np.random.default_rng(k)
+    x, w = (random.standard_normal(s).astype("float32") for s in ((16, k), (m, k)))
+    alone = compiled.linear_forward(x[:1], w.T, None)
+    for n in range(2, 17):
+        assert compiled.linear_forward(x[:n], w.T, None)[:1].tobytes() == alone.tobytes()
 
 
 def test_what_it_does_not_compute_is_refused() -> None:
