@@ -10,9 +10,10 @@ row's product in float32 reads. Weights of float16 and int8 become float32 befor
 multiplied: their large product is float32's. A weight of int8 takes 1.0625 bytes with its share of
 a scale.
 
-The matrices of each shape take 150 MB, as in a model, so that they come from memory. Seconds are
-those of the one thread's processor time, so that other programs disturb less. The shapes are those
-of GPT-2 124M; PyTorch multiplies by the last of them, its head, where it is installed.
+The matrices of each shape take 150 MB, so that they come from memory, and lie in huge pages, as
+those of a model that is loaded. Seconds are those of the one thread's processor time, so that other
+programs disturb less. The shapes are those of GPT-2 124M; PyTorch multiplies by the last of them,
+its head, where it is installed, with weights where it puts them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import Any
 import numpy as np
 from common import installed, median, print_table, processor, seconds
 
-from micrograd_gpt.arrays.int8 import GROUP, product, quantised
+from micrograd_gpt.arrays.int8 import GROUP, arriving, product
+from micrograd_gpt.arrays.memory import HugePages
 from micrograd_gpt.functional import linear_forward
 from micrograd_gpt.kernels.in_c.compiler import library, report
 
@@ -89,10 +91,9 @@ def peak_of(kind: str) -> float:
 
 
 def rates_of(kind: str, k: int, m: int, rows: list[int]) -> Rates:
-    rng = np.random.default_rng(0)
-    weights = [
-        matrix_of(kind, rng.standard_normal((m, k), dtype=np.float32)) for _ in copies(kind, k, m)
-    ]
+    rng, pages = np.random.default_rng(0), HugePages()
+    rows_of_weights = rng.standard_normal((m, k), dtype=np.float32)
+    weights = [matrix_of(kind, rows_of_weights, pages) for _ in copies(kind, k, m)]
 
     def multiply(r: int) -> None:
         x = rng.standard_normal((r, k), dtype=np.float32)
@@ -103,9 +104,15 @@ def rates_of(kind: str, k: int, m: int, rows: list[int]) -> Rates:
     return rates_by_rows(multiply, 2 * k * m * len(weights), rows)
 
 
-def matrix_of(kind: str, rows: np.ndarray) -> Any:
+def matrix_of(kind: str, rows: np.ndarray, pages: HugePages) -> Any:
     """The transpose of these rows, (M, K), with no gaps along the axis that products add up."""
-    return quantised(rows.T, 0) if kind == "int8" else rows.astype(kind).T
+    if kind == "int8":
+        held = arriving(rows.shape, 1, pages.zeros)
+        held.set(rows)
+        return held.matrix.T
+    matrix = pages.zeros(rows.shape, np.dtype(kind))
+    matrix[...] = rows
+    return matrix.T
 
 
 def copies(kind: str, k: int, m: int) -> range:
