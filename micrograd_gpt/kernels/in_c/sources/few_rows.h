@@ -19,9 +19,14 @@
    thread's scratch; NULL where there is not enough memory. */
 float *packed_in_slices(int purpose, Int n, Int k, const float *x);
 
-/* sums[r][i] += x (rows, SLICE)[r] * weight (SIDE, k)[i] for `length` numbers, a multiple of LANES.
-   Meanwhile `lines` of the cache (0, 1, 2 or 4) are fetched for every LANES of these numbers, one after
-   another from `ahead` on. */
-void add_side(Int rows, Int length, Int k, const float *x, const float *weight, Int lines,
-              const float *ahead, vec (*sums)[LANES]);
-#define LINE 16 /* floats: a cache line */
+/* Where weights are that come later: so many places (1, 2 or SIDE), `apart` bytes from one another, are
+   fetched into the second-level cache in each step, and each step's lie `step` bytes further on. */
+typedef struct {
+  const char *from;
+  Int places, apart, step;
+} Ahead;
+
+/* sums[r][i] += x (rows, SLICE)[r] * weight (SIDE, k)[i] for `length` numbers, a multiple of LANES, of
+   which each step takes LANES. */
+void add_side(Int rows, Int length, Int k, const float *x, const float *weight, Ahead ahead,
+              vec (*sums)[LANES]);

@@ -242,17 +242,16 @@ static void dots_of_rows(Int rows, Int columns, Int k, const float *x, const flo
 }
 
 /* sums[r][i] += x (rows, SLICE)[r] * weight (SIDE, k)[i] for `length` numbers, a multiple of LANES.
-   In each step so many `lines` are fetched into the second-level cache, one after another from
-   `ahead` on. */
-INLINE void add_products(int rows, int lines, Int length, Int k, const float *x,
-                         const float *weight, const float *ahead, vec (*sums)[LANES]) {
+   Meanwhile the first so many `places` of what is ahead are fetched. */
+INLINE void add_products(int rows, int places, Int length, Int k, const float *x,
+                         const float *weight, Ahead ahead, vec (*sums)[LANES]) {
   vec sum[ROWS][SIDE];
   for (int r = 0; r < rows; r++)
     for (int i = 0; i < SIDE; i++) sum[r][i] = sums[r][i];
-  for (Int p = 0; p < length; p += LANES) {
+  for (Int p = 0; p < length; p += LANES, ahead.from += ahead.step) {
     vec here[SIDE];
     for (int i = 0; i < SIDE; i++) here[i] = *(const vec *)(weight + i * k + p);
-    for (int i = 0; i < lines; i++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
+    for (int i = 0; i < places; i++) __builtin_prefetch(ahead.from + i * ahead.apart, 0, 2);
     for (int r = 0; r < rows; r++) {
       vec row = *(const vec *)(x + r * SLICE + p);
       for (int i = 0; i < SIDE; i++) sum[r][i] += here[i] * row;
@@ -262,35 +261,35 @@ INLINE void add_products(int rows, int lines, Int length, Int k, const float *x,
     for (int i = 0; i < SIDE; i++) sums[r][i] = sum[r][i];
 }
 
-INLINE void add_products_of_rows(Int rows, int lines, Int length, Int k, const float *x,
-                                 const float *weight, const float *ahead, vec (*sums)[LANES]) {
+INLINE void add_products_of_rows(Int rows, int places, Int length, Int k, const float *x,
+                                 const float *weight, Ahead ahead, vec (*sums)[LANES]) {
   switch (rows) {
-    case 1: add_products(1, lines, length, k, x, weight, ahead, sums); break;
-    case 2: add_products(2, lines, length, k, x, weight, ahead, sums); break;
-    case 3: add_products(3, lines, length, k, x, weight, ahead, sums); break;
-    case 4: add_products(4, lines, length, k, x, weight, ahead, sums); break;
-    case 5: add_products(5, lines, length, k, x, weight, ahead, sums); break;
-    default: add_products(ROWS, lines, length, k, x, weight, ahead, sums);
+    case 1: add_products(1, places, length, k, x, weight, ahead, sums); break;
+    case 2: add_products(2, places, length, k, x, weight, ahead, sums); break;
+    case 3: add_products(3, places, length, k, x, weight, ahead, sums); break;
+    case 4: add_products(4, places, length, k, x, weight, ahead, sums); break;
+    case 5: add_products(5, places, length, k, x, weight, ahead, sums); break;
+    default: add_products(ROWS, places, length, k, x, weight, ahead, sums);
   }
 }
 
-/* The rows of x are taken in groups that are as equal as they can be. Each group fetches its share of
-   the lines: asked for all at once, they would keep the first group waiting, and memory would be
-   idle while the others work. */
-void add_side(Int rows, Int length, Int k, const float *x, const float *weight, Int lines_of_all,
-              const float *ahead, vec (*sums)[LANES]) {
+/* The rows of x are taken in groups that are as equal as they can be. Each group fetches some of the
+   places: asked for all at once, they would keep the first group waiting, and memory would be idle
+   while the others work. */
+void add_side(Int rows, Int length, Int k, const float *x, const float *weight, Ahead ahead,
+              vec (*sums)[LANES]) {
   Int groups = (rows + ROWS - 1) / ROWS;
   for (Int i = 0, first = 0, end; i < groups; i++, first = end) {
     end = rows * (i + 1) / groups;
-    Int n = end - first, lines = lines_of_all * (i + 1) / groups - lines_of_all * i / groups;
+    Int n = end - first, places = ahead.places * (i + 1) / groups - ahead.places * i / groups;
     const float *part = x + first * SLICE;
-    switch (lines) {
+    switch (places) {
       case 0: add_products_of_rows(n, 0, length, k, part, weight, ahead, sums + first); break;
       case 1: add_products_of_rows(n, 1, length, k, part, weight, ahead, sums + first); break;
       case 2: add_products_of_rows(n, 2, length, k, part, weight, ahead, sums + first); break;
-      default: add_products_of_rows(n, 4, length, k, part, weight, ahead, sums + first);
+      default: add_products_of_rows(n, SIDE, length, k, part, weight, ahead, sums + first);
     }
-    ahead += lines * length / LANES * LINE;
+    ahead.from += places * ahead.apart;
   }
 }
 
@@ -303,10 +302,11 @@ static void dots_in_slices(Int rows, Int k, const float *x, const float *packed,
   Int whole = k / LANES * LANES;
   for (Int p = 0; p < whole; p += SLICE, packed += packed_slice) {
     Int length = min(SLICE, whole - p);
-    const float *ahead = weight + LANES * (k + p); /* what the next LANES rows read now */
-    for (Int j = 0; j < LANES; j += SIDE)
-      add_side(rows, length, k, packed, weight + j * k + p, SIDE * LANES / LINE, ahead + j * length,
-               (vec(*)[LANES])(sums[0] + j));
+    for (Int j = 0; j < LANES; j += SIDE) {
+      const float *here = weight + j * k + p;
+      Ahead ahead = {(const char *)(here + LANES * k), SIDE, 4 * k, 4 * LANES};
+      add_side(rows, length, k, packed, here, ahead, (vec(*)[LANES])(sums[0] + j));
+    }
   }
   for (Int r = 0; r < rows; r++) {
     vec total = sums_of_lanes(sums[r]);
