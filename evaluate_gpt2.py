@@ -7,8 +7,9 @@
     python evaluate_gpt2.py generate --model tuned --data questions.jsonl --out answers
     mpirun -n 2 python evaluate_gpt2.py …               # the same, shared by two processes
 
-The report goes to stdout, everything else to stderr. A ± is a standard error: how far chance would
-move a figure if other items were drawn. With --out, Ctrl-C loses nothing.
+The report goes to stdout, everything else to stderr; generate without --out has its answers on
+stdout, and the report on stderr. A ± is a standard error: how far chance would move a figure if
+other items were drawn. With --out, Ctrl-C loses nothing.
 """
 
 from __future__ import annotations
@@ -88,20 +89,27 @@ def way_back(given: argparse.Namespace) -> str:
 def perplexity(given: argparse.Namespace, ranks: Ranks) -> Result:
     """How well a model predicts a text."""
     from micrograd_gpt.evaluation.detokenize import DETOKENIZERS
-    from micrograd_gpt.evaluation.perplexity import PerplexityTask, window_size
+    from micrograd_gpt.evaluation.perplexity import PerplexityTask, check_no_shards, window_size
     from micrograd_gpt.text.decoding import Form
-    from micrograd_gpt.text.documents import load_documents
+    from micrograd_gpt.text.documents import check_text_field, find_files, load_documents
 
+    check_text_field(given.text_field, [given.data])
+    check_no_shards(given.data)
     with ranks.first_on_machine():  # which fetches a text
-        originals = load_documents(given.data, Form(given.encoding))
+        files = None if given.data == "pydocs" else find_files(given.data)
+    model, tokenizer, _ = load(given, ranks)
+    form = Form(given.encoding, given.text_field, given.line_ends, given.special_tokens)
+    originals = load_documents(given.data, form.for_tokenizer(tokenizer.name), files)
     detokenize = DETOKENIZERS[given.detokenize] if given.detokenize else str
     documents = [detokenize(text) for text in originals]
-    model, tokenizer, _ = load(given, ranks)
     width = window_size(model, given.block_size)
     stride = given.stride or max(1, width // 2)
     with about(given.data):
-        task = PerplexityTask(documents, originals, tokenizer, width, stride, given.limit)
-    how = {"stride": stride, "block_size": width}
+        how_many = width, stride, given.limit
+        task = PerplexityTask(documents, originals, tokenizer, *how_many, given.special_tokens)
+    how: dict[str, Any] = {"stride": stride, "block_size": width}
+    if given.special_tokens:  # only then, so that folders from before there was the flag go on
+        how["special_tokens"] = True
     return measure(given, ranks, model, task, documents, how)
 
 
@@ -110,7 +118,7 @@ def multiple_choice(given: argparse.Namespace, ranks: Ranks) -> Result:
     from micrograd_gpt.evaluation.choices import ChoiceTask
     from micrograd_gpt.evaluation.items import read_choices
 
-    items = read_choices(given.data)
+    items = read_choices(given.data, given.encoding)
     model, tokenizer, _ = load(given, ranks)
     texts = [text for item in items for text in (item.context, *item.endings)]
     return measure(given, ranks, model, ChoiceTask(items[: given.limit], tokenizer), texts)
@@ -121,7 +129,7 @@ def last_word(given: argparse.Namespace, ranks: Ranks) -> Result:
     from micrograd_gpt.evaluation.choices import LastWordTask
     from micrograd_gpt.evaluation.items import read_last_words
 
-    items = read_last_words(given.data)
+    items = read_last_words(given.data, given.encoding)
     model, tokenizer, _ = load(given, ranks)
     texts = [f"{item.context} {item.word}" for item in items]
     return measure(given, ranks, model, LastWordTask(items[: given.limit], tokenizer), texts)
@@ -154,8 +162,10 @@ def generate(given: argparse.Namespace, ranks: Ranks) -> Result:
     how = {
         name: getattr(given, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")
     }
+    if given.top_p is not None and given.temperature == 0:
+        raise UserError("--top-p does nothing at temperature 0: give a --temperature above that")
     Settings(**how)  # what is wrong with them is said before a large model is loaded
-    questions = read_questions(given.data)
+    questions = read_questions(given.data, given.encoding)
     model, tokenizer, template = load(given, ranks)
     settings = Settings(**how, end_of_text=tokenizer.end_of_text, vocab_size=tokenizer.vocab_size)
     task = GenerationTask(questions[: given.limit], tokenizer, template, settings, given.stop)

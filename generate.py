@@ -123,27 +123,7 @@ def check_shared(given: argparse.Namespace, questions: list[str] | None) -> None
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     add_question_flags(parser)
-    parser.add_argument(
-        "--model",
-        type=cli.some_text,
-        metavar="M",
-        help="a checkpoint's folder or file, a size (124M, 355M, 774M, 1558M), or a model on the "
-        "Hugging Face Hub: OWNER/NAME or OWNER/NAME@REVISION "
-        "(default: the folder out if it holds a checkpoint, else 124M)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "gpu", "cuda"],
-        default="cpu",
-        help="where to compute (default: cpu)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "float64", "bfloat16", "float16", "int8"],
-        default="float32",
-        help="type of the weights: bfloat16 takes half the memory and about half the time a token, "
-        "int8 (CPU only) a quarter and about a third (default: float32)",
-    )
+    flags.add_model_flags(parser)
     parser.add_argument(
         "--tf32",
         action="store_true",

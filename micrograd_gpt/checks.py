@@ -1,11 +1,13 @@
-"""What a model and an optimizer cannot be made of, each said in one line."""
+"""What a layer, a model and an optimizer cannot be made of, each said in one line."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from micrograd_gpt.tensor import Tensor
 
@@ -19,48 +21,103 @@ def check_config(values: Mapping[str, Any]) -> None:
 
     `n_inner` may be left out, or None.
     """
-    for key in COUNTS if values.get("n_inner") is None else (*COUNTS, "n_inner"):
-        value = values[key]
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{key} must be a whole number of at least 1, not {value!r}")
-    for key in DROPOUTS:
-        if not _is_number(values[key]) or not 0 <= values[key] < 1:
-            raise ValueError(f"{key} must be a probability in [0, 1), not {values[key]!r}")
+    counts = COUNTS if values.get("n_inner") is None else (*COUNTS, "n_inner")
+    _check_counts({key: values[key] for key in counts})
+    check_dropout(**{key: values[key] for key in DROPOUTS})
     value = values[EPSILON]
-    if not _is_number(value) or not 0 < value <= sys.float_info.max:
+    if not _is_finite(value) or value <= 0:
         raise ValueError(f"{EPSILON} must be a finite number above 0, not {value!r}")
     width, heads = values["n_embd"], values["n_head"]
     if width % heads:
         raise ValueError(f"n_embd ({width}) must be a multiple of n_head ({heads})")
 
 
-def check_adamw(
-    parameters: Sequence[Any], lr: Any, betas: Any, eps: Any, weight_decay: Any
-) -> None:
-    """TypeError for parameters that are not tensors; ValueError where they cannot be trained, or
-    twice the same, and for numbers with which AdamW would not go downhill."""
+def check_dropout(**probabilities: Any) -> None:
+    """ValueError, naming it, for what is no probability of dropping a number."""
+    for name, p in probabilities.items():
+        if not _is_number(p) or not 0 <= p < 1:
+            raise ValueError(f"{name} must be a probability in [0, 1), not {p!r}")
+
+
+def check_layer(init: Any, **sizes: Any) -> None:
+    """ValueError, naming it, for a size that no matrix has; TypeError where `init` makes none."""
+    _check_counts(sizes)
+    if not callable(init):
+        raise TypeError(f"init makes a matrix, as nn.normal(seed) does: it cannot be {init!r}")
+
+
+def check_trainable(parameters: Any) -> list[Tensor]:
+    """The parameters as a list. TypeError for what are no tensors; ValueError where they cannot be
+    trained, or twice the same."""
+    parameters = _check_tensors("AdamW", parameters)
     if not parameters:
         raise ValueError("AdamW: there are no parameters to train")
     for i, p in enumerate(parameters):
-        if not isinstance(p, Tensor):
-            raise TypeError(
-                f"AdamW takes tensors, as model.parameters() are, not a {type(p).__name__}"
-            )
         if p.dtype.kind in "iub" or p.dtype.itemsize < 4:  # of 16 bits: updates round to 0
             raise ValueError(f"parameters of {p.dtype} cannot be trained: hold them in float32")
         if p._node is not None:
             raise ValueError(
-                f"AdamW: parameter {i} is the result of {p._node.name!r}, not a leaf: it has no "
+                f"AdamW: parameter {i} is the result of {p.made_by()!r}, not a leaf: it has no "
                 "gradient of its own"
             )
-    if len(set(map(id, parameters))) < len(parameters):
-        raise ValueError("AdamW: a parameter is there twice: give each once")
+    _check_each_once("AdamW", parameters)
+    return parameters
+
+
+def check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+    """ValueError for numbers with which AdamW would not go downhill."""
     for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
-        if not _is_number(value) or not 0 <= value <= sys.float_info.max:
+        if not _is_finite(value) or value < 0:
             raise ValueError(f"AdamW: {name} must be a finite number from 0, not {value!r}")
     pair = tuple(betas) if isinstance(betas, tuple | list) else ()
     if len(pair) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in pair):
         raise ValueError(f"AdamW: betas must be two numbers in [0, 1), not {betas!r}")
+
+
+def check_update(i: int, p: Tensor, m: Any, v: Any) -> None:
+    """ValueError where AdamW cannot update parameter number `i` by its gradient and its moments."""
+    shapes = [getattr(array, "shape", ()) for array in (p.data, p.grad, m, v)]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"AdamW: parameter {i}, grad, m, v: {shapes}")
+    if not all(getattr(array.flags, "writeable", True) for array in (p.data, m, v)):
+        raise ValueError(f"AdamW: parameter {i} of shape {p.shape} is read-only")
+
+
+def check_clipping(parameters: Any, max_norm: Any) -> list[Tensor]:
+    """The parameters as a list. TypeError for what are no tensors; ValueError where one is there
+    twice, and for a norm that would turn gradients around, or make them NaN."""
+    if not _is_number(max_norm) or not max_norm >= 0:
+        raise ValueError(f"clip_grad_norm: max_norm must be a number from 0, not {max_norm!r}")
+    parameters = _check_tensors("clip_grad_norm", parameters)
+    _check_each_once("clip_grad_norm", parameters)
+    return parameters
+
+
+def _check_tensors(name: str, parameters: Any) -> list[Tensor]:
+    what = f"{name} takes a list of tensors, as model.parameters() is"
+    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        raise TypeError(f"{what}, not a single {type(parameters).__name__}")
+    parameters = list(parameters)
+    for p in parameters:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{what}, not a list of {type(p).__name__}")
+    return parameters
+
+
+def _check_each_once(name: str, parameters: list[Tensor]) -> None:
+    if len(set(map(id, parameters))) < len(parameters):
+        raise ValueError(f"{name}: a parameter is there twice: give each once")
+
+
+def _check_counts(counts: Mapping[str, Any]) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    value = value.item() if isinstance(value, np.number) else value
+    return _is_number(value) and abs(value) <= sys.float_info.max
 
 
 def _is_number(value: Any) -> bool:

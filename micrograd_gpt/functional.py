@@ -45,9 +45,10 @@ def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array,
 
 @stands_in_for(layers.linear, "fused")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    n_in, n_out = weight.shape
-    fits = x.shape[-1] == n_in and (bias is None or bias.shape == (n_out,))
+    fits = weight.ndim == 2 and x.shape[-1:] == weight.shape[:1]
+    fits = fits and (bias is None or bias.shape == weight.shape[1:])
     check_shapes(fits, "linear", x, weight, bias)
+    n_in, n_out = weight.shape
     rows, w, shape = x.data.reshape(-1, n_in), weight.data, x.shape
     y = linear_forward(rows, w, None if bias is None else bias.data)
 
@@ -86,8 +87,9 @@ def layer_norm_backward(
 
 @stands_in_for(layers.layer_norm, "fused")
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    fits = weight.shape == bias.shape == x.shape[-1:] != ()
+    check_shapes(fits, "layer_norm", x, weight, bias)
     width, shape = x.shape[-1], x.shape
-    check_shapes(weight.shape == bias.shape == (width,), "layer_norm", x, weight, bias)
     rows, w = x.data.reshape(-1, width), weight.data
     y, mean, rstd = layer_norm_forward(rows, w, bias.data, eps)
 
@@ -159,6 +161,7 @@ def attention_backward(
 def self_attention(qkv: Tensor, p: float = 0.0, key: Key = (), past: Any = None) -> Tensor:
     if past is not None:
         raise NotForMe  # the definition takes it
+    check_shapes(qkv.ndim == 5 and qkv.shape[2] == 3, "self_attention", qkv)
     q, k, v = qkv.data.transpose(2, 0, 3, 1, 4)  # each (B, H, T, D)
     out, log_total = attention_forward(q, k, v, p, key)
 

@@ -37,6 +37,11 @@ class GPT2Config:
 
         check_config(vars(self))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dataclass_fields__:
+            raise AttributeError(f"{name} is no setting: {', '.join(self.__dataclass_fields__)}")
+        super().__setattr__(name, value.item() if isinstance(value, np.number) else value)
+
 
 class CausalSelfAttention(Module):
     def __init__(self, c: GPT2Config, init: Init, draws: Draws) -> None:
@@ -114,7 +119,7 @@ class GPT2(Module):
     def hidden(self, ids: Any, cache: Any = None) -> Tensor:
         """Token ids (B, T) -> what the head reads, (B, T, C); ValueError for unfit ids."""
         ids = layers.checked_ids(ids, self.config.vocab_size)
-        if ids.ndim != 2:
+        if ids.ndim != 2 or not ids.size:
             raise ValueError(f"GPT2 takes token ids of shape (B, T), not {ids.shape}")
         if not hasattr(cache, "lengths") and cache is not None:
             raise TypeError("a cache continues ids: with targets, call model.loss(ids, targets)")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from micrograd_gpt.arrays.stand_ins import definition
-from micrograd_gpt.tensor import Array, Tensor, record, where
+from micrograd_gpt.tensor import Array, Tensor, as_tensor, record, where
 
 Key = tuple[int, ...]  # names one random draw: the same key gives the same numbers
 
@@ -97,6 +97,7 @@ def dropout_forward(x: Array, p: float, key: Key) -> Array:
 def dropout(x: Tensor, p: float, key: Key) -> Tensor:
     """Zero each element of x with probability p and divide the others by 1 - p (Srivastava et al.
     2014). `key` decides which (on each device others), so that the backward can draw them again."""
+    x = as_tensor(x)
     y = dropout_forward(x.data, p, key)
     return record("dropout", y, [x], lambda grad: (dropout_forward(grad, p, key),))
 
@@ -134,9 +135,9 @@ def checked_ids(ids: Any, vocab_size: int, or_ignore: bool = False) -> Array:
     """A copy of the ids, an array; ValueError unless they are integers in 0 … vocab_size-1 (or
     IGNORE). Of ids on a GPU only the type is checked: Python would have to wait to see more."""
     ids = ids.data if isinstance(ids, Tensor) else ids
-    ids = ids.copy() if hasattr(ids, "dtype") else np.array(ids)
+    ids = ids.copy() if hasattr(ids, "dtype") else np.array(ids, None if np.size(ids) else int)
     if ids.dtype.kind not in "iu":
-        raise ValueError(f"token ids must be integers, not {ids.dtype}")
+        raise ValueError(f"token ids must be integers, not {ids.dtype}: a list or array of int")
     if isinstance(ids, np.ndarray):
         outside = (ids < 0) | (ids >= vocab_size)
         wrong = ids[outside & (ids != IGNORE) if or_ignore else outside]

@@ -31,6 +31,8 @@ class AdamW:
     `lr` may change between steps. `weight_decay` is for matrices, not for biases and LayerNorm, as
     GPT-2 and GPT-3 were trained. TypeError and ValueError: see checks.py."""
 
+    __slots__ = ("betas", "eps", "lr", "m", "missed", "parameters", "steps", "v", "weight_decay")
+
     def __init__(
         self,
         parameters: Iterable[Tensor],
@@ -39,11 +41,11 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.1,
     ) -> None:
-        from micrograd_gpt.checks import check_adamw
+        from micrograd_gpt.checks import check_numbers, check_trainable
 
-        self.parameters = list(parameters)
+        self.parameters = check_trainable(parameters)
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        check_adamw(**vars(self))
+        check_numbers(lr, betas, eps, weight_decay)
         self.steps = 0  # in all; and how many of them each parameter had no gradient in:
         self.missed = [0] * len(self.parameters)
         self.m = [np.zeros_like(p.data) for p in self.parameters]
@@ -51,16 +53,15 @@ class AdamW:
 
     def step(self) -> None:
         """Update all that have a gradient; ValueError, before any is changed, if one cannot be."""
+        from micrograd_gpt.checks import check_numbers, check_update
+
+        check_numbers(self.lr, self.betas, self.eps, self.weight_decay)
         rows: dict[int, list[Any]] = {}  # by how many steps a parameter missed, which is mostly 0
         for i, (p, m, v) in enumerate(zip(self.parameters, self.m, self.v, strict=True)):
             if p.grad is not None:
-                row = p.data, p.grad, m, v
-                if len({a.shape for a in row}) > 1:
-                    raise ValueError(f"AdamW: parameter {i}, grad, m, v: {[a.shape for a in row]}")
-                if not all(getattr(a.flags, "writeable", True) for a in (p.data, m, v)):
-                    raise ValueError(f"AdamW: parameter {i} of shape {p.shape} is read-only")
+                check_update(i, p, m, v)
                 decay = self.weight_decay if p.ndim >= 2 else 0.0
-                rows.setdefault(self.missed[i], []).append((*row, decay))
+                rows.setdefault(self.missed[i], []).append((p.data, p.grad, m, v, decay))
                 p.data = p.data  # tells the tape that it changes
         self.missed = [self.missed[i] + (p.grad is None) for i, p in enumerate(self.parameters)]
         self.steps += 1
@@ -78,7 +79,9 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, loss_scale: fl
     """Divide all gradients by `loss_scale`, the factor of the loss, then scale them, in place, so
     that their joint Euclidean norm is at most `max_norm` (Pascanu et al. 2013, arXiv:1211.5063).
     Returns the norm before, a float, on a GPU an array; where it is not finite, nothing changes."""
-    grads: list[Any] = [p.grad for p in parameters if p.grad is not None]
+    from micrograd_gpt.checks import check_clipping
+
+    grads: list[Any] = [p.grad for p in check_clipping(parameters, max_norm) if p.grad is not None]
     norm = np.sqrt(sum((grad.astype(np.float64) ** 2).sum() for grad in grads)) / loss_scale
     factor = np.minimum(max_norm / np.maximum(norm, 1e-30), 1.0) / loss_scale
     for grad in grads:

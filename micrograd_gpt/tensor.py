@@ -8,11 +8,11 @@ those of the inputs. `Tensor.backward()` walks that tape once, from the loss dow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 
-from micrograd_gpt.arrays.habits import Habits
+from micrograd_gpt.arrays.habits import Habits, check_leaf, plain_index
 from micrograd_gpt.arrays.stand_ins import Switch, as_array, converted, definition
 
 Array: TypeAlias = Any  # NumPy's or CuPy's, which answers NumPy's functions too (NEP 13, 18, 35)
@@ -37,6 +37,9 @@ class Node:
         self.versions = [(version, *version) for version in used]
         # A parent is lower than its child, a leaf lowest: sorting by height is a topological order.
         self.height: int = 1 + max((parent.height for parent in self.parents if parent), default=0)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a result with its tape cannot be copied or pickled: .detach() it first")
 
 
 def is_recorded(*inputs: Tensor) -> bool:
@@ -65,6 +68,7 @@ def memory(array: Any) -> int:
 def node_of(x: Tensor) -> Any:
     """The operation that made `x`, or a new leaf that adds to `x.grad`; None: no gradient goes."""
     if x._node is None and x.requires_grad:
+        check_leaf(x.requires_grad, x.dtype)
         return Node(LEAF, x, (), x._accumulate)
     return x._node
 
@@ -93,8 +97,8 @@ class Tensor(Habits):
     ) -> None:
         self.version: list[int] = data.version if isinstance(data, Tensor) else [0]  # changes
         data = as_array(data.data if isinstance(data, Tensor) else data, dtype)
-        if requires_grad and data.dtype.kind in "iub":
-            raise ValueError(f"a tensor of {data.dtype} cannot require a gradient: use a float")
+        if requires_grad is not False:
+            check_leaf(requires_grad, data.dtype)
         self._data: Array = data if device is None else Tensor(data).to(device).data
         self.grad: Array | None = None
         self._node: Node | None = None
@@ -111,15 +115,6 @@ class Tensor(Habits):
     dtype = property(lambda self: self.data.dtype)
     T = property(lambda self: self.transpose())
     device = property(lambda self: "cpu" if isinstance(self.data, np.ndarray) else "gpu")
-
-    def __repr__(self) -> str:
-        leaf = ", requires_grad=True" if self.requires_grad else ""
-        return f"Tensor({self.data!r}{f', made by {self._node.name}' if self._node else leaf})"
-
-    def numpy(self) -> np.ndarray:
-        """The data as a NumPy array: itself on the CPU, a copy from the GPU."""
-        data = self.to("cpu").data
-        return data if type(data) is np.ndarray else data[...]  # the numbers of an int8 matrix
 
     def detach(self) -> Tensor:
         """The same data, off the tape."""
@@ -156,7 +151,7 @@ class Tensor(Habits):
 
     def _accumulate(self, part: Array | Picked) -> tuple[()]:
         """Add to `.grad`, in place where there is one; a view of another gradient is copied."""
-        if self.grad is None:
+        if self.grad is None or (np.isscalar(self.grad) and self.grad == 0):  # as in micrograd
             new = fit(part, self.shape, self.dtype)
             self.grad = new if new.base is None else new.copy()
         elif isinstance(part, Picked):
@@ -279,7 +274,7 @@ class Tensor(Habits):
     def transpose(self, *axes: Any) -> Tensor:
         """Permute the axes; without arguments, reverse them."""
         order = axes[0] if axes and np.ndim(axes[0]) else axes
-        if len(order) not in (0, self.ndim):
+        if len(order) not in (0, self.ndim) or axes in ((0, 1), (-2, -1)):  # these change nothing
             raise ValueError(f"transpose: {order} for shape {self.shape}: to swap two, .swapaxes()")
         inverse = np.argsort([i % self.ndim for i in order or range(self.ndim)[::-1]]).tolist()
         y = self.data.transpose(*axes)
@@ -302,7 +297,7 @@ class Tensor(Habits):
 def where(condition: Any, a: Any, b: Any) -> Tensor:
     """`a` where `condition` (array or tensor of booleans) is true, else `b`; one is a tensor."""
     a, b = operands("where", a, b)
-    mask = np.array(condition.data if isinstance(condition, Tensor) else condition, like=a.data)
+    mask = np.array(Tensor(condition).data, like=a.data)
     y = np.where(mask, a.data, b.data)
     return record("where", y, [a, b], lambda g: (np.where(mask, g, 0), np.where(mask, 0, g)))
 
@@ -412,19 +407,11 @@ def operands(name: str, a: Any, b: Any, broadcast: bool = True) -> tuple[Tensor,
 def as_tensor(value: Any, like: Any = None) -> Tensor:
     """`value` as a tensor on the device of `like`. A number gets its dtype too, but float32 where
     that is half precision, or integer and the number is not."""
-    if hasattr(value, "dtype") and not isinstance(value, np.number):
+    if hasattr(value, "dtype") and not isinstance(value, np.integer | np.floating):
         return value if isinstance(value, Tensor) else Tensor(value)
     if not isinstance(value, int | float | np.number) or not isinstance(like, Tensor):
-        raise TypeError(f"{value!r:.50} is no tensor or array, nor a number beside a tensor")
+        what = "is no tensor or array, nor a number beside a tensor: Tensor() makes one of a list"
+        raise TypeError(f"{value!r:.50} {what}")
     kinds = "fiu" if isinstance(value, int | np.integer) else "f"
     fits = like.dtype.kind in kinds and like.dtype != np.float16
     return Tensor(np.asarray(value, like.dtype if fits else np.float32, like=like.data))
-
-
-def plain_index(index: Any, like: Array) -> Any:
-    """The index, with its tensors and lists as arrays, and every array on the device of `like`."""
-    if isinstance(index, tuple):
-        return tuple(plain_index(part, like) for part in index)
-    index = index.data if isinstance(index, Tensor) else index
-    index = np.array(index, None if np.size(index) else int) if isinstance(index, list) else index
-    return np.array(index, like=like) if getattr(index, "ndim", 0) else index  # a copy of one's own

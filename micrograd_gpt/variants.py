@@ -99,6 +99,8 @@ class VariantGPT2(GPT2):
     config: VariantConfig
 
     def __init__(self, config: VariantConfig, seed: int = 0, init: Init | None = None) -> None:
+        if not isinstance(config, VariantConfig):
+            raise ValueError(f"VariantGPT2 takes a VariantConfig, not a {type(config).__name__}")
         init = init or normal(seed)
         super().__init__(config, seed, init)
         body = self.transformer
@@ -216,8 +218,13 @@ def quick_gelu(x: Tensor) -> Tensor:
     return silu(x, 1.702)
 
 
+def new_gelu(x: Tensor) -> Tensor:
+    """GPT-2's own, looked up at each call, as gpt2.py does."""
+    return layers.gelu(x)
+
+
 ACTIVATIONS = {
-    "gelu_new": lambda x: layers.gelu(x),  # looked up at each call, as gpt2.py does
+    "gelu_new": new_gelu,
     "gelu": exact_gelu,
     "quick_gelu": quick_gelu,
     "relu": Tensor.relu,

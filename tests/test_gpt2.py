@@ -272,6 +272,9 @@ def test_wrong_ids_are_named() -> None:
         model(random_ids(1, 4), KVCache(model, 2))
     with pytest.raises(ValueError, match="token ids must be integers, not float64"):
         model(random_ids(1, 4) * 1.0)
+    for nothing, shape in (([], r"\(0,\)"), ([[]], r"\(1, 0\)"), (random_ids(0, 4), r"\(0, 4\)")):
+        with pytest.raises(ValueError, match=rf"token ids of shape \(B, T\), not {shape}"):
+            model(nothing)
     assert model(random_ids(1, 4).tolist()).shape == model(Tensor(random_ids(1, 4))).shape
 
 

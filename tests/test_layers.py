@@ -258,6 +258,7 @@ def test_errors_name_the_layer_and_the_mistake(level: str) -> None:
         ([0, 4], "token id 4 is outside the vocabulary of 4"),
         ([0, -1], "token id -1 is outside"),
         ([0.0], "token ids must be integers, not float64"),
+        (Tensor([0, 1]), "token ids must be integers, not float32: a list or array of int"),
     ):
         with pytest.raises(ValueError, match=message):
             layers.embedding(ids, w)
@@ -271,6 +272,35 @@ def test_errors_name_the_layer_and_the_mistake(level: str) -> None:
             layers.cross_entropy(x, targets)
         with pytest.raises(ValueError, match=message):
             layers.linear_cross_entropy(x, Tensor(numbers(3, 3)), targets)
+
+
+def test_what_is_no_tensor_and_what_is_no_argument_is_named(level: str) -> None:
+    x, w = Tensor(numbers(2, 3)), Tensor(numbers(3, 4))
+    for bias in (numbers(4), [0.0] * 4, 1.0):
+        with pytest.raises(TypeError, match=r"^linear: bias must be a Tensor, .* Tensor\(bias\)"):
+            layers.linear(x, w, bias)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^softmax\(\) got an unexpected keyword argument 'dim'"):
+        layers.softmax(x, dim=-1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^linear\(\) missing a required argument: 'x'"):
+        layers.linear(input=x, weight=w)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^sum\(\) got an unexpected keyword argument 'dim'"):
+        x.sum(dim=0)  # type: ignore[call-arg]
+    array = numbers(2, 3)
+    expected = layers.dropout(Tensor(array), 0.5, (1,)).data
+    np.testing.assert_array_equal(layers.dropout(array, 0.5, (1,)).data, expected)  # type: ignore[arg-type]
+
+
+def test_fused_layers_name_shapes_of_too_few_or_too_many_axes() -> None:
+    one, row, w = Tensor(1.0), Tensor(numbers(3)), Tensor(numbers(3, 4))
+    with pytest.raises(ValueError, match=r"^linear: shapes \[\(\), \(3, 4\)\] do not fit"):
+        layers.linear(one, w)
+    with pytest.raises(ValueError, match=r"^linear: shapes \[\(3,\), \(3,\)\] do not fit"):
+        layers.linear(row, row)
+    with pytest.raises(ValueError, match=r"^layer_norm: shapes \[\(\), \(\), \(\)\] do not fit"):
+        layers.layer_norm(one, one, one)
+    for shape in ((1, 2, 6), (1, 2, 4, 2, 2), (1, 2, 3, 2)):
+        with pytest.raises(ValueError, match=r"^self_attention: shapes .* do not fit"):
+            layers.self_attention(Tensor(numbers(*shape)))
 
 
 def test_the_names_of_functional_are_those_of_layers() -> None:

@@ -385,11 +385,14 @@ def test_numbers_adamw_cannot_use(settings: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ([np.ones(3, np.float32)], "takes tensors, as model.parameters.. are, not a ndarray"),
-        ({"weight": WEIGHT}.items(), "not a tuple"),
-        ([{"params": [WEIGHT]}], "not a dict"),
+        ([np.ones(3, np.float32)], "as model.parameters.. is, not a list of ndarray"),
+        ({"weight": WEIGHT}.items(), "not a list of tuple"),
+        ([{"params": [WEIGHT]}], "not a list of dict"),
+        (nn.Linear(2, 2), "takes a list of tensors, as .* is, not a single Linear"),
+        (None, "not a single NoneType"),
         ([WEIGHT, WEIGHT], "a parameter is there twice"),
-        (WEIGHT, "parameter 0 is the result of 'getitem', not a leaf"),
+        (WEIGHT, "not a single Parameter"),
+        ([WEIGHT * 2], "parameter 0 is the result of 'mul', not a leaf"),
         ([Tensor(np.ones(3, np.int64))], "parameters of int64 cannot be trained"),
     ],
 )
@@ -437,3 +440,122 @@ def test_dropout_needs_no_draws() -> None:
     ones = Tensor(np.ones(100, np.float32))
     assert sorted(set(part(ones).data.tolist())) == [0, 2]
     assert (part(ones).data != part(ones).data).any()
+
+
+def test_what_gradients_cannot_be_clipped_by(level: str) -> None:
+    layer = nn.Linear(2, 2)
+    layer(np.ones((1, 2), np.float32)).sum().backward()
+    before = layer.weight.grad.copy()
+    for norm in (-1.0, math.nan, None, "1"):
+        with pytest.raises(ValueError, match=f"max_norm must be a number from 0, not {norm!r}"):
+            optim.clip_grad_norm(layer.parameters(), norm)  # type: ignore[arg-type]
+    for parameters in (layer, layer.weight, layer.named_parameters()):
+        with pytest.raises((TypeError, AttributeError), match=r"single|tuple"):
+            optim.clip_grad_norm(parameters, 0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a parameter is there twice"):
+        optim.clip_grad_norm([layer.weight, layer.bias, layer.weight], 0.1)
+    np.testing.assert_array_equal(layer.weight.grad, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", -0.1), ("lr", math.nan), ("lr", None), ("betas", 0.9)]
+)
+def test_numbers_set_between_steps_are_looked_at_too(name: str, value: Any) -> None:
+    p = nn.Parameter(np.ones((2, 2), np.float32))
+    optimizer = optim.AdamW([p], lr=np.float32(0.1))  # type: ignore[arg-type]
+    p.grad = np.ones((2, 2), np.float32)
+    setattr(optimizer, name, value)
+    with pytest.raises(ValueError, match=f"AdamW: {name} must be .*, not {value!r}"):
+        optimizer.step()
+    assert (p.data == 1).all() and optimizer.steps == 0
+    with pytest.raises(AttributeError, match="learning_rate"):
+        optimizer.learning_rate = 0.1  # type: ignore[attr-defined]
+
+
+def test_a_tensor_that_requires_a_gradient_is_a_parameter_of_its_module() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            self.scale = Tensor([1.0, 2.0], requires_grad=True)
+            self.offset = Tensor([1.0, 1.0])
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = x * self.scale
+            return self.seen + self.offset
+
+    model = Scaled()
+    model(Tensor([1.0, 1.0])).sum().backward()
+    assert [name for name, _ in model.named_parameters()] == ["scale"]
+    optim.AdamW(model.parameters(), lr=0.1).step()
+    assert (model.scale.data < [1, 2]).all()
+
+
+def test_a_part_may_refer_to_what_it_is_in() -> None:
+    model = Net()
+    model.first.parent = model  # type: ignore[attr-defined]
+    model.blocks[0].itself = model.blocks[0]  # type: ignore[attr-defined]
+    plain = Net()
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert [n for n, _ in model.modules()] == [n for n, _ in plain.modules()]
+    assert "blocks.1: Dropout" in repr(model) and not model.eval().blocks[1].training
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(2.5, 2), "n_in must be a whole number of at least 1, not 2.5"),  # type: ignore[arg-type]
+        (lambda: nn.Linear(2, 0), "n_out must be a whole number of at least 1, not 0"),
+        (lambda: nn.Linear(2, "3"), "n_out must be .* not '3'"),  # type: ignore[arg-type]
+        (lambda: nn.Linear(2, 2, False), "init makes a matrix, .* cannot be False"),  # type: ignore[arg-type]
+        (lambda: nn.Embedding(3.0, 2), "count must be .* not 3.0"),  # type: ignore[arg-type]
+        (lambda: nn.Embedding(3, 2, 0), "init makes a matrix, .* cannot be 0"),  # type: ignore[arg-type]
+        (lambda: nn.Dropout(1.5), r"p must be a probability in \[0, 1\), not 1.5"),
+        (lambda: nn.Dropout(None), "p must be .* not None"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_layer_that_cannot_be_says_so_when_it_is_made(make: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+    assert nn.Linear(np.int64(2), 3)(np.ones(2)).shape == (3,)  # type: ignore[arg-type]
+
+
+def test_a_config_has_the_settings_it_has() -> None:
+    config = GPT2Config()
+    with pytest.raises(AttributeError, match=r"block_size is no setting: n_layer, .*positions"):
+        config.block_size = 64  # type: ignore[attr-defined]
+    config.n_layer = np.int64(3)  # type: ignore[assignment]
+    assert type(config.n_layer) is int and config == GPT2Config(n_layer=3)
+
+
+def test_a_subclass_that_defines_forward_is_called_by_it() -> None:
+    """Also where the layer that it is made of defines __call__, as those of nn.py do."""
+
+    class Twice(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().__call__(x) * 2
+
+    class Louder(Twice):
+        def __call__(self, x: Any) -> Tensor:
+            return super().__call__(x) * 10
+
+    class Cold(GPT2):
+        def forward(self, ids: Any, cache: Any = None, last_only: bool = False) -> Tensor:
+            return super().__call__(ids, cache, last_only) * -1
+
+    x, init = np.ones((1, 2), np.float32), partial(nn.normal, 0)
+    plain = nn.Linear(2, 2, init())(x).data
+    np.testing.assert_array_equal(Twice(2, 2, init())(x).data, plain * 2)
+    np.testing.assert_array_equal(Louder(2, 2, init())(x).data, plain * 2 * 10)
+    config, ids = GPT2Config(1, 1, 4, 5, 8), [[1, 2]]
+    warm, cold = GPT2(config), Cold(config)
+    np.testing.assert_array_equal(cold(ids).data, -warm(ids).data)
+    least = warm(ids).data[0, -1].argmin()
+    for use_cache in (True, False):
+        (row,) = cold.generate(ids, max_new_tokens=1, temperature=0, use_cache=use_cache)
+        assert row[-1] == least
+
+
+def test_names_of_draws_are_whole_numbers() -> None:
+    for seed in (None, "a", 1.5):
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            nn.Draws(seed)  # type: ignore[arg-type]
+    assert nn.Draws(np.int64(3), 4).next_key() == (3, 4, 1)

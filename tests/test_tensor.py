@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import operator
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -937,6 +939,11 @@ def test_transpose_says_how_two_axes_are_swapped() -> None:
         with pytest.raises(ValueError, match=r"shape \(2, 3, 4\): to swap two, \.swapaxes\(\)"):
             x.transpose(*axes)
     assert x.swapaxes(0, 1).shape == x.transpose(1, 0, 2).shape == (3, 2, 4)
+    matrix = x[0]
+    for axes in ((0, 1), (-2, -1)):  # swaps them in PyTorch, and nothing in NumPy
+        with pytest.raises(ValueError, match=r"shape \(3, 4\): to swap two, \.swapaxes\(\)"):
+            matrix.transpose(*axes)
+    assert matrix.transpose(1, 0).shape == (4, 3) and matrix.transpose((0, 1)).shape == (3, 4)
 
 
 def test_functions_of_numpy_see_the_numbers() -> None:
@@ -993,11 +1000,17 @@ def test_a_leaf_changes_in_place_within_no_grad_alone() -> None:
         p *= 3
         p /= 2
         p += 1
+        p **= 2
+        p @= np.eye(2, dtype=np.float32)
     assert p is kept and p.requires_grad and p.data.tolist() == [1, 1]
     with pytest.raises(RuntimeError, match="changed in place"):
         spent.sum().backward()
     with pytest.raises(RuntimeError, match=r"within no_grad\(\)"):
         p -= 0.5 * p.grad
+    with pytest.raises(RuntimeError, match=r"within no_grad\(\)"):
+        p **= 2
+    with pytest.raises(RuntimeError, match=r"within no_grad\(\)"):
+        p @= np.eye(2)
     with no_grad(), pytest.raises(ValueError, match="broadcast"):
         p -= np.ones((3, 2), np.float32)
 
@@ -1008,3 +1021,83 @@ def test_a_result_that_grows_keeps_its_gradients() -> None:
     y += x
     y.sum().backward()
     assert y is not first and first.data.tolist() == [2, 4] and x.grad.tolist() == [3, 3]
+
+
+def test_a_dtype_where_requires_grad_stands_is_an_error() -> None:
+    """The second argument of np.array is the dtype."""
+    for second in (np.float64, "float64", "cpu", np.dtype("int64"), 1):
+        with pytest.raises(TypeError, match=r"requires_grad must be True or False, .*dtype="):
+            Tensor([1, 2], second)  # type: ignore[arg-type]
+    assert Tensor([1, 2], np.bool_(True)).requires_grad  # type: ignore[arg-type]
+
+
+def test_integers_never_take_a_gradient_which_would_be_rounded_to_0() -> None:
+    counts = Tensor(np.arange(3))
+    counts.requires_grad = True
+    weights = Tensor([0.1, 0.2, 0.3], requires_grad=True)
+    weights.data = np.arange(3)
+    for t in (counts, weights):
+        with pytest.raises(ValueError, match="int64 cannot require a gradient: use a float"):
+            t * 0.5
+        with pytest.raises(ValueError, match="int64 cannot require a gradient: use a float"):
+            t.backward(np.ones(3))
+        assert t.grad is None
+        with no_grad():
+            assert (t * 0.5).data.tolist() == [0, 0.5, 1]
+
+
+def test_a_result_is_copied_without_its_tape_or_not_at_all() -> None:
+    x = Tensor([1.0, 2.0], requires_grad=True)
+    for y in (x * 2, x.astype("float64")):
+        for copied in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match=r"cannot be copied or pickled: \.detach\(\) it"):
+                copied(y)
+        assert copy.deepcopy(y.detach()).data.tolist() == y.data.tolist()
+    copy.copy(x * 2).sum().backward()  # a second name for the same result
+    assert x.grad.tolist() == [2, 2]
+    for twin in (copy.deepcopy(x), pickle.loads(pickle.dumps(x))):
+        (twin * twin).sum().backward()
+        assert twin.requires_grad and twin.grad.tolist() == [4, 6] and x.grad.tolist() == [2, 2]
+
+
+def test_a_gradient_set_to_0_starts_anew() -> None:
+    """As micrograd's users forget a gradient."""
+    for shape in ((3,), ()):
+        x = Tensor(np.ones(shape), requires_grad=True)
+        for use in (lambda x: x[...] * 2, lambda x: x[None][np.array([0])] * 2, lambda x: x * 2):
+            for nothing in (0, 0.0):
+                x.grad = nothing
+                use(x).sum().backward()
+                assert type(x.grad) is np.ndarray and x.grad.shape == shape and (x.grad == 2).all()
+    table = Tensor(np.ones((4, 2)), requires_grad=True)
+    table.grad = 0
+    table[np.array([1, 1])].sum().backward()
+    assert table.grad.sum(axis=1).tolist() == [0, 4, 0, 0]
+
+
+def test_a_cast_says_that_it_is_one() -> None:
+    cast = Tensor([1.0, 2.0], requires_grad=True).astype("float64")
+    assert repr(cast).endswith("made by astype)")
+    with pytest.raises(ValueError, match="parameter 0 is the result of 'astype', not a leaf"):
+        optim.AdamW([cast])
+
+
+def test_a_condition_is_truth_values_or_numbers() -> None:
+    x = Tensor([1.0, 2.0], requires_grad=True)
+    for condition in (None, "mask", object()):
+        with pytest.raises(TypeError, match="a tensor holds numbers, not"):
+            where(condition, x, 0.0)
+    for mask in ([True, False], np.array([2, 0]), Tensor([1.0, 0.0]), (1, 0), [True]):
+        assert where(mask, x, 0.0).data.tolist() in ([1, 0], [1, 2])
+
+
+def test_a_complex_number_is_refused_not_cut() -> None:
+    x = Tensor([1.0, 2.0])
+    for number in (1j, np.complex64(1 + 2j), np.complex128(1)):
+        for operation in (operator.mul, operator.add, operator.eq):
+            with pytest.raises(TypeError, match="number"):
+                operation(x, number)
+    with pytest.raises(
+        TypeError, match=r"\[1, 2\] is no tensor .*: Tensor\(\) makes one of a list"
+    ):
+        x + [1, 2]

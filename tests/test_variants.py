@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -397,3 +398,13 @@ def test_given_weights_are_trained_stopped_and_resumed(
     table = capsys.readouterr().out
     count = sum(p.size for p in from_pretrained(GPT2, tmp_path / "converted").parameters())
     assert f" parameters {count:,} " in " ".join(table.split())
+
+
+def test_a_variant_takes_a_config_of_variants_and_can_be_pickled() -> None:
+    with pytest.raises(ValueError, match="VariantGPT2 takes a VariantConfig, not a GPT2Config"):
+        VariantGPT2(GPT2Config(**SMALL))  # type: ignore[arg-type]
+    ids = [[1, 2, 3]]
+    for activation in ACTIVATIONS:
+        model = VariantGPT2(VariantConfig(**SMALL, activation_function=activation, n_inner=24))
+        again = pickle.loads(pickle.dumps(model))
+        np.testing.assert_array_equal(again(ids).data, model(ids).data)

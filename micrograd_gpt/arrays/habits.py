@@ -27,6 +27,27 @@ OPERATORS = {  # what an array on the left calls, and what the tensor on its rig
 }
 
 
+def check_leaf(requires_grad: Any, dtype: Any) -> None:
+    """TypeError where `requires_grad` is no truth value, but a dtype, which stands second in NumPy;
+    ValueError where a leaf of integers requires a gradient, which would be rounded to 0."""
+    if not isinstance(requires_grad, bool | np.bool_):
+        raise TypeError(
+            f"requires_grad must be True or False, not {requires_grad!r}: if that is a dtype or a "
+            "device, write dtype=… or device=…"
+        )
+    if requires_grad and dtype.kind in "iub":
+        raise ValueError(f"a tensor of {dtype} cannot require a gradient: use a float")
+
+
+def plain_index(index: Any, like: Any) -> Any:
+    """The index, with its tensors and lists as arrays, and every array on the device of `like`."""
+    if isinstance(index, tuple):
+        return tuple(plain_index(part, like) for part in index)
+    index = index.data if isinstance(index, Habits) else index
+    index = np.array(index, None if np.size(index) else int) if isinstance(index, list) else index
+    return np.array(index, like=like) if getattr(index, "ndim", 0) else index  # a copy of one's own
+
+
 class Habits:
     """The base of Tensor, which has `data`, an array, and `requires_grad`."""
 
@@ -34,15 +55,29 @@ class Habits:
 
     data: Any
     requires_grad: bool
-    numpy: Callable[[], np.ndarray]
+    _node: Any
+    to: Callable[[str], Any]
 
     __hash__ = object.__hash__  # as a key a tensor is itself, whatever it holds
+
+    def __repr__(self) -> str:
+        leaf = ", requires_grad=True" if self.requires_grad else ""
+        return f"Tensor({self.data!r}{f', made by {self.made_by()}' if self._node else leaf})"
+
+    def made_by(self) -> str:
+        """The operation that made this result. A cast has the node of what was cast."""
+        return self._node.name.replace("leaf", "astype")
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i, _ in enumerate(self.data))  # type: ignore[index]  # TypeError if 0-d
+
+    def numpy(self) -> np.ndarray:
+        """The data as a NumPy array: itself on the CPU, a copy from the GPU."""
+        data = self.to("cpu").data
+        return data if type(data) is np.ndarray else data[...]  # the numbers of an int8 matrix
 
     def item(self) -> float:
         """The number in a tensor of one element; ValueError where there are more."""
@@ -94,13 +129,19 @@ class Habits:
     def __itruediv__(self, other: Any) -> Any:
         return self._changed(self / other)
 
+    def __ipow__(self, other: Any) -> Any:
+        return self._changed(self**other)
+
+    def __imatmul__(self, other: Any) -> Any:
+        return self._changed(self @ other)
+
     def _changed(self, result: Any) -> Any:
         """What `t -= x` makes of t, where `t - x` is the result.
 
         A leaf that learns changes in place, within no_grad. Any other name gets the new tensor, so
         that what was computed with the old one keeps its gradient.
         """
-        if not self.requires_grad or self._node is not None:  # type: ignore[attr-defined]
+        if not self.requires_grad or self._node is not None:
             return result
         if result.requires_grad:
             raise RuntimeError("a leaf that requires a gradient changes in place within no_grad()")

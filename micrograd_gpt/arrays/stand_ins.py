@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from contextvars import ContextVar
 from numbers import Real
+from types import NoneType
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -61,16 +62,19 @@ def definition(function: F) -> F:
     """
 
     signature = inspect.signature(function)
-    tensors = [p.name if _is_tensor(p.annotation) else "" for p in signature.parameters.values()]
+    tensors = [(p.name, _takes(p.annotation)) for p in signature.parameters.values()]
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if kwargs:  # from here on arguments are positional
-            bound = signature.bind(*args, **kwargs)
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}() {error}") from None
             bound.apply_defaults()
             args = bound.args
-        for name, arg in zip(tensors, args, strict=False):
-            if name and not isinstance(arg, Habits):
+        for (name, kinds), arg in zip(tensors, args, strict=False):
+            if not isinstance(arg, kinds):
                 what = f"{function.__name__}: {name} must be a Tensor, not {type(arg).__name__}"
                 raise TypeError(f"{what}: write Tensor({name})")
         if highest_level() == "definitions" and not precision.is_needed(args):
@@ -269,8 +273,10 @@ def report() -> str:
     return f"{names[level]} (as MICROGRAD_GPT_KERNELS asks)"
 
 
-def _is_tensor(annotation: Any) -> bool:
-    return getattr(annotation, "__name__", annotation) == "Tensor"
+def _takes(annotation: Any) -> Any:
+    """What a parameter annotated like this takes: a Tensor, a Tensor or None, or anything."""
+    kinds = {"Tensor": Habits, "Tensor | None": (Habits, NoneType)}
+    return kinds.get(getattr(annotation, "__name__", str(annotation)), object)
 
 
 def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any]]:

@@ -8,6 +8,7 @@ word is the likeliest one) and `perplexity` (of a whole word).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -15,21 +16,39 @@ from micrograd_gpt.evaluation.estimates import mean_and_error, perplexity
 from micrograd_gpt.evaluation.items import Choice, LastWord, request_of
 from micrograd_gpt.evaluation.records import Row
 from micrograd_gpt.evaluation.running import ScoredTask
-from micrograd_gpt.evaluation.scoring import Request, Score
+from micrograd_gpt.evaluation.scoring import Request, Score, check_lengths
+from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import about
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 
+Item = TypeVar("Item", Choice, LastWord)
 DELIMITER = " "  # between a context and what continues it
 
 
-class ChoiceTask(ScoredTask):
-    """Multiple choice: the ending that has the highest log-probability is the model's answer."""
+class ItemTask(ScoredTask, Generic[Item]):
+    """Items of a file, each of which has a place there."""
 
-    def __init__(self, items: Sequence[Choice], tokenizer: Tokenizer) -> None:
-        self.items, self.tokenizer = items, tokenizer
+    def __init__(self, items: Sequence[Item], tokenizer: Tokenizer) -> None:
+        self.items: Sequence[Item] = items
+        self.tokenizer = tokenizer
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def check(self, model: GPT2) -> None:
+        longest, too_long, unknown = model.config.n_positions, 0, 0
+        for number, item in enumerate(self.items):
+            requests = self.requests(number)
+            with about(item.place):
+                check_lengths(requests, longest)
+            texts = [request.context + request.continuation for request in requests]
+            too_long += any(len(ids) > longest + 1 for ids in texts)
+            unknown += any(map(self.tokenizer.count_unknown, texts))
+        self.tell(self.unit, too_long, longest, unknown)
+
+
+class ChoiceTask(ItemTask[Choice]):
+    """Multiple choice: the ending that has the highest log-probability is the model's answer."""
 
     def requests(self, item: int) -> list[Request]:
         choice = self.items[item]
@@ -42,7 +61,8 @@ class ChoiceTask(ScoredTask):
     def row(self, item: int, scores: Sequence[Score]) -> Row:
         choice = self.items[item]
         log_probs = [score.log_prob for score in scores]
-        lengths = [len(ending) for ending in choice.endings]
+        # HellaSwag's endings may have been headings and nothing else
+        lengths = [max(1, len(ending)) for ending in choice.endings]
         return {
             "label": choice.label,
             "answer": int(np.argmax(log_probs)),
@@ -65,14 +85,8 @@ class ChoiceTask(ScoredTask):
         }
 
 
-class LastWordTask(ScoredTask):
+class LastWordTask(ItemTask[LastWord]):
     """The last word of a text: right if greedy decoding would write it."""
-
-    def __init__(self, items: Sequence[LastWord], tokenizer: Tokenizer) -> None:
-        self.items, self.tokenizer = items, tokenizer
-
-    def __len__(self) -> int:
-        return len(self.items)
 
     def requests(self, item: int) -> list[Request]:
         text = self.items[item]
@@ -82,7 +96,8 @@ class LastWordTask(ScoredTask):
     def row(self, item: int, scores: Sequence[Score]) -> Row:
         (score,) = scores
         word = self.items[item].word
-        return {"word": word, "right": score.is_greedy, "log_prob": score.log_prob}
+        is_known = not self.tokenizer.count_unknown(self.tokenizer.encode(word))
+        return {"word": word, "right": score.is_greedy and is_known, "log_prob": score.log_prob}
 
     def report(self, rows: Sequence[Row]) -> Row:
         accuracy, error = mean_and_error([row["right"] for row in rows])

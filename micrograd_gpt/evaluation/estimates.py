@@ -30,6 +30,6 @@ def ratio_and_error(sums: Sequence[float], counts: Sequence[float]) -> tuple[flo
     return mean, math.sqrt(float((residuals**2).sum()) * n / (n - 1)) / float(total.sum())
 
 
-def perplexity(nats: float) -> float:
-    """exp(nats), or the largest such number that a float can be."""
-    return math.exp(min(nats, 709.0))
+def perplexity(nats: float) -> float | None:
+    """exp(nats); None where that is more than a float can be, as for words of many tokens."""
+    return math.exp(nats) if nats < 709 else None

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 
 from micrograd_gpt.evaluation.detokenize import DETOKENIZERS
+from micrograd_gpt.generation.flags import LANGUAGE_MODEL, add_model_flags, add_stop_flag
 from micrograd_gpt.support import cli
-
-DTYPES = ("float32", "float64", "bfloat16", "float16", "int8")
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -32,7 +31,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def _perplexity(parser: argparse.ArgumentParser) -> None:
-    _common(parser, "pydocs, shakespeare, or a text file, a .jsonl or .parquet file, or a folder")
+    _common(
+        parser,
+        "pydocs, shakespeare, or a path: a text, records (.jsonl, .json, .csv, .tsv, .parquet), or "
+        "a folder of these",
+    )
     parser.add_argument(
         "--stride",
         type=cli.positive_int,
@@ -50,18 +53,39 @@ def _perplexity(parser: argparse.ArgumentParser) -> None:
         choices=tuple(DETOKENIZERS),
         help="undo the spacing of a text cut into words (default: off)",
     )
-    parser.add_argument("--encoding", default="utf-8", help="of the text (default: utf-8)")
+    parser.add_argument(
+        "--text-field",
+        type=cli.some_text,
+        default="text",
+        metavar="NAME",
+        help="the key or column of records that holds their text (default: text)",
+    )
+    parser.add_argument(
+        "--line-ends",
+        choices=("auto", "lf", "keep"),
+        default="auto",
+        help=r"lf: \r\n and \r become \n; keep: they stay; auto: lf for the tokenizers char, word, "
+        "byte, as in training, else keep (default: auto)",
+    )
+    parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="take <|endoftext|> in the text for the token (default: off, these 13 characters)",
+    )
 
 
 def _classify(parser: argparse.ArgumentParser) -> None:
-    _common(parser, "texts with labels: .tsv, .csv, .jsonl or .parquet, as for finetune_gpt2.py")
+    _common(
+        parser,
+        "texts with labels: .tsv, .csv, .jsonl or .parquet, as for finetune_gpt2.py",
+        "the folder of a classifier (needed)",
+    )
     parser.add_argument(
         "--text-field", default="text", metavar="NAME", help="the text's column (default: text)"
     )
     parser.add_argument(
         "--label-field", default="label", metavar="NAME", help="the label's column (default: label)"
     )
-    parser.add_argument("--encoding", default="utf-8", help="of the file (default: utf-8)")
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:
@@ -93,24 +117,17 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=cli.non_negative_int, default=0, metavar="N", help="of chance (default: 0)"
     )
-    parser.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end before this text; repeatable (default: off)",
-    )
+    add_stop_flag(parser.add_argument)
+    parser.set_defaults(stop=[])
 
 
-def _common(parser: argparse.ArgumentParser, data: str) -> None:
+def _common(parser: argparse.ArgumentParser, data: str, which: str = LANGUAGE_MODEL) -> None:
+    """Add the flags of all commands; `data` and `which` are the help of --data and --model."""
     parser.add_argument("--data", required=True, type=cli.some_text, metavar="PATH", help=data)
     parser.add_argument(
-        "--model",
-        type=cli.some_text,
-        metavar="M",
-        help="a checkpoint's folder or file, a size (124M, 355M, 774M, 1558M), or a model on the "
-        "Hugging Face Hub (default: the folder out if it holds a checkpoint, else 124M)",
+        "--encoding", default="utf-8", metavar="NAME", help="of the data (default: utf-8)"
     )
+    add_model_flags(parser, which)
     parser.add_argument(
         "--out",
         type=cli.some_path,
@@ -129,26 +146,10 @@ def _common(parser: argparse.ArgumentParser, data: str) -> None:
         action="store_true",
         help="the report as one JSON object (default: off, lines of text)",
     )
-    _how_to_compute(parser)
-
-
-def _how_to_compute(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size",
         type=cli.positive_int,
         metavar="N",
         help="texts read at a time; where tokens are scored, as many tokens as N texts have that "
         "fill the model's context (default: 8 texts, 2,048 tokens)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "gpu", "cuda"],
-        default="cpu",
-        help="where to compute (default: cpu)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="float32",
-        help="type of the weights; int8 is for language models on the CPU (default: float32)",
     )

@@ -45,14 +45,14 @@ class LastWord:
     place: str = field(default="", compare=False)
 
 
-def read_choices(path: str | Path) -> list[Choice]:
+def read_choices(path: str | Path, encoding: str = "utf-8") -> list[Choice]:
     """The items of a file; UserError, with the place, for one that is none."""
-    return [_choice(fields, place) for place, fields in read_objects(path)]
+    return [_choice(fields, place) for place, fields in read_objects(path, encoding)]
 
 
-def read_last_words(path: str | Path) -> list[LastWord]:
+def read_last_words(path: str | Path, encoding: str = "utf-8") -> list[LastWord]:
     """The texts of a file; UserError, with the place, for one without a word to ask for."""
-    return [_last_word(fields, place) for place, fields in read_objects(path)]
+    return [_last_word(fields, place) for place, fields in read_objects(path, encoding)]
 
 
 def text_field(fields: Row, name: str, place: str, default: str | None = None) -> Any:
@@ -76,6 +76,8 @@ def _choice(fields: Row, place: str) -> Choice:
 
     if {"goal", "sol1", "sol2"} <= fields.keys():
         context, endings = f"Question: {text('goal')}\nAnswer:", [text("sol1"), text("sol2")]
+        if not all(endings):
+            raise UserError(f"{place}: 'sol1' or 'sol2' is empty: write it, or remove the item")
     elif {"activity_label", "ctx_a", "ctx_b"} <= fields.keys():
         begun = f"{text('activity_label')}: {text('ctx_a')} {text('ctx_b').capitalize()}"
         context = without_headings(begun)
@@ -122,8 +124,9 @@ def _label(fields: Row, count: int, place: str) -> int:
 
 
 def _last_word(fields: Row, place: str) -> LastWord:
-    context, _, word = text_field(fields, "text", place).rpartition(" ")
-    if not context.strip() or not word.strip():
+    # A line end after the text is no part of its last word
+    context, _, word = text_field(fields, "text", place).rstrip().rpartition(" ")
+    if not context.strip():
         raise UserError(
             f"{place}: the text is to end in a word to ask for, after a space and other words"
         )

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from micrograd_gpt.evaluation.estimates import mean_and_error
-from micrograd_gpt.evaluation.records import Row
+from micrograd_gpt.evaluation.records import PICTURE, Row
 from micrograd_gpt.evaluation.running import Batch, Task
+from micrograd_gpt.evaluation.scoring import check_memory
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.tuning.batches import by_length
 from micrograd_gpt.tuning.classification import encode, label_log_probs
@@ -45,6 +46,7 @@ class ClassificationTask(Task):
 
     def _label(self, model: GPT2Classifier, items: list[int]) -> list[tuple[int, Row]]:
         texts = [self.ids[item] for item in items]
+        check_memory(model, len(texts) * max(map(len, texts)))
         log_probs = label_log_probs(model, texts, len(texts))  # (texts, N)
         return [(item, self._row(item, row)) for item, row in zip(items, log_probs, strict=True)]
 
@@ -67,8 +69,8 @@ class ClassificationTask(Task):
         return lines if error is None else [*lines, f"standard error of the accuracy: {error:.1%}"]
 
     def draw(self, report: Row, folder: Path) -> None:
-        """Draw the confusion matrix of a report, as confusion.png in a folder."""
-        draw_confusion(self.scores(report), folder / "confusion.png")
+        """Draw the confusion matrix of a report, as a picture in a folder."""
+        draw_confusion(self.scores(report), folder / PICTURE)
 
     def scores(self, report: Row) -> Scores:
         """The scores that a report tells of."""

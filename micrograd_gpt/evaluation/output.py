@@ -30,4 +30,6 @@ def figure(name: str, value: float | None) -> str:
         return f"{value:,}"
     if any(kind in name for kind in SHARES):
         return f"{value:.2%}"
-    return f"{value:,.2f}" if "perplexity" in name else f"{value:.4f}"
+    if "perplexity" not in name:
+        return f"{value:.4f}"
+    return f"{value:,.2f}" if value < 1e9 else f"{value:.3g}"

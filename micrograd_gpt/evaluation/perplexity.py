@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from micrograd_gpt.evaluation.estimates import perplexity, ratio_and_error
 from micrograd_gpt.evaluation.records import Row
 from micrograd_gpt.evaluation.running import ScoredTask
 from micrograd_gpt.evaluation.scoring import Request, Score
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.corpus import encode_documents
+from micrograd_gpt.text.documents import SUFFIXES
+from micrograd_gpt.text.shard_files import find_shards
 
 
 class Window(NamedTuple):
@@ -64,6 +66,7 @@ class PerplexityTask(ScoredTask):
             compared.
         width: tokens of a window.
         limit: how many windows to score, from the first; None: all.
+        special_tokens: whether `<|endoftext|>` in a text is the token.
 
     Raises UserError for a text of fewer than two tokens, and what `sliding_windows` raises.
     """
@@ -78,12 +81,14 @@ class PerplexityTask(ScoredTask):
         width: int,
         stride: int,
         limit: int | None = None,
+        special_tokens: bool = False,
     ) -> None:
-        self.ids = encode_documents(documents, tokenizer)  # (N,)
+        self.ids = encode_documents(documents, tokenizer, special_tokens)  # (N,)
         if len(self.ids) < 2:
             raise UserError("the text has a single token, and the first is not scored: give more")
         self.windows = sliding_windows(len(self.ids), width, stride)[:limit]
-        is_whole = tokenizer.unknown is None or not np.any(self.ids == tokenizer.unknown)
+        self.unknown = tokenizer.count_unknown(self.ids)
+        is_whole = not self.unknown
         size = sum(len(text.encode("utf-8")) for text in originals)
         self.bytes_per_token = size / len(self.ids) if is_whole else None
         words = sum(len(text.split()) for text in originals)
@@ -91,6 +96,11 @@ class PerplexityTask(ScoredTask):
 
     def __len__(self) -> int:
         return len(self.windows)
+
+    def check(self, model: GPT2) -> None:
+        if self.unknown:
+            tokens = f"{self.unknown:,} of {len(self.ids):,} tokens"
+            say(f"note: {tokens} are words that the tokenizer does not know, all as one")
 
     def requests(self, item: int) -> list[Request]:
         begin, scored, end = self.windows[item]
@@ -109,6 +119,7 @@ class PerplexityTask(ScoredTask):
 
         Per byte and per word they are worked out with the bytes and words that a token has on
         average in the whole text; they are None where the tokenizer does not know all of its words.
+        A perplexity that no float can hold is None too.
         """
         counts = [row["tokens"] for row in rows]
         nats, error = ratio_and_error([-row["log_prob"] for row in rows], counts)
@@ -125,6 +136,16 @@ class PerplexityTask(ScoredTask):
             "next_token_accuracy": accuracy,
             "next_token_accuracy_stderr": accuracy_error,
         }
+
+
+def check_no_shards(source: str) -> None:
+    """UserError for a source that has no text, but the tokens of one."""
+    is_text = any(path.suffix.lower() in SUFFIXES for path in Path(source).rglob("*"))
+    if not is_text and find_shards(source) is not None:
+        raise UserError(
+            f"{source} holds token shards, whose bytes and words cannot be counted: give the text "
+            "that they were made from"
+        )
 
 
 def window_size(model: GPT2, asked: int | None) -> int:

@@ -22,6 +22,7 @@ from micrograd_gpt.evaluation.estimates import mean_and_error
 from micrograd_gpt.evaluation.items import text_field
 from micrograd_gpt.evaluation.records import Row
 from micrograd_gpt.evaluation.running import Batch, Task
+from micrograd_gpt.generation.context import check_memory
 from micrograd_gpt.generation.output import prompt_ids
 from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
@@ -29,7 +30,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.json_objects import read_objects
 from micrograd_gpt.text.template import Template
-from micrograd_gpt.tuning.conversations import Conversation, Turn, read_conversations
+from micrograd_gpt.tuning.conversations import Conversation, Turn, turns_of
 from micrograd_gpt.tuning.instructions import encode
 
 OF_ANSWERS = ("item", "answer", "stopped", "right")  # the fields that an answer's row adds
@@ -44,37 +45,33 @@ class Question(NamedTuple):
     place: str
 
 
-def read_questions(path: str | Path) -> list[Question]:
+def read_questions(path: str | Path, encoding: str = "utf-8") -> list[Question]:
     """The questions of a .jsonl file, one a line, or of a .json file, which holds a list of them.
 
     Raises UserError, naming the place, for an object that is none.
     """
-    objects = list(read_objects(path))
+    objects = list(read_objects(path, encoding))
     for place, fields in objects:
         if taken := [name for name in OF_ANSWERS if name in fields]:
             raise UserError(
                 f"{place}: {taken[0]!r} is what a field of the answers is called: give it another "
                 "name ('output' for the right answer)"
             )
-    if any("messages" in fields for _, fields in objects):
-        conversations = read_conversations(path)
-        return [
-            Question(conversation, conversation[-1].output, fields, place)
-            for conversation, (place, fields) in zip(conversations, objects, strict=True)
-        ]
     return [_question(fields, place) for place, fields in objects]
 
 
 def _question(fields: Row, place: str) -> Question:
-    names = [name for name in ("prompt", "instruction") if name in fields]
+    names = [name for name in ("prompt", "instruction", "messages") if name in fields]
     if len(names) != 1:
         raise UserError(
             f"{place}: a question has either a prompt, or an instruction, or messages; this one "
             f"has {', '.join(fields) or 'no fields'}"
         )
-    asked, input, expected = (
-        text_field(fields, name, place, "") for name in (names[0], "input", "output")
-    )
+    if names == ["messages"]:
+        conversation = turns_of(fields["messages"], place)
+        return Question(conversation, conversation[-1].output, fields, place)
+    asked = text_field(fields, names[0], place)
+    input, expected = (text_field(fields, name, place, "") for name in ("input", "output"))
     if names == ["prompt"]:
         return Question(asked, expected, fields, place)
     return Question([Turn(asked, expected, input)], expected, fields, place)
@@ -120,6 +117,12 @@ class GenerationTask(Task):
     def __len__(self) -> int:
         return len(self.questions)
 
+    def check(self, model: GPT2) -> None:
+        longest = model.config.n_positions
+        too_long = sum(len(prompt) > longest for prompt in self.prompts)
+        unknown = sum(map(bool, map(self.tokenizer.count_unknown, self.prompts)))
+        self.tell("prompt", too_long, longest, unknown)
+
     def batches(self, model: GPT2, items: Sequence[int], batch_size: int | None) -> Iterator[Batch]:
         prompts = [self.prompts[item] for item in items]
         for places in of_like_length(prompts, batch_size or PROMPTS_AT_ONCE):
@@ -127,6 +130,8 @@ class GenerationTask(Task):
 
     def _answer(self, model: GPT2, items: list[int]) -> list[tuple[int, Row]]:
         prompts = [self.prompts[item] for item in items]
+        longest = max(map(len, prompts)) + self.settings.max_new_tokens
+        check_memory(model, len(prompts), longest, advice="lower --batch-size")
         how = (self.settings, self.stop_texts, len(items), items)
         found = answers(model, self.tokenizer, prompts, *how)
         return [(items[place], self._row(items[place], answer)) for place, answer in found]

@@ -3,6 +3,7 @@
 settings.json    what is evaluated, and how
 items.jsonl      one object a line for each item that is done, in the order in which they were
 report.json      the results, once all items are done
+confusion.png    the confusion matrix of a classifier
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from micrograd_gpt.support.files import read_json, reading, write_text
 from micrograd_gpt.weights.formats import holds_model
 
 SETTINGS, ITEMS, REPORT = "settings.json", "items.jsonl", "report.json"
+PICTURE = "confusion.png"
 
 Row = dict[str, Any]
 
@@ -46,8 +48,9 @@ class Records:
             raise UserError(f"{self.folder} holds a model: choose another --out")
         before = read_json(self.folder / SETTINGS)
         if before is None:
-            if (self.folder / ITEMS).exists():
-                raise UserError(f"{self.folder / ITEMS} is in the way: choose another --out")
+            for path in (self.folder / name for name in (ITEMS, REPORT, PICTURE)):
+                if path.exists():
+                    raise UserError(f"{path} is in the way: choose another --out")
             write_text(self.folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
         elif before != settings:
             names = [n for n in {**before, **settings} if before.get(n) != settings.get(n)]

@@ -18,6 +18,8 @@ from micrograd_gpt.evaluation.scoring import (
     score_batch,
 )
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.work import Do, one_by_one
 
 ITEMS_AT_ONCE = 128  # sorted by length together
@@ -33,6 +35,22 @@ class Task(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """How many items there are."""
+
+    def check(self, model: Any) -> None:  # noqa: B027 - most tasks have been checked already
+        """Raise UserError for an item that the model cannot be given, before the first one is, and
+        say how many it does not see as they are.
+        """
+
+    def tell(self, what: str, too_long: int, longest: int, unknown: int) -> None:
+        """Say on stderr how many of what the model is given have more tokens than its context of
+        `longest`, or text that the tokenizer does not know.
+        """
+        for count, trouble in (
+            (too_long, f"more tokens than the model's context of {longest:,}: it reads their ends"),
+            (unknown, "words that the tokenizer does not know: the model sees none of these"),
+        ):
+            if count:
+                say(f"note: {count:,} of {len(self):,} {what}s have {trouble}")
 
     @abstractmethod
     def batches(self, model: Any, items: Sequence[int], batch_size: int | None) -> Iterator[Batch]:
@@ -88,6 +106,7 @@ def run(
     """
     from tqdm import tqdm
 
+    task.check(model)
     left = [item for item in range(len(task)) if item not in records.rows]
     done, title = len(task) - len(left), "evaluating"
     with tqdm(
@@ -99,6 +118,11 @@ def run(
             for item, row in rows:
                 records.add({"item": item, **row})
                 bar.update()
-    report = task.report([records.rows[item] for item in range(len(task))])
+    try:
+        report = task.report([records.rows[item] for item in range(len(task))])
+    except (LookupError, TypeError) as error:
+        if not done:
+            raise
+        raise UserError(f"the items in --out are damaged ({error!r}): choose another") from error
     records.finish(report)
     return report

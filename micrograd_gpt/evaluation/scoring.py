@@ -13,15 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from micrograd_gpt import layers
 from micrograd_gpt.arrays.devices import to_device
-from micrograd_gpt.arrays.memory import keep_freed_memory
+from micrograd_gpt.arrays.memory import check_room, keep_freed_memory
 from micrograd_gpt.arrays.precision import widened
-from micrograd_gpt.generation.kv_cache import KVCache
+from micrograd_gpt.generation.kv_cache import KVCache, bytes_of_cache
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.support.errors import UserError
@@ -30,6 +30,7 @@ from micrograd_gpt.tuning.batches import padded
 from micrograd_gpt.variants import head_of
 
 TOKENS_AT_ONCE = 2048  # enough to keep a processor busy; the cache of 124M then has 150 MB
+FLOATS = 12  # of n_embd numbers each that a forward pass keeps for a token, at most: measured
 ROWS_AT_ONCE = 128  # of logits: 26 MB for GPT-2's vocabulary
 
 
@@ -73,17 +74,22 @@ class Group:
     def __init__(self, index: int, requests: Sequence[Request], n_positions: int) -> None:
         self.index = index
         self.labels = [request.continuation for request in requests]
-        longest = max(map(len, self.labels))
-        if longest > n_positions:
-            raise UserError(
-                f"a continuation of {longest} tokens is longer than the model's context of "
-                f"{n_positions}: shorten it"
-            )
+        check_lengths(requests, n_positions)
         texts = [request.context + request.continuation for request in requests]
         inputs = [text[-(n_positions + 1) : -1] for text in texts]
         same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*inputs, strict=False))
         self.shared = [tokens[0] for tokens in same]  # (P,)
         self.rest = [tokens[len(self.shared) :] for tokens in inputs]  # each (S,)
+
+
+def check_lengths(requests: Sequence[Request], n_positions: int) -> None:
+    """UserError for a continuation longer than n_positions."""
+    longest = max(len(request.continuation) for request in requests)
+    if longest > n_positions:
+        raise UserError(
+            f"a continuation of {longest} tokens is longer than the model's context of "
+            f"{n_positions}: shorten it"
+        )
 
 
 class Rest(NamedTuple):
@@ -134,7 +140,14 @@ def score_all(model: GPT2, requests: Sequence[Sequence[Request]]) -> list[list[S
 def score_batch(
     model: GPT2, groups: list[Group], tokens_at_once: int
 ) -> list[tuple[int, list[Score]]]:
-    """Score groups that are read together: the place of each, and its scores."""
+    """Score groups that are read together: the place of each, and its scores.
+
+    Raises UserError, before anything is allocated, where this machine lacks the memory for that.
+    """
+    lengths = [len(group.shared) for group in groups]
+    own = [length + len(ids) for length, g in zip(lengths, groups, strict=True) for ids in g.rest]
+    in_cache = min(sum(own), tokens_at_once) if any(any(group.rest) for group in groups) else 0
+    check_memory(model, len(groups) * max(lengths), in_cache)
     keep_freed_memory()
     with no_grad(), no_dropout():
         states = _read(model, groups, tokens_at_once)  # a (n, C) for each continuation
@@ -143,6 +156,18 @@ def score_batch(
     ends = np.cumsum([len(state) for state in states])[:-1]
     scores = map(Score, np.split(log_probs, ends), np.split(likeliest, ends))
     return [(group.index, [next(scores) for _ in group.labels]) for group in groups]
+
+
+def check_memory(model: Any, tokens: int, in_cache: int = 0) -> None:
+    """UserError if this machine has no memory to read as many tokens at once, and to keep both
+    them and `in_cache` tokens in KV caches if that is not 0.
+    """
+    if model.transformer.wte.weight.device != "cpu":  # which says itself that it is full
+        return
+    size = 4 * FLOATS * model.config.n_embd * tokens
+    if in_cache:
+        size += bytes_of_cache(model, 1, tokens + in_cache)
+    check_room(size, f"{tokens + in_cache:,} tokens at once", "lower --batch-size")
 
 
 def _read(model: GPT2, groups: list[Group], tokens_at_once: int) -> list[Array]:

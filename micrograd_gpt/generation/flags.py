@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
 
@@ -17,6 +17,11 @@ from micrograd_gpt.generation.settings import GROUPS, HOW_MUCH, WHICH_TOKEN, Set
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 
+LANGUAGE_MODEL = (
+    "a checkpoint's folder or file, a size (124M, 355M, 774M, 1558M), or a model on the Hugging "
+    "Face Hub: OWNER/NAME or OWNER/NAME@REVISION "
+    "(default: the folder out if it holds a checkpoint, else 124M)"
+)
 ESCAPES = {r"\n": "\n", r"\t": "\t", "\\\\": "\\"}  # in a stop text
 
 # A script's defaults where they differ from the library's: setting -> (default, why)
@@ -52,15 +57,7 @@ def add_flags(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
             help=f"{about['help']} (default: {shown})",
             **_what_follows(setting),
         )
-    add_to[HOW_MUCH](
-        "--stop",
-        action="append",
-        type=with_line_ends,
-        default=argparse.SUPPRESS,
-        metavar="TEXT",
-        help=r"end before this text, where \n is the end of a line, \t a tab and \\ a backslash; "
-        "repeatable (default: off)",
-    )
+    add_stop_flag(add_to[HOW_MUCH])
     add_to[WHICH_TOKEN](
         "--greedy",
         action="store_true",
@@ -69,9 +66,41 @@ def add_flags(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
     )
 
 
-def with_line_ends(text: str) -> str:
+def add_model_flags(parser: argparse.ArgumentParser, which: str = LANGUAGE_MODEL) -> None:
+    """Add the flags that say which model it is, and how it computes; `which` is --model's help."""
+    parser.add_argument("--model", type=cli.some_text, metavar="M", help=which)
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "gpu", "cuda"],
+        default="cpu",
+        help="where to compute (default: cpu)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float64", "bfloat16", "float16", "int8"],
+        default="float32",
+        help="type of the weights: bfloat16 takes half the memory, int8 (for language models on "
+        "the CPU) a quarter; to generate a token takes about half and a third of the time "
+        "(default: float32)",
+    )
+
+
+def add_stop_flag(add_argument: Callable[..., Any]) -> None:
+    """Add --stop, with the `add_argument` of a parser or of a group of one."""
+    add_argument(
+        "--stop",
+        action="append",
+        type=stop_text,
+        default=argparse.SUPPRESS,
+        metavar="TEXT",
+        help=r"end before this text, where \n is the end of a line, \t a tab and \\ a backslash; "
+        "repeatable (default: off)",
+    )
+
+
+def stop_text(text: str) -> str:
     r"""A text as most mean it who type it in a shell, which leaves \n as two characters."""
-    return re.sub(r"\\[nt\\]", lambda found: ESCAPES[found[0]], text)
+    return re.sub(r"\\[nt\\]", lambda found: ESCAPES[found[0]], cli.some_text(text))
 
 
 def _what_follows(setting: Field[Any]) -> dict[str, Any]:
@@ -115,8 +144,6 @@ class Choices:
         Raises UserError for choices that are out of range or contradict each other.
         """
         chosen = {name: value for name, value in self.given.items() if name in SETTINGS}
-        if "" in self.stop_texts:
-            raise UserError("--stop needs a text that is not empty")
         if "greedy" in self.given:
             if chosen.get("temperature"):
                 raise UserError("--greedy and --temperature contradict each other: leave out one")
@@ -152,8 +179,14 @@ class Choices:
         return replace(self, given={key: v for key, v in self.given.items() if key != name})
 
     def __str__(self) -> str:
-        """Every flag that is not off, with its value."""
-        values = {name: s.default for name, s in SETTINGS.items() if not s.metadata["switch"]}
-        values |= {name: default for name, (default, _) in self.defaults.items()}
-        in_use = {name: v for name, v in (values | dict(self.given)).items() if v is not None}
+        """Every flag that is not off, with the value that it has beside the others: with --greedy
+        the temperature is 0.
+        """
+        settings = self.settings()
+        in_use = {
+            name: value
+            for name, setting in SETTINGS.items()
+            if not setting.metadata["switch"] and (value := getattr(settings, name)) is not None
+        }
+        in_use |= {name: value for name, value in self.given.items() if name not in in_use}
         return ", ".join(f"{name.replace('_', '-')} {as_typed(v)}" for name, v in in_use.items())

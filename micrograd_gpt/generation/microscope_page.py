@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ DATA = "{{data}}"  # where the template has the numbers
 
 MAP_BYTES = 1_500_000  # of all attention maps together, which become 2 MB in the page
 MOST_TOKENS = 256  # more are hard to look at
-PAGE_SUFFIXES = (".html", ".htm")  # of files that a page may take the place of
+PAGE_SUFFIXES = (".html", ".htm")
 OTHERS = 10  # tokens shown beside the one that came
 LENS_OTHERS = 5  # tokens shown for each layer
 
@@ -45,10 +44,8 @@ def check_page(path: str, questions: Sequence[str] | None) -> None:
         raise UserError("--microscope looks at one text: give that with --prompt")
     if Path(path).is_dir():
         raise UserError(f"--microscope {path} is a folder: name a file, such as {path}/page.html")
-    if os.path.exists(path) and Path(path).suffix.lower() not in PAGE_SUFFIXES:
-        raise UserError(
-            f"--microscope {path} is a file that would be lost: name one that ends in .html"
-        )
+    if Path(path).suffix.lower() not in PAGE_SUFFIXES:  # which a browser would show as text
+        raise UserError(f"--microscope {path} is to be a page: name one that ends in .html")
 
 
 def write_page(path: str, model: GPT2, tokenizer: Tokenizer, texts: Iterable[Continuation]) -> None:

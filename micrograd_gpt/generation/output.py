@@ -20,7 +20,7 @@ from micrograd_gpt.generation.filters import NO_TOKEN_LEFT
 from micrograd_gpt.generation.sampling import Sample, decode, start_samples
 from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
-from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.work import Do, one_by_one
 from micrograd_gpt.text.base_tokenizer import Tokenizer
@@ -113,12 +113,19 @@ class Writer:
     def _encoded(self, prompts: Sequence[str]) -> list[list[int]]:
         """The ids of each prompt; UserError, which says which one it is, where one has none."""
         ids = []
+        unknown = 0
         for number, prompt in enumerate(prompts, 1):
             try:
                 ids.append(prompt_ids(prompt, self.tokenizer, self.special_tokens))
             except UserError as error:
                 which = f"prompt {number}: " if len(prompts) > 1 else ""
                 raise UserError(f"{which}{error}") from error
+            unknown += bool(self.tokenizer.count_unknown(ids[-1]))
+        if unknown:
+            which = "the prompt has" if len(prompts) == 1 else f"{counted(unknown, 'prompt')} with"
+            say(
+                f"note: {which} words that the tokenizer does not know: the model sees none of them"
+            )
         return ids
 
     def _tell_the_limit(self, length: int) -> None:

@@ -9,7 +9,7 @@ import sys
 from micrograd_gpt.generation import flags
 from micrograd_gpt.generation.flags import Choices
 from micrograd_gpt.generation.output import Writer
-from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.cli import did_you_mean, say
 from micrograd_gpt.support.errors import UserError
 
 CONTINUE = "Type a text to have it continued, each line a text of its own"
@@ -71,7 +71,7 @@ def command(line: str, choices: Choices, what: str) -> Choices:
     Raises UserError for a command that does not exist or cannot be carried out.
     """
     try:
-        name, *words = shlex.split(line)
+        name, *words = words_of(line)
     except ValueError as error:
         raise UserError(f"{line!r} cannot be read: {error}") from None
     if name == "/help":
@@ -85,7 +85,18 @@ def command(line: str, choices: Choices, what: str) -> Choices:
         raise UserError(f"{name} takes no {extra[0]!r}: put quotes around a value with spaces")
     flag = words[0].lstrip("-").replace("-", "_")
     if flag not in flags.NAMES:
-        raise UserError(f"no such setting: {words[0]!r}; /help lists them")
+        hint = did_you_mean(flags.option(flag), map(flags.option, flags.NAMES))
+        raise UserError(f"no such setting: {words[0]!r}{hint or '; /help lists them'}")
     changed = choices.set(flag, *words[1:]) if name == "/set" else choices.unset(flag)
     changed.settings()  # raises where they contradict each other
     return changed
+
+
+def words_of(line: str) -> list[str]:
+    r"""The words of a line as in a shell, but a backslash stays: a stop text may be \n.
+
+    Raises ValueError for a quotation without an end.
+    """
+    reader = shlex.shlex(line, posix=True)
+    reader.whitespace_split, reader.commenters, reader.escape = True, "", ""
+    return list(reader)

@@ -109,13 +109,13 @@ def reads_stdin(given: argparse.Namespace) -> bool:
     return texts is None or "-" in texts
 
 
-def _stdin(flag: str) -> str:
+def _stdin(flag: str, encoding: str = "utf-8") -> str:
     """What stdin holds, without the last line end."""
     from micrograd_gpt.text.decoding import decoded
 
     if sys.stdin is None:
         raise UserError(f"stdin is closed: give the text with {flag}")
-    text = decoded(sys.stdin.buffer.read(), "the prompt")
+    text = decoded(sys.stdin.buffer.read(), "the prompt", encoding)
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -126,7 +126,7 @@ def _read_prompts(source: str, field: str, encoding: str) -> list[str]:
 
     notes = Notes()
     if source == "-":
-        texts = [_stdin("--prompt")]
+        texts = [_stdin("--prompt", encoding)]
     else:
         form = Form(encoding, field)
         texts = ["".join(c) for c in read_documents(Path(source), form, notes=notes)]

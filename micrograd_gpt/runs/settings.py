@@ -19,11 +19,9 @@ from micrograd_gpt.runs import checkpoint, config_file
 from micrograd_gpt.runs.folders import check_free
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.corpus import VALIDATION
 from micrograd_gpt.text.decoding import Form
-from micrograd_gpt.text.documents import BY_NAME, holds_records
-from micrograd_gpt.text.records import RECORD_SUFFIXES
+from micrograd_gpt.text.documents import check_text_field
 from micrograd_gpt.text.tokenizers import NAMES
 from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, size_name
 from micrograd_gpt.weights.formats import STATE
@@ -305,21 +303,8 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
     if "learning_rate" in flags and "min_lr" not in flags:
         settings["min_lr"] = settings["learning_rate"] / 10
     check_rates(settings)
-    check_text_field(settings)
+    check_text_field(settings["text_field"], [settings["data"], settings["validation"]])
     return settings
-
-
-def check_text_field(settings: dict[str, Any]) -> None:
-    """UserError for a --text-field where there are no records that have it."""
-    field, sources = settings["text_field"], (settings["data"], settings["validation"])
-    is_told = field != SETTINGS["text_field"].default
-    with reading(settings["data"]):
-        found = [source for source in sources if source in BY_NAME or Path(source).exists()]
-        if is_told and found and not any(map(holds_records, found)):
-            raise UserError(
-                f"--text-field {field} is for records ({', '.join(RECORD_SUFFIXES)}), and "
-                f"{' and '.join(found)} holds none: leave it out"
-            )
 
 
 def check_rates(settings: dict[str, Any]) -> None:

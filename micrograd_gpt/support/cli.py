@@ -92,6 +92,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
         self.given = {}
+        for word in words:
+            self._refuse_alias(word.partition("=")[0])
         return super().parse_known_args([self._with_dashes(word) for word in words], namespace)
 
     def _with_dashes(self, word: str) -> str:
@@ -99,6 +101,14 @@ class ArgumentParser(argparse.ArgumentParser):
         name, equals, value = word.partition("=")
         dashed = name.replace("_", "-")
         return dashed + equals + value if dashed in self.flags() else word
+
+    def _refuse_alias(self, word: str) -> None:
+        """Ask for the flag that is meant by another program's flag, which argparse might take for
+        the beginning of one of ours: --length is --max-new-tokens, not --length-penalty."""
+        known = {flag for flag in self.flags() if flag.startswith("--")}
+        is_alias = word.startswith("--") and word not in known and word[2:] in ALIASES
+        if is_alias and (hint := did_you_mean(word, known)):
+            self.error(f"unrecognized arguments: {word}{hint}")
 
     def flags(self) -> set[str]:
         """All flags, also those of commands."""
@@ -119,6 +129,11 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("argument COMMAND: invalid choice"):  # it may be a flag's value
+            message += ": it comes first, before the flags"
+        if message.endswith("expected one argument"):  # "argument --stop: expected one argument"
+            flag = message.split()[1].removesuffix(":")
+            message += f" (one that begins with a dash is given as {flag}=-…)"
         raise UserError(f"{message}; see --help")
 
 

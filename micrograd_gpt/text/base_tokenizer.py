@@ -70,6 +70,8 @@ class Tokenizer(ABC):
         Raises UserError for a character that the vocabulary cannot express, and for a lone
         surrogate, which is what Python makes of a byte that was not UTF-8.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"encode takes a text, a str, not a {type(text).__name__}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -86,6 +88,10 @@ class Tokenizer(ABC):
         first, *rest = (self._encode(part) for part in text.split(END_OF_TEXT))
         end = np.array([self.end_of_text], np.int32)
         return np.concatenate([first, *(ids for part in rest for ids in (end, part))])
+
+    def count_unknown(self, ids: Sequence[int] | np.ndarray) -> int:
+        """How many of the ids stand for text that the vocabulary does not have."""
+        return 0 if self.unknown is None else int((np.asarray(ids) == self.unknown).sum())
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """Return the bytes of `ids`, integers of shape (T,). They can begin or end mid-character.

@@ -149,13 +149,14 @@ def _place(error: UnicodeError, end: int) -> str:
     return f"{reason}; give its encoding with --encoding, or convert it"
 
 
-def decoded(data: bytes, name: str) -> str:
-    """The text of bytes in UTF-8, or in what their byte-order mark says, without that mark.
+def decoded(data: bytes, name: str, encoding: str = "utf-8") -> str:
+    """The text of bytes in this encoding, or in what their byte-order mark says, without that mark.
 
-    Raises UserError, which says that `name` is not text, and where.
+    Raises UserError for an unknown encoding, and, where `name` is not text, which says where.
     """
+    check_encoding(encoding)
     check_not_packed(data, name)
-    encoding = encoding_of(data[:4], "utf-8")
+    encoding = encoding_of(data[:4], encoding)
     try:
         return data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:

@@ -15,6 +15,7 @@ from typing import NoReturn
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.download import cache_folder, download
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.decoding import Form, Notes, text_chunks
 from micrograd_gpt.text.decoding import check_encoding as check_encoding
 from micrograd_gpt.text.records import RECORD_SUFFIXES, record_texts
@@ -40,6 +41,9 @@ OWN_FILES = {
     "metrics.jsonl",
     "scores.json",
 }
+
+# What an evaluation's folder holds
+OF_EVALUATION = {"settings.json", "items.jsonl", "report.json"}
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -99,8 +103,8 @@ def find_files(source: str | Path) -> list[Path]:
 
     Those of a folder are all files under it with one of the SUFFIXES, sorted by path, and stderr
     says which others there are. What is hidden (.git/, ._a.txt) is left out, and so are the files
-    of a model or a run (OWN_FILES), so that an --out may lie inside of --data. A link to a folder
-    is followed, but no folder is read twice. Raises UserError if there are none.
+    of a model, a run or an evaluation, so that an --out may lie inside of --data. A link to a
+    folder is followed, but no folder is read twice. Raises UserError if there are none.
     """
     if source == "shakespeare":
         return [_shakespeare()]
@@ -126,6 +130,17 @@ def find_files(source: str | Path) -> list[Path]:
             "file, a folder of text files, or a folder of token shards"
         )
     return [path]
+
+
+def check_text_field(field: str, sources: Sequence[str]) -> None:
+    """UserError for a --text-field where none of the sources holds records that have it."""
+    with reading(sources[0]):
+        found = [source for source in sources if source in BY_NAME or Path(source).exists()]
+        if field != AS_IT_IS.field and found and not any(map(holds_records, found)):
+            raise UserError(
+                f"--text-field {field} is for records ({', '.join(RECORD_SUFFIXES)}), and "
+                f"{' and '.join(found)} holds none: leave it out"
+            )
 
 
 def holds_records(source: str | Path) -> bool:
@@ -157,6 +172,8 @@ def _files_under(folder: Path) -> list[Path]:
         shown = [name for name in names if not name.startswith(".")]
         if any(name == "settings.toml" or name.endswith(".safetensors") for name in shown):
             shown = [name for name in shown if name not in OWN_FILES]
+        if {"settings.json", "items.jsonl"} <= {*shown}:
+            shown = [name for name in shown if name not in OF_EVALUATION]
         paths = [Path(place, name) for name in shown]
         files += [path for path in paths if path.is_file()]
     return files

@@ -15,15 +15,20 @@ from micrograd_gpt.text.records import json_problem
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a pair, which JSON can have without the other
 
 
+TABLES = (".csv", ".tsv", ".parquet")
+
+
 def read_objects(path: str | Path, encoding: str = "utf-8") -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a .json file, which holds a list of them, or of any other, which has one a
-    line; each with where it stands, as "data.jsonl, line 3".
+    line, as many a .json file too; each with where it stands, as "data.jsonl, line 3".
 
     Raises UserError for what is something else, for half a character, and for a file without any.
     """
     path = Path(path)
+    if path.suffix.lower() in TABLES:
+        raise UserError(f"{path} is a table: convert it to .jsonl, an object a line")
     text = read_text(path, encoding).removeprefix("\ufeff")
-    if path.suffix.lower() == ".json":
+    if path.suffix.lower() == ".json" and not _is_line_by_line(text):
         listed = _parsed(text, str(path)) if text.strip() else []
         if not isinstance(listed, list):
             raise UserError(
@@ -48,3 +53,15 @@ def _parsed(text: str, place: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: this is not JSON ({json_problem(error)}): correct it") from error
+
+
+def _is_line_by_line(text: str) -> bool:
+    """Whether a text is of several objects, each on a line of its own, as its first one is."""
+    first, _, others = text.strip().partition("\n")
+    if not first.startswith("{") or not others.strip():
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True

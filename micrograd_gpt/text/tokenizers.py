@@ -66,8 +66,9 @@ class CharTokenizer(LearnedTokenizer):
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
         """Take the characters, each once, and perhaps "<unk>". Raises UserError for other lists."""
+        tokens = _as_tokens(vocabulary)
         unknown = vocabulary.index(self.UNKNOWN) if self.UNKNOWN in vocabulary else None
-        super().__init__(_as_tokens(vocabulary), end_of_text=None, unknown=unknown)
+        super().__init__(tokens, end_of_text=None, unknown=unknown)
         characters = [(i, entry) for i, entry in enumerate(vocabulary) if entry != self.UNKNOWN]
         for _, entry in characters:
             if len(entry) != 1:
@@ -160,6 +161,11 @@ NAMES = (*LEARNED, *FIXED)  # what --tokenizer takes, besides a folder
 
 def _as_tokens(vocabulary: Sequence[str]) -> list[bytes]:
     """Return the entries as UTF-8. Raises UserError if one is repeated or is not Unicode text."""
+    if not isinstance(vocabulary, Sequence):  # a set has no order, and a dict may have another
+        raise UserError(
+            f"a vocabulary is a list of texts in the order of their ids, not a "
+            f"{type(vocabulary).__name__}: give sorted(set(text)), say"
+        )
     seen: set[str] = set()
     for i, entry in enumerate(vocabulary):
         if not isinstance(entry, str) or entry in seen:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -27,13 +28,13 @@ class Windows:
     it. (A stream too short for that gets the offsets that fit.)
 
     `tokens` has shape (N,) and any integer dtype; memory-mapped files are read where they are used.
-    Raises UserError where N is less than one window.
+    Raises UserError where N is less than one window, TypeError for what are no such integers.
     """
 
     def __init__(
         self, tokens: np.ndarray | Shards, block_size: int, stride: int | None = None
     ) -> None:
-        self.tokens = tokens if isinstance(tokens, Shards) else np.asarray(tokens)
+        self.tokens = tokens if isinstance(tokens, Shards) else _as_ids(tokens)
         self.block_size = block_size
         self.stride = block_size if stride is None else stride
         if block_size < 1 or self.stride < 1:
@@ -79,6 +80,13 @@ class Windows:
     def _gather(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows = self.tokens[starts[:, None] + np.arange(self.block_size + 1)]  # (B, T + 1)
         return rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+
+
+def _as_ids(tokens: Any) -> np.ndarray:
+    array = np.asarray(tokens)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(f"tokens must be integers of shape (N,), not {array.dtype} {array.shape}")
+    return array
 
 
 # A shuffled epoch without a shuffled list: a permutation of 0 .. n-1, computed index by index. The

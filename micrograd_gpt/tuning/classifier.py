@@ -75,9 +75,9 @@ class GPT2Classifier(Module):
         """Token ids (B, T), of which row i is a text up to lengths[i] and padding from there on ->
         logits of the labels (B, N). ValueError for a length that is not in 1 … T."""
         lengths = np.asarray(lengths)
-        rows, longest = ids.shape
+        rows, longest = np.shape(ids)
         if lengths.shape != (rows,) or not ((lengths >= 1) & (lengths <= longest)).all():
-            raise ValueError(f"lengths {lengths} do not fit token ids of shape {ids.shape}")
+            raise ValueError(f"lengths {lengths} do not fit token ids of shape {rows, longest}")
         x = self.hidden(ids).reshape(rows * longest, -1)  # (B T, C)
         return self.score(x[np.arange(rows) * longest + lengths - 1])  # (B, N)
 

@@ -41,7 +41,7 @@ def read_conversations(path: str | Path, encoding: str = "utf-8") -> list[Conver
 
 def _conversation(value: dict[str, Any], where: str) -> Conversation:
     if "messages" in value:
-        return _turns(value["messages"], where)
+        return turns_of(value["messages"], where)
     for name in ("instruction", "output"):
         if name not in value:
             found = ", ".join(value) or "none"
@@ -52,8 +52,9 @@ def _conversation(value: dict[str, Any], where: str) -> Conversation:
     return [_turn(where, instruction, output, input)]
 
 
-def _turns(messages: Any, where: str) -> Conversation:
-    """The turns that the messages of a conversation make up."""
+def turns_of(messages: Any, where: str) -> Conversation:
+    """The turns that the messages of a conversation make up; UserError, naming the place `where`
+    they stand, where they make up none."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise UserError(f"{where}: messages are a list of objects with a role and a content")
     roles = [message.get("role") for message in messages]

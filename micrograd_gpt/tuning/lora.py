@@ -18,6 +18,7 @@ import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,24 +86,34 @@ def add_lora(
     A name is one of LAYERS, or the last part of one: `c_proj` is both of that name. `alpha` is
     twice the rank if left out. A classifier's head is trained in full. From now on the model is
     saved as an adapter, which names `base`, what the model is called, if given. Raises UserError
-    for a layer that there is not, and for a rank above that of a layer's weight.
+    for a layer that there is not, or that is a LoRALinear already, for a rank that no addition to a
+    layer's weight can have, and for an `alpha` by which it would be nothing.
     """
     check_layer_names(layer_names)
+    if not isinstance(rank, Integral) or rank < 1:
+        raise UserError(f"the rank of LoRA must be a whole number of at least 1, not {rank!r}")
+    alpha = 2 * rank if alpha is None else alpha
+    if not isinstance(alpha, Real) or not 0 < abs(alpha) < math.inf:
+        raise UserError(f"the alpha of LoRA must be a finite number, and not 0; it is {alpha!r}")
     linear = named_layers(model, Linear)
     names = [name for name in linear if any(name.endswith(f".{wanted}") for wanted in layer_names)]
-    full = min((min(linear[name].weight.shape) for name in names), default=rank)
+    if not names:
+        raise UserError("this model has no such layers, or LoRA has them already: load it anew")
+    full = min(min(linear[name].weight.shape) for name in names)
     if rank > full:
         raise UserError(
             f"--lora-rank {rank:,} is above {full:,}, where an addition can be any matrix: lower it"
         )
     for i, name in enumerate(names):
-        replace_by_lora(model, name, rank, alpha or 2 * rank, (seed, i), dropout)
+        replace_by_lora(model, name, rank, alpha, (seed, i), dropout)
     model.adapter = AdapterFiles(base)
     freeze(model)
 
 
 def check_layer_names(layer_names: Sequence[str]) -> None:
     """UserError unless each name is one of LAYERS, or the last part of one, and there are some."""
+    if isinstance(layer_names, str):
+        raise UserError(f"the layers of LoRA are a list of names: write [{layer_names!r}]")
     if not layer_names:
         raise UserError(f"--lora-layers: no layer given; choose from {', '.join(LAYERS)}")
     for wanted in layer_names:

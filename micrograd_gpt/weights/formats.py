@@ -32,6 +32,7 @@ from micrograd_gpt.weights.tensor_files import TensorFile
 from micrograd_gpt.weights.tf_checkpoint import TFCheckpoint
 from micrograd_gpt.weights.torch_file import read_torch, stored_tensors
 
+BODY = ("wte.", "wpe.", "h.", "ln_f.")  # the parts of GPT-2
 # What stands on the body in Transformers' models for classification and the like, and in TRL's
 OTHER_HEADS = ("score.", "classifier.", "qa_outputs.", "multiple_choice_head.", "v_head.")
 
@@ -153,7 +154,8 @@ def _open_nanogpt(path: Path, saved: dict[str, Any]) -> Weights:
 def _gpt2_tensors(
     path: Path, entries: Mapping[str, StoredTensor], is_tied: bool = True
 ) -> dict[str, StoredTensor]:
-    # GPT2LMHeadModel is saved with `transformer.` before the names, the bare GPT2Model without.
+    # GPT2LMHeadModel is saved with `transformer.` before the names, the bare GPT2Model without. A
+    # subclass of one's own may have other parameters, whose names stay.
     names: dict[str, str] = {}
     for name in entries:
         short = name.removeprefix("transformer.")
@@ -161,7 +163,7 @@ def _gpt2_tensors(
             continue  # the head, and the causal mask that old files hold too
         if name.startswith(OTHER_HEADS):
             continue
-        ours = f"transformer.{short}"
+        ours = f"transformer.{short}" if short.startswith(BODY) else name
         if ours in names:
             raise UserError(f"{path} holds both {names[ours]!r} and {name!r}")
         names[ours] = name

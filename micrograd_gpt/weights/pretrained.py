@@ -52,9 +52,6 @@ def build(
     """
     refuse_int8(dtype, device)
     check_precision(dtype, INT8)
-    if weights.heads:
-        names = ", ".join(map(ascii, weights.heads))[:200]  # there can be any, and any number
-        say(f"note: {weights.path}: {names} left out: a language model has no such head")
     try:
         if dtype == INT8:
             model, arrays = _to_fill_in_int8(weights, cls)
@@ -67,7 +64,11 @@ def build(
         raise UserError(
             f"{weights.path}: not enough memory for this model ({reason(error)})"
         ) from error
-    fill(arrays, weights.tensors, weights.path)
+    own = {name: head for name, head in weights.heads.items() if name in arrays}  # a subclass's
+    if others := [name for name in weights.heads if name not in own]:
+        names = ", ".join(map(ascii, others))[:200]  # there can be any, and any number
+        say(f"note: {weights.path}: {names} left out: a language model has no such head")
+    fill(arrays, {**weights.tensors, **own}, weights.path)
     return model.eval()
 
 

@@ -55,6 +55,23 @@ def test_a_json_file_holds_a_list(tmp_path: Path) -> None:
         read_choices(path)
 
 
+def test_a_json_file_of_lines_is_read_and_a_table_is_called_one(tmp_path: Path) -> None:
+    path = write(tmp_path, PLAIN, PIQA).rename(tmp_path / "items.json")
+    assert [item.label for item in read_choices(path)] == [0, 1]
+    for name in ("items.csv", "items.parquet"):
+        path = path.rename(tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name} is a table: convert it to .jsonl"):
+            read_choices(path)
+
+
+def test_items_in_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_bytes('{"text": "un café"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"not UTF-8 text: .* give its encoding with --encoding"):
+        read_last_words(path)
+    assert read_last_words(path, "latin-1") == [LastWord("un", "café")]
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -75,6 +92,8 @@ def test_a_wrong_item_is_named(tmp_path: Path, change: dict[str, Any], problem: 
 
 
 def test_other_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"line 2: 'sol1' or 'sol2' is empty"):
+        read_choices(write(tmp_path, PIQA, PIQA | {"sol2": ""}))
     with pytest.raises(UserError, match=r"line 1: an item has .* this one has a, b"):
         read_choices(write(tmp_path, {"a": 1, "b": 2}))
     with pytest.raises(UserError, match=r"line 1: this is not a JSON object"):
@@ -89,10 +108,11 @@ def test_other_mistakes_are_named(tmp_path: Path) -> None:
 
 
 def test_last_words(tmp_path: Path) -> None:
-    texts = ["to be or not to be", "one  two"]
+    texts = ["to be or not to be", "one  two", "ends in a line \n"]
     words = read_last_words(write(tmp_path, *({"text": text} for text in texts)))
-    assert words == [LastWord("to be or not to", "be"), LastWord("one ", "two")]
-    for text in ("word", " word", "ends in a space "):
+    pairs = [("to be or not to", "be"), ("one ", "two"), ("ends in a", "line")]
+    assert words == [LastWord(*pair) for pair in pairs]
+    for text in ("word", " word", " \n"):
         with pytest.raises(UserError, match="line 1: the text is to end in a word to ask for"):
             read_last_words(write(tmp_path, {"text": text}))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from micrograd_gpt.evaluation.answers import answers
 from micrograd_gpt.evaluation.choices import ChoiceTask, LastWordTask
 from micrograd_gpt.evaluation.estimates import mean_and_error, ratio_and_error
 from micrograd_gpt.evaluation.items import Choice, LastWord
+from micrograd_gpt.evaluation.labels import ClassificationTask
+from micrograd_gpt.evaluation.perplexity import PerplexityTask
 from micrograd_gpt.evaluation.questions import GenerationTask, Question, read_questions
 from micrograd_gpt.evaluation.records import Records, Row, text_checksum
 from micrograd_gpt.evaluation.running import run
@@ -25,7 +28,9 @@ from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import Template
-from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
+from micrograd_gpt.tuning.classifier import GPT2Classifier
+from micrograd_gpt.tuning.labelled import Example
 from micrograd_gpt.weights.checksum import weights_checksum
 
 CHARS = CharTokenizer.from_text(TEXT)
@@ -62,6 +67,21 @@ def test_the_error_of_an_average_over_clusters_is_how_far_it_varies() -> None:
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
 
 
+def test_a_perplexity_is_said_as_it_is_or_not_at_all() -> None:
+    found = LastWordTask([LastWord("a", "b")], CHARS)
+    lines = {nats: found.lines(found.report([found.row(0, of(-nats))])) for nats in (7, 50, 800)}
+    assert "perplexity     1,096.63" in lines[7]
+    assert "perplexity     5.18e+21" in lines[50]
+    assert "perplexity     unknown" in lines[800] and "nats per word  800.0000" in lines[800]
+
+
+def test_a_kept_row_without_its_fields_is_said(tmp_path: Path) -> None:
+    records = Records(tmp_path, {})
+    records.add({"item": 0, "lebel": 0})
+    with pytest.raises(UserError, match=r"the items in --out are damaged \(KeyError"):
+        run(char_model(), ChoiceTask([Choice("a", ("b", "c"), 0)], CHARS), records)
+
+
 def test_the_likeliest_ending_is_the_answer_and_by_length_the_likeliest_per_character() -> None:
     items = [Choice("a", ("xx", "yyyyyyyy"), 1), Choice("a", ("x", "y", "z"), 0)]
     task = ChoiceTask(items, CHARS)
@@ -71,6 +91,12 @@ def test_the_likeliest_ending_is_the_answer_and_by_length_the_likeliest_per_char
     assert (report["accuracy"], report["accuracy_by_length"]) == (0.5, 1.0)
     assert report["accuracy_stderr"] == pytest.approx(0.5)
     assert report["accuracy_by_chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_ending_that_was_only_a_heading_can_be_scored() -> None:
+    task = ChoiceTask([Choice("a", ("", "b"), 1)], CHARS)
+    assert task.row(0, of(-3, -2))["answer_by_length"] == 1
 
 
 def test_a_last_word_is_right_if_greedy_decoding_writes_it() -> None:
@@ -90,6 +116,70 @@ def test_a_model_knows_what_it_would_write() -> None:
     assert run(model, ChoiceTask(items, CHARS), Records(None, {}))["accuracy"] == 1
     task = LastWordTask([LastWord("the", word), LastWord("the", others[0])], CHARS)
     assert run(model, task, Records(None, {}))["accuracy"] == 0.5
+
+
+def test_what_is_too_long_is_said_before_the_first_item(capsys: pytest.CaptureFixture[str]) -> None:
+    model, whole = char_model(), Choice("the", ("fox", "dog"), 0)
+    cut = Choice("the quick brown fox jumps over", ("fox", "dog"), 0, "line 2")
+    items = [whole, cut, whole, Choice("a", ("o" * 40, "b"), 0, "x.jsonl, line 4")]
+    records = Records(None, {})
+    with pytest.raises(UserError, match=r"x.jsonl, line 4: a continuation of 41 tokens is longer"):
+        run(model, ChoiceTask(items, CHARS), records)
+    assert not records.rows
+    assert not capsys.readouterr().err
+    run(model, ChoiceTask(items[:3], CHARS), records)
+    assert "note: 1 of 3 items have more tokens than the model's context of 32" in (
+        capsys.readouterr().err
+    )
+    questions = [Question(text, "", {"prompt": text}, "") for text in ("the", "the fox " * 9)]
+    task = GenerationTask(questions, CHARS, None, Settings(max_new_tokens=1))
+    run(model, task, Records(None, {}))
+    assert "note: 1 of 2 prompts have more tokens than the model's context of 32" in (
+        capsys.readouterr().err
+    )
+
+
+def test_words_that_the_tokenizer_does_not_know_are_told_and_never_right(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = WordTokenizer.from_text("the fox dog " * 9)
+    model = make_model(vocab_size=tokenizer.vocab_size, n_positions=32).eval()
+    settings = Settings(max_new_tokens=1)
+    for task, said in (
+        (
+            ChoiceTask([Choice("the", ("fox", "zebra"), 0)] * 2, tokenizer),
+            "2 of 2 items have words",
+        ),
+        (LastWordTask([LastWord("the", "zebra")], tokenizer), "1 of 1 items have words that"),
+        (
+            GenerationTask([Question("zebra", "", {}, "")], tokenizer, None, settings),
+            "1 of 1 prompts have words that the tokenizer does not know",
+        ),
+        (PerplexityTask(["the zebra"], ["the zebra"], tokenizer, 8, 4), "1 of 3 tokens are words"),
+    ):
+        capsys.readouterr()
+        run(model, task, Records(None, {}))
+        assert f"note: {said}" in capsys.readouterr().err
+    task = LastWordTask([LastWord("the", "zebra"), LastWord("the", "fox")], tokenizer)
+    assert [task.row(item, of(-0.5))["right"] for item in range(2)] == [False, True]
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    classifier = GPT2Classifier(char_model(), ["a", "b"])
+    questions = [Question(TEXT[:9], "", {}, "")] * 9
+    texts = [Example(TEXT[:9], "a", "")] * 9
+    monkeypatch.setattr("micrograd_gpt.arrays.memory.available_memory", lambda: 50_000)
+    for model, task in (
+        (char_model(), PerplexityTask([TEXT * 9], [TEXT * 9], CHARS, 32, 16)),
+        (char_model(), ChoiceTask([Choice("the", ("dog", "lazy"), 0)] * 40, CHARS)),
+        (char_model(), GenerationTask(questions, CHARS, None, Settings(max_new_tokens=3))),
+        (classifier, ClassificationTask(texts, classifier, CHARS)),
+    ):
+        with pytest.raises(UserError, match=r"no memory for .* at once: .*: lower --batch-size"):
+            run(model, task, Records(None, {}), batch_size=9)
+        run(model, task, Records(None, {}), batch_size=1)
 
 
 # ---------------------------------------------------------------------------------------- answers
@@ -153,9 +243,10 @@ def test_questions_as_prompts_as_instructions_and_as_conversations(tmp_path: Pat
         {"role": "user", "content": "three"},
         {"role": "assistant", "content": "four"},
     ]
-    path.write_text(json.dumps({"messages": said}))
+    path.write_text(json.dumps({"messages": said}) + "\n" + json.dumps({"prompt": "five"}))
     task = GenerationTask(read_questions(path), tokenizer, template, settings)
     assert tokenizer.decode(task.prompts[0]) == "one:=two<|endoftext|>three:="
+    assert tokenizer.decode(task.prompts[1]) == "five"
     assert task.questions[0].expected == "four"
 
 
@@ -178,6 +269,8 @@ def test_exact_match_is_over_those_that_have_an_answer() -> None:
     [
         ({"text": "a"}, "line 1: a question has either .* this one has text"),
         ({"prompt": "a", "instruction": "b"}, "line 1: a question has either"),
+        ({"messages": [], "instruction": "b"}, "line 1: a question has either"),
+        ({"messages": []}, "line 1: the roles are none"),
         ({"prompt": 3}, "line 1: 'prompt' is to be a text, not 3"),
         ({"prompt": "a", "answer": "b"}, "line 1: 'answer' is what a field of the answers is"),
         ({"messages": [], "item": 3}, "line 1: 'item' is what a field of the answers is"),
@@ -239,10 +332,13 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="an evaluation with another a, b: choose another --out"):
         evaluate(tmp_path / "a", settings={"a": 2, "b": 3})
     assert (tmp_path / "a/items.jsonl").read_bytes() == before
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/items.jsonl").write_text("mine")
-    with pytest.raises(UserError, match="in the way"):
-        evaluate(tmp_path / "b")
+    for name in ("items.jsonl", "report.json", "confusion.png"):
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / name).write_text("mine")
+        with pytest.raises(UserError, match=f"{name} is in the way: choose another --out"):
+            evaluate(tmp_path / "b")
+        assert (tmp_path / "b" / name).read_text() == "mine"
+        shutil.rmtree(tmp_path / "b")
     (tmp_path / "a/items.jsonl").write_text("not JSON\n")
     with pytest.raises(UserError, match="damaged"):
         evaluate(tmp_path / "a")

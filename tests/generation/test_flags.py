@@ -110,6 +110,8 @@ def test_a_typed_line_end_in_a_stop_text_is_one() -> None:
     wanted = ["\n", "a\n\nb", "\t", r"\n", r"\end{x}", "\n"]
     assert parse(*(word for text in typed for word in ("--stop", text))).stop_texts == wanted
     assert Choices({}).set("stop", r"Q:\n").stop_texts == ["Q:\n"]
+    with pytest.raises(UserError, match="--stop: must not be empty"):
+        Choices({}).set("stop", "")
 
 
 def test_choices_change_one_flag_at_a_time() -> None:
@@ -130,7 +132,7 @@ def test_choices_are_listed_as_they_are_typed() -> None:
         parse("--num-beams", "2", "--early-stopping", "never", "--stop", "o j", "--top-p", "1")
     )
     for part in (
-        "temperature 0.8",
+        "temperature 1.0",  # the default for drawing does not hold here
         "num-beams 2",
         "early-stopping never",
         "stop ['o j']",
@@ -139,4 +141,5 @@ def test_choices_are_listed_as_they_are_typed() -> None:
         assert part in text
     for name in ("greedy", "min-p", "ignore-eos", "no-kv-cache", "speculate"):
         assert name not in text
-    assert "early-stopping false" in str(parse()) and "greedy true" in str(parse("--greedy"))
+    assert "early-stopping false" in str(parse()) and "temperature 0.8" in str(parse())
+    assert "temperature 0.0" in str(parse("--greedy")) and "greedy true" in str(parse("--greedy"))

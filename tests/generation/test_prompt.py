@@ -105,10 +105,28 @@ def test_settings_that_take_a_word_or_none(talk: Talk) -> None:
         assert setting in err
 
 
+@pytest.mark.parametrize("typed", [r"\n", r'"\n"', r"'\n'"])
+def test_a_line_end_can_be_typed_as_a_stop_text(talk: Talk, typed: str) -> None:
+    _, err = talk(f"/set stop {typed}", "/help")
+    assert r"stop ['\n']" in err
+
+
+def test_the_setting_that_was_meant_is_said(talk: Talk) -> None:
+    _, err = talk("/set temprature 1", "/set length 5", "/set colour red")
+    assert "no such setting: 'temprature': did you mean --temperature?" in err
+    assert "no such setting: 'length': did you mean --max-new-tokens?" in err
+    assert "no such setting: 'colour'; /help lists them" in err
+
+
 def test_a_change_that_contradicts_another_is_not_made(talk: Talk) -> None:
     _, err = talk("/set greedy", "/set temperature 0.5", "/help")
     assert "error: --greedy and --temperature contradict each other" in err
-    assert "temperature 0.8" in err and "greedy true" in err
+    assert "temperature 0.0" in err and "greedy true" in err
+
+
+def test_help_says_what_holds_in_a_beam_search(talk: Talk) -> None:
+    _, err = talk("/set num-beams 3", "/help")
+    assert "temperature 1.0" in err and "top-k" not in err.partition("settings: ")[2]
 
 
 def test_ctrl_c_stops_a_text_and_not_the_conversation(

@@ -81,6 +81,46 @@ def test_detokenizing_changes_what_is_read_and_not_what_is_counted(
     assert (as_it_is["tokens"], undone["tokens"]) == (8, 6)
 
 
+def test_line_ends_are_read_as_for_training(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.txt"
+    flags = ["perplexity", "--model", model, "--data", str(path), "--json"]
+    path.write_bytes(TEXT.encode() * 2)
+    wanted = run(capsys, *flags)
+    path.write_bytes(TEXT.replace("\n", "\r\n").encode() * 2)
+    assert run(capsys, *flags) == wanted
+    with pytest.raises(UserError, match=r"the character '\\r' at position 44"):
+        evaluate.main([*flags, "--line-ends", "keep"])
+
+
+def test_records_and_special_tokens_are_read_as_for_training(
+    tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = lines(tmp_path / "records.jsonl", {"body": "a<|endoftext|>b"})
+    flags = ["perplexity", "--model", tuned, "--data", data, "--json"]
+    with pytest.raises(UserError, match=r"has no 'text', only 'body': .* with --text-field"):
+        evaluate.main(flags)
+    flags += ["--text-field", "body"]
+    assert json.loads(run(capsys, *flags))["tokens"] == 14
+    assert json.loads(run(capsys, *flags, "--special-tokens"))["tokens"] == 2
+
+
+def test_an_evaluation_inside_of_its_data_goes_on(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT * 2)
+    for out in (tmp_path, tmp_path / "inside"):
+        flags = ["perplexity", "--model", model, "--data", str(tmp_path), "--out", str(out)]
+        assert run(capsys, *flags) == run(capsys, *flags)
+
+
+def test_a_typed_line_end_stops_answers() -> None:
+    parser = evaluate.make_parser("")
+    given = parser.parse_args(["generate", "--data", "x", "--stop", r"\n", "--stop", "b"])
+    assert given.stop == ["\n", "b"]
+
+
 def test_multiple_choice_and_last_word(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,10 +199,15 @@ def test_generate(tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["last-word", "--data", "{items}"], "'text' is to be a text, not null"),
         (["generate", "--data", "{text}", "--temperature", "-1"], "temperature must be"),
         (["generate", "--data", "{questions}"], "not tuned on instructions"),
+        (["generate", "--data", "{questions}", "--stop", ""], "--stop: must not be empty"),
+        (["generate", "--data", "{text}", "--top-p", "0.5"], "--top-p does nothing at temp"),
+        (["generate", "--data", "{null}"], "line 1: 'prompt' is to be a text, not null"),
+        (["perplexity", "--data", "{text}", "--text-field", "x"], "is for records .* holds none"),
         (["classify", "--data", "{table}"], "is a language model, not a classifier"),
         (["classify", "--data", "{table}", "--limit", "0"], "must be 1 or more"),
         (["perplexity"], "--data"),
         (["guess", "--data", "{text}"], "invalid choice"),
+        (["--data", "{text}", "perplexity"], "COMMAND: .*: it comes first, before the flags"),
     ],
 )
 def test_mistakes_are_named(model: str, tmp_path: Path, argv: list[str], problem: str) -> None:
@@ -172,6 +217,7 @@ def test_mistakes_are_named(model: str, tmp_path: Path, argv: list[str], problem
     Path(files["table"]).write_text("a\tx\nb\ty\na\tz\n")
     lines(Path(files["items"]), {"context": "a", "endings": ["b", "c"], "label": 0})
     lines(Path(files["questions"]), {"instruction": "a"})
+    files["null"] = lines(tmp_path / "null", {"prompt": None})
     with pytest.raises(UserError, match=problem):
         evaluate.main([word.format(**files) for word in [*argv, "--model", model]])
 
@@ -221,6 +267,16 @@ def test_a_model_s_folder_takes_no_records(model: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^{model} holds a model: choose another --out"):
         evaluate.main(["last-word", "--model", model, "--data", words, "--out", model])
     assert sorted(Path(model).iterdir()) == before
+
+
+def test_token_shards_are_no_text(model: str, tmp_path: Path) -> None:
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes(bytes(range(256)))
+    for data in (tmp_path, tmp_path / "val.bin"):
+        with pytest.raises(UserError, match=f"^{data} holds token shards, .*: give the text that"):
+            evaluate.main(["perplexity", "--model", model, "--data", str(data)])
+    (tmp_path / "input.txt").write_text(TEXT)  # as nanoGPT has it beside its shards
+    assert evaluate.main(["perplexity", "--model", model, "--data", str(tmp_path)]) == 0
 
 
 def test_an_empty_file_has_nothing_to_evaluate(model: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import Template, save_template
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
 from micrograd_gpt.tuning.lora import add_lora, lora_layers
 from micrograd_gpt.weights.pretrained import from_pretrained
 from micrograd_gpt.weights.saving import save_pretrained
@@ -399,7 +399,9 @@ def test_a_special_token_in_a_prompt_is_recognized_on_request(
         (["--max-new-tokens", "0"], "max_new_tokens must be 1"),
         (["--temperature", "1e-320"], "temperature must be 0"),
         (["--repetition-penalty", "1e-320"], "repetition_penalty must be"),
-        (["--stop", ""], "--stop needs a text"),
+        (["--stop", ""], "--stop: must not be empty"),
+        (["--stop", "---"], "--stop: expected one argument .* dash is given as --stop=-"),
+        (["--num-beams", "2", "--length", "5"], "--length: did you mean --max-new-tokens"),
         (["--dtype", "float8"], "invalid choice"),
         (["--dtype", "int8", "--device", "gpu"], "int8 is for the CPU"),
         (["--model", "no/such/folder"], "no/such/folder"),
@@ -441,6 +443,21 @@ def test_a_piped_prompt_that_is_not_utf8(monkeypatch: pytest.MonkeyPatch, char_m
         generate.main(["--model", char_model])
 
 
+def test_piped_prompts_in_another_encoding(
+    monkeypatch: pytest.MonkeyPatch, byte_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", byte_model, "--prompts", "-", "--max-new-tokens", "1", "--encoding"]
+
+    def pipe() -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n")))
+
+    pipe()
+    assert [row["prompt"] for row in run_json(capsys, *flags, "latin-1")] == ["café"]
+    pipe()
+    with pytest.raises(UserError, match="'klingon' is not a text encoding"):
+        generate.main([*flags, "klingon"])
+
+
 def test_closed_streams(monkeypatch: pytest.MonkeyPatch, char_model: str) -> None:
     """As the shell's `<&-` and `>&-` leave them."""
     monkeypatch.setattr(sys, "stdin", None)
@@ -451,6 +468,21 @@ def test_closed_streams(monkeypatch: pytest.MonkeyPatch, char_model: str) -> Non
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(UserError, match="stdout is closed"):
         generate.main(["--model", char_model, "--prompt", "the "])
+
+
+def test_words_that_the_model_cannot_see_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_model(tmp_path, WordTokenizer.from_text("the fox " * 9))
+    flags = ["--model", model, "--max-new-tokens", "1"]
+    for prompts, said in (
+        (["the fox"], ""),
+        (["the zebra"], "note: the prompt has words that the tokenizer does not know"),
+        (["the zebra", "the fox"], "note: 1 prompt with words that the tokenizer does not know"),
+    ):
+        generate.main([*flags, *(word for prompt in prompts for word in ("--prompt", prompt))])
+        err = capsys.readouterr().err
+        assert err.startswith(said) if said else err == ""
 
 
 def test_padding_of_the_vocabulary_is_never_generated(

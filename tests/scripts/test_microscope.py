@@ -107,8 +107,9 @@ def test_a_text_that_ctrl_c_cut_short_has_no_page(
 def test_a_page_takes_the_place_of_no_other_file(char_model: str, tmp_path: Path) -> None:
     file, asked = tmp_path / "precious.json", ["--model", char_model, "--prompt", "the "]
     file.write_text("{}")
-    with pytest.raises(UserError, match=r"precious.json is a file that would be lost: .* \.html$"):
-        generate.main([*asked, "--microscope", str(file)])
+    for other in (file, tmp_path / "page"):  # nor is it one that could not be replaced later
+        with pytest.raises(UserError, match=rf"{other} is to be a page: .* \.html$"):
+            generate.main([*asked, "--microscope", str(other)])
     assert file.read_text() == "{}"
     for _ in range(2):  # an earlier page may be replaced
         generate.main([*asked, "--max-new-tokens", "2", "--microscope", str(tmp_path / "a.html")])

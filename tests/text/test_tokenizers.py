@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,3 +245,20 @@ def test_a_character_cut_off_at_the_end_is_shown_as_replaced() -> None:
 def test_an_unknown_name_lists_the_four() -> None:
     with pytest.raises(UserError, match="is not a tokenizer: choose one of char, word, byte, gpt2"):
         make_tokenizer("bpe", TEXT)
+
+
+@pytest.mark.parametrize("make", [CharTokenizer, WordTokenizer])
+def test_a_vocabulary_has_an_order(make: Any) -> None:
+    """A set's is another in each process; a dict's ids may be others than its order."""
+    entries = ["<|endoftext|>", "<|unk|>"] if make is WordTokenizer else ["a", "b"]
+    for vocabulary in (set(entries), {entries[0]: 1, entries[1]: 0}, iter(entries)):
+        with pytest.raises(UserError, match="a list of texts in the order of their ids, not a"):
+            make(vocabulary)
+    assert make(tuple(entries)).vocab_size == 2
+
+
+@pytest.mark.parametrize("text", [b"ab", ["a", "b"], None, 3])
+def test_what_is_no_text_is_not_encoded(text: Any) -> None:
+    for tokenizer in (CharTokenizer("ab"), ByteTokenizer(), GPT2Tokenizer()):
+        with pytest.raises(TypeError, match=f"takes a text, .* not a {type(text).__name__}"):
+            tokenizer.encode(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,3 +151,12 @@ def test_evenly_spaced_windows_are_fixed() -> None:
     assert [len(batch) for batch in everything] == [40, 40, 19]
     assert [start for batch in everything for start in batch] == list(range(0, 99 * 8, 8))
     assert starts(0, 3) == []
+
+
+@pytest.mark.parametrize(
+    "tokens", [np.arange(100) + 0.5, np.arange(100).reshape(10, 10), "hello world, a text", None]
+)
+def test_tokens_are_a_row_of_integers(tokens: Any) -> None:
+    with pytest.raises(TypeError, match=r"tokens must be integers of shape \(N,\), not"):
+        Windows(tokens, 8)
+    assert len(Windows(list(range(100)), 8)) == len(Windows(np.arange(100), 8))  # type: ignore[arg-type]

@@ -173,3 +173,12 @@ def test_folders_that_hold_something_else(tmp_path: Path) -> None:
             load_classifier(folder)
     changed_config(folder, id2label=None)
     assert load_classifier(folder).labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
+
+
+def test_a_classifier_takes_ids_in_lists_as_a_model_does() -> None:
+    model = GPT2Classifier(GPT2(GPT2Config(1, 1, 4, 5, 8)), ["a", "b"])
+    ids = [[1, 2, 3], [2, 4, 0]]
+    expected = model(np.array(ids), [3, 2]).data
+    np.testing.assert_array_equal(model(ids, [3, 2]).data, expected)
+    with pytest.raises(ValueError, match=r"lengths \[3 4\] do not fit token ids of shape \(2, 3\)"):
+        model(ids, [3, 4])

@@ -17,7 +17,7 @@ from micrograd_gpt import Tensor, no_grad
 from micrograd_gpt.arrays.int8 import hold_in_int8
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.generation.kv_cache import KVCache
-from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.optim import AdamW
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.support.errors import UserError
@@ -365,3 +365,29 @@ def test_folding_an_adapter_into_another_model_of_its_shape_is_said(
     with_adapter(open_model(str(other)), open_language_adapter(adapter))
     note = f"note: {adapter} was trained on {base}, not on {other}"
     assert capsys.readouterr().err == note + "\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank of LoRA must be a whole number of at least 1, not 0"),
+        ({"rank": 2.5}, "at least 1, not 2.5"),
+        ({"rank": 2, "alpha": 0}, "alpha of LoRA must be .* not 0"),
+        ({"rank": 2, "alpha": float("nan")}, "alpha of LoRA must be a finite number, .* is nan"),
+        ({"rank": 2, "layer_names": "c_attn"}, r"a list of names: write \['c_attn'\]"),
+    ],
+)
+def test_an_addition_that_would_add_nothing_is_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    model = GPT2(GPT2Config(1, 1, 4, 5, 8))
+    with pytest.raises(UserError, match=message):
+        add_lora(model, **settings)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_lora_is_added_once() -> None:
+    model = GPT2(GPT2Config(1, 1, 4, 5, 8))
+    add_lora(model, 1)
+    with pytest.raises(UserError, match="LoRA has them already"):
+        add_lora(model, 2)

@@ -268,7 +268,7 @@ WRONG_FOLDERS: dict[str, tuple[Arrays, Any, str]] = {
         r"has a tensor that the model does not have: 'transformer\.h\.0\.crossattention\.bias'",
     ),
     "foreign tensor": (ARRAYS | {"pooler.weight": ARRAYS[SQUARE]}, CONFIG, r"pooler\.weight"),
-    "name of two lines": (ARRAYS | {"a\nb": ARRAYS[SQUARE]}, CONFIG, r"'transformer\.a\\nb'"),
+    "name of two lines": (ARRAYS | {"a\nb": ARRAYS[SQUARE]}, CONFIG, r"'a\\nb'"),
     "one tensor, two names": (
         ARRAYS | {"ln_f.bias": ARRAYS["transformer.ln_f.bias"]},
         CONFIG,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from faults import kill, needs_fork, run_with_fault
 
+from micrograd_gpt import nn
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
@@ -53,3 +54,33 @@ def test_an_empty_name_is_not_the_current_folder(
     with pytest.raises(UserError, match="the name of the folder is empty"):
         model.save_pretrained("")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_of_numpys_numbers_is_saved_as_any_other(tmp_path: Path) -> None:
+    numbers = {name: np.int64(4) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    config = GPT2Config(**numbers, n_positions=8, resid_pdrop=np.float32(0.5))  # type: ignore[arg-type]
+    GPT2(config).save_pretrained(tmp_path)
+    assert GPT2.from_pretrained(tmp_path).config == config == GPT2Config(4, 4, 4, 4, 8, 0, 0, 0.5)
+
+
+class WithHeads(GPT2):
+    """A subclass with parameters of its own, one by a name that Transformers has for a head."""
+
+    def __init__(self, config: GPT2Config, seed: int = 0, init: nn.Init | None = None) -> None:
+        super().__init__(config, seed, init)
+        self.extra, self.v_head = nn.Linear(4, 2), nn.Linear(4, 1)
+
+
+def test_a_subclass_with_parameters_of_its_own_is_loaded_as_it_was_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = WithHeads(GPT2Config(1, 1, 4, 5, 8))
+    model.save_pretrained(tmp_path)
+    again = WithHeads.from_pretrained(tmp_path)
+    for (name, ours), (_, theirs) in zip(
+        model.named_parameters(), again.named_parameters(), strict=True
+    ):
+        np.testing.assert_array_equal(ours.data, theirs.data, err_msg=name)
+    assert "left out" not in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"a tensor that the model does not have: 'extra\.bias'"):
+        GPT2.from_pretrained(tmp_path)

@@ -386,7 +386,7 @@ CHUNK = 65536  # elements; the same as in optimizer.c
 
 @in_c(optim.clip_grad_norm)
 def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> float:
-    grads = gradients(parameters)
+    grads = gradients(parameters, max_norm)
     check_plain(grads, [FLOAT32])
     # In C order or in Fortran order, without gaps; NumPy says what it says of those not writeable
     if not all(grad.flags.forc and grad.flags.writeable for grad in grads):

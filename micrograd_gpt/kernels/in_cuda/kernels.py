@@ -440,7 +440,7 @@ def _cross_entropy(logits: Array, labels: Array, dlogits: Array, vocab_size: int
 @in_cuda(optim.clip_grad_norm)
 def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> Array:
     """As the definition; where the norm is not finite, every gradient is multiplied by 1."""
-    grads = [g if g.flags.c_contiguous else g.T for g in gradients(parameters)]
+    grads = [g if g.flags.c_contiguous else g.T for g in gradients(parameters, max_norm)]
     float32(*grads)
     spans = sorted((cuda_modules.address(grad), grad.nbytes) for grad in grads)
     if any(start + size > after for (start, size), (after, _) in pairwise(spans)):

@@ -463,7 +463,7 @@ def _cross_entropy(logits: Array, labels: Array, dlogits: Array) -> Array:
 
 @in_numpy(optim.clip_grad_norm)
 def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float = 1.0) -> float:
-    grads = gradients(parameters)
+    grads = gradients(parameters, max_norm)
     check_plain(grads, [FLOAT32, FLOAT64])
     norm = math.sqrt(sum_of_squares(grads)) / loss_scale
     factor = scale_of(norm, max_norm, loss_scale)
@@ -472,9 +472,14 @@ def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float 
     return norm
 
 
-def gradients(parameters: list[Tensor]) -> list[Array]:
-    """The gradients that exist; NotForMe where there are none, or some that cannot be written."""
+def gradients(parameters: list[Tensor], max_norm: float) -> list[Array]:
+    """The gradients that exist; NotForMe where there are none, or some that cannot be written, and
+    for what the definition refuses: a parameter that is there twice, a norm below 0 or NaN."""
     if not isinstance(parameters, list | tuple):  # what can be gone through only once
+        raise NotForMe
+    if len(set(map(id, parameters))) < len(parameters):
+        raise NotForMe
+    if not isinstance(max_norm, int | float) or not max_norm >= 0:
         raise NotForMe
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads or not all(getattr(g.flags, "writeable", True) for g in grads):
