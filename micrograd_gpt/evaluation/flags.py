@@ -77,7 +77,7 @@ def _perplexity(parser: argparse.ArgumentParser) -> None:
 def _classify(parser: argparse.ArgumentParser) -> None:
     _common(
         parser,
-        "texts with labels: .tsv, .csv, .jsonl or .parquet, as for finetune_gpt2.py",
+        "texts with labels: .tsv, .csv, .jsonl, .json or .parquet, as for finetune_gpt2.py",
         "the folder of a classifier (needed)",
     )
     parser.add_argument(

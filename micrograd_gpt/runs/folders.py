@@ -9,6 +9,7 @@ from micrograd_gpt.runs.checkpoint import BEST, SCORES, earlier_sets, holds_run
 from micrograd_gpt.runs.metrics import CURVES, METRICS
 from micrograd_gpt.runs.watch import PAGE, SAMPLES
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.documents import text_files
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG
@@ -42,15 +43,16 @@ def check_free(out: Path) -> None:
 def check_inputs_stay(out: Path, model: str | None, sources: Iterable[str]) -> None:
     """UserError if a new run in `out` would remove the model that it starts from (None: a new one),
     or a file of these sources: at once, and so for good if it fails before its first checkpoint."""
-    sets = [out / BEST, *earlier_sets(out)]
     needed: list[str | Path] = []
-    if model and any(lies_in(model, place) for place in (out, *sets)):
-        needed.append(model)
-    for file in (file for source in sources for file in text_files(source)):
-        place = file.resolve()
-        is_replaced = place.parent == out.resolve() and place.name in OF_A_RUN
-        if is_replaced or any(older.resolve() in place.parents for older in sets):
-            needed.append(file)
+    with reading(out):
+        sets = [out / BEST, *earlier_sets(out)]
+        if model and any(lies_in(model, place) for place in (out, *sets)):
+            needed.append(model)
+        for file in (file for source in sources for file in text_files(source)):
+            place = file.resolve()
+            is_replaced = place.parent == out.resolve() and place.name in OF_A_RUN
+            if is_replaced or any(older.resolve() in place.parents for older in sets):
+                needed.append(file)
     if needed:
         raise UserError(
             f"--out {out} would remove {needed[0]}, which is needed: give another --out"

@@ -52,8 +52,8 @@ def _as_in_training(*names: str) -> list[Setting]:
 # fmt: off
 LABELLED_DATA = [
     Setting("data", TEXT, None, ASK,
-     "texts with labels: .tsv, .csv, .jsonl or .parquet. A .tsv has no quotes; without a header it "
-     "has two columns, and the one with fewer different values is the label"),
+     "texts with labels: .tsv, .csv, .jsonl, .json or .parquet. A .tsv has no quotes; without a "
+     "header it has two columns, and the one with fewer different values is the label"),
     Setting("validation", TEXT, None, ASK,
      "texts to validate on (a tenth of --data, of each label the same part)"),
     Setting("test", TEXT, None, ASK, "texts for the final scores only (as for --validation)"),

@@ -25,7 +25,6 @@ from micrograd_gpt.text.tables import Fields, table_rows
 UNBALANCED = 3.0  # warn where a label is so many times as frequent as another
 MOST_GRADES = 11  # more numbers with decimals than this, as 0, 0.5, …, 5, are no grades
 SPLIT_SEED = 0  # one split for all runs on the same data, whatever their --seed
-SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 FLAGS = "--text-field and --label-field"  # which name the columns
 
 
@@ -71,7 +70,8 @@ def read_examples(
 
     - .tsv: fields between tabs, one example a line, no quotes. Without a header it has two columns:
       the one with fewer different values is the label (the SMS Spam Collection's `ham<TAB>text`).
-    - .csv: with a header and quotes, as RFC 4180 has it. .jsonl: an object a line. .parquet.
+    - .csv: with a header and quotes, as RFC 4180 has it. .parquet.
+    - .jsonl, .ndjson, .json: an object a line, or a list of objects.
     - `with_labels=False`: labels are not looked for, and any other file has a text a line.
 
     Labels are words, or all of them numbers. Raises UserError, naming the file and the place, for a
@@ -80,7 +80,7 @@ def read_examples(
     path = Path(path)
     with reading(path):
         if not path.exists():
-            raise UserError(f"{path} does not exist: give {', '.join(SUFFIXES)}")
+            raise UserError(f"{path} does not exist: give {', '.join(RECORD_SUFFIXES)}")
     rows = list(_rows(path, columns, encoding, with_labels))
     if not rows:
         raise UserError(f"{path} holds no examples: give a file with texts")
@@ -92,10 +92,10 @@ def read_examples(
 
 def read_texts(source: str, columns: Columns, encoding: str = "utf-8") -> list[Example]:
     """The texts of a file, without labels, or of stdin where the source is "-", a line each."""
-    if columns.given and Path(source).suffix.lower() not in SUFFIXES:
+    if columns.given and Path(source).suffix.lower() not in RECORD_SUFFIXES:
         raise UserError(
-            f"{FLAGS} are for tables ({', '.join(SUFFIXES)}), and --predict {source} has a text a "
-            "line: leave them out"
+            f"{FLAGS} are for tables ({', '.join(RECORD_SUFFIXES)}), and --predict {source} has a "
+            "text a line: leave them out"
         )
     if source != "-":
         return read_examples(source, columns, encoding, with_labels=False)
@@ -129,16 +129,15 @@ def _rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Ite
         case ".csv":
             rows = table_rows(path, _text(path, encoding).split("\n"))
             records = tables.columns(path, rows, wanted, FLAGS)
-        case ".jsonl":
+        case ".jsonl" | ".ndjson" | ".json":
             records = _jsonl_records(path, wanted, encoding)
         case ".parquet":
             records = tables.parquet_columns(path, wanted, FLAGS)
-        case suffix if not with_labels and suffix not in RECORD_SUFFIXES:
+        case _ if with_labels:
+            raise UserError(f"{path} is not a table of texts: give {', '.join(RECORD_SUFFIXES)}")
+        case _:
             yield from text_lines(_text(path, encoding), path)
             return
-        case _:
-            or_lines = "" if with_labels else ", or .txt with a text a line"
-            raise UserError(f"{path} is not a table of texts: give {', '.join(SUFFIXES)}{or_lines}")
     for place, (text, *label) in records:
         yield Row(place, text, label[0] if label else None)
 

@@ -102,6 +102,10 @@ def test_other_mistakes_are_named(tmp_path: Path) -> None:
         read_choices(write(tmp_path, [1]))
     with pytest.raises(UserError, match="has no items"):
         list(read_objects(write(tmp_path)))
+    for name in ("items.jsonl", "items.json"):
+        (tmp_path / name).write_text("[1]\n[2]\n")
+        with pytest.raises(UserError, match=r"line 1: this is not a JSON object"):
+            read_choices(tmp_path / name)
     (tmp_path / "items.jsonl").write_text("{\n")
     with pytest.raises(UserError, match=r"line 1: this is not JSON"):
         read_choices(tmp_path / "items.jsonl")

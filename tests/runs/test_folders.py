@@ -2,49 +2,94 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from training import SMALL
 
-from micrograd_gpt.runs.config_file import HEADING
 from micrograd_gpt.runs.folders import OF_A_MODEL, OF_A_RUN, check_free, check_target
 from micrograd_gpt.runs.lock import LOCK, OwnFolder, only_writer
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.tokenizers import ByteTokenizer
+from micrograd_gpt.weights.formats import RUN_FLAGS_BEGIN, STATE
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", OF_A_RUN)
-def test_a_user_s_file_is_not_written_over(tmp_path: Path, name: str, overwrite: bool) -> None:
+def test_a_user_s_file_is_not_written_over(tmp_path: Path, name: str) -> None:
     (tmp_path / "notes.txt").touch()
-    check_free(tmp_path, overwrite)
+    check_free(tmp_path)
     (tmp_path / name).write_text("# mine")
-    with pytest.raises(UserError, match=f"{name} would be written over, and is from no run"):
-        check_free(tmp_path, overwrite)
-    (tmp_path / "settings.toml").write_text(HEADING)  # a run was killed before its first checkpoint
-    check_free(tmp_path, overwrite)
+    with pytest.raises(UserError, match=f"{name} is called like a file of a run.*: --overwrite it"):
+        check_free(tmp_path)
+    # a run was killed before its first checkpoint
+    (tmp_path / "settings.toml").write_text(RUN_FLAGS_BEGIN)
+    check_free(tmp_path)
 
 
 @pytest.mark.parametrize("name", OF_A_MODEL)
 def test_a_model_is_not_written_over_a_user_s_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=f"{name} would be written over"):
+    with pytest.raises(UserError, match=f"{name} is called like a file of a model.*: --overwrite"):
         check_target(tmp_path, [], overwrite=False)
     check_target(tmp_path, [], overwrite=True)
     check_target(tmp_path / name, [], overwrite=False)  # a file, such as model.gguf
 
 
+@pytest.mark.parametrize("place", ["samples.jsonl", "best/a.jsonl", "step-000002/a.jsonl"])
 def test_the_data_of_a_run_is_still_there_after_it(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path, place: str
+) -> None:
+    out = tmp_path / "out"
+    data = out / place
+    data.parent.mkdir(parents=True)
+    data.write_text('{"text": "The quick brown fox jumps over the lazy dog."}\n' * 40)
+    (data.parent / STATE).touch()
+    other = ["--data", str(text), "--out", str(out), *SMALL, "--max-steps", "1", "--overwrite"]
+    for flags in (["--data", data], ["--data", data.parent], ["--validation", data]):
+        with pytest.raises(UserError, match=f"--out {out} would remove {data}, which is needed"):
+            train_gpt2.main([*map(str, flags), *other[2 * (flags[0] == "--data") :]])
+    assert data.exists() and not (out / "model.safetensors").exists()
+
+
+def test_data_that_no_run_removes_may_lie_in_its_folder(
     train_gpt2: ModuleType, text: Path, tmp_path: Path
 ) -> None:
-    data = tmp_path / "samples.jsonl"
-    data.write_text('{"text": "The quick brown fox jumps over the lazy dog."}\n' * 40)
-    flags = ["--data", str(data), "--out", str(tmp_path), *SMALL, "--max-steps", "1"]
-    with pytest.raises(UserError, match=r"samples\.jsonl would be written over"):
+    book = tmp_path / "step-by-step" / "config.json"
+    book.parent.mkdir()
+    book.write_text('{"text": "The quick brown fox jumps over the lazy dog."}\n' * 40)
+    out = ["--out", str(tmp_path), *SMALL, "--max-steps", "1", "--overwrite"]
+    for data in (text, book.parent, tmp_path):
+        assert train_gpt2.main(["--data", str(data), *out]) == 0
+    assert text.exists() and book.exists()
+
+
+def test_a_run_takes_the_place_of_files_when_it_is_told_to(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of those that it has read: their content goes on in the run's own."""
+    out = tmp_path / "out"
+    ByteTokenizer().save(out)
+    before = (out / "tokenizer.json").read_text()
+    (out / "settings.toml").write_text(f"data = {json.dumps(str(text))}\n")
+    (out / "loss.png").touch()
+    file = ["--config", str(out / "settings.toml"), "--tokenizer", str(out)]
+    flags = [*file, "--out", str(out), *SMALL, "--max-steps", "1"]
+    with pytest.raises(UserError, match=r"tokenizer\.json is called like a file of a run"):
+        train_gpt2.main(flags)
+
+    def fail(*args: object) -> None:
+        raise UserError("stopped before the first checkpoint")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="stopped before"):
+        patch.setattr(train_gpt2, "learning_rate", fail)
         train_gpt2.main([*flags, "--overwrite"])
-    assert data.exists() and sorted(tmp_path.iterdir()) == sorted([data, text])
+    assert (out / "tokenizer.json").read_text() == before
+    assert train_gpt2.main([*flags, "--overwrite"]) == 0
+    assert (out / "tokenizer.json").read_text() == before
 
 
 @pytest.mark.parametrize("left", ["best", "step-000002"])
@@ -65,9 +110,10 @@ def test_the_best_of_another_run_is_not_taken_for_one_s_own(
 
 def test_no_model_is_written_where_a_run_has_begun(tmp_path: Path) -> None:
     check_target(tmp_path, [], overwrite=True)
-    (tmp_path / "settings.toml").write_text(HEADING)
-    with pytest.raises(UserError, match="is where a training run has begun: choose another --out"):
-        check_target(tmp_path, [], overwrite=True)
+    (tmp_path / "settings.toml").write_text(RUN_FLAGS_BEGIN)
+    with pytest.raises(UserError, match="is where a training run has begun: --overwrite it, or"):
+        check_target(tmp_path, [], overwrite=False)
+    check_target(tmp_path, [], overwrite=True)
 
 
 def test_a_folder_whose_name_another_run_has_taken(tmp_path: Path) -> None:
@@ -118,8 +164,8 @@ def test_a_lock_that_somebody_removed_stops_no_run(tmp_path: Path) -> None:
 
 def test_a_run_that_was_moved_leaves_another_s_lock_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with only_writer(out):
-        out.rename(tmp_path / "moved")
-        out.mkdir()
-        (out / LOCK).touch()
-    assert (out / LOCK).exists()
+    with ExitStack() as other:
+        with only_writer(out):
+            out.rename(tmp_path / "moved")
+            other.enter_context(only_writer(out))
+        assert (out / LOCK).exists()

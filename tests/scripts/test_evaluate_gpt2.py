@@ -16,6 +16,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import Template, save_template
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 from micrograd_gpt.tuning.classifier import GPT2Classifier, write_classifier
+from micrograd_gpt.weights.formats import RUN_FLAGS_BEGIN
 
 SCRIPT = Path(__file__).parents[2] / "evaluate_gpt2.py"
 evaluate = training.script("evaluate_gpt2")
@@ -272,10 +273,12 @@ def test_a_model_s_folder_takes_no_records(model: str, tmp_path: Path) -> None:
 def test_the_folder_of_a_run_that_has_begun_takes_no_records(model: str, tmp_path: Path) -> None:
     words, out = lines(tmp_path / "words.jsonl", {"text": TEXT}), tmp_path / "out"
     out.mkdir()
-    (out / "settings.toml").touch()
+    (out / "settings.toml").write_text(RUN_FLAGS_BEGIN)
     with pytest.raises(UserError, match=f"^{out} is where a run has begun: choose another --out"):
         evaluate.main(["last-word", "--model", model, "--data", words, "--out", str(out)])
     assert [path.name for path in out.iterdir()] == ["settings.toml"]
+    (out / "settings.toml").write_text("of = 'another program'")
+    assert evaluate.main(["last-word", "--model", model, "--data", words, "--out", str(out)]) == 0
 
 
 def test_token_shards_are_no_text(model: str, tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ def test_a_run_does_not_remove_what_it_starts_from(
     out = tmp_path / "out"
     for folder in (out, out / "best", out / "step-000001"):
         save_pretrained(GPT2(GPT2Config(1, 2, 16, 257, 16)), folder, ByteTokenizer())
+        (folder / "trainer_state.json").touch()
     flags = ["--data", text, "--init-from", out / start, "--out", out, "--overwrite"]
     with pytest.raises(UserError, match="which is needed: give another --out"):
         train_gpt2.main([*map(str, flags)])

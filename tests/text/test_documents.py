@@ -440,15 +440,23 @@ def test_a_run_inside_of_its_data_is_not_learned_from(tmp_path: Path) -> None:
     assert sorted(path.relative_to(tmp_path).as_posix() for path in found) == sorted(texts)
 
 
-def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+def test_links_that_lead_nowhere_are_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they are in folders of git-annex and DVC, and left by programs that were removed."""
     (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "picture.png").symlink_to(tmp_path / "lost")  # would not be read anyway
-    assert find_files(tmp_path) == [tmp_path / "a.txt"]
-    for name in ("b.txt", "books"):
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    assert len(find_files(tmp_path)) == 2 and capsys.readouterr().err == ""
+    for name, said in (("b.txt", "1 link leads"), ("latest", "2 links lead")):
         (tmp_path / name).symlink_to(tmp_path / "lost")
-        with pytest.raises(UserError, match=f"{name} is a link that leads nowhere: mend it"):
-            find_files(tmp_path)
+        assert len(find_files(tmp_path)) == 2
+        note = f"note: {tmp_path}: {said} nowhere and left out ({tmp_path / 'b.txt'})\n"
+        assert capsys.readouterr().err == note
+    for name in ("a.txt", "link.txt"):
         (tmp_path / name).unlink()
+    with pytest.raises(UserError, match="has no text files"):
+        find_files(tmp_path)
+    assert "note: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -461,14 +469,25 @@ def test_a_text_that_looks_like_records_is_noticed(
     path.write_text(text)
     assert load_documents(path) == [text]
     note = f"note: {path} looks like JSON and is learned as it stands"
-    assert capsys.readouterr().err.startswith(note) == (":" in text)
+    said = capsys.readouterr().err
+    assert said.startswith(note) == (":" in text)
+    if text.startswith('{"text"'):  # what is advised helps
+        assert said.endswith("call it .json\n")
+        assert load_documents(path.rename(tmp_path / "a.json")) == ["a", "b"]
 
 
-def test_a_list_that_is_called_jsonl_is_told_its_name(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('[\n{"text": "a"}\n]')
-    with pytest.raises(UserError, match=r"a\.jsonl holds a list and .*: call it \.json$"):
-        load_documents(path)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.ndjson"])
+def test_a_list_is_read_whatever_its_name(tmp_path: Path, name: str) -> None:
+    for text in ('[\n{"text": "a"},\n{"text": "b"}\n]\n', '[{"text": "a"}, {"text": "b"}]'):
+        (tmp_path / name).write_text(text)
+        assert load_documents(tmp_path / name) == ["a", "b"]
+    for text, problem in (
+        ('["a"]\n["b"]\n', r"line 1: this is \['a'\], not an object with the key 'text'"),
+        ('[{"text": "a"},\n', "the list: this is not JSON"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=rf"{name}, {problem}"):
+            load_documents(tmp_path / name)
 
 
 def test_null_characters_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
