@@ -301,6 +301,33 @@ def test_a_folder_that_is_taken(classify: Main, tmp_path: Path, base: Path) -> N
         classify(base)
 
 
+@pytest.mark.parametrize("name", ["scores.json", "confusion-test.png", "metrics.jsonl"])
+def test_a_user_s_file_is_not_replaced_by_the_scores(
+    classify: Main, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is called like a file of a run"):
+        classify(out)
+    assert (out / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("flag", ["--data", "--validation", "--test"])
+def test_a_run_does_not_remove_what_it_reads(
+    finetune_gpt2: ModuleType, base: Path, data: Path, tmp_path: Path, flag: str
+) -> None:
+    best = tmp_path / "out" / "best"
+    best.mkdir(parents=True)
+    files = {"--data": data, flag: Path(shutil.copy(data, best))}
+    flags = [word for pair in files.items() for word in map(str, pair)]
+    with pytest.raises(UserError, match=f"out would remove {files[flag]}, which is needed"):
+        finetune_gpt2.main(
+            ["classify", "--model", str(base), *flags, "--out", str(best.parent), "--overwrite"]
+        )
+    assert files[flag].exists()
+
+
 def test_a_plan_reads_the_data_and_writes_nothing(
     classify: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from tokenizer_folders import added_token, tokenizer_json, vocabulary, write
-from training import SCRIPT, SMALL, metrics, run, weights
+from training import SCRIPT, SMALL, metrics, run, script, weights
 
 from micrograd_gpt import optim
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
@@ -82,6 +83,19 @@ def test_a_run_from_start_to_end(text: Path, tmp_path: Path) -> None:
     assert again.returncode == 2 and "holds a run already" in again.stderr
     anew = run(*flags, "--max-steps", 2, "--overwrite")
     assert anew.returncode == 0 and [row["step"] for row in metrics(out)] == [1, 2]
+
+
+def test_what_a_run_advises_to_try_can_be_tried(
+    train_gpt2: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "text.txt", tmp_path / "my run"
+    data.write_text("--- - -- ---- " * 40)
+    flags = ["--data", data, "--out", out, *SMALL, "--max-steps", 1]
+    assert train_gpt2.main([*map(str, flags)]) == 0
+    advice = capsys.readouterr().out.splitlines()[-1].removeprefix("try: python ")
+    name, *words = shlex.split(advice)
+    assert script(name.removesuffix(".py")).main([*words, "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("---")
 
 
 @pytest.mark.slow

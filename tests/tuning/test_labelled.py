@@ -129,7 +129,11 @@ WRONG = {
     "lines of old Macs": ("a.csv", "text,label\ra,b\r", r"lines end in \\r alone, as on old Macs"),
     "nothing": ("a.tsv", "\n", "holds no examples"),
     "only a header": ("a.csv", "text,label\n", "holds no examples"),
-    "another kind": ("a.txt", "ham\tHi\n", r"is not a table of texts: give \.jsonl, \.ndjson, \.json, \.csv"),
+    "another kind": (
+        "a.txt",
+        "ham\tHi\n",
+        r"is not a table of texts: give \.jsonl, \.ndjson, \.json, \.csv",
+    ),
     "not UTF-8": ("a.tsv", b"ham\t\xff\n", "is not UTF-8 text: byte 0xff at offset 4"),
 }
 
