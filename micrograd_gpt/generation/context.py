@@ -16,6 +16,7 @@ from micrograd_gpt.generation.filters import likeliest
 from micrograd_gpt.generation.kv_cache import KVCache, bytes_of_cache
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.nn import no_dropout
+from micrograd_gpt.support.cli import counted
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Array, no_grad
 
@@ -202,7 +203,7 @@ def check_memory(
     logits = 2 * 4 * c.vocab_size  # in float32, and what choosing a token makes of them
     python = rows * (BYTES_OF_TEXT + logits)
     cache = bytes_of_cache(model, rows, capacity) if use_cache else 0
-    where = f"{rows:,} texts of {capacity:,} tokens"
+    where = f"{counted(rows, 'text')} of {counted(capacity, 'token')}"
     on_cpu = model.transformer.wte.weight.device == "cpu"
     check_room(python + (cache if on_cpu else 0), f"{where} at once", advice)
 
