@@ -463,6 +463,15 @@ def test_an_addition_that_would_add_nothing_is_refused(
     assert not lora_layers(model)
 
 
+def test_numbers_of_numpy_are_saved(base: Path, tmp_path: Path) -> None:
+    model = make_model()
+    numbers = {"rank": np.int64(2), "alpha": np.float32(4), "dropout": np.float32(0.5)}
+    add_lora(model, **numbers, base=str(base))
+    model.save_pretrained(tmp_path / "new")
+    config = open_adapter(tmp_path / "new").config
+    assert [config[name] for name in ("r", "lora_alpha", "lora_dropout")] == [2, 4, 0.5]
+
+
 def test_an_adapter_that_does_not_fit_changes_nothing(adapter: Path, tmp_path: Path) -> None:
     other = GPT2(GPT2Config(1, 2, 32, 11, 16))
     add_lora(other, rank=2)
