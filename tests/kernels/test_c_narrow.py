@@ -110,7 +110,7 @@ def test_float16_is_rounded_and_widened_as_numpy_does() -> None:
                 assert (np.signbit(ours) == np.signbit(x)).all()
 
 
-@pytest.mark.parametrize("n", [3, 20])
+@pytest.mark.parametrize("n", [3, 9, 20])
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_infinity_and_nan_go_where_they_belong(bad: float, n: int) -> None:
     for place in (0, 63, 64, 69):
@@ -173,6 +173,15 @@ def test_many_rows_make_no_wide_copy_of_the_weights() -> None:
         finally:
             tracemalloc.stop()
         assert peak < wide.nbytes / 4
+
+
+@pytest.mark.parametrize(("k", "m"), [(1, 16), (70, 35), (768, 48), (1601, 66)])
+def test_a_row_of_float32_is_the_same_to_the_last_bit_beside_any_others(k: int, m: int) -> None:
+    random = np.random.default_rng(k)
+    x, w = (random.standard_normal(s).astype("float32") for s in ((16, k), (m, k)))
+    alone = compiled.linear_forward(x[:1], w.T, None)
+    for n in range(2, 17):
+        assert compiled.linear_forward(x[:n], w.T, None)[:1].tobytes() == alone.tobytes()
 
 
 def test_what_it_does_not_compute_is_refused() -> None:

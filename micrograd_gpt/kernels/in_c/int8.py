@@ -16,10 +16,10 @@ from micrograd_gpt.kernels.shapes import FLOAT32, INT8, check_int8, check_plain
 def product(x: Array, weight: int8.Int8Matrix) -> Array:
     """As the definition; in groups along the first axis only, stored column after column.
 
-    A few rows are added up group by group, and each sum is scaled: numbers of x beyond 4e34 may
-    become infinite there. With more rows the weights are scaled, as in the definition. So the last
-    bits of a row depend on how many there are beside it, by at most 2**-20 of the sum of its
-    products' sizes.
+    One to four rows, as long as they stay in the nearest cache, are added up group by group, and
+    each sum is scaled: numbers of x beyond 4e34 may become infinite there. With more rows the
+    weights are scaled, as in the definition. So the last bits of a row depend on how many there
+    are beside it, by at most 2**-20 of the sum of its products' sizes.
     """
     check_plain([x], [FLOAT32])
     values, scales = check_int8(weight)
