@@ -177,9 +177,10 @@ def _tsv_records(
         )
     values = [Counter(fields[i] for _, fields in table) for i in (0, 1)]
     label = 0 if len(values[0]) <= len(values[1]) else 1
-    if len(table) > 1 and values[label][first[label]] == 1:  # as a header's would be
-        if len(wanted) > 1:
-            raise tables.no_column(path, wanted[1], first, FLAGS)
+    is_once = values[label][first[label]] == 1  # as a header's would be
+    if is_once and len(wanted) > 1 and len(table) > 1:
+        raise tables.no_column(path, wanted[1], first, FLAGS)
+    if is_once and len(wanted) == 1:
         say(
             f"note: {path}: column {2 - label} is taken for the texts, from the first line on: if "
             "that line is a header, give --text-field the name of theirs"

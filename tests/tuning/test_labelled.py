@@ -326,6 +326,7 @@ def test_what_is_no_text_is_not_labelled(
     ("content", "texts", "note"),
     [
         ("1\tHello there\n2\tBuy now\n", ["Hello there", "Buy now"], "column 2 is taken for the t"),
+        ("Hello there\t1\n", ["1"], "column 2 is taken for the texts, from the first line on: if"),
         ("ham\ta\nham\tb\n", ["a", "b"], ""),
         ("Text\tKind\na\t1\nb\t1\n", ["Text", "a", "b"], "column 1 .* give --text-field the name"),
     ],
