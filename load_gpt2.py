@@ -71,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse_args(argv)
     stand_ins.highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
-    adapter = open_language_adapter(args.merge) if args.merge else None
+    adapter = open_language_adapter(args.merge) if args.merge is not None else None
     if adapter and not (args.model or args.size):
         args.model = adapter.base
-    claimed = size_name(args.size) if args.size else None
+    claimed = size_name(args.size) if args.size is not None else None
     named = size_named(args.model) if args.model else claimed or "124M"
     if args.openai_url and (not named or args.source == "huggingface"):
         raise UserError("--openai-url is for what is fetched from OpenAI: leave it out")

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an install, too
+from micrograd_gpt.support.errors import UserError
 
 # As if without AVX-512: settings of NumPy's BLAS, of our kernels' compiler, of PyTorch's libraries.
 AVX2 = {
@@ -71,6 +72,14 @@ def in_turns(
             print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
             results[name].append(child(task, pins))
     return results
+
+
+def hold_to_one_core() -> None:
+    """Let this process and the children that it starts run on one core alone, so that processor
+    time is the same however many threads there are. UserError where the system cannot do that."""
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError("--processor-time needs Linux, which can hold a process to one core")
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 def median(values: Any) -> float:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -22,13 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import child, in_turns, installed, median, peak_megabytes, print_table, processor
+from common import (
+    child,
+    hold_to_one_core,
+    in_turns,
+    installed,
+    median,
+    peak_megabytes,
+    print_table,
+    processor,
+)
 
 from micrograd_gpt.evaluation.choices import ChoiceTask, LastWordTask
 from micrograd_gpt.evaluation.items import Choice, LastWord
 from micrograd_gpt.evaluation.records import Records
 from micrograd_gpt.evaluation.running import Task, run
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.support import cli
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
 
 # Words of a context and of an ending, and how many endings: about the means of each task's items
@@ -36,7 +45,7 @@ SHAPES = {"HellaSwag": (60, 22, 4), "PIQA": (14, 18, 2), "LAMBADA": (70, 1, 1)}
 HARNESS = {"harness, batch 1": 1, "harness, batch 16": 16}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=8, help="of each kind")
     parser.add_argument("--rounds", type=int, default=1)
@@ -49,10 +58,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         print(json.dumps(measure(**json.loads(args.child))))
-        return
+        return 0
     print(f"{processor()}; Python {sys.version.split()[0]}, NumPy {np.__version__}\n")
     if args.processor_time:
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # the children's too
+        hold_to_one_core()
     sides = ["ours"]
     if installed("lm_eval") and installed("torch") and installed("transformers"):
         sides += HARNESS
@@ -62,6 +71,7 @@ def main() -> None:
         tasks = {side: {"side": side, **shared} for side in sides}
         results = in_turns(tasks, args.rounds)
     report(results)
+    return 0
 
 
 def report(results: dict[str, list[dict[str, Any]]]) -> None:
@@ -166,4 +176,4 @@ def their_side(folder: str, batch_size: int) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

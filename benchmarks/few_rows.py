@@ -1,13 +1,19 @@
 """How fast one core multiplies a few rows by a weight matrix, as in a batch of samples or beams.
 
     python benchmarks/few_rows.py
-    python benchmarks/few_rows.py --rows 1 8 16
+    python benchmarks/few_rows.py --kinds float32 int8 --rows 1 8 16
 
-With r rows each weight of 4 bytes is read once for 2 r operations: so a product can run at r / 2
-times the rate, in GB/s, at which memory is read, and never faster than a large product. The lesser
-of both is the limit. Memory's rate is the highest at which a single row's product reads. The
-matrices of each shape take 150 MB, as in a model, so that they come from memory. Seconds are those
-of the one thread's processor time, so that other programs disturb less.
+With r rows each weight is read once for 2 r operations. So where a weight takes b bytes, a product
+can run at 2 r / b times the rate, in GB/s, at which memory is read, and never faster than a large
+product of its kind. The lesser of both is the limit. Memory's rate is the highest at which a single
+row's product in float32 reads. Weights of float16 and int8 become float32 before they are
+multiplied: their large product is float32's. A weight of int8 takes 1.0625 bytes with its share of
+a scale.
+
+The matrices of each shape take 150 MB, so that they come from memory, and lie in huge pages, as
+those of a model that is loaded. Seconds are those of the one thread's processor time, so that other
+programs disturb less. The shapes are those of GPT-2 124M; PyTorch multiplies by the last of them,
+its head, where it is installed, with weights where it puts them.
 """
 
 from __future__ import annotations
@@ -15,64 +21,131 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import numpy as np
-from common import median, print_table, processor
+from common import installed, median, print_table, processor, seconds
 
+from micrograd_gpt.arrays.int8 import GROUP, arriving, product
+from micrograd_gpt.arrays.memory import HugePages
 from micrograd_gpt.functional import linear_forward
 from micrograd_gpt.kernels.in_c.compiler import library, report
 
-SHAPES = ((768, 2304), (768, 3072), (3072, 768), (768, 50257))  # those of GPT-2 124M
+HEAD = (768, 50257)
+SHAPES = ((768, 2304), (768, 3072), (3072, 768), HEAD)
+BYTES_OF_A_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1 + 4 / GROUP}
+OF_PYTORCH = ("float32", "bfloat16")
 BYTES = 150e6
 RUNS = 7
+
+Rates = dict[int, float]  # GFLOP/s by the number of rows
+Multiply = Callable[[int], object]  # multiplies so many rows by all copies of a matrix
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[2, 4, 6, 8, 12, 16, 17, 32])
-    rows = sorted({1, *parser.parse_args().rows})
+    parser.add_argument("--rows", type=int, nargs="+", default=[2, 4, 5, 6, 8, 12, 16, 17, 32])
+    kinds = list(BYTES_OF_A_WEIGHT)
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
+    args = parser.parse_args()
+    rows = sorted({1, *args.rows})
     found = library()
     if found is None:
         raise SystemExit(f"there are no kernels in C to measure: {report()}")
     found.use_cores(1)
-    square = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32)
-    times = [seconds(lambda: linear_forward(square, square, None)) for _ in range(RUNS)]
-    peak = 2 * 1024**3 / median(times) / 1e9
-    rates = [rates_of(k, m, rows) for k, m in SHAPES]
-    memory = 2 * max(rate[1] for rate in rates)
+    peaks = {kind: peak_of(kind) for kind in ("float32", "bfloat16")}
+    rates = {kind: [rates_of(kind, k, m, rows) for k, m in SHAPES] for kind in args.kinds}
+    single = rates.get("float32") or [rates_of("float32", k, m, [1]) for k, m in SHAPES]
+    memory = BYTES_OF_A_WEIGHT["float32"] / 2 * max(rate[1] for rate in single)
     print(f"{processor()}; {report()}")
-    print(f"one core: large products {peak:.0f} GFLOP/s, memory {memory:.1f} GB/s; in GFLOP/s:\n")
+    print(
+        f"one core: large products in float32 {peaks['float32']:.0f} GFLOP/s, in bfloat16 "
+        f"{peaks['bfloat16']:.0f}; memory {memory:.1f} GB/s"
+    )
+    peers = {}
+    if installed("torch"):
+        peers = {kind: rates_of_pytorch(kind, rows) for kind in args.kinds if kind in OF_PYTORCH}
+    for kind, of_shapes in rates.items():
+        peak = peaks.get(kind, peaks["float32"])
+        limits = {r: min(peak, memory * 2 * r / BYTES_OF_A_WEIGHT[kind]) for r in rows}
+        print(f"\nGFLOP/s in {kind}:\n")
+        print_rates(limits, of_shapes, peers.get(kind))
+
+
+def print_rates(limits: Rates, of_shapes: list[Rates], peer: Rates | None) -> None:
+    """A line for each number of rows."""
+    header = ["rows", "limit", *(f"{k} × {m}" for k, m in SHAPES)]
     table = []
-    for r in rows:
-        limit = min(peak, memory * r / 2)
-        cells = [f"{rate[r]:.0f} ({rate[r] / limit:.0%})" for rate in rates]
-        table.append([str(r), f"{limit:.0f}", *cells])
-    print_table(["rows", "limit", *(f"{k} × {m}" for k, m in SHAPES)], table)
+    for r, limit in limits.items():
+        cells = [f"{rates[r]:.0f} ({rates[r] / limit:.0%})" for rates in of_shapes]
+        beside = [f"{peer[r]:.0f} ({of_shapes[-1][r] / peer[r]:.2f} ×)"] if peer else []
+        table.append([str(r), f"{limit:.0f}", *cells, *beside])
+    print_table(header + (["PyTorch's head (ours is)"] if peer else []), table)
 
 
-def rates_of(k: int, m: int, rows: list[int]) -> dict[int, float]:
-    """GFLOP/s by the number of rows, through all copies of a matrix; the rows take turns."""
-    rng = np.random.default_rng(0)
-    copies = max(1, round(BYTES / (4 * k * m)))
-    weights = [rng.standard_normal((m, k), dtype=np.float32).T for _ in range(copies)]
+def peak_of(kind: str) -> float:
+    """GFLOP/s of a large product."""
+    square = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32).astype(kind)
+    times = seconds(lambda: linear_forward(square, square, None), RUNS, time.thread_time)
+    return 2 * 1024**3 / median(times) / 1e9
+
+
+def rates_of(kind: str, k: int, m: int, rows: list[int]) -> Rates:
+    rng, pages = np.random.default_rng(0), HugePages()
+    rows_of_weights = rng.standard_normal((m, k), dtype=np.float32)
+    weights = [matrix_of(kind, rows_of_weights, pages) for _ in copies(kind, k, m)]
 
     def multiply(r: int) -> None:
         x = rng.standard_normal((r, k), dtype=np.float32)
+        narrow = x.astype(kind) if kind != "int8" else x
         for weight in weights:
-            linear_forward(x, weight, None)
+            product(narrow, weight) if kind == "int8" else linear_forward(narrow, weight, None)
 
+    return rates_by_rows(multiply, 2 * k * m * len(weights), rows)
+
+
+def matrix_of(kind: str, rows: np.ndarray, pages: HugePages) -> Any:
+    """The transpose of these rows, (M, K), with no gaps along the axis that products add up."""
+    if kind == "int8":
+        held = arriving(rows.shape, 1, pages.zeros)
+        held.set(rows)
+        return held.matrix.T
+    matrix = pages.zeros(rows.shape, np.dtype(kind))
+    matrix[...] = rows
+    return matrix.T
+
+
+def copies(kind: str, k: int, m: int) -> range:
+    """Of a matrix, so that all of them take BYTES."""
+    return range(max(1, round(BYTES / (BYTES_OF_A_WEIGHT[kind] * k * m))))
+
+
+def rates_of_pytorch(kind: str, rows: list[int]) -> Rates:
+    """Of products with the head."""
+    import torch
+
+    torch.set_num_threads(1)
+    (k, m), dtype = HEAD, getattr(torch, kind)
+    weights = [torch.randn(m, k).to(dtype) for _ in copies(kind, k, m)]
+
+    def multiply(r: int) -> None:
+        x = torch.randn(r, k).to(dtype)
+        with torch.inference_mode():
+            for weight in weights:
+                torch.nn.functional.linear(x, weight)
+
+    return rates_by_rows(multiply, 2 * k * m * len(weights), rows)
+
+
+def rates_by_rows(multiply: Multiply, operations: int, rows: list[int]) -> Rates:
+    """Of medians over RUNS, in which the numbers of rows take turns; `operations` are a row's."""
     times: dict[int, list[float]] = {r: [] for r in rows}
     for _ in range(RUNS):
         for r in rows:
-            times[r].append(seconds(partial(multiply, r)))
-    return {r: 2 * r * k * m * copies / median(times[r]) / 1e9 for r in rows}
-
-
-def seconds(function: Callable[[], object]) -> float:
-    started = time.thread_time()
-    function()
-    return time.thread_time() - started
+            started = time.thread_time()
+            multiply(r)
+            times[r].append(time.thread_time() - started)
+    return {r: r * operations / median(times[r]) / 1e9 for r in rows}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from typing import Any
@@ -24,6 +23,7 @@ from common import (
     AVX2,
     IN_NUMPY,
     child,
+    hold_to_one_core,
     in_turns,
     installed,
     machine_limits,
@@ -35,6 +35,7 @@ from common import (
 )
 
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.support import cli
 from micrograd_gpt.weights.config import SIZES
 
 BFLOAT16 = "ours, bfloat16"
@@ -51,7 +52,7 @@ WORK = {
 }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", choices=["124M", "tiny", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=3)
@@ -69,13 +70,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         print(json.dumps(measure(json.loads(args.child))))
-        return
+        return 0
     print(f"{processor()}; Python {sys.version.split()[0]}, NumPy {np.__version__}")
     if args.growth:
         plot_growth(args.growth)
-        return
+        return 0
     if args.processor_time:
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # the children's too
+        hold_to_one_core()
     sides = ["ours", BFLOAT16, "ours, in NumPy alone"]
     if installed("torch"):
         sides += ["PyTorch eager", "PyTorch eager, fused AdamW"]
@@ -104,6 +105,7 @@ def main() -> None:
             }
             rows += table_rows(name, in_turns(tasks, args.rounds, pins), limits, shape)
         print_table(["work", "side", "tokens/s", "% of limit", "peak MB", "ours is"], rows)
+    return 0
 
 
 def table_rows(
@@ -229,4 +231,4 @@ def plot_growth(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

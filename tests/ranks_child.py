@@ -18,11 +18,12 @@ from mpi4py import MPI
 from training import script
 
 from micrograd_gpt.runs import checkpoint, mpi
-from micrograd_gpt.runs.mpi import bound_to
+from micrograd_gpt.runs.buckets import flat_view
 from micrograd_gpt.runs.overlap import Overlap
-from micrograd_gpt.runs.ranks import Cut, Ranks, flat_view, started_ranks
+from micrograd_gpt.runs.ranks import Cut, Ranks, started_ranks
 from micrograd_gpt.support import cli, files
-from micrograd_gpt.support.machine import usable_cores
+from micrograd_gpt.support.file_sets import SAVING
+from micrograd_gpt.support.machine import bound_to, usable_cores
 from micrograd_gpt.tensor import Tensor
 
 
@@ -166,6 +167,19 @@ def slow_save(flags: list[str]) -> int:
     return script("train_gpt2").main(flags)
 
 
+def endless_save(flags: list[str]) -> int:
+    """Train; the first checkpoint is never complete, and other ranks' files find no room."""
+    if MPI.COMM_WORLD.rank:
+        fill_disk(pytest.MonkeyPatch(), files, 100)
+
+    def save_endlessly(out: Path, *args: object) -> None:
+        (out / SAVING).mkdir()
+        time.sleep(60)
+
+    checkpoint.save_run = save_endlessly
+    return script("train_gpt2").main(flags)
+
+
 def slow_validation(flags: list[str]) -> int:
     """Train; a validation leaves a file in the run's folder, and takes several seconds."""
     training = script("train_gpt2")
@@ -212,6 +226,14 @@ def raises_in_step(flags: list[str]) -> int:
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     actions: dict[str, Callable[[], int]] = {"sums": sums, "raises": raises, "memory": memory}
-    for action in (overlapped, full_disk, loads, slow_save, slow_validation, raises_in_step):
+    for action in (
+        overlapped,
+        full_disk,
+        loads,
+        slow_save,
+        endless_save,
+        slow_validation,
+        raises_in_step,
+    ):
         actions[action.__name__] = partial(action, rest)
     cli.run(actions[what])

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from training import ROOT, SCRIPT, SMALL, assert_same, everything, metrics, run,
 
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.ranks import LAUNCHERS, TORCHRUN, divided, own_gpu, started_ranks
+from micrograd_gpt.support import file_sets
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.shards import write_shard
 
@@ -163,7 +165,7 @@ def test_a_process_on_its_own_needs_no_mpi(no_launcher: pytest.MonkeyPatch) -> N
 def test_mpi4py_is_asked_for_once(no_launcher: pytest.MonkeyPatch, launcher: str) -> None:
     size, rank = LAUNCHERS[launcher]
     no_launcher.setitem(sys.modules, "mpi4py", None)
-    no_launcher.delitem(sys.modules, "micrograd_gpt.runs.mpi", raising=False)
+    no_launcher.delitem(sys.modules, "micrograd_gpt.runs.together", raising=False)
     no_launcher.setenv(size, "2")
     no_launcher.setenv(rank, "0")
     message = rf'{launcher} started 2 processes, which need mpi4py.*pip install -e ".\[mpi\]"'
@@ -456,6 +458,16 @@ def has_ended(process: int) -> bool:
         return True
 
 
+def at_work_in(folder: Path) -> list[int]:
+    """The processes that were told this folder and still do something."""
+    found = []
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            if str(folder).encode() in command.read_bytes():
+                found.append(int(command.parent.name))
+    return [process for process in found if not has_ended(process)]
+
+
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc")
 
 
@@ -484,6 +496,30 @@ def test_a_killed_rank_ends_all_and_is_named(
     assert message.endswith(f"of step {step}")
     result = mpirun(2, SCRIPT, "--resume", "--allow-changes", "--max-steps", step + 2, "--out", out)
     assert result.returncode == 0 and f"from step {step}; writing" in result.stderr
+
+
+@needs_mpi
+@needs_proc
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_is_named_and_can_go_on(text: Path, tmp_path: Path) -> None:
+    """The others wait for it; only who has stopped it knows for how long."""
+    out = tmp_path / "out"
+    with training(out, text) as (process, ranks):
+        os.kill(ranks[1], signal.SIGSTOP)
+        in_vain = threading.Timer(TIMEOUT, process.terminate)
+        in_vain.start()
+        assert process.stderr
+        while not (line := process.stderr.readline().replace("\0", "")).startswith("note: "):
+            assert line  # not the end
+        in_vain.cancel()
+        before = rows(out)
+        os.kill(ranks[1], signal.SIGCONT)
+        wait_for(lambda: rows(out) > before + 3, process)
+        process.send_signal(signal.SIGUSR1)
+        _, stderr = process.communicate(timeout=TIMEOUT)
+    assert f"rank 1 (process {ranks[1]}) on " in line and f"kill -CONT {ranks[1]} " in line
+    stopped_step(out, process.returncode - 128, signal.SIGUSR1, stderr)
+    assert "note:" not in stderr
 
 
 def stopped_step(out: Path, signaled: int, number: int, stderr: str) -> int:
@@ -517,6 +553,34 @@ def test_a_signal_saves_the_same_step_on_all_ranks(
     assert [row["step"] for row in metrics(out)] == list(range(1, step + 1))
     result = mpirun(2, SCRIPT, "--resume", "--allow-changes", "--max-steps", step + 1, "--out", out)
     assert result.returncode == 0 and metrics(out)[-1]["step"] == step + 1
+
+
+# Rank 0 does something else first, while rank 1 waits for it in MPI's own initialization.
+LATE = """
+import os, pathlib, sys, time
+from micrograd_gpt.runs.ranks import LAUNCHERS, started_ranks
+from micrograd_gpt.support import cli
+def main():
+    if "0" in [os.environ.get(rank) for _, rank in LAUNCHERS.values()]:
+        time.sleep(1)
+        pathlib.Path(sys.argv[1]).touch()
+        time.sleep(60)
+    with started_ranks():
+        return 0
+cli.run(main)
+"""
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("mpi", [OURS, pytest.param(MPICH, marks=needs_mpich)])
+def test_ctrl_c_before_all_ranks_have_begun_to_talk(tmp_path: Path, mpi: MPI) -> None:
+    mark = tmp_path / "late"
+    with started("-n", 2, sys.executable, "-c", LATE, mark, mpi=mpi) as process:
+        wait_for(mark.exists, process)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=5)
+    assert process.returncode and "Traceback" not in stderr and not errors(stderr)
 
 
 @needs_mpi
@@ -560,6 +624,26 @@ def test_a_run_is_saved_though_mpirun_does_not_wait(
 
 
 @needs_mpi
+@needs_open_mpi  # MPICH's launcher waits until the checkpoint is saved
+@needs_proc
+@pytest.mark.slow
+def test_what_cannot_be_saved_is_given_up_soon_and_leaves_nothing(
+    text: Path, tmp_path: Path
+) -> None:
+    """Rank 0 is stopped while it writes, and rank 1 has no room to leave its moments."""
+    out = tmp_path / "out"
+    flags = ["--data", text, *RUN, "--max-steps", 9, "--save-interval", 3, "--shard-optimizer"]
+    with started("-n", 2, sys.executable, CHILD, "endless_save", *flags, "--out", out) as process:
+        wait_for((out / file_sets.SAVING).exists, process)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=TIMEOUT)
+    ended = time.monotonic()
+    wait_for(lambda: not at_work_in(out))
+    assert time.monotonic() - ended < 3
+    assert not list(out.glob(".[!l]*")) and not (out / checkpoint.STATE).exists()
+
+
+@needs_mpi
 @needs_open_mpi  # MPICH's launcher waits for the validation
 @pytest.mark.slow
 def test_a_step_that_was_being_validated_is_in_the_metrics(text: Path, tmp_path: Path) -> None:
@@ -599,6 +683,22 @@ def test_after_a_bug_in_one_rank_nothing_is_saved_behind_the_message(
     time.sleep(1)  # in which a process that outlived the launcher would save
     assert json.loads((out / checkpoint.STATE).read_text())["step"] == 6
     assert mpirun(2, SCRIPT, "--resume", "--out", out).returncode == 0
+
+
+@needs_mpi
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["raises_in_step", "full_disk"])
+def test_no_process_stays_when_a_rank_has_failed(text: Path, tmp_path: Path, fault: str) -> None:
+    """Of rank 1, or of rank 0; the others have moments, for which nobody will ask."""
+    out = tmp_path / "out"
+    flags = ["--data", text, *RUN, "--max-steps", 9, "--save-interval", 2, "--shard-optimizer"]
+    result = mpirun(3, CHILD, fault, *flags, "--out", out)
+    assert result.returncode != 0 and len(errors(result.stderr)) == 1
+    ended = time.monotonic()
+    wait_for(lambda: not at_work_in(out))
+    assert time.monotonic() - ended < 3
+    assert not list(out.glob(".[!l]*"))
 
 
 @needs_mpi

@@ -57,6 +57,7 @@ ADAPTER = (ADAPTED_CONFIG, ADAPTER_CONFIG, ADAPTER_MODEL)  # instead of the firs
 ALSO = (PROMPT_TEMPLATE,)  # which only some runs have
 MAY_LACK = (TOKENIZER_CONFIG, *ALSO)  # the first in runs of earlier versions
 BEST = "best"
+SCORES = ("scores.json", "confusion-validation.png", "confusion-test.png")  # of a classifier
 SCALER = ("scale", "growth_interval", "good_steps", "skipped_steps")  # of a LossScaler
 
 
@@ -182,7 +183,7 @@ def remove_run(folder: str | Path) -> None:
         finish_set(place)  # or a set that a kill left unfinished would come back later
     try:
         # trainer_state.json, which makes this a run, goes first
-        for name in (*reversed(SET), *ADAPTER, *ALSO, WRITTEN_FLAGS):
+        for name in (*reversed(SET), *ADAPTER, *ALSO, *SCORES, WRITTEN_FLAGS):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot remove the run in {folder}: {error.strerror}") from error

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from micrograd_gpt.runs.checkpoint import holds_run
+from micrograd_gpt.runs.checkpoint import BEST, holds_run
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import reading
 from micrograd_gpt.weights.formats import STATE, holds_model
+from micrograd_gpt.weights.names import lies_in
 
 
 def check_free(out: Path) -> None:
@@ -18,6 +20,16 @@ def check_free(out: Path) -> None:
         )
     if holds_model(out):
         raise UserError(f"{out} holds a model: --overwrite it, or give another --out")
+
+
+def check_start_stays(model: str, out: Path) -> None:
+    """UserError if a new run in `out` would remove the model that it starts from: at once, and so
+    for good if it fails before its first checkpoint, or is one of an adapter to that model."""
+    with reading(out):
+        places = [out, out / BEST, *out.glob("step-*")]
+        is_there = any(lies_in(model, place) for place in places)
+    if is_there:
+        raise UserError(f"--out {out} would remove {model}, which is needed: give another --out")
 
 
 def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:

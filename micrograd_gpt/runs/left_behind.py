@@ -2,7 +2,12 @@
 
 After the launcher has killed all ranks, each has a process that saves (last_resort.py). With a
 sharded optimizer (sharding.py) rank 0's needs the moments that the others hold. It asks for them by
-making a folder that names its step; the others write their pieces into it, if they have that step.
+making a folder that names its step, with a folder in it for each of the others, who write their
+pieces there. One that cannot, since it has another step or the disk is full, removes its folder,
+which is an answer too.
+
+As long as rank 0, or the process that it left, is there, the run's folder is locked (lock.py). Once
+it no longer is, nobody will ask, and the others end.
 """
 
 from __future__ import annotations
@@ -15,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
+from micrograd_gpt.runs.lock import is_written
 from micrograd_gpt.runs.ranks import Ranks
 from micrograd_gpt.runs.sharding import Optimizer, ShardedAdamW
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 
 PLACE = ".moments-of-step-"  # in the run's folder
+PIECES = "moments.safetensors"  # in the folder of each rank there
 PATIENCE = 20.0  # seconds in which something has to happen
 BETWEEN_LOOKS = 0.05  # seconds
 
@@ -46,44 +53,72 @@ class Left(Ranks):
         into[: len(numbers)] = numbers
         start = counts[0]
         for file, count in zip(self._files, counts[1:], strict=True):
+            if file.shapes.get(name) != (count,):
+                raise UserError(f"{file.path} lacks moments of its rank")
             file.read_into(name, into[start : start + count])
             start += count
 
 
 def leave_part(optimizer: Optimizer, folder: Path) -> None:
-    """Write this rank's moments for rank 0, if it asks for those of this step."""
-    place = _place(optimizer, folder)
-    until = time.monotonic() + PATIENCE
-    while not place.exists():
-        if time.monotonic() > until:
-            return
-        time.sleep(BETWEEN_LOOKS)
-    if isinstance(optimizer, ShardedAdamW):
+    """Write this rank's moments for rank 0, if it asks for those of this step.
+
+    UserError if it asks for those of another one, or if they cannot be written.
+    """
+    if not isinstance(optimizer, ShardedAdamW):  # rank 0 has all moments
+        return
+    file = _asked_for(folder, optimizer.ranks.rank)
+    if file is None:
+        return
+    try:
+        if file.parent.parent != _place(optimizer, folder):
+            raise UserError(f"{file} is not of step {optimizer.steps}")
         left = optimizer.ranks = Left(optimizer.ranks)
         for number, moments in enumerate((*optimizer.m, *optimizer.v), 1):
             left.agree(number)
             moments.sent()
-        write_safetensors(_file(place, left.rank), left.pieces)
+        write_safetensors(file, left.pieces)
+    except BaseException:
+        _remove(file.parent)
+        raise
+    until = time.monotonic() + PATIENCE
+    while file.exists() and is_written(folder) and time.monotonic() < until:
+        time.sleep(BETWEEN_LOOKS)
+    if not is_written(folder):  # rank 0's process ended while we were writing
+        _remove(file.parent.parent)
+
+
+def _asked_for(folder: Path, rank: int) -> Path | None:
+    """The file that rank 0 waits for; None if it will not wait for any."""
+    until = time.monotonic() + PATIENCE
+    while is_written(folder) and time.monotonic() < until:
+        for place in folder.glob(f"{PLACE}*/{rank}"):
+            return place / PIECES
+        time.sleep(BETWEEN_LOOKS)
+    return None
 
 
 @contextmanager
 def parts_left(optimizer: Optimizer, folder: Path) -> Iterator[None]:
     """Within this block rank 0 has the moments of the others, by the files that they leave.
 
-    UserError if nothing comes any more.
+    UserError if one of them has none of this step, or nothing comes any more.
     """
     if not isinstance(optimizer, ShardedAdamW):
         yield
         return
     place = _place(optimizer, folder)
-    place.mkdir()
+    files = [place / str(rank) / PIECES for rank in range(1, optimizer.ranks.size)]
     try:
-        files = [_file(place, rank) for rank in range(1, optimizer.ranks.size)]
+        try:
+            for each in (place, *(file.parent for file in files)):
+                each.mkdir()
+        except OSError as error:
+            raise UserError(f"cannot write {place}: {error.strerror or error}") from error
         _wait_for(files)
         optimizer.ranks = Left(optimizer.ranks, [TensorFile(file) for file in files])
         yield
     finally:
-        shutil.rmtree(place)
+        _remove(place)
 
 
 def remove_parts(folder: Path) -> None:
@@ -92,22 +127,26 @@ def remove_parts(folder: Path) -> None:
         shutil.rmtree(place)
 
 
+def _remove(place: Path) -> None:
+    # Another process may do the same, or just write into it: then that one removes it.
+    shutil.rmtree(place, ignore_errors=True)
+
+
 def _place(optimizer: Optimizer, folder: Path) -> Path:
     return folder / f"{PLACE}{optimizer.steps}"
 
 
-def _file(place: Path, rank: int) -> Path:
-    return place / f"{rank}.safetensors"
-
-
 def _wait_for(files: Sequence[Path]) -> None:
-    """Wait for files that others write into one folder, as long as something is written there."""
-    place, size, written, since = files[0].parent, 0, -1, time.monotonic()
+    """Wait for files that others write, each into its own folder, as long as any is growing."""
+    size, written, since = 0, -1, time.monotonic()
     while not all(file.exists() for file in files):
+        for file in files:
+            if not file.parent.exists():
+                raise UserError(f"another rank could not write {file}")
         with suppress(FileNotFoundError):  # it has just been renamed
-            size = sum(file.stat().st_size for file in place.iterdir())
+            size = sum(part.stat().st_size for file in files for part in file.parent.iterdir())
         if size != written:
             written, since = size, time.monotonic()
         if time.monotonic() > since + PATIENCE:
-            raise UserError(f"{place} lacks the moments of other ranks")
+            raise UserError(f"other ranks have not written all of {', '.join(map(str, files))}")
         time.sleep(BETWEEN_LOOKS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -24,28 +24,44 @@ def only_writer(folder: str | Path) -> Iterator[None]:
     The system itself holds the lock, and ends it with the process, however that ends. Raises
     UserError, naming the other process, if there is one, and where the folder cannot be written.
     """
-    folder = Path(folder)
+    folder, absent = Path(folder), []
     try:
         absent = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder)
     except OSError as error:
+        _leave(folder, absent)
         place = error.filename or folder
         raise UserError(f"cannot write {place}: {error.strerror or error}") from error
     try:
         yield
     finally:
-        with suppress(OSError):  # the folder was removed meanwhile, or nothing can be written now
-            (folder / LOCK).unlink()
         lock.close()
-        with suppress(OSError):  # there is a run in it now
-            for place in absent:
-                place.rmdir()
+        _leave(folder, absent)
+
+
+def is_written(folder: str | Path) -> bool:
+    """Whether a process, or a fork of it, has come to `only_writer` and not ended.
+
+    Where files cannot be locked it may be, as far as anybody knows.
+    """
+    try:
+        with open(Path(folder) / LOCK, "r+b") as lock:
+            _lock(lock)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return True
+    return False
 
 
 def _locked(folder: Path) -> BinaryIO:
     while True:
-        lock = open(folder / LOCK, "a+b")  # noqa: SIM115  # it is locked as long as it is open
+        lock = open(folder / LOCK, "a+b", buffering=0)  # noqa: SIM115  # it is locked as long as it is open
         try:
             _lock(lock)
         except BlockingIOError:
@@ -63,10 +79,36 @@ def _locked(folder: Path) -> BinaryIO:
         if _is_still(lock, folder / LOCK):  # or its holder removed it in between
             break
         lock.close()
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
-    lock.flush()
+    try:
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+    except OSError:
+        lock.close()
+        raise
     return lock
+
+
+def _leave(folder: Path, absent: Sequence[Path]) -> None:
+    """Remove the lock, and the folders that were `absent` before it and hold nothing now."""
+    with suppress(OSError):  # the folder was removed meanwhile, or nothing can be written now
+        _remove(folder / LOCK)
+    with suppress(OSError):  # there is a run in it now
+        for place in absent:
+            place.rmdir()
+
+
+def _remove(path: Path) -> None:
+    """Remove a lock that nobody has; a fork of this process may still have it."""
+    with open(path, "r+b") as lock:
+        try:
+            _lock(lock)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        if _is_still(lock, path):
+            path.unlink()
 
 
 def _is_still(lock: BinaryIO, path: Path) -> bool:

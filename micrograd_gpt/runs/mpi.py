@@ -1,37 +1,30 @@
-"""Ranks that talk through MPI, by way of mpi4py. How they add numbers up is in runs/exchange.py."""
+"""Ranks that talk through MPI, by way of mpi4py.
+
+How they add numbers up is in runs/exchange.py, how they begin and end in runs/together.py.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from functools import partial
-from types import FrameType
-from typing import Any, NoReturn, TextIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16
 from mpi4py import MPI
 
-from micrograd_gpt.arrays.devices import Array, array_module, gpu_addresses, use_gpu
+from micrograd_gpt.arrays.devices import Array, gpu_addresses, use_gpu
+from micrograd_gpt.runs.buckets import Bucket, buckets, flat_view, ordered_like, put, taken
 from micrograd_gpt.runs.exchange import Exchange, as_bytes
 from micrograd_gpt.runs.nccl import GPUExchange, NCCLFailed, nccl_version, without_nccl
-from micrograd_gpt.runs.overlap import Bucket, Overlap
-from micrograd_gpt.runs.ranks import (
-    Cut,
-    Ranks,
-    T,
-    flat_view,
-    ordered_like,
-    own_gpu,
-    said_once,
-    versions,
-)
+from micrograd_gpt.runs.overlap import Overlap
+from micrograd_gpt.runs.ranks import Cut, Ranks, T, own_gpu
 from micrograd_gpt.runs.unread import read_numbers
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
@@ -44,10 +37,8 @@ GPU_BUCKET = 1 << 23  # the same between GPUs: 32 MB, a little more than PyTorch
 DURING_BACKWARD = 0.0002  # seconds between tests of a message, which leave it the processor
 BETWEEN_TESTS = 0.001  # seconds, in a wait that may be long
 BETWEEN_LOOKS = 0.05  # seconds; mpirun ends all ranks about half a second after one has died
-SLURM = "SLURM_STEP_ID"  # which every process of srun has
+BETWEEN_NOTES = 3.0  # seconds of a wait, between looks for ranks that are stopped
 FAILED = 1  # the tag of the message that a rank has met an error
-PATIENCE = 1.0  # seconds that a rank leaves each rank before it to say what both have met
-MOST_PATIENCE = 5.0  # seconds that it leaves them all
 
 
 class RankDied(Exception):
@@ -76,6 +67,8 @@ class MPIRanks(Ranks):
         neighbours = self.on_this_machine((self.rank, os.getpid()))
         # Containers on one machine may each number their processes.
         self._watched = {rank: pid for rank, pid in neighbours if is_running(pid)}
+        self._stopped: set[int] = set()  # ranks that were when we looked last
+        self._named: set[int] = set()  # those that the user knows of
 
     @property
     def description(self) -> str:
@@ -104,6 +97,8 @@ class MPIRanks(Ranks):
         """Add up the gradients in a bucket: of all of it, or of this rank's part."""
         parts = []
         for i, start, end in bucket:
+            if parameters[i].grad is None:
+                raise ValueError(f"parameter {i} has no gradient for ranks to add up: leave it out")
             grad = parameters[i].grad = ordered_like(parameters[i].grad, parameters[i].data)
             parts.append(flat_view(grad)[start:end])
         with self.exchange.beside(catch_up):
@@ -169,18 +164,36 @@ class MPIRanks(Ranks):
 
     def _wait(self, request: MPI.Request, pause: float = 0) -> None:
         """Wait for the other ranks. Signals are heeded meanwhile, as MPI's own wait does not."""
-        looked = time.monotonic()
+        looked = noted = time.monotonic()
         while not request.Test():
             time.sleep(pause)  # lets other processes use the core
             if time.monotonic() > looked + BETWEEN_LOOKS:
                 self.check_alive()
                 looked = time.monotonic()
+            if looked > noted + BETWEEN_NOTES:
+                self._name_stopped()
+                noted = looked
 
     def check_alive(self) -> None:
         dead = [(rank, pid) for rank, pid in self._watched.items() if not is_running(pid)]
         if dead:
             which = ", ".join(f"rank {rank} (process {pid})" for rank, pid in dead)
             raise RankDied(f"{which} on {platform.node()} has ended")
+
+    def _name_stopped(self) -> None:
+        """Say which ranks the others wait for in vain, if they were stopped at two looks.
+
+        After Ctrl-Z some are stopped a moment longer than others.
+        """
+        stopped = {rank for rank, pid in self._watched.items() if is_stopped(pid)}
+        lasting = stopped & self._stopped
+        for rank in sorted(lasting - self._named):
+            pid = self._watched[rank]
+            say(
+                f"note: rank {rank} (process {pid}) on {platform.node()} is stopped, and the "
+                f"others wait for it; kill -CONT {pid} lets it go on"
+            )
+        self._stopped, self._named = stopped, lasting
 
     def all_well(self) -> bool:
         alive = all(map(is_running, self._watched.values()))
@@ -262,156 +275,10 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def taken(parts: Sequence[Array], first: int, count: int) -> Array:
-    """`count` numbers of flat arrays laid end to end, from number `first` on: a view, where they
-    are in one array. Zeros stand for those after the last one."""
-    pieces = []
-    for part in parts:
-        piece = part[max(0, first) : max(0, first + count)]
-        if len(piece) == count:
-            return piece
-        pieces.append(piece)
-        first -= len(part)
-    xp = array_module(parts[0])
-    missing = count - sum(map(len, pieces))
-    return xp.concatenate([*pieces, xp.zeros(missing, parts[0].dtype)] if missing else pieces)
-
-
-def put(parts: Sequence[Array], first: int, numbers: Array) -> None:
-    """Write numbers into flat arrays laid end to end, from number `first` on, as far as they go."""
-    for part in parts:
-        start, end = max(0, first), min(len(part), first + len(numbers))
-        if start < end:
-            part[start:end] = numbers[start - first : end - first]
-        first -= len(part)
-
-
-def buckets(sizes: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Arrays of these sizes, one after another, in buckets of `most` numbers: a bucket is the
-    pieces in it, each (array, start, end)."""
-    bucket, room = [], most
-    for i, size in enumerate(sizes):
-        start = 0
-        while start < size:
-            end = min(size, start + room)
-            bucket.append((i, start, end))
-            room, start = room - (end - start), end
-            if not room:
-                yield bucket
-                bucket, room = [], most
-    if bucket:
-        yield bucket
-
-
-# ------------------------------------------------------------------------- starting and ending
-
-
-@contextmanager
-def mpi_ranks(launcher: str, size: int, rank: int) -> Iterator[Ranks]:
-    """The ranks that a launcher started, as started_ranks says."""
-    if MPI.COMM_WORLD.size != size:
-        library = MPI.Get_library_version().split(",")[0].strip()
-        advice = f"use the {launcher} of that MPI"
-        if SLURM in os.environ:
-            advice = "Open MPI needs srun --mpi=pmix, MPICH srun --mpi=pmi2 (srun --mpi=list)"
-        raise said_once(
-            rank,
-            f"{launcher} started {size} processes, of which mpi4py's {library} knows "
-            f"{MPI.COMM_WORLD.size}: {advice}",
-        )
-    ranks, stderr = MPIRanks(launcher), sys.stderr
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped, as by SIGSTOP; that is known on Linux alone."""
     try:
-        with printing(ranks.is_first):
-            ranks.check_same(versions())
-            share_cores(ranks)
-            notice_deaths(ranks)
-            with leaving_together(ranks):
-                yield ranks
-            ranks.wait_for_all()
-    except BaseException as error:
-        if isinstance(error, SystemExit) and not error.code:  # as after --help
-            raise
-        end_all(ranks, error, stderr)
-
-
-@contextmanager
-def leaving_together(ranks: MPIRanks) -> Iterator[None]:
-    """A rank whose flags end it, as --help does, answers where the others compare their flags."""
-    try:
-        yield
-    except SystemExit as leaving:
-        if not leaving.code:
-            ranks.check_same({"--help or --version": "given"})
-        raise
-
-
-def notice_deaths(ranks: MPIRanks) -> None:
-    """Have this rank say so where a launcher ends it by SIGTERM because another one has died."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        ranks.check_alive()
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
-
-
-@contextmanager
-def printing(allowed: bool) -> Iterator[None]:
-    """Within this block Python prints only if it is allowed to."""
-    if allowed:
-        yield
-        return
-    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # closed below
-    with nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
-
-
-def share_cores(ranks: MPIRanks) -> None:
-    """Leave to each of a machine's ranks its share of the cores, unless OMP_NUM_THREADS says more.
-
-    Some launchers bind each rank to cores of its own, others let all of them run on all cores.
-    """
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    ours = bound_to()
-    cores = set().union(*ranks.on_this_machine(ours))
-    paid_for = usable_cores()  # fewer than we are bound to, if the control group has a quota
-    shared = min(len(cores), paid_for if paid_for < len(ours) else len(cores))
-    count = min(len(ours), max(1, shared // ranks.local_size))
-    os.environ["OMP_NUM_THREADS"] = str(count)  # which the kernels read, and processes of ours
-
-
-def bound_to() -> set[int]:
-    """The numbers of the cores that the system lets this process run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
-
-
-def end_all(ranks: MPIRanks, error: BaseException, stderr: TextIO) -> NoReturn:
-    """End the processes of all ranks, after one message that says why."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher ends the others meanwhile
-    # They may be about to say the same; that a rank has died is noticed on its machine alone.
-    before = ranks.living_before(here=isinstance(error, RankDied))
-    time.sleep(min(MOST_PATIENCE, PATIENCE * before))
-    who = "" if ranks.is_first else f"rank {ranks.rank} on {platform.node()}: "
-    status = 1
-    with redirect_stderr(stderr):
-        if isinstance(error, UserError):
-            status = 2
-            say(f"error: {who}{error}")
-        elif isinstance(error, LINK_ERRORS):
-            say(f"error: {error}; {ranks.way_back()}")
-        elif isinstance(error, KeyboardInterrupt):
-            status = 130
-        elif isinstance(error, SystemExit):
-            status = error.code if isinstance(error.code, int) else 1
-        else:
-            say(f"error: {who}a bug, {type(error).__name__}; {ranks.way_back()}")
-            traceback.print_exception(error)
-    sys.stdout.flush()
-    stderr.flush()
-    if isinstance(error, Exception) and not isinstance(error, LINK_ERRORS):
-        ranks.tell_first()
-    MPI.COMM_WORLD.Abort(status)
-    os._exit(status)  # with some MPIs it returns while the launcher ends the others
+        state = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state in "Tt"

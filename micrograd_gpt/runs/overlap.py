@@ -18,11 +18,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
+from micrograd_gpt.runs.buckets import Bucket
 from micrograd_gpt.tensor import LEAF, Array, Node, Tensor, node_of, tape_below
-
-Bucket: TypeAlias = Sequence[tuple[int, int, int]]  # pieces of gradients: (parameter, start, end)
 
 NOWHERE = -1  # below all places on a tape: the backward never comes there
 

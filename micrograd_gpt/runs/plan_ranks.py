@@ -120,13 +120,18 @@ def report(config: GPT2Config, settings: argparse.Namespace, device: str) -> str
             }
             rows.append(row(steps[s.devices], s.max_steps, where_inefficient(steps.values())))
     link = f"Each device sends, and receives, {s.interconnect:g} GB/s:"
+    if s.devices == 1:  # for which the rows are alike, but for what they say of more devices
+        speed = f"{s.interconnect:g} GB/s"
+        link = f"One device sends nothing. Of several that send, and receive, {speed} each:"
+        rows = [(*row[:2], row[-1]) for row in rows]
     return "\n".join([text, "", link, *in_columns(rows)])
 
 
 def row(step: SharedStep, max_steps: int, inefficient: str) -> tuple[str, ...]:
     plan = step.plan
+    part = "a part" if plan.devices == 1 else f"1/{plan.devices}"
     return (
-        f"1/{plan.devices} on each (--shard-optimizer)" if plan.sharded else "all on each",
+        f"{part} on each (--shard-optimizer)" if plan.sharded else "all on each",
         "during the backward" if step.overlaps else "after the backward",
         megabytes(step.reduced + step.gathered),
         megabytes(plan.peak),

@@ -11,7 +11,8 @@ gradients is the step's, so every rank takes the same step, and all hold the sam
 The step itself can be shared too (runs/sharding.py).
 
 `Ranks` is a process on its own, for which all of this does nothing. A launcher such as mpirun or
-srun starts several; how these talk to each other is in runs/mpi.py.
+srun starts several; how these talk to each other is in runs/mpi.py, and how they begin and end
+together in runs/together.py.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from micrograd_gpt.arrays.devices import Array, array_module, to_device
+from micrograd_gpt.arrays.devices import Array, to_device
 from micrograd_gpt.arrays.stand_ins import report
 from micrograd_gpt.nn import Module
 from micrograd_gpt.support.cli import counted, say
@@ -191,7 +192,8 @@ def started_ranks() -> Iterator[Ranks]:
         yield Ranks()
         return
     try:
-        from micrograd_gpt.runs.mpi import mpi_ranks
+        with ending_at_ctrl_c():
+            from micrograd_gpt.runs.together import mpi_ranks
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI
         reason = " ".join(str(error).split())
         raise said_once(
@@ -201,6 +203,24 @@ def started_ranks() -> Iterator[Ranks]:
         ) from None
     with mpi_ranks(launcher, size, rank) as ranks:
         yield ranks
+
+
+@contextmanager
+def ending_at_ctrl_c() -> Iterator[None]:
+    """Within this block the system itself ends this process at Ctrl-C.
+
+    Importing mpi4py waits for all ranks, in MPI, where Python hears of no signal: it would wait for
+    ever for a rank that Ctrl-C has ended.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before in (signal.SIG_IGN, None):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def launched() -> tuple[str, int, int]:
@@ -245,17 +265,6 @@ def own_gpu(visible: Sequence[Sequence[str]], rank: int) -> int:
             "start no more than one rank a GPU"
         )
     return rank
-
-
-def ordered_like(array: Array, like: Array) -> Array:
-    """An array, such as a gradient, in memory in the order of another, such as its parameter."""
-    by_columns = like.flags.f_contiguous and not like.flags.c_contiguous
-    return array_module(array).asarray(array, order="F" if by_columns else "C")
-
-
-def flat_view(array: Array) -> Array:
-    """All numbers of a contiguous array as they lie in memory, (N,)."""
-    return (array if array.flags.c_contiguous else array.T).reshape(-1)
 
 
 def said_once(rank: int, message: str) -> BaseException:

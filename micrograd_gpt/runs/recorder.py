@@ -34,6 +34,7 @@ from micrograd_gpt.runs.unread import Unread, read_numbers
 from micrograd_gpt.runs.watch import Watch
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.file_sets import SAVING, remove_folder
 from micrograd_gpt.support.files import remove_unfinished
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.weights.saving import write_model
@@ -210,6 +211,7 @@ class Recorder:
             return
         done, row = self.optimizer.steps, self._row
         remove_unfinished(self.out)  # such as loss.png, which it was drawing
+        remove_folder(self.out / SAVING)  # whose room on the disk may be what is missing
         if checkpoint.saved_step(self.out) >= done:
             return
         with parts_left(self.optimizer, self.out):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from micrograd_gpt.arrays.precision import PRECISIONS
 from micrograd_gpt.runs import checkpoint, config_file
-from micrograd_gpt.runs.folders import check_free
+from micrograd_gpt.runs.folders import check_free, check_start_stays
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.corpus import VALIDATION
@@ -295,6 +295,8 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
             if name in flags:
                 flag = SETTINGS[name].flag
                 raise UserError(f"{flag} makes no sense with --init-from, whose weights decide it")
+        if not flags.get("plan"):
+            check_start_stays(weights, out)
         longest = config_named(weights).n_positions
         if flags.get("block_size", 0) > longest:
             raise UserError(f"--block-size is at most {longest}, the context of {weights}")

@@ -24,8 +24,10 @@ import numpy as np
 
 from micrograd_gpt import optim
 from micrograd_gpt.arrays.devices import Array, array_module, to_device
+from micrograd_gpt.checks import check_trainable
 from micrograd_gpt.optim import AdamW
-from micrograd_gpt.runs.ranks import Ranks, flat_view, ordered_like
+from micrograd_gpt.runs.buckets import flat_view, ordered_like
+from micrograd_gpt.runs.ranks import Ranks
 from micrograd_gpt.tensor import Tensor
 
 ENOUGH = 0  # what rank 0 asks for when it has all moments that it wants
@@ -34,16 +36,17 @@ ENOUGH = 0  # what rank 0 asks for when it has all moments that it wants
 class ShardedAdamW:
     """AdamW for the `parameters` that all `ranks` have, with the other arguments of optim.AdamW.
 
+    Raises what optim.AdamW does, and ValueError for a parameter that is not contiguous in memory.
     Once it is made, `ranks.add_up` leaves to each rank the sums of its part of the gradients.
     `m` and `v` are the moments of each parameter, whose numbers lie with several ranks.
     """
 
     def __init__(self, ranks: Ranks, parameters: Sequence[Tensor], **settings: Any) -> None:
-        self.ranks, self.parameters = ranks, list(parameters)
-        self.missed = [0] * len(self.parameters)  # no step is without any of their gradients
+        self.ranks, self.parameters = ranks, check_trainable(parameters)
+        self.missed = [0] * len(self.parameters)  # how many steps had no gradient of each
         ranks.shards = True
         cuts = ranks.cut([parameter.size for parameter in self.parameters])
-        self._pieces = [Piece(self.parameters[i], bounds, ranks.rank) for i, bounds in cuts]
+        self._pieces = [Piece(i, self.parameters[i], bounds, ranks.rank) for i, bounds in cuts]
         self._not_empty = [piece for piece in self._pieces if piece.size]
         self._own = AdamW([Tensor(piece.data) for piece in self._not_empty], **settings)
         self.m = self._scattered(self._own.m, 1)
@@ -53,11 +56,11 @@ class ShardedAdamW:
         """The moments of each parameter; `moments` are those of this rank's pieces."""
         own = {id(piece): m for piece, m in zip(self._not_empty, moments, strict=True)}
         found = []
-        for number, parameter in enumerate(self.parameters, first):
-            pieces = [piece for piece in self._pieces if piece.parameter is parameter]
+        for i, parameter in enumerate(self.parameters):
+            pieces = [piece for piece in self._pieces if piece.number == i]
             arrays = [own.get(id(piece), moments[0][:0]) for piece in pieces]
             bounds = [piece.bounds for piece in pieces]
-            found.append(Scattered(self, number, parameter.data, bounds, arrays))
+            found.append(Scattered(self, first + i, parameter.data, bounds, arrays))
         return found
 
     @property
@@ -77,16 +80,26 @@ class ShardedAdamW:
         self._own.steps = steps
 
     def step(self) -> None:
-        """Update this rank's part of the parameters, and take the other parts from their ranks."""
+        """Update this rank's part of the parameters, and take the other parts from their ranks.
+
+        As optim.AdamW does, it leaves a parameter alone that has no gradient, here on any rank.
+        ValueError, before any is changed, if one cannot be updated.
+        """
         self._take_gradients()
+        self._own.missed = [self.missed[piece.number] for piece in self._not_empty]
         self._own.step()
+        self.missed = [self.missed[i] + (p.grad is None) for i, p in enumerate(self.parameters)]
         self.ranks.gather([parameter.data for parameter in self.parameters])
         for parameter in self.parameters:
             parameter.data = parameter.data  # tells the tape that it has changed
 
     def _take_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = ordered_like(parameter.grad, parameter.data)
+        for i, parameter in enumerate(self.parameters):
+            if parameter.grad is not None:
+                if parameter.grad.shape != parameter.shape:
+                    shapes = f"{parameter.shape}, its gradient {parameter.grad.shape}"
+                    raise ValueError(f"ShardedAdamW: parameter {i} has the shape {shapes}")
+                parameter.grad = ordered_like(parameter.grad, parameter.data)
         for own, piece in zip(self._own.parameters, self._not_empty, strict=True):
             own.data, own.grad = piece.data, piece.grad
 
@@ -122,17 +135,23 @@ def clip_grad_norm(optimizer: Optimizer, max_norm: float, loss_scale: float = 1.
 class Piece:
     """Numbers of a parameter, as they lie in memory, which this rank updates.
 
-    `bounds` says where all ranks' pieces begin, and where the last one ends. A piece of a matrix is
-    a matrix, of one column: that is what AdamW decays.
+    The parameter has this number in the optimizer. `bounds` says where all ranks' pieces begin, and
+    where the last one ends. A piece of a matrix is a matrix, of one column: that is what AdamW
+    decays.
     """
 
-    def __init__(self, parameter: Tensor, bounds: Sequence[int], rank: int) -> None:
-        self.parameter, self.bounds = parameter, bounds
+    def __init__(self, number: int, parameter: Tensor, bounds: Sequence[int], rank: int) -> None:
+        self.number, self.parameter, self.bounds = number, parameter, bounds
         self._start, self._end = bounds[rank], bounds[rank + 1]
         self.size = self._end - self._start
 
-    data = property(lambda self: self._of(self.parameter.data))
-    grad = property(lambda self: self._of(self.parameter.grad))
+    @property
+    def data(self) -> Array:
+        return self._of(self.parameter.data)
+
+    @property
+    def grad(self) -> Array | None:
+        return None if self.parameter.grad is None else self._of(self.parameter.grad)
 
     def _of(self, array: Array) -> Array:
         numbers = flat_view(array)[self._start : self._end]

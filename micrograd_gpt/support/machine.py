@@ -21,10 +21,7 @@ def usable_cores(root: Path = ROOT) -> int:
     That is as many as the system lets it run on, no more than its control group's quota of time
     pays for, and no more than OMP_NUM_THREADS says.
     """
-    if hasattr(os, "sched_getaffinity"):
-        found = [len(os.sched_getaffinity(0))]
-    else:
-        found = [os.cpu_count() or 1]
+    found = [len(bound_to())]
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # "4,2": for nested loops
     if asked.isdecimal() and int(asked) >= 1:
         found.append(int(asked))
@@ -36,6 +33,13 @@ def usable_cores(root: Path = ROOT) -> int:
         if quota.isdecimal() and period.isdecimal() and int(period):  # not "max", nor -1
             found.append(max(1, math.ceil(int(quota) / int(period))))
     return min(found)
+
+
+def bound_to() -> set[int]:
+    """The numbers of the cores that the system lets this process run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def available_memory(root: Path = ROOT) -> int | None:

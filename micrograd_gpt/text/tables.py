@@ -36,6 +36,9 @@ def table_rows(path: Path, lines: Iterable[str]) -> Iterator[Fields]:
             if any(field.strip() for field in fields):
                 yield f"line {reader.line_num}", fields
     except csv.Error as error:
+        if "new-line character" in str(error):
+            why = "its lines end in \\r alone, as on old Macs: convert them to \\n"
+            raise UserError(f"{path}: {why}") from error
         raise UserError(f"{path}, line {reader.line_num}: {error}: correct the quotes") from error
 
 

@@ -117,7 +117,7 @@ def read_template(path: str | Path) -> Template:
     with reading(path):
         content = Path(path).read_bytes()
     try:
-        return Template(content.decode("utf-8").replace("\r\n", "\n"))
+        return Template(content.decode("utf-8-sig").replace("\r\n", "\n"))
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: convert it") from None
     except UserError as error:

@@ -73,16 +73,21 @@ class GPT2Classifier(Module):
 
     def __call__(self, ids: Any, lengths: Any) -> Tensor:
         """Token ids (B, T), of which row i is a text up to lengths[i] and padding from there on ->
-        logits of the labels (B, N). ValueError for a length that is not in 1 … T."""
-        lengths = np.asarray(lengths)
-        rows, longest = np.shape(ids)
-        if lengths.shape != (rows,) or not ((lengths >= 1) & (lengths <= longest)).all():
-            raise ValueError(f"lengths {lengths} do not fit token ids of shape {rows, longest}")
+        logits of the labels (B, N). ValueError for a length that is no whole number in 1 … T."""
+        lengths, shape = np.asarray(lengths), np.shape(ids)
+        are_counts = lengths.dtype.kind in "iu" and len(shape) == 2 and lengths.shape == shape[:1]
+        if not are_counts or not ((lengths >= 1) & (lengths <= shape[1])).all():
+            raise ValueError(f"lengths {lengths} do not fit token ids of shape {shape}")
+        rows, longest = shape
         x = self.hidden(ids).reshape(rows * longest, -1)  # (B T, C)
         return self.score(x[np.arange(rows) * longest + lengths - 1])  # (B, N)
 
     def loss(self, ids: Any, lengths: Any, labels: Any) -> Tensor:
-        """Mean cross-entropy, in nats, of the labels, numbers 0 … N-1 (B,)."""
+        """Mean cross-entropy, in nats, of labels (B,), numbers 0 … N-1; ValueError for others."""
+        numbers = np.asarray(labels)
+        if numbers.dtype.kind not in "iu" or not set(numbers.flat) <= set(range(len(self.labels))):
+            last = len(self.labels) - 1
+            raise ValueError(f"labels are given as numbers from 0 to {last}, not {labels}")
         return layers.cross_entropy(self(ids, lengths), labels)
 
 
@@ -174,8 +179,9 @@ def build_classifier(
     hold_in(model, dtype)
     move(model, device)
     arrays = {name: parameter.data for name, parameter in model.named_parameters()}
-    tensors = {**weights.tensors, SCORE: weights.heads[SCORE]}
-    fill(arrays, tensors, weights.path)
+    # Without the head of an untied language model, as the base of an adapter may have one
+    tensors = {name: t for name, t in weights.tensors.items() if name != "lm_head.weight"}
+    fill(arrays, tensors | {SCORE: weights.heads[SCORE]}, weights.path)
     return model.eval()
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.json_objects import read_objects
 
@@ -45,7 +46,9 @@ def _conversation(value: dict[str, Any], where: str) -> Conversation:
     for name in ("instruction", "output"):
         if name not in value:
             found = ", ".join(value) or "none"
-            raise UserError(f"{where} has no {name!r} (fields: {found}): each example needs one")
+            raise UserError(
+                f"{where} has no {name!r} (fields: {found}): each example needs one, of that name"
+            )
     instruction, output, input = (
         _text(value, n, where) for n in ("instruction", "output", "input")
     )
@@ -94,11 +97,17 @@ def read_parts(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Conversations to learn from and to validate on: each from its file, or else some of `data`.
 
-    Raises UserError for what `read_conversations` cannot take, and where there are too few.
+    What of them is not learned from is said on stderr, and what is validated on as well. Raises
+    UserError for what `read_conversations` cannot take, and where there are too few.
     """
-    conversations = read_conversations(data, encoding)
+    conversations = _read_to_learn(data, encoding)
     if validation is not None:
-        return conversations, read_conversations(validation, encoding)
+        others = _read_to_learn(validation, encoding)
+        learned = set(map(_asked, conversations))
+        if again := sum(_asked(conversation) in learned for conversation in others):
+            these = f"{again:,} of {len(others):,} examples to validate on"
+            say(f"warning: {these} are learned from as well")
+        return conversations, others
     parts = split(conversations)
     if not all(parts):
         raise UserError(
@@ -106,6 +115,25 @@ def read_parts(
             "give more, or others with --validation"
         )
     return parts
+
+
+def _read_to_learn(path: str | Path, encoding: str) -> list[Conversation]:
+    """As `read_conversations`; says which fields of the examples are left out."""
+    objects = list(read_objects(path, encoding))
+    conversations = [_conversation(fields, where) for where, fields in objects]
+    unused = set[str]()
+    for _, fields in objects:
+        used = ("messages",) if "messages" in fields else ("instruction", "input", "output")
+        unused |= {name for name, value in fields.items() if value and name not in used}
+    if unused:
+        names = ", ".join(map(ascii, sorted(unused)))[:200]  # there can be any, and any number
+        say(f"note: {path}: fields that are not learned from: {names}")
+    return conversations
+
+
+def _asked(conversation: Conversation) -> Turn:
+    """What a conversation begins with, without the answer."""
+    return conversation[0]._replace(output="")
 
 
 def split(
@@ -116,8 +144,8 @@ def split(
     What begins with the same instruction, input and system message is in the same part.
     """
     alike: dict[Turn, list[int]] = {}
-    for i, (first, *_) in enumerate(conversations):
-        alike.setdefault(first._replace(output=""), []).append(i)
+    for i, conversation in enumerate(conversations):
+        alike.setdefault(_asked(conversation), []).append(i)
     groups = list(alike.values())
     wanted = min(max(1, round(PART * len(groups))), MOST, len(groups) - 1)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(groups))

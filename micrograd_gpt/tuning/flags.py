@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from micrograd_gpt.runs import checkpoint, config_file
-from micrograd_gpt.runs.folders import check_free
+from micrograd_gpt.runs.folders import check_free, check_start_stays
 from micrograd_gpt.runs.settings import (
     ABOVE_0,
     ASK,
@@ -165,7 +165,12 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
                 row.add_to(group)
         config_file.add_flag(command)
     given = vars(parser.parse_args(argv))
-    return config_file.with_flags_of_file(given, table(given["command"]))
+    flags = config_file.with_flags_of_file(given, table(given["command"]))
+    if "epochs" in given and "max_steps" in given:
+        raise UserError("--max-steps says how long to train, and so does --epochs: give one")
+    if "epochs" in given:
+        flags.pop("max_steps", None)  # of a run's settings.toml, which has both
+    return flags
 
 
 def table(command: str) -> dict[str, Setting]:
@@ -195,6 +200,8 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
             raise UserError("--data is missing: give a file to learn from; see --help")
         if not flags.get("overwrite") and not flags.get("plan"):
             check_free(out)
+        if not flags.get("plan"):
+            check_start_stays(flags.get("model", rows["model"].default), out)
         settings = {name: row.default for name, row in rows.items()}
         settings |= {"data_fingerprint": None, "base_weights": None, "planned_steps": 0, **flags}
         if "learning_rate" in flags and "min_lr" not in flags:
@@ -222,11 +229,14 @@ def for_prediction(given: dict[str, Any]) -> argparse.Namespace:
 def _resumed(out: Path, flags: dict[str, Any], command: str) -> dict[str, Any]:
     saved = checkpoint.load_settings(out)
     if saved.get("command") != command:
-        maker = saved.get("command", "train_gpt2.py")
+        maker = f"finetune_gpt2.py {saved['command']}" if "command" in saved else "train_gpt2.py"
         raise UserError(f"the run in {out} is one of {maker}, which can continue it")
     if type(saved.get("max_steps")) is not int:
         raise UserError(f"{out / checkpoint.STATE} is damaged: its settings lack max_steps")
-    settings = resumed_settings(out, flags, table(command), "model")
+    # The base of an adapter may have been moved: its weights, which are compared, count
+    moved = {"model": flags["model"]} if "model" in flags and saved.get("base_weights") else {}
+    kept = {name: value for name, value in flags.items() if name not in moved}
+    settings = resumed_settings(out, kept, table(command), "model") | moved
     settings["planned_steps"] = saved["max_steps"]
     settings["base_weights"] = saved.get("base_weights")
     if "epochs" in flags and "max_steps" not in flags:

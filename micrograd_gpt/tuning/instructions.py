@@ -100,6 +100,7 @@ class Instructions:
         loss_on: str,
         name: str,
     ) -> None:
+        end_of_text(tokenizer)  # said before a text is found that the tokenizer cannot express
         self.template, self.tokenizer, self.name = template, tokenizer, name
         self.batch_size, self.val_loss = batch_size, math.nan
         self.shown = [conversation[0] for conversation in validation[:SHOWN]]
@@ -225,7 +226,7 @@ def encode_all(
     """
     answered = [c for c in conversations if all(turn.output for turn in c)]
     if not answered:
-        raise UserError(f"no {what} example has an output: there is nothing to learn from")
+        raise UserError(f"no {what} example has an output: remove those without one, or add others")
     bar = tqdm(answered, desc="tokenizing", unit="example", delay=1, disable=None)
     encoded = [encode(conversation, template, tokenizer, loss_on) for conversation in bar]
     lengths = _lengths(encoded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,11 @@ from micrograd_gpt.support.files import reading
 from micrograd_gpt.text import tables
 from micrograd_gpt.text.documents import check_encoding, read_text
 from micrograd_gpt.text.json_objects import read_objects
+from micrograd_gpt.text.records import RECORD_SUFFIXES
 from micrograd_gpt.text.tables import Fields, table_rows
 
 UNBALANCED = 3.0  # warn where a label is so many times as frequent as another
+MOST_GRADES = 11  # more numbers with decimals than this, as 0, 0.5, …, 5, are no grades
 SPLIT_SEED = 0  # one split for all runs on the same data, whatever their --seed
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 FLAGS = "--text-field and --label-field"  # which name the columns
@@ -130,11 +133,12 @@ def _rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Ite
             records = _jsonl_records(path, wanted, encoding)
         case ".parquet":
             records = tables.parquet_columns(path, wanted, FLAGS)
-        case _ if not with_labels:
+        case suffix if not with_labels and suffix not in RECORD_SUFFIXES:
             yield from text_lines(_text(path, encoding), path)
             return
         case _:
-            raise UserError(f"{path} is not a table of texts: give {', '.join(SUFFIXES)}")
+            or_lines = "" if with_labels else ", or .txt with a text a line"
+            raise UserError(f"{path} is not a table of texts: give {', '.join(SUFFIXES)}{or_lines}")
     for place, (text, *label) in records:
         yield Row(place, text, label[0] if label else None)
 
@@ -173,9 +177,9 @@ def _tsv_records(
         )
     values = [Counter(fields[i] for _, fields in table) for i in (0, 1)]
     label = 0 if len(values[0]) <= len(values[1]) else 1
-    if len(wanted) > 1 and len(table) > 1 and values[label][first[label]] == 1:
+    if len(table) > 1 and values[label][first[label]] == 1:
         # What is there only once is a header
-        raise tables.no_column(path, wanted[1], first, FLAGS)
+        raise tables.no_column(path, wanted[-1], first, FLAGS)
     for place, fields in table:
         yield place, [fields[1 - label], fields[label]]
 
@@ -222,6 +226,8 @@ def is_number(label: Any) -> bool:
         float(label)
     except ValueError:
         return False
+    except OverflowError:  # a whole number that is too large for a float
+        pass
     return True
 
 
@@ -245,8 +251,17 @@ def label_names(examples: Sequence[Example]) -> list[str]:
             f"{file}: all {len(examples)} texts have the label {min(labels, default='')!r}: "
             "give texts of two labels or more"
         )
-    numbers = all(map(is_number, labels))
-    return sorted(labels, key=lambda label: (float(label) if numbers else 0, label))
+    if not all(map(is_number, labels)):
+        return sorted(labels)
+    names = sorted(labels, key=lambda label: (float(label), label))
+    for one, other in itertools.pairwise(names):
+        if float(one) == float(other):
+            place = next(example.place for example in examples if example.label == other)
+            raise UserError(
+                f"{place}: the label {other!r} is the number that other texts have as {one!r}: "
+                "write it one way"
+            )
+    return names
 
 
 def label_numbers(examples: Sequence[Example], labels: Sequence[str]) -> np.ndarray:
@@ -310,6 +325,24 @@ def _how_few(examples: Sequence[Example], labels: Sequence[str]) -> str:
     return f"{found}: give more texts of each, or a file of them"
 
 
+def _warn_if_no_classes(examples: Sequence[Example], labels: Sequence[str]) -> None:
+    """Say on stderr if labels look like something else, as grades with decimals or as names."""
+    texts = Counter(example.label for example in examples)
+    once = [label for label in labels if texts[label] == 1]
+    are_numbers = all(map(is_number, labels))
+    has_decimals = are_numbers and not all(float(label).is_integer() for label in labels)
+    if 2 * len(once) > len(labels):
+        say(
+            f"warning: {len(once):,} of {len(labels):,} labels, such as {once[0]!r}, have one text "
+            "each, from which none can be learned: give labels that several texts share"
+        )
+    elif has_decimals and len(labels) > MOST_GRADES:
+        say(
+            f"warning: {len(labels):,} labels such as {labels[0]!r} look like measurements: each "
+            "is learned as a class of its own, and none as more or less than another"
+        )
+
+
 def read_parts(
     data: str,
     validation: str | None,
@@ -337,4 +370,5 @@ def read_parts(
             raise UserError(f"{data} has too few texts to {name}: {_how_few(examples, labels)}")
         if again := sum(example.text in learned for example in part):
             say(f"warning: {again:,} of {len(part):,} texts to {name} are learned from as well")
+    _warn_if_no_classes(examples, labels)
     return Parts(train, cut[0], cut[1], labels)

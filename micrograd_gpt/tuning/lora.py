@@ -29,15 +29,17 @@ from micrograd_gpt.arrays.devices import Array, device_of, move, to_device
 from micrograd_gpt.nn import Draws, Dropout, Linear, Module, Parameter
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Tensor
+from micrograd_gpt.variants import ScaledQueries, scaled_queries
 from micrograd_gpt.weights.adapters import (
+    BASE,
     HEAD,
     PREFIX,
     check_made_for,
     open_adapter,
 )
 from micrograd_gpt.weights.checksum import weights_checksum
-from micrograd_gpt.weights.formats import is_adapter
-from micrograd_gpt.weights.names import size_named
+from micrograd_gpt.weights.formats import holds_model, is_adapter
+from micrograd_gpt.weights.names import lies_in, size_named
 from micrograd_gpt.weights.releases import RELEASES
 
 M = TypeVar("M", bound=Module)
@@ -66,10 +68,13 @@ class LoRALinear(Module):
         self.lora_B = Parameter(np.zeros((n_out, rank), dtype).T)
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         self.dropout = Dropout(dropout, draws)
+        # Of a variant that scales its queries: the addition to them is scaled with them
+        self.query_scale = base.scale if isinstance(base, ScaledQueries) else 1.0
 
     def __call__(self, x: Tensor) -> Tensor:
         low = layers.linear(self.dropout(x), self.lora_A) * self.scale  # (…, r)
-        return layers.linear(x, self.weight, self.bias) + layers.linear(low, self.lora_B)
+        y = layers.linear(x, self.weight, self.bias) + layers.linear(low, self.lora_B)
+        return y if self.query_scale == 1 else scaled_queries(y, self.query_scale)
 
 
 def add_lora(
@@ -86,19 +91,22 @@ def add_lora(
     A name is one of LAYERS, or the last part of one: `c_proj` is both of that name. `alpha` is
     twice the rank if left out. A classifier's head is trained in full. From now on the model is
     saved as an adapter, which names `base`, what the model is called, if given. Raises UserError
-    for a layer that there is not, or that is a LoRALinear already, for a rank that no addition to a
-    layer's weight can have, and for an `alpha` by which it would be nothing.
+    for a layer that there is not, for a rank that no addition to a layer's weight can have, for an
+    `alpha` by which it would be nothing, and for a model that has additions already.
     """
     check_layer_names(layer_names)
+    check_has_none(model)
     if not isinstance(rank, Integral) or rank < 1:
         raise UserError(f"the rank of LoRA must be a whole number of at least 1, not {rank!r}")
     alpha = 2 * rank if alpha is None else alpha
     if not isinstance(alpha, Real) or not 0 < abs(alpha) < math.inf:
         raise UserError(f"the alpha of LoRA must be a finite number, and not 0; it is {alpha!r}")
+    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
+        raise UserError(f"the dropout of LoRA must be a probability in [0, 1), not {dropout!r}")
     linear = named_layers(model, Linear)
     names = [name for name in linear if any(name.endswith(f".{wanted}") for wanted in layer_names)]
     if not names:
-        raise UserError("this model has no such layers, or LoRA has them already: load it anew")
+        raise UserError("this model has no such layers")
     full = min(min(linear[name].weight.shape) for name in names)
     if rank > full:
         raise UserError(
@@ -108,6 +116,12 @@ def add_lora(
         replace_by_lora(model, name, rank, alpha, (seed, i), dropout)
     model.adapter = AdapterFiles(base)
     freeze(model)
+
+
+def check_has_none(model: Any) -> None:
+    """UserError for a model with additions: there is no room for others."""
+    if getattr(model, "adapter", None) is not None:
+        raise UserError("the model has LoRA's additions already: load it anew to give it others")
 
 
 def check_layer_names(layer_names: Sequence[str]) -> None:
@@ -184,7 +198,7 @@ def replace_by_lora(
     parent = named_layers(model, Module)[path]
     base, draws = getattr(parent, last), model.transformer.drop.draws
     layer = LoRALinear(base, rank, alpha, draws, seed, dropout)
-    move(layer, device_of(base.weight.data))
+    move(layer.train(base.training), device_of(base.weight.data))
     setattr(parent, last, layer)
     return layer
 
@@ -220,6 +234,17 @@ class AdapterFiles:
 
     base: str | None
 
+    def check_place(self, folder: Path) -> None:
+        """UserError if the base is in this folder, whose files the adapter's would replace, or
+        could be for all that is known."""
+        if self.base is None and holds_model(folder) and not is_adapter(folder):
+            raise UserError(
+                f"{folder} holds a model, perhaps the adapter's base: give another folder, or say "
+                "which model is, with add_lora(…, base=NAME)"
+            )
+        if self.base is not None and lies_in(self.base, folder):
+            raise UserError(f"{folder} holds the adapter's own base: give another folder")
+
     def arrays(self, model: Any) -> dict[str, Array]:
         """What adapter_model.safetensors holds, by name: views of the parameters that are trained.
 
@@ -237,10 +262,12 @@ class AdapterFiles:
         lora = lora_layers(model)
         first = next(iter(lora.values()))
         is_classifier = HEAD in dict(model.named_parameters())
+        name, revision = (None, None) if self.base is None else base_name(self.base)
         return {
             "peft_type": "LORA",
             "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
-            "base_model_name_or_path": None if self.base is None else base_name(self.base),
+            BASE: name,
+            "revision": revision,
             "r": first.rank,
             "lora_alpha": first.alpha,
             "lora_dropout": first.dropout.p,
@@ -253,11 +280,15 @@ class AdapterFiles:
         }
 
 
-def base_name(model: str) -> str:
-    """What adapter_config.json calls a model: as PEFT can find it, from whichever folder."""
+def base_name(model: str) -> tuple[str, str | None]:
+    """What adapter_config.json calls a model: as PEFT can find it, from whichever folder, and the
+    revision of one on the Hub."""
     if size := size_named(model):
-        return RELEASES[size].repository
-    return str(Path(model).resolve()) if Path(model).exists() else model
+        return RELEASES[size].repository, None
+    if Path(model).exists():
+        return str(Path(model).resolve()), None
+    name, _, revision = model.partition("@")
+    return name, revision or None
 
 
 def _target_modules(model: Any, lora: Mapping[str, LoRALinear]) -> list[str]:
@@ -270,10 +301,12 @@ def _target_modules(model: Any, lora: Mapping[str, LoRALinear]) -> list[str]:
 def load_adapter(model: Any, folder: str | Path) -> None:
     """Put the additions of an adapter, ours or PEFT's, into its base model, and freeze the rest.
 
-    Raises UserError, naming the file, where it can't be read or was made for another model.
+    Raises UserError, naming the file, where it can't be read or was made for another model, and for
+    a model that has additions already.
     """
+    check_has_none(model)
     adapter = open_adapter(folder)
-    model.adapter = AdapterFiles(adapter.config.get("base_model_name_or_path"))
+    model.adapter = AdapterFiles(adapter.base if adapter.config.get(BASE) else None)
     parameters = dict(model.named_parameters())
     check_made_for(adapter, {name: p.shape for name, p in parameters.items()}, "this one")
     if len(ranks := {a.a.shape[1] for a in adapter.additions.values()}) > 1:

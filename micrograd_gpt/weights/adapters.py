@@ -40,6 +40,7 @@ from micrograd_gpt.weights.reading import StoredTensor
 from micrograd_gpt.weights.tensor_files import TensorFile
 
 PREFIX = "base_model.model."  # before every name in PEFT's files
+BASE = "base_model_name_or_path"  # what adapter_config.json calls the name of the base
 HEAD = "score.weight"  # a classifier's head, which is trained in full and kept beside the additions
 
 # Settings of PEFT by which an adapter is another than the plain one, and what each must be.
@@ -86,13 +87,15 @@ class Adapter:
     @property
     def base(self) -> str:
         """The name of the model that it was made for, as `--model` takes it."""
-        name = self.config.get("base_model_name_or_path")
+        name = self.config.get(BASE)
         if not isinstance(name, str) or not name:
             raise UserError(
-                f"{self.folder / ADAPTER_CONFIG} does not name its model"
-                " (base_model_name_or_path): fold it in with load_gpt2.py --from MODEL --merge"
+                f"{self.folder / ADAPTER_CONFIG} does not name its model ({BASE}): write it there, "
+                "or fold the adapter in with load_gpt2.py --from MODEL --merge"
             )
-        return name
+        revision = self.config.get("revision")  # of a model on the Hub
+        is_told = isinstance(revision, str) and revision not in ("", "main")
+        return f"{name}@{revision}" if is_told and not Path(name).exists() else name
 
 
 def open_with_base(folder: Path) -> Weights:
@@ -103,16 +106,24 @@ def open_with_base(folder: Path) -> Weights:
     """
     adapter = open_adapter(folder)
     if is_adapter(adapter.base):
-        raise UserError(f"the base of {folder} is an adapter itself: merge that with load_gpt2.py")
+        raise UserError(
+            f"the base of {folder} is an adapter itself: merge that with load_gpt2.py --from "
+            f"{adapter.base} --out FOLDER, and name FOLDER as {BASE} in {folder / ADAPTER_CONFIG}"
+        )
     try:
         base = open_model(adapter.base)
     except UserError as error:
-        raise UserError(f"{folder / ADAPTER_CONFIG} names its base, but {error}") from error
+        is_gone = Path(adapter.base).is_absolute() and not Path(adapter.base).exists()
+        moved = f"; if it was moved, correct {BASE} there" if is_gone else ""
+        raise UserError(f"{folder / ADAPTER_CONFIG} names its base, but {error}{moved}") from error
     if not trained_on(adapter, base):
+        all_the_same = (
+            f", or fold {folder} in all the same, with load_gpt2.py --from {adapter.base} "
+            f"--merge {folder}"
+        )
         raise UserError(
             f"{adapter.base} has other weights now than when {folder} was trained on it: give it "
-            f"back those, or fold {folder} in all the same, with load_gpt2.py --from "
-            f"{adapter.base} --merge {folder}"
+            f"back those{all_the_same if adapter.head is None else ', or train it again'}"
         )
     weights = merged(base, adapter)
     has_tokenizer = (folder / TOKENIZER).exists()
@@ -130,6 +141,11 @@ def open_adapter(folder: str | Path) -> Adapter:
     if config is None:
         raise UserError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
     scale = _scale_times_rank(config, folder / ADAPTER_CONFIG)
+    if not (folder / ADAPTER_MODEL).exists():
+        raise UserError(
+            f"{folder} has no {ADAPTER_MODEL}, which is all that is read here: have PEFT load the "
+            "adapter, and save it with safe_serialization=True"
+        )
     file = TensorFile(folder / ADAPTER_MODEL)
     arrays: dict[str, dict[str, np.ndarray]] = {}
     head = None
@@ -237,7 +253,7 @@ def with_adapter(weights: Weights, adapter: Adapter) -> Weights:
 
     Where it is known that it was trained on other weights, stderr says so: no shape can tell.
     """
-    base = adapter.config.get("base_model_name_or_path")
+    base = adapter.config.get(BASE)
     if isinstance(base, str) and Path(base).is_dir() and not weights.folder.samefile(base):
         say(f"note: {adapter.folder} was trained on {base}, not on {weights.folder}")
     elif not trained_on(adapter, weights):
@@ -253,7 +269,7 @@ def trained_on(adapter: Adapter, base: Weights) -> bool:
     settings = (read_json(adapter.folder / STATE) or {}).get("settings")
     settings = settings if isinstance(settings, dict) else {}
     noted = settings.get("base_weights")
-    if noted is None or not Path(adapter.config.get("base_model_name_or_path") or "").exists():
+    if noted is None or not Path(adapter.config.get(BASE) or "").exists():
         return True
     dtype = "float64" if settings.get("dtype") == "float64" else "float32"
     return stored_checksum(base, dtype) in (noted, None)

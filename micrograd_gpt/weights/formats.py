@@ -39,6 +39,7 @@ OTHER_HEADS = ("score.", "classifier.", "qa_outputs.", "multiple_choice_head.", 
 MODEL, INDEX, HPARAMS = "model.safetensors", "model.safetensors.index.json", "hparams.json"
 TORCH_MODEL, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHT_FILES = (MODEL, INDEX, TORCH_MODEL, TORCH_INDEX)  # the first in a folder counts
+SHARD = r"(pytorch_)?model-\d+-of-\d+\.(bin|safetensors)"  # a file of a sharded set
 NANOGPT = "ckpt.pt"
 ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
 STATE = "trainer_state.json"  # of the training run that wrote a model (runs/checkpoint.py)
@@ -80,10 +81,9 @@ def holds_model(path: str | Path) -> bool:
 
 def weight_files(folder: Path) -> list[str]:
     """The names of the files in this folder that hold the weights of one model, Transformers'."""
-    shard = r"(pytorch_)?model-\d+-of-\d+\.(bin|safetensors)"
     with reading(folder):
         names = [file.name for file in folder.iterdir()]
-    return [name for name in names if name in WEIGHT_FILES or re.fullmatch(shard, name)]
+    return [name for name in names if name in WEIGHT_FILES or re.fullmatch(SHARD, name)]
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -116,6 +116,8 @@ def _open(path: Path) -> Weights:
             return _open_file(path / NANOGPT)
         if (hparams := read_json(path / HPARAMS)) is not None:
             return _open_openai(path, hparams)
+        if weight_files(path):
+            raise UserError(f"{path} holds parts of a model without the {INDEX} that lists them")
         raise UserError(
             f"{path} does not hold a model: it needs {MODEL} (or {TORCH_MODEL}) and {CONFIG},"
             f" nanoGPT's {NANOGPT}, or OpenAI's {HPARAMS} and model.ckpt.*"
@@ -128,6 +130,8 @@ def _open(path: Path) -> Weights:
 
 
 def _open_file(path: Path) -> Weights:
+    if re.fullmatch(SHARD, path.name):
+        raise UserError(f"{path} is a part of a model: give the folder, with its *.index.json")
     if path.suffix in TORCH_SUFFIXES:
         saved = read_torch(path)
         if is_nanogpt(saved):

@@ -31,7 +31,9 @@ def fill(
     ) as progress:
         for name, array in arrays.items():
             if not tensors[name].read_into(array):
-                say(f"warning: {path}: {name} holds NaN or infinity")
+                is_narrower = array.dtype.itemsize < tensors[name].dtype.itemsize
+                or_more = f", or numbers too large for {array.dtype}" if is_narrower else ""
+                say(f"warning: {path}: {name} holds NaN or infinity{or_more}")
             progress.update(array.nbytes)
 
 

@@ -106,6 +106,14 @@ def tokenizer_folder(name: str) -> Path | None:
     return path if path.is_dir() else path.parent
 
 
+def lies_in(model: str, folder: Path) -> bool:
+    """Whether a model of this name is the one in a folder."""
+    if size_named(model) or not os.path.exists(model):
+        return False
+    path = Path(model).resolve()
+    return folder.resolve() in (path, path.parent if path.is_file() else path)
+
+
 def own_name(model: str) -> str:
     """What to call the folder of a model that has no published size."""
     path = Path(model)

@@ -67,7 +67,7 @@ def build(
     own = {name: head for name, head in weights.heads.items() if name in arrays}  # a subclass's
     if others := [name for name in weights.heads if name not in own]:
         names = ", ".join(map(ascii, others))[:200]  # there can be any, and any number
-        say(f"note: {weights.path}: {names} left out: a language model has no such head")
+        say(f"note: {weights.path}: {names} left out: only the language model below is loaded")
     fill(arrays, {**weights.tensors, **own}, weights.path)
     return model.eval()
 

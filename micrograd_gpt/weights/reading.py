@@ -23,6 +23,8 @@ from micrograd_gpt.support.errors import UserError
 
 CHUNK = 1 << 20  # bytes read and converted at a time: few enough to stay in the processor's cache
 
+POINTER = b"version https://git-lfs.github.com/spec/"  # begins what git clone leaves without LFS
+
 FLOATS = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -132,6 +134,13 @@ def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
         return True
     pairs = zip(a.chunks(), b.chunks(), strict=True)
     return all(np.array_equal(x.view("u1"), y.view("u1")) for (_, x), (_, y) in pairs)
+
+
+def ways_out(path: Path, otherwise: str) -> str:
+    """What to do about a file that is not what it is called."""
+    with open_unbuffered(path) as file:
+        is_pointer = file.read(len(POINTER)) == POINTER
+    return "it only names the file in Git LFS: run git lfs pull" if is_pointer else otherwise
 
 
 def is_float(dtype: np.dtype) -> bool:

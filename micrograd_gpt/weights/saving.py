@@ -31,11 +31,13 @@ def save_pretrained(
     the adapter is written, and `peft.PeftModel.from_pretrained(base, folder)` loads it. `dtype`
     ("float16", "bfloat16") stores the weights in that type, rounded to nearest; `metadata` is added
     to the safetensors file's own. Raises UserError if the files can't be written, and leaves what
-    was there before, for a whole model in int8, and for an empty name, which would be the current
-    folder.
+    was there before, for a whole model in int8, for the folder of an adapter's own base, and for an
+    empty name, which would be the current folder.
     """
     if not str(folder):
         raise UserError("the name of the folder is empty: give one to save the model in")
+    if (adapter := getattr(model, "adapter", None)) is not None:
+        adapter.check_place(Path(folder))
     with written_as_set(folder) as new:
         write_model(model, new, tokenizer, dtype, metadata)
 

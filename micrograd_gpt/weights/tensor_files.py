@@ -23,7 +23,14 @@ import numpy as np
 from micrograd_gpt.arrays.devices import Array, to_device
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import written_whole
-from micrograd_gpt.weights.reading import CHUNK, FLOATS, StoredTensor, is_float, open_unbuffered
+from micrograd_gpt.weights.reading import (
+    CHUNK,
+    FLOATS,
+    StoredTensor,
+    is_float,
+    open_unbuffered,
+    ways_out,
+)
 from micrograd_gpt.weights.torch_file import read_state_dict
 
 # The format's dtypes in its own order: a file begins with the tensors of the last dtype here.
@@ -152,7 +159,7 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             size = os.fstat(file.fileno()).st_size
             raise UserError(
                 f"{path} has {size:,} bytes that are not a whole safetensors file"
-                f" ({_one_line(error)}): fetch it again"
+                f" ({_one_line(error)}): {ways_out(path, 'fetch it again')}"
             ) from error
         length = int.from_bytes(file.read(8), "little")
         text = file.read(length)

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.weights.reading import StoredTensor, open_unbuffered
+from micrograd_gpt.weights.reading import StoredTensor, open_unbuffered, ways_out
 from micrograd_gpt.weights.torch_pickle import Machine, Storage, TorchTensor
 
 # GPT-2 XL's, with its optimizer, takes a tenth of this. No instruction makes more than about a
@@ -60,7 +60,7 @@ def read_torch(path: str | Path) -> Any:
             raise
         what = error if isinstance(error, ValueError) else "its pickle takes what is not there"
         raise UserError(f"{path} is damaged: {what}; fetch it again") from error
-    raise UserError(f"{path} is not a file that torch.save wrote")
+    raise UserError(f"{path} is not a file that torch.save wrote: {ways_out(path, 'give one')}")
 
 
 def read_state_dict(path: str | Path) -> dict[str, StoredTensor]:

@@ -304,6 +304,40 @@ def test_infinity_and_nan_in_a_query_stay_in_its_row(bad: float) -> None:
     assert np.isfinite(out.astype("float32")[~strange]).all()
 
 
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("which", [1, 2], ids=["key", "value"])
+def test_infinity_and_nan_in_a_key_or_value_reach_all_that_see_it(which: int, bad: float) -> None:
+    """As in the definition. Earlier queries have a weight of 0 for it, and 0 × NaN is NaN: they may
+    become NaN too, as they do there, or not."""
+    *qkv, grad = attention_inputs(1, 70, 70, 2, 20)
+    qkv[which][0, 1, 40, 3] = bad
+    wide = [a.astype("float32") for a in qkv]
+    with np.errstate(invalid="ignore", over="ignore"):
+        exact = F.attention_forward.definition(*wide, 0.0, ())
+        saved = *wide, *exact, 0.0, ()
+        exact_dqkv = F.attention_backward.definition(grad.astype("float32"), *saved)
+        out, log_total = F.attention_forward(*qkv, 0.0, ())
+        dqkv = F.attention_backward(grad, *qkv, out, log_total, 0.0, ())
+    seeing, seen = slice(40, None), slice(None, 41)  # queries; keys that all of those see
+    np.testing.assert_array_equal(np.isfinite(log_total), np.isfinite(exact[1]))
+    assert strange_as_defined(out.swapaxes(1, 2), exact[0].swapaxes(1, 2), seeing)
+    assert strange_as_defined(dqkv[:, :, 0], exact_dqkv[:, :, 0], seeing)
+    assert strange_as_defined(dqkv[:, :, 1], exact_dqkv[:, :, 1], seen)
+    assert strange_as_defined(dqkv[:, :, 2], exact_dqkv[:, :, 2], seen) == (which == 1)
+
+
+def strange_as_defined(ours: np.ndarray, defined: np.ndarray, tokens: slice) -> bool:
+    """Whether numbers of (B, T, H, D) are infinite or NaN: at these tokens just where they are as
+    defined, at others nowhere else. All others are as defined, within two roundings."""
+    ours = ours.astype("float32")
+    strange, expected = ~np.isfinite(ours), ~np.isfinite(defined)
+    np.testing.assert_array_equal(strange[:, tokens], expected[:, tokens])
+    assert not (strange & ~expected).any()
+    error = np.abs(ours[~expected] - defined[~expected]).max()
+    assert error < 2 * ONE_BIT * np.abs(defined[~expected]).max()
+    return bool(strange.any())
+
+
 def test_the_report_names_what_multiplies(way: int) -> None:
     if way == 0:
         pytest.skip("then it names nothing")

@@ -1,8 +1,9 @@
-"""Products of a few rows with weights of 16 or 8 bits in C; and how float16 is rounded."""
+"""Products with weights of 16 or 8 bits in C, of a few rows and of many; how float16 is rounded."""
 
 from __future__ import annotations
 
 import ctypes
+import tracemalloc
 from collections.abc import Iterator
 from itertools import product
 
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 SIZES = [
     *((1, 1, 1), (1, 64, 16), (2, 33, 17), (3, 95, 131), (4, 1601, 66), (5, 768, 48)),
     *((16, 65, 3), (16, 130, 700), (9, 64, 32)),
+    *((17, 1, 1), (17, 33, 65), (18, 64, 64), (40, 837, 131)),
 ]
 
 
@@ -74,7 +76,7 @@ def test_exact_sums_are_the_definitions_to_the_last_bit(n: int, k: int, m: int) 
             assert ours.dtype == expected.dtype and ours.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 2**16), (16, 48)])
+@pytest.mark.parametrize(("n", "m"), [(1, 2**16), (16, 48), (17, 2**16)])
 def test_weights_of_float16_are_read_right(n: int, m: int) -> None:
     """Every number of it, subnormal ones too, and those that follow the last whole register."""
     halves = np.arange(2**16, dtype=np.uint16).view("float16")
@@ -108,19 +110,26 @@ def test_float16_is_rounded_and_widened_as_numpy_does() -> None:
                 assert (np.signbit(ours) == np.signbit(x)).all()
 
 
+@pytest.mark.parametrize("n", [3, 9, 20])
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
-def test_infinity_and_nan_go_where_they_belong(bad: float) -> None:
+def test_infinity_and_nan_go_where_they_belong(bad: float, n: int) -> None:
     for place in (0, 63, 64, 69):
-        x, weight = integers(3, 70), int8_of_integers(70, 35)
+        x, weight = integers(n, 70), int8_of_integers(70, 35)
         x[1, place] = bad
         with np.errstate(invalid="ignore"):
             expected = x @ weight.astype("float32")
         np.testing.assert_array_equal(in_c.product(x, weight), expected)
-        narrow = np.asfortranarray(weight.astype("bfloat16"))
-        ours = compiled.linear_forward(x.astype("bfloat16"), narrow, None)
-        np.testing.assert_array_equal(np.isfinite(ours.astype("float32")), np.isfinite(expected))
+        for half_type in HALF:
+            narrow = np.asfortranarray(weight.astype(half_type))
+            ours = compiled.linear_forward(x.astype(half_type), narrow, None)
+            finite = np.isfinite(ours.astype("float32"))
+            np.testing.assert_array_equal(finite, np.isfinite(expected))
+            narrow[place, 34] = bad
+            ours = compiled.linear_forward(integers(n, 70).astype(half_type), narrow, None)
+            finite = np.isfinite(ours.astype("float32"))
+            assert finite[:, :34].all() and not finite[:, 34].any()
     weight.scales[1, 7] = np.nan
-    ours = in_c.product(integers(3, 70), weight)
+    ours = in_c.product(integers(n, 70), weight)
     assert np.isnan(ours[:, 7]).all() and np.isfinite(np.delete(ours, 7, axis=1)).all()
 
 
@@ -150,6 +159,29 @@ def test_a_row_depends_in_its_last_bits_alone_on_how_many_are_beside_it(k: int) 
             ours, one = (F.linear_forward(half_x[:i], half_w, None)[0] for i in (n, 1))
             step = np.abs(np.spacing(one)).astype("float32")
             assert (np.abs(ours.astype("float32") - one.astype("float32")) <= sizes + step).all()
+
+
+def test_many_rows_make_no_wide_copy_of_the_weights() -> None:
+    x, wide = integers(17, 512), integers(512, 600)
+    halves, eighths = np.asfortranarray(wide.astype("float16")), int8.quantised(wide, 0)
+    half_x = x.astype("float16")
+    for multiply in (lambda: F.linear_forward(half_x, halves, None), lambda: x @ eighths):
+        tracemalloc.start()
+        try:
+            multiply()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < wide.nbytes / 4
+
+
+@pytest.mark.parametrize(("k", "m"), [(1, 16), (70, 35), (768, 48), (1601, 66)])
+def test_a_row_of_float32_is_the_same_to_the_last_bit_beside_any_others(k: int, m: int) -> None:
+    random = np.random.default_rng(k)
+    x, w = (random.standard_normal(s).astype("float32") for s in ((16, k), (m, k)))
+    alone = compiled.linear_forward(x[:1], w.T, None)
+    for n in range(2, 17):
+        assert compiled.linear_forward(x[:n], w.T, None)[:1].tobytes() == alone.tobytes()
 
 
 def test_what_it_does_not_compute_is_refused() -> None:
@@ -185,8 +217,9 @@ LESS = """if True:
     x, w = (np.random.default_rng(0).integers(-9, 10, s).astype("float32")
             for s in ((5, 195), (195, 35)))
     for half in ("bfloat16", "float16"):
-        y = kernels.linear_forward(x.astype(half), np.asfortranarray(w).astype(half), None)
-        assert y.tobytes() == (x @ w).astype(half).tobytes()
+        for some in (x, np.repeat(x, 9, 0)):
+            y = kernels.linear_forward(some.astype(half), np.asfortranarray(w).astype(half), None)
+            assert y.tobytes() == (some @ w).astype(half).tobytes()
     ones = np.ones((4, 35), "float32", order="F")
     weight = int8.int8_matrix(np.asfortranarray(w.astype("int8")), ones)
     assert (in_c.product(x, weight) == x @ w).all()

@@ -10,7 +10,9 @@ from kernel_cases import parameters
 
 from micrograd_gpt import functional as F
 from micrograd_gpt import optim
+from micrograd_gpt.arrays.stand_ins import NotForMe, at_most
 from micrograd_gpt.kernels.in_c import compiler
+from micrograd_gpt.kernels.in_c import kernels as compiled
 
 pytestmark = pytest.mark.skipif(
     compiler.library() is None, reason=f"no compiled kernels: {compiler.report()}"
@@ -126,6 +128,19 @@ def test_the_norm_of_any_finite_gradients_is_right(size: float) -> None:
     )
     for grad, old in zip(grads, before, strict=True):
         np.testing.assert_array_equal(grad, old)
+
+
+def test_gradients_that_share_memory_are_scaled_one_after_another() -> None:
+    """What two of them have in common is scaled twice, as the definition does it."""
+    whole = numbers(300, 1000)
+    for views in (lambda x: (x[:200], x[100:]), lambda x: (x, x[150:160]), lambda x: (x, x)):
+        ours, expected = whole.copy(), whole.copy()
+        with at_most("definitions"):
+            norm = optim.clip_grad_norm(parameters(views(expected)), 1.0)
+        assert optim.clip_grad_norm(parameters(views(ours)), 1.0) == pytest.approx(norm, rel=1e-12)
+        np.testing.assert_allclose(ours, expected, rtol=1e-6)
+        with pytest.raises(NotForMe):  # its threads would scale them at once
+            compiled.clip_grad_norm(parameters(views(ours)), 1.0)
 
 
 # -------------------------------------------------------------- infinities, and what is no number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,24 @@ def test_we_load_what_peft_saves(
     merged = GPT2.from_pretrained(tmp_path)  # the adapter's folder is a model
     assert not lora_layers(merged)
     assert relative_error(our_logits(merged, ids), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "variant", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}]
+)
+def test_additions_to_scaled_queries_are_scaled(
+    base: Path, tmp_path: Path, variant: dict[str, Any]
+) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | variant
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    theirs = their_lora(tmp_path / "base", ["c_attn"])
+    theirs.save_pretrained(tmp_path / "adapter")
+    load_adapter(ours := GPT2.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    ids = random_ids(3, 20)
+    expected = their_logits(theirs, ids)
+    for model in (ours, GPT2.from_pretrained(tmp_path / "adapter")):
+        assert relative_error(our_logits(model, ids), expected) < 1e-5
 
 
 @pytest.mark.parametrize("layers", SHORT)

@@ -116,7 +116,7 @@ def planned(
 def test_the_table_says_from_which_number_on_devices_wait_too_long(
     train_gpt2: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tables = {n: planned(train_gpt2, capsys, n) for n in (1, 2, 3, 4, 6, 12)}
+    tables = {n: planned(train_gpt2, capsys, n) for n in (2, 3, 4, 6, 12)}
     for way in range(4):
         efficient = [n for n, table in tables.items() if int(table[way][2]) >= 80]
         limit = {tables[n][way][3] for n in tables}
@@ -125,6 +125,18 @@ def test_the_table_says_from_which_number_on_devices_wait_too_long(
         assert efficient == [n for n in tables if n < first]
     rounded = planned(train_gpt2, capsys, 4, "--reduce-dtype", "bfloat16")
     assert all(float(r[1]) < float(t[1]) for r, t in zip(rounded, tables[4], strict=True))
+
+
+def test_one_device_is_told_what_more_would_take_and_nothing_twice(
+    train_gpt2: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = [row[3] for row in planned(train_gpt2, capsys, 2)]
+    assert train_gpt2.main([*FLAGS, "--interconnect", "0.2", "--devices", "1"]) == 0
+    *_, title, header, first, second, third, last = capsys.readouterr().out.splitlines()
+    assert title == "One device sends nothing. Of several that send, and receive, 0.2 GB/s each:"
+    assert re.split("  +", header) == ["moments", "gradients travel", "under 80%"]
+    table = [re.split("  +", row) for row in (first, second, third, last)]
+    assert [row[2] for row in table] == expected and len({tuple(row) for row in table}) == 4
 
 
 def test_a_network_that_is_fast_enough_for_any_number(

@@ -79,6 +79,53 @@ def test_one_rank_takes_the_steps_of_adamw(order: str) -> None:
         np.testing.assert_array_equal(a.get(), b)
 
 
+def test_a_parameter_without_a_gradient_is_left_alone_and_its_first_step_comes_later() -> None:
+    """As AdamW has it, also after a checkpoint said how many steps it missed."""
+    ours, theirs = parameters(), parameters()
+    sharded, adamw = ShardedAdamW(Ranks(), ours), optim.AdamW(theirs)
+    sharded.missed[0] = adamw.missed[0] = 1
+    sharded.steps = adamw.steps = 1
+    for step in range(3):
+        norms = []
+        optimizer: Optimizer
+        for optimizer in (sharded, adamw):
+            give_gradients(optimizer.parameters, step)
+            if step < 2:
+                optimizer.parameters[3].grad = None
+            norms.append(clip_grad_norm(optimizer, 1.0))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert norms[0] == norms[1]
+    assert sharded.missed == adamw.missed == [1, 0, 0, 2]
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a.data, b.data)
+
+
+@pytest.mark.parametrize("data", [np.zeros((4, 4))[:, ::2], np.zeros((2, 3, 4)).swapaxes(0, 1)])
+def test_a_parameter_that_is_not_in_one_piece_is_refused(data: np.ndarray) -> None:
+    """Its numbers would be updated in a copy."""
+    with pytest.raises(ValueError, match=r"of shape \(.* has gaps in memory, or lies there"):
+        ShardedAdamW(Ranks(), [Tensor(data, requires_grad=True)])
+    tensor = Tensor(np.zeros((4, 2)), requires_grad=True)
+    sharded = ShardedAdamW(Ranks(), [tensor])
+    tensor.data, tensor.grad = data, np.ones_like(data)
+    with pytest.raises(ValueError, match="has gaps in memory"):
+        sharded.step()
+
+
+def test_what_adamw_refuses_is_refused() -> None:
+    one, other = (Tensor(np.zeros((4, 2)), requires_grad=True) for _ in range(2))
+    with pytest.raises(ValueError, match="a parameter is there twice"):
+        ShardedAdamW(Ranks(), [one, one])
+    with pytest.raises(ValueError, match="is the result of"):
+        ShardedAdamW(Ranks(), [one * 2])
+    sharded = ShardedAdamW(Ranks(), [one, other])
+    one.grad, other.grad = np.ones((4, 2)), np.ones((2, 4))
+    with pytest.raises(ValueError, match=r"parameter 1 has the shape \(4, 2\), its grad"):
+        sharded.step()
+    assert sharded.steps == 0 and not one.data.any()
+
+
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_a_rank_updates_its_part_alone(order: str) -> None:
     ours, theirs, before = parameters(order), parameters(order), parameters(order)

@@ -283,7 +283,7 @@ def test_a_run_of_another_kind_is_not_resumed(
     for maker in ("instruct", None):
         state["settings"]["command"] = maker
         (out / "trainer_state.json").write_text(json.dumps(state))
-        with pytest.raises(UserError, match=f"is one of {maker}, which can continue it"):
+        with pytest.raises(UserError, match=rf"is one of finetune_gpt2\.py {maker}, which"):
             classify(out, resume=True)
     del state["settings"]["command"]
     (out / "trainer_state.json").write_text(json.dumps(state))
@@ -330,6 +330,8 @@ def test_the_settings_of_a_run_can_be_given_again(classify: Main, tmp_path: Path
     rows = metrics(first), metrics(again)
     assert [r["train_loss"] for r in rows[0]] == [r["train_loss"] for r in rows[1]]
     assert "beta2 = 0.9" in (again / "settings.toml").read_text()
+    classify(again, "--config", first / "settings.toml", "--overwrite", "--epochs", 1)
+    assert metrics(again)[-1]["step"] == 8  # the flag wins over the file, which has steps too
     with pytest.raises(
         UserError, match=r"third\.toml: there is no flag 'beta_2': did you mean beta2"
     ):
@@ -337,11 +339,15 @@ def test_the_settings_of_a_run_can_be_given_again(classify: Main, tmp_path: Path
         classify(third, "--config", tmp_path / "third.toml")
 
 
-def test_a_run_that_is_overwritten_leaves_no_settings(classify: Main, tmp_path: Path) -> None:
+def test_a_run_that_is_overwritten_leaves_no_settings_and_scores(
+    classify: Main, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     classify(out, "--max-steps", 1)
+    assert (out / "settings.toml").exists() and (out / "scores.json").exists()
     checkpoint.remove_run(out)
-    assert not (out / "settings.toml").exists()
+    left = {file.name for file in out.iterdir()}
+    assert not {"settings.toml", "scores.json", "confusion-test.png"} & left
 
 
 # ------------------------------------------------------------------------------- types, and errors
@@ -382,6 +388,10 @@ def test_help_is_quick_and_complete() -> None:
         (["classify"], "--data is missing"),
         (["classify", "--data", "none.tsv"], "none.tsv does not exist"),
         (["classify", "--data", "x", "--epochs", "0"], "--epochs must be above 0, not 0"),
+        (
+            ["classify", "--data", "x", "--epochs", "2", "--max-steps", "9"],
+            "--max-steps says how long to train, and so does --epochs: give one",
+        ),
         (["classify", "--data", "x", "--train-layers", "few"], "invalid choice: 'few'"),
         (["classify", "--model", "{base}", "--predict", "none"], "none does not exist"),
         (["classify", "--predict", "{data}"], "--model is missing"),

@@ -19,6 +19,7 @@ from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizers import ByteTokenizer
 from micrograd_gpt.tuning.classifier import load_classifier
+from micrograd_gpt.variants import VariantConfig, VariantGPT2
 
 Main = Callable[..., int]
 ADAPTER = "adapter_model.safetensors"
@@ -116,6 +117,20 @@ def test_a_run_is_not_resumed_on_another_base(classify: Main, base: Path, tmp_pa
     assert classify(out, "--max-steps", 2, "--allow-changes", resume=True) == 0
 
 
+def test_a_run_is_resumed_on_a_base_that_was_moved(
+    classify: Main, base: Path, tmp_path: Path
+) -> None:
+    before, after, out = tmp_path / "before", tmp_path / "after", tmp_path / "out"
+    shutil.copytree(base, before)
+    assert classify(out, "--max-steps", 1, model=before) == 0
+    before.rename(after)
+    assert classify(out, "--max-steps", 2, "--model", after, resume=True) == 0
+    assert load_classifier(out).labels == ["ant", "bee", "cat"]
+    GPT2(GPT2Config(BLOCKS, 2, WIDTH, 257, 32), seed=6).save_pretrained(before, ByteTokenizer())
+    with pytest.raises(UserError, match="before has other weights now than when the run in"):
+        classify(out, "--max-steps", 3, "--model", before, resume=True)
+
+
 def test_an_adapter_is_not_used_on_another_base(
     finetune_gpt2: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,3 +220,41 @@ def test_an_adapter_cannot_be_the_base_of_another(classify: Main, tmp_path: Path
     assert classify(tmp_path / "first", "--max-steps", 1) == 0
     with pytest.raises(UserError, match=r"first is an adapter, .* merge it first"):
         classify(tmp_path / "second", model=tmp_path / "first")
+
+
+@pytest.mark.parametrize("inside", ["", "best", "model.safetensors"])
+def test_a_run_does_not_remove_the_model_that_it_starts_from(
+    classify: Main,
+    finetune_gpt2: ModuleType,
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    inside: str,
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(base, out)
+    shutil.copytree(base, out / "best")
+    whole = ["classify", "--model", str(out / inside), "--data", str(data), "--out", str(out)]
+    with pytest.raises(UserError, match="which is needed: give another --out"):
+        classify(out, "--overwrite", "--max-steps", 1, model=out / inside)
+    with pytest.raises(UserError, match="which is needed: give another --out"):  # without LoRA too
+        finetune_gpt2.main([*whole, "--overwrite"])
+    assert GPT2.from_pretrained(out) and GPT2.from_pretrained(out / "best")
+    if not inside:  # a folder below it is not touched
+        assert classify(tmp_path, "--max-steps", 1, model=out) == 0
+
+
+def test_a_classifier_s_adapter_may_have_a_base_with_a_head(
+    classify: Main, finetune_gpt2: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = VariantConfig(BLOCKS, 2, WIDTH, 257, 32, tie_word_embeddings=False)
+    untied, new = tmp_path / "untied", tmp_path / "new.txt"
+    VariantGPT2(config, seed=5).save_pretrained(untied, ByteTokenizer())
+    assert classify(tmp_path / "out", "--max-steps", 1, model=untied) == 0
+    new.write_text("byxz\n", encoding="utf-8")
+    capsys.readouterr()
+    assert (
+        finetune_gpt2.main(["classify", "--model", str(tmp_path / "out"), "--predict", str(new)])
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["text"] == "byxz"

@@ -21,7 +21,7 @@ from micrograd_gpt import optim
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.text.tokenizers import CharTokenizer
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 from micrograd_gpt.weights.saving import save_pretrained
 
 FLAGS = """--data --validation --text-field --line-ends --special-tokens --no-special-tokens
@@ -111,6 +111,20 @@ def test_a_run_with_the_tokenizer_of_a_folder(text: Path, tmp_path: Path) -> Non
     source.mkdir()
     result = run(*anew)
     assert result.returncode == 2 and "error: there is no tokenizer in" in result.stderr
+
+
+@pytest.mark.parametrize("start", ["", "best", "step-000001"])
+def test_a_run_does_not_remove_what_it_starts_from(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path, start: str
+) -> None:
+    """Until its first checkpoint there would be neither."""
+    out = tmp_path / "out"
+    for folder in (out, out / "best", out / "step-000001"):
+        save_pretrained(GPT2(GPT2Config(1, 2, 16, 257, 16)), folder, ByteTokenizer())
+    flags = ["--data", text, "--init-from", out / start, "--out", out, "--overwrite"]
+    with pytest.raises(UserError, match="which is needed: give another --out"):
+        train_gpt2.main([*map(str, flags)])
+    assert GPT2.from_pretrained(out / start)
 
 
 @pytest.mark.slow

@@ -16,9 +16,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from faults import fill_disk, needs_fork
 from training import ROOT, SCRIPT, SMALL, run
 
-from micrograd_gpt.runs.lock import LOCK, only_writer
+from micrograd_gpt.runs import lock
+from micrograd_gpt.runs.lock import LOCK, is_written, only_writer
 from micrograd_gpt.support.errors import UserError
 
 HOLD = """
@@ -209,6 +211,38 @@ def test_a_user_without_a_home_trains(text: Path, tmp_path: Path) -> None:
             env=environment | {"MPLCONFIGDIR": str(tmp_path)},
         )
         assert result.returncode == 0, result.stderr
+
+
+@needs_fork
+def test_a_fork_has_the_lock_as_long_as_it_runs(tmp_path: Path) -> None:
+    """Though the process that took it has left the block."""
+    reading, writing = os.pipe()
+    assert not is_written(tmp_path)
+    with only_writer(tmp_path):
+        assert is_written(tmp_path)
+        if not (fork := os.fork()):
+            os.close(writing)
+            os.read(reading, 1)  # returns when the other end is closed
+            os._exit(0)
+    assert is_written(tmp_path)
+    with pytest.raises(UserError, match="another training writes"), only_writer(tmp_path):
+        pass
+    os.close(writing)
+    os.waitpid(fork, 0)
+    assert not is_written(tmp_path)
+    with only_writer(tmp_path):
+        pass
+    assert not [*tmp_path.iterdir()]
+    os.close(reading)
+
+
+def test_a_full_disk_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder and an empty file often find room where a line of text does not."""
+    fill_disk(monkeypatch, lock, 0)
+    out = tmp_path / "a" / "b"
+    with pytest.raises(UserError, match=f"cannot write {out}: No space left"), only_writer(out):
+        pass
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_folder_in_the_place_of_the_lock_is_named(tmp_path: Path) -> None:

@@ -48,6 +48,12 @@ def test_line_ends_of_windows(tmp_path: Path) -> None:
     assert read_template(path).prompt("a") == "a\n\n"
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "template.txt"
+    path.write_bytes(b"\xef\xbb\xbfDo {instruction}: {output}\r\n")
+    assert read_template(path).prompt("this") == "Do this: "
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -59,8 +59,21 @@ def test_padding_changes_neither_results_nor_gradients(padding: int) -> None:
         assert error < 1e-5 * np.abs(theirs).max()  # sums of more rows, some of them 0
 
 
-@pytest.mark.parametrize("lengths", [[9, 1, 4], [9, 0, 4, 6], [9, 1, 4, 10]])
-def test_lengths_that_do_not_fit(lengths: list[int]) -> None:
+def test_ids_may_be_a_list() -> None:
+    model = classifier()
+    np.testing.assert_array_equal(model(IDS.tolist(), LENGTHS).data, model(IDS, LENGTHS).data)
+    with pytest.raises(ValueError, match=r"do not fit token ids of shape \(9,\)"):
+        model(IDS[0], [9])
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3], [0, 1, 2, -1], ["ant", "bee", "cat", "ant"]])
+def test_labels_that_are_no_numbers_of_theirs(labels: list[object]) -> None:
+    with pytest.raises(ValueError, match="labels are given as numbers from 0 to 2, not"):
+        classifier().loss(IDS, LENGTHS, labels)
+
+
+@pytest.mark.parametrize("lengths", [[9, 1, 4], [9, 0, 4, 6], [9, 1, 4, 10], [9.0, 1, 4, 6]])
+def test_lengths_that_do_not_fit(lengths: list[float]) -> None:
     with pytest.raises(ValueError, match=r"lengths .* do not fit token ids of shape \(4, 9\)"):
         classifier()(IDS, lengths)
 

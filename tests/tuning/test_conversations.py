@@ -31,7 +31,8 @@ def test_instructions_with_and_without_input(tmp_path: Path) -> None:
     expected = [[Turn("Add.", "3", "1 2")], [Turn("Greet.", "Hi")], [Turn("Ask.", "")]]
     assert read_conversations(written(tmp_path, items)) == expected
     lines = "\ufeff" + "\n\n".join(map(json.dumps, items)) + "\r\n"
-    assert read_conversations(written(tmp_path, lines, "data.jsonl")) == expected
+    for name in ("data.jsonl", "data.json"):  # as many call a file of lines
+        assert read_conversations(written(tmp_path, lines, name)) == expected
 
 
 def test_messages(tmp_path: Path) -> None:
@@ -84,6 +85,9 @@ def test_a_wrong_line_is_named(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    table = written(tmp_path, "instruction,output\na,b\n", "data.csv")
+    with pytest.raises(UserError, match=r"data\.csv is a table: convert it to \.jsonl"):
+        read_conversations(table)
     with pytest.raises(UserError, match=r"cannot read .*none\.json"):
         read_conversations(tmp_path / "none.json")
     (tmp_path / "latin.json").write_bytes(b'["\xff"]')
@@ -112,3 +116,26 @@ def test_parts_from_one_file_or_two(tmp_path: Path) -> None:
     assert [len(part) for part in read_parts(path, other)] == [3, 2]
     with pytest.raises(UserError, match="has no two different instructions"):
         read_parts(written(tmp_path, [A, {**A, "output": "c"}]), None)
+
+
+def test_what_is_validated_on_as_well_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [{"instruction": f"{i}", "output": "b"} for i in range(3)]
+    path = written(tmp_path, items)
+    other = written(tmp_path, [{**items[0], "output": "c"}, A], "other.json")
+    read_parts(path, other)
+    said = "warning: 1 of 2 examples to validate on are learned from as well\n"
+    assert capsys.readouterr().err == said
+    read_parts(path, written(tmp_path, [A], "other.json"))
+    assert capsys.readouterr().err == ""
+
+
+def test_fields_that_are_left_out_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [{**A, "instruction": f"{i}", "context": "c", "input": "d", "id": ""} for i in range(3)]
+    path = written(tmp_path, [*items, chat(("user", "a"), ("assistant", "b")) | {"input": "x"}])
+    read_parts(path, None)
+    expected = f"note: {path}: fields that are not learned from: 'context', 'input'\n"
+    assert capsys.readouterr().err == expected

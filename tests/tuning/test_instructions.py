@@ -64,14 +64,16 @@ def test_what_is_too_long_or_unanswered_is_left_out_and_counted(
     ]
     with pytest.raises(UserError, match=r"all training examples are too long: .* 4 tokens where 3"):
         make_task(conversations, conversations, longest=3)
-    with pytest.raises(UserError, match="no validation example has an output"):
+    with pytest.raises(
+        UserError, match="no validation example has an output: remove those without"
+    ):
         make_task(conversations, [[Turn("a", "")]])
 
 
 def test_a_tokenizer_without_end_of_text_is_refused() -> None:
     some = [[Turn("a", "b")]]
     with pytest.raises(UserError, match="the char tokenizer has no end-of-text token"):
-        make_task(some, some, tokenizer=CharTokenizer("ab ="))
+        make_task(some, some, tokenizer=CharTokenizer("ab"))  # not even the template's characters
 
 
 # ---------------------------------------------------------------------------------------- batches

@@ -126,6 +126,7 @@ WRONG = {
         "text,label\na,sport\nb,c\nd,3\n",
         r"the label is a number in line 4 \('3'\) and a word in line 2 \('sport'\): make all",
     ),
+    "lines of old Macs": ("a.csv", "text,label\ra,b\r", r"lines end in \\r alone, as on old Macs"),
     "nothing": ("a.tsv", "\n", "holds no examples"),
     "only a header": ("a.csv", "text,label\n", "holds no examples"),
     "another kind": ("a.txt", "ham\tHi\n", r"is not a table of texts: give \.tsv, \.csv"),
@@ -159,6 +160,35 @@ def test_one_label_only_and_an_unknown_one() -> None:
         UserError, match=r"^a\.tsv, line 0: the label 'c' is unknown: .* a, b; correct it"
     ):
         label_numbers([*made(2, "a"), *made(1, "c")], ["a", "b"])
+
+
+def test_a_number_is_written_one_way() -> None:
+    with pytest.raises(UserError, match=r"line 0: the label '1\.0' is the number that .* as '1'"):
+        label_names([*made(2, "1"), *made(2, "1.0"), *made(2, "2")])
+
+
+def test_a_label_may_be_a_number_of_any_size(tmp_path: Path) -> None:
+    lines = "".join(f'{{"text": "a", "label": {label}}}\n' for label in ("1" + 400 * "0", "2"))
+    assert len(examples_in(tmp_path / "a.jsonl", lines)) == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "warning"),
+    [
+        ([f"{i / 10}" for i in range(20)] * 3, "20 labels such as '0.0' look like measurements"),
+        ([*"aaa", *"bcdefgh"], "7 of 8 labels, such as 'b', have one text each"),
+        ([f"{i / 2}" for i in range(11)] * 3, ""),  # grades
+        ([f"{i}" for i in range(20)] * 3, ""),
+    ],
+)
+def test_labels_that_are_no_classes_are_warned_of(
+    labels: list[str], warning: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(f"{label}\ttext {i}\n" for i, label in enumerate(labels))
+    (tmp_path / "d.tsv").write_text("label\ttext\n" + rows)
+    read_parts(str(tmp_path / "d.tsv"), None, None, Columns())
+    said = capsys.readouterr().err
+    assert (warning in said) if warning else not said
 
 
 def test_an_imbalance_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,6 +283,30 @@ def test_texts_without_labels(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(contents[name])
     examples = read_texts(str(tmp_path / name), Columns())
     assert [(e.text, e.label) for e in examples] == [("one", None), ("two", None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.tsv",
+            "Title\tKind\none\t1\ntwo\t2\n",
+            "its header has no 'text', only 'Title', 'Kind'",
+        ),
+        (
+            "a.json",
+            '[{"text": "one"}]',
+            r"is not a table of texts: give .*, or \.txt with a text a",
+        ),
+        ("a.ndjson", '{"text": "one"}\n', "is not a table of texts"),
+    ],
+)
+def test_what_is_no_text_is_not_labelled(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_texts(str(tmp_path / name), Columns())
 
 
 def test_texts_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:

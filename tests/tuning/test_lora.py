@@ -29,7 +29,11 @@ from micrograd_gpt.tuning.lora import (
     lora_layers,
     trained_parameters,
 )
-from micrograd_gpt.weights.adapters import open_language_adapter, with_adapter
+from micrograd_gpt.weights.adapters import (
+    open_adapter,
+    open_language_adapter,
+    with_adapter,
+)
 from micrograd_gpt.weights.language_model import load_language_model
 from micrograd_gpt.weights.names import config_named, open_model, tokenizer_folder
 from micrograd_gpt.weights.saving import save_pretrained
@@ -74,6 +78,23 @@ def test_training_begins_at_the_model_as_it_was(level: str) -> None:
         before = logits(model)
         add_lora(model, rank=2, layer_names=LAYERS)
         np.testing.assert_array_equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    "variant", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}]
+)
+def test_a_variant_s_queries_stay_scaled(variant: dict[str, Any], tmp_path: Path) -> None:
+    """Before training nothing has changed, and what is trained is what is folded in later."""
+    model = make_model(factor=2, **variant)
+    model.save_pretrained(tmp_path / "base")
+    before = logits(model)
+    add_lora(model, rank=3, layer_names=LAYERS, base=str(tmp_path / "base"))
+    np.testing.assert_array_equal(logits(model), before)
+    for i, parameter in enumerate(trained_parameters(model)):
+        parameter.data = np.random.default_rng(i).normal(0, 0.1, parameter.shape).astype("f4")
+    model.save_pretrained(tmp_path / "adapter")
+    assert error(logits(model), before) > 0.01
+    assert error(logits(GPT2.from_pretrained(tmp_path / "adapter")), logits(model)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -195,6 +216,18 @@ def test_the_scale_may_be_by_the_root_of_the_rank(adapter: Path, base: Path) -> 
     np.testing.assert_allclose(logits(model), logits(expected), rtol=1e-5, atol=1e-5)
 
 
+def test_a_base_on_the_hub_keeps_its_revision(base: Path, tmp_path: Path) -> None:
+    """It has a setting of its own, as in PEFT, which would look for OWNER/NAME@REVISION."""
+    with_lora(base="some/body@v2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("some/body", "v2")
+    assert open_adapter(tmp_path).base == "some/body@v2"
+    rewrite(tmp_path, revision="main")
+    assert open_adapter(tmp_path).base == "some/body"
+    rewrite(tmp_path, revision="v2", base_model_name_or_path=str(base))
+    assert open_adapter(tmp_path).base == str(base)
+
+
 def test_a_set_that_was_decided_on_is_completed(adapter: Path, tmp_path: Path) -> None:
     """As after a power cut between the decision and the last renaming (support/file_sets.py)."""
     (tmp_path / "new").mkdir()
@@ -248,6 +281,27 @@ def test_in_a_folder_is_what_was_saved_last(base: Path) -> None:
             assert not list(base.glob("*adapt*"))  # which Transformers would add to it
 
 
+def test_an_adapter_does_not_take_its_base_s_place(base: Path) -> None:
+    model = with_lora(base=str(base))
+    with pytest.raises(UserError, match="holds the adapter's own base: give another folder"):
+        model.save_pretrained(base)
+    assert GPT2.from_pretrained(base)
+    model.save_pretrained(base.parent)  # beside it
+    with pytest.raises(UserError, match="holds a model, perhaps the adapter's base"):
+        with_lora().save_pretrained(base)
+    with_lora().save_pretrained(base.parent)  # an adapter was there
+
+
+def test_dropout_of_additions_is_off_in_a_model_that_is_not_training(
+    base: Path, tmp_path: Path
+) -> None:
+    with_lora(base=str(base), dropout=0.5).save_pretrained(tmp_path / "adapter")
+    model = GPT2.from_pretrained(base)  # in evaluation mode
+    load_adapter(model, tmp_path / "adapter")
+    np.testing.assert_array_equal(logits(model), logits(model))
+    assert (logits(model.train()) != logits(model)).any()
+
+
 def test_an_adapter_of_openai_s_model_names_it_as_the_hub_does(tmp_path: Path) -> None:
     with_lora(base="124M").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -278,6 +332,11 @@ def rewrite(adapter: Path, change: dict[str, Any] | None = None, **config: Any) 
         ({}, {"lora_alpha": "16"}, "lora_alpha must be a number, not '16'"),
         ({}, {"base_model_name_or_path": None}, "does not name its model"),
         ({}, {"base_model_name_or_path": "/gone"}, "names its base, but '/gone' is neither"),
+        (
+            {},
+            {"base_model_name_or_path": "/gone"},
+            "if it was moved, correct base_model_name_or_path there",
+        ),
         ({f"{NAME}.lora_B.weight": None}, {}, "lora_A and lora_B of transformer.h.0.attn.c_attn"),
         (
             {f"{NAME}.lora_A.weight": np.zeros((2, 16), "f4")},
@@ -308,6 +367,12 @@ def test_an_adapter_without_additions_is_refused(adapter: Path) -> None:
         GPT2.from_pretrained(adapter)
 
 
+def test_an_adapter_in_peft_s_older_format_is_refused(adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"has no adapter_model\.safetensors, which is all"):
+        GPT2.from_pretrained(adapter)
+
+
 def test_an_adapter_of_another_model_is_refused(adapter: Path, tmp_path: Path) -> None:
     other = hf_folder(tmp_path / "other", config={**CONFIG, **TINY})
     rewrite(adapter, base_model_name_or_path=str(other))
@@ -325,7 +390,9 @@ def test_an_adapter_of_another_model_is_refused(adapter: Path, tmp_path: Path) -
 
 def test_an_adapter_of_an_adapter_is_refused(adapter: Path, tmp_path: Path) -> None:
     with_lora(base=str(adapter)).save_pretrained(tmp_path / "second")
-    with pytest.raises(UserError, match="second is an adapter itself: merge that"):
+    with pytest.raises(
+        UserError, match=r"second is an adapter itself: merge that with load_gpt2\.py --from"
+    ):
         GPT2.from_pretrained(tmp_path / "second")
 
 
@@ -344,6 +411,13 @@ def test_a_damaged_file_is_named(adapter: Path, damage: str) -> None:
 def test_a_layer_that_there_is_not(layer_names: list[str]) -> None:
     with pytest.raises(UserError, match="choose from attn\\.c_attn, attn"):
         add_lora(make_model(), 2, layer_names=layer_names)
+
+
+def test_a_model_takes_additions_once(adapter: Path) -> None:
+    model = with_lora()
+    for again in (lambda: add_lora(model, rank=1), lambda: load_adapter(model, adapter)):
+        with pytest.raises(UserError, match="has LoRA's additions already: load it anew"):
+            again()
 
 
 def test_a_rank_above_the_layer_s_is_refused_before_memory_is_asked_for() -> None:
@@ -374,6 +448,7 @@ def test_folding_an_adapter_into_another_model_of_its_shape_is_said(
         ({"rank": 2.5}, "at least 1, not 2.5"),
         ({"rank": 2, "alpha": 0}, "alpha of LoRA must be .* not 0"),
         ({"rank": 2, "alpha": float("nan")}, "alpha of LoRA must be a finite number, .* is nan"),
+        ({"rank": 2, "dropout": 2}, r"dropout of LoRA must be a probability in \[0, 1\), not 2"),
         ({"rank": 2, "layer_names": "c_attn"}, r"a list of names: write \['c_attn'\]"),
     ],
 )
@@ -384,10 +459,3 @@ def test_an_addition_that_would_add_nothing_is_refused(
     with pytest.raises(UserError, match=message):
         add_lora(model, **settings)
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_lora_is_added_once() -> None:
-    model = GPT2(GPT2Config(1, 1, 4, 5, 8))
-    add_lora(model, 1)
-    with pytest.raises(UserError, match="LoRA has them already"):
-        add_lora(model, 2)

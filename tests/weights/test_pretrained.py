@@ -130,6 +130,11 @@ def test_a_sharded_folder(tmp_path: Path) -> None:
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"cannot read .*00002-of-00002"):
         from_pretrained(GPT2, tmp_path)
+    with pytest.raises(UserError, match=r"00001-of-00002\.safetensors is a part of a model: give"):
+        from_pretrained(GPT2, tmp_path / "model-00001-of-00002.safetensors")
+    index.unlink()
+    with pytest.raises(UserError, match=r"holds parts of a model without the model\.safetensors\."):
+        from_pretrained(GPT2, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["saver", "sharded"])
@@ -300,6 +305,17 @@ def test_a_wrong_folder_is_one_line_that_says_what(tmp_path: Path, wrong: str) -
     with pytest.raises(UserError, match=message) as caught:
         from_pretrained(GPT2, hf_folder(tmp_path, arrays, config))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path: Path, name: str) -> None:
+    hf_folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+    with pytest.raises(UserError, match="it only names the file in Git LFS: run git lfs pull"):
+        open_weights(tmp_path)
 
 
 def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:

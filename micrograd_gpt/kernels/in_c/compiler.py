@@ -41,7 +41,7 @@ NOT_FOUND = "which is not found"
 NO_COMPILER = 'there is no C compiler: with one they are faster: pip install -e ".[compiler]"'
 # What the processor multiplies bfloat16 with, as bfloat16.c numbers its ways
 WAYS = ("float32", "avx512_bf16", "AMX tiles")
-READ_AS_THEY_ARE = ("bfloat16", "int8")  # by narrow.c, at a rate that memory sets
+READ_AS_THEY_ARE = ("bfloat16", "float16", "int8")  # by narrow.c, at a rate that memory sets
 # Seconds for one call of the compiler. It takes a few; Zig, which first compiles parts of its own,
 # more than a minute where the machine is busy.
 PATIENCE = 300

@@ -1,31 +1,25 @@
-"""Products with weights of int8 in C: of a few rows (narrow.c), and of many, widened first."""
+"""Products with weights of int8 in C: of a few rows (narrow.c), and of many (matmul.c)."""
 
 from __future__ import annotations
-
-import ctypes
 
 import numpy as np
 
 from micrograd_gpt.arrays import int8
 from micrograd_gpt.arrays.stand_ins import NotForMe
-from micrograd_gpt.kernels.in_c.arguments import Array, call, in_c, ints, pointers
+from micrograd_gpt.kernels.in_c.arguments import Array, call, in_c
 from micrograd_gpt.kernels.in_c.half import KINDS, NarrowRows
-from micrograd_gpt.kernels.in_c.kernels import FEW_ROWS, linear_forward
+from micrograd_gpt.kernels.in_c.kernels import FEW_ROWS, multiply_narrow
 from micrograd_gpt.kernels.shapes import FLOAT32, INT8, check_int8, check_plain
-
-
-class _Widening(ctypes.Structure):
-    _fields_ = [*ints("k", "m"), *pointers("values", "scales", "wide")]
 
 
 @in_c(int8.product)
 def product(x: Array, weight: int8.Int8Matrix) -> Array:
     """As the definition; in groups along the first axis only, stored column after column.
 
-    A few rows are added up group by group, and each sum is scaled: numbers of x beyond 4e34 may
-    become infinite there. With more rows the weights are scaled, as in the definition. So the last
-    bits of a row depend on how many there are beside it, by at most 2**-20 of the sum of its
-    products' sizes.
+    One to four rows, as long as they stay in the nearest cache, are added up group by group, and
+    each sum is scaled: numbers of x beyond 4e34 may become infinite there. With more rows the
+    weights are scaled, as in the definition. So the last bits of a row depend on how many there
+    are beside it, by at most 2**-20 of the sum of its products' sizes.
     """
     check_plain([x], [FLOAT32])
     values, scales = check_int8(weight)
@@ -33,16 +27,8 @@ def product(x: Array, weight: int8.Int8Matrix) -> Array:
         raise NotForMe
     (n, k), m = x.shape, values.shape[1]
     if n > FEW_ROWS:
-        return linear_forward(x, widened(values, scales), None)
+        return multiply_narrow(x, values, scales, None)
     x, y = np.ascontiguousarray(x), np.empty((n, m), np.float32)
     places = x.ctypes.data, values.ctypes.data, scales.ctypes.data, None, y.ctypes.data
     call("few_narrow_rows", NarrowRows(KINDS.index(INT8), n, k, m, *places))
     return y
-
-
-def widened(values: Array, scales: Array) -> Array:
-    """The float32 matrix that these integers (K, M) and scales stand for, in their own order."""
-    wide = np.empty(values.shape, np.float32, order="F")
-    places = (array.ctypes.data for array in (values, scales, wide))
-    call("widen_int8", _Widening(*values.shape, *places))
-    return wide

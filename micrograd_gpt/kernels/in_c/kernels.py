@@ -22,6 +22,7 @@ from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_c import half
 from micrograd_gpt.kernels.in_c.arguments import (
+    address,
     call,
     contiguous,
     floats,
@@ -60,7 +61,8 @@ class _Product(ctypes.Structure):
         *pointers("b"),
         *ints("b_row", "b_column"),
         *pointers("bias", "c"),
-        *ints("c_row", "adds"),
+        *ints("c_row", "adds", "b_kind"),
+        *pointers("scales"),
     ]
 
 
@@ -90,9 +92,31 @@ def _product(
 
 @in_c(functional.linear_forward, half.FLOAT16, half.BFLOAT16)
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
+    if x.dtype == half.FLOAT16 and len(x) > FEW_ROWS:
+        return _many_rows_of_float16(x, weight, bias)
     if is_half(x):
         return half.linear_forward(x, weight, bias)
     return _multiply(x, weight, None if bias is None else np.ascontiguousarray(bias))
+
+
+def _many_rows_of_float16(x: Array, weight: Array, bias: Array | None) -> Array:
+    if weight.dtype != x.dtype or not weight.flags.f_contiguous:
+        raise NotForMe
+    bias = None if bias is None else np.ascontiguousarray(bias, np.float32)
+    return cast(multiply_narrow(cast(x, np.float32), weight, None, bias), x.dtype)
+
+
+def multiply_narrow(a: Array, b: Array, scales: Array | None, bias: Array | None) -> Array:
+    """a (N, K) of float32 @ b (K, M) + bias in float32.
+
+    b is of float16, or of int8 with scales, and is stored column after column. It is widened in
+    cache, part by part.
+    """
+    y = np.empty((len(a), b.shape[1]), np.float32)
+    product = _product(a, b, y, bias)
+    product.b_kind, product.scales = half.KINDS.index(b.dtype), address(scales)
+    call("matmul", product)
+    return y
 
 
 def _multiply(a: Array, b: Array, bias: Array | None) -> Array:
@@ -393,8 +417,9 @@ def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float 
         raise NotForMe
     sizes = np.array([grad.size for grad in grads], np.int64)
     places = np.array([grad.ctypes.data for grad in grads], np.uintp)
-    if len(np.unique(places)) < len(places):  # threads would scale one array at once
-        raise NotForMe
+    order = np.argsort(places)
+    if (places[order][1:] < (places + 4 * sizes.astype(np.uintp))[order][:-1]).any():
+        raise NotForMe  # two share memory, which threads would scale at once
     sums = np.empty(int((-(-sizes // CHUNK)).sum()))
     at = sizes.ctypes.data, places.ctypes.data, sums.ctypes.data
     call("sum_of_squares", _Squares(len(grads), *at))

@@ -155,15 +155,6 @@ typedef struct {
   float along[SIDE * BLOCK], log_total[SIDE * BLOCK]; /* of a block's queries */
 } BackwardHead;
 
-/* Two rows of a square become pairs, as in a panel. */
-INLINE void pair_rows(const uint16_t *first, const uint16_t *second, uint32_t *pairs) {
-  for (Int half = 0; half < 2; half++)
-#pragma omp simd
-    for (Int q = 0; q < 16; q++)
-      pairs[half * 8 * STEP + q] =
-          first[half * 16 + q] | (uint32_t)second[half * 16 + q] << 16;
-}
-
 /* Scores and dweights of SIDE queries, the first of which sees the first n of SIDE keys, become
    weights and dscores, which are rounded; both as panels, and the latter as a strip, too. */
 INLINE void backward_square(float *scores, const float *dweights, Int n, Int rows,
@@ -185,9 +176,9 @@ INLINE void backward_square(float *scores, const float *dweights, Int n, Int row
     }
   }
   for (Int r = 0; r < SIDE; r += 2) {
-    Int place = r / 2 * 16;
-    pair_rows(weights + r * SIDE, weights + (r + 1) * SIDE, (uint32_t *)weights_panel + place);
-    pair_rows(dscores + r * SIDE, dscores + (r + 1) * SIDE, (uint32_t *)dscores_panel + place);
+    Int place = r / 2 * 16, x = r * SIDE, y = x + SIDE;
+    pack_two_rows(0, weights, x, y, (uint32_t *)weights_panel + place);
+    pack_two_rows(0, dscores, x, y, (uint32_t *)dscores_panel + place);
   }
 }
 

@@ -6,8 +6,10 @@
    tile of c stays in registers for DEPTH steps. */
 
 #include "matmul.h"
+#include "few_rows.h"
+#include "narrow.h"
 
-#define DEPTH 384
+#define DEPTH 384 /* whole groups of int8 */
 #define MOST_COLUMNS 1024 /* of b, packed together */
 #define SAME_PLACE 1024 /* floats: rows this far apart share few places of the first-level cache */
 #define STRIPS 16 /* of ROWS rows each, packed together, so that a is read in whole cache lines */
@@ -36,6 +38,54 @@ void pack_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int
   for (Int p = done; p < k; p++)
     for (Int q = 0; q < columns; q++)
       packed[p * columns + q] = q < width ? b[p * b_row + q * b_column] : 0;
+}
+
+/* Number (row, column) of a narrow b. */
+INLINE float narrow_at(int kind, const Product *p, Int row, Int column) {
+  Int at = column * p->b_column + row;
+  if (kind == FLOAT16) return from_float16(((const uint16_t *)p->b)[at]);
+  return ((const int8_t *)p->b)[at] * p->scales[column * groups_of(p->k) + row / GROUP];
+}
+
+/* LANES numbers of a column of it, from (row, column) on, which share a scale; the same numbers of
+   the next rows are fetched ahead. */
+INLINE vec narrow_vector(int kind, const Product *p, Int row, Int column) {
+  Int at = column * p->b_column + row;
+  if (kind == FLOAT16) {
+    const uint16_t *halves = (const uint16_t *)p->b + at;
+    __builtin_prefetch(halves + 4 * LANES);
+    return floats_of_float16(halves);
+  }
+  const int8_t *integers = (const int8_t *)p->b + at;
+  __builtin_prefetch(integers + 4 * LANES);
+  return floats_of(integers) * p->scales[column * groups_of(p->k) + row / GROUP];
+}
+
+/* As pack_columns, for the part (k, width) of a narrow b that begins at (row, column): squares of
+   LANES × LANES numbers become floats and are transposed in the nearest cache. */
+INLINE void widen_columns(int kind, const Product *p, Int row, Int column, Int k, Int width,
+                          float *packed) {
+  Int whole = k / LANES * LANES, whole_columns = width / LANES * LANES;
+  for (Int q = 0; q < whole_columns; q += LANES)
+    for (Int r = 0; r < whole; r += LANES) {
+      vec square[LANES];
+      for (int i = 0; i < LANES; i++) square[i] = narrow_vector(kind, p, row + r, column + q + i);
+      transpose_block((const float *)square, LANES, COLUMNS, packed + r * COLUMNS + q);
+    }
+  for (Int q = 0; q < COLUMNS; q++)
+    for (Int r = q < whole_columns ? whole : 0; r < k; r++)
+      packed[r * COLUMNS + q] = q < width ? narrow_at(kind, p, row + r, column + q) : 0;
+}
+
+/* The part (k, width) of b that begins at (row, column), of at most COLUMNS columns. */
+static void pack_part_of_b(const Product *p, Int row, Int column, Int k, Int width, float *packed) {
+  Int at = row * p->b_row + column * p->b_column;
+  if (p->b_kind == FLOAT16)
+    widen_columns(FLOAT16, p, row, column, k, width, packed);
+  else if (p->b_kind == INT8)
+    widen_columns(INT8, p, row, column, k, width, packed);
+  else
+    pack_columns((const float *)p->b + at, p->b_row, p->b_column, k, width, COLUMNS, packed);
 }
 
 /* Strips of ROWS rows of a (n, k), each stored column after column; missing rows are zeros. */
@@ -107,8 +157,7 @@ void multiply_part(const Product *p, Int first_row, Int end_row, Int first_colum
     for (Int p0 = 0; p0 < p->k; p0 += DEPTH) {
       Int depth = min(DEPTH, p->k - p0);
       for (Int j = 0; j < width; j += COLUMNS)
-        pack_columns(p->b + p0 * p->b_row + (j0 + j) * p->b_column, p->b_row, p->b_column, depth,
-                     min(COLUMNS, width - j), COLUMNS, packed_b + j * depth);
+        pack_part_of_b(p, p0, j0 + j, depth, min(COLUMNS, width - j), packed_b + j * depth);
       const float *bias = p->bias && p0 + depth == p->k ? p->bias + j0 : NULL;
       for (Int i0 = first_row; i0 < end_row; i0 += STRIPS * ROWS) {
         Int height = min(STRIPS * ROWS, end_row - i0);
@@ -240,31 +289,17 @@ static void dots_of_rows(Int rows, Int columns, Int k, const float *x, const flo
   }
 }
 
-/* With more rows, weights and x are cut into slices, which stay in the first-level cache: SLICE
-   numbers of SIDE rows of weights, and of all rows of x, which are packed slice after slice. Their
-   sums, a vector for each of SOME_ROWS rows and LANES columns, stay there too, and registers hold
-   those of a group of at most ROWS rows and SIDE columns. */
-#define SOME_ROWS 16
-#define SLICE 256
-#if LANES == 8
-#define SIDE 2 /* AVX has 16 registers, the others 32 */
-#else
-#define SIDE 4
-#endif
-
 /* sums[r][i] += x (rows, SLICE)[r] * weight (SIDE, k)[i] for `length` numbers, a multiple of LANES.
-   With `fetch`, the same numbers of the next LANES rows of weights are on their way meanwhile. */
-INLINE void add_products(int rows, int fetch, Int length, Int k, const float *x,
-                         const float *weight, vec (*sums)[LANES]) {
+   Meanwhile the first so many `places` of what is ahead are fetched. */
+INLINE void add_products(int rows, int places, Int length, Int k, const float *x,
+                         const float *weight, Ahead ahead, vec (*sums)[LANES]) {
   vec sum[ROWS][SIDE];
   for (int r = 0; r < rows; r++)
     for (int i = 0; i < SIDE; i++) sum[r][i] = sums[r][i];
-  for (Int p = 0; p < length; p += LANES) {
+  for (Int p = 0; p < length; p += LANES, ahead.from += ahead.step) {
     vec here[SIDE];
-    for (int i = 0; i < SIDE; i++) {
-      here[i] = *(const vec *)(weight + i * k + p);
-      if (fetch) __builtin_prefetch(weight + (LANES + i) * k + p, 0, 2);
-    }
+    for (int i = 0; i < SIDE; i++) here[i] = *(const vec *)(weight + i * k + p);
+    for (int i = 0; i < places; i++) __builtin_prefetch(ahead.from + i * ahead.apart, 0, 2);
     for (int r = 0; r < rows; r++) {
       vec row = *(const vec *)(x + r * SLICE + p);
       for (int i = 0; i < SIDE; i++) sum[r][i] += here[i] * row;
@@ -274,33 +309,35 @@ INLINE void add_products(int rows, int fetch, Int length, Int k, const float *x,
     for (int i = 0; i < SIDE; i++) sums[r][i] = sum[r][i];
 }
 
-INLINE void add_products_of(Int rows, int fetch, Int length, Int k, const float *x,
-                            const float *weight, vec (*sums)[LANES]) {
+INLINE void add_products_of_rows(Int rows, int places, Int length, Int k, const float *x,
+                                 const float *weight, Ahead ahead, vec (*sums)[LANES]) {
   switch (rows) {
-    case 1: add_products(1, fetch, length, k, x, weight, sums); break;
-    case 2: add_products(2, fetch, length, k, x, weight, sums); break;
-    case 3: add_products(3, fetch, length, k, x, weight, sums); break;
-    case 4: add_products(4, fetch, length, k, x, weight, sums); break;
-    case 5: add_products(5, fetch, length, k, x, weight, sums); break;
-    default: add_products(ROWS, fetch, length, k, x, weight, sums);
+    case 1: add_products(1, places, length, k, x, weight, ahead, sums); break;
+    case 2: add_products(2, places, length, k, x, weight, ahead, sums); break;
+    case 3: add_products(3, places, length, k, x, weight, ahead, sums); break;
+    case 4: add_products(4, places, length, k, x, weight, ahead, sums); break;
+    case 5: add_products(5, places, length, k, x, weight, ahead, sums); break;
+    default: add_products(ROWS, places, length, k, x, weight, ahead, sums);
   }
 }
 
-/* A slice of x (rows, SLICE) and of LANES rows of weights, in groups that are as equal as they can
-   be; the first group of rows fetches weights for the others and for the next call. */
-static void add_slice(Int rows, Int length, Int k, const float *x, const float *weight,
-                      vec (*sums)[LANES]) {
+/* The rows of x are taken in groups that are as equal as they can be. Each group fetches some of the
+   places: asked for all at once, they would keep the first group waiting, and memory would be idle
+   while the others work. */
+void add_side(Int rows, Int length, Int k, const float *x, const float *weight, Ahead ahead,
+              vec (*sums)[LANES]) {
   Int groups = (rows + ROWS - 1) / ROWS;
-  for (Int j = 0; j < LANES; j += SIDE) {
-    const float *w = weight + j * k;
-    for (Int i = 0, first = 0, end; i < groups; i++, first = end) {
-      end = rows * (i + 1) / groups;
-      vec(*place)[LANES] = (vec(*)[LANES])(sums[first] + j);
-      if (i == 0)
-        add_products_of(end, 1, length, k, x, w, place);
-      else
-        add_products_of(end - first, 0, length, k, x + first * SLICE, w, place);
+  for (Int i = 0, first = 0, end; i < groups; i++, first = end) {
+    end = rows * (i + 1) / groups;
+    Int n = end - first, places = ahead.places * (i + 1) / groups - ahead.places * i / groups;
+    const float *part = x + first * SLICE;
+    switch (places) {
+      case 0: add_products_of_rows(n, 0, length, k, part, weight, ahead, sums + first); break;
+      case 1: add_products_of_rows(n, 1, length, k, part, weight, ahead, sums + first); break;
+      case 2: add_products_of_rows(n, 2, length, k, part, weight, ahead, sums + first); break;
+      default: add_products_of_rows(n, SIDE, length, k, part, weight, ahead, sums + first);
     }
+    ahead.from += places * ahead.apart;
   }
 }
 
@@ -311,8 +348,14 @@ static void dots_in_slices(Int rows, Int k, const float *x, const float *packed,
   vec sums[SOME_ROWS][LANES] __attribute__((aligned(64)));
   memset(sums, 0, rows * sizeof *sums);
   Int whole = k / LANES * LANES;
-  for (Int p = 0; p < whole; p += SLICE, packed += packed_slice)
-    add_slice(rows, min(SLICE, whole - p), k, packed, weight + p, sums);
+  for (Int p = 0; p < whole; p += SLICE, packed += packed_slice) {
+    Int length = min(SLICE, whole - p);
+    for (Int j = 0; j < LANES; j += SIDE) {
+      const float *here = weight + j * k + p;
+      Ahead ahead = {(const char *)(here + LANES * k), SIDE, 4 * k, 4 * LANES};
+      add_side(rows, length, k, packed, here, ahead, (vec(*)[LANES])(sums[0] + j));
+    }
+  }
   for (Int r = 0; r < rows; r++) {
     vec total = sums_of_lanes(sums[r]);
     *(vec *)(y + r * m) = total;
@@ -350,16 +393,19 @@ static void few_rows_columns(const PackedRows *rows, Int first, Int end) {
     add_scaled(f->y + r * f->m + first, 1, f->bias + first, end - first);
 }
 
+float *packed_in_slices(int purpose, Int n, Int k, const float *x) {
+  float *packed = scratch(purpose, n * round_up(k, SLICE));
+  for (Int p = 0; p < k && packed; p += SLICE)
+    for (Int r = 0; r < n; r++)
+      memcpy(packed + (p / SLICE * n + r) * SLICE, x + r * k + p,
+             min(SLICE, k - p) * sizeof(float));
+  return packed;
+}
+
 /* Sets `packed`, as the only part may; a task, so that run_parts reports a lack of memory. */
-static void pack_slices(const void *arguments, Int part, Int parts) {
+static void pack_task(const void *arguments, Int part, Int parts) {
   PackedRows *rows = (PackedRows *)arguments;
-  const FewRows *f = rows->f;
-  rows->packed = scratch(PACKED_A, f->n * round_up(f->k, SLICE));
-  if (!rows->packed) return;
-  for (Int p = 0; p < f->k; p += SLICE)
-    for (Int r = 0; r < f->n; r++)
-      memcpy(rows->packed + (p / SLICE * f->n + r) * SLICE, f->x + r * f->k + p,
-             min(SLICE, f->k - p) * sizeof(float));
+  rows->packed = packed_in_slices(PACKED_A, rows->f->n, rows->f->k, rows->f->x);
 }
 
 #define FEW_WEIGHTS 20000 /* with fewer, waking another thread does not pay */
@@ -377,6 +423,6 @@ static void few_rows_task(const void *arguments, Int part, Int parts) {
 int few_rows(const FewRows *f) {
   PackedRows rows = {f, NULL};
   int stay_in_cache = f->n <= TOGETHER && f->n * f->k <= IN_NEAREST_CACHE;
-  if (!stay_in_cache && run_parts(pack_slices, &rows, 1)) return OUT_OF_MEMORY;
+  if (!stay_in_cache && run_parts(pack_task, &rows, 1)) return OUT_OF_MEMORY;
   return run_parts(few_rows_task, &rows, few_rows_parts(f));
 }

@@ -14,16 +14,18 @@
 
 /* c = a @ b + bias for a (n, k), b (k, m), c (n, m) and bias (m) or NULL. Element (i, j) of a is
    a[i * a_row + j * a_column]; the elements of a row of c have no gaps. A product that `adds` adds
-   to the numbers of c. */
+   to the numbers of c. A b of float16, or of int8 with scales, has columns without gaps, and becomes
+   floats while it is packed. */
 typedef struct {
   Int n, k, m;
   const float *a;
   Int a_row, a_column;
-  const float *b;
+  const void *b;
   Int b_row, b_column;
   const float *bias;
   float *c;
-  Int c_row, adds;
+  Int c_row, adds, b_kind; /* FLOAT32, FLOAT16 or INT8, as in narrow.h */
+  const float *scales;     /* of int8: (m, k / GROUP rounded up), what each group is multiplied by */
 } Product;
 
 /* y = x @ weight.T + bias for a few rows of x: bound by reading the weights. */
@@ -52,14 +54,12 @@ INLINE void transpose_block(const float *b, Int stride, Int columns, float *pack
     for (int i = 0; i < LANES; i++) packed[p * columns + i] = rows[i][p];
 #else
   /* In each round, rows i and i + step exchange every second run of `step` numbers. */
+  const places lanes = lane_numbers();
 #pragma GCC unroll 4 /* so that `upper` and `lower` are constants and not computed */
   for (int step = LANES / 2; step; step /= 2) {
-    places upper, lower; /* below LANES: a number of `row`; else one of `other` */
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) {
-      upper[i] = i & step ? LANES + i - step : i;
-      lower[i] = i & step ? LANES + i : i + step;
-    }
+    /* Places below LANES mean a number of `row`, others one of `other`. */
+    places second = (lanes & step) != 0; /* all bits are set, or none */
+    places upper = lanes + (second & (LANES - step)), lower = upper + step;
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++)
       if (!(i & step)) {
@@ -82,14 +82,10 @@ INLINE vec sums_of_lanes(vec *rows) {
 #else
   /* In each round two rows become one: its lanes whose number has the bit `step` belong to the
      second, the others to the first, and each is the sum of two that had the same owner. */
+  const places lanes = lane_numbers();
 #pragma GCC unroll 4
   for (int step = LANES / 2; step; step /= 2) {
-    places here, there;
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) {
-      here[i] = i & step ? LANES + i : i;
-      there[i] = here[i] ^ step;
-    }
+    places here = lanes + (((lanes & step) != 0) & LANES), there = here ^ step;
 #pragma GCC unroll 8
     for (int i = 0; i < step; i++) {
       vec row = rows[i], other = rows[i + step];

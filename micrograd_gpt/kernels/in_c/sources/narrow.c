@@ -2,55 +2,26 @@
 
    Decoding reads every weight once a token, so memory sets the pace, and a weight of half or a
    quarter of the bytes takes half or a quarter of the time. Weights become floats in registers, or,
-   of bfloat16 where several rows meet AMX tiles, are multiplied as they are (tiles take subnormal
-   numbers for 0). All sums are float32's. Rounding the rows of x to integers, too, to multiply
-   integers (vpdpbusd), would save instructions, but none of the bytes, and would cost accuracy. */
+   where more than TOGETHER rows share them, in the nearest cache; of bfloat16 where several rows meet
+   AMX tiles, they are multiplied as they are (tiles take subnormal numbers for 0). All sums are
+   float32's. Rounding the rows of x to integers, too, to multiply integers (vpdpbusd), would save
+   instructions, but none of the bytes, and would cost accuracy. */
 
 #include "narrow.h"
 #include "bfloat16.h"
+#include "few_rows.h"
 #include "half.h"
-#include "matmul.h"
-
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
 
 #define TOGETHER 4 /* how many rows of x, at most, share one reading of the weights */
 
 #define STEP (2 * LANES)
-enum { X }; /* the purposes of scratch() here */
+enum { ARRANGED, PACKED, PAIRS }; /* the purposes of scratch() here */
 
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
-
-/* LANES integers from `x` on as floats. Of GCC's own vectors these conversions are slow. */
-INLINE vec floats_of(const int8_t *x) {
-#if defined(__AVX512F__)
-  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
-#elif defined(__AVX2__)
-  return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
-#else
-  vec wide;
-  for (int i = 0; i < LANES; i++) wide[i] = x[i];
-  return wide;
-#endif
-}
 
 typedef struct {
   vec first, second;
 } Pair;
-
-/* The same of float16: for its instruction, too, compilers have no vectors. */
-INLINE vec floats_of_float16(const uint16_t *x) {
-#if defined(__AVX512F__)
-  return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
-#elif defined(__AVX2__) && defined(__F16C__)
-  return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
-#else
-  vec wide;
-  for (int i = 0; i < LANES; i++) wide[i] = from_float16(x[i]);
-  return wide;
-#endif
-}
 
 /* STEP weights as floats, from number `at` on; those of int8 are yet to be scaled. Of bfloat16 the
    even ones come first, as arranged() puts x: they are the lower halves of words of 32 bits, the
@@ -76,9 +47,9 @@ INLINE float weight_at(int kind, const void *weights, Int at) {
 }
 
 /* The rows of x in the order in which weights_at gives weights; NULL if there is no memory. */
-static const float *arranged(int kind, const NarrowRows *f) {
-  if (kind != BFLOAT16) return f->x;
-  float *copy = scratch(X, f->n * f->k);
+static const float *arranged(const NarrowRows *f) {
+  if (f->kind != BFLOAT16) return f->x;
+  float *copy = scratch(ARRANGED, f->n * f->k);
   for (Int r = 0; r < f->n && copy; r++)
     for (Int p = 0; p < f->k / STEP * STEP; p += STEP) {
       const float *from = f->x + r * f->k + p;
@@ -87,8 +58,6 @@ static const float *arranged(int kind, const NarrowRows *f) {
     }
   return copy;
 }
-
-INLINE Int groups_of(Int k) { return (k + GROUP - 1) / GROUP; }
 
 INLINE float scale_at(int kind, const NarrowRows *f, Int column, Int at) {
   return kind == INT8 ? f->scales[column * groups_of(f->k) + at / GROUP] : 1;
@@ -197,6 +166,47 @@ INLINE void dots_of_rows(int kind, Int rows, int side_by_side, const NarrowRows 
   }
 }
 
+/* ------------------------------------------------------------ more rows, and weights in slices */
+
+/* `length` weights of a column from number `at` on, a multiple of GROUP, as floats. */
+INLINE void widen(int kind, const NarrowRows *f, Int column, Int at, Int length, float *wide) {
+  Int first = column * f->k + at;
+  const int8_t *integers = (const int8_t *)f->weight + first;
+  const uint16_t *halves = (const uint16_t *)f->weight + first;
+  if (kind == FLOAT16)
+    for (Int i = 0; i < length; i += LANES) *(vec *)(wide + i) = floats_of_float16(halves + i);
+  if (kind == BFLOAT16)
+    for (Int i = 0; i < length; i++) wide[i] = from_bfloat16(halves[i]);
+  for (Int i = 0; i < length && kind == INT8; i += LANES)
+    *(vec *)(wide + i) = scale_at(kind, f, column, at + i) * floats_of(integers + i);
+}
+
+/* y[row …, column …] for `rows` <= SOME_ROWS rows and LANES columns, as dots_in_slices of matmul.c;
+   `packed` are these rows of x. A slice of SIDE columns is widened once for all rows. */
+INLINE void dots_in_slices(int kind, Int rows, const NarrowRows *f, const float *packed, Int row,
+                           Int column) {
+  vec sums[SOME_ROWS][LANES] __attribute__((aligned(64)));
+  float wide[SIDE * SLICE] __attribute__((aligned(64)));
+  memset(sums, 0, rows * sizeof *sums);
+  Int whole = f->k / LANES * LANES, size = kind == INT8 ? 1 : 2;
+  Int bytes = SIDE * LANES * size, places = bytes > 64 ? bytes / 64 : 1; /* of each step */
+  const char *next = (const char *)f->weight + (column + LANES) * f->k * size;
+  for (Int p = 0; p < whole; p += SLICE, packed += f->n * SLICE) {
+    Int length = min(SLICE, whole - p);
+    for (Int j = 0; j < LANES; j += SIDE, next += SIDE * length * size) {
+      Ahead ahead = {next, places, SIDE * length * size / places, bytes / places};
+      for (Int i = 0; i < SIDE; i++) widen(kind, f, column + j + i, p, length, wide + i * SLICE);
+      add_side(rows, length, SLICE, packed, wide, ahead, (vec(*)[LANES])(sums[0] + j));
+    }
+  }
+  for (Int r = 0; r < rows; r++) {
+    float *y = f->y + (row + r) * f->m + column;
+    *(vec *)y = sums_of_lanes(sums[r]);
+    for (Int j = 0; j < LANES && whole < f->k; j++)
+      y[j] += rest(kind, f, f->x + (row + r) * f->k, column + j, whole);
+  }
+}
+
 /* ------------------------------------------------------------------ several rows, and AMX tiles */
 
 #ifdef HAS_TILES
@@ -207,8 +217,9 @@ INLINE void dots_of_rows(int kind, Int rows, int side_by_side, const NarrowRows 
 
 /* The rows of x as tiles want them: word [p][r] is the pair of numbers 2p and 2p + 1 of row r, whose
    upper halves are all of them. */
-static uint32_t *pairs_across(const NarrowRows *f, Int whole) {
-  uint32_t *pairs = (uint32_t *)scratch(X, whole / 2 * TILE), block[TILE * TILE] = {0};
+static const uint32_t *pairs_across(const NarrowRows *f) {
+  Int whole = f->k / TILE_STEP * TILE_STEP;
+  uint32_t *pairs = (uint32_t *)scratch(PAIRS, whole / 2 * TILE), block[TILE * TILE] = {0};
   for (Int p = 0; p < whole / 2 && pairs; p += TILE) {
     for (Int r = 0; r < f->n; r++) {
       const Float *x = (const Float *)(f->x + r * f->k + 2 * p);
@@ -254,13 +265,15 @@ static void multiply_tiles(const uint16_t *weights, Int k, Int whole, const uint
   __asm__ volatile("" ::: "memory");
 }
 
-/* Columns first … of y, as many as fill tiles before `end`. Returns where they end. */
-static Int tile_columns(const NarrowRows *f, Int first, Int end) {
+static int meets_tiles(const NarrowRows *f) {
+  return f->kind == BFLOAT16 && f->n >= ENOUGH_ROWS && f->n <= TILE && f->k >= TILE_STEP &&
+         bfloat16_by_tiles();
+}
+
+/* Columns first … of y, as many as fill tiles before `end`; x are pairs. Returns where they end. */
+static Int tile_columns(const NarrowRows *f, const uint32_t *x, Int first, Int end) {
   float sums[4 * TILE * TILE] __attribute__((aligned(64))), across[TILE * TILE];
   Int whole = f->k / TILE_STEP * TILE_STEP, j = first;
-  if (f->n < ENOUGH_ROWS || f->n > TILE || !whole || !bfloat16_by_tiles()) return first;
-  const uint32_t *x = pairs_across(f, whole);
-  if (!x) return first;
   open_tiles();
   for (; j + TILE_COLUMNS <= end; j += TILE_COLUMNS) {
     multiply_tiles((const uint16_t *)f->weight + j * f->k, f->k, whole, x, sums);
@@ -285,6 +298,24 @@ static Int tile_columns(const NarrowRows *f, Int first, Int end) {
 
 #define IN_NEAREST_CACHE 4096 /* floats of x that stay in it while weights pass by */
 
+/* x in the forms that the parts of a product read; NULL where they do not read one. */
+typedef struct {
+  const NarrowRows *f;
+  const float *arranged, *packed;
+  const uint32_t *pairs;
+} Prepared;
+
+/* A task of one part, so that run_parts reports a lack of memory. */
+static void prepare_task(const void *arguments, Int part, Int parts) {
+  Prepared *x = (Prepared *)arguments;
+  const NarrowRows *f = x->f;
+  x->arranged = arranged(f);
+  if (f->n > TOGETHER) x->packed = packed_in_slices(PACKED, f->n, f->k, f->x);
+#ifdef HAS_TILES
+  if (meets_tiles(f)) x->pairs = pairs_across(f);
+#endif
+}
+
 INLINE void add_bias(const NarrowRows *f, Int first, Int end) {
   for (Int r = 0; r < f->n && f->bias; r++)
     for (Int j = first; j < end; j++)
@@ -293,63 +324,46 @@ INLINE void add_bias(const NarrowRows *f, Int first, Int end) {
 }
 
 /* Columns first … end - 1 of y; see few_rows_columns of matmul.c. */
-INLINE void narrow_columns(int kind, const NarrowRows *f, Int first, Int end) {
-  int in_one_stream = f->n <= TOGETHER && f->n * f->k <= IN_NEAREST_CACHE;
+INLINE void narrow_columns(int kind, const Prepared *x, Int first, Int end) {
+  const NarrowRows *f = x->f;
+  int in_one_stream = f->n * f->k <= IN_NEAREST_CACHE;
   Int start = first;
 #ifdef HAS_TILES
-  if (kind == BFLOAT16) start = tile_columns(f, first, end);
+  if (x->pairs) start = tile_columns(f, x->pairs, first, end);
 #endif
-  const float *x = start < end ? arranged(kind, f) : f->x; /* tiles may have done it all */
-  if (!x) return;
-  for (Int j = start; j < end; j += LANES)
-    for (Int r = 0; r < f->n; r += TOGETHER) {
-      Int columns = min(LANES, end - j), rows = min(TOGETHER, f->n - r);
-      if (in_one_stream || columns < LANES)
-        dots_of_rows(kind, rows, 0, f, x, r, j, columns);
+  for (Int j = start; j < end; j += LANES) {
+    Int columns = min(LANES, end - j), in_slices = x->packed && columns == LANES;
+    Int step = in_slices ? SOME_ROWS : TOGETHER;
+    for (Int r = 0; r < f->n; r += step) {
+      Int rows = min(step, f->n - r);
+      if (in_slices)
+        dots_in_slices(kind, rows, f, x->packed + r * SLICE, r, j);
+      else if (in_one_stream || columns < LANES)
+        dots_of_rows(kind, rows, 0, f, x->arranged, r, j, columns);
       else
-        dots_of_rows(kind, rows, 1, f, x, r, j, LANES);
+        dots_of_rows(kind, rows, 1, f, x->arranged, r, j, LANES);
     }
+  }
   add_bias(f, first, end);
 }
 
+#define COLUMNS_OF_PART 32 /* a multiple of it: they fill vectors of any width, and tiles */
+
 static void narrow_task(const void *arguments, Int part, Int parts) {
-  const NarrowRows *f = arguments;
-  Int first, end = cut(f->m, parts, LANES, part, &first);
-  if (f->kind == INT8)
-    narrow_columns(INT8, f, first, end);
-  else if (f->kind == FLOAT16)
-    narrow_columns(FLOAT16, f, first, end);
+  const Prepared *x = arguments;
+  Int first, end = cut(x->f->m, parts, COLUMNS_OF_PART, part, &first);
+  if (x->f->kind == INT8)
+    narrow_columns(INT8, x, first, end);
+  else if (x->f->kind == FLOAT16)
+    narrow_columns(FLOAT16, x, first, end);
   else
-    narrow_columns(BFLOAT16, f, first, end);
+    narrow_columns(BFLOAT16, x, first, end);
 }
 
 #define FEW_WEIGHTS 20000 /* with fewer, waking another thread does not pay */
 
 int few_narrow_rows(const NarrowRows *f) {
-  return run_parts(narrow_task, f, f->k * f->m < FEW_WEIGHTS ? 1 : 4 * thread_count());
-}
-
-/* ------------------------------------------------------- a matrix of int8 as floats, for many rows */
-
-typedef struct {
-  Int k, m;
-  const int8_t *values; /* (m, k) */
-  const float *scales;  /* (m, k / GROUP rounded up) */
-  float *wide;          /* (m, k) */
-} Widening;
-
-static void widen_task(const void *arguments, Int part, Int parts) {
-  const Widening *w = arguments;
-  Int first, end = cut(w->m, parts, 1, part, &first), groups = groups_of(w->k);
-  for (Int j = first; j < end; j++)
-    for (Int g = 0; g < groups; g++) {
-      Int at = j * w->k + g * GROUP, n = min(GROUP, w->k - g * GROUP);
-      float scale = w->scales[j * groups + g];
-#pragma omp simd
-      for (Int i = at; i < at + n; i++) w->wide[i] = w->values[i] * scale;
-    }
-}
-
-int widen_int8(const Widening *w) {
-  return run_parts(widen_task, w, w->k * w->m < FEW_WEIGHTS ? 1 : thread_count());
+  Prepared x = {.f = f};
+  if (run_parts(prepare_task, &x, 1)) return OUT_OF_MEMORY;
+  return run_parts(narrow_task, &x, f->k * f->m < FEW_WEIGHTS ? 1 : 4 * thread_count());
 }

@@ -1,12 +1,45 @@
 /* Products of a few rows with weights of 8 or 16 bits; see narrow.c. */
 
 #pragma once
+#include "half.h"
 #include "threads.h"
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 /* What numbers are: of weights, and of keys and values. Python knows these numbers too. */
 enum { FLOAT32, BFLOAT16, INT8, FLOAT16 };
 
 #define GROUP 64 /* int8 numbers of a row that share a scale; arrays/int8.py has the same */
+
+INLINE Int groups_of(Int k) { return (k + GROUP - 1) / GROUP; }
+
+/* LANES integers from `x` on as floats. Of GCC's own vectors these conversions are slow. */
+INLINE vec floats_of(const int8_t *x) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
+#elif defined(__AVX2__)
+  return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
+#else
+  vec wide;
+  for (int i = 0; i < LANES; i++) wide[i] = x[i];
+  return wide;
+#endif
+}
+
+/* The same of float16: for its instruction, too, compilers have no vectors. */
+INLINE vec floats_of_float16(const uint16_t *x) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+#else
+  vec wide;
+  for (int i = 0; i < LANES; i++) wide[i] = from_float16(x[i]);
+  return wide;
+#endif
+}
 
 /* y = x @ weight.T + bias for a few rows of x: bound by reading the weights. */
 typedef struct {

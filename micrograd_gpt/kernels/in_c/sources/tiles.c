@@ -57,26 +57,9 @@ void pack_strips(const uint16_t *a, Int a_row, Int a_column, Int n, Int k, uint1
       packed[place_in_strips(i, p, deep)] = a[i * a_row + p * a_column];
 }
 
-/* The bfloat16 at place i of b, which is of bfloat16, or wide: of float32, and rounded. `wide` is a
-   constant for the compiler. */
+/* The bfloat16 at place i of b, which is of bfloat16, or wide, as in halves_at. */
 INLINE uint16_t half_at(int wide, const void *b, Int i) {
   return wide ? to_bfloat16(((const float *)b)[i]) : ((const uint16_t *)b)[i];
-}
-
-/* 16 of them, from place i on. */
-INLINE __m256i halves_at(int wide, const void *b, Int i) {
-  if (wide) return (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps((const float *)b + i));
-  return _mm256_loadu_si256((const __m256i *)((const uint16_t *)b + i));
-}
-
-/* The pairs of SIDE numbers from x on and as many from y on, places in two rows of b. */
-INLINE void pack_two_rows(int wide, const void *b, Int x, Int y, uint32_t *packed) {
-  for (Int half = 0; half < 2; half++) {
-    __m512i first = _mm512_cvtepu16_epi32(halves_at(wide, b, x + half * 16));
-    __m512i second = _mm512_cvtepu16_epi32(halves_at(wide, b, y + half * 16));
-    _mm512_storeu_si512(packed + half * 8 * STEP,
-                        _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
-  }
 }
 
 /* The pairs of STEP numbers of LANES columns, from place `at` of b on; a column has no gaps. */

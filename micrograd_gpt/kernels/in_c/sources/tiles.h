@@ -18,6 +18,24 @@ void pack_strips(const uint16_t *a, Int a_row, Int a_column, Int n, Int k, uint1
 /* Panels of b (k, m); zeros where b has no number. */
 void pack_panels(const uint16_t *b, Int b_row, Int b_column, Int k, Int m, uint16_t *packed);
 
+/* The 16 bfloat16 from place i of b on, which is of bfloat16, or wide: of float32, and rounded. `wide`
+   is a constant for the compiler. */
+INLINE __m256i halves_at(int wide, const void *b, Int i) {
+  if (wide) return (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps((const float *)b + i));
+  return _mm256_loadu_si256((const __m256i *)((const uint16_t *)b + i));
+}
+
+/* The pairs of SIDE numbers from x on and as many from y on, places in two rows of b, as in a
+   panel. */
+INLINE void pack_two_rows(int wide, const void *b, Int x, Int y, uint32_t *packed) {
+  for (Int half = 0; half < 2; half++) {
+    __m512i first = _mm512_cvtepu16_epi32(halves_at(wide, b, x + half * 16));
+    __m512i second = _mm512_cvtepu16_epi32(halves_at(wide, b, y + half * 16));
+    _mm512_storeu_si512(packed + half * 8 * STEP,
+                        _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+  }
+}
+
 /* The sums of a strip @ a panel, `steps` deep, are now in four registers: 0 and 1 hold the first 16
    rows, 2 and 3 the others. */
 INLINE void multiply_strip_and_panel(Int steps, const uint16_t *strip, const uint16_t *panel) {

@@ -26,6 +26,14 @@ typedef int32_t places __attribute__((vector_size(4 * LANES)));
 
 typedef int64_t Int;
 
+/* 0, 1, … LANES - 1. Of a vector that a loop fills, GCC makes instructions for each lane, not a
+   constant. */
+INLINE places lane_numbers(void) {
+  static const int32_t numbers[16] __attribute__((aligned(64))) = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                                   8, 9, 10, 11, 12, 13, 14, 15};
+  return *(const places *)numbers;
+}
+
 INLINE Int min(Int a, Int b) { return a < b ? a : b; }
 INLINE Int round_up(Int x, Int step) { return (x + step - 1) / step * step; }
 
