@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 from micrograd_gpt.tensor import Tensor
 
 COUNTS = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
@@ -41,10 +43,12 @@ def check_config(values: Mapping[str, Any]) -> None:
         raise ValueError(f"n_embd ({width}) must be a multiple of n_head ({heads})")
 
 
-def check_setting(config: type, name: str) -> None:
-    """AttributeError where a setting of this package's configs is set by another program's name."""
+def checked_setting(config: type, name: str, value: Any) -> Any:
+    """The value for a setting, one of NumPy's numbers as Python's; AttributeError where a setting
+    of this package's configs is set by another program's name."""
     if _is_ours(config) and name in ELSEWHERE:
         raise AttributeError(f"{config.__name__} has no {name}: set {ELSEWHERE[name]}")
+    return value.item() if isinstance(value, np.number) else value
 
 
 def check_call(module: type) -> None:

@@ -38,10 +38,9 @@ class GPT2Config:
         check_config(vars(self))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        from micrograd_gpt.checks import check_setting
+        from micrograd_gpt.checks import checked_setting
 
-        check_setting(type(self), name)
-        super().__setattr__(name, value.item() if isinstance(value, np.number) else value)
+        super().__setattr__(name, checked_setting(type(self), name, value))
 
 
 class CausalSelfAttention(Module):

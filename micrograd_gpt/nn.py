@@ -63,9 +63,10 @@ class Module:
     _training = True  # as train() and eval() set it; dropout is on while `training`
     training = property(lambda self: self._training and not no_dropout.inside.get())
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
         from micrograd_gpt.checks import check_call
 
+        super().__init_subclass__(**options)
         check_call(cls)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:

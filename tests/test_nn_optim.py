@@ -9,7 +9,7 @@ import pickle
 import weakref
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pytest
@@ -582,6 +582,9 @@ def test_a_config_takes_what_its_user_adds() -> None:
     assert (config.extra, config.n_layer, config.n_positions) == (3, 1, 64)
 
 
+T = TypeVar("T")
+
+
 class Doubled:
     def forward(self, x: Any) -> Any:
         return x * 2
@@ -615,9 +618,9 @@ def test_a_class_of_ones_own_calls_forward_as_it_likes() -> None:
         def forward(self, x: Any) -> Tensor:
             return super().__call__(x) * 2
 
-    class Mixed(Doubled, nn.Module): ...
+    class Mixed(Doubled, nn.Module, Generic[T]): ...
 
-    assert Ten()(3) == 33 and Mixed()(3) == 6
+    assert Ten()(3) == 33 and Mixed()(3) == Mixed[int]()(3) == 6
     x = np.ones((1, 2), np.float32)
     twice, plain = (layer(2, 2, nn.normal(0)) for layer in (Twice, nn.Linear))
     np.testing.assert_array_equal(twice(x).data, plain(x).data * 2)
