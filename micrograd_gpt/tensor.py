@@ -39,12 +39,7 @@ class Node:
         self.height: int = 1 + max((parent.height for parent in self.parents if parent), default=0)
 
     def __getstate__(self) -> Any:  # for deepcopy and pickle: a copy is spent, with no way back
-        spent: Any = {
-            "name": f"copy of {self.name}",
-            "backward": None,
-            "parents": (),
-            "versions": [],
-        }
+        spent = {"name": f"copy of {self.name}", "backward": None, "parents": (), "versions": ()}
         return None, {name: getattr(self, name) for name in self.__slots__} | spent
 
 
