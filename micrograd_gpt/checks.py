@@ -121,8 +121,8 @@ def check_clipping(parameters: Any, max_norm: Any) -> list[Tensor]:
 def _check_gradient(name: str, i: int, p: Tensor) -> None:
     if p.grad is not None and not hasattr(p.grad, "flags"):
         raise TypeError(
-            f"{name}: the gradient of parameter {i} is {p.grad!r:.50}, not an array: None, which "
-            "zero_grad() sets, is for no gradient"
+            f"{name}: the gradient of parameter {i} is {p.grad!r:.50}, not an array: to forget it, "
+            "set None, as zero_grad() does"
         )
 
 

@@ -507,7 +507,7 @@ def test_a_gradient_of_0_is_no_array(level: str) -> None:
     used, unused = (nn.Parameter(np.ones(2, np.float32)) for _ in range(2))
     used.grad = unused.grad = 0
     (used * 2).sum().backward()
-    message = "the gradient of parameter 1 is 0, not an array: None, which zero_grad"
+    message = "the gradient of parameter 1 is 0, not an array: to forget it, set None"
     with pytest.raises(TypeError, match=f"clip_grad_norm: {message}"):
         optim.clip_grad_norm([used, unused], 1.0)
     optimizer = optim.AdamW([used, unused], lr=0.1)
