@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
-
 from micrograd_gpt.tensor import Tensor
 
 COUNTS = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
@@ -48,7 +46,7 @@ def checked_setting(config: type, name: str, value: Any) -> Any:
     of this package's configs is set by another program's name."""
     if _is_ours(config) and name in ELSEWHERE:
         raise AttributeError(f"{config.__name__} has no {name}: set {ELSEWHERE[name]}")
-    return value.item() if isinstance(value, np.number) else value
+    return _plain(value)
 
 
 def check_call(module: type) -> None:

@@ -559,7 +559,9 @@ def test_a_setting_by_another_programs_name_is_refused() -> None:
     with pytest.raises(AttributeError, match="VariantConfig has no dropout: set embd_pdrop, attn"):
         VariantConfig().dropout = 0.1  # type: ignore[attr-defined]
     config.n_layer = np.int64(3)  # type: ignore[assignment]
-    assert type(config.n_layer) is int and config == GPT2Config(n_layer=3)
+    config.resid_pdrop = np.array(0.5)  # type: ignore[assignment]
+    assert (type(config.n_layer), type(config.resid_pdrop)) == (int, float)
+    assert config == GPT2Config(n_layer=3, resid_pdrop=0.5)
 
 
 def test_a_config_takes_what_its_user_adds() -> None:
