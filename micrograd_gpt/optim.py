@@ -83,7 +83,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, loss_scale: fl
 
     grads: list[Any] = [p.grad for p in check_clipping(parameters, max_norm) if p.grad is not None]
     norm = np.sqrt(sum((grad.astype(np.float64) ** 2).sum() for grad in grads)) / loss_scale
-    factor = np.minimum(max_norm / np.maximum(norm, 1e-30), 1.0) / loss_scale
+    factor = np.minimum(float(max_norm) / np.maximum(norm, 1e-30), 1.0) / loss_scale
     for grad in grads:
         grad *= np.where(np.isfinite(norm), factor, 1.0).astype(grad.dtype)
     return float(norm) if isinstance(norm, np.generic) else norm
