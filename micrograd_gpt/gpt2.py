@@ -38,9 +38,9 @@ class GPT2Config:
         check_config(vars(self))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self.__dataclass_fields__:
-            raise AttributeError(f"{name} is no setting: {', '.join(self.__dataclass_fields__)}")
-        super().__setattr__(name, value.item() if isinstance(value, np.number) else value)
+        from micrograd_gpt.checks import checked_setting
+
+        super().__setattr__(name, checked_setting(type(self), name, value))
 
 
 class CausalSelfAttention(Module):
