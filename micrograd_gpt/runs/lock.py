@@ -40,23 +40,25 @@ def only_writer(folder: str | Path) -> Iterator[None]:
         _leave(folder, absent)
 
 
-def is_written(folder: str | Path) -> bool:
-    """Whether a process, or a fork of it, has come to `only_writer` and not ended.
+def present_writer(folder: str | Path) -> str:
+    """The process, in words, that has come to `only_writer` and not ended, nor has a fork of it; ""
+    if there is none.
 
-    Where files cannot be locked it may be, as far as anybody knows.
+    Where files cannot be locked, or other machines do not see it, one that has ended may be named.
     """
-    try:
-        with open(Path(folder) / LOCK, "r+b") as lock:
+    with suppress(FileNotFoundError), open(Path(folder) / LOCK, "r+b", buffering=0) as lock:
+        who = _read(lock)
+        try:
             _lock(lock)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        return True
-    return False
+        except BlockingIOError:
+            return who
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return who
+        # On some network file systems a lock holds on its own machine only.
+        return "" if who.endswith(f" on {platform.node()}") else who
+    return ""
 
 
 def _locked(folder: Path) -> BinaryIO:
@@ -65,8 +67,7 @@ def _locked(folder: Path) -> BinaryIO:
         try:
             _lock(lock)
         except BlockingIOError:
-            lock.seek(0)
-            who = lock.read().decode("utf-8", "replace").strip() or "which has just started"
+            who = _read(lock) or "which has just started"
             lock.close()
             raise UserError(
                 f"another training writes to {folder} ({who}): wait for it or stop it, or give "
@@ -92,9 +93,14 @@ def _leave(folder: Path, absent: Sequence[Path]) -> None:
     """Remove the lock, and the folders that were `absent` before it and hold nothing now."""
     with suppress(OSError):  # the folder was removed meanwhile, or nothing can be written now
         _remove(folder / LOCK)
-    with suppress(OSError):  # there is a run in it now
-        for place in absent:
+    for place in absent:
+        with suppress(OSError):  # there is a run in it now, or it could not be made
             place.rmdir()
+
+
+def _read(lock: BinaryIO) -> str:
+    lock.seek(0)
+    return lock.read().decode("utf-8", "replace").strip()
 
 
 def _remove(path: Path) -> None:
