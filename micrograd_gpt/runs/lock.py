@@ -46,19 +46,28 @@ def present_writer(folder: str | Path) -> str:
 
     Where files cannot be locked, or other machines do not see it, one that has ended may be named.
     """
-    with suppress(FileNotFoundError), open(Path(folder) / LOCK, "r+b", buffering=0) as lock:
-        who = _read(lock)
-        try:
+    who = _writer_of(Path(folder))
+    try:
+        with open(Path(folder) / LOCK, "r+b") as lock:
             _lock(lock)
-        except BlockingIOError:
-            return who
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            return who
-        # On some network file systems a lock holds on its own machine only.
-        return "" if who.endswith(f" on {platform.node()}") else who
-    return ""
+    except FileNotFoundError:
+        return ""
+    except BlockingIOError:
+        return who
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return who
+    # On some network file systems a lock holds on its own machine only.
+    return "" if who.endswith(f" on {platform.node()}") else who
+
+
+def _writer_of(folder: Path) -> str:
+    """Who trains in the folder, as its lock says; "" where nobody does."""
+    try:
+        return (folder / LOCK).read_text("utf-8", "replace").strip()
+    except OSError:  # there is no lock, or it cannot be read
+        return ""
 
 
 def _locked(folder: Path) -> BinaryIO:
@@ -67,8 +76,8 @@ def _locked(folder: Path) -> BinaryIO:
         try:
             _lock(lock)
         except BlockingIOError:
-            who = _read(lock) or "which has just started"
             lock.close()
+            who = _writer_of(folder) or "which has just started"
             raise UserError(
                 f"another training writes to {folder} ({who}): wait for it or stop it, or give "
                 "another --out"
@@ -96,11 +105,6 @@ def _leave(folder: Path, absent: Sequence[Path]) -> None:
     for place in absent:
         with suppress(OSError):  # there is a run in it now, or it could not be made
             place.rmdir()
-
-
-def _read(lock: BinaryIO) -> str:
-    lock.seek(0)
-    return lock.read().decode("utf-8", "replace").strip()
 
 
 def _remove(path: Path) -> None:
