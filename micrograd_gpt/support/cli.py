@@ -224,6 +224,11 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
+def listed(names: Iterable[str]) -> str:
+    """Names that a stranger chose, as a message shows them: there can be any, and any number."""
+    return ", ".join(map(ascii, names))[:200]
+
+
 def say(message: str, bar: Any = None) -> None:
     """Tell the user something that is not a result: on stderr, above the tqdm `bar` if given.
 
