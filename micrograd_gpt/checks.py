@@ -12,15 +12,6 @@ from micrograd_gpt.tensor import Tensor
 COUNTS = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
 DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 EPSILON = "layer_norm_epsilon"
-ELSEWHERE = {  # what nanoGPT and Transformers call these settings: their names here
-    "block_size": "n_positions",
-    "n_ctx": "n_positions",
-    "max_position_embeddings": "n_positions",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "hidden_size": "n_embd",
-    "dropout": ", ".join(DROPOUTS),
-}
 
 
 def check_config(values: Mapping[str, Any]) -> None:
@@ -39,14 +30,6 @@ def check_config(values: Mapping[str, Any]) -> None:
     width, heads = values["n_embd"], values["n_head"]
     if width % heads:
         raise ValueError(f"n_embd ({width}) must be a multiple of n_head ({heads})")
-
-
-def checked_setting(config: type, name: str, value: Any) -> Any:
-    """The value for a setting, one of NumPy's numbers as Python's; AttributeError where a setting
-    of this package's configs is set by another program's name."""
-    if _is_ours(config) and name in ELSEWHERE:
-        raise AttributeError(f"{config.__name__} has no {name}: set {ELSEWHERE[name]}")
-    return _plain(value)
 
 
 def check_call(module: type) -> None:

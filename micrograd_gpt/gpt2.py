@@ -37,11 +37,6 @@ class GPT2Config:
 
         check_config(vars(self))
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        from micrograd_gpt.checks import checked_setting
-
-        super().__setattr__(name, checked_setting(type(self), name, value))
-
 
 class CausalSelfAttention(Module):
     def __init__(self, c: GPT2Config, init: Init, draws: Draws) -> None:

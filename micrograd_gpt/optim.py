@@ -31,8 +31,6 @@ class AdamW:
     `lr` may change between steps. `weight_decay` is for matrices, not for biases and LayerNorm, as
     GPT-2 and GPT-3 were trained. TypeError and ValueError: see checks.py."""
 
-    learning_rate = property(lambda self: self.lr)  # so that setting this name is an error
-
     def __init__(
         self,
         parameters: Iterable[Tensor],

@@ -91,7 +91,7 @@ def test_a_wheel_holds_the_scripts_once_and_inside_the_package(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train_gpt2.py", "--lr", "0.1"], "--lr: did you mean --learning-rate?"),
+        (["train_gpt2.py", "--lr", "0.1"], "--lr 0.1: did you mean --learning-rate?"),
         (["train_gpt2.py", "--max_iters=9"], "--max_iters=9: did you mean --max-steps?"),
         (["train_gpt2.py", "--n_layers", "2"], "did you mean --n-layer?"),
         (["train_gpt2.py", "--batch_size=x"], "--batch-size: must be a whole number, not 'x'"),
