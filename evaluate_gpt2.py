@@ -157,14 +157,13 @@ def classify(given: argparse.Namespace, ranks: Ranks) -> Result:
 def generate(given: argparse.Namespace, ranks: Ranks) -> Result:
     """What a model answers to prompts or instructions; how often that is the right answer."""
     from micrograd_gpt.evaluation.questions import GenerationTask, read_questions
+    from micrograd_gpt.generation.flags import tell_idle
     from micrograd_gpt.generation.settings import Settings
 
     how = {
         name: getattr(given, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")
     }
-    if given.top_p is not None and given.temperature == 0:
-        raise UserError("--top-p does nothing at temperature 0: give a --temperature above that")
-    Settings(**how)  # what is wrong with them is said before a large model is loaded
+    tell_idle(how, Settings(**how))  # what is wrong is said before a large model is loaded
     questions = read_questions(given.data, given.encoding)
     model, tokenizer, template = load(given, ranks)
     settings = Settings(**how, end_of_text=tokenizer.end_of_text, vocab_size=tokenizer.vocab_size)

@@ -177,8 +177,7 @@ def tune(
     per_step = settings.batch_size * settings.grad_accum_steps
     order = Order(task.lengths, per_step, settings.seed, task.kinds)
     flags.schedule(settings, order.steps_per_epoch)
-    longest = int(task.lengths.max())
-    plan = make_plan(settings, longest, device, make)
+    plan = make_plan(settings, task, device, make)
     if settings.plan:
         print(plan.report(settings.max_steps, plan.step_time(settings.rate)))
         return None, 0
@@ -196,7 +195,7 @@ def tune(
     optimizer, scaler = make_optimizer(settings, model)
     if settings.resume:
         checkpoint.load_run(settings.out, model, optimizer, scaler)
-    recorder = Recorder(settings, task, model, optimizer, scaler, write, per_step * longest)
+    recorder = Recorder(settings, task, model, optimizer, scaler, write, plan.tokens_per_step)
     flags.write_settings(settings)
     recorder.start()
     learn(settings, task, order, model, optimizer, scaler, recorder)
@@ -283,10 +282,11 @@ def longest_of(settings: argparse.Namespace) -> int:
     return settings.block_size or room
 
 
-def make_plan(settings: argparse.Namespace, longest: int, device: str, make: Make) -> Plan:
-    """What a run takes at its longest batches."""
+def make_plan(settings: argparse.Namespace, task: Task, device: str, make: Make) -> Plan:
+    """What a run takes at its longest batches, which have no more examples than there are."""
     s, config = settings, config_of(settings)
-    sizes = (s.batch_size, longest, s.grad_accum_steps, s.recompute, s.dtype, device)
+    size = min(s.batch_size, len(task.lengths)), int(task.lengths.max())
+    sizes = (*size, s.grad_accum_steps, s.recompute, s.dtype, device)
     return Plan(config, *sizes, count_trained(make(unwritten(config)), s))
 
 

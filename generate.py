@@ -84,6 +84,7 @@ def generate(given: argparse.Namespace, ranks: Ranks) -> int:
     if questions is None:
         return converse(writer, choices)
     settings = choices.settings(tokenizer.end_of_text)
+    flags.tell_idle(decoding, settings)
     if given.instruction is not None:
         finished = writer.answer(questions, given.input, settings, choices.stop_texts)
     else:

@@ -133,9 +133,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--merge",
+        type=cli.some_text,
         metavar="ADAPTER",
-        help="fold in the LoRA adapter in this folder, as finetune_gpt2.py or PEFT saved it (into"
-        " --from, or else into the model that it names)",
+        help="fold in a LoRA adapter, ours or PEFT's (into --from, or else the model it names)",
     )
     parser.add_argument(
         "--out",

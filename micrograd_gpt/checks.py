@@ -1,4 +1,4 @@
-"""What a layer, a model and an optimizer cannot be made of, each said in one line."""
+"""What a model and an optimizer cannot be made of, each said in one line."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
-
-import numpy as np
 
 from micrograd_gpt.tensor import Tensor
 
@@ -23,7 +21,9 @@ def check_config(values: Mapping[str, Any]) -> None:
     """
     counts = COUNTS if values.get("n_inner") is None else (*COUNTS, "n_inner")
     _check_counts({key: values[key] for key in counts})
-    check_dropout(**{key: values[key] for key in DROPOUTS})
+    for key in DROPOUTS:
+        if not _is_number(values[key]) or not 0 <= values[key] < 1:
+            raise ValueError(f"{key} must be a probability in [0, 1), not {values[key]!r}")
     value = values[EPSILON]
     if not _is_finite(value) or value <= 0:
         raise ValueError(f"{EPSILON} must be a finite number above 0, not {value!r}")
@@ -32,18 +32,15 @@ def check_config(values: Mapping[str, Any]) -> None:
         raise ValueError(f"n_embd ({width}) must be a multiple of n_head ({heads})")
 
 
-def check_dropout(**probabilities: Any) -> None:
-    """ValueError, naming it, for what is no probability of dropping a number."""
-    for name, p in probabilities.items():
-        if not _is_number(p) or not 0 <= p < 1:
-            raise ValueError(f"{name} must be a probability in [0, 1), not {p!r}")
-
-
-def check_layer(init: Any, **sizes: Any) -> None:
-    """ValueError, naming it, for a size that no matrix has; TypeError where `init` makes none."""
-    _check_counts(sizes)
-    if not callable(init):
-        raise TypeError(f"init makes a matrix, as nn.normal(seed) does: it cannot be {init!r}")
+def check_call(module: type) -> None:
+    """TypeError for a Module that defines `forward`, where a layer of this package that it is made
+    of has a `__call__` that would be called instead."""
+    called = next(cls for cls in module.__mro__ if "__call__" in vars(cls))
+    if hasattr(module, "forward") and _is_ours(called) and called.__name__ != "Module":
+        raise TypeError(
+            f"{module.__name__} has a forward, which nobody would call: {called.__name__} has a "
+            "__call__, so name it __call__"
+        )
 
 
 def check_trainable(parameters: Any) -> list[Tensor]:
@@ -64,19 +61,25 @@ def check_trainable(parameters: Any) -> list[Tensor]:
     return parameters
 
 
-def check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
-    """ValueError for numbers with which AdamW would not go downhill."""
+def check_numbers(optimizer: Any) -> tuple[float, float, float, float, float]:
+    """The lr, both betas, the eps and the weight_decay of an AdamW as floats; ValueError, naming
+    it, for one with which it would not go downhill."""
+    lr, betas = optimizer.lr, optimizer.betas
+    eps, weight_decay = optimizer.eps, optimizer.weight_decay
     for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
         if not _is_finite(value) or value < 0:
             raise ValueError(f"AdamW: {name} must be a finite number from 0, not {value!r}")
     pair = tuple(betas) if isinstance(betas, tuple | list) else ()
     if len(pair) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in pair):
         raise ValueError(f"AdamW: betas must be two numbers in [0, 1), not {betas!r}")
+    return float(lr), float(pair[0]), float(pair[1]), float(eps), float(weight_decay)
 
 
 def check_update(i: int, p: Tensor, m: Any, v: Any) -> None:
     """ValueError where AdamW cannot update parameter number `i` by its gradient and its moments."""
-    shapes = [getattr(array, "shape", ()) for array in (p.data, p.grad, m, v)]
+    _check_gradient("AdamW", i, p)
+    arrays: list[Any] = [p.data, p.grad, m, v]
+    shapes = [array.shape for array in arrays]
     if len(set(shapes)) > 1:
         raise ValueError(f"AdamW: parameter {i}, grad, m, v: {shapes}")
     if not all(getattr(array.flags, "writeable", True) for array in (p.data, m, v)):
@@ -84,13 +87,24 @@ def check_update(i: int, p: Tensor, m: Any, v: Any) -> None:
 
 
 def check_clipping(parameters: Any, max_norm: Any) -> list[Tensor]:
-    """The parameters as a list. TypeError for what are no tensors; ValueError where one is there
-    twice, and for a norm that would turn gradients around, or make them NaN."""
+    """The parameters as a list. TypeError for what are no tensors, and gradients that are no
+    arrays; ValueError where a parameter is there twice, and for a norm that would turn gradients
+    around, or make them NaN."""
     if not _is_number(max_norm) or not max_norm >= 0:
         raise ValueError(f"clip_grad_norm: max_norm must be a number from 0, not {max_norm!r}")
     parameters = _check_tensors("clip_grad_norm", parameters)
     _check_each_once("clip_grad_norm", parameters)
+    for i, p in enumerate(parameters):
+        _check_gradient("clip_grad_norm", i, p)
     return parameters
+
+
+def _check_gradient(name: str, i: int, p: Tensor) -> None:
+    if p.grad is not None and not hasattr(p.grad, "flags"):
+        raise TypeError(
+            f"{name}: the gradient of parameter {i} is {p.grad!r:.50}, not an array: to forget it, "
+            "set None, as zero_grad() does"
+        )
 
 
 def _check_tensors(name: str, parameters: Any) -> list[Tensor]:
@@ -116,9 +130,17 @@ def _check_counts(counts: Mapping[str, Any]) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    value = value.item() if isinstance(value, np.number) else value
-    return _is_number(value) and abs(value) <= sys.float_info.max
+    return _is_number(value) and abs(_plain(value)) <= sys.float_info.max
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(plain := _plain(value), Real) and not isinstance(plain, bool)
+
+
+def _plain(value: Any) -> Any:
+    """Python's number for one of NumPy's, or for an array of no axes."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.split(".")[0] == "micrograd_gpt"

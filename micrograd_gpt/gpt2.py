@@ -37,11 +37,6 @@ class GPT2Config:
 
         check_config(vars(self))
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self.__dataclass_fields__:
-            raise AttributeError(f"{name} is no setting: {', '.join(self.__dataclass_fields__)}")
-        super().__setattr__(name, value.item() if isinstance(value, np.number) else value)
-
 
 class CausalSelfAttention(Module):
     def __init__(self, c: GPT2Config, init: Init, draws: Draws) -> None:

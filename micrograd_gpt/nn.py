@@ -48,8 +48,7 @@ def parts(value: Any, name: str = "", above: tuple[int, ...] = ()) -> Iterator[t
     """This module or parameter, and all in it, its lists, tuples and dicts, by `name.0.key`."""
     if id(value) in above:  # a part may refer to what it is in
         return
-    learns = isinstance(value, Tensor) and value.requires_grad and value._node is None
-    if isinstance(value, Module | Parameter) or learns:
+    if isinstance(value, Module | Parameter):
         yield name, value
     inside = vars(value) if isinstance(value, Module) else value
     inside = dict(enumerate(inside)) if isinstance(inside, list | tuple) else inside
@@ -58,15 +57,17 @@ def parts(value: Any, name: str = "", above: tuple[int, ...] = ()) -> Iterator[t
 
 
 class Module:
-    """A part of a model. Its parameters are the leaves among its attributes and in its `parts`."""
+    """A part of a model. Its parameters are those among its attributes and in its `parts`."""
 
     forward: Callable[..., Any]
     _training = True  # as train() and eval() set it; dropout is on while `training`
     training = property(lambda self: self._training and not no_dropout.inside.get())
 
-    def __init_subclass__(cls) -> None:
-        if "forward" in vars(cls) and "__call__" not in vars(cls):  # not the parent's __call__
-            cls.__call__ = Module.__call__  # type: ignore[method-assign]
+    def __init_subclass__(cls, **options: Any) -> None:
+        from micrograd_gpt.checks import check_call
+
+        super().__init_subclass__(**options)
+        check_call(cls)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         return self.forward(*inputs, **options)  # a module may define either, as in PyTorch
@@ -84,7 +85,7 @@ class Module:
         """Each parameter once, under its first name, such as `h.0.attn.c_attn.weight`."""
         found: dict[int, tuple[str, Parameter]] = {}
         for name, part in parts(self):
-            if not isinstance(part, Module):
+            if isinstance(part, Parameter):
                 found.setdefault(id(part), (name, part))
         return found.values()
 
@@ -105,9 +106,6 @@ class Linear(Module):
     column after column in memory (Fortran order), as decoding, one row @ weight, reads it."""
 
     def __init__(self, n_in: int, n_out: int, init: Init = normal(0), std: float = 0.02) -> None:
-        from micrograd_gpt.checks import check_layer
-
-        check_layer(init, n_in=n_in, n_out=n_out)
         self.weight = Parameter(np.asfortranarray(init((n_in, n_out), std)))
         self.bias = Parameter(np.zeros(n_out, np.float32))
 
@@ -119,9 +117,6 @@ class Embedding(Module):
     """Integer ids (…) -> rows of weight (…, width)."""
 
     def __init__(self, count: int, width: int, init: Init = normal(0), std: float = 0.02) -> None:
-        from micrograd_gpt.checks import check_layer
-
-        check_layer(init, count=count, width=width)
         self.weight = Parameter(init((count, width), std))
 
     def __call__(self, ids: Any) -> Tensor:
@@ -144,9 +139,6 @@ class Dropout(Module):
     """While training, zero each element with probability p and divide the others by 1 - p."""
 
     def __init__(self, p: float, draws: Draws = Draws(0)) -> None:
-        from micrograd_gpt.checks import check_dropout
-
-        check_dropout(p=p)
         self.p, self.draws = p, draws
 
     def draw(self) -> tuple[float, Key]:

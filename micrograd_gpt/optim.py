@@ -31,8 +31,6 @@ class AdamW:
     `lr` may change between steps. `weight_decay` is for matrices, not for biases and LayerNorm, as
     GPT-2 and GPT-3 were trained. TypeError and ValueError: see checks.py."""
 
-    __slots__ = ("betas", "eps", "lr", "m", "missed", "parameters", "steps", "v", "weight_decay")
-
     def __init__(
         self,
         parameters: Iterable[Tensor],
@@ -45,7 +43,7 @@ class AdamW:
 
         self.parameters = check_trainable(parameters)
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        check_numbers(lr, betas, eps, weight_decay)
+        check_numbers(self)
         self.steps = 0  # in all; and how many of them each parameter had no gradient in:
         self.missed = [0] * len(self.parameters)
         self.m = [np.zeros_like(p.data) for p in self.parameters]
@@ -55,18 +53,18 @@ class AdamW:
         """Update all that have a gradient; ValueError, before any is changed, if one cannot be."""
         from micrograd_gpt.checks import check_numbers, check_update
 
-        check_numbers(self.lr, self.betas, self.eps, self.weight_decay)
+        lr, beta1, beta2, eps, weight_decay = check_numbers(self)
         rows: dict[int, list[Any]] = {}  # by how many steps a parameter missed, which is mostly 0
         for i, (p, m, v) in enumerate(zip(self.parameters, self.m, self.v, strict=True)):
             if p.grad is not None:
                 check_update(i, p, m, v)
-                decay = self.weight_decay if p.ndim >= 2 else 0.0
+                decay = weight_decay if p.ndim >= 2 else 0.0
                 rows.setdefault(self.missed[i], []).append((p.data, p.grad, m, v, decay))
                 p.data = p.data  # tells the tape that it changes
         self.missed = [self.missed[i] + (p.grad is None) for i, p in enumerate(self.parameters)]
         self.steps += 1
         for missed, group in rows.items():
-            adamw_update(group, self.lr, *self.betas, self.eps, self.steps - missed)
+            adamw_update(group, lr, beta1, beta2, eps, self.steps - missed)
 
     def zero_grad(self) -> None:
         """Forget all gradients; the next backward starts them anew."""
@@ -83,7 +81,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, loss_scale: fl
 
     grads: list[Any] = [p.grad for p in check_clipping(parameters, max_norm) if p.grad is not None]
     norm = np.sqrt(sum((grad.astype(np.float64) ** 2).sum() for grad in grads)) / loss_scale
-    factor = np.minimum(max_norm / np.maximum(norm, 1e-30), 1.0) / loss_scale
+    factor = np.minimum(float(max_norm) / np.maximum(norm, 1e-30), 1.0) / loss_scale
     for grad in grads:
         grad *= np.where(np.isfinite(norm), factor, 1.0).astype(grad.dtype)
     return float(norm) if isinstance(norm, np.generic) else norm

@@ -8,7 +8,7 @@ those of the inputs. `Tensor.backward()` walks that tape once, from the loss dow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -38,8 +38,9 @@ class Node:
         # A parent is lower than its child, a leaf lowest: sorting by height is a topological order.
         self.height: int = 1 + max((parent.height for parent in self.parents if parent), default=0)
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a result with its tape cannot be copied or pickled: .detach() it first")
+    def __getstate__(self) -> Any:  # for deepcopy and pickle: a copy is spent, with no way back
+        spent = {"name": f"copy of {self.name}", "backward": None, "parents": (), "versions": ()}
+        return None, {name: getattr(self, name) for name in self.__slots__} | spent
 
 
 def is_recorded(*inputs: Tensor) -> bool:
@@ -97,12 +98,12 @@ class Tensor(Habits):
     ) -> None:
         self.version: list[int] = data.version if isinstance(data, Tensor) else [0]  # changes
         data = as_array(data.data if isinstance(data, Tensor) else data, dtype)
-        if requires_grad is not False:
+        if requires_grad:
             check_leaf(requires_grad, data.dtype)
         self._data: Array = data if device is None else Tensor(data).to(device).data
         self.grad: Array | None = None
         self._node: Node | None = None
-        self.requires_grad = requires_grad
+        self.requires_grad = bool(requires_grad)
 
     def _set_data(self, data: Array) -> None:
         self.version[0] += data is self._data  # the same again, as after t.data -= 1: it changed
@@ -272,9 +273,9 @@ class Tensor(Habits):
         return record("reshape", y, [self], lambda grad: (grad.reshape(old),))
 
     def transpose(self, *axes: Any) -> Tensor:
-        """Permute the axes; without arguments, reverse them."""
+        """Permute the axes; without arguments, reverse them. NumPy takes 0, 1 for no change."""
         order = axes[0] if axes and np.ndim(axes[0]) else axes
-        if len(order) not in (0, self.ndim) or axes in ((0, 1), (-2, -1)):  # these change nothing
+        if len(order) not in (0, self.ndim) or axes in ((0, 1), (0, -1), (-2, 1), (-2, -1)):
             raise ValueError(f"transpose: {order} for shape {self.shape}: to swap two, .swapaxes()")
         inverse = np.argsort([i % self.ndim for i in order or range(self.ndim)[::-1]]).tolist()
         y = self.data.transpose(*axes)

@@ -34,7 +34,7 @@ BELOW["runs"] = (*BELOW["weights"], "weights", "generation")
 BELOW["tuning"] = (*BELOW["runs"], "runs")
 BELOW["evaluation"] = (*BELOW["weights"], "weights", "generation", "tuning")
 BELOW["__main__"] = ("support",)
-BELOW["kernels"] = ("arrays", "support", *SIX, "generation")  # whose KV cache they write
+BELOW["kernels"] = ("arrays", "support", *SIX, "checks", "generation")  # whose KV cache they write
 
 
 def module_name(path: Path) -> str:

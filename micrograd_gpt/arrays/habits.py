@@ -28,9 +28,9 @@ OPERATORS = {  # what an array on the left calls, and what the tensor on its rig
 
 
 def check_leaf(requires_grad: Any, dtype: Any) -> None:
-    """TypeError where `requires_grad` is no truth value, but a dtype, which stands second in NumPy;
+    """TypeError where `requires_grad` is a dtype, which stands second in NumPy, or a device;
     ValueError where a leaf of integers requires a gradient, which would be rounded to 0."""
-    if not isinstance(requires_grad, bool | np.bool_):
+    if isinstance(requires_grad, str | type | np.dtype):
         raise TypeError(
             f"requires_grad must be True or False, not {requires_grad!r}: if that is a dtype or a "
             "device, write dtype=… or device=…"

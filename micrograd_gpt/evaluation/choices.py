@@ -36,8 +36,11 @@ class ItemTask(ScoredTask, Generic[Item]):
         return len(self.items)
 
     def check(self, model: GPT2) -> None:
+        from tqdm import tqdm
+
         longest, too_long, unknown = model.config.n_positions, 0, 0
-        for number, item in enumerate(self.items):
+        bar = tqdm(self.items, desc="checking", unit=self.unit, delay=1, disable=None)
+        for number, item in enumerate(bar):
             requests = self.requests(number)
             with about(item.place):
                 check_lengths(requests, longest)

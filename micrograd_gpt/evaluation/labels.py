@@ -11,10 +11,9 @@ import numpy as np
 from micrograd_gpt.evaluation.estimates import mean_and_error
 from micrograd_gpt.evaluation.records import PICTURE, Row
 from micrograd_gpt.evaluation.running import Batch, Task
-from micrograd_gpt.evaluation.scoring import check_memory
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.tuning.batches import by_length
-from micrograd_gpt.tuning.classification import encode, label_log_probs
+from micrograd_gpt.tuning.classification import checked_log_probs, encode
 from micrograd_gpt.tuning.classifier import GPT2Classifier
 from micrograd_gpt.tuning.labelled import Example, label_numbers
 from micrograd_gpt.tuning.scores import Scores, draw_confusion, score
@@ -46,8 +45,7 @@ class ClassificationTask(Task):
 
     def _label(self, model: GPT2Classifier, items: list[int]) -> list[tuple[int, Row]]:
         texts = [self.ids[item] for item in items]
-        check_memory(model, len(texts) * max(map(len, texts)))
-        log_probs = label_log_probs(model, texts, len(texts))  # (texts, N)
+        log_probs = checked_log_probs(model, texts, len(texts))  # (texts, N)
         return [(item, self._row(item, row)) for item, row in zip(items, log_probs, strict=True)]
 
     def _row(self, item: int, log_probs: np.ndarray) -> Row:

@@ -61,15 +61,15 @@ def read_questions(path: str | Path, encoding: str = "utf-8") -> list[Question]:
 
 
 def _question(fields: Row, place: str) -> Question:
-    names = [name for name in ("prompt", "instruction", "messages") if name in fields]
+    if "messages" in fields:  # whatever stands beside them: data sets repeat the first as a prompt
+        conversation = turns_of(fields["messages"], place)
+        return Question(conversation, conversation[-1].output, fields, place)
+    names = [name for name in ("prompt", "instruction") if name in fields]
     if len(names) != 1:
         raise UserError(
             f"{place}: a question has either a prompt, or an instruction, or messages; this one "
             f"has {', '.join(fields) or 'no fields'}"
         )
-    if names == ["messages"]:
-        conversation = turns_of(fields["messages"], place)
-        return Question(conversation, conversation[-1].output, fields, place)
     asked = text_field(fields, names[0], place)
     input, expected = (text_field(fields, name, place, "") for name in ("input", "output"))
     if names == ["prompt"]:

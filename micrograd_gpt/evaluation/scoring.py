@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from micrograd_gpt import layers
 from micrograd_gpt.arrays.devices import to_device
-from micrograd_gpt.arrays.memory import check_room, keep_freed_memory
+from micrograd_gpt.arrays.memory import keep_freed_memory
 from micrograd_gpt.arrays.precision import widened
-from micrograd_gpt.generation.kv_cache import KVCache, bytes_of_cache
+from micrograd_gpt.generation.context import check_finite, check_memory_to_read
+from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.support.errors import UserError
@@ -30,7 +31,6 @@ from micrograd_gpt.tuning.batches import padded
 from micrograd_gpt.variants import head_of
 
 TOKENS_AT_ONCE = 2048  # enough to keep a processor busy; the cache of 124M then has 150 MB
-FLOATS = 12  # of n_embd numbers each that a forward pass keeps for a token, at most: measured
 ROWS_AT_ONCE = 128  # of logits: 26 MB for GPT-2's vocabulary
 
 
@@ -147,27 +147,15 @@ def score_batch(
     lengths = [len(group.shared) for group in groups]
     own = [length + len(ids) for length, g in zip(lengths, groups, strict=True) for ids in g.rest]
     in_cache = min(sum(own), tokens_at_once) if any(any(group.rest) for group in groups) else 0
-    check_memory(model, len(groups) * max(lengths), in_cache)
+    check_memory_to_read(model, len(groups) * max(lengths), in_cache)
     keep_freed_memory()
-    with no_grad(), no_dropout():
+    with no_grad(), no_dropout(), np.errstate(over="ignore", invalid="ignore"):
         states = _read(model, groups, tokens_at_once)  # a (n, C) for each continuation
         labels = np.concatenate([ids for group in groups for ids in group.labels])
         log_probs, likeliest = token_scores(model, np.concatenate(states), labels)
     ends = np.cumsum([len(state) for state in states])[:-1]
     scores = map(Score, np.split(log_probs, ends), np.split(likeliest, ends))
     return [(group.index, [next(scores) for _ in group.labels]) for group in groups]
-
-
-def check_memory(model: Any, tokens: int, in_cache: int = 0) -> None:
-    """UserError if this machine has no memory to read as many tokens at once, and to keep both
-    them and `in_cache` tokens in KV caches if that is not 0.
-    """
-    if model.transformer.wte.weight.device != "cpu":  # which says itself that it is full
-        return
-    size = 4 * FLOATS * model.config.n_embd * tokens
-    if in_cache:
-        size += bytes_of_cache(model, 1, tokens + in_cache)
-    check_room(size, f"{tokens + in_cache:,} tokens at once", "lower --batch-size")
 
 
 def _read(model: GPT2, groups: list[Group], tokens_at_once: int) -> list[Array]:
@@ -237,6 +225,5 @@ def token_scores(model: GPT2, states: Array, labels: np.ndarray) -> tuple[np.nda
         log_probs.append(chosen - np.log(total))
         likeliest.append(best == label)
     found = to_device(np.concatenate(log_probs), "cpu").astype(np.float64)
-    if not np.isfinite(found).all():
-        raise UserError("the model's logits are not finite: its weights must be damaged")
+    check_finite(np.isfinite(found), model)
     return found, to_device(np.concatenate(likeliest), "cpu")

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextvars
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from micrograd_gpt.arrays.devices import to_device
 from micrograd_gpt.arrays.memory import check_room, keep_freed_memory
-from micrograd_gpt.arrays.precision import widened
+from micrograd_gpt.arrays.precision import compute_dtype, widened
 from micrograd_gpt.arrays.stand_ins import definition
 from micrograd_gpt.generation.filters import likeliest
 from micrograd_gpt.generation.kv_cache import KVCache, bytes_of_cache
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.nn import no_dropout
+from micrograd_gpt.support.cli import counted
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Array, no_grad
 
 TOKENS_AT_ONCE = 2048  # of several prompts together: what a model computes for them takes memory
+FLOATS = 12  # of n_embd numbers each that a forward pass keeps for a token, at most: measured
 BYTES_OF_TEXT = 5000  # that Python takes for each text: its random numbers, decoder and lists
 
 
@@ -95,7 +98,7 @@ class Context:
         Raises UserError where the logits are not finite numbers.
         """
         logits = to_device(self._logits_on_device(texts, count), "cpu")
-        _check_finite(np.isfinite(logits))
+        check_finite(np.isfinite(logits), self.model)
         return logits
 
     def likeliest(
@@ -108,7 +111,7 @@ class Context:
         """
         logits = self._logits_on_device(texts, count)
         tokens, log_probs, finite = to_device(likeliest(logits, vocab_size), "cpu")
-        _check_finite(finite)
+        check_finite(finite, self.model)
         return tokens.astype(int), log_probs
 
     def _logits_on_device(self, texts: list[list[int]], count: int) -> Array:
@@ -116,7 +119,7 @@ class Context:
         return widened(contextvars.copy_context().run(self._model_logits, texts, count))
 
     def _model_logits(self, texts: list[list[int]], count: int) -> Array:
-        with no_grad(), no_dropout():
+        with no_grad(), no_dropout(), np.errstate(over="ignore", invalid="ignore"):
             if self.cache is None:
                 return np.stack([self._read(text, count) for text in texts])
             if len(texts) == 1 and count == 1:  # everything that is unread, in one go
@@ -174,9 +177,16 @@ class Context:
             row = end
 
 
-def _check_finite(finite: np.ndarray) -> None:
-    if not finite.all():
-        raise UserError("the model's logits are not finite: its weights must be damaged")
+def check_finite(finite: np.ndarray, model: Any) -> None:
+    """UserError unless all of a model's logits are finite numbers."""
+    if finite.all():
+        return
+    if compute_dtype(model.transformer.wte.weight) == np.float16:
+        raise UserError(
+            "the model's logits are not finite in float16, whose largest number is 65,504: try "
+            "bfloat16 or float32"
+        )
+    raise UserError("the model's logits are not finite: its weights must be damaged")
 
 
 def check_memory(
@@ -193,9 +203,21 @@ def check_memory(
     logits = 2 * 4 * c.vocab_size  # in float32, and what choosing a token makes of them
     python = rows * (BYTES_OF_TEXT + logits)
     cache = bytes_of_cache(model, rows, capacity) if use_cache else 0
-    where = f"{rows:,} texts of {capacity:,} tokens"
+    where = f"{counted(rows, 'text')} of {counted(capacity, 'token')}"
     on_cpu = model.transformer.wte.weight.device == "cpu"
     check_room(python + (cache if on_cpu else 0), f"{where} at once", advice)
+
+
+def check_memory_to_read(model: Any, tokens: int, in_cache: int = 0) -> None:
+    """UserError if this machine has no memory to read as many tokens at once, and to keep both
+    them and `in_cache` tokens in KV caches if that is not 0.
+    """
+    if model.transformer.wte.weight.device != "cpu":  # which says itself that it is full
+        return
+    size = 4 * FLOATS * model.config.n_embd * tokens
+    if in_cache:
+        size += bytes_of_cache(model, 1, tokens + in_cache)
+    check_room(size, f"{tokens + in_cache:,} tokens at once", "lower --batch-size")
 
 
 def _allocate(model: GPT2, rows: int, capacity: int) -> KVCache:

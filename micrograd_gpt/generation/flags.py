@@ -22,6 +22,7 @@ LANGUAGE_MODEL = (
     "Face Hub: OWNER/NAME or OWNER/NAME@REVISION "
     "(default: the folder out if it holds a checkpoint, else 124M)"
 )
+CUTS = ("top_k", "top_p", "min_p")  # settings that leave fewer tokens to draw from
 ESCAPES = {r"\n": "\n", r"\t": "\t", "\\\\": "\\"}  # in a stop text
 
 # A script's defaults where they differ from the library's: setting -> (default, why)
@@ -96,6 +97,13 @@ def add_stop_flag(add_argument: Callable[..., Any]) -> None:
         help=r"end before this text, where \n is the end of a line, \t a tab and \\ a backslash; "
         "repeatable (default: off)",
     )
+
+
+def tell_idle(given: Mapping[str, Any], settings: Settings) -> None:
+    """Say on stderr which flags that were given do nothing where nothing is drawn."""
+    idle = [option(name) for name in CUTS if given.get(name) is not None]
+    if settings.temperature == 0 and idle:
+        cli.say(f"note: {' and '.join(idle)}: no effect at temperature 0, where nothing is drawn")
 
 
 def stop_text(text: str) -> str:

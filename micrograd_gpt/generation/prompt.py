@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 import sys
 
@@ -93,10 +94,10 @@ def command(line: str, choices: Choices, what: str) -> Choices:
 
 
 def words_of(line: str) -> list[str]:
-    r"""The words of a line as in a shell, but a backslash stays: a stop text may be \n.
+    r"""The words of a line as in a shell, but a backslash stays where it is not before a quote or a
+    space: a stop text may be \n.
 
     Raises ValueError for a quotation without an end.
     """
-    reader = shlex.shlex(line, posix=True)
-    reader.whitespace_split, reader.commenters, reader.escape = True, "", ""
-    return list(reader)
+    kept = re.sub(r"\\\\|\\(?![\"' ])", lambda found: "\0" * len(found[0]), line)
+    return [word.replace("\0", "\\") for word in shlex.split(kept)]

@@ -7,7 +7,7 @@ pieces there. One that cannot, since it has another step or the disk is full, re
 which is an answer too.
 
 As long as rank 0, or the process that it left, is there, the run's folder is locked (lock.py). Once
-it no longer is, nobody will ask, and the others end.
+it no longer is, or another run has locked it, nobody will ask, and the others end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from micrograd_gpt.runs.lock import is_written
+from micrograd_gpt.runs.lock import present_writer
 from micrograd_gpt.runs.ranks import Ranks
 from micrograd_gpt.runs.sharding import Optimizer, ShardedAdamW
 from micrograd_gpt.support.errors import UserError
@@ -66,7 +66,8 @@ def leave_part(optimizer: Optimizer, folder: Path) -> None:
     """
     if not isinstance(optimizer, ShardedAdamW):  # rank 0 has all moments
         return
-    file = _asked_for(folder, optimizer.ranks.rank)
+    first = present_writer(folder)  # rank 0
+    file = _asked_for(folder, first, optimizer.ranks.rank)
     if file is None:
         return
     try:
@@ -81,16 +82,16 @@ def leave_part(optimizer: Optimizer, folder: Path) -> None:
         _remove(file.parent)
         raise
     until = time.monotonic() + PATIENCE
-    while file.exists() and is_written(folder) and time.monotonic() < until:
+    while file.exists() and present_writer(folder) == first and time.monotonic() < until:
         time.sleep(BETWEEN_LOOKS)
-    if not is_written(folder):  # rank 0's process ended while we were writing
+    if present_writer(folder) != first:  # rank 0's process ended while we were writing
         _remove(file.parent.parent)
 
 
-def _asked_for(folder: Path, rank: int) -> Path | None:
+def _asked_for(folder: Path, first: str, rank: int) -> Path | None:
     """The file that rank 0 waits for; None if it will not wait for any."""
     until = time.monotonic() + PATIENCE
-    while is_written(folder) and time.monotonic() < until:
+    while first and present_writer(folder) == first and time.monotonic() < until:
         for place in folder.glob(f"{PLACE}*/{rank}"):
             return place / PIECES
         time.sleep(BETWEEN_LOOKS)

@@ -46,23 +46,34 @@ def only_writer(folder: str | Path) -> Iterator[None]:
         _leave(folder, absent)
 
 
-def is_written(folder: str | Path) -> bool:
-    """Whether a process, or a fork of it, has come to `only_writer` and not ended.
+def present_writer(folder: str | Path) -> str:
+    """The process, in words, that has come to `only_writer` and not ended, nor has a fork of it; ""
+    if there is none.
 
-    Where files cannot be locked it may be, as far as anybody knows.
+    Where files cannot be locked, or other machines do not see it, one that has ended may be named.
     """
+    who = _writer_of(Path(folder))
     try:
         with open(Path(folder) / LOCK, "r+b") as lock:
             _lock(lock)
     except FileNotFoundError:
-        return False
+        return ""
     except BlockingIOError:
-        return True
+        return who
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        return True
-    return False
+        return who
+    # On some network file systems a lock holds on its own machine only.
+    return "" if who.endswith(f" on {platform.node()}") else who
+
+
+def _writer_of(folder: Path) -> str:
+    """Who trains in the folder, as its lock says; "" where nobody does."""
+    try:
+        return (folder / LOCK).read_text("utf-8", "replace").strip()
+    except OSError:  # there is no lock, or it cannot be read
+        return ""
 
 
 class OwnFolder:
@@ -86,14 +97,6 @@ class OwnFolder:
                 f"{self.path} has become another training's, as it was moved or its {LOCK} "
                 "removed: --resume this one where its checkpoints are"
             )
-
-
-def _writer_of(folder: Path) -> str:
-    """Who trains in the folder, as its lock says; "" where nobody does."""
-    try:
-        return (folder / LOCK).read_text("utf-8", "replace").strip()
-    except OSError:  # there is no lock, or it cannot be read
-        return ""
 
 
 def _locked(folder: Path) -> BinaryIO:
@@ -128,8 +131,8 @@ def _leave(folder: Path, absent: Sequence[Path]) -> None:
     """Remove the lock, and the folders that were `absent` before it and hold nothing now."""
     with suppress(OSError):  # the folder was removed meanwhile, or nothing can be written now
         _remove(folder / LOCK)
-    with suppress(OSError):  # there is a run in it now
-        for place in absent:
+    for place in absent:
+        with suppress(OSError):  # there is a run in it now, or it could not be made
             place.rmdir()
 
 

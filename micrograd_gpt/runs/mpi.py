@@ -67,8 +67,6 @@ class MPIRanks(Ranks):
         neighbours = self.on_this_machine((self.rank, os.getpid()))
         # Containers on one machine may each number their processes.
         self._watched = {rank: pid for rank, pid in neighbours if is_running(pid)}
-        self._stopped: set[int] = set()  # ranks that were when we looked last
-        self._named: set[int] = set()  # those that the user knows of
 
     @property
     def description(self) -> str:
@@ -165,13 +163,15 @@ class MPIRanks(Ranks):
     def _wait(self, request: MPI.Request, pause: float = 0) -> None:
         """Wait for the other ranks. Signals are heeded meanwhile, as MPI's own wait does not."""
         looked = noted = time.monotonic()
+        stopped: set[int] = set()
+        named: set[int] = set()
         while not request.Test():
             time.sleep(pause)  # lets other processes use the core
             if time.monotonic() > looked + BETWEEN_LOOKS:
                 self.check_alive()
                 looked = time.monotonic()
             if looked > noted + BETWEEN_NOTES:
-                self._name_stopped()
+                stopped, named = self._name_stopped(stopped, named)
                 noted = looked
 
     def check_alive(self) -> None:
@@ -180,20 +180,21 @@ class MPIRanks(Ranks):
             which = ", ".join(f"rank {rank} (process {pid})" for rank, pid in dead)
             raise RankDied(f"{which} on {platform.node()} has ended")
 
-    def _name_stopped(self) -> None:
-        """Say which ranks the others wait for in vain, if they were stopped at two looks.
+    def _name_stopped(self, before: set[int], named: set[int]) -> tuple[set[int], set[int]]:
+        """Say which ranks this wait is in vain for, if they were stopped at the look before too.
 
-        After Ctrl-Z some are stopped a moment longer than others.
+        After Ctrl-Z some are stopped a moment longer than others. Returns the ranks that are
+        stopped, and those of them that the user knows of, for the next look.
         """
         stopped = {rank for rank, pid in self._watched.items() if is_stopped(pid)}
-        lasting = stopped & self._stopped
-        for rank in sorted(lasting - self._named):
+        lasting = stopped & before
+        for rank in sorted(lasting - named):
             pid = self._watched[rank]
             say(
                 f"note: rank {rank} (process {pid}) on {platform.node()} is stopped, and the "
                 f"others wait for it; kill -CONT {pid} lets it go on"
             )
-        self._stopped, self._named = stopped, lasting
+        return stopped, lasting
 
     def all_well(self) -> bool:
         alive = all(map(is_running, self._watched.values()))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -84,6 +85,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.register("type", float, number)
         self.register("action", None, StoreOnce)
         self.given: dict[str, Any] = {}  # what was given to each flag of one value
+        self.words: list[str] = []  # all that was given
         self.add_argument(
             "--version",
             action="version",
@@ -96,7 +98,8 @@ class ArgumentParser(argparse.ArgumentParser):
         self.given = {}
         for word in words:
             self._refuse_alias(word.partition("=")[0])
-        return super().parse_known_args([self._with_dashes(word) for word in words], namespace)
+        self.words = [self._with_dashes(word) for word in words]
+        return super().parse_known_args(self.words, namespace)
 
     def _with_dashes(self, word: str) -> str:
         """--batch_size=4 as --batch-size=4, if that is a flag."""
@@ -105,11 +108,11 @@ class ArgumentParser(argparse.ArgumentParser):
         return dashed + equals + value if dashed in self.flags() else word
 
     def _refuse_alias(self, word: str) -> None:
-        """Ask for the flag that is meant by another program's flag, which argparse might take for
+        """Ask for the flag that is meant by another program's flag, which argparse would take for
         the beginning of one of ours: --length is --max-new-tokens, not --length-penalty."""
         known = {flag for flag in self.flags() if flag.startswith("--")}
-        is_alias = word.startswith("--") and word not in known and word[2:] in ALIASES
-        if is_alias and (hint := did_you_mean(word, known)):
+        is_beginning = word not in known and any(flag.startswith(word) for flag in known)
+        if is_beginning and word[2:] in ALIASES and (hint := did_you_mean(word, known)):
             self.error(f"unrecognized arguments: {word}{hint}")
 
     def flags(self) -> set[str]:
@@ -131,11 +134,13 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("argument COMMAND: invalid choice"):  # it may be a flag's value
+        after_a_flag = self.words and self.words[0].startswith("-")
+        if message.startswith("argument COMMAND: invalid choice") and after_a_flag:
             message += ": it comes first, before the flags"
         if message.endswith("expected one argument"):  # "argument --stop: expected one argument"
             flag = message.split()[1].removesuffix(":")
-            message += f" (one that begins with a dash is given as {flag}=-…)"
+            if any(word == flag and next.startswith("-") for word, next in pairwise(self.words)):
+                message += f" (one that begins with a dash is given as {flag}=-…)"
         raise UserError(f"{message}; see --help")
 
 
@@ -230,6 +235,11 @@ def quoted(path: str | Path) -> str:
     """A path as it can be typed on a command line: in quotes where it has spaces or the like."""
     words = [str(path)]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names that a stranger chose, as a message shows them: there can be any, and any number."""
+    return ", ".join(map(ascii, names))[:200]
 
 
 def say(message: str, bar: Any = None) -> None:

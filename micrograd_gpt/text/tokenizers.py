@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -64,8 +64,9 @@ class CharTokenizer(LearnedTokenizer):
     name = "char"
     UNKNOWN: ClassVar[str] = "<unk>"
 
-    def __init__(self, vocabulary: Sequence[str]) -> None:
+    def __init__(self, vocabulary: Iterable[str]) -> None:
         """Take the characters, each once, and perhaps "<unk>". Raises UserError for other lists."""
+        vocabulary = _in_order(vocabulary)
         tokens = _as_tokens(vocabulary)
         unknown = vocabulary.index(self.UNKNOWN) if self.UNKNOWN in vocabulary else None
         super().__init__(tokens, end_of_text=None, unknown=unknown)
@@ -110,11 +111,12 @@ class WordTokenizer(LearnedTokenizer):
     UNKNOWN: ClassVar[str] = "<|unk|>"
     PATTERN: ClassVar[re.Pattern[str]] = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]|\s")
 
-    def __init__(self, vocabulary: Sequence[str]) -> None:
+    def __init__(self, vocabulary: Iterable[str]) -> None:
         """Take the words, marks and white space, each once, and both special tokens.
 
         Raises UserError for other lists.
         """
+        vocabulary = _in_order(vocabulary)
         tokens = _as_tokens(vocabulary)
         self._ids = {entry: i for i, entry in enumerate(vocabulary)}
         for special in (END_OF_TEXT, self.UNKNOWN):
@@ -159,13 +161,22 @@ LEARNED: dict[str, type[CharTokenizer | WordTokenizer]] = {
 NAMES = (*LEARNED, *FIXED)  # what --tokenizer takes, besides a folder
 
 
+def _in_order(vocabulary: Iterable[str]) -> list[str]:
+    """The entries as a list. Raises UserError for what has no order, as a set, and for a dict of
+    ids in which they are not in the order of these."""
+    if isinstance(vocabulary, set | frozenset):
+        raise UserError("a vocabulary needs an order, and a set has none: give sorted(set(text))")
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    if ids != list(range(len(ids))) and any(isinstance(i, int) for i in ids):
+        raise UserError(
+            "the vocabulary is a dict whose ids are not 0, 1, 2, …: give a list of its texts in "
+            "the order of their ids"
+        )
+    return list(vocabulary)
+
+
 def _as_tokens(vocabulary: Sequence[str]) -> list[bytes]:
     """Return the entries as UTF-8. Raises UserError if one is repeated or is not Unicode text."""
-    if not isinstance(vocabulary, Sequence):  # a set has no order, and a dict may have another
-        raise UserError(
-            f"a vocabulary is a list of texts in the order of their ids, not a "
-            f"{type(vocabulary).__name__}: give sorted(set(text)), say"
-        )
     seen: set[str] = set()
     for i, entry in enumerate(vocabulary):
         if not isinstance(entry, str) or entry in seen:

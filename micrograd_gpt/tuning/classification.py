@@ -13,9 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from micrograd_gpt.arrays.devices import to_device
+from micrograd_gpt.generation.context import check_finite, check_memory_to_read
 from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.runs.fingerprint import fingerprint
-from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Tensor, no_grad
 from micrograd_gpt.text.base_tokenizer import Tokenizer
@@ -125,7 +126,8 @@ def encode(
         cut += len(ids) > longest
         encoded.append(ids[:longest])
     if cut:
-        say(f"note: {cut:,} of {len(encoded):,} {what} texts are cut off after {longest:,} tokens")
+        texts = f"{cut:,} of {len(encoded):,} {what} texts"
+        say(f"note: {texts} are cut off after {counted(longest, 'token')}")
     return encoded
 
 
@@ -149,6 +151,18 @@ def label_log_probs(model: GPT2Classifier, ids: Sequence[Array], batch_size: int
     return log_probs
 
 
+def checked_log_probs(model: GPT2Classifier, ids: Sequence[Array], batch_size: int) -> Array:
+    """`label_log_probs` of a model whose training is over. UserError, before anything is allocated,
+    where this machine lacks the memory for a batch, and where logits are not finite numbers."""
+    lengths = np.array([*map(len, ids)])
+    batches = [lengths[numbers] for numbers in by_length(lengths, batch_size)]
+    check_memory_to_read(model, max(len(batch) * int(batch.max()) for batch in batches))
+    with np.errstate(over="ignore", invalid="ignore"):
+        log_probs = label_log_probs(model, ids, batch_size)
+    check_finite(np.isfinite(log_probs), model)
+    return log_probs
+
+
 def label_texts(
     model: GPT2Classifier, examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int
 ) -> Iterator[dict[str, Any]]:
@@ -156,7 +170,7 @@ def label_texts(
     for start in range(0, len(examples), 64 * batch_size):  # results come while more is computed
         some = examples[start : start + 64 * batch_size]
         ids = encode(some, tokenizer, model.longest, "given")
-        for example, row in zip(some, label_log_probs(model, ids, batch_size), strict=True):
+        for example, row in zip(some, checked_log_probs(model, ids, batch_size), strict=True):
             probabilities = dict(zip(model.labels, np.exp(row).tolist(), strict=True))
             label = model.labels[int(row.argmax())]
             yield {"text": example.text, "label": label, "probabilities": probabilities}

@@ -21,6 +21,7 @@ from micrograd_gpt.arrays.int8 import INT8
 from micrograd_gpt.arrays.memory import memory_errors
 from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.layers import IGNORE
 from micrograd_gpt.nn import Init, Module, Parameter, normal
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, write_text
@@ -83,9 +84,10 @@ class GPT2Classifier(Module):
         return self.score(x[np.arange(rows) * longest + lengths - 1])  # (B, N)
 
     def loss(self, ids: Any, lengths: Any, labels: Any) -> Tensor:
-        """Mean cross-entropy, in nats, of labels (B,), numbers 0 … N-1; ValueError for others."""
-        numbers = np.asarray(labels)
-        if numbers.dtype.kind not in "iu" or not set(numbers.flat) <= set(range(len(self.labels))):
+        """Mean cross-entropy, in nats, of labels (B,), numbers 0 … N-1; those of -100 are ignored.
+        ValueError for others."""
+        numbers, known = np.asarray(labels), {IGNORE, *range(len(self.labels))}
+        if numbers.dtype.kind not in "iu" or not set(numbers.flat) <= known:
             last = len(self.labels) - 1
             raise ValueError(f"labels are given as numbers from 0 to {last}, not {labels}")
         return layers.cross_entropy(self(ids, lengths), labels)

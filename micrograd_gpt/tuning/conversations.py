@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.cli import listed, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.json_objects import read_objects
 
@@ -126,14 +126,13 @@ def _read_to_learn(path: str | Path, encoding: str) -> list[Conversation]:
         used = ("messages",) if "messages" in fields else ("instruction", "input", "output")
         unused |= {name for name, value in fields.items() if value and name not in used}
     if unused:
-        names = ", ".join(map(ascii, sorted(unused)))[:200]  # there can be any, and any number
-        say(f"note: {path}: fields that are not learned from: {names}")
+        say(f"note: {path}: {listed(sorted(unused))} left out: nothing is learned from such fields")
     return conversations
 
 
-def _asked(conversation: Conversation) -> Turn:
-    """What a conversation begins with, without the answer."""
-    return conversation[0]._replace(output="")
+def _asked(conversation: Conversation) -> tuple[Turn, ...]:
+    """A conversation without its answers."""
+    return tuple(turn._replace(output="") for turn in conversation)
 
 
 def split(
@@ -144,8 +143,8 @@ def split(
     What begins with the same instruction, input and system message is in the same part.
     """
     alike: dict[Turn, list[int]] = {}
-    for i, conversation in enumerate(conversations):
-        alike.setdefault(_asked(conversation), []).append(i)
+    for i, (first, *_) in enumerate(conversations):
+        alike.setdefault(first._replace(output=""), []).append(i)
     groups = list(alike.values())
     wanted = min(max(1, round(PART * len(groups))), MOST, len(groups) - 1)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(groups))

@@ -23,7 +23,7 @@ from micrograd_gpt.layers import IGNORE
 from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.runs.checkpoint import BEST
 from micrograd_gpt.runs.fingerprint import fingerprint
-from micrograd_gpt.support.cli import quoted, say
+from micrograd_gpt.support.cli import counted, quoted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Tensor, no_grad
 from micrograd_gpt.text.base_tokenizer import Tokenizer
@@ -237,7 +237,7 @@ def encode_all(
         )
     for count, why in (
         (len(conversations) - len(answered), "have an empty output"),
-        (int((lengths > longest).sum()), f"are longer than {longest:,} tokens"),
+        (int((lengths > longest).sum()), f"are longer than {counted(longest, 'token')}"),
     ):
         if count:
             say(f"note: {count:,} of {len(conversations):,} {what} examples {why}: left out")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import itertools
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -176,9 +176,14 @@ def _tsv_records(
         )
     values = [Counter(fields[i] for _, fields in table) for i in (0, 1)]
     label = 0 if len(values[0]) <= len(values[1]) else 1
-    if len(table) > 1 and values[label][first[label]] == 1:
-        # What is there only once is a header
-        raise tables.no_column(path, wanted[-1], first, FLAGS)
+    is_once = values[label][first[label]] == 1  # as a header's would be
+    if is_once and len(wanted) > 1 and len(table) > 1:
+        raise tables.no_column(path, wanted[1], first, FLAGS)
+    if is_once and len(wanted) == 1:
+        say(
+            f"note: {path}: column {2 - label} is taken for the texts, from the first line on: if "
+            "that line is a header, give --text-field the name of theirs"
+        )
     for place, fields in table:
         yield place, [fields[1 - label], fields[label]]
 
@@ -222,12 +227,11 @@ def is_number(label: Any) -> bool:
     if isinstance(label, bool):
         return False
     try:
-        float(label)
+        return not math.isnan(float(label))
     except ValueError:
         return False
     except OverflowError:  # a whole number that is too large for a float
-        pass
-    return True
+        return True
 
 
 def _check_same_kind(rows: Sequence[Row], path: Path) -> None:
@@ -252,15 +256,7 @@ def label_names(examples: Sequence[Example]) -> list[str]:
         )
     if not all(map(is_number, labels)):
         return sorted(labels)
-    names = sorted(labels, key=lambda label: (float(label), label))
-    for one, other in itertools.pairwise(names):
-        if float(one) == float(other):
-            place = next(example.place for example in examples if example.label == other)
-            raise UserError(
-                f"{place}: the label {other!r} is the number that other texts have as {one!r}: "
-                "write it one way"
-            )
-    return names
+    return sorted(labels, key=lambda label: (float(label), label))
 
 
 def label_numbers(examples: Sequence[Example], labels: Sequence[str]) -> np.ndarray:
@@ -330,6 +326,12 @@ def _warn_if_no_classes(examples: Sequence[Example], labels: Sequence[str]) -> N
     once = [label for label in labels if texts[label] == 1]
     are_numbers = all(map(is_number, labels))
     has_decimals = are_numbers and not all(float(label).is_integer() for label in labels)
+    twice = next((label for label in labels if are_numbers and f"{label}.0" in texts), None)
+    if twice:
+        say(
+            f"warning: the labels '{twice}' and '{twice}.0' are learned as two: write both as "
+            f"{twice} if they are one number"
+        )
     if 2 * len(once) > len(labels):
         say(
             f"warning: {len(once):,} of {len(labels):,} labels, such as {once[0]!r}, have one text "

@@ -101,8 +101,6 @@ def add_lora(
     alpha = 2 * rank if alpha is None else alpha
     if not isinstance(alpha, Real) or not 0 < abs(alpha) < math.inf:
         raise UserError(f"the alpha of LoRA must be a finite number, and not 0; it is {alpha!r}")
-    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
-        raise UserError(f"the dropout of LoRA must be a probability in [0, 1), not {dropout!r}")
     linear = named_layers(model, Linear)
     names = [name for name in linear if any(name.endswith(f".{wanted}") for wanted in layer_names)]
     if not names:
@@ -306,7 +304,7 @@ def load_adapter(model: Any, folder: str | Path) -> None:
     """
     check_has_none(model)
     adapter = open_adapter(folder)
-    model.adapter = AdapterFiles(adapter.base if adapter.config.get(BASE) else None)
+    files = AdapterFiles(adapter.base if adapter.config.get(BASE) else None)
     parameters = dict(model.named_parameters())
     check_made_for(adapter, {name: p.shape for name, p in parameters.items()}, "this one")
     if len(ranks := {a.a.shape[1] for a in adapter.additions.values()}) > 1:
@@ -316,13 +314,15 @@ def load_adapter(model: Any, folder: str | Path) -> None:
             has = parameters[HEAD].shape if HEAD in parameters else "no"
             raise UserError(f"{folder} has a head {adapter.head.shape}, the model has {has} head")
         adapter.head.read_into(head := np.empty(adapter.head.shape, np.float32))
-        _set(parameters[HEAD], head)
     dropout = adapter.config.get("lora_dropout") or 0.0
     for name, addition in adapter.additions.items():
         rank = addition.a.shape[1]
         layer = replace_by_lora(model, name, rank, addition.scale * rank, dropout=dropout)
         _set(layer.lora_A, addition.a)
         _set(layer.lora_B, addition.b)
+    if adapter.head is not None:
+        _set(parameters[HEAD], head)
+    model.adapter = files
     freeze(model)
 
 

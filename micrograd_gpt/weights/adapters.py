@@ -39,6 +39,7 @@ from micrograd_gpt.weights.names import open_model
 from micrograd_gpt.weights.reading import StoredTensor
 from micrograd_gpt.weights.tensor_files import TensorFile
 
+OLDER_ADAPTER_MODEL = "adapter_model.bin"  # which older versions of PEFT wrote
 PREFIX = "base_model.model."  # before every name in PEFT's files
 BASE = "base_model_name_or_path"  # what adapter_config.json calls the name of the base
 HEAD = "score.weight"  # a classifier's head, which is trained in full and kept beside the additions
@@ -141,10 +142,10 @@ def open_adapter(folder: str | Path) -> Adapter:
     if config is None:
         raise UserError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
     scale = _scale_times_rank(config, folder / ADAPTER_CONFIG)
-    if not (folder / ADAPTER_MODEL).exists():
+    if not (folder / ADAPTER_MODEL).exists() and (folder / OLDER_ADAPTER_MODEL).exists():
         raise UserError(
-            f"{folder} has no {ADAPTER_MODEL}, which is all that is read here: have PEFT load the "
-            "adapter, and save it with safe_serialization=True"
+            f"{folder} has {OLDER_ADAPTER_MODEL}, but only {ADAPTER_MODEL} is read here: have PEFT "
+            "load the adapter, and save it with safe_serialization=True"
         )
     file = TensorFile(folder / ADAPTER_MODEL)
     arrays: dict[str, dict[str, np.ndarray]] = {}

@@ -128,7 +128,7 @@ def _open(path: Path) -> Weights:
         if (hparams := read_json(path / HPARAMS)) is not None:
             return _open_openai(path, hparams)
         if weight_files(path):
-            raise UserError(f"{path} holds parts of a model without the {INDEX} that lists them")
+            raise UserError(f"{path} holds files of a model without the *.index.json they go by")
         raise UserError(
             f"{path} does not hold a model: it needs {MODEL} (or {TORCH_MODEL}) and {CONFIG},"
             f" nanoGPT's {NANOGPT}, or OpenAI's {HPARAMS} and model.ckpt.*"
@@ -141,7 +141,7 @@ def _open(path: Path) -> Weights:
 
 
 def _open_file(path: Path) -> Weights:
-    if re.fullmatch(SHARD, path.name):
+    if re.fullmatch(SHARD, path.name) and "-of-00001." not in path.name:
         raise UserError(f"{path} is a part of a model: give the folder, with its *.index.json")
     if path.suffix in TORCH_SUFFIXES:
         saved = read_torch(path)

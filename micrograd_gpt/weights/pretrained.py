@@ -17,7 +17,7 @@ from micrograd_gpt.arrays.int8 import INT8, arriving, axis_of, is_held_in_int8, 
 from micrograd_gpt.arrays.memory import HugePages
 from micrograd_gpt.arrays.precision import check_precision, hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.cli import listed, say
 from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.weights.config import model_class
@@ -66,8 +66,8 @@ def build(
         ) from error
     own = {name: head for name, head in weights.heads.items() if name in arrays}  # a subclass's
     if others := [name for name in weights.heads if name not in own]:
-        names = ", ".join(map(ascii, others))[:200]  # there can be any, and any number
-        say(f"note: {weights.path}: {names} left out: only the language model below is loaded")
+        what = "only the language model below is loaded"
+        say(f"note: {weights.path}: {listed(others)} left out: {what}")
     fill(arrays, {**weights.tensors, **own}, weights.path)
     return model.eval()
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from micrograd_gpt.arrays.devices import Array, to_device
 from micrograd_gpt.arrays.int8 import INT8
 from micrograd_gpt.gpt2 import GPT2
@@ -90,4 +92,5 @@ def stored_arrays(model: Any) -> tuple[str, dict[str, Array]]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    # A rank or another setting may be a number of NumPy's
+    write_text(path, json.dumps(content, indent=2, default=np.generic.item) + "\n")

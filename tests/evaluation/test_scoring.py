@@ -10,6 +10,7 @@ import pytest
 from small_gpt2 import POSITIONS, VOCABULARY, make_model
 
 from micrograd_gpt.arrays.devices import move
+from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.evaluation.scoring import Request, Score, score, score_all
 from micrograd_gpt.generation.filters import log_softmax
@@ -130,5 +131,17 @@ def test_a_request_has_a_context_and_something_to_score(ids: tuple[list[int], li
 def test_damaged_weights_are_noticed() -> None:
     model = make_model().eval()
     model.transformer.ln_f.weight.data[0] = np.nan
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="not finite: its weights must be damaged"):
+        score_all(model, [[Request([1], [2])]])
+
+
+@pytest.mark.filterwarnings("error")  # NumPy's words on what overflows would come first
+def test_weights_that_float16_is_too_narrow_for_are_not_called_damaged() -> None:
+    model = make_model().eval()
+    for name, parameter in model.named_parameters():
+        if ".mlp.c_" in name:
+            parameter.data *= 3e4
+    score_all(model, [[Request([1], [2])]])
+    hold_in(model, "float16")
+    with pytest.raises(UserError, match=r"not finite in float16, .*: try bfloat16 or float32"):
         score_all(model, [[Request([1], [2])]])

@@ -30,6 +30,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import Template
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
 from micrograd_gpt.tuning.classifier import GPT2Classifier
+from micrograd_gpt.tuning.conversations import Turn
 from micrograd_gpt.tuning.labelled import Example
 from micrograd_gpt.weights.checksum import weights_checksum
 
@@ -250,6 +251,15 @@ def test_questions_as_prompts_as_instructions_and_as_conversations(tmp_path: Pat
     assert task.questions[0].expected == "four"
 
 
+def test_messages_are_the_question_whatever_stands_beside_them(tmp_path: Path) -> None:
+    """As in ultrachat_200k and no_robots, whose prompt is the first message again."""
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"prompt": "hi", "prompt_id": "ab", "messages": messages}))
+    (question,) = read_questions(path)
+    assert question.asked == [Turn("hi", "yo")] and question.expected == "yo"
+
+
 def test_exact_match_is_over_those_that_have_an_answer() -> None:
     tokenizer = ByteTokenizer()
     settings = Settings(temperature=0, end_of_text=None)
@@ -269,7 +279,7 @@ def test_exact_match_is_over_those_that_have_an_answer() -> None:
     [
         ({"text": "a"}, "line 1: a question has either .* this one has text"),
         ({"prompt": "a", "instruction": "b"}, "line 1: a question has either"),
-        ({"messages": [], "instruction": "b"}, "line 1: a question has either"),
+        ({"messages": [], "instruction": "b"}, "line 1: the roles are none"),
         ({"messages": []}, "line 1: the roles are none"),
         ({"prompt": 3}, "line 1: 'prompt' is to be a text, not 3"),
         ({"prompt": "a", "answer": "b"}, "line 1: 'answer' is what a field of the answers is"),

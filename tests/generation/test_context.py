@@ -11,6 +11,7 @@ import pytest
 from small_gpt2 import POSITIONS, VOCABULARY, make_model, random_prompts
 
 from micrograd_gpt import no_grad
+from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.generation import context
 from micrograd_gpt.generation.context import Context, window_start
@@ -164,6 +165,18 @@ def test_damaged_weights_are_named() -> None:
         generate(model, np.array([1]), 1)
     with pytest.raises(UserError, match="not finite"):
         generate(model, np.array([1]), 1, num_beams=2)
+
+
+@pytest.mark.filterwarnings("error")  # NumPy's words on what overflows would come first
+def test_weights_that_float16_is_too_narrow_for_are_not_called_damaged() -> None:
+    model = make_model()
+    for name, parameter in model.named_parameters():
+        if ".mlp.c_" in name:
+            parameter.data *= 3e4
+    generate(model, np.array([1]), 1)
+    hold_in(model, "float16")
+    with pytest.raises(UserError, match=r"not finite in float16, .*: try bfloat16 or float32"):
+        generate(model, np.array([1]), 1)
 
 
 def test_dropout_is_off_while_decoding_and_on_again_after() -> None:

@@ -111,6 +111,22 @@ def test_a_line_end_can_be_typed_as_a_stop_text(talk: Talk, typed: str) -> None:
     assert r"stop ['\n']" in err
 
 
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [
+        (r'"say \"hi\""', 'say "hi"'),
+        (r"it\'s\ so", "it's so"),
+        (r"a\tb", "a\tb"),
+        (r'"\\"', "\\"),
+        (r"'\\'", "\\"),
+        (r"\\n", r"\n"),
+    ],
+)
+def test_a_backslash_stays_but_before_a_quote_or_a_space(talk: Talk, typed: str, text: str) -> None:
+    _, err = talk(f"/set stop {typed}", "/help")
+    assert f"stop {[text]!r}" in err
+
+
 def test_the_setting_that_was_meant_is_said(talk: Talk) -> None:
     _, err = talk("/set temprature 1", "/set length 5", "/set colour red")
     assert "no such setting: 'temprature': did you mean --temperature?" in err

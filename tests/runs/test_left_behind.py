@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from faults import fill_disk, needs_fork
 
 from micrograd_gpt.runs import left_behind
 from micrograd_gpt.runs.left_behind import leave_part, parts_left
-from micrograd_gpt.runs.lock import LOCK, is_written, only_writer
+from micrograd_gpt.runs.lock import LOCK, only_writer, present_writer
 from micrograd_gpt.runs.ranks import Cut, Ranks
 from micrograd_gpt.runs.sharding import ShardedAdamW
 from micrograd_gpt.support import files
@@ -158,11 +159,36 @@ def test_nobody_stays_when_rank_0_has_ended(tmp_path: Path) -> None:
     assert time.monotonic() - began < SOON and not hidden(tmp_path)
 
 
+def test_rank_0_on_a_machine_whose_locks_are_not_seen_here(tmp_path: Path) -> None:
+    """Some network file systems lock a file for one machine only."""
+    (tmp_path / LOCK).write_text("process 1 on another\n")
+    with ThreadPoolExecutor() as pool:
+        left = pool.submit(leave_part, optimizer(1, 2), tmp_path)
+        time.sleep(0.3)
+        assert not left.done()
+        assert len(taken(tmp_path, optimizer(0, 2))) == 2 * len(SHAPES)
+    assert left.result() is None and not hidden(tmp_path)
+
+
+def test_nobody_answers_another_run(tmp_path: Path) -> None:
+    """Which may have begun in the folder, also where locks are not seen."""
+    began = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        for machine in ("another", platform.node()):
+            (tmp_path / LOCK).write_text("process 1 on another\n")
+            waits = pool.submit(leave_part, optimizer(1), tmp_path)
+            time.sleep(0.3)
+            assert not waits.done()
+            (tmp_path / LOCK).write_text(f"process 2 on {machine}\n")
+            waits.result()
+    assert time.monotonic() - began < SOON
+
+
 def test_who_writes_after_rank_0_has_given_up_removes_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write_late(path: Path, pieces: dict[str, np.ndarray]) -> None:
-        while is_written(tmp_path):
+        while present_writer(tmp_path):
             time.sleep(0.01)
         write_safetensors(path, pieces)  # which makes the folder anew
 

@@ -201,13 +201,12 @@ def test_generate(tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["generate", "--data", "{text}", "--temperature", "-1"], "temperature must be"),
         (["generate", "--data", "{questions}"], "not tuned on instructions"),
         (["generate", "--data", "{questions}", "--stop", ""], "--stop: must not be empty"),
-        (["generate", "--data", "{text}", "--top-p", "0.5"], "--top-p does nothing at temp"),
         (["generate", "--data", "{null}"], "line 1: 'prompt' is to be a text, not null"),
         (["perplexity", "--data", "{text}", "--text-field", "x"], "is for records .* holds none"),
         (["classify", "--data", "{table}"], "is a language model, not a classifier"),
         (["classify", "--data", "{table}", "--limit", "0"], "must be 1 or more"),
         (["perplexity"], "--data"),
-        (["guess", "--data", "{text}"], "invalid choice"),
+        (["guess", "--data", "{text}"], r"COMMAND: invalid choice: [^:]*; see --help$"),
         (["--data", "{text}", "perplexity"], "COMMAND: .*: it comes first, before the flags"),
     ],
 )
@@ -289,6 +288,26 @@ def test_token_shards_are_no_text(model: str, tmp_path: Path) -> None:
             evaluate.main(["perplexity", "--model", model, "--data", str(data)])
     (tmp_path / "input.txt").write_text(TEXT)  # as nanoGPT has it beside its shards
     assert evaluate.main(["perplexity", "--model", model, "--data", str(tmp_path)]) == 0
+
+
+def test_that_nothing_is_drawn_is_said(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each time: the folder goes on."""
+    questions = lines(tmp_path / "questions", {"prompt": "the"}, {"prompt": "a"})
+    flags = ["generate", "--model", model, "--data", questions, "--out", str(tmp_path / "out")]
+    for _ in range(2):
+        assert evaluate.main([*flags, "--max-new-tokens", "2", "--top-p", "0.9"]) == 0
+        assert "note: --top-p: no effect at temperature 0, where" in capsys.readouterr().err
+    flags[-1] += "_drawn"
+    evaluate.main([*flags, "--max-new-tokens", "2", "--top-p", "0.9", "--temperature", "0.5"])
+    assert "no effect" not in capsys.readouterr().err
+
+
+def test_a_text_may_have_any_name(model: str, tmp_path: Path) -> None:
+    (tmp_path / "text.bin").write_text(TEXT)
+    data = str(tmp_path / "text.bin")
+    assert evaluate.main(["perplexity", "--model", model, "--data", data]) == 0
 
 
 def test_an_empty_file_has_nothing_to_evaluate(model: str, tmp_path: Path) -> None:

@@ -337,6 +337,16 @@ def test_a_plan_reads_the_data_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["spam.tsv"]
 
 
+def test_a_plan_has_no_larger_batches_than_there_are_texts(
+    classify: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = set()
+    for size in (1000, 10**8):
+        assert classify(tmp_path / "out", "--plan", "--rate", 1, "--batch-size", size) == 0
+        shown.add(capsys.readouterr().out)
+    assert len(shown) == 1
+
+
 def test_a_plan_counts_what_learns(
     classify: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

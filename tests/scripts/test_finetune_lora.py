@@ -240,6 +240,7 @@ def test_a_run_does_not_remove_the_model_that_it_starts_from(
     with pytest.raises(UserError, match="which is needed: give another --out"):  # without LoRA too
         finetune_gpt2.main([*whole, "--overwrite"])
     assert GPT2.from_pretrained(out) and GPT2.from_pretrained(out / "best")
+    assert classify(out, "--plan", "--rate", 1, model=out / inside) == 0  # which writes nothing
     if not inside:  # a folder below it is not touched
         assert classify(tmp_path, "--max-steps", 1, model=out) == 0
 

@@ -135,6 +135,25 @@ def test_speed_flags_do_not_change_the_text(
     assert run(capsys, *flags) == run(capsys, *flags[: 4 + len(mode)])
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--greedy", "--top-p", "0.9", "--min-p", "0.1"], "--top-p and --min-p"),
+        (["--temperature", "0", "--top-k", "5"], "--top-k"),
+        (["--greedy"], None),
+        (["--top-k", "5"], None),
+    ],
+)
+def test_that_nothing_is_drawn_is_said(
+    char_model: str, capsys: pytest.CaptureFixture[str], flags: list[str], named: str | None
+) -> None:
+    flags = ["--model", char_model, "--prompt", "the ", "--max-new-tokens", "2", *flags]
+    assert generate.main(flags) == 0
+    note = f"note: {named}: no effect at temperature 0, where nothing is drawn\n"
+    err = capsys.readouterr().err
+    assert (note in err) if named else ("no effect" not in err)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_narrow_weights_write_what_they_write_without_a_cache(
     char_model: str, capsys: pytest.CaptureFixture[str], dtype: str
@@ -401,6 +420,7 @@ def test_a_special_token_in_a_prompt_is_recognized_on_request(
         (["--repetition-penalty", "1e-320"], "repetition_penalty must be"),
         (["--stop", ""], "--stop: must not be empty"),
         (["--stop", "---"], "--stop: expected one argument .* dash is given as --stop=-"),
+        (["--stop"], "--stop: expected one argument; see --help$"),
         (["--num-beams", "2", "--length", "5"], "--length: did you mean --max-new-tokens"),
         (["--dtype", "float8"], "invalid choice"),
         (["--dtype", "int8", "--device", "gpu"], "int8 is for the CPU"),

@@ -455,7 +455,7 @@ def test_hf_hub_offline_is_obeyed(tmp_path: Path) -> None:
     [
         (["--size", "2B"], "unknown GPT-2 size '2B'"),
         (["--size", ""], "unknown GPT-2 size ''"),  # as of a variable that is not set
-        (["--merge", ""], "holds no adapter"),
+        (["--merge", ""], "argument --merge: must not be empty"),
         (["--from", "nowhere"], "'nowhere' is neither a file or folder, nor one of 124M"),
         (["--from", "x", "--source", "openai"], "give one of them"),
         (["--source", "torrent"], "invalid choice"),

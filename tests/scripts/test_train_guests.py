@@ -20,7 +20,7 @@ from faults import fill_disk, needs_fork
 from training import ROOT, SCRIPT, SMALL, run
 
 from micrograd_gpt.runs import lock
-from micrograd_gpt.runs.lock import LOCK, is_written, only_writer
+from micrograd_gpt.runs.lock import LOCK, only_writer, present_writer
 from micrograd_gpt.support.errors import UserError
 
 HOLD = """
@@ -217,19 +217,19 @@ def test_a_user_without_a_home_trains(text: Path, tmp_path: Path) -> None:
 def test_a_fork_has_the_lock_as_long_as_it_runs(tmp_path: Path) -> None:
     """Though the process that took it has left the block."""
     reading, writing = os.pipe()
-    assert not is_written(tmp_path)
+    assert not present_writer(tmp_path)
     with only_writer(tmp_path):
-        assert is_written(tmp_path)
+        assert present_writer(tmp_path)
         if not (fork := os.fork()):
             os.close(writing)
             os.read(reading, 1)  # returns when the other end is closed
             os._exit(0)
-    assert is_written(tmp_path)
+    assert present_writer(tmp_path)
     with pytest.raises(UserError, match="another training writes"), only_writer(tmp_path):
         pass
     os.close(writing)
     os.waitpid(fork, 0)
-    assert not is_written(tmp_path)
+    assert not present_writer(tmp_path)
     with only_writer(tmp_path):
         pass
     assert not [*tmp_path.iterdir()]
@@ -241,6 +241,13 @@ def test_a_full_disk_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     fill_disk(monkeypatch, lock, 0)
     out = tmp_path / "a" / "b"
     with pytest.raises(UserError, match=f"cannot write {out}: No space left"), only_writer(out):
+        pass
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_name_that_is_too_long_leaves_no_folder_above_it(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b" / ("x" * 300)
+    with pytest.raises(UserError, match="cannot write"), only_writer(out):
         pass
     assert not [*tmp_path.iterdir()]
 

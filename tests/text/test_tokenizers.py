@@ -251,10 +251,14 @@ def test_an_unknown_name_lists_the_four() -> None:
 def test_a_vocabulary_has_an_order(make: Any) -> None:
     """A set's is another in each process; a dict's ids may be others than its order."""
     entries = ["<|endoftext|>", "<|unk|>"] if make is WordTokenizer else ["a", "b"]
-    for vocabulary in (set(entries), {entries[0]: 1, entries[1]: 0}, iter(entries)):
-        with pytest.raises(UserError, match="a list of texts in the order of their ids, not a"):
-            make(vocabulary)
-    assert make(tuple(entries)).vocab_size == 2
+    for unordered in (set(entries), frozenset(entries)):
+        with pytest.raises(UserError, match="a set has none: give sorted"):
+            make(unordered)
+    with pytest.raises(UserError, match="a dict whose ids are not 0, 1, 2, …: give a list"):
+        make({entries[0]: 1, entries[1]: 0})
+    ids, array = dict(zip(entries, (0, 1), strict=True)), np.array(entries)
+    for ordered in (tuple(entries), iter(entries), dict.fromkeys(entries), ids, ids.keys(), array):
+        assert make(ordered).to_dict()["vocabulary"] == entries
 
 
 @pytest.mark.parametrize("text", [b"ab", ["a", "b"], None, 3])

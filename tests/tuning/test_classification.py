@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from micrograd_gpt.arrays.precision import compute_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
-from micrograd_gpt.tuning.classification import Classification, label_log_probs
+from micrograd_gpt.tuning.classification import Classification, label_log_probs, label_texts
 from micrograd_gpt.tuning.classifier import GPT2Classifier
 from micrograd_gpt.tuning.labelled import Example, Parts
 
@@ -52,6 +53,36 @@ def test_long_texts_are_cut_off_and_counted(capsys: pytest.CaptureFixture[str]) 
         "note: 1 of 2 validation texts are cut off after 10 tokens",
         "note: 1 of 2 test texts are cut off after 10 tokens",
     ]
+
+
+def test_what_is_left_of_a_cut_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    task(parts(), longest=1)
+    assert "4 of 4 training texts are cut off after 1 token\n" in capsys.readouterr().err
+
+
+def test_texts_to_label_that_no_memory_is_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT2Classifier(GPT2(GPT2Config(1, 2, 8, 257, 16)), ["a", "b"]).eval()
+    texts = [Example(f"text {i}", None, f"line {i}") for i in range(10_000)]
+    monkeypatch.setattr("micrograd_gpt.arrays.memory.available_memory", lambda: 10**6)
+    with pytest.raises(UserError, match=r"for 90,000 tokens at once.*: lower --batch-size"):
+        next(label_texts(model, texts, ByteTokenizer(), 10**8))
+    assert len([*label_texts(model, texts[:10], ByteTokenizer(), 10**8)]) == 10  # of so few
+
+
+@pytest.mark.filterwarnings("error")  # NumPy's words on what overflows would come first
+def test_labels_are_not_given_by_what_is_no_number() -> None:
+    model = GPT2Classifier(GPT2(GPT2Config(1, 2, 8, 257, 16)), ["a", "b"]).eval()
+    texts = [Example("text", None, "line 1")]
+    model.score.weight.data *= 1e7
+    [*label_texts(model, texts, ByteTokenizer(), 1)]
+    with (
+        compute_in("float16"),
+        pytest.raises(UserError, match=r"not finite in float16, .*: try bfloat16 or float32"),
+    ):
+        next(label_texts(model, texts, ByteTokenizer(), 1))
+    model.score.weight.data[0, 0] = np.nan
+    with pytest.raises(UserError, match="not finite: its weights must be damaged"):
+        next(label_texts(model, texts, ByteTokenizer(), 1))
 
 
 def test_a_text_that_the_tokenizer_cannot_express_is_named() -> None:

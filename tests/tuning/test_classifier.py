@@ -72,6 +72,13 @@ def test_labels_that_are_no_numbers_of_theirs(labels: list[object]) -> None:
         classifier().loss(IDS, LENGTHS, labels)
 
 
+def test_a_label_of_minus_100_is_ignored() -> None:
+    model = classifier()
+    expected = model.loss(IDS[:2], LENGTHS[:2], [0, 1]).item()
+    found = model.loss(IDS, LENGTHS, [0, 1, -100, -100]).item()
+    assert found == pytest.approx(expected, rel=1e-6)  # means of as many numbers, in float32
+
+
 @pytest.mark.parametrize("lengths", [[9, 1, 4], [9, 0, 4, 6], [9, 1, 4, 10], [9.0, 1, 4, 6]])
 def test_lengths_that_do_not_fit(lengths: list[float]) -> None:
     with pytest.raises(ValueError, match=r"lengths .* do not fit token ids of shape \(4, 9\)"):
@@ -186,12 +193,3 @@ def test_folders_that_hold_something_else(tmp_path: Path) -> None:
             load_classifier(folder)
     changed_config(folder, id2label=None)
     assert load_classifier(folder).labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
-
-
-def test_a_classifier_takes_ids_in_lists_as_a_model_does() -> None:
-    model = GPT2Classifier(GPT2(GPT2Config(1, 1, 4, 5, 8)), ["a", "b"])
-    ids = [[1, 2, 3], [2, 4, 0]]
-    expected = model(np.array(ids), [3, 2]).data
-    np.testing.assert_array_equal(model(ids, [3, 2]).data, expected)
-    with pytest.raises(ValueError, match=r"lengths \[3 4\] do not fit token ids of shape \(2, 3\)"):
-        model(ids, [3, 4])

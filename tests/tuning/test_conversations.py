@@ -131,11 +131,25 @@ def test_what_is_validated_on_as_well_is_said(
     assert capsys.readouterr().err == ""
 
 
+def test_conversations_that_only_begin_alike_are_not_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hello = [("user", "Hi"), ("assistant", "Hello")]
+    first, second, again = (
+        chat(*hello, ("user", asked), ("assistant", answer)) for asked, answer in ("aA", "bB", "aC")
+    )
+    path = written(tmp_path, [first])
+    read_parts(path, written(tmp_path, [second], "other.json"))
+    assert capsys.readouterr().err == ""
+    read_parts(path, written(tmp_path, [second, again], "other.json"))
+    assert "warning: 1 of 2 examples to validate on are learned" in capsys.readouterr().err
+
+
 def test_fields_that_are_left_out_are_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     items = [{**A, "instruction": f"{i}", "context": "c", "input": "d", "id": ""} for i in range(3)]
     path = written(tmp_path, [*items, chat(("user", "a"), ("assistant", "b")) | {"input": "x"}])
     read_parts(path, None)
-    expected = f"note: {path}: fields that are not learned from: 'context', 'input'\n"
+    expected = f"note: {path}: 'context', 'input' left out: nothing is learned from such fields\n"
     assert capsys.readouterr().err == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -166,9 +167,24 @@ def test_one_label_only_and_an_unknown_one() -> None:
         label_numbers([*made(2, "a"), *made(1, "c")], ["a", "b"])
 
 
-def test_a_number_is_written_one_way() -> None:
-    with pytest.raises(UserError, match=r"line 0: the label '1\.0' is the number that .* as '1'"):
-        label_names([*made(2, "1"), *made(2, "1.0"), *made(2, "2")])
+@pytest.mark.parametrize(
+    "labels", [["007", "7"], ["1E2", "100"], ["1234567890123456788", "1234567890123456789"]]
+)
+def test_numbers_that_are_names_stay_apart(
+    labels: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(f"{label}\ttext {label} {i}\n" for label in labels for i in range(9))
+    (tmp_path / "d.tsv").write_text(rows)
+    parts = read_parts(str(tmp_path / "d.tsv"), None, None, Columns())
+    assert sorted(parts.labels) == sorted(labels) and not capsys.readouterr().err
+
+
+def test_nan_is_no_number(tmp_path: Path) -> None:
+    assert label_names([*made(2, "uncle"), *made(2, "nan")]) == ["nan", "uncle"]
+    with pytest.raises(
+        UserError, match=r"a number in line 3 \('1'\) and a word in line 2 \('nan'\)"
+    ):
+        examples_in(tmp_path / "a.csv", "text,label\na,nan\nb,1\n")
 
 
 def test_a_label_may_be_a_number_of_any_size(tmp_path: Path) -> None:
@@ -181,6 +197,8 @@ def test_a_label_may_be_a_number_of_any_size(tmp_path: Path) -> None:
     [
         ([f"{i / 10}" for i in range(20)] * 3, "20 labels such as '0.0' look like measurements"),
         ([*"aaa", *"bcdefgh"], "7 of 8 labels, such as 'b', have one text each"),
+        (["1", "1.0", "2"] * 5, "the labels '1' and '1.0' are learned as two: write both as 1 if"),
+        (["v1", "v1.0", "v2"] * 5, ""),
         ([f"{i / 2}" for i in range(11)] * 3, ""),  # grades
         ([f"{i}" for i in range(20)] * 3, ""),
     ],
@@ -291,10 +309,22 @@ def test_texts_without_labels(tmp_path: Path, name: str) -> None:
     assert [(e.text, e.label) for e in examples] == [("one", None), ("two", None)]
 
 
-def test_what_is_no_text_is_not_labelled(tmp_path: Path) -> None:
-    (tmp_path / "a.tsv").write_text("Title\tKind\none\t1\ntwo\t2\n")
-    with pytest.raises(UserError, match="its header has no 'text', only 'Title', 'Kind'"):
-        read_texts(str(tmp_path / "a.tsv"), Columns())
+@pytest.mark.parametrize(
+    ("content", "texts", "note"),
+    [
+        ("1\tHello there\n2\tBuy now\n", ["Hello there", "Buy now"], "column 2 is taken for the t"),
+        ("Hello there\t1\n", ["1"], "column 2 is taken for the texts, from the first line on: if"),
+        ("ham\ta\nham\tb\n", ["a", "b"], ""),
+        ("Text\tKind\na\t1\nb\t1\n", ["Text", "a", "b"], "column 1 .* give --text-field the name"),
+    ],
+)
+def test_texts_of_a_table_without_a_header(
+    content: str, texts: list[str], note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.tsv").write_text(content)
+    assert [e.text for e in read_texts(str(tmp_path / "a.tsv"), Columns())] == texts
+    said = capsys.readouterr().err
+    assert re.search(note, said) if note else not said
 
 
 def test_texts_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:

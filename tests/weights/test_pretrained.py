@@ -133,8 +133,15 @@ def test_a_sharded_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"00001-of-00002\.safetensors is a part of a model: give"):
         from_pretrained(GPT2, tmp_path / "model-00001-of-00002.safetensors")
     index.unlink()
-    with pytest.raises(UserError, match=r"holds parts of a model without the model\.safetensors\."):
+    with pytest.raises(UserError, match=r"holds files of a model without the \*\.index\.json"):
         from_pretrained(GPT2, tmp_path)
+
+
+def test_a_set_of_one_file_is_a_whole_model(tmp_path: Path) -> None:
+    hf_folder(tmp_path)
+    whole = tmp_path / "model-00001-of-00001.safetensors"
+    (tmp_path / "model.safetensors").rename(whole)
+    assert_same(from_pretrained(GPT2, whole))
 
 
 @pytest.mark.parametrize("kind", ["saver", "sharded"])

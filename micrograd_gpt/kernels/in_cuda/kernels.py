@@ -454,7 +454,7 @@ def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float 
     for some, table in tables:
         grid = (across, len(grads[some]))
         launch("optimizer", "sum_of_squares", "float32", grid, (THREADS,), table, partials[some])
-    norm, factor = _norm_and_factor(partials, max_norm, loss_scale)
+    norm, factor = _norm_and_factor(partials, float(max_norm), loss_scale)
     for some, table in tables:
         grid = (across, len(grads[some]))
         launch("optimizer", "scale", "float32", grid, (THREADS,), table, factor)

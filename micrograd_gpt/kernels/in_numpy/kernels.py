@@ -20,6 +20,7 @@ import numpy as np
 from micrograd_gpt import functional, optim, tensor
 from micrograd_gpt.arrays.memory import keep_freed_memory
 from micrograd_gpt.arrays.stand_ins import NotForMe, stands_in_for
+from micrograd_gpt.checks import check_clipping
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_numpy.threads import cores, parallel
 from micrograd_gpt.kernels.shapes import (
@@ -473,14 +474,11 @@ def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float 
 
 
 def gradients(parameters: list[Tensor], max_norm: float) -> list[Array]:
-    """The gradients that exist; NotForMe where there are none, or some that cannot be written, and
-    for what the definition refuses: a parameter that is there twice, a norm below 0 or NaN."""
+    """The gradients that exist; NotForMe where there are none, or some that cannot be written.
+    Raises what the definition raises for what cannot be clipped."""
     if not isinstance(parameters, list | tuple):  # what can be gone through only once
         raise NotForMe
-    if len(set(map(id, parameters))) < len(parameters):
-        raise NotForMe
-    if not isinstance(max_norm, int | float) or not max_norm >= 0:
-        raise NotForMe
+    check_clipping(parameters, max_norm)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads or not all(getattr(g.flags, "writeable", True) for g in grads):
         raise NotForMe
@@ -489,7 +487,7 @@ def gradients(parameters: list[Tensor], max_norm: float) -> list[Array]:
 
 def scale_of(norm: float, max_norm: float, loss_scale: float) -> float:
     """What gradients of this norm, without the loss scale, are multiplied by; 1 if not finite."""
-    factor = min(max_norm / max(norm, 1e-30), 1.0) / loss_scale
+    factor = min(float(max_norm) / max(norm, 1e-30), 1.0) / loss_scale
     return factor if math.isfinite(norm) else 1.0
 
 
