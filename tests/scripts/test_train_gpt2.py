@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -309,9 +308,9 @@ def test_fine_tuning_starts_from_the_weights_it_is_given(text: Path, tmp_path: P
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
-    flags: list[str], message: str, tmp_path: Path, text: Path
+    flags: list[str], message: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     data = [] if "--data" in flags else ["--data", str(text)]
     result = run(*data, *flags)
     assert result.returncode == 2
