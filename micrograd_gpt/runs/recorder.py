@@ -212,6 +212,7 @@ class Recorder:
             leave_part(self.optimizer, self.out)
             return
         done, row = self.optimizer.steps, self._row
+        self._folder.check()
         remove_unfinished(self.out)  # such as loss.png, which it was drawing
         remove_folder(self.out / SAVING)  # whose room on the disk may be what is missing
         if checkpoint.saved_step(self.out) >= done:

@@ -101,6 +101,8 @@ def add_lora(
     alpha = 2 * rank if alpha is None else alpha
     if not isinstance(alpha, Real) or not 0 < abs(alpha) < math.inf:
         raise UserError(f"the alpha of LoRA must be a finite number, and not 0; it is {alpha!r}")
+    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
+        raise UserError(f"the dropout of LoRA must be a probability in [0, 1), not {dropout!r}")
     linear = named_layers(model, Linear)
     names = [name for name in linear if any(name.endswith(f".{wanted}") for wanted in layer_names)]
     if not names:
