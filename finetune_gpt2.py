@@ -62,7 +62,7 @@ from micrograd_gpt.tuning.classifier import (
     write_classifier,
 )
 from micrograd_gpt.tuning.instructions import Instructions
-from micrograd_gpt.tuning.lora import add_as_told, count_trained, trained_parameters
+from micrograd_gpt.tuning.lora import add_as_told, count_trained, rename_base, trained_parameters
 from micrograd_gpt.tuning.scores import draw_confusion
 from micrograd_gpt.weights.config import read_config
 from micrograd_gpt.weights.names import config_named, tokenizer_folder
@@ -195,6 +195,7 @@ def tune(
     optimizer, scaler = make_optimizer(settings, model)
     if settings.resume:
         checkpoint.load_run(settings.out, model, optimizer, scaler)
+        rename_base(settings)
     recorder = Recorder(settings, task, model, optimizer, scaler, write, plan.tokens_per_step)
     flags.write_settings(settings)
     recorder.start()

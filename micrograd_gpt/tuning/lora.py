@@ -14,6 +14,7 @@ Initial values, scale and names are those of the reference implementation, PEFT.
 
 from __future__ import annotations
 
+import json
 import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,9 @@ import numpy as np
 from micrograd_gpt import layers
 from micrograd_gpt.arrays.devices import Array, device_of, move, to_device
 from micrograd_gpt.nn import Draws, Dropout, Linear, Module, Parameter
+from micrograd_gpt.runs.checkpoint import BEST, earlier_sets
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import read_json, write_text
 from micrograd_gpt.tensor import Tensor
 from micrograd_gpt.variants import ScaledQueries, scaled_queries
 from micrograd_gpt.weights.adapters import (
@@ -38,7 +41,7 @@ from micrograd_gpt.weights.adapters import (
     open_adapter,
 )
 from micrograd_gpt.weights.checksum import weights_checksum
-from micrograd_gpt.weights.formats import holds_model, is_adapter
+from micrograd_gpt.weights.formats import ADAPTER_CONFIG, holds_model, is_adapter
 from micrograd_gpt.weights.names import lies_in, size_named
 from micrograd_gpt.weights.releases import RELEASES
 
@@ -188,6 +191,17 @@ def check_base(model: Any, settings: Namespace) -> None:
             "give it back those, or add --allow-changes"
         )
     settings.base_weights = found
+
+
+def rename_base(settings: Namespace) -> None:
+    """Have the sets of a resumed run name the base where it is now: it may have been moved."""
+    out = Path(settings.out)
+    name, revision = base_name(settings.model)
+    for folder in (out, out / BEST, *earlier_sets(out)):
+        config = read_json(folder / ADAPTER_CONFIG) if is_adapter(folder) else None
+        if config is not None and config.get(BASE) != name:
+            config |= {BASE: name, "revision": revision}
+            write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def replace_by_lora(

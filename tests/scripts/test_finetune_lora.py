@@ -126,9 +126,14 @@ def test_a_run_is_resumed_on_a_base_that_was_moved(
     before.rename(after)
     assert classify(out, "--max-steps", 2, "--model", after, resume=True) == 0
     assert load_classifier(out).labels == ["ant", "bee", "cat"]
+    after.rename(again := tmp_path / "again")
+    worse = ["--max-steps", 4, "--learning-rate", 9, "--keep", 1, "--allow-changes"]
+    assert classify(out, *worse, "--model", again, resume=True) == 0  # and says best/'s scores
+    for folder in (out, out / "best", out / "step-000002"):
+        assert load_classifier(folder).labels == ["ant", "bee", "cat"]
     GPT2(GPT2Config(BLOCKS, 2, WIDTH, 257, 32), seed=6).save_pretrained(before, ByteTokenizer())
     with pytest.raises(UserError, match="before has other weights now than when the run in"):
-        classify(out, "--max-steps", 3, "--model", before, resume=True)
+        classify(out, "--max-steps", 5, "--model", before, resume=True)
 
 
 def test_an_adapter_is_not_used_on_another_base(
