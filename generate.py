@@ -80,6 +80,11 @@ def generate(given: argparse.Namespace, ranks: Ranks) -> int:
     model, tokenizer, template = load(given, ranks)
     cli.write_utf8()
     how = given.json, template, given.special_tokens, given.batch_size or BATCH_SIZE
+    if template and questions is not None and given.instruction is None:
+        cli.say(
+            "note: this model was tuned on instructions, and a prompt is continued without their "
+            "template: --instruction has one answered, evaluate_gpt2.py generate a file of them"
+        )
     writer = Writer(model, tokenizer, *how, ranks.do)
     if questions is None:
         return converse(writer, choices)

@@ -125,6 +125,11 @@ def no_field(where: str, name: str, names: Sequence[str], flags: str) -> UserErr
     found = ", ".join(map(short, names[:10])) or "none"
     if len(names) == 1 and ";" in names[0]:  # as spreadsheets write it in much of Europe
         return UserError(f"{where} has semicolons between the names: put commas in their place")
+    if {"instruction", "messages"} & {*names}:  # each would be a plain text, without a template
+        flags += (
+            "; or, as these look like instructions, learn from them with finetune_gpt2.py instruct,"
+            " and have them answered with evaluate_gpt2.py generate"
+        )
     return UserError(f"{where} has no {name!r}, only {found}: name what holds it with {flags}")
 
 

@@ -233,7 +233,8 @@ def encode_all(
     if lengths.min() > longest:
         raise UserError(
             f"all {what} examples are too long: the shortest has {lengths.min():,} tokens where "
-            f"{longest:,} fit; give shorter ones, a larger --block-size or a model of more context"
+            f"{longest:,} fit; give shorter ones, or a model of more context (and leave out a "
+            "--block-size below it)"
         )
     for count, why in (
         (len(conversations) - len(answered), "have an empty output"),

@@ -160,7 +160,7 @@ def test_without_a_template_it_is_the_one_that_help_shows(
         ([{"instruction": "a", "input": "b"}], [], "has no 'output'"),
         ([{"instruction": "a", "output": ""}, {"instruction": "b", "output": ""}], [], "no train"),
         ([{"messages": [{"role": "bot", "content": "a"}]}], [], "unknown role 'bot'"),
-        (ITEMS, ["--block-size", "3"], "all training examples are too long"),
+        (ITEMS, ["--block-size", "3"], "or a model of more context (and leave out a --block-size"),
         (ITEMS, ["--block-size", "65"], "--block-size is at most 64"),
         (ITEMS[:1], [], "no two different instructions"),
         (ITEMS, ["--template", "{data}"], "has no place {instruction}"),

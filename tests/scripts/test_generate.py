@@ -378,6 +378,20 @@ def test_a_pipe_is_one_prompt_of_any_number_of_lines(
     assert entry["prompt"] == "One\nTwo"
 
 
+def test_a_tuned_model_that_continues_a_text_says_what_would_have_it_answered(
+    tuned_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"instruction": "add", "input": "b"}\n')
+    flags = ["--model", tuned_model, "--max-new-tokens", "1"]
+    prompts = ["--prompts", str(tmp_path / "a.jsonl")]
+    with pytest.raises(UserError, match="have them answered with evaluate"):
+        generate.main([*flags, *prompts])
+    for given in ([*prompts, "--text-field", "instruction"], ["--prompt", "add"]):
+        capsys.readouterr()
+        assert generate.main([*flags, *given]) == 0
+        assert "is continued without their template: --instruction" in capsys.readouterr().err
+
+
 def test_instructions_can_be_repeated(tuned_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", tuned_model, "--max-new-tokens", "9", "--instruction", "add"]
     flags += ["--instruction", "b"]

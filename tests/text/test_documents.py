@@ -392,6 +392,8 @@ def test_a_field_may_have_lines_and_quotes(tmp_path: Path) -> None:
         ("a.csv", "text,n\none,1\ntwo\n", "line 3: 1 field under a header of 2"),
         ("a.csv", 'text\n"one" two\n', "line 2: ',' expected after '\"': correct the quotes"),
         ("a.tsv", "a\tb\n", "its header has no 'text', only 'a', 'b'"),
+        ("a.json", '[{"instruction": "a"}]', "learn from them with finetune_gpt2.py instruct"),
+        ("a.jsonl", '{"messages": []}', "learn from them with finetune_gpt2.py instruct"),
     ],
 )
 def test_what_is_not_a_record_is_refused(
