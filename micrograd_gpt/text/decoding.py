@@ -32,6 +32,12 @@ PACKED = {  # how files begin that hold text, but not as text, and how to get at
     b"PK\x03\x04": "zip, as .docx and .epub are too: unpack it, or save it as plain text",
     b"%PDF-": "PDF: save it as plain text first, as with pdftotext",
     b"{\\rtf": "RTF: save it as plain text first",
+    b"\x93NUMPY": "an array of NumPy's: write token ids into train.bin and val.bin, with "
+    "ids.astype(np.uint16).tofile, and give their folder",
+    **dict.fromkeys(
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+        "a pickle, which is not opened, as it may run code: save what it holds as plain text",
+    ),
 }
 
 

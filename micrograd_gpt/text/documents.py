@@ -72,6 +72,8 @@ def load_documents(
 
     Raises UserError if there is no text, or no network to fetch it from.
     """
+    if source in BY_NAME and os.path.exists(source):
+        say(f"note: {source} is the text of that name; for what is here, write ./{source}")
     if source == "pydocs":
         documents = _pydocs()
     else:

@@ -42,6 +42,8 @@ def size_named(name: str) -> str | None:
 def open_model(name: str) -> Weights:
     """The weights of a model, fetched if need be; UserError if there is none of that name."""
     if size := size_named(name):
+        if os.path.exists(name):
+            say(f"note: {name} is OpenAI's model of that size; for what is here, write ./{name}")
         return open_release(size)
     return open_local(find(name))
 

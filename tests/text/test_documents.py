@@ -8,6 +8,7 @@ import hashlib
 import json
 import lzma
 import os
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text import decoding, documents, tables
 from micrograd_gpt.text.decoding import Form
-from micrograd_gpt.text.documents import find_files, load_documents, read_documents
+from micrograd_gpt.text.documents import BY_NAME, find_files, load_documents, read_documents
 
 
 def test_pydocs_are_the_topics_sorted_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +103,22 @@ def test_what_holds_no_text_is_named(tmp_path: Path) -> None:
     refused("shakspeare", "'shakspeare' does not exist: give pydocs, shakespeare, or the path")
 
 
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_path_that_is_called_as_a_text_is_named(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(documents, "_shakespeare", lambda: tmp_path / "fetched")
+    (tmp_path / "fetched").write_text("fetched")
+    (tmp_path / name).write_text("mine")
+    assert load_documents(name) != ["mine"]
+    assert f"for what is here, write ./{name}\n" in capsys.readouterr().err
+    assert load_documents(f"./{name}") == ["mine"] and not capsys.readouterr().err
+
+
 def test_shakespeare_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "To be,\r\nor not to bé.\n" * 100
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -176,6 +193,8 @@ def test_a_wrong_byte_is_named_with_its_offset(
     ("data", "message"),
     [
         (gzip.compress(b"to be"), "is gzip: unpack it first"),
+        (b"\x93NUMPY\x01\0v\0", "is an array of NumPy's: write token ids into train.bin"),
+        (pickle.dumps([1, 2]), "is a pickle, which is not opened"),
         (bz2.compress(b"to be"), "is bzip2"),
         (lzma.compress(b"to be"), "is xz"),
         (b"PK\x03\x04 ...", "is zip, as .docx"),

@@ -125,6 +125,18 @@ def test_nanogpts_shards(tmp_path: Path) -> None:
     np.testing.assert_array_equal(alone.train[:], IDS[:810])
 
 
+@pytest.mark.parametrize("dtype", ["<i4", "<u4", "<i8", ">i4", "<f8"])
+@pytest.mark.parametrize("largest", [65, 50257, 100_000])
+def test_ids_that_are_not_two_bytes_each_are_refused(
+    dtype: str, largest: int, tmp_path: Path
+) -> None:
+    ids = (np.random.default_rng(0).random(1000) ** 3 * largest).astype(int)  # often small ones
+    ids.astype(dtype).tofile(tmp_path / "train.bin")
+    refused(tmp_path, "train.bin holds ids of four or eight bytes each")
+    ids.clip(0, 50256).astype("<u2").tofile(tmp_path / "train.bin")
+    assert load_corpus(tmp_path, "gpt2").train[:].tolist() == ids.clip(0, 50256)[:900].tolist()
+
+
 def test_llm_cs_shards(tmp_path: Path) -> None:
     for i, part in enumerate([IDS[:400], IDS[400:900]], start=1):
         (tmp_path / f"fineweb_train_{i:06d}.bin").write_bytes(llm_c(part))

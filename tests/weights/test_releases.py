@@ -20,7 +20,7 @@ from tiny_weights import ARRAYS, CONFIG, DATA, TINY, assert_same, bare, with_mas
 
 from micrograd_gpt.support.download import download
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.weights import releases
+from micrograd_gpt.weights import names, releases
 from micrograd_gpt.weights.config import SIZES
 from micrograd_gpt.weights.pretrained import build
 from micrograd_gpt.weights.releases import (
@@ -373,3 +373,19 @@ def test_with_no_network_both_reasons_are_named_and_no_script_s_flags(tmp_path: 
 def test_every_release_has_a_size() -> None:
     assert releases.RELEASES.keys() == SIZES.keys()
     assert releases.RELEASES["124M"].openai_data_bytes == 497_759_232
+
+
+def test_a_folder_that_is_called_as_a_size_is_named(
+    tiny_124m: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "124M").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(names, "open_release", lambda size: size)
+    assert names.open_model("124M") == "124M"
+    assert "for what is here, write ./124M\n" in capsys.readouterr().err
+    with pytest.raises(UserError, match="124M does not hold a model"):
+        names.open_model("./124M")
+    assert names.open_model("355M") == "355M" and not capsys.readouterr().err
