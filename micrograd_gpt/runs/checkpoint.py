@@ -40,7 +40,8 @@ from micrograd_gpt.support.file_sets import (
     remove_folder,
     written_as_set,
 )
-from micrograd_gpt.support.files import read_json, reading, write_text
+from micrograd_gpt.support.files import BEST as BEST
+from micrograd_gpt.support.files import other_checkpoint, read_json, reading, write_text
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
@@ -55,14 +56,13 @@ from micrograd_gpt.weights.formats import (
 )
 from micrograd_gpt.weights.loading import fill
 from micrograd_gpt.weights.saving import stored_arrays, write_model
-from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
+from micrograd_gpt.weights.tensor_files import FETCH, TensorFile, write_safetensors
 
 OPTIMIZER = "optimizer.safetensors"
 SET = (CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG, OPTIMIZER, STATE)
 ADAPTER = (ADAPTED_CONFIG, ADAPTER_CONFIG, ADAPTER_MODEL)  # instead of the first two
 ALSO = (PROMPT_TEMPLATE,)  # which only some runs have
 MAY_LACK = (TOKENIZER_CONFIG, *ALSO)  # the first in runs of earlier versions
-BEST = "best"
 SCORES = ("scores.json", "confusion-validation.png", "confusion-test.png")  # of a classifier
 SCALER = ("scale", "growth_interval", "good_steps", "skipped_steps")  # of a LossScaler
 
@@ -123,12 +123,17 @@ def load_run(
         try:
             file = TensorFile(folder / name)
         except UserError as error:
-            what = str(error).removesuffix(": fetch it again")
-            raise UserError(f"{what}: {_way_back(folder, name)}") from error
-        if file.metadata.get("step") != str(step):
+            what = str(error).removesuffix(f": {other_checkpoint(folder / name) or FETCH}")
+            otherwise = "start again: this run kept no other checkpoint"
+            if name == OPTIMIZER:
+                otherwise = f"start again from the weights with --init-from {folder}"
+            raise UserError(f"{what}: {_way_back(folder, otherwise)}") from error
+        found = file.metadata.get("step")
+        if found != str(step):
             raise UserError(
-                f"{folder / name} is from step {file.metadata.get('step')}, {STATE} from step "
-                f"{step}: they were saved apart; start another run from the weights"
+                f"{folder / name} is from {f'step {found}' if found else 'no step of a run'}, "
+                f"{STATE} from step {step}: they were saved apart; "
+                + _way_back(folder, "start another run from the weights")
             )
         fill(arrays, file.entries, file.path)
     _check_config(model, state.get("config", {}), folder)  # {}: saved by an earlier version
@@ -244,15 +249,15 @@ def last_good(folder: str | Path, step: int) -> str:
     return "there is none yet" if good is None else f"{steps[good]}, of step {good}"
 
 
-def _way_back(folder: Path, damaged: str) -> str:
-    """What a user can do where a file of the run in `folder` is damaged."""
+def _way_back(folder: Path, otherwise: str) -> str:
+    """What a user can do where a file of the run in `folder` is damaged; `otherwise` where the run
+    has no other checkpoint.
+    """
     others = [place for place in (*_earlier_places(folder), folder / BEST) if holds_run(place)]
     if others:
         latest = max(others, key=lambda place: _read_state(place)["step"])
         return f"copy the files of {latest}, of step {_read_state(latest)['step']}, into {folder}"
-    if damaged == OPTIMIZER:
-        return f"start again from the weights with --init-from {folder}"
-    return "start again: this run kept no other checkpoint"
+    return otherwise
 
 
 # ------------------------------------------------------------------------ parts of a set

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from micrograd_gpt.support.errors import UserError
 
+BEST = "best"  # the folder in a run's that has its best checkpoint
 RANDOM = "[0-9a-f]" * 16  # the part of a temporary file's name that makes it unique
 ABANDONED = 24 * 3600  # seconds after which a temporary file is taken to be a killed writer's
 
@@ -109,10 +110,26 @@ def read_json(path: str | Path) -> dict[str, Any] | None:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: it cannot be read as JSON ({error})") from error
+        raise _damaged(path, f"it cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it is not a JSON object")
+        raise _damaged(path, "it is not a JSON object")
     return value
+
+
+def _damaged(path: str | Path, why: str) -> UserError:
+    other = other_checkpoint(path)
+    return UserError(f"{path} is damaged: {why}" + (f": {other}" if other else ""))
+
+
+def other_checkpoint(path: str | Path) -> str:
+    """What helps where a file of a run is damaged, in words: its best checkpoint, or where that is
+    the damaged one, its latest. Nothing ("") for any other file.
+    """
+    folder = Path(path).parent
+    other = folder.parent if folder.name == BEST else folder / BEST
+    if not (other / Path(path).name).is_file():
+        return ""
+    return f"copy the files of {other} into {folder}, or use {other} instead"
 
 
 def sha256(path: str | Path) -> str:

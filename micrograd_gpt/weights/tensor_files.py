@@ -22,7 +22,7 @@ import numpy as np
 
 from micrograd_gpt.arrays.devices import Array, to_device
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import written_whole
+from micrograd_gpt.support.files import other_checkpoint, written_whole
 from micrograd_gpt.weights.reading import (
     CHUNK,
     FLOATS,
@@ -33,6 +33,7 @@ from micrograd_gpt.weights.reading import (
 )
 from micrograd_gpt.weights.torch_file import read_state_dict
 
+FETCH = "fetch it again"  # a file that was not whole
 # The format's dtypes in its own order: a file begins with the tensors of the last dtype here.
 STORED_DTYPES = {
     "BOOL": np.dtype("?"),
@@ -157,9 +158,10 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 pass
         except (SafetensorError, OSError, ValueError) as error:
             size = os.fstat(file.fileno()).st_size
+            advice = ways_out(path, other_checkpoint(path) or FETCH)
             raise UserError(
                 f"{path} has {size:,} bytes that are not a whole safetensors file"
-                f" ({_one_line(error)}): {ways_out(path, 'fetch it again')}"
+                f" ({_one_line(error)}): {advice}"
             ) from error
         length = int.from_bytes(file.read(8), "little")
         text = file.read(length)

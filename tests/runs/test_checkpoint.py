@@ -420,6 +420,17 @@ def test_a_damaged_file_of_a_run_names_the_way_back(name: str, tmp_path: Path) -
     checkpoint.load_run(tmp_path, *trained(0))  # as good as the other one
 
 
+def test_a_model_that_was_saved_into_a_run_names_the_way_back(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, val_loss=1.0)
+    model.save_pretrained(tmp_path, TOKENIZER)
+    with pytest.raises(UserError, match="from no step of a run, .* saved apart; copy the files of"):
+        checkpoint.load_run(tmp_path, *trained(0))
+    shutil.rmtree(tmp_path / "best")
+    with pytest.raises(UserError, match="saved apart; start another run from the weights"):
+        checkpoint.load_run(tmp_path, *trained(0))
+
+
 def test_a_tokenizer_of_another_model_is_named(tmp_path: Path) -> None:
     tokenizer = CharTokenizer("abcdefgh")
     config = GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=8, n_positions=4)

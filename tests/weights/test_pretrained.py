@@ -314,6 +314,26 @@ def test_a_wrong_folder_is_one_line_that_says_what(tmp_path: Path, wrong: str) -
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("damaged", [".", "best"])
+def test_a_damaged_model_of_a_run_names_the_run_s_other_one(
+    name: str, damaged: str, tmp_path: Path
+) -> None:
+    hf_folder(tmp_path)
+    shutil.copytree(tmp_path, tmp_path / "best")
+    folder, other = tmp_path / damaged, tmp_path / ("best" if damaged == "." else "")
+    (folder / name).write_bytes(b"{")
+    with pytest.raises(UserError) as caught:
+        from_pretrained(GPT2, folder)
+    assert str(caught.value).startswith(f"{folder / name} ")
+    assert str(caught.value).endswith(
+        f": copy the files of {other} into {folder}, or use {other} instead"
+    )
+    shutil.rmtree(other) if damaged == "." else (other / name).unlink()
+    with pytest.raises(UserError, match=f"{name}.*(fetch it again|line 1 column 2 .*)$"):
+        from_pretrained(GPT2, folder)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path: Path, name: str) -> None:
     hf_folder(tmp_path)
