@@ -92,7 +92,7 @@ class Corpus:
         comma = "," if smaller else " or"
         enough = math.ceil(need / min(self.fraction, 1 - self.fraction)) + 1
         raise UserError(
-            f"{self.name} has {counted(sum(lengths), 'token')}, of which {shorter:,} are for "
+            f"{self.name} has {counted(sum(lengths), 'token')}, {shorter:,} of them for "
             f"{which}, {few}: give {enough:,} tokens or more{comma} a --validation FILE of its "
             f"own{smaller}"
         )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -193,6 +195,7 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
     flags = {name: value for name, value in given.items() if name != "command"}
     rows = table(command)
     check_in_use(flags)
+    _check_no_fraction(flags)
     out = Path(flags.get("out", rows["out"].default))
     if flags.get("resume"):
         settings = _resumed(out, flags, command)
@@ -214,6 +217,17 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
     complete = argparse.Namespace(command=command, **settings)
     lora.check_flags(complete)
     return complete
+
+
+def _check_no_fraction(flags: dict[str, Any]) -> None:
+    """UserError for a --validation or a --test as train_gpt2.py takes it, a part of the data."""
+    for name in ("validation", "test"):
+        value = flags.get(name)
+        if value and re.fullmatch(r"[\d.]+", value) and not os.path.exists(value):
+            raise UserError(
+                f"--{name} is a file here, and {value} is none: leave it out to have a part of "
+                "--data taken"
+            )
 
 
 def for_prediction(given: dict[str, Any]) -> argparse.Namespace:

@@ -202,17 +202,22 @@ def _jsonl_records(path: Path, wanted: list[str], encoding: str) -> Iterator[Fie
 def _checked(row: Row, path: Path, with_labels: bool) -> tuple[str, str | None, str]:
     place = f"{path}, {row.place}"
     if not isinstance(row.text, str):
-        raise UserError(f"{place}: the text is {row.text!r}, not a string: correct it")
+        raise UserError(f"{place}: the text is {_shown(row.text)}, not a string: correct it")
     if not row.text.strip():
         raise UserError(f"{place}: the text is empty: remove the example")
     if not with_labels:
         return row.text, None, place
     if not isinstance(row.label, str | int | float) or row.label != row.label:
-        raise UserError(f"{place}: the label is {row.label!r}, not a word or a number: correct it")
+        shown = _shown(row.label)
+        raise UserError(f"{place}: the label is {shown}, not a word or a number: correct it")
     label = _label(row.label)
     if not label:
         raise UserError(f"{place}: the label is empty: give one, or remove the example")
     return row.text, label, place
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
 
 
 def _label(value: str | int | float) -> str:
@@ -314,7 +319,9 @@ def split(examples: Sequence[Example], parts: Sequence[float]) -> list[list[Exam
 
 def _how_few(examples: Sequence[Example], labels: Sequence[str]) -> str:
     """How many texts there are of how many labels, and what to do."""
-    found = f"{len(examples):,} texts have {len(labels):,} labels"
+    different = len({example.text for example in examples})
+    unlike = "" if different == len(examples) else f" ({different:,} different)"
+    found = f"{len(examples):,} texts{unlike} have {len(labels):,} labels"
     if len(labels) > len(examples) / 2 and all(map(is_number, labels)):
         return f"{found}, which look like measurements: give labels that several texts share"
     return f"{found}: give more texts of each, or a file of them"

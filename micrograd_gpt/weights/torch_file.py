@@ -78,7 +78,10 @@ def stored_tensors(saved: Any, path: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{path} does not hold a dict of tensors (torch.save(model.state_dict()))")
     for name, tensor in saved.items():
         if not isinstance(name, str) or not isinstance(tensor, TorchTensor):
-            raise UserError(f"{path} holds {repr(name)[:80]}, which is not a tensor of a model")
+            raise UserError(
+                f"{path} holds {repr(name)[:80]}, which is not a tensor of a model: save its "
+                "state_dict() alone, with its config.json beside it"
+            )
     return {name: tensor.stored(name, path) for name, tensor in saved.items()}
 
 

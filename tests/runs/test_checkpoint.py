@@ -424,7 +424,9 @@ def test_a_model_that_was_saved_into_a_run_names_the_way_back(tmp_path: Path) ->
     model, optimizer = trained()
     checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, val_loss=1.0)
     model.save_pretrained(tmp_path, TOKENIZER)
-    with pytest.raises(UserError, match="from no step of a run, .* saved apart; copy the files of"):
+    with pytest.raises(
+        UserError, match=r"from no step of a run, .* saved apart; copy the files of"
+    ):
         checkpoint.load_run(tmp_path, *trained(0))
     shutil.rmtree(tmp_path / "best")
     with pytest.raises(UserError, match="saved apart; start another run from the weights"):

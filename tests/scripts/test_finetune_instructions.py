@@ -166,6 +166,7 @@ def test_without_a_template_it_is_the_one_that_help_shows(
         (ITEMS, ["--template", "{data}"], "has no place {instruction}"),
         (ITEMS, ["--template", "none.txt"], "cannot read none.txt"),
         (ITEMS, ["--validation", "none.json"], "cannot read none.json"),
+        (ITEMS, ["--validation", "0.2"], "--validation is a file here, and 0.2 is none"),
         (ITEMS, ["--model", "{letters}"], "the char tokenizer has no end-of-text token"),
         (ITEMS, ["--loss-on", "prompts"], "invalid choice: 'prompts'"),
     ],

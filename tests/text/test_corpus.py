@@ -139,7 +139,7 @@ def test_too_short_a_text_says_what_helps(tmp_path: Path) -> None:
     path.write_text("0123456789" * 30)
     corpus = load_corpus(path, "byte")
     message = (
-        f"{path} has 300 tokens, of which 30 are for validation, fewer than the 65 that "
+        f"{path} has 300 tokens, 30 of them for validation, fewer than the 65 that "
         "--block-size 64 needs: give 651 tokens or more, a --validation FILE of its own, or a "
         "smaller --block-size (at most 29)"
     )
@@ -151,7 +151,7 @@ def test_too_short_a_text_says_what_helps(tmp_path: Path) -> None:
     other.write_text("0")
     with pytest.raises(UserError, match=r"the validation text has 1 token, .*: give more text$"):
         load_corpus(path, "byte", other).windows(64)
-    with pytest.raises(UserError, match="of which 65 are for training"):
+    with pytest.raises(UserError, match="65 of them for training"):
         load_corpus(path, "byte", 0.9).windows(100)
     (training, validation) = load_corpus(path, "byte", path).windows(64)
     assert len(training) == len(validation) == 9

@@ -114,11 +114,11 @@ WRONG = {
         "line 1: there is half a character",
     ),
     "empty text": ("a.tsv", "ham\tHi\nham\t \n", r"a\.tsv, line 2: the text is empty: remove"),
-    "no text": ("a.jsonl", '{"text": null, "label": 1}', "line 1: the text is None, not a string"),
+    "no text": ("a.jsonl", '{"text": null, "label": 1}', "line 1: the text is null, not a string"),
     "no label": (
         "a.jsonl",
         '{"text": "a", "label": null}',
-        "line 1: the label is None, not a word",
+        "line 1: the label is null, not a word",
     ),
     "list": ("a.jsonl", '{"text": "a", "label": [1]}', r"line 1: the label is \[1\], not a word"),
     "empty label": ("a.csv", "text,label\na,\n", "line 2: the label is empty"),
@@ -261,6 +261,12 @@ def test_parts_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == expected
     with pytest.raises(UserError, match=r"c\.tsv, line 3: the label 'z' is unknown"):
         read_parts(a, None, c, Columns())
+
+
+def test_texts_that_are_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "d.tsv").write_text("label\ttext\n" + "x\tone\ny\tone\n" * 60)
+    with pytest.raises(UserError, match=r"120 texts \(1 different\) have 2 labels"):
+        read_parts(str(tmp_path / "d.tsv"), None, None, Columns())
 
 
 @pytest.mark.parametrize(
