@@ -186,7 +186,10 @@ def check_finite(finite: np.ndarray, model: Any) -> None:
             "the model's logits are not finite in float16, whose largest number is 65,504: try "
             "bfloat16 or float32"
         )
-    raise UserError("the model's logits are not finite: its weights must be damaged")
+    raise UserError(
+        "the model's logits are not finite: its weights are damaged, or its training diverged, or "
+        "a layer that was edited gives NaN"
+    )
 
 
 def check_memory(

@@ -90,7 +90,7 @@ def read_questions(given: argparse.Namespace) -> list[str] | None:
         if value is not None:
             raise UserError(f"{flag} is for a file of --prompts: give that too")
     texts = given.prompt if given.instruction is None else given.instruction
-    if given.batch_size is not None and len(texts or ()) < 2:
+    if (given.batch_size or 1) > 1 and len(texts or ()) < 2:
         raise UserError("--batch-size is for several prompts: give more of them, or leave it out")
     if texts is None:
         if sys.stdin is not None and sys.stdin.isatty():
@@ -121,12 +121,17 @@ def _stdin(flag: str, encoding: str = "utf-8") -> str:
 
 def _read_prompts(source: str, field: str, encoding: str) -> list[str]:
     from micrograd_gpt.text.decoding import Form, Notes
-    from micrograd_gpt.text.documents import read_documents
+    from micrograd_gpt.text.documents import LIKE_JSON, read_documents
     from micrograd_gpt.text.records import RECORD_SUFFIXES
 
     notes = Notes()
     if source == "-":
         texts = [_stdin("--prompt", encoding)]
+        if LIKE_JSON.match(texts[0]):
+            cli.say(
+                "note: stdin looks like JSON and is read as it stands, a prompt a line; to have "
+                "it read as records, give a file that is called .jsonl"
+            )
     else:
         form = Form(encoding, field)
         texts = ["".join(c) for c in read_documents(Path(source), form, notes=notes)]

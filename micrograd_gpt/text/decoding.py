@@ -88,7 +88,7 @@ class Notes:
             )
         if self.like_json:
             say(
-                f"note: {min(self.like_json)} looks like JSON and is learned as it stands, braces "
+                f"note: {min(self.like_json)} looks like JSON and is read as it stands, braces "
                 "and all; to have it read as records, call it .json"
             )
         if self.skipped:

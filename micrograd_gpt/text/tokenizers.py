@@ -94,7 +94,8 @@ class CharTokenizer(LearnedTokenizer):
             position = int(np.argmax(ids < 0))
             raise UserError(
                 f"the character {text[position]!r} at position {position} is not among the "
-                f"{self.vocab_size} characters this char tokenizer knows: remove it from the text"
+                f"{self.vocab_size} characters of the text that this char tokenizer was made from: "
+                "remove it"
             )
         return ids
 

@@ -492,6 +492,26 @@ def test_piped_prompts_in_another_encoding(
         generate.main([*flags, "klingon"])
 
 
+def test_piped_records_are_prompts_as_they_stand(
+    monkeypatch: pytest.MonkeyPatch, byte_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ['{"prompt": "a"}', '{"prompt": "b"}']
+    flags = ["--model", byte_model, "--prompts", "-", "--max-new-tokens", "1", "--json"]
+    for note, text in (("stdin looks like JSON", "\n".join(lines)), ("", "a\nb")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        assert generate.main(flags) == 0
+        out, err = capsys.readouterr()
+        assert [json.loads(line)["prompt"] for line in out.splitlines()] == text.split("\n")
+        assert note in err and ("note:" in err) == bool(note)
+
+
+def test_a_batch_of_one_is_what_one_prompt_is(
+    char_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", char_model, "--prompt", "the ", "--seed", "1"]
+    assert run(capsys, *flags, "--batch-size", "1") == run(capsys, *flags)
+
+
 def test_closed_streams(monkeypatch: pytest.MonkeyPatch, char_model: str) -> None:
     """As the shell's `<&-` and `>&-` leave them."""
     monkeypatch.setattr(sys, "stdin", None)

@@ -489,7 +489,7 @@ def test_a_text_that_looks_like_records_is_noticed(
     path = tmp_path / "a.txt"
     path.write_text(text)
     assert load_documents(path) == [text]
-    note = f"note: {path} looks like JSON and is learned as it stands"
+    note = f"note: {path} looks like JSON and is read as it stands"
     said = capsys.readouterr().err
     assert said.startswith(note) == (":" in text)
     if text.startswith('{"text"'):  # what is advised helps

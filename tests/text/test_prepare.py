@@ -275,7 +275,9 @@ def test_a_resumed_run_finds_the_shards_of_its_vocabulary(
         assert load_corpus(source, larger, cache_folder=cache).tokenizer.vocab_size == 12
     load_corpus(source, "char", cache_folder=cache)
     assert workers.since() > 0 and len(list((cache / "tokens").iterdir())) == 2
-    with pytest.raises(UserError, match="is not among the 3 characters"):
+    with pytest.raises(
+        UserError, match="not among the 3 characters of the text that this char tokenizer was made"
+    ):
         load_corpus(source, CharTokenizer("one"), cache_folder=cache)
 
 
