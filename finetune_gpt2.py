@@ -195,9 +195,10 @@ def tune(
     optimizer, scaler = make_optimizer(settings, model)
     if settings.resume:
         checkpoint.load_run(settings.out, model, optimizer, scaler)
-        rename_base(settings)
     recorder = Recorder(settings, task, model, optimizer, scaler, write, plan.tokens_per_step)
     flags.write_settings(settings)
+    if settings.resume:
+        rename_base(settings)
     recorder.start()
     learn(settings, task, order, model, optimizer, scaler, recorder)
     return model, recorder.finish()

@@ -105,7 +105,9 @@ def test_a_run_that_was_stopped_goes_on_exactly(classify: Main, tmp_path: Path) 
     assert losses[0][4:] == losses[1] and len(losses[0]) == 6
 
 
-def test_a_run_is_not_resumed_on_another_base(classify: Main, base: Path, tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_on_another_base(
+    classify: Main, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changed, out = tmp_path / "changed", tmp_path / "out"
     shutil.copytree(base, changed)
     assert classify(out, "--max-steps", 1, model=changed) == 0
@@ -114,7 +116,11 @@ def test_a_run_is_not_resumed_on_another_base(classify: Main, base: Path, tmp_pa
     model.save_pretrained(changed)
     with pytest.raises(UserError, match="changed has other weights now than when the run in"):
         classify(out, "--max-steps", 2, resume=True)
-    assert classify(out, "--max-steps", 2, "--allow-changes", resume=True) == 0
+    worse = ["--max-steps", 2, "--learning-rate", 9, "--allow-changes"]
+    capsys.readouterr()
+    assert classify(out, *worse, resume=True) == 0  # and says best/'s scores
+    assert "out/best is an adapter for other weights of the base" in capsys.readouterr().err
+    assert load_classifier(out / "best").labels == ["ant", "bee", "cat"]
 
 
 def test_a_run_is_resumed_on_a_base_that_was_moved(
