@@ -23,6 +23,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import json
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from micrograd_gpt.evaluation.flags import make_parser
@@ -56,6 +57,7 @@ def evaluate(given: argparse.Namespace, ranks: Ranks) -> int:
     from micrograd_gpt.arrays.devices import resolve_device
     from micrograd_gpt.arrays.memory import memory_errors
     from micrograd_gpt.arrays.stand_ins import highest_level
+    from micrograd_gpt.runs.lock import only_writer
 
     highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
     commands = {
@@ -66,7 +68,8 @@ def evaluate(given: argparse.Namespace, ranks: Ranks) -> int:
         "generate": generate,
     }
     ranks.use_device(resolve_device(given.device))
-    with memory_errors("lower --batch-size"):
+    writer = only_writer(given.out) if given.out and ranks.is_first else nullcontext()
+    with memory_errors("lower --batch-size"), writer:
         task, report = commands[given.command](given, ranks)
     text = json.dumps(report, ensure_ascii=False) if given.json else "\n".join(task.lines(report))
     if given.command == "generate" and given.out is None:

@@ -1,4 +1,4 @@
-"""One training at a time writes a run's folder; whoever reads it needs no lock."""
+"""One training, or one evaluation, at a time writes a folder; whoever reads it needs no lock."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import refuse_tilde
 
-LOCK = ".lock"  # in the folder while a training writes it: that process's number and its machine
+LOCK = ".lock"  # in the folder while a process writes it: that process's number and its machine
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # some network file systems
 
 
 @contextmanager
 def only_writer(folder: str | Path) -> Iterator[None]:
-    """Within this block no other process trains in `folder`, which is made if it does not exist.
+    """Within this block no other process writes to `folder`, which is made if it does not exist.
 
     The system itself holds the lock, and ends it with the process, however that ends. Raises
     UserError, naming the other process, if there is one, and where the folder cannot be written.
@@ -108,13 +108,13 @@ def _locked(folder: Path) -> BinaryIO:
             lock.close()
             who = _writer_of(folder) or "which has just started"
             raise UserError(
-                f"another training writes to {folder} ({who}): wait for it or stop it, or give "
+                f"another process writes to {folder} ({who}): wait for it or stop it, or give "
                 "another --out"
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            say(f"note: {folder} is where files cannot be locked: train there once at a time")
+            say(f"note: {folder} is where files cannot be locked: write there once at a time")
         if _is_still(lock, folder / LOCK):  # or its holder removed it in between
             break
         lock.close()

@@ -12,6 +12,7 @@ import pytest
 import training
 from small_gpt2 import TEXT, make_model, save_model
 
+from micrograd_gpt.runs.lock import only_writer
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import Template, save_template
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
@@ -154,6 +155,20 @@ def test_out_keeps_the_items_and_goes_on(
     with pytest.raises(UserError, match="another dtype"):
         lines(tmp_path / "items.jsonl", *items)
         evaluate.main([*flags, "--dtype", "float64"])
+
+
+def test_two_evaluations_do_not_write_the_same_folder(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "text.txt", tmp_path / "out"
+    path.write_text(TEXT * 3)
+    flags = ["perplexity", "--model", model, "--data", str(path), "--out", str(out)]
+    with only_writer(out):
+        with pytest.raises(UserError, match=r"another process writes to .*out \(process \d+ on "):
+            evaluate.main(flags)
+        assert [file.name for file in out.iterdir()] == [".lock"]
+    run(capsys, *flags)
+    assert {file.name for file in out.iterdir()} == {"settings.json", "items.jsonl", "report.json"}
 
 
 def test_classify(classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def test_a_second_training_in_a_folder_is_refused(text: Path, tmp_path: Path) ->
     try:
         second = run("--data", text, "--out", out, *SMALL, "--max-steps", "1")
         assert (second.returncode, second.stdout) == (2, "")
-        assert second.stderr.startswith("error: another training writes to ")
+        assert second.stderr.startswith("error: another process writes to ")
         assert f"process {first.pid} on " in second.stderr
         assert sorted(path.name for path in out.iterdir()) == [LOCK]
     finally:
@@ -225,7 +225,7 @@ def test_a_fork_has_the_lock_as_long_as_it_runs(tmp_path: Path) -> None:
             os.read(reading, 1)  # returns when the other end is closed
             os._exit(0)
     assert present_writer(tmp_path)
-    with pytest.raises(UserError, match="another training writes"), only_writer(tmp_path):
+    with pytest.raises(UserError, match="another process writes"), only_writer(tmp_path):
         pass
     os.close(writing)
     os.waitpid(fork, 0)
