@@ -53,12 +53,12 @@ def _as_in_training(*names: str) -> list[Setting]:
 
 # fmt: off
 LABELLED_DATA = [
-    Setting("data", TEXT, None, ASK,
+    Setting("data", TEXT, None, FREE,  # what is in it is compared
      "texts with labels: .tsv, .csv, .jsonl, .json or .parquet. A .tsv has no quotes; without a "
      "header it has two columns, and the one with fewer different values is the label"),
-    Setting("validation", TEXT, None, ASK,
+    Setting("validation", TEXT, None, FREE,
      "texts to validate on (a tenth of --data, of each label the same part)"),
-    Setting("test", TEXT, None, ASK, "texts for the final scores only (as for --validation)"),
+    Setting("test", TEXT, None, FREE, "texts for the final scores only (as for --validation)"),
     Setting("text_field", TEXT, "text", ASK, "the column or key of the text"),
     Setting("label_field", TEXT, "label", ASK, "the column or key of the label"),
     Setting("encoding", TEXT, "utf-8", ASK, "of the files"),
@@ -73,11 +73,11 @@ CLASSIFIER = [
      "which layers learn; last: the final block and LayerNorm, and the head"),
 ]
 INSTRUCTIONS = [
-    Setting("data", TEXT, None, ASK,
+    Setting("data", TEXT, None, FREE,  # what is in it is compared
      "instructions and answers: a .json or .jsonl file of objects (a list, or one a line), each "
      "with instruction, output and perhaps input, or with messages (role: system, user or "
      "assistant; content)"),
-    Setting("validation", TEXT, None, ASK,
+    Setting("validation", TEXT, None, FREE,
      "more of them to validate on (of a tenth of the instructions in --data, or 1,000)"),
     Setting("encoding", TEXT, "utf-8", ASK, "of the files"),
     Setting("template", TEXT, None, NEVER,

@@ -261,6 +261,19 @@ def test_the_best_is_the_step_of_lowest_validation_loss(
     assert scores["accuracy"] == rows[best]["val_accuracy"] > rows[40]["val_accuracy"]
 
 
+def test_a_run_is_resumed_on_data_that_were_moved(
+    classify: Main, data: Path, tmp_path: Path
+) -> None:
+    out, moved = tmp_path / "out", data.with_name("moved.tsv")
+    assert classify(out, "--max-steps", 1) == 0
+    data.rename(moved)
+    more = ["--max-steps", 2, "--data", moved]
+    assert classify(out, *more, resume=True) == 0
+    for other in (["--validation", moved], ["--test", moved]):  # these are no longer taken from it
+        with pytest.raises(UserError, match="is no longer the data of the run in"):
+            classify(out, "--max-steps", 3, *other, resume=True)
+
+
 def test_other_data_is_not_resumed_on(classify: Main, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     classify(out, "--max-steps", 2)
