@@ -619,7 +619,7 @@ def test_a_run_is_saved_though_mpirun_does_not_wait(
         process.send_signal(number)
         process.communicate(timeout=TIMEOUT)
     wait_for(lambda: json.loads((out / checkpoint.STATE).read_text())["step"] > 50)
-    wait_for(lambda: "another training" not in mpirun(2, SCRIPT, "--resume", "--out", out).stderr)
+    wait_for(lambda: "another process" not in mpirun(2, SCRIPT, "--resume", "--out", out).stderr)
     assert_same(out, straight)
     assert (losses(out) == losses(straight)).all() and not list(out.glob(".moments*"))
 
@@ -658,7 +658,7 @@ def test_a_step_that_was_being_validated_is_in_the_metrics(text: Path, tmp_path:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=TIMEOUT)
     wait_for(lambda: (out / checkpoint.STATE).exists())
-    wait_for(lambda: "another training" not in mpirun(2, SCRIPT, "--resume", "--out", out).stderr)
+    wait_for(lambda: "another process" not in mpirun(2, SCRIPT, "--resume", "--out", out).stderr)
     assert [row["step"] for row in metrics(out)] == list(range(1, 13)) and not drawing.exists()
 
 

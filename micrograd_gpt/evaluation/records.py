@@ -48,7 +48,10 @@ class Records:
             raise UserError(f"{self.folder} holds a model: choose another --out")
         if has_begun(self.folder):
             raise UserError(f"{self.folder} is where a run has begun: choose another --out")
-        before = read_json(self.folder / SETTINGS)
+        try:
+            before = read_json(self.folder / SETTINGS)
+        except UserError as error:
+            raise UserError(f"{error}: choose another --out") from error
         if before is None:
             for path in (self.folder / name for name in (ITEMS, REPORT, PICTURE)):
                 if path.exists():

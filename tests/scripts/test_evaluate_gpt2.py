@@ -171,6 +171,16 @@ def test_two_evaluations_do_not_write_the_same_folder(
     assert {file.name for file in out.iterdir()} == {"settings.json", "items.jsonl", "report.json"}
 
 
+def test_settings_of_another_program_stay(model: str, tmp_path: Path) -> None:
+    path, out = tmp_path / "text.txt", tmp_path / "out"
+    path.write_text(TEXT)
+    out.mkdir()
+    (out / "settings.json").write_text("// a comment")
+    with pytest.raises(UserError, match=r"settings\.json is damaged: .*: choose another --out"):
+        evaluate.main(["perplexity", "--model", model, "--data", str(path), "--out", str(out)])
+    assert [file.name for file in out.iterdir()] == ["settings.json"]
+
+
 def test_classify(classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = tmp_path / "test.tsv", tmp_path / "out"
     path.write_text("ham\tsee you\nspam\tWIN now\nham\tok\nspam\tcall 123\n")

@@ -60,7 +60,7 @@ def test_a_second_training_in_a_folder_is_refused(text: Path, tmp_path: Path) ->
 def test_a_lock_ends_with_its_block_and_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "a" / "b"
     with only_writer(out):
-        with pytest.raises(UserError, match="another training"), only_writer(out):
+        with pytest.raises(UserError, match="another process"), only_writer(out):
             pass
         assert (out / LOCK).exists()
     with only_writer(out):

@@ -102,6 +102,7 @@ WRONG = {
         "its header has no 'label', only 'v1'",
     ),
     "three columns": ("a.tsv", "ham\tHi\t1\nham\tHo\t2\n", "its header has no 'text'"),
+    "no tab": ("a.tsv", "ham\tHi\nham Ho\n", r"a\.tsv, line 2: 1 field between tabs"),
     "a tab in a text": ("a.tsv", "ham\tHi\nham\tH\to\n", r"a\.tsv, line 2: 3 fields between tabs"),
     "ragged": ("a.csv", "text,label\na,b,c\n", r"a\.csv, line 2: 3 fields under a header of 2"),
     "quotes": ("a.csv", 'text,label\n"a"b,c\n', r"a\.csv, line 2: .*correct the quotes"),
