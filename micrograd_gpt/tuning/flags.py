@@ -72,8 +72,9 @@ CLASSIFIER = [
 ]
 INSTRUCTIONS = [
     Setting("data", TEXT, None, ASK,
-     "instructions and answers: a .json or .jsonl file of objects (a list, or one a line), each with instruction, output "
-     "and perhaps input, or with messages (role: system, user or assistant; content)"),
+     "instructions and answers: a .json or .jsonl file of objects (a list, or one a line), each "
+     "with instruction, output and perhaps input, or with messages (role: system, user or "
+     "assistant; content)"),
     Setting("validation", TEXT, None, ASK,
      "more of them to validate on (of a tenth of the instructions in --data, or 1,000)"),
     Setting("encoding", TEXT, "utf-8", ASK, "of the files"),
