@@ -123,6 +123,7 @@ def test_float16_scales_its_loss_and_resumes_bit_for_bit(
         np.testing.assert_array_equal(everything(stopped)[name], array, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_scale_does_not_show_in_the_losses(train: Run, train_gpt2: ModuleType) -> None:
     """Powers of two change no digits: a step tried again gives what it would have given at once."""
     losses = []
