@@ -54,7 +54,7 @@ def arguments_of(definition: Any) -> Callable[[Program], Program]:
 
 NEED_AN_EXTRA = (
     "micrograd_gpt.evaluation.harness",
-    *(f"micrograd_gpt.runs.{name}" for name in ("exchange", "mpi")),
+    *(f"micrograd_gpt.runs.{name}" for name in ("exchange", "mpi", "together")),
 )
 
 

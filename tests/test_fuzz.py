@@ -95,6 +95,7 @@ def test_every_call_ends_in_a_right_result_or_an_exception() -> None:
 # ------------------------------------------------------------- what goes wrong is found and named
 
 
+@pytest.mark.slow
 def test_mistakes_are_found_and_named_and_the_cases_after_a_death_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

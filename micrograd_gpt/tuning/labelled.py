@@ -171,8 +171,8 @@ def _tsv_records(
         return
     if odd := next(((place, fields) for place, fields in table if len(fields) != 2), None):
         raise UserError(
-            f"{path}, {odd[0]}: {counted(len(odd[1]), 'field')} between tabs where the first line has 2: "
-            "correct it, or begin with a header"
+            f"{path}, {odd[0]}: {counted(len(odd[1]), 'field')} between tabs where the first line "
+            "has 2: correct it, or begin with a header"
         )
     values = [Counter(fields[i] for _, fields in table) for i in (0, 1)]
     label = 0 if len(values[0]) <= len(values[1]) else 1

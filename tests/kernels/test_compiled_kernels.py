@@ -93,6 +93,7 @@ def install_package(folder: Path) -> None:
     )
 
 
+@pytest.mark.slow_after(1)
 @needs_cc
 @pytest.mark.parametrize("names", [["named", "cc", "package"], ["cc", "package"], ["package"]])
 def test_a_package_is_the_compiler_where_there_is_no_other(
@@ -113,6 +114,7 @@ def test_a_package_is_the_compiler_where_there_is_no_other(
     assert [log.stem for log in tmp_path.glob("*.log") if log.read_text()] == names[:1]
 
 
+@pytest.mark.slow_after(1)
 @needs_cc
 @pytest.mark.parametrize("installed", [True, False])
 @pytest.mark.parametrize("says_its_version", [True, False])
@@ -260,6 +262,7 @@ def test_a_strange_compiler_is_no_hindrance(command: str, tmp_path: Path) -> Non
     assert result.stdout.startswith("NumPy (")
 
 
+@pytest.mark.slow
 @needs_cc
 def test_a_compiler_that_is_not_found_is_named(tmp_path: Path) -> None:
     missing = "CC names no-such-cc, which is not found"
@@ -281,6 +284,7 @@ def test_whoever_names_a_compiler_is_told_that_it_is_not_used(command: str, tmp_
     assert said.stderr.startswith("note: the compiler of CC is not used: CPU kernels: ")
 
 
+@pytest.mark.slow
 @needs_cc
 def test_the_compiler_does_not_read_the_users_input(tmp_path: Path) -> None:
     cc = QuickCompiler(tmp_path, first="cat > /dev/null")
@@ -317,6 +321,7 @@ def test_a_report_about_a_path_that_is_not_utf8_can_be_printed(tmp_path: Path) -
     assert r"CC names caf\udce9/cc, which is not found" in said.stdout
 
 
+@pytest.mark.slow
 @needs_cc
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_child_forked_while_a_thread_compiles_does_not_wait_for_it(tmp_path: Path) -> None:

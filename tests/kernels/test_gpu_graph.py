@@ -207,7 +207,7 @@ def test_a_model_changed_after_the_first_tokens_is_followed(change: str) -> None
     assert np.abs(found[0][-1] - before).max() > 1e-3
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "attribute"),
     [

@@ -351,7 +351,7 @@ def test_a_damaged_library_is_compiled_again_once(
     assert program.library().read_bytes() == whole
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @needs_root
 @needs_cc
 @pytest.mark.parametrize("opened", [True, False])
@@ -379,6 +379,7 @@ def test_a_library_that_another_user_planted_does_not_run(
     assert not ran.exists()
 
 
+@pytest.mark.slow
 @needs_cc
 def test_a_cache_that_forbids_loading_costs_one_compilation(program: Program, noexec: Path) -> None:
     program.environment |= {"XDG_CACHE_HOME": str(noexec), "TMPDIR": str(noexec)}

@@ -391,6 +391,7 @@ def test_arrays_that_were_replaced_are_let_go_of() -> None:
     assert not any(array() is not None for array in old)
 
 
+@pytest.mark.slow
 def test_an_array_replaced_by_another_thread_is_not_read_after_it_is_freed() -> None:
     """NaN overwrites the memory that was freed: none may appear in a result."""
     model, x = make(n_layer=6, n_embd=192), numbers(1, 1, 192)

@@ -174,6 +174,7 @@ def test_layers_that_do_not_learn_stay_as_they_were(
     assert moments == {f"{kind}.{name}" for kind in "mv" for name in {*changed, "score.weight"}}
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_big_batch(classify: Main, tmp_path: Path) -> None:
     """Also in an epoch's last step, whose micro-batches do not have the same number of texts."""
     flags = ["--epochs", 1, "--log-interval", 1]
@@ -219,6 +220,7 @@ def test_a_complete_run_goes_on_with_more_epochs(
         classify(out, "--epochs", 2, "--train-layers", "head", resume=True)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_step_and_saves(
     classify: Main,
     tmp_path: Path,
@@ -373,6 +375,7 @@ def test_a_plan_counts_what_learns(
     assert f"; {learn} of them learn" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_settings_of_a_run_can_be_given_again(classify: Main, tmp_path: Path) -> None:
     first, again, third = (tmp_path / name for name in ("first", "again", "third"))
     classify(first, "--max-steps", 2, "--beta2", 0.9)

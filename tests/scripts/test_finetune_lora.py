@@ -93,6 +93,7 @@ def test_an_adapter_is_trained_and_used(
     assert answers == ["bee", "cat"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_exactly(classify: Main, tmp_path: Path) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     flags = ["--dropout", 0.1, "--save-interval", 4, "--keep", 1, "--log-interval", 1]
@@ -105,6 +106,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(classify: Main, tmp_path: Path) 
     assert losses[0][4:] == losses[1] and len(losses[0]) == 6
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_on_another_base(
     classify: Main, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +125,7 @@ def test_a_run_is_not_resumed_on_another_base(
     assert load_classifier(out / "best").labels == ["ant", "bee", "cat"]
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_on_a_base_that_was_moved(
     classify: Main, base: Path, tmp_path: Path
 ) -> None:

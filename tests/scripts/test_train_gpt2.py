@@ -398,6 +398,7 @@ def test_defaults_by_size(
 # ------------------------------------------------------------------------------- flags in a file
 
 
+@pytest.mark.slow
 def test_the_settings_of_a_run_can_be_given_back(
     train_gpt2: ModuleType, text: Path, tmp_path: Path
 ) -> None:

@@ -188,6 +188,7 @@ def test_each_step_is_in_the_metrics_once(
     assert 900 <= rows[3]["elapsed_seconds"] <= rows[5]["elapsed_seconds"] < 1000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="on Windows every user has a home")
 def test_a_user_without_a_home_trains(text: Path, tmp_path: Path) -> None:
     """As a container has one: a number that no name and no folder belongs to."""

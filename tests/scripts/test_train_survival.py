@@ -272,6 +272,7 @@ def test_a_plan_writes_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.M
     assert [f.name for f in tmp_path.iterdir()] == ["text.txt"]
 
 
+@pytest.mark.slow
 def test_recomputed_runs_are_the_same_runs(
     train_gpt2: ModuleType, text: Path, tmp_path: Path
 ) -> None:

@@ -481,6 +481,7 @@ def test_fuzz_a_tensorflow_checkpoint(tmp_path: Path) -> None:
     assert 1000 < errors < 1500
 
 
+@pytest.mark.slow
 def test_fuzz_a_shard_index_and_a_config(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path)
     (folder / "model.safetensors").rename(folder / "1.safetensors")
