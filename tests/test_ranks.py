@@ -43,7 +43,8 @@ RUN = [*SMALL, "--dropout", "0.1", "--grad-accum-steps", "12"]
 
 
 def errors(stderr: str) -> list[str]:
-    lines = stderr.replace("\0", "").splitlines()  # Open MPI puts one after its own messages
+    # Open MPI puts a zero after its own messages, and dashes before them, even into another's line
+    lines = stderr.replace("\0", "").replace("-" * 20, "\n").splitlines()
     return [line for line in lines if line.startswith("error: ")]
 
 
