@@ -449,9 +449,9 @@ def permute(g: Graph) -> None:
     if kind == "T" or x.ndim == 0:
         order = tuple(range(x.ndim))[::-1]
         g.step("{}.T", lambda x: x.T, lambda x: x.permute(order), x)
-    elif kind == "axes":
+    elif kind == "axes" and order != (0, 1):  # which is refused, as PyTorch swaps the two
         g.step(f"{{}}.transpose(*{signed})", lambda x: x.transpose(*signed), to_order(order), x)
-    elif kind == "tuple":
+    elif kind in ("axes", "tuple"):
         g.step(f"{{}}.transpose({signed})", lambda x: x.transpose(signed), to_order(order), x)
     else:
         a, b = signed[0], signed[-1]
