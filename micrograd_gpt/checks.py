@@ -1,4 +1,4 @@
-"""What a model and an optimizer cannot be made of, each said in one line."""
+"""What a module, a model and an optimizer cannot be made of, each said in one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def check_config(values: Mapping[str, Any]) -> None:
     `n_inner` may be left out, or None.
     """
     counts = COUNTS if values.get("n_inner") is None else (*COUNTS, "n_inner")
-    _check_counts({key: values[key] for key in counts})
+    for key in counts:
+        value = values[key]
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{key} must be a whole number of at least 1, not {value!r}")
     for key in DROPOUTS:
         if not _is_number(values[key]) or not 0 <= values[key] < 1:
             raise ValueError(f"{key} must be a probability in [0, 1), not {values[key]!r}")
@@ -121,12 +124,6 @@ def _check_tensors(name: str, parameters: Any) -> list[Tensor]:
 def _check_each_once(name: str, parameters: list[Tensor]) -> None:
     if len(set(map(id, parameters))) < len(parameters):
         raise ValueError(f"{name}: a parameter is there twice: give each once")
-
-
-def _check_counts(counts: Mapping[str, Any]) -> None:
-    for name, value in counts.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def _is_finite(value: Any) -> bool:

@@ -17,6 +17,8 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizers import ByteTokenizer
 from micrograd_gpt.weights.formats import RUN_FLAGS_BEGIN, STATE
 
+ANOTHERS = "out has become another training's, as it was moved or"
+
 
 @pytest.mark.parametrize("name", OF_A_RUN)
 def test_a_user_s_file_is_not_written_over(tmp_path: Path, name: str) -> None:
@@ -125,9 +127,7 @@ def test_a_folder_whose_name_another_run_has_taken(tmp_path: Path) -> None:
         own.check()  # what is saved now makes the folder anew
         with only_writer(out):
             (out / LOCK).write_text("process 1 on another machine")
-            with pytest.raises(
-                UserError, match="out has become another training's, as it was moved or"
-            ):
+            with pytest.raises(UserError, match=ANOTHERS):
                 own.check()
 
 
@@ -138,9 +138,7 @@ def test_a_folder_whose_name_another_run_had_meanwhile(tmp_path: Path) -> None:
         out.rename(tmp_path / "moved")
         out.mkdir()
         (out / "model.safetensors").touch()
-        with pytest.raises(
-            UserError, match="out has become another training's, as it was moved or"
-        ):
+        with pytest.raises(UserError, match=ANOTHERS):
             own.check()
 
 
