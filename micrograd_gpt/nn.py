@@ -106,6 +106,9 @@ class Linear(Module):
     column after column in memory (Fortran order), as decoding, one row @ weight, reads it."""
 
     def __init__(self, n_in: int, n_out: int, init: Init = normal(0), std: float = 0.02) -> None:
+        from micrograd_gpt.checks import check_layer
+
+        check_layer(init, n_in=n_in, n_out=n_out)
         self.weight = Parameter(np.asfortranarray(init((n_in, n_out), std)))
         self.bias = Parameter(np.zeros(n_out, np.float32))
 
@@ -117,6 +120,9 @@ class Embedding(Module):
     """Integer ids (…) -> rows of weight (…, width)."""
 
     def __init__(self, count: int, width: int, init: Init = normal(0), std: float = 0.02) -> None:
+        from micrograd_gpt.checks import check_layer
+
+        check_layer(init, count=count, width=width)
         self.weight = Parameter(init((count, width), std))
 
     def __call__(self, ids: Any) -> Tensor:
@@ -139,6 +145,9 @@ class Dropout(Module):
     """While training, zero each element with probability p and divide the others by 1 - p."""
 
     def __init__(self, p: float, draws: Draws = Draws(0)) -> None:
+        from micrograd_gpt.checks import check_probability
+
+        check_probability("p", p)
         self.p, self.draws = p, draws
 
     def draw(self) -> tuple[float, Key]:

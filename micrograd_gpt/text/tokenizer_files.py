@@ -62,6 +62,8 @@ def load_tokenizer(folder: str | Path, or_gpt2: bool = True) -> Tokenizer:
     Raises UserError, naming the file, for a damaged file and for a tokenizer that cannot be used.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: give one that a model or a tokenizer is in")
     finish_set(folder)
     settings = read_json(folder / TOKENIZER)
     if settings is not None:

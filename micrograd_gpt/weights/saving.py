@@ -10,6 +10,7 @@ import numpy as np
 
 from micrograd_gpt.arrays.devices import Array, to_device
 from micrograd_gpt.arrays.int8 import INT8
+from micrograd_gpt.checks import check_described
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
@@ -34,7 +35,8 @@ def save_pretrained(
     ("float16", "bfloat16") stores the weights in that type, rounded to nearest; `metadata` is added
     to the safetensors file's own. Raises UserError if the files can't be written, and leaves what
     was there before, for a whole model in int8, for the folder of an adapter's own base, and for an
-    empty name, which would be the current folder.
+    empty name, which would be the current folder; ValueError for a model that its config does not
+    describe.
     """
     if not str(folder):
         raise UserError("the name of the folder is empty: give one to save the model in")
@@ -58,6 +60,7 @@ def write_model(
     `also_in_config` is added to config.json, or replaces what is there.
     """
     folder = Path(folder)
+    check_described(model)
     file, arrays = stored_arrays(model)
     held = str(model.transformer.wte.weight.dtype)
     if held == INT8 and file == MODEL:
