@@ -58,7 +58,7 @@ def check_described(model: Any) -> None:
     from micrograd_gpt.nn import LayerNorm
 
     c, body, parts = model.config, model.transformer, [part for _, part in model.modules()]
-    found = {
+    found: dict[str, list[Any]] = {
         "n_layer": [len(body.h)],
         "n_head": [part.n_head for part in parts if isinstance(part, CausalSelfAttention)],
         EPSILON: [part.eps for part in parts if isinstance(part, LayerNorm)],
