@@ -92,7 +92,7 @@ def definition(function: F) -> F:
     @functools.wraps(function)
     def named(*args: Any) -> Any:
         try:
-            return function(*args)
+            return call.definition(*args)  # type: ignore[attr-defined]  # autoreload sets a new one
         except ValueError as error:  # the array library's message, with the layer's name before it
             name = function.__name__.strip("_")
             if type(error) is not ValueError or str(error).startswith(f"{name}: "):
