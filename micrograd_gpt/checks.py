@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -32,6 +33,14 @@ def check_config(values: Mapping[str, Any]) -> None:
     width, heads = values["n_embd"], values["n_head"]
     if width % heads:
         raise ValueError(f"n_embd ({width}) must be a multiple of n_head ({heads})")
+
+
+def checked_seeds(seeds: tuple[Any, ...]) -> tuple[int, ...]:
+    """The seeds as Python's integers; ValueError for one that is none, or below 0."""
+    for seed in seeds:
+        if not hasattr(seed, "__index__") or operator.index(seed) < 0:
+            raise ValueError(f"a seed must be a whole number from 0, not {seed!r}")
+    return tuple(map(operator.index, seeds))
 
 
 def check_probability(name: str, p: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -37,7 +36,9 @@ class Draws:
         self.reseed(*seed)
 
     def reseed(self, *seed: int) -> None:
-        self.latest: Key = (*map(operator.index, seed), 0)
+        from micrograd_gpt.checks import checked_seeds
+
+        self.latest: Key = (*checked_seeds(seed), 0)
 
     def next_key(self) -> Key:
         self.latest = (*self.latest[:-1], self.latest[-1] + 1)

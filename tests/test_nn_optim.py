@@ -623,7 +623,8 @@ def test_a_class_of_ones_own_calls_forward_as_it_likes() -> None:
 
 
 def test_names_of_draws_are_whole_numbers() -> None:
-    for seed in (None, "a", 1.5):
-        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
-            nn.Draws(seed)  # type: ignore[arg-type]
+    for seed in (None, "a", 1.5, -1):
+        for takes_it in (nn.Draws, lambda seed: GPT2(GPT2Config(1, 1, 4, 4, 4), seed)):
+            with pytest.raises(ValueError, match=f"must be a whole number from 0, not {seed!r}"):
+                takes_it(seed)
     assert nn.Draws(np.int64(3), 4).next_key() == (3, 4, 1)

@@ -909,6 +909,18 @@ def test_arrays_are_joined_as_tensors_are() -> None:
 
 
 @pytest.mark.parametrize(
+    "parts",
+    [lambda grad: grad, lambda grad: None, lambda grad: (grad, grad), lambda grad: ()],
+    ids=["an array", "nothing", "one more", "one less"],
+)
+def test_a_backward_of_ones_own_says_what_it_must_return(parts: Callable[..., Any]) -> None:
+    for x in (Tensor(2.0), Tensor([2.0]), Tensor([[1.0, 2.0]])):
+        x.requires_grad = True
+        with pytest.raises(TypeError, match="must return a tuple: for each of its 1 inp"):
+            record("square", x.data**2, [x], parts).sum().backward()
+
+
+@pytest.mark.parametrize(
     "data",
     [None, "abc", "3", b"3", [None, 1.0], ["a"], 1j, {"a": 1}, np.array(["a"]), np.array([None])],
     ids=repr,
