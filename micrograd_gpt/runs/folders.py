@@ -40,14 +40,19 @@ def check_free(out: Path) -> None:
         _check_names(out, OF_A_RUN, "a run")
 
 
-def check_inputs_stay(out: Path, model: str | None, sources: Iterable[str]) -> None:
+def check_inputs_stay(
+    out: Path, model: str | None, sources: Iterable[str], tokenizer: str | None = None
+) -> None:
     """UserError if a new run in `out` would remove the model that it starts from (None: a new one),
-    or a file of these sources: at once, and so for good if it fails before its first checkpoint."""
+    the folder of its tokenizer, or a file of these sources: at once, and so for good if it fails
+    before its first checkpoint. The tokenizer of `out` itself stays until then."""
     needed: list[str | Path] = []
     with reading(out):
         sets = [out / BEST, *earlier_sets(out)]
         if model and any(lies_in(model, place) for place in (out, *sets)):
             needed.append(model)
+        if tokenizer and any(lies_in(tokenizer, place) for place in sets):
+            needed.append(tokenizer)
         for file in (file for source in sources for file in text_files(source)):
             place = file.resolve()
             is_replaced = place.parent == out.resolve() and place.name in OF_A_RUN
