@@ -330,9 +330,13 @@ def test_that_nothing_is_drawn_is_said(
 
 
 def test_a_text_may_have_any_name(model: str, tmp_path: Path) -> None:
-    (tmp_path / "text.bin").write_text(TEXT)
-    data = str(tmp_path / "text.bin")
-    assert evaluate.main(["perplexity", "--model", model, "--data", data]) == 0
+    data = tmp_path / "text.bin"
+    flags = ["perplexity", "--model", model, "--data", str(data)]
+    for encoding in ("utf-8", "utf-16"):
+        data.write_text(TEXT, encoding=encoding)
+        assert evaluate.main(flags) == 0
+    data.write_text(TEXT, encoding="utf-16-le")
+    assert evaluate.main([*flags, "--encoding", "utf-16-le"]) == 0
 
 
 def test_an_empty_file_has_nothing_to_evaluate(model: str, tmp_path: Path) -> None:
