@@ -13,7 +13,7 @@ from typing import Any
 
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import reading
+from micrograd_gpt.support.files import is_stream, reading
 
 CHUNK = 1 << 18  # bytes read at a time
 OF_CHARACTERS = ("char", "word", "byte")  # tokenizers that would learn "\r" as a thing of its own
@@ -90,9 +90,11 @@ class Notes:
                 "and UTF-16 without its mark (for that: --encoding utf-16-le)"
             )
         if self.like_json:
+            some = min(self.like_json)
+            how = "name their text with --text-field" if is_stream(some) else "call it .json"
             say(
-                f"note: {min(self.like_json)} looks like JSON and is read as it stands, braces "
-                "and all; to have it read as records, call it .json"
+                f"note: {some} looks like JSON and is read as it stands, braces and all; to have "
+                f"it read as records, {how}"
             )
         if self.skipped:
             why = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())
