@@ -23,8 +23,11 @@ from micrograd_gpt.support.files import read_json
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT, Tokenizer
 from micrograd_gpt.text.byte_pairs import BytePairTokenizer, GPT2Tokenizer
 from micrograd_gpt.text.foreign_tokenizers import (
+    ADDED,
     BESIDE,
     MERGES,
+    OTHER_FILES,
+    SPECIAL,
     BytePairs,
     of_tokenizer_json,
     of_vocabulary_files,
@@ -33,6 +36,7 @@ from micrograd_gpt.text.foreign_tokenizers import (
 from micrograd_gpt.text.hugging_face import (
     ANY_CHARACTER,
     TOKENIZER,
+    TOKENIZER_CONFIG,
     byte_vocabulary,
     split,
     word_pattern,
@@ -46,6 +50,8 @@ from micrograd_gpt.text.tokenizers import (
 )
 
 VOCABULARY = "vocab.json"
+TOKENIZERS = (TOKENIZER, VOCABULARY, *OTHER_FILES)  # the others are refused by name
+TOKENIZER_FILES = (*TOKENIZERS, TOKENIZER_CONFIG, MERGES, ADDED, SPECIAL)
 # Of GPT-2's tokens in the order of their ids, a line each, and of OpenAI's vocab.bpe: to compare
 # with the checksums takes less time than to work out the tokens and merges.
 GPT2_TOKENS_SHA256 = "2d5ce813bdd43a428e2a9ae5e86a22fe1a594a6e7171d84d445ba4101f3a964d"
