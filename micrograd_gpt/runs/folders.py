@@ -12,6 +12,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.documents import text_files
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from micrograd_gpt.text.tokenizer_files import TOKENIZER_FILES
 from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG
 from micrograd_gpt.weights.formats import RUN_FLAGS, STATE, has_begun, holds_model
 from micrograd_gpt.weights.names import lies_in
@@ -97,7 +98,7 @@ def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
     if holds_model(out) and not overwrite:
         raise UserError(f"{out} holds a model: --overwrite it, or give another --out")
     if not overwrite:
-        _check_names(out, OF_A_MODEL, "a model")
+        _check_names(out, (*OF_A_MODEL, *TOKENIZER_FILES), "a model")
 
 
 def _check_names(out: Path, names: Iterable[str], owner: str) -> None:

@@ -14,7 +14,7 @@ from training import SMALL
 from micrograd_gpt.runs.folders import OF_A_MODEL, OF_A_RUN, check_free, check_target
 from micrograd_gpt.runs.lock import LOCK, OwnFolder, only_writer
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizer_files import TOKENIZER_FILES, load_tokenizer
 from micrograd_gpt.text.tokenizers import ByteTokenizer
 from micrograd_gpt.weights.formats import RUN_FLAGS_BEGIN, STATE
 
@@ -33,7 +33,7 @@ def test_a_user_s_file_is_not_written_over(tmp_path: Path, name: str) -> None:
     check_free(tmp_path)
 
 
-@pytest.mark.parametrize("name", OF_A_MODEL)
+@pytest.mark.parametrize("name", sorted({*OF_A_MODEL, *TOKENIZER_FILES}))
 def test_a_model_is_not_written_over_a_user_s_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=f"{name} is called like a file of a model.*: --overwrite"):
