@@ -123,7 +123,7 @@ def multiple_choice(given: argparse.Namespace, ranks: Ranks) -> Result:
 
     items = read_choices(given.data, given.encoding)
     model, tokenizer, _ = load(given, ranks)
-    texts = [text for item in items for text in (item.context, *item.endings)]
+    texts = [text for item in items for text in (item.context, *item.endings, str(item.label))]
     return measure(given, ranks, model, ChoiceTask(items[: given.limit], tokenizer), texts)
 
 

@@ -149,9 +149,10 @@ def test_out_keeps_the_items_and_goes_on(
     rows = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
     assert [row["item"] for row in rows] == [0, 1]
     assert json.loads((out / "report.json").read_text()) == whole
-    lines(tmp_path / "items.jsonl", *items[::-1])
-    with pytest.raises(UserError, match="another data"):
-        evaluate.main(flags)
+    for others in (items[::-1], [items[0] | {"label": 1}, items[1]]):
+        lines(tmp_path / "items.jsonl", *others)
+        with pytest.raises(UserError, match="another data"):
+            evaluate.main(flags)
     with pytest.raises(UserError, match="another dtype"):
         lines(tmp_path / "items.jsonl", *items)
         evaluate.main([*flags, "--dtype", "float64"])
