@@ -3,6 +3,7 @@
     tokenizer.json            in the format of Hugging Face's tokenizers library (hugging_face.py),
                               or in the one that earlier versions of this package wrote
     vocab.json, merges.txt    a byte-pair encoding's tokens with their ids, and its merges in order
+    meta.pkl                  the characters that a model of nanoGPT's was trained on
     none of these             OpenAI's folders and many others: the tokenizer is GPT-2's
 
 Our own tokenizers are recognized, and other models' byte-pair encodings read, or refused by what
@@ -67,6 +68,8 @@ def load_tokenizer(folder: str | Path, or_gpt2: bool = True) -> Tokenizer:
 
     Raises UserError, naming the file, for a damaged file and for a tokenizer that cannot be used.
     """
+    from micrograd_gpt.text.nanogpt_vocabulary import nanogpt_vocabulary
+
     folder = Path(folder)
     finish_set(folder)
     settings = read_json(folder / TOKENIZER)
@@ -81,6 +84,8 @@ def load_tokenizer(folder: str | Path, or_gpt2: bool = True) -> Tokenizer:
         with naming(folder / VOCABULARY):
             return _byte_pairs(of_vocabulary_files(vocabulary, folder))
     refuse_other_files(folder)
+    if characters := nanogpt_vocabulary(folder):
+        return CharTokenizer(characters)
     if not or_gpt2:
         raise UserError(
             f"there is no tokenizer in {folder}: give a folder with {TOKENIZER}, or with "
