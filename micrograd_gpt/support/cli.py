@@ -296,8 +296,12 @@ def run(main: Callable[[], int]) -> NoReturn:
         is_forbidden = isinstance(error, PermissionError)
         if error.filename is not None and not is_forbidden:  # a bug: bad files are UserErrors
             raise
-        status, what = 2, f"use {error.filename}" if error.filename else "write output"
-        say(f"error: cannot {what}: {error.strerror or error}")
+        status = 2
+        if error.errno is None:  # a library's, as where it cannot fetch something
+            say(f"error: {' '.join(str(error).split())}")
+        else:
+            what = f"use {error.filename}" if error.filename else "write output"
+            say(f"error: cannot {what}: {error.strerror or error}")
     for stream in (sys.stdout, sys.stderr):
         _flush(stream)
     sys.exit(status)
