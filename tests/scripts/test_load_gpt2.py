@@ -611,6 +611,14 @@ def test_a_tokenizer_that_cannot_be_used_is_not_taken_for_gpt2_s(
         (here / "old" / name).unlink()
 
 
+def test_a_file_alone_wants_its_config(script: ModuleType, source: Path, here: Path) -> None:
+    shutil.copy(source / "model.safetensors", here / "alone.safetensors")
+    with pytest.raises(UserError, match=r"four sizes: put the model's config\.json there"):
+        script.main(["--from", "alone.safetensors", "--out", "new"])
+    shutil.copy(source / "config.json", here)
+    assert script.main(["--from", "alone.safetensors", "--out", "new"]) == 0
+
+
 def test_an_older_tokenizer_does_not_stay(script: ModuleType, here: Path) -> None:
     CharTokenizer("abc").save(here / "new")
     for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
