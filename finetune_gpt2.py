@@ -128,7 +128,8 @@ def report_classifier(settings: argparse.Namespace, task: Classification, device
     write_text(out / "scores.json", json.dumps(results, ensure_ascii=False, indent=2) + "\n")
     print(f"saved in {out}/: the model and the run, metrics.jsonl, scores.json, pictures")
     print(f"{best} has the lowest validation loss, and these scores")
-    print(f"try: python finetune_gpt2.py classify --model {cli.quoted(best)} --predict FILE.txt")
+    again = cli.command("finetune_gpt2.py")
+    print(f"try: {again} classify --model {cli.quoted(best)} --predict FILE.txt")
 
 
 def predict(settings: argparse.Namespace, device: str) -> int:

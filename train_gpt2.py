@@ -277,7 +277,7 @@ def report(settings: argparse.Namespace, model: GPT2, corpus: Corpus, recorder: 
         print(f"validation loss {val_loss:.4f} nats per token, perplexity {perplexity:.2f}{bits}")
     print(f"saved in {settings.out}/: the model and the run, metrics.jsonl, loss.png")
     folder, prompt = map(cli.quoted, (settings.out, corpus.word()))
-    print(f"try: python generate.py --model {folder} --prompt={prompt}")
+    print(f"try: {cli.command('generate.py')} --model {folder} --prompt={prompt}")
 
 
 def plan_of(settings: argparse.Namespace, device: str) -> str:

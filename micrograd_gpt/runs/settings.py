@@ -307,7 +307,8 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
     check_text_field(settings["text_field"], texts)
     if not flags.get("plan"):
         start = None if weights == "scratch" else weights
-        check_inputs_stay(out, start, texts if flags.get("overwrite") else [])
+        read = texts if flags.get("overwrite") else []
+        check_inputs_stay(out, start, read, settings["tokenizer"])
     return settings
 
 

@@ -14,7 +14,8 @@ from micrograd_gpt.checks import check_described
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
-from micrograd_gpt.support.files import write_text
+from micrograd_gpt.support.files import reading, write_text, written_whole
+from micrograd_gpt.text.tokenizer_files import TOKENIZER_FILES
 from micrograd_gpt.text.tokenizers import Tokenizer
 from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG, config_json
 from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, MODEL, weight_files
@@ -81,6 +82,22 @@ def write_model(
         without(folder / other)
     if tokenizer:
         tokenizer.save(folder)
+
+
+def copy_tokenizer(source: str | Path | None, folder: str | Path) -> None:
+    """Within the block of `written_as_set`: have the set end with the files of the tokenizer that
+    is written in `folder`, or else with those in `source` as they are, and no others.
+
+    So a tokenizer that cannot be used here is not taken for GPT-2's where the model was copied to.
+    """
+    for name in TOKENIZER_FILES:
+        if source and Path(source, name).is_file():
+            with reading(Path(source, name)):
+                content = Path(source, name).read_bytes()
+            with written_whole(Path(folder, name)) as file:
+                file.write(content)
+        elif not Path(folder, name).exists():
+            without(Path(folder, name))
 
 
 def stored_arrays(model: Any) -> tuple[str, dict[str, Array]]:
