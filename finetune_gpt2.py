@@ -36,7 +36,7 @@ from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.nn import Module
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.dropout import set_dropout
-from micrograd_gpt.runs.fingerprint import check_fingerprint
+from micrograd_gpt.runs.fingerprint import check_fingerprint, known_characters
 from micrograd_gpt.runs.lock import only_writer
 from micrograd_gpt.runs.loss_scaler import LossScaler, scaler_for
 from micrograd_gpt.runs.plan import Plan
@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     with memory_errors(advice), compute_in(settings.dtype):
         if to_predict:
             return predict(settings, device)
-        with nullcontext() if settings.plan else only_writer(settings.out), signals_as_before():
+        writer = nullcontext() if settings.plan else only_writer(settings.out)
+        with writer, signals_as_before(), known_characters(settings):
             return command(settings, device)
 
 

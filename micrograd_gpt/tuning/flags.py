@@ -202,11 +202,11 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
     else:
         if "data" not in flags:
             raise UserError("--data is missing: give a file to learn from; see --help")
+        read = ("data", "validation", "test", "template")
+        files = [flags[name] for name in read if name in flags]
         if not flags.get("overwrite") and not flags.get("plan"):
-            check_free(out)
+            check_free(out, files)
         if not flags.get("plan"):
-            read = ("data", "validation", "test", "template") if flags.get("overwrite") else ()
-            files = [flags[name] for name in read if name in flags]
             check_inputs_stay(out, flags.get("model", rows["model"].default), files)
         settings = {name: row.default for name, row in rows.items()}
         settings |= {"data_fingerprint": None, "base_weights": None, "planned_steps": 0, **flags}

@@ -233,8 +233,9 @@ def test_a_text_with_no_token_left_ends_with_a_note(
     samples = run_json(capsys, *flags, "--top-k", "0", "--num-samples", "2")
     assert [s["stopped"] for s in samples] == ["no token left"] * 2
     assert {len(s["token_ids"]) for s in samples} == {25}  # 29 characters but for t, h, e, space
-    generate.main(flags)
-    assert "every token would repeat" in capsys.readouterr().err
+    for more in ([], ["--num-beams", "2"]):
+        assert generate.main([*flags, *more]) == 0
+        assert "every token would repeat" in capsys.readouterr().err
 
 
 def test_an_empty_prompt_starts_a_text(

@@ -298,6 +298,18 @@ def test_event_files(text: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------- data that became other data
 
 
+def test_a_new_character_is_said_to_be_other_data(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--out", str(out), *SMALL]
+    train_gpt2.main(["--data", str(text), *flags, "--max-steps", "1"])
+    text.write_text("é" + text.read_text())
+    match = f"^the data is no longer that of the run in {out}: {text}: the character 'é'"
+    with pytest.raises(UserError, match=match):
+        train_gpt2.main(["--resume", "--out", str(out), "--max-steps", "2"])
+
+
 @pytest.mark.slow
 def test_a_changed_validation_text_is_noticed(text: Path, tmp_path: Path) -> None:
     """One character in the middle, which samples of the tokens would have missed."""
