@@ -357,7 +357,13 @@ def resumed_settings(
                 f"out to resume, {choice}or start another run with --{anew} {out}"
             )
     note_edits(out, settings, flags, table)
-    return settings | flags | {"out": str(out)}
+    new_rate = flags.get("learning_rate", settings["learning_rate"])
+    if new_rate != settings["learning_rate"]:
+        settings["min_lr"] = new_rate / 10
+    settings |= flags | {"out": str(out)}
+    if {"learning_rate", "min_lr"} & flags.keys():
+        check_rates(settings)
+    return settings
 
 
 def note_edits(
