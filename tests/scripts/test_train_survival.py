@@ -305,7 +305,7 @@ def test_a_changed_learning_rate_ends_at_a_tenth_of_it(
     out = ["--out", str(tmp_path / "out")]
     train_gpt2.main(["--data", str(text), *out, *SMALL, "--max-steps", "2"])
     changed = ["--resume", *out, "--max-steps", "4", "--allow-changes", "--learning-rate"]
-    with pytest.raises(UserError, match="--min-lr 0.001 is above --learning-rate 1e-06"):
+    with pytest.raises(UserError, match=r"--min-lr 0\.001 is above --learning-rate 1e-06"):
         train_gpt2.main([*changed, "1e-6", "--min-lr", "1e-3"])
     assert train_gpt2.main([*changed, "1e-6"]) == 0
     rates = [row["learning_rate"] for row in metrics(tmp_path / "out")]
