@@ -234,6 +234,7 @@ def for_prediction(given: dict[str, Any]) -> argparse.Namespace:
     """The settings of `classify --predict`; UserError without --model, for one that is not of its
     kind, or that is for learning only."""
     rows = table(given["command"])
+    cli.check_stdout()  # or the labels would be lost
     if "model" not in given:
         raise UserError("--model is missing: give the folder of a classifier")
     for name in given.keys() - {"command", *FOR_PREDICTION}:

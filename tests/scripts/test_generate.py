@@ -525,6 +525,14 @@ def test_closed_streams(monkeypatch: pytest.MonkeyPatch, char_model: str) -> Non
         generate.main(["--model", char_model, "--prompt", "the "])
 
 
+def test_a_closed_stdout_loses_no_text(char_model: str) -> None:
+    """Also in the script, which opens streams that the shell closed."""
+    script = [sys.executable, str(SCRIPT), "--model", char_model, "--prompt", "the "]
+    shell = ["sh", "-c", '"$@" >&-', "sh", *script]
+    done = subprocess.run(shell, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: stdout is closed: send it to a")
+
+
 def test_words_that_the_model_cannot_see_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
