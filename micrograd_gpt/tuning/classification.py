@@ -85,7 +85,7 @@ class Classification:
         self.kinds = self.train.labels if balance else None
 
     def amount(self) -> str:
-        return f"{len(self.lengths):,} texts of {self.name}"
+        return f"{counted(len(self.lengths), 'text')} of {self.name}"
 
     def fingerprint(self) -> str:
         parts = (self.train, self.validation)
