@@ -238,7 +238,12 @@ def for_prediction(given: dict[str, Any]) -> argparse.Namespace:
     if "model" not in given:
         raise UserError("--model is missing: give the folder of a classifier")
     for name in given.keys() - {"command", *FOR_PREDICTION}:
-        raise UserError(f"{rows[name].flag} does nothing with --predict: leave one of them out")
+        if "predict" in given:
+            raise UserError(f"{rows[name].flag} does nothing with --predict: leave one of them out")
+        raise UserError(
+            f"without --data the texts of a pipe are labelled, for which {rows[name].flag} does "
+            "nothing: give --data to learn, or leave it out"
+        )
     settings = {name: row.default for name, row in rows.items()} | {"predict": "-"} | given
     check_kinds(settings, rows)
     return argparse.Namespace(**settings)

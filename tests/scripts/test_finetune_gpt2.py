@@ -454,6 +454,10 @@ def test_help_is_quick_and_complete() -> None:
         ),
         (["classify", "--model", "{base}"], "stdin holds no texts"),
         (
+            ["classify", "--model", "{base}", "--epochs", "2"],
+            "for which --epochs does nothing: give --data to learn",
+        ),
+        (
             ["classify", "--model", "x", "--predict", "{data}", "--text-field", "y"],
             "has no 'y', only",
         ),
