@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -35,29 +34,10 @@ def check_config(values: Mapping[str, Any]) -> None:
         raise ValueError(f"n_embd ({width}) must be a multiple of n_head ({heads})")
 
 
-def checked_seeds(seeds: tuple[Any, ...]) -> tuple[int, ...]:
-    """The seeds as Python's integers; ValueError for one that is none, or below 0."""
-    for seed in seeds:
-        if not hasattr(seed, "__index__") or operator.index(seed) < 0:
-            raise ValueError(f"a seed must be a whole number from 0, not {seed!r}")
-    return tuple(map(operator.index, seeds))
-
-
 def check_probability(name: str, p: Any) -> None:
     """ValueError where dropout cannot have this probability."""
     if not _is_number(p) or not 0 <= p < 1:
         raise ValueError(f"{name} must be a probability in [0, 1), not {p!r}")
-
-
-def check_layer(init: Any, **sizes: Any) -> None:
-    """ValueError or TypeError, naming it, for what a layer's weight cannot be made of."""
-    for name, size in sizes.items():
-        if not isinstance(size, Integral) or isinstance(size, bool) or size < 0:
-            raise ValueError(f"{name} must be a whole number from 0, not {size!r}")
-    if not callable(init):
-        raise TypeError(
-            f"init must be a function that draws a weight, as nn.normal(0) is, not {init!r}"
-        )
 
 
 def check_described(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -36,9 +37,7 @@ class Draws:
         self.reseed(*seed)
 
     def reseed(self, *seed: int) -> None:
-        from micrograd_gpt.checks import checked_seeds
-
-        self.latest: Key = (*checked_seeds(seed), 0)
+        self.latest: Key = (*map(operator.index, seed), 0)
 
     def next_key(self) -> Key:
         self.latest = (*self.latest[:-1], self.latest[-1] + 1)
@@ -107,9 +106,6 @@ class Linear(Module):
     column after column in memory (Fortran order), as decoding, one row @ weight, reads it."""
 
     def __init__(self, n_in: int, n_out: int, init: Init = normal(0), std: float = 0.02) -> None:
-        from micrograd_gpt.checks import check_layer
-
-        check_layer(init, n_in=n_in, n_out=n_out)
         self.weight = Parameter(np.asfortranarray(init((n_in, n_out), std)))
         self.bias = Parameter(np.zeros(n_out, np.float32))
 
@@ -121,9 +117,6 @@ class Embedding(Module):
     """Integer ids (…) -> rows of weight (…, width)."""
 
     def __init__(self, count: int, width: int, init: Init = normal(0), std: float = 0.02) -> None:
-        from micrograd_gpt.checks import check_layer
-
-        check_layer(init, count=count, width=width)
         self.weight = Parameter(init((count, width), std))
 
     def __call__(self, ids: Any) -> Tensor:
@@ -146,9 +139,6 @@ class Dropout(Module):
     """While training, zero each element with probability p and divide the others by 1 - p."""
 
     def __init__(self, p: float, draws: Draws = Draws(0)) -> None:
-        from micrograd_gpt.checks import check_probability
-
-        check_probability("p", p)
         self.p, self.draws = p, draws
 
     def draw(self) -> tuple[float, Key]:

@@ -7,7 +7,7 @@ import itertools
 import math
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -445,23 +445,6 @@ def test_a_module_may_define_forward() -> None:
     assert Doubled()(Tensor([1.0])).item() == 2 and Doubled()(Tensor([1.0]), times=3).item() == 3
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: nn.Linear(2.5, 2), "n_in must be a whole number from 0, not 2.5"),  # type: ignore[arg-type]
-        (lambda: nn.Linear(2, "3"), "n_out must be a whole number from 0, not '3'"),  # type: ignore[arg-type]
-        (lambda: nn.Linear(2, -1), "n_out must be a whole number from 0, not -1"),
-        (lambda: nn.Linear(2, 2, False), "init must be a function .*, not False"),  # type: ignore[arg-type]
-        (lambda: nn.Embedding(2.0, 2), "count must be a whole number from 0, not 2.0"),  # type: ignore[arg-type]
-        (lambda: nn.Dropout(1.5), r"p must be a probability in \[0, 1\), not 1.5"),
-        (lambda: nn.Dropout("0.1"), r"p must be a probability in \[0, 1\), not '0.1'"),  # type: ignore[arg-type]
-    ],
-)
-def test_what_a_layer_cannot_be_made_of(build: Callable[[], Any], message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        build()
-
-
 def test_layers_take_numpys_numbers() -> None:
     assert nn.Linear(np.int64(2), np.int32(3)).weight.shape == (2, 3)
     assert nn.Embedding(np.int64(2), 0).weight.shape == (2, 0)
@@ -623,8 +606,7 @@ def test_a_class_of_ones_own_calls_forward_as_it_likes() -> None:
 
 
 def test_names_of_draws_are_whole_numbers() -> None:
-    for seed in (None, "a", 1.5, -1):
-        for takes_it in (nn.Draws, lambda seed: GPT2(GPT2Config(1, 1, 4, 4, 4), seed)):
-            with pytest.raises(ValueError, match=f"must be a whole number from 0, not {seed!r}"):
-                takes_it(seed)
+    for seed in (None, "a", 1.5):
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            nn.Draws(seed)  # type: ignore[arg-type]
     assert nn.Draws(np.int64(3), 4).next_key() == (3, 4, 1)

@@ -39,13 +39,15 @@ def check_leaf(requires_grad: Any, dtype: Any) -> None:
         raise ValueError(f"a tensor of {dtype} cannot require a gradient: use a float")
 
 
-def check_parts(name: str, parts: Any, count: int) -> None:
-    """TypeError unless a backward returned something for each of its operation's inputs."""
-    if not isinstance(parts, tuple | list) or len(parts) != count:
+def checked_parts(name: str, parts: Any, parents: tuple[Any, ...]) -> Any:
+    """What the backward of the operation `name` returned; TypeError unless that is something for
+    each of its inputs."""
+    if not isinstance(parts, tuple | list) or len(parts) != len(parents):
         raise TypeError(
-            f"the backward of {name!r} must return a tuple: for each of its {count} inputs a "
-            f"gradient, an array, or None; not {parts!r:.60}"
+            f"the backward of {name!r} must return a tuple: for each of its {len(parents)} inputs "
+            f"a gradient, an array, or None; not {parts!r:.60}"
         )
+    return parts
 
 
 def from_list(values: Any) -> np.ndarray:

@@ -22,8 +22,8 @@ OF_A_MODEL = (CONFIG, ADAPTED_CONFIG, TOKENIZER, TOKENIZER_CONFIG, PROMPT_TEMPLA
 OF_A_RUN = (*OF_A_MODEL, RUN_FLAGS, METRICS, CURVES, PAGE, SAMPLES, *SCORES)
 
 
-def check_free(out: Path) -> None:
-    """UserError if the folder holds what a new run would replace.
+def check_free(out: Path, sources: Iterable[str] = ()) -> None:
+    """UserError if the folder holds what a new run, which reads these sources, would replace.
 
     That is a run, a model, or what is left of a run; and in a folder without any of these, a file
     of the user's that is called like one of a run's.
@@ -38,6 +38,7 @@ def check_free(out: Path) -> None:
         if holds_run(place):
             raise UserError(f"{place} is left of a run: --overwrite it, or give another --out")
     if not has_begun(out):
+        check_inputs_stay(out, None, sources)  # of which --overwrite would be no help
         _check_names(out, OF_A_RUN, "a run")
 
 

@@ -263,6 +263,13 @@ def say(message: str, bar: Any = None) -> None:
             print(message, file=sys.stderr, flush=True)
 
 
+def check_stdout() -> None:
+    """UserError where the shell closed stdout (`>&-`), for which `run` has put os.devnull."""
+    replaced = sys.__stdout__ is None and getattr(sys.stdout, "name", None) == os.devnull
+    if replaced or sys.stdout is None:
+        raise UserError("stdout is closed: send it to a file, a pipe or a terminal")
+
+
 def write_utf8() -> None:
     """Have stdout take any text. In a notebook it does so already, and cannot be set."""
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -111,9 +111,9 @@ class Instructions:
         self.lengths = _lengths(self.train)
 
     def amount(self) -> str:
-        counted = sum(int(example.counted[1:].sum()) for example in self.train)
-        total = f"{int(self.lengths.sum()):,} tokens, of which {counted:,} count"
-        return f"{len(self.train):,} examples of {self.name}, {total}"
+        learned = sum(int(example.counted[1:].sum()) for example in self.train)
+        total = f"{int(self.lengths.sum()):,} tokens, of which {learned:,} count"
+        return f"{counted(len(self.train), 'example')} of {self.name}, {total}"
 
     def fingerprint(self) -> str:
         parts = (self.train, self.validation)

@@ -72,6 +72,21 @@ def test_the_tokenizer_of_a_run_is_still_there_after_it(
     assert load_tokenizer(out / place).to_dict() == made.to_dict()
 
 
+def test_overwriting_is_not_advised_where_the_data_would_go(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "out" / "samples.jsonl"
+    data.parent.mkdir()
+    data.write_text('{"text": "The quick brown fox jumps over the lazy dog."}\n' * 40)
+    out = ["--out", str(data.parent), *SMALL, "--max-steps", "1"]
+    for begun in (False, True):
+        if begun:  # by a run that was killed before its first checkpoint
+            (data.parent / "settings.toml").write_text(RUN_FLAGS_BEGIN)
+        with pytest.raises(UserError, match=f"would remove {data}, which is needed: give another"):
+            train_gpt2.main(["--data", str(data), *out])
+    assert data.exists()
+
+
 def test_data_that_no_run_removes_may_lie_in_its_folder(
     train_gpt2: ModuleType, text: Path, tmp_path: Path
 ) -> None:

@@ -439,7 +439,7 @@ def test_help_is_quick_and_complete() -> None:
         ([], "the following arguments are required: COMMAND"),
         (["label"], "invalid choice: 'label'"),
         (["classify"], "--data is missing"),
-        (["classify", "--data", "none.tsv"], "none.tsv does not exist"),
+        (["classify", "--data", "none.tsv"], "none.tsv does not exist: give the path of a table"),
         (["classify", "--data", "x", "--epochs", "0"], "--epochs must be above 0, not 0"),
         (
             ["classify", "--data", "x", "--epochs", "2", "--max-steps", "9"],
@@ -453,6 +453,10 @@ def test_help_is_quick_and_complete() -> None:
             "--data does nothing with --predict: leave one of them out",
         ),
         (["classify", "--model", "{base}"], "stdin holds no texts"),
+        (
+            ["classify", "--model", "{base}", "--epochs", "2"],
+            "for which --epochs does nothing: give --data to learn",
+        ),
         (
             ["classify", "--model", "x", "--predict", "{data}", "--text-field", "y"],
             "has no 'y', only",
