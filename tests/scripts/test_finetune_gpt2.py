@@ -358,7 +358,8 @@ def test_a_plan_has_no_larger_batches_than_there_are_texts(
     shown = set()
     for size in (1000, 10**8):
         assert classify(tmp_path / "out", "--plan", "--rate", 1, "--batch-size", size) == 0
-        shown.add(capsys.readouterr().out)
+        lines = capsys.readouterr().out.splitlines()
+        shown.add("\n".join(line for line in lines if not line.startswith("fits")))  # free memory
     assert len(shown) == 1
 
 
