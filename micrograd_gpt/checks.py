@@ -41,26 +41,22 @@ def check_probability(name: str, p: Any) -> None:
 
 
 def check_described(model: Any) -> None:
-    """ValueError where the config of a model, which may be changed as its parts may, does not say
-    what the model is: whoever loads the two would get another one, or none."""
-    from micrograd_gpt.gpt2 import CausalSelfAttention
-    from micrograd_gpt.nn import LayerNorm
-
-    c, body, parts = model.config, model.transformer, [part for _, part in model.modules()]
-    found: dict[str, list[Any]] = {
-        "n_layer": [len(body.h)],
-        "n_head": [part.n_head for part in parts if isinstance(part, CausalSelfAttention)],
-        EPSILON: [part.eps for part in parts if isinstance(part, LayerNorm)],
-        "vocab_size": [len(body.wte.weight)],
-        "n_positions": [len(body.wpe.weight)] if hasattr(body.wpe, "weight") else [],
-    }
-    for name, values in found.items():
-        for value in values:
-            if value != getattr(c, name):
-                raise ValueError(
-                    f"the config says {name} = {getattr(c, name)}, but the model has {value}: a "
-                    f"model stays as it was built, so set model.config.{name} to what it has"
-                )
+    """ValueError where the config of a GPT2, or one of the parts that it is made with, was changed
+    so that they no longer agree: whoever loads it would get another model, or none."""
+    c, body = model.config, model.transformer
+    own = [getattr(block, name, None) for block in body.h for name in ("ln_1", "attn", "ln_2")]
+    parts = [*own, body.ln_f]
+    found = [("n_layer", len(body.h)), ("vocab_size", len(body.wte.weight))]
+    found += [("n_embd", body.wte.weight.shape[1])]
+    found += [("n_positions", len(body.wpe.weight))] if hasattr(body.wpe, "weight") else []
+    found += [("n_head", part.n_head) for part in parts if hasattr(part, "n_head")]
+    found += [(EPSILON, part.eps) for part in parts if hasattr(part, "eps")]
+    for name, value in found:
+        if value != getattr(c, name):
+            raise ValueError(
+                f"the config says {name} = {getattr(c, name)}, but there is {value} in the model, "
+                "which would be loaded as another one, or not at all: make them agree"
+            )
 
 
 def check_call(module: type) -> None:

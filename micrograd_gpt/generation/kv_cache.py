@@ -21,13 +21,21 @@ class KVCache:
     takes 2 × n_layer × n_embd × capacity × B numbers of the type that the model computes in. Row b
     holds `lengths[b]` tokens; to forget the latest ones, lower that number. `length` is the length
     of all rows where they agree, and raises ValueError where they do not; setting it sets them all.
+
+    Raises TypeError for a model whose blocks do not all have the same number of heads, `n_head`.
     """
 
     def __init__(self, model: GPT2, batch_size: int = 1, capacity: int | None = None) -> None:
-        c, weight, blocks = model.config, model.transformer.wte.weight, model.transformer.h
-        heads = getattr(blocks[0].attn, "n_head", c.n_head)  # an attention of one's own has none
-        capacity = c.n_positions if capacity is None else capacity
-        shape = (len(blocks), 2, batch_size, heads, capacity, c.n_embd // heads)
+        weight, blocks = model.transformer.wte.weight, model.transformer.h
+        heads = {getattr(block.attn, "n_head", None) for block in blocks}
+        if None in heads or len(heads) > 1:  # an attention of one's own
+            raise TypeError(
+                "a KV cache takes one n_head for all blocks, and not every block has the same: "
+                "decode with use_cache=False"
+            )
+        (count,) = heads
+        capacity = model.config.n_positions if capacity is None else capacity
+        shape = (len(blocks), 2, batch_size, count, capacity, weight.shape[1] // count)
         self.data = library_for(weight.device).empty(shape, compute_dtype(weight))
         self.lengths = np.zeros(batch_size, int)
 
@@ -79,7 +87,7 @@ class KVCache:
 def bytes_of_cache(model: GPT2, batch_size: int, capacity: int) -> int:
     """How many bytes the array of a KVCache of these sizes takes."""
     body, dtype = model.transformer, compute_dtype(model.transformer.wte.weight)
-    return 2 * len(body.h) * model.config.n_embd * capacity * batch_size * dtype.itemsize
+    return 2 * len(body.h) * body.wte.weight.shape[1] * capacity * batch_size * dtype.itemsize
 
 
 class Past:

@@ -202,6 +202,7 @@ class Mean(nn.Module):
 
 CHANGES = {
     "another config": lambda model: setattr(model.config, "n_head", 4),
+    "another width in it": lambda model: setattr(model.config, "n_embd", 16),
     "other heads": lambda model: [
         setattr(block.attn, "n_head", 4) for block in model.transformer.h
     ],
@@ -220,9 +221,15 @@ def test_a_model_that_was_changed_is_decoded_as_it_is_now(change: str) -> None:
         np.testing.assert_array_equal(ids, expected)
 
 
-def test_an_attention_of_ones_own_is_decoded_without_a_cache() -> None:
+@pytest.mark.parametrize("is_own", [True, False], ids=["one's own", "of other heads"])
+def test_an_attention_that_no_cache_fits_is_decoded_without_one(is_own: bool) -> None:
     model = make_model()
-    model.transformer.h[0].attn = Mean()  # type: ignore[assignment]
-    prompt = [1, 2, 3, 4, 5]
-    ids = model.generate(prompt, max_new_tokens=8, temperature=0, end_of_text=None, use_cache=False)
+    if is_own:
+        model.transformer.h[0].attn = Mean()  # type: ignore[assignment]
+    else:
+        model.transformer.h[1].attn.n_head *= 2
+    prompt, greedy = [1, 2, 3, 4, 5], {"max_new_tokens": 8, "temperature": 0, "end_of_text": None}
+    with pytest.raises(TypeError, match=r"one n_head for all blocks, .* with use_cache=False"):
+        model.generate(prompt, **greedy)
+    ids = model.generate(prompt, **greedy, use_cache=False)
     np.testing.assert_array_equal(ids, sample(model, [prompt], 8, temperature=0)[0])

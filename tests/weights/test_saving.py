@@ -18,6 +18,7 @@ from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import CharTokenizer
 from micrograd_gpt.weights.pretrained import from_pretrained
 from micrograd_gpt.weights.saving import save_pretrained
+from micrograd_gpt.weights.tensor_files import TensorFile
 
 
 @needs_fork
@@ -92,21 +93,44 @@ def test_a_subclass_with_parameters_of_its_own_is_loaded_as_it_was_saved(
     [
         lambda model: setattr(model.config, "n_head", 4),
         lambda model: setattr(model.config, "n_layer", 3),
+        lambda model: setattr(model.config, "n_embd", 16),
         lambda model: setattr(model.config, "vocab_size", 12),
         lambda model: setattr(model.config, "n_positions", 4),
         lambda model: setattr(model.config, "layer_norm_epsilon", 1e-3),
         lambda model: model.transformer.h.pop(),
+        lambda model: setattr(model.transformer.h[1].attn, "n_head", 4),
+        lambda model: setattr(model.transformer.ln_f, "eps", 1e-6),
     ],
-    ids=["n_head", "n_layer", "vocab_size", "n_positions", "layer_norm_epsilon", "a block less"],
 )
 def test_a_model_that_its_config_does_not_describe_is_not_saved(
     tmp_path: Path, change: Callable[[GPT2], object]
 ) -> None:
     model = GPT2(GPT2Config(2, 2, 8, 11, 8))
     change(model)
-    with pytest.raises(ValueError, match=r"the config says (\w+) = .*, so set model\.config\.\1"):
+    with pytest.raises(ValueError, match=r"the config says .*: make them agree"):
         save_pretrained(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_subclass_makes_its_parts_in_its_own_way(tmp_path: Path) -> None:
+    class Mine(GPT2):
+        def __init__(self, config: GPT2Config, seed: int = 0, init: nn.Init | None = None) -> None:
+            super().__init__(config, seed, init)
+            self.extra = nn.LayerNorm(config.n_embd, eps=1e-6)
+            self.transformer.h[0].attn.n_head = 4
+            self.transformer.ln_f.eps = 1e-6
+
+    model, ids = Mine(GPT2Config(2, 2, 8, 11, 8)), [[1, 2, 3]]
+    model.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(Mine.from_pretrained(tmp_path)(ids).data, model(ids).data)
+
+
+def test_parts_of_ones_own_are_saved(tmp_path: Path) -> None:
+    model = GPT2(GPT2Config(2, 2, 8, 11, 8))
+    model.transformer.h[0].attn = nn.Linear(8, 8)  # type: ignore[assignment]
+    model.transformer.h[0].own = nn.LayerNorm(8, 1e-6)  # type: ignore[attr-defined]
+    model.save_pretrained(tmp_path)
+    assert "transformer.h.0.own.bias" in TensorFile(tmp_path / "model.safetensors").entries
 
 
 def test_a_model_that_was_changed_together_with_its_config_is_saved(tmp_path: Path) -> None:
