@@ -914,10 +914,27 @@ def test_arrays_are_joined_as_tensors_are() -> None:
     ids=["an array", "nothing", "one more", "one less"],
 )
 def test_a_backward_of_ones_own_says_what_it_must_return(parts: Callable[..., Any]) -> None:
-    for x in (Tensor(2.0), Tensor([2.0]), Tensor([[1.0, 2.0]])):
+    for x in (Tensor(2.0), Tensor([2.0, 3.0]), Tensor([[1.0], [2.0]])):
         x.requires_grad = True
-        with pytest.raises(TypeError, match="must return a tuple: for each of its 1 inp"):
+        with pytest.raises(TypeError, match="must return a tuple that has for each input"):
             record("square", x.data**2, [x], parts).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda grads: tuple(grads),
+        lambda grads: (grad for grad in grads),
+        lambda grads: map(np.asarray, grads),
+        lambda grads: np.array(grads),
+    ],
+    ids=["a tuple", "a generator", "a map", "an array"],
+)
+def test_a_backward_of_ones_own_may_return_any_iterable(parts: Callable[..., Any]) -> None:
+    a, b = (Tensor(numbers, requires_grad=True) for numbers in ([2.0, 3.0], [5.0, 7.0]))
+    product = record("own", a.data * b.data, [a, b], lambda g: parts([g * b.data, g * a.data]))
+    product.sum().backward()
+    assert [x.grad.tolist() for x in (a, b)] == [[5, 7], [2, 3]]
 
 
 @pytest.mark.parametrize(
@@ -1056,6 +1073,9 @@ def test_a_dtype_where_requires_grad_stands_is_an_error() -> None:
     for second in (np.float64, "float64", "cpu", np.dtype("int64"), ml_dtypes.bfloat16):
         with pytest.raises(TypeError, match=r"requires_grad must be True or False, .*dtype="):
             Tensor([1, 2], second)  # type: ignore[arg-type]
+    for first, second in ((2, 3), ([1, 2], [3, 4]), ((1, 2), (3, 4))):
+        with pytest.raises(TypeError, match=r"more numbers stand in one list, Tensor\(\[…\]\)"):
+            Tensor(first, second)  # type: ignore[arg-type]
     for second, expected in ((np.bool_(True), True), (1, True), (0, False), (None, False)):
         assert Tensor([1, 2], second).requires_grad is expected  # type: ignore[arg-type]
 

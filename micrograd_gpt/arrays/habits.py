@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -28,26 +29,28 @@ OPERATORS = {  # what an array on the left calls, and what the tensor on its rig
 
 
 def check_leaf(requires_grad: Any, dtype: Any) -> None:
-    """TypeError where `requires_grad` is a dtype, which stands second in NumPy, or a device;
+    """TypeError where `requires_grad` is a dtype, which stands second in NumPy, or a size or row;
     ValueError where a leaf of integers requires a gradient, which would be rounded to 0."""
-    if isinstance(requires_grad, str | type | np.dtype):
+    if not isinstance(requires_grad, Integral | np.bool_) or requires_grad not in (0, 1):
         raise TypeError(
             f"requires_grad must be True or False, not {requires_grad!r}: if that is a dtype or a "
-            "device, write dtype=… or device=…"
+            "device, write dtype=… or device=…; more numbers stand in one list, Tensor([…])"
         )
     if requires_grad and dtype.kind in "iub":
         raise ValueError(f"a tensor of {dtype} cannot require a gradient: use a float")
 
 
-def checked_parts(name: str, parts: Any, parents: tuple[Any, ...]) -> Any:
-    """What the backward of the operation `name` returned; TypeError unless that is something for
-    each of its inputs."""
-    if not isinstance(parts, tuple | list) or len(parts) != len(parents):
+def checked_parts(name: str, parts: Any, parents: tuple[Any, ...]) -> list[Any]:
+    """What the backward of the operation `name` returned, a tuple or anything that can be gone
+    through; TypeError unless that is something for each of its inputs."""
+    found = list(parts) if np.iterable(parts) else None
+    if found is None or len(found) != len(parents):
+        given = f"of {len(found)}" if found is not None else f"{parts!r:.40}"
         raise TypeError(
-            f"the backward of {name!r} must return a tuple: for each of its {len(parents)} inputs "
-            f"a gradient, an array, or None; not {parts!r:.60}"
+            f"the backward of {name!r} must return a tuple that has for each input, of which there "
+            f"are {len(parents)}, a gradient, an array, or None; not {given}"
         )
-    return parts
+    return found
 
 
 def from_list(values: Any) -> np.ndarray:
