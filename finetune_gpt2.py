@@ -50,7 +50,7 @@ from micrograd_gpt.support.files import write_text
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
 from micrograd_gpt.text.template import choose_template
-from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizer_files import model_tokenizer
 from micrograd_gpt.tuning import conversations, flags, labelled, lora
 from micrograd_gpt.tuning.batches import Order, Task, micro_batches
 from micrograd_gpt.tuning.classification import Classification, label_texts
@@ -270,7 +270,7 @@ def make_optimizer(settings: argparse.Namespace, model: Module) -> tuple[optim.A
 def tokenizer_of(settings: argparse.Namespace) -> Tokenizer:
     """The tokenizer of the weights to start from, or of the run that is resumed."""
     folder = settings.out if settings.resume else tokenizer_folder(settings.model)
-    return load_tokenizer(folder) if folder else GPT2Tokenizer()
+    return model_tokenizer(folder, config_of(settings).vocab_size) if folder else GPT2Tokenizer()
 
 
 def config_of(settings: argparse.Namespace) -> GPT2Config:

@@ -38,7 +38,7 @@ from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE
 from micrograd_gpt.text.template import save_template, template_of
-from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizer_files import model_tokenizer
 from micrograd_gpt.weights import gguf_file
 from micrograd_gpt.weights.adapters import open_language_adapter, with_adapter
 from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_name
@@ -203,9 +203,7 @@ def published_size(config: GPT2Config) -> str | None:
 
 def own_tokenizer(weights: Weights) -> Tokenizer:
     """The tokenizer that these weights were trained with; UserError if it is unknown."""
-    tokenizer = load_tokenizer(weights.folder)
-    tokenizer.check_size(weights.config.vocab_size)
-    return tokenizer
+    return model_tokenizer(weights.folder, weights.config.vocab_size)
 
 
 def exportable_tokenizer(weights: Weights) -> Tokenizer:
@@ -220,7 +218,7 @@ def tokenizer_of(weights: Weights) -> Tokenizer | None:
     try:
         return own_tokenizer(weights)
     except UserError as error:
-        say(f"no tokenizer is written (files of one are copied as they are): {error}")
+        say(f"no tokenizer is written (any files of one are copied as they are): {error}")
         return None
 
 

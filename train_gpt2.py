@@ -53,7 +53,7 @@ from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.corpus import Corpus, load_corpus
-from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizer_files import load_tokenizer, model_tokenizer
 from micrograd_gpt.text.tokenizers import NAMES, make_tokenizer
 from micrograd_gpt.text.windows import Windows
 from micrograd_gpt.weights.config import read_config
@@ -172,8 +172,8 @@ def tokenizer_of(settings: argparse.Namespace) -> Tokenizer | str:
     if settings.resume:
         return checkpoint.own_tokenizer(settings.out)
     if settings.init_from != "scratch":
-        folder = tokenizer_folder(settings.init_from)
-        return load_tokenizer(folder) if folder else "gpt2"
+        folder, config = tokenizer_folder(settings.init_from), config_named(settings.init_from)
+        return model_tokenizer(folder, config.vocab_size) if folder else "gpt2"
     if settings.tokenizer in NAMES:
         return settings.tokenizer
     if not os.path.isdir(settings.tokenizer):

@@ -44,7 +44,7 @@ from micrograd_gpt.support.files import BEST as BEST
 from micrograd_gpt.support.files import other_checkpoint, read_json, reading, write_text
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
-from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizer_files import model_tokenizer
 from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG, read_config
 from micrograd_gpt.weights.formats import (
     ADAPTER_CONFIG,
@@ -182,9 +182,7 @@ def holds_run(folder: str | Path) -> bool:
 
 def own_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of the run in `folder`; UserError if it cannot be the one of its model."""
-    tokenizer = load_tokenizer(folder)
-    tokenizer.check_size(read_config(folder).vocab_size)
-    return tokenizer
+    return model_tokenizer(folder, read_config(folder).vocab_size)
 
 
 def remove_run(folder: str | Path) -> None:

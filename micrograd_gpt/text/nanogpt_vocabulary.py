@@ -43,7 +43,7 @@ def nanogpt_vocabulary(folder: Path) -> list[str] | None:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not a vocabulary as nanoGPT's prepare.py for characters writes it "
-            f"({error!r}): train on the text itself"
+            f"({error!r}): train on the text itself; beside a model, put its tokenizer.json"
         ) from error
     return characters
 

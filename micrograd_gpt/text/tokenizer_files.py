@@ -3,8 +3,8 @@
     tokenizer.json            in the format of Hugging Face's tokenizers library (hugging_face.py),
                               or in the one that earlier versions of this package wrote
     vocab.json, merges.txt    a byte-pair encoding's tokens with their ids, and its merges in order
-    meta.pkl                  the characters that a model of nanoGPT's was trained on
-    none of these             OpenAI's folders and many others: the tokenizer is GPT-2's
+    none of these             OpenAI's folders and many others: the tokenizer is GPT-2's; beside
+                              nanoGPT's models of characters, meta.pkl has them
 
 Our own tokenizers are recognized, and other models' byte-pair encodings read, or refused by what
 makes them different (foreign_tokenizers.py).
@@ -68,8 +68,6 @@ def load_tokenizer(folder: str | Path, or_gpt2: bool = True) -> Tokenizer:
 
     Raises UserError, naming the file, for a damaged file and for a tokenizer that cannot be used.
     """
-    from micrograd_gpt.text.nanogpt_vocabulary import nanogpt_vocabulary
-
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give one that a model or a tokenizer is in")
@@ -86,8 +84,6 @@ def load_tokenizer(folder: str | Path, or_gpt2: bool = True) -> Tokenizer:
         with naming(folder / VOCABULARY):
             return _byte_pairs(of_vocabulary_files(vocabulary, folder))
     refuse_other_files(folder)
-    if characters := nanogpt_vocabulary(folder):
-        return CharTokenizer(characters)
     if not or_gpt2:
         raise UserError(
             f"there is no tokenizer in {folder}: give a folder with {TOKENIZER}, or with "
@@ -100,6 +96,24 @@ def load_tokenizer(folder: str | Path, or_gpt2: bool = True) -> Tokenizer:
             f"GPT-2's is {GPT2_SIZES[0]}: add the {TOKENIZER} the model was saved with"
         )
     return GPT2Tokenizer()
+
+
+def model_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a model with this vocab_size in `folder`, which may be nanoGPT's.
+
+    Raises UserError as `load_tokenizer` does, and where the tokenizer cannot be the model's.
+    """
+    from micrograd_gpt.text.nanogpt_vocabulary import nanogpt_vocabulary
+
+    finish_set(folder)
+    says_none = not any(Path(folder, name).exists() for name in TOKENIZERS)
+    is_small = vocab_size < GPT2_SIZES[0]
+    if is_small and says_none and (characters := nanogpt_vocabulary(Path(folder))):
+        tokenizer: Tokenizer = CharTokenizer(characters)
+    else:
+        tokenizer = load_tokenizer(folder)
+    tokenizer.check_size(vocab_size)
+    return tokenizer
 
 
 @contextmanager

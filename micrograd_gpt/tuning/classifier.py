@@ -28,7 +28,7 @@ from micrograd_gpt.support.files import read_json, write_text
 from micrograd_gpt.tensor import Tensor
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import TOKENIZER_CONFIG, tokenizer_config_json
-from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizer_files import model_tokenizer
 from micrograd_gpt.weights.config import CONFIG, read_values
 from micrograd_gpt.weights.formats import Weights
 from micrograd_gpt.weights.loading import fill
@@ -159,8 +159,7 @@ def load_with_tokenizer(
     """
     with memory_errors("the weights do not fit; try --dtype bfloat16, or a smaller --model"):
         weights = open_model(name)
-        tokenizer = load_tokenizer(weights.folder)
-        tokenizer.check_size(weights.config.vocab_size)
+        tokenizer = model_tokenizer(weights.folder, weights.config.vocab_size)
         return build_classifier(weights, device, dtype), tokenizer
 
 

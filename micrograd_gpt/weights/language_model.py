@@ -12,7 +12,7 @@ from micrograd_gpt.support.cli import command, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.template import Template, template_of
-from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizer_files import model_tokenizer
 from micrograd_gpt.weights.config import CONFIG
 from micrograd_gpt.weights.formats import is_adapter
 from micrograd_gpt.weights.names import open_language_model
@@ -50,8 +50,8 @@ def load_language_model(
                 train = command("train_gpt2.py")
                 raise UserError(f"{error}; or train a model first: {train}") from error
             raise
-        tokenizer, template = load_tokenizer(weights.folder), template_of(weights.folder)
-        tokenizer.check_size(weights.config.vocab_size)
+        tokenizer = model_tokenizer(weights.folder, weights.config.vocab_size)
+        template = template_of(weights.folder)
         if answers and template is None:
             raise UserError(f"{chosen} was not tuned on instructions: give it a --prompt")
         return build(weights, device, dtype), tokenizer, template

@@ -165,6 +165,8 @@ def test_a_checkpoint_of_nanogpt_s(shell: Shell) -> None:
     done = shell.run("load_gpt2.py", "--from", "ckpt.pt", "--overwrite")
     assert "no tokenizer" not in done.stderr
     assert load_tokenizer(written).to_dict() == TOKENIZER.to_dict()
+    done = shell.run("generate.py", "--model", "ckpt.pt", "--prompt", "a")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_short_name_is_one_of_openai_s_sizes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tokenizer_folders import END, added_token, merges_txt, tokenizer_json, voca
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer, gpt2_merges, gpt2_vocabulary
-from micrograd_gpt.text.tokenizer_files import load_tokenizer
+from micrograd_gpt.text.tokenizer_files import load_tokenizer, model_tokenizer
 from micrograd_gpt.text.tokenizers import CharTokenizer, make_tokenizer
 
 SIZE = len(vocabulary())
@@ -47,6 +48,24 @@ def test_a_folder_without_tokenizer_files_uses_gpt2_if_its_size_is_gpt2s(tmp_pat
             load_tokenizer(tmp_path)
     CharTokenizer.from_text("ab").save(tmp_path)
     assert load_tokenizer(tmp_path).name == "char"
+
+
+@pytest.mark.parametrize("content", [{"accuracy": 0.5}, {"itos": {0: "a", 1: "b"}}])
+def test_another_meta_pkl_beside_a_model_of_gpt2_s_size_is_not_asked(
+    tmp_path: Path, content: dict[str, Any]
+) -> None:
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(content))
+    for size in (50257, 50304, 50432):
+        assert model_tokenizer(tmp_path, size).name == "gpt2"
+
+
+def test_characters_beside_a_model_of_nanogpt_s(tmp_path: Path) -> None:
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "a", 1: "b"}}))
+    assert model_tokenizer(tmp_path, 2).encode("ba").tolist() == [1, 0]
+    with pytest.raises(UserError, match="the tokenizer has 2 tokens and the model 65"):
+        model_tokenizer(tmp_path, 65)
+    CharTokenizer("xy").save(tmp_path)
+    assert model_tokenizer(tmp_path, 2).encode("yx").tolist() == [1, 0]
 
 
 def test_a_folder_that_is_not_there_has_no_tokenizer(tmp_path: Path) -> None:
