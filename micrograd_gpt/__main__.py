@@ -35,6 +35,8 @@ def main() -> None:
     script = find_script(SCRIPTS[name[0]]) if name and name[0] in SCRIPTS else None
     if script is None:
         cli.run(lambda: _no_script(sys.argv[1:2]))
+    is_module = Path(sys.argv[0]).name == "__main__.py"
+    cli.called_by = "python -m micrograd_gpt" if is_module else "micrograd-gpt"
     sys.argv = [str(script), *words]
     sys.path[0] = str(script.parent)  # as for `python train_gpt2.py`
     runpy.run_path(str(script), run_name="__main__")

@@ -72,6 +72,10 @@ ALIASES = {
 }
 
 
+# The command before a script's name, as __main__.py knows it. Only a wheel has its scripts within.
+called_by = "micrograd-gpt" if (Path(__file__).parents[1] / "scripts").is_dir() else ""
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, with the habits of our scripts.
 
@@ -238,11 +242,11 @@ def quoted(path: str | Path) -> str:
 
 
 def command(script: str) -> str:
-    """What to type for a script, such as "generate.py": its file is called in a checkout, and where
-    a wheel was installed, which has the scripts inside the package, the command of that name."""
-    if Path(sys.argv[0]).parent != Path(__file__).parents[1] / "scripts":
+    """What to type for a script, such as "generate.py", as this one was called: by its file, or by
+    the command of that name."""
+    if not called_by:
         return f"python {script}"
-    return f"micrograd-gpt {script.removesuffix('.py').removesuffix('_gpt2')}"
+    return f"{called_by} {script.removesuffix('.py').removesuffix('_gpt2')}"
 
 
 def listed(names: Iterable[str]) -> str:
@@ -301,11 +305,12 @@ def run(main: Callable[[], int]) -> NoReturn:
         status = 0
     except OSError as error:
         is_forbidden = isinstance(error, PermissionError)
-        if error.filename is not None and not is_forbidden:  # a bug: bad files are UserErrors
+        is_about_a_file = error.filename is not None or isinstance(error, io.UnsupportedOperation)
+        if is_about_a_file and not is_forbidden:  # a bug: bad files are UserErrors
             raise
         status = 2
         if error.errno is None:  # a library's, as where it cannot fetch something
-            say(f"error: {' '.join(str(error).split())}")
+            say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
         else:
             what = f"use {error.filename}" if error.filename else "write output"
             say(f"error: cannot {what}: {error.strerror or error}")

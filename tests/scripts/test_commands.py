@@ -16,6 +16,8 @@ from micrograd_gpt.__main__ import SCRIPTS
 from micrograd_gpt.support.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+ASK = "from micrograd_gpt.support.cli import command"
+COMMAND = "micrograd-gpt generate"
 FILES = sorted(path.name for path in ROOT.glob("*.py"))
 
 
@@ -83,10 +85,26 @@ def test_a_wheel_holds_the_scripts_once_and_inside_the_package(tmp_path: Path) -
     }
     done = run("-m", "micrograd_gpt", "train", "--lr", "1", cwd=elsewhere, path=place)
     assert done.returncode == 2 and "did you mean --learning-rate?" in done.stderr
+    done = run("-c", f"{ASK}; print(command('generate.py'))", cwd=elsewhere, path=place)
+    assert done.stdout == "micrograd-gpt generate\n", done.stderr  # as in a notebook
+
+
+@pytest.mark.slow_after(2)
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([str(ROOT / "train_gpt2.py")], "python generate.py"),
+        (["-m", "micrograd_gpt", "train"], "python -m micrograd_gpt generate"),
+        (["-c", "from micrograd_gpt.__main__ import main; main()", "train"], COMMAND),
+    ],
+    ids=["its file", "the module", "the command"],
+)
+def test_what_is_advised_to_try_is_called_as_this_script_was(
+    words: list[str], expected: str, tmp_path: Path
+) -> None:
     small = ["--n-layer=1", "--n-head=1", "--n-embd=8", "--max-steps=1", "--eval-batches=1"]
-    done = run("-m", "micrograd_gpt", "train", *small, cwd=elsewhere, path=place)
-    advice = "try: micrograd-gpt generate --model out --prompt=The"
-    assert done.stdout.splitlines()[-1] == advice, done.stderr
+    done = run(*words, *small, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == f"try: {expected} --model out --prompt=The", done.stderr
 
 
 # ---------------------------------------------------------------------------------------- flags

@@ -7,6 +7,7 @@ import io
 import os
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from tqdm import tqdm
@@ -78,3 +79,22 @@ def test_what_another_library_could_not_do_is_said_in_its_words(
         run(main)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: Couldn't reach 'someone/texts' on the Hub\n"
+
+
+def test_an_error_without_words_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        raise TimeoutError
+
+    with pytest.raises(SystemExit):
+        run(main)
+    assert capsys.readouterr().err == "error: TimeoutError\n"
+
+
+def test_a_file_that_is_used_the_wrong_way_is_a_bug(tmp_path: Path) -> None:
+    def main() -> int:
+        with (tmp_path / "file").open("w") as file:
+            file.read()
+        return 0
+
+    with pytest.raises(io.UnsupportedOperation):
+        run(main)
