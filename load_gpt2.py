@@ -40,7 +40,7 @@ from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE
 from micrograd_gpt.text.template import save_template, template_of
 from micrograd_gpt.text.tokenizer_files import model_tokenizer
 from micrograd_gpt.weights import gguf_file
-from micrograd_gpt.weights.adapters import open_language_adapter, with_adapter
+from micrograd_gpt.weights.adapters import naming_base, open_language_adapter, with_adapter
 from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_name
 from micrograd_gpt.weights.formats import Weights, is_adapter
 from micrograd_gpt.weights.names import find, open_local, own_name, size_named
@@ -72,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     stand_ins.highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
     adapter = open_language_adapter(args.merge) if args.merge is not None else None
-    if adapter and not (args.model or args.size):
-        args.model = adapter.base
+    told_by = None if args.model or args.size else adapter
+    if told_by:
+        args.model = told_by.base
     claimed = size_name(args.size) if args.size is not None else None
     named = size_named(args.model) if args.model else claimed or "124M"
     if args.openai_url and (not named or args.source == "huggingface"):
@@ -84,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     told = args.out or args.export
     if named or (told and not Path(args.model).exists()):  # before anything is fetched
         check_target(target(args, named), adapters, args.overwrite)
-    weights = open_named(named, args) if named else open_local(find(args.model))
+    with naming_base(told_by):
+        weights = open_named(named, args) if named else open_local(find(args.model))
     weights = with_adapter(weights, adapter) if adapter else weights
     size = named or published_size(weights.config)
     if claimed and size != claimed:

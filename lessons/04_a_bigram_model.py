@@ -150,7 +150,6 @@ for _ in range(300):
     optimizer.zero_grad()  # or the next gradients would be added to these
     losses.append(loss.item())
 print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}, perplexity {math.exp(losses[-1]):.1f}")
-assert floor <= losses[-1] < floor + 0.02
 
 plt.figure(figsize=(6, 3.2))
 plt.plot(losses, label="AdamW")
@@ -161,6 +160,7 @@ plt.ylabel("loss (nats per character)")
 plt.ylim(0)
 plt.legend()
 plt.show()
+assert floor <= losses[-1] < floor + 0.02
 
 # %% [markdown]
 # It found, by its gradients alone, what counting finds. Look at both tables. Dark means likely. In
@@ -278,7 +278,6 @@ for more in (0.0, 0.1):
     with np.errstate(divide="ignore"):
         smoothed = -np.log(table[inputs[split:], targets[split:]]).mean()
     print(f"held out, with counts plus {more}: {smoothed:.2f}")
-assert min(held_out) < held_out[-1] - 0.05 and smoothed < held_out[-1]
 
 plt.figure(figsize=(6, 3))
 plt.plot(trained, label="trained on")
@@ -288,3 +287,4 @@ plt.xlabel("step")
 plt.ylabel("loss")
 plt.legend()
 plt.show()
+assert min(held_out) < held_out[-1] - 0.05 and smoothed < held_out[-1]

@@ -12,6 +12,7 @@ share its KV cache, which is what makes this faster on a CPU.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -212,10 +213,16 @@ def rolling_windows(ids: list[int], start: int, limit: int) -> list[Request]:
 def main(argv: Sequence[str] | None = None) -> int:
     """lm-evaluation-harness's command line, which then knows this model; returns the status."""
     from lm_eval.__main__ import cli_evaluate
+    from lm_eval.config.evaluate_config import EvaluatorConfig
 
     given = list(sys.argv[1:] if argv is None else argv)
-    if "run" in given and not {"--model", "-M"} & {word.partition("=")[0] for word in given}:
-        given += ["--model", NAME]
+    flags = argparse.ArgumentParser(NAME, add_help=False)
+    flags.add_argument("--model", "-M")
+    flags.add_argument("--config", "-C")
+    said, _ = flags.parse_known_args(given)
+    if "run" in given and not said.model:
+        values = EvaluatorConfig.load_yaml_config(said.config) if said.config else {}
+        given += [] if values.get("model") else ["--model", NAME]
     sys.argv = ["lm_eval", *given]
     cli_evaluate()
     return 0

@@ -110,8 +110,8 @@ def _endings(fields: Row, place: str) -> list[str]:
 
 def _label(fields: Row, count: int, place: str) -> int:
     label = fields.get("label")
-    if isinstance(label, str) and label.strip().isdecimal():
-        label = int(label)
+    if isinstance(label, str) and re.fullmatch(r"\s*\d+(\.0*)?\s*", label):
+        label = float(label)
     if isinstance(label, float) and label.is_integer():  # as tables with gaps make numbers
         label = int(label)
     if type(label) is not int or not 0 <= label < count:

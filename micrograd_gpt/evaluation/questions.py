@@ -64,7 +64,8 @@ def read_questions(path: str | Path, encoding: str = "utf-8") -> list[Question]:
 def _question(fields: Row, place: str) -> Question:
     if "messages" in fields:  # whatever stands beside them: data sets repeat the first as a prompt
         conversation = turns_of(_answered(fields["messages"]), place)
-        expected = conversation[-1].output or text_field(fields, "output", place, "")
+        right = conversation[-1].output or fields.get("output")
+        expected = right if isinstance(right, str) else ""  # a score or a list is for other tools
         return Question(conversation, expected, fields, place)
     names = [name for name in ("prompt", "instruction") if name in fields]
     if len(names) != 1:

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,7 @@ from micrograd_gpt.checks import DROPOUTS
 from micrograd_gpt.nn import Module, Parameter
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.sharding import Optimizer
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import (
     SAVED,
@@ -62,6 +64,8 @@ OPTIMIZER = "optimizer.safetensors"
 SET = (CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG, OPTIMIZER, STATE)
 ADAPTER = (ADAPTED_CONFIG, ADAPTER_CONFIG, ADAPTER_MODEL)  # instead of the first two
 ALSO = (PROMPT_TEMPLATE,)  # which only some runs have
+# Every name in a set: trainer_state.json, which makes it a run, goes first where they are removed
+WHOLE_SET = (*reversed(SET), *ADAPTER, *ALSO)
 MAY_LACK = (TOKENIZER_CONFIG, *ALSO)  # the first in runs of earlier versions
 SCORES = ("scores.json", "confusion-validation.png", "confusion-test.png")  # of a classifier
 SCALER = ("scale", "growth_interval", "good_steps", "skipped_steps")  # of a LossScaler
@@ -103,7 +107,7 @@ def save_run(
             if before < optimizer.steps:
                 link_set(_files(folder), folder / f"step-{before:06d}")
     for older in earlier_sets(folder)[: -keep or None]:
-        remove_folder(older)
+        remove_set(older)
     keep_best(folder)
 
 
@@ -193,15 +197,30 @@ def remove_run(folder: str | Path) -> None:
     folder = Path(folder)
     for place in (folder, folder / BEST, *folder.glob("step-*")):
         finish_set(place)  # or a set that a kill left unfinished would come back later
+    names = [*WHOLE_SET, *SCORES, RUN_FLAGS]
+    _remove_files(folder, [name for name in names if name not in (TOKENIZER, TOKENIZER_CONFIG)])
+    for older in (folder / BEST, *earlier_sets(folder)):
+        remove_set(older)
+
+
+def remove_set(folder: Path) -> None:
+    """Remove the set in `best/` or `step-…/`, and the folder, unless it also holds what a user put
+    there; UserError if it can't."""
+    with reading(folder):
+        names = os.listdir(folder) if folder.is_dir() and not folder.is_symlink() else []
+    if all(name in WHOLE_SET or name.startswith(".") for name in names):
+        remove_folder(folder)
+    else:
+        say(f"note: {folder} stays, without its checkpoint: other files are in it")
+        _remove_files(folder, WHOLE_SET)
+
+
+def _remove_files(folder: Path, names: Iterable[str]) -> None:
     try:
-        # trainer_state.json, which makes this a run, goes first
-        for name in (*reversed(SET), *ADAPTER, *ALSO, *SCORES, RUN_FLAGS):
-            if name not in (TOKENIZER, TOKENIZER_CONFIG):
-                (folder / name).unlink(missing_ok=True)
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot remove the run in {folder}: {error.strerror}") from error
-    for older in (folder / BEST, *earlier_sets(folder)):
-        remove_folder(older)
 
 
 def keep_best(folder: str | Path) -> None:

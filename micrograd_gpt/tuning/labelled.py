@@ -146,7 +146,8 @@ def _rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Ite
 def text_lines(text: str, source: str | Path) -> Iterator[Row]:
     """The lines of a text that are not blank, without labels; says how many others there are."""
     blank = 0
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+    lines = text.removesuffix("\n").split("\n") if text else []
+    for number, line in enumerate(lines, 1):
         if line.strip():
             yield Row(f"line {number}", line.removesuffix("\r"), None)
         else:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,21 @@ class Adapter:
         return f"{name}@{revision}" if is_told and not Path(name).exists() else name
 
 
+@contextmanager
+def naming_base(adapter: Adapter | None) -> Iterator[None]:
+    """Within the block, in which the base of an adapter, if one is given, is opened, a UserError
+    says where it is named."""
+    try:
+        yield
+    except UserError as error:
+        if adapter is None:
+            raise
+        is_gone = Path(adapter.base).is_absolute() and not Path(adapter.base).exists()
+        moved = f"; if it was moved, correct {BASE} there" if is_gone else ""
+        place = adapter.folder / ADAPTER_CONFIG
+        raise UserError(f"{place} names its base, but {error}{moved}") from error
+
+
 def open_with_base(folder: Path) -> Weights:
     """The base of the adapter in this folder, wherever it is, with the adapter folded in.
 
@@ -111,12 +127,8 @@ def open_with_base(folder: Path) -> Weights:
             f"the base of {folder} is an adapter itself: merge that with load_gpt2.py --from "
             f"{adapter.base} --out FOLDER, and name FOLDER as {BASE} in {folder / ADAPTER_CONFIG}"
         )
-    try:
+    with naming_base(adapter):
         base = open_model(adapter.base)
-    except UserError as error:
-        is_gone = Path(adapter.base).is_absolute() and not Path(adapter.base).exists()
-        moved = f"; if it was moved, correct {BASE} there" if is_gone else ""
-        raise UserError(f"{folder / ADAPTER_CONFIG} names its base, but {error}{moved}") from error
     if not trained_on(adapter, base):
         all_the_same = (
             f", or fold {folder} in all the same, with load_gpt2.py --from {adapter.base} "

@@ -46,7 +46,7 @@ def test_each_form_is_known_by_its_fields(tmp_path: Path) -> None:
     assert piqa == Choice("Question: Open it\nAnswer:", ("Pull.", "Push."), 1)
 
 
-@pytest.mark.parametrize("label", [1, "1", " 1 ", 1.0])
+@pytest.mark.parametrize("label", [1, "1", " 1 ", 1.0, "1.0"])
 def test_a_label_is_a_whole_number_however_it_is_written(tmp_path: Path, label: Any) -> None:
     (item,) = read_choices(write(tmp_path, PLAIN | {"label": label}))
     assert repr(item.label) == "1"
@@ -87,6 +87,7 @@ def test_items_in_another_encoding(tmp_path: Path) -> None:
         ({"label": None}, "there is none"),
         ({"label": True}, "this is true"),
         ({"label": 0.5}, "this is 0.5"),
+        ({"label": "1.5"}, 'this is "1.5"'),
         ({"label": "first"}, 'this is "first"'),
         ({"endings": ["blue"]}, "nothing to choose from: 1 endings"),
         ({"endings": ["blue", ""]}, "'endings' is to be a list of texts, none of them empty"),

@@ -271,6 +271,18 @@ def test_messages_may_end_with_a_question(tmp_path: Path) -> None:
         assert question.fields["messages"] == said
 
 
+@pytest.mark.parametrize("last", [[], [{"role": "assistant", "content": ""}]])
+def test_an_output_that_is_no_text_beside_messages_is_not_the_answer(
+    tmp_path: Path, last: list[Any]
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    said = [{"role": "user", "content": "hi"}, *last]
+    for output in (3, ["yo", "hello"], None):
+        path.write_text(json.dumps({"messages": said, "output": output}))
+        (question,) = read_questions(path)
+        assert question.expected == "" and question.fields["output"] == output
+
+
 def test_exact_match_is_over_those_that_have_an_answer() -> None:
     tokenizer = ByteTokenizer()
     settings = Settings(temperature=0, end_of_text=None)

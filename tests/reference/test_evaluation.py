@@ -352,10 +352,14 @@ def test_the_harness_keeps_its_own_models(folder: Path) -> None:
         (["--model", "hf"], "hf"),
         (["--model=hf"], "hf"),
         (["-M", "dummy"], "dummy"),
+        (["-Mhf"], "hf"),
+        (["--config", "other.yaml"], "micrograd-gpt"),
+        (["--config", "dummy.yaml"], None),
+        (["-C", "dummy.yaml", "--model", "hf"], "hf"),
     ],
 )
 def test_the_harness_s_command_line_has_our_model_unless_it_says_otherwise(
-    flags: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+    flags: list[str], named: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from lm_eval import __main__ as harness_s
 
@@ -364,9 +368,14 @@ def test_the_harness_s_command_line_has_our_model_unless_it_says_otherwise(
     asked = []
     monkeypatch.setattr(harness_s, "cli_evaluate", lambda: asked.extend(sys.argv))
     monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dummy.yaml").write_text("model: dummy")
+    (tmp_path / "other.yaml").write_text("limit: 3")
     assert harness.main(["run", "--tasks", "x", *flags]) == 0
-    models = [word for word in asked if word in ("hf", "dummy", "micrograd-gpt", "--model=hf")]
-    assert [word.removeprefix("--model=") for word in models] == [named]
+    words = [word.removeprefix("--model=").removeprefix("-M") for word in asked]
+    assert [word for word in words if word in ("hf", "dummy", "micrograd-gpt")] == (
+        [named] if named else []
+    )
 
 
 def test_a_model_that_is_not_named_is_the_trained_one(

@@ -202,6 +202,19 @@ def test_an_adapter_knows_what_it_is_merged_into(
     assert tree(here / "new") == tree(here / "told")
 
 
+def test_a_base_that_is_gone_is_said_to_be_named_by_the_adapter(
+    script: ModuleType, adapter: Path, here: Path
+) -> None:
+    shutil.copytree(adapter, here / "mine")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/gone"
+    (here / "mine" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"mine/adapter_config\.json names its base, but '/gone'"):
+        script.main(["--merge", "mine", "--out", "new"])
+    with pytest.raises(UserError, match=r"^'/gone' is neither"):
+        script.main(["--from", "/gone", "--merge", "mine", "--out", "new"])
+
+
 def test_an_adapter_is_looked_at_before_anything_is_fetched(
     script: ModuleType, source: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -299,6 +299,10 @@ def test_blank_lines_that_are_left_out_are_counted(
         assert [e.text for e in texts] == ["one", "two"]
         said = capsys.readouterr().err
         assert said.startswith("note: ") == bool(note) and said.endswith(note)
+    (tmp_path / "new.txt").write_text("")
+    with pytest.raises(UserError, match=r"new\.txt"):
+        read_texts(str(tmp_path / "new.txt"), Columns())
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.tsv", "a.csv", "a.jsonl", "a.json", "a.ndjson"])
