@@ -8,7 +8,6 @@ from micrograd_gpt.arrays import int8
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels.in_c.arguments import Array, call, in_c
 from micrograd_gpt.kernels.in_c.half import KINDS, NarrowRows
-from micrograd_gpt.kernels.in_c.kernels import FEW_ROWS, multiply_narrow
 from micrograd_gpt.kernels.shapes import FLOAT32, INT8, check_int8, check_plain
 
 
@@ -26,9 +25,7 @@ def product(x: Array, weight: int8.Int8Matrix) -> Array:
     if x.ndim != 2 or x.shape[1] != len(values) or not x.size:
         raise NotForMe
     (n, k), m = x.shape, values.shape[1]
-    if n > FEW_ROWS:
-        return multiply_narrow(x, values, scales, None)
     x, y = np.ascontiguousarray(x), np.empty((n, m), np.float32)
     places = x.ctypes.data, values.ctypes.data, scales.ctypes.data, None, y.ctypes.data
-    call("few_narrow_rows", NarrowRows(KINDS.index(INT8), n, k, m, *places))
+    call("multiply_int8", NarrowRows(KINDS.index(INT8), n, k, m, *places))
     return y
