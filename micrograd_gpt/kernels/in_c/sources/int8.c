@@ -43,7 +43,7 @@ static void allocate_task(const void *arguments, Int part, Int parts) {
   x->units = scratch(UNITS, rows);
 }
 
-/* What the integers of a row of x count, or 0 where it has no float or the row a NaN or infinity. */
+/* What the integers of a row of x count; 0 where that is no normal float, or the row is not finite. */
 static float unit_of(const float *x, Int k) {
   const Float *numbers = (const Float *)x;
   uint32_t largest = 0; /* infinity is above all numbers, and NaN above it */
@@ -52,7 +52,6 @@ static float unit_of(const float *x, Int k) {
     largest = size > largest ? size : largest;
   }
   uint32_t exponent = largest >> 23; /* 2^-30 times 2^(exponent - 126) */
-  if (!largest) return 1;
   return exponent < 30 || exponent > 254 ? 0 : (Float){(exponent - 29) << 23}.number;
 }
 
@@ -106,10 +105,12 @@ INLINE void multiply_group(const int8_t *weights, Int stride, const Digits *digi
   _tile_dpbssd(1, 4, 7);
 }
 
-/* sums[i] += what registers 0 and 1 have of column i, times its scale; scales lie `apart`. */
+/* sums[i] += what registers 0 and 1 had of column i, times its scale; scales lie `apart`. Meanwhile
+   weights are fetched, a place at a time: while many are on their way, nothing else is read. */
 INLINE void add_sums(const float *scales, Int apart, int32_t parts[2][TILE * TILE],
-                     __m512 sums[TILE]) {
+                     const int8_t *ahead, Int places, Int k, __m512 sums[TILE]) {
   for (int i = 0; i < TILE; i++) {
+    if (i < places) __builtin_prefetch(ahead + i * k, 0, 2);
     __m512i first = _mm512_load_si512(parts[0] + i * TILE);
     __m512i both = _mm512_add_epi32(_mm512_slli_epi32(first, 8),
                                     _mm512_load_si512(parts[1] + i * TILE));
@@ -120,10 +121,10 @@ INLINE void add_sums(const float *scales, Int apart, int32_t parts[2][TILE * TIL
 
 /* totals (TILE, TILE): of TILE columns from `column` on the sums of the upper halves of ROWS_OF_X
    rows, then those of the lower halves. A group's sums leave the registers when the next group needs
-   these: a store of what is being computed would wait. Meanwhile the weights of columns
-   ahead … end_ahead - 1 are fetched. */
-static void multiply_columns(const NarrowRows *f, const Digits *digits, Int column, Int ahead,
-                             Int end_ahead, float *totals) {
+   these: a store of what is being computed would wait. Meanwhile the weights of `places` columns are
+   fetched that are ahead. */
+static void multiply_columns(const NarrowRows *f, const Digits *digits, Int column,
+                             const int8_t *ahead, Int places, float *totals) {
   const int8_t *weights = (const int8_t *)f->weight;
   Int groups = groups_of(f->k), whole = f->k / GROUP;
   const float *scales = f->scales + column * groups;
@@ -136,18 +137,15 @@ static void multiply_columns(const NarrowRows *f, const Digits *digits, Int colu
       _tile_stored(0, parts[0], 4 * TILE);
       _tile_stored(1, parts[1], 4 * TILE);
     }
-    for (Int j = ahead; j < end_ahead; j++)
-      __builtin_prefetch(weights + j * f->k + g * GROUP, 0, 2);
     if (g < whole) {
       multiply_group(weights + column * f->k + g * GROUP, f->k, digits + g);
     } else if (g < groups) {
-      memset(last, 0, sizeof last);
-      for (Int i = 0; i < TILE; i++)
+      for (Int i = 0; i < TILE; i++) /* the digits after the last are 0 */
         memcpy(last[i], weights + (column + i) * f->k + g * GROUP, f->k - g * GROUP);
       multiply_group(last[0], GROUP, digits + g);
     }
     __asm__ volatile("" ::: "memory");
-    if (g) add_sums(scales + g - 1, groups, parts, sums);
+    if (g) add_sums(scales + g - 1, groups, parts, ahead + (g - 1) * GROUP, places, f->k, sums);
   }
   transpose_block((const float *)sums, TILE, TILE, totals);
 }
@@ -166,27 +164,28 @@ INLINE void put_results(const Digitised *x, Int row, Int rows, Int column, Int f
   }
 }
 
-/* Each TILE columns meet all rows while they are in the nearest caches. At the end of y they begin
-   before those that are missing. */
-static void multiply_task(const void *arguments, Int part, Int parts) {
-  const Digitised *x = arguments;
+/* ROWS_OF_X rows of y in TILE columns, which at the end of y begin before those that are missing.
+   Each block of rows fetches some of the columns that come next. */
+static void multiply_block(const Digitised *x, Int row, Int first) {
   const NarrowRows *f = x->f;
   float totals[TILE * TILE] __attribute__((aligned(64)));
-  Int first, end = cut(f->m, parts, TILE, part, &first), groups = groups_of(f->k);
+  Int column = min(first, f->m - TILE), rows = min(ROWS_OF_X, f->n - row);
+  Int from = TILE * row / f->n, end = TILE * (row + rows) / f->n;
+  const int8_t *ahead = (const int8_t *)f->weight + (column + TILE + from) * f->k;
+  multiply_columns(f, x->digits + row / ROWS_OF_X * groups_of(f->k), column, ahead, end - from,
+                   totals);
+  if (column == first)
+    put_results(x, row, rows, column, 0, totals); /* a constant makes a vector of a loop */
+  else
+    put_results(x, row, rows, column, first - column, totals);
+}
+
+static void multiply_task(const void *arguments, Int part, Int parts) {
+  const Digitised *x = arguments;
+  Int first, end = cut(x->f->m, parts, TILE, part, &first);
   open_tiles();
-  for (Int j = first; j < end; j += TILE) {
-    Int column = min(j, f->m - TILE);
-    for (Int row = 0; row < f->n; row += ROWS_OF_X) {
-      Int rows = min(ROWS_OF_X, f->n - row), next = min(row + ROWS_OF_X, f->n);
-      multiply_columns(f, x->digits + row / ROWS_OF_X * groups, column,
-                       column + TILE + TILE * row / f->n, column + TILE + TILE * next / f->n,
-                       totals);
-      if (column == j)
-        put_results(x, row, rows, column, 0, totals); /* a constant makes a vector of a loop */
-      else
-        put_results(x, row, rows, column, j - column, totals);
-    }
-  }
+  for (Int j = first; j < end; j += TILE)
+    for (Int row = 0; row < x->f->n; row += ROWS_OF_X) multiply_block(x, row, j);
   _tile_release();
 }
 
