@@ -15,14 +15,13 @@ from micrograd_gpt.kernels.shapes import FLOAT32, INT8, check_int8, check_plain
 def product(x: Array, weight: int8.Int8Matrix) -> Array:
     """As the definition; in groups along the first axis only, stored column after column.
 
-    Where the processor has AMX, three rows and more are multiplied by it. Numbers of x count 2**-30ths
-    of the first power of two above their row's largest number, or the nearest to it: smaller ones
-    lose what the largest would lose in float32, or less. Elsewhere one to four rows, as long as
-    they stay in the nearest cache, are added up group by group, and each sum is scaled; with more
-    rows the weights are scaled, as in the definition. Where sums of a group are scaled, numbers of
-    x or weights beyond 4e34 may become infinite. So the last bits of a row depend on how many
-    there are beside it, by at most 2**-20 of the sum of its products' sizes and 2**-30 of its
-    largest number times the sum of the weights' sizes.
+    Where the processor has AMX it multiplies three rows and more, with numbers of x rounded to
+    multiples of a 2**30th of the first power of two above their row's largest number. Elsewhere one
+    to four rows, as long as they stay in the nearest cache, are added up group by group, and each
+    sum is scaled; with more rows the weights are scaled, as in the definition. Where sums are
+    scaled, numbers beyond 4e34 may become infinite. So the last bits of a row depend on how many
+    there are beside it, by at most 2**-20 of the sum of its products' sizes, and with AMX 2**-30 of
+    its largest number times the sum of the weights' sizes.
     """
     check_plain([x], [FLOAT32])
     values, scales = check_int8(weight)
