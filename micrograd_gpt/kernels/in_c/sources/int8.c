@@ -43,7 +43,7 @@ static void allocate_task(const void *arguments, Int part, Int parts) {
   x->units = scratch(UNITS, rows);
 }
 
-/* What the integers of a row of x count; 0 where that is no normal float, or the row is not finite. */
+/* What the integers of a row of x count; 0 where that is no normal float or the row not finite. */
 static float unit_of(const float *x, Int k) {
   const Float *numbers = (const Float *)x;
   uint32_t largest = 0; /* infinity is above all numbers, and NaN above it */
