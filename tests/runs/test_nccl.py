@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,12 @@ import fake_nccl
 import numpy as np
 import pytest
 from fake_cupy import asarray
+from ml_dtypes import bfloat16
 from mpi_launch import mpirun, needs_mpi
 from training import ROOT, SCRIPT, SMALL, metrics
 
-from micrograd_gpt.runs.nccl import GPUExchange, NCCLFailed
+from micrograd_gpt.arrays.devices import library_for
+from micrograd_gpt.runs.nccl import GPUExchange, NCCLFailed, nccl_version, without_nccl
 from micrograd_gpt.support.errors import UserError
 
 CHILD = ROOT / "tests" / "nccl_child.py"
@@ -104,6 +107,31 @@ def test_gpus_that_nccl_cannot_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake_nccl.NcclCommunicator, "__init__", refuse)
     with fake_nccl.installed(ALONE), pytest.raises(UserError, match="connect the GPUs of 1 ranks"):
         GPUExchange(ALONE, poll, 100)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wire", [None, "float16", bfloat16])
+def test_the_real_nccl_brings_the_bits_back(wire: Any) -> None:
+    """One rank on one GPU, so what it sends arrives here, rounded to the type it was sent in."""
+    if nccl_version() is None:
+        pytest.skip(without_nccl())
+    cupy, deadline = library_for("gpu"), time.monotonic() + 60
+
+    def wait(request: Any) -> None:
+        while not request.Test():
+            assert time.monotonic() < deadline, "it would wait for ever"
+
+    exchange = GPUExchange(ALONE, wait, 100)
+    numbers = np.random.default_rng(0).normal(size=1_000_003).astype("f4")
+    gradients = cupy.asarray(numbers)
+    gradients += gradients
+    with exchange.beside(catch_up=False):
+        sums = exchange.gather(exchange.scatter_sum(gradients, wire), wire)
+    exchange.catch_up()
+    sums += sums
+    exchange.finish()
+    sent = (numbers * 2).astype(wire or "f4").astype("f4")
+    np.testing.assert_array_equal(sums.get(), sent * 2)
 
 
 # ------------------------------------------------------------------------------ on several ranks
