@@ -23,6 +23,8 @@
 #define ROWS_OF_X 8
 #define TILE 16       /* columns of y, and the lanes of a register */
 #define ENOUGH_ROWS 3 /* with fewer, reading the weights takes all the time */
+#define ROWS_TOGETHER 32 /* that share a reading of the weights: with more, those of y that are
+                            written side by side displace one another from the caches */
 
 enum { DIGITS, UNITS }; /* the purposes of scratch() here */
 
@@ -120,9 +122,9 @@ INLINE void add_sums(const float *scales, Int apart, int32_t parts[2][TILE * TIL
 }
 
 /* totals (TILE, TILE): of TILE columns from `column` on the sums of the upper halves of ROWS_OF_X
-   rows, then those of the lower halves. A group's sums leave the registers when the next group needs
-   these: a store of what is being computed would wait. Meanwhile the weights of `places` columns are
-   fetched that are ahead. */
+   rows, then those of the lower halves. A group's sums leave the registers when the next group
+   needs these: a store of what is being computed would wait. Meanwhile the weights of `places`
+   columns are fetched that are ahead. */
 static void multiply_columns(const NarrowRows *f, const Digits *digits, Int column,
                              const int8_t *ahead, Int places, float *totals) {
   const int8_t *weights = (const int8_t *)f->weight;
@@ -217,11 +219,10 @@ static int multiply_widened(const NarrowRows *f) {
 int multiply_int8(const NarrowRows *f) {
 #ifdef HAS_TILES
   if (f->n >= ENOUGH_ROWS && f->m >= TILE && bfloat16_by_tiles()) {
-    Int fitting = second_level_cache() / 2 / (round_up(f->k, GROUP) * 4); /* rows */
-    Int together = fitting < TILE ? TILE : fitting / ROWS_OF_X * ROWS_OF_X, failed = DONE;
-    for (Int row = 0; row < f->n && failed != OUT_OF_MEMORY; row += together) {
+    int failed = DONE;
+    for (Int row = 0; row < f->n && failed != OUT_OF_MEMORY; row += ROWS_TOGETHER) {
       NarrowRows some = *f;
-      some.n = min(together, f->n - row), some.x += row * f->k, some.y += row * f->m;
+      some.n = min(ROWS_TOGETHER, f->n - row), some.x += row * f->k, some.y += row * f->m;
       failed = multiply_by_tiles(&some);
       if (failed == NOT_IN_DIGITS) failed = multiply_widened(&some);
     }
