@@ -107,16 +107,25 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
 @in_cuda(functional.linear_backward)
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
     """As the definition; the weight's gradient has the weight's layout in memory."""
-    dtype, xp = activation(grad, x), array_module(x)
-    if name_of(weight.dtype) != dtype:
+    if name_of(weight.dtype) != activation(grad, x):
         raise NotForMe
+    return input_gradient(grad, weight), *weight_gradients(grad, x, weight)
+
+
+def input_gradient(grad: Array, weight: Array) -> Array:
+    """grad @ weight.T, in the type of both."""
+    return _product(grad, weight.T)
+
+
+def weight_gradients(grad: Array, x: Array, weight: Array) -> tuple[Array, Array]:
+    """The float32 gradients of a weight, in its layout in memory, and of its bias."""
     order = "C" if weight.flags.c_contiguous else "F"
-    dweight = xp.empty(weight.shape, np.float32, order)
+    dweight = array_module(x).empty(weight.shape, np.float32, order)
     if order == "C":
         _product(x.T, grad, dweight)
     else:
         _product(grad.T, x, dweight.T)
-    return _product(grad, weight.T), dweight, _column_sums(grad, dtype)
+    return dweight, _column_sums(grad, name_of(grad.dtype))
 
 
 def _column_sums(x: Array, dtype: str) -> Array:
