@@ -15,7 +15,7 @@ import pytest
 from cuda_emulator import Emulator
 from guarded_arrays import GuardedArrays
 
-from micrograd_gpt.kernels.in_cuda import cublas, token_step
+from micrograd_gpt.kernels.in_cuda import cublas, residual, token_step
 from micrograd_gpt.kernels.in_cuda import kernels as gpu
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 
@@ -27,7 +27,7 @@ class Machine(ABC):
         self.arrays = GuardedArrays(library)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (gpu, token_step):
+        for module in (gpu, residual, token_step):
             monkeypatch.setattr(module, "array_module", lambda array: self.arrays)
 
     @abstractmethod

@@ -457,7 +457,10 @@ def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float 
     (across,) = blocks(max(grad.size for grad in grads), "float32")
     partials = array_module(grads[0]).empty((len(grads), across), np.float64)
     tables = [
-        (slice(start, start + TENSORS_AT_ONCE), _table(gradients=grads[start:][:TENSORS_AT_ONCE]))
+        (
+            slice(start, start + TENSORS_AT_ONCE),
+            tensor_table(gradients=grads[start:][:TENSORS_AT_ONCE]),
+        )
         for start in range(0, len(grads), TENSORS_AT_ONCE)
     ]
     for some, table in tables:
@@ -496,7 +499,7 @@ def adamw_update(
         parameters, grads, ms, vs, decays = zip(
             *in_memory[start : start + TENSORS_AT_ONCE], strict=True
         )
-        table = _table(parameters, grads, ms, vs, decays)
+        table = tensor_table(parameters, grads, ms, vs, decays)
         (across,) = blocks(max(p.size for p in parameters), "float32")
         grid = (across, len(parameters))
         launch(
@@ -512,14 +515,14 @@ def _check_apart(rows: Sequence[Sequence[Array]]) -> None:
     check_apart(starts.T, (starts + sizes).T)
 
 
-def _table(
+def tensor_table(
     parameters: Sequence[Array] = (),
     gradients: Sequence[Array] = (),
     ms: Sequence[Array] = (),
     vs: Sequence[Array] = (),
     decays: Sequence[float] = (),
 ) -> np.ndarray:
-    """The TensorTable of optimizer.cu, which is passed with the launch."""
+    """The TensorTable of tensors.cuh, which is passed with the launch."""
     table = np.zeros((), TENSOR_TABLE)
     table["sizes"][: len(gradients)] = [gradient.size for gradient in gradients]
     for role, arrays in enumerate((parameters, gradients, ms, vs)):
