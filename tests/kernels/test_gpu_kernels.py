@@ -23,6 +23,12 @@ from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_cuda import kernels as gpu
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.matvec import multiply_few_rows
+from micrograd_gpt.kernels.in_cuda.residual import (
+    Normed,
+    add_and_normalise,
+    add_and_normalise_backward,
+    narrowed,
+)
 from micrograd_gpt.kernels.in_cuda.token_step import attend, embed, likeliest, normalise_few_rows
 from micrograd_gpt.layers import IGNORE
 
@@ -166,6 +172,66 @@ def test_layer_norm_backward(shape: tuple[int, int], on: Machine) -> None:
     for a, other, name in zip(ours, oracle, ("dx", "dweight", "dbias"), strict=True):
         assert a.dtype == np.float32
         assert_close(a, other, TOLERANCE["float32"], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 1300), (3, 1029)])
+def test_a_branch_is_added_to_the_stream_and_normalised(
+    shape: tuple[int, int], dtype: str, on: Machine
+) -> None:
+    """Also rows that are too wide to be held whole, and rows at odd places."""
+    x, branch = numbers(*shape) * 3 + 1, numbers(*shape, dtype=dtype, seed=1)
+    w, b = numbers(shape[1]), numbers(shape[1], seed=2)
+    y, total, mean, rstd = on.repeated(
+        lambda: tuple(add_and_normalise(*on.put(x, branch, w, b), 1e-5))
+    )
+    expected = F.layer_norm_forward.definition(*doubles(total, w, b), 1e-5)
+    np.testing.assert_array_equal(total, x + branch.astype(np.float32))
+    assert y.dtype == dtype and mean.dtype == rstd.dtype == np.float32
+    for ours, other, t in zip(
+        (y, mean, rstd), expected, (dtype, "float32", "float32"), strict=True
+    ):
+        assert_close(ours, other, TOLERANCE[t])
+
+
+def test_a_sum_of_equal_numbers_is_normalised_to_zeros(on: Machine) -> None:
+    x, branch = np.full((3, 300), 12345.678, np.float32), np.full((3, 300), 1.5, np.float16)
+    weight, bias = numbers(300), numbers(300, seed=1)
+    y, *_ = on.repeated(lambda: tuple(add_and_normalise(*on.put(x, branch, weight, bias), 1e-5)))
+    np.testing.assert_array_equal(y, np.broadcast_to(bias.astype(np.float16), y.shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("shape", [*(s for s in SHAPES if s[1] > 1), (2, 1300), (19, 1029)])
+def test_the_gradient_of_a_sum_that_is_normalised(
+    shape: tuple[int, int], dtype: str, on: Machine
+) -> None:
+    x, grad, w = numbers(*shape) * 3 + 1, numbers(*shape, dtype=dtype, seed=1), numbers(shape[1])
+    along = numbers(*shape, seed=2)
+    _, mean, rstd = F.layer_norm_forward.definition(x, w, w, 1e-5)
+
+    def backward() -> Any:
+        normed = Normed(None, *on.put(x, mean, rstd))
+        return add_and_normalise_backward(*on.put(grad), normed, *on.put(w, along))
+
+    dx, rounded, *of_parameters = on.repeated(backward)
+    through, *others = F.layer_norm_backward.definition(*doubles(grad, x, w, mean, rstd))
+    assert_close(dx, along + through, TOLERANCE["float32"])
+    np.testing.assert_array_equal(rounded, dx.astype(dtype))
+    assert dx.dtype == np.float32 and rounded.dtype == dtype
+    for a, other, name in zip(of_parameters, others, ("dweight", "dbias"), strict=True):
+        assert a.dtype == np.float32
+        assert_close(a, other, TOLERANCE["float32"], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_many_arrays_are_rounded_at_once(dtype: str, on: Machine) -> None:
+    """With the layouts they have, and sizes that are no multiple of anything."""
+    arrays = [numbers(5, 7), np.asfortranarray(numbers(70, 41)), numbers(3), numbers(64, 64)]
+    copies = on.repeated(lambda: tuple(narrowed(on.put(*arrays), np.dtype(dtype))))
+    for copy, array in zip(copies, arrays, strict=True):
+        np.testing.assert_array_equal(copy, array.astype(dtype))
+        assert copy.flags.f_contiguous == array.flags.f_contiguous
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

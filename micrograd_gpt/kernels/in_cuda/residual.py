@@ -72,7 +72,7 @@ def add_and_normalise_backward(
     )
     dweight, dbias = (xp.empty(width, np.float32) for _ in range(2))
     launch(
-        *("residual", "sums_of_weight_and_bias", "float32", (-(-2 * width // 32),), (32, 32)),
+        *("residual", "sums_of_weight_and_bias", dtype, (-(-2 * width // 32),), (32, 32)),
         *(partials, dweight, dbias, parts, width),
     )
     return dx, rounded, dweight, dbias

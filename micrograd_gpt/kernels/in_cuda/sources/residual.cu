@@ -7,179 +7,214 @@
 
 #include "common.cuh"
 
-constexpr int FOUR = 4, HELD = 8, SPAN = HELD * WARP * FOUR;  // 1024 columns
+constexpr int HELD = 8, FOUR = 4, SPAN = HELD * WARP * FOUR;  // 1024 columns
 constexpr int ROWS = 16;  // that a block of the backward takes
 
-// Four neighbouring elements, which are loaded at once.
+// Four neighbouring elements as they lie in memory, loaded at once.
 template <class T> struct alignas(FOUR * sizeof(T)) Four {
-    T elements[FOUR];
+    unsigned words[sizeof(T)];
 };
+__device__ inline float element(const Four<float>& four, int j) {
+    return __uint_as_float(four.words[j]);
+}
+__device__ inline void set(Four<float>& four, int j, float x) {
+    four.words[j] = __float_as_uint(x);
+}
+template <class T> __device__ inline float element(const Four<T>& four, int j) {
+    return to_float(T{(unsigned short)(four.words[j / 2] >> (j % 2 * 16))});
+}
+template <class T> __device__ inline void set(Four<T>& four, int j, float x) {
+    unsigned bits = rounded<T>(x).bits, kept = four.words[j / 2] & (j % 2 ? 0xffffu : 0xffff0000u);
+    four.words[j / 2] = kept | bits << (j % 2 * 16);
+}
 
-// The first of the four columns that a lane holds as number `a`, of the SPAN columns from `start`.
+// Columns i … i + 3 of a row; those outside of it read as 0. ALIGNED says that every row can be
+// loaded and stored four elements at a time, to its end.
+template <bool ALIGNED, class T>
+__device__ inline Four<T> load_four(const T* row, int i, int width) {
+    Four<T> four = {};
+    if (ALIGNED) {
+        if (i < width) four = *reinterpret_cast<const Four<T>*>(row + i);
+    } else {
+        for (int j = 0; j < FOUR; j++) {
+            if (i + j < width) set(four, j, to_float(row[i + j]));
+        }
+    }
+    return four;
+}
+template <bool ALIGNED, class T>
+__device__ inline void store_four(T* row, int i, int width, const Four<T>& four) {
+    if (ALIGNED) {
+        if (i < width) *reinterpret_cast<Four<T>*>(row + i) = four;
+    } else {
+        for (int j = 0; j < FOUR; j++) {
+            if (i + j < width) row[i + j] = rounded<T>(element(four, j));
+        }
+    }
+}
+
+// The first of the columns that a lane holds as its four number `a`, of the SPAN from `start` on.
 __device__ inline int column_of(int start, int a) {
     return start + (a * WARP + int(threadIdx.x) % WARP) * FOUR;
 }
 
-// What a lane holds of a row; columns outside of it are 0.
-template <class T> struct Held {
-    Four<T> fours[HELD];
+template <class... Pointers> __device__ inline bool are_aligned(int width, Pointers... arrays) {
+    return width % FOUR == 0 && (is_aligned(arrays) && ...);
+}
 
-    __device__ static inline bool is_aligned(const T* row, int width) {
-        return width % FOUR == 0 && reinterpret_cast<unsigned long long>(row) % sizeof(Four<T>) == 0;
-    }
+// ------------------------------------------------------------------------------------- forward
 
-    __device__ inline void load(const T* row, int start, int width) {
-        if (is_aligned(row, width)) {
-#pragma unroll
-            for (int a = 0; a < HELD; a++) {
-                int i = column_of(start, a);
-                fours[a] = i < width ? *reinterpret_cast<const Four<T>*>(row + i) : Four<T>{};
-            }
-        } else {
-#pragma unroll
-            for (int a = 0; a < HELD; a++) {
-#pragma unroll
-                for (int j = 0; j < FOUR; j++) {
-                    int i = column_of(start, a) + j;
-                    fours[a].elements[j] = i < width ? row[i] : T{};
-                }
-            }
-        }
-    }
-
-    __device__ inline void store(T* row, int start, int width) const {
-        if (is_aligned(row, width)) {
-#pragma unroll
-            for (int a = 0; a < HELD; a++) {
-                int i = column_of(start, a);
-                if (i < width) *reinterpret_cast<Four<T>*>(row + i) = fours[a];
-            }
-        } else {
-#pragma unroll
-            for (int a = 0; a < HELD; a++) {
-#pragma unroll
-                for (int j = 0; j < FOUR; j++) {
-                    int i = column_of(start, a) + j;
-                    if (i < width) row[i] = fours[a].elements[j];
-                }
-            }
-        }
-    }
-
-    // Calls visit(element, place) for each element; `place` counts them.
-    template <class Visit> __device__ inline void each(Visit visit) {
-#pragma unroll
-        for (int a = 0; a < HELD; a++) {
-#pragma unroll
-            for (int j = 0; j < FOUR; j++) visit(fours[a].elements[j], a, j);
-        }
-    }
-};
-
-// sum = x + branch, y = LayerNorm(sum). Block: any number of whole warps. Grid: enough for a warp a
-// row.
-extern "C" __global__ void add_and_normalise(
+template <bool ALIGNED> __device__ inline void row_forward(
     const float* x, const Activation* branch, const float* weight, const float* bias, float* sum,
-    Activation* y, float* mean, float* rstd, int rows, int width, float eps
+    Activation* y, float& mean, float& rstd, int width, float eps
 ) {
-    int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP, lane = threadIdx.x % WARP;
-    if (row >= rows) return;
-    long long first = (long long)row * width;
     bool is_held = width <= SPAN;
-    Held<float> values;
+    Four<float> values[HELD];
+    Four<Activation> added[HELD];
 
     float total = 0.0f;
     for (int start = 0; start < width; start += SPAN) {
-        Held<Activation> added;
-        values.load(x + first, start, width);
-        added.load(branch + first, start, width);
-        values.each([&](float& value, int a, int j) {
-            value += to_float(added.fours[a].elements[j]);
-            total += value;
-        });
-        values.store(sum + first, start, width);
+#pragma unroll
+        for (int a = 0; a < HELD; a++) {
+            values[a] = load_four<ALIGNED>(x, column_of(start, a), width);
+            added[a] = load_four<ALIGNED>(branch, column_of(start, a), width);
+        }
+#pragma unroll
+        for (int a = 0; a < HELD; a++) {
+            for (int j = 0; j < FOUR; j++) {
+                float value = element(values[a], j) + element(added[a], j);
+                set(values[a], j, value);
+                total += value;
+            }
+            store_four<ALIGNED>(sum, column_of(start, a), width, values[a]);
+        }
     }
     float centre = over_lanes<Sum>(total) / width;
 
     // Once more with what the first mean leaves: a row of equal numbers becomes exactly 0.
     total = 0.0f;
     for (int start = 0; start < width; start += SPAN) {
-        if (!is_held) values.load(sum + first, start, width);
-        values.each([&](float value, int a, int j) {
-            if (column_of(start, a) + j < width) total += value - centre;
-        });
+#pragma unroll
+        for (int a = 0; a < HELD; a++) {
+            int i = column_of(start, a);
+            if (!is_held) values[a] = load_four<ALIGNED>(sum, i, width);
+            for (int j = 0; j < FOUR; j++) {
+                total += i + j < width ? element(values[a], j) - centre : 0.0f;
+            }
+        }
     }
     centre += over_lanes<Sum>(total) / width;
 
     float squares = 0.0f;
     for (int start = 0; start < width; start += SPAN) {
-        if (!is_held) values.load(sum + first, start, width);
-        values.each([&](float value, int a, int j) {
-            if (column_of(start, a) + j < width) squares += (value - centre) * (value - centre);
-        });
+#pragma unroll
+        for (int a = 0; a < HELD; a++) {
+            int i = column_of(start, a);
+            if (!is_held) values[a] = load_four<ALIGNED>(sum, i, width);
+            for (int j = 0; j < FOUR; j++) {
+                float value = i + j < width ? element(values[a], j) - centre : 0.0f;
+                squares += value * value;
+            }
+        }
     }
     float scale_of_row = 1.0f / sqrtf(over_lanes<Sum>(squares) / width + eps);
 
     for (int start = 0; start < width; start += SPAN) {
-        Held<float> scale, shift;
-        Held<Activation> normed;
-        if (!is_held) values.load(sum + first, start, width);
-        scale.load(weight, start, width);
-        shift.load(bias, start, width);
-        values.each([&](float value, int a, int j) {
-            value = (value - centre) * scale_of_row * scale.fours[a].elements[j];
-            value += shift.fours[a].elements[j];
-            normed.fours[a].elements[j] = rounded<Activation>(value);
-        });
-        normed.store(y + first, start, width);
+#pragma unroll
+        for (int a = 0; a < HELD; a++) {
+            int i = column_of(start, a);
+            if (!is_held) values[a] = load_four<ALIGNED>(sum, i, width);
+            Four<float> scale = load_four<ALIGNED>(weight, i, width);
+            Four<float> shift = load_four<ALIGNED>(bias, i, width);
+            Four<Activation> normed = {};
+            for (int j = 0; j < FOUR; j++) {
+                float value = (element(values[a], j) - centre) * scale_of_row * element(scale, j);
+                set(normed, j, value + element(shift, j));
+            }
+            store_four<ALIGNED>(y, i, width, normed);
+        }
+    }
+    mean = centre, rstd = scale_of_row;
+}
+
+// sum = x + branch, y = LayerNorm(sum). Block: 256. Grid: enough for a warp a row.
+extern "C" __global__ void __launch_bounds__(256, 2) add_and_normalise(
+    const float* x, const Activation* branch, const float* weight, const float* bias, float* sum,
+    Activation* y, float* mean, float* rstd, int rows, int width, float eps
+) {
+    int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP, lane = threadIdx.x % WARP;
+    if (row >= rows) return;
+    bool aligned = are_aligned(width, x, branch, weight, bias, sum, y);
+    long long first = (long long)row * width;
+    x += first, branch += first, sum += first, y += first;
+    float centre, scale_of_row;
+    if (aligned) {
+        row_forward<true>(x, branch, weight, bias, sum, y, centre, scale_of_row, width, eps);
+    } else {
+        row_forward<false>(x, branch, weight, bias, sum, y, centre, scale_of_row, width, eps);
     }
     if (lane == 0) mean[row] = centre, rstd[row] = scale_of_row;
 }
 
+// ------------------------------------------------------------------------------------ backward
+
 // The gradient of the sum: `grad` (of y) through the LayerNorm, and `along` (of the sum itself).
 //     dx = along + rstd * (dn - mean(dn) - n * mean(dn * n)), n = (x - mean) * rstd, dn = grad * weight
-// A copy in the activation type goes to rounded_dx, unless that is null.
-__device__ inline void row_backward(
-    const Activation* grad, const float* x, const float* weight, float centre, float scale_of_row,
-    const float* along, float* dx, Activation* rounded_dx, int width
+// A copy in the activation type goes to rounded_dx.
+template <bool ALIGNED> __device__ inline void row_backward(
+    const Activation* grad, const float* x, const float* weight, const float* mean,
+    const float* rstd, const float* along, float* dx, Activation* rounded_dx, int row, int width
 ) {
+    long long first = (long long)row * width;
+    grad += first, x += first, along += first, dx += first, rounded_dx += first;
+    float centre = mean[row], scale_of_row = rstd[row];
     bool is_held = width <= SPAN;
-    Held<float> values, arriving;
-    Held<Activation> grads;
+    Four<float> values[HELD], arriving[HELD];
+    Four<Activation> grads[HELD];
 
     float along_one = 0.0f, along_normed = 0.0f;
     for (int start = 0; start < width; start += SPAN) {
-        Held<float> scale;
-        values.load(x, start, width);
-        grads.load(grad, start, width);
-        arriving.load(along, start, width);
-        scale.load(weight, start, width);
-        values.each([&](float value, int a, int j) {
-            float dnormed = to_float(grads.fours[a].elements[j]) * scale.fours[a].elements[j];
-            along_one += dnormed;
-            along_normed += dnormed * (value - centre) * scale_of_row;
-        });
+#pragma unroll
+        for (int a = 0; a < HELD; a++) {
+            int i = column_of(start, a);
+            values[a] = load_four<ALIGNED>(x, i, width);
+            grads[a] = load_four<ALIGNED>(grad, i, width);
+            arriving[a] = load_four<ALIGNED>(along, i, width);
+        }
+#pragma unroll
+        for (int a = 0; a < HELD; a++) {
+            Four<float> scale = load_four<ALIGNED>(weight, column_of(start, a), width);
+            for (int j = 0; j < FOUR; j++) {
+                float dnormed = element(grads[a], j) * element(scale, j);
+                along_one += dnormed;
+                along_normed += dnormed * (element(values[a], j) - centre) * scale_of_row;
+            }
+        }
     }
     along_one = over_lanes<Sum>(along_one) / width;
     along_normed = over_lanes<Sum>(along_normed) / width;
 
     for (int start = 0; start < width; start += SPAN) {
-        Held<float> scale;
-        if (!is_held) {
-            values.load(x, start, width);
-            grads.load(grad, start, width);
-            arriving.load(along, start, width);
+#pragma unroll
+        for (int a = 0; a < HELD; a++) {
+            int i = column_of(start, a);
+            if (!is_held) {
+                values[a] = load_four<ALIGNED>(x, i, width);
+                grads[a] = load_four<ALIGNED>(grad, i, width);
+                arriving[a] = load_four<ALIGNED>(along, i, width);
+            }
+            Four<float> scale = load_four<ALIGNED>(weight, i, width);
+            for (int j = 0; j < FOUR; j++) {
+                float dnormed = element(grads[a], j) * element(scale, j);
+                float normed = (element(values[a], j) - centre) * scale_of_row;
+                float value = scale_of_row * (dnormed - along_one - normed * along_normed);
+                value += element(arriving[a], j);
+                set(values[a], j, value);
+                set(grads[a], j, value);
+            }
+            store_four<ALIGNED>(dx, i, width, values[a]);
+            store_four<ALIGNED>(rounded_dx, i, width, grads[a]);
         }
-        scale.load(weight, start, width);
-        values.each([&](float& value, int a, int j) {
-            float dnormed = to_float(grads.fours[a].elements[j]) * scale.fours[a].elements[j];
-            float normed = (value - centre) * scale_of_row;
-            value = scale_of_row * (dnormed - along_one - normed * along_normed);
-            value += arriving.fours[a].elements[j];
-            grads.fours[a].elements[j] = rounded<Activation>(value);
-        });
-        values.store(dx, start, width);
-        if (rounded_dx) grads.store(rounded_dx, start, width);
     }
 }
 
@@ -192,12 +227,13 @@ extern "C" __global__ void __launch_bounds__(256, 2) add_and_normalise_backward(
     int rows, int width
 ) {
     int first = blockIdx.x * ROWS, end = min(first + ROWS, rows);
+    bool aligned = are_aligned(width, grad, x, weight, along, dx, rounded_dx);
     for (int row = first + int(threadIdx.x) / WARP; row < end; row += int(blockDim.x) / WARP) {
-        long long start = (long long)row * width;
-        row_backward(
-            grad + start, x + start, weight, mean[row], rstd[row], along + start, dx + start,
-            rounded_dx ? rounded_dx + start : nullptr, width
-        );
+        if (aligned) {
+            row_backward<true>(grad, x, weight, mean, rstd, along, dx, rounded_dx, row, width);
+        } else {
+            row_backward<false>(grad, x, weight, mean, rstd, along, dx, rounded_dx, row, width);
+        }
     }
     float* out = partials + (long long)blockIdx.x * 2 * width;
     for (int column = threadIdx.x; column < width; column += blockDim.x) {
