@@ -75,7 +75,8 @@ def test_training(dtype: str, emulator: cuda_emulator.Emulator) -> None:
     assert {name for name, kept_in in launched if kept_in == activation} >= {
         *("add_bias", "gelu_forward", "gelu_backward", "cross_entropy_forward"),
         *("attention_forward", "attention_backward_queries", "attention_backward_keys"),
-        *("column_sums", *(() if dtype == "float32" else ("narrow", "widen"))),
+        *("column_sums", *(() if dtype == "float32" else ("narrow", "narrow_all"))),
+        *(() if dtype == "float32" else ("add_and_normalise", "add_and_normalise_backward")),
     }
     assert {name for name, kept_in in launched if kept_in == "-DACTIVATION=Float"} >= {
         *("layer_norm_forward", "layer_norm_backward", "layer_norm_backward_weight"),
