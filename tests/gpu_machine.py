@@ -15,7 +15,8 @@ import pytest
 from cuda_emulator import Emulator
 from guarded_arrays import GuardedArrays
 
-from micrograd_gpt.kernels.in_cuda import cublas, token_step
+from micrograd_gpt.functional import gelu_backward, gelu_forward
+from micrograd_gpt.kernels.in_cuda import cublas, cublas_lt, token_step
 from micrograd_gpt.kernels.in_cuda import kernels as gpu
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 
@@ -69,6 +70,7 @@ class EmulatedGPU(Machine):
         monkeypatch.setattr(cuda_modules, "run", self.emulator.run)
         monkeypatch.setattr(cuda_modules, "usable", lambda: True)
         monkeypatch.setattr(cublas, "product", _product)
+        monkeypatch.setattr(cublas_lt, "product", _product_and_beside)
 
     def put(self, *arrays: np.ndarray) -> list[np.ndarray]:
         return list(arrays)
@@ -86,6 +88,31 @@ def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> np.ndarray:
     return out
 
 
+def _product_and_beside(
+    a: np.ndarray,
+    b: np.ndarray,
+    out: np.ndarray,
+    epilogue: int,
+    beside: np.ndarray | None = None,
+    before: np.ndarray | None = None,
+) -> bool:
+    """Does what cuBLASLt does in cublas_lt.product."""
+    if a.dtype == np.float32 or a.dtype != b.dtype:
+        return False
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    product = a @ b
+    if epilogue in (cublas_lt.BIAS, cublas_lt.BIAS_THEN_GELU):
+        product += beside
+    if epilogue == cublas_lt.BIAS_THEN_GELU:
+        before[...], product = product, gelu_forward(product)
+    if epilogue == cublas_lt.BACK_THROUGH_GELU:
+        product = gelu_backward(product, before.astype(np.float32))
+    if epilogue in (cublas_lt.SUMS_OF_A, cublas_lt.SUMS_OF_B):
+        beside[...] = a.sum(1) if epilogue == cublas_lt.SUMS_OF_A else b.sum(0)
+    out[...] = product
+    return True
+
+
 @contextmanager
 def emulated_cupy(emulator: Emulator) -> Iterator[None]:
     """Within this block a model on "gpu" computes, with fake_cupy's arrays and emulated kernels."""
@@ -94,12 +121,19 @@ def emulated_cupy(emulator: Emulator) -> Iterator[None]:
         out[...] = fake_cupy.matmul(a.astype(np.float32), b.astype(np.float32))
         return out
 
+    def product_and_beside(*arrays: Any, **others: Any) -> bool:
+        numbers = [getattr(array, "_numbers", array) for array in arrays]
+        return _product_and_beside(
+            *numbers, **{name: getattr(x, "_numbers", x) for name, x in others.items()}
+        )
+
     emulator.launched.clear()
     with fake_cupy.installed(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_modules, "run", functools.partial(fake_cupy.launch, emulator.run))
         patch.setattr(cuda_modules, "usable", lambda: True)
         patch.setattr(cuda_modules, "address", lambda array: array._numbers.ctypes.data)
         patch.setattr(cublas, "product", product)
+        patch.setattr(cublas_lt, "product", product_and_beside)
         yield
 
 

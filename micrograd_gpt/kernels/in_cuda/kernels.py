@@ -23,7 +23,7 @@ from micrograd_gpt.arrays.devices import Array, array_module
 from micrograd_gpt.arrays.precision import HALF, is_half
 from micrograd_gpt.arrays.stand_ins import NotForMe, converts
 from micrograd_gpt.kernels import linear_cross_entropy
-from micrograd_gpt.kernels.in_cuda import cublas
+from micrograd_gpt.kernels.in_cuda import cublas, cublas_lt
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.arguments import (
     HEAD_SIZES,
@@ -97,6 +97,10 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
         multiply_few_rows(x, weight, bias, y)
         return y
     dtype = activation(x, *([] if bias is None else [bias]))
+    if bias is not None:
+        y = array_module(x).empty((n, m), x.dtype)
+        if cublas_lt.product(x, weight, y, cublas_lt.BIAS, bias):
+            return y
     y = _product(x, weight)
     if bias is not None:
         grid = (strips(m, dtype, 128), min(n, MAX_BLOCKS))
@@ -119,12 +123,15 @@ def input_gradient(grad: Array, weight: Array) -> Array:
 
 def weight_gradients(grad: Array, x: Array, weight: Array) -> tuple[Array, Array]:
     """The float32 gradients of a weight, in its layout in memory, and of its bias."""
-    order = "C" if weight.flags.c_contiguous else "F"
-    dweight = array_module(x).empty(weight.shape, np.float32, order)
-    if order == "C":
-        _product(x.T, grad, dweight)
-    else:
-        _product(grad.T, x, dweight.T)
+    order, xp = "C" if weight.flags.c_contiguous else "F", array_module(x)
+    dweight = xp.empty(weight.shape, np.float32, order)
+    a, b, out, sums = x.T, grad, dweight, cublas_lt.SUMS_OF_B
+    if order == "F":
+        a, b, out, sums = grad.T, x, dweight.T, cublas_lt.SUMS_OF_A
+    dbias = xp.empty(weight.shape[1], np.float32)
+    if cublas_lt.product(a, b, out, sums, dbias):
+        return dweight, dbias
+    _product(a, b, out)
     return dweight, _column_sums(grad, name_of(grad.dtype))
 
 
