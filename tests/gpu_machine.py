@@ -15,7 +15,7 @@ import pytest
 from cuda_emulator import Emulator
 from guarded_arrays import GuardedArrays
 
-from micrograd_gpt.functional import gelu_backward, gelu_forward
+from micrograd_gpt.functional import gelu_forward
 from micrograd_gpt.kernels.in_cuda import cublas, cublas_lt, token_step
 from micrograd_gpt.kernels.in_cuda import kernels as gpu
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
@@ -70,7 +70,7 @@ class EmulatedGPU(Machine):
         monkeypatch.setattr(cuda_modules, "run", self.emulator.run)
         monkeypatch.setattr(cuda_modules, "usable", lambda: True)
         monkeypatch.setattr(cublas, "product", _product)
-        monkeypatch.setattr(cublas_lt, "product", _product_and_beside)
+        monkeypatch.setattr(cublas_lt, "product", _product_with_bias)
 
     def put(self, *arrays: np.ndarray) -> list[np.ndarray]:
         return list(arrays)
@@ -88,27 +88,19 @@ def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> np.ndarray:
     return out
 
 
-def _product_and_beside(
+def _product_with_bias(
     a: np.ndarray,
     b: np.ndarray,
+    bias: np.ndarray,
     out: np.ndarray,
-    epilogue: int,
-    beside: np.ndarray | None = None,
     before: np.ndarray | None = None,
 ) -> bool:
     """Does what cuBLASLt does in cublas_lt.product."""
     if a.dtype == np.float32 or a.dtype != b.dtype:
         return False
-    a, b = a.astype(np.float32), b.astype(np.float32)
-    product = a @ b
-    if epilogue in (cublas_lt.BIAS, cublas_lt.BIAS_THEN_GELU):
-        product += beside
-    if epilogue == cublas_lt.BIAS_THEN_GELU:
+    product = a.astype(np.float32) @ b.astype(np.float32) + bias
+    if before is not None:
         before[...], product = product, gelu_forward(product)
-    if epilogue == cublas_lt.BACK_THROUGH_GELU:
-        product = gelu_backward(product, before.astype(np.float32))
-    if epilogue in (cublas_lt.SUMS_OF_A, cublas_lt.SUMS_OF_B):
-        beside[...] = a.sum(1) if epilogue == cublas_lt.SUMS_OF_A else b.sum(0)
     out[...] = product
     return True
 
@@ -121,11 +113,8 @@ def emulated_cupy(emulator: Emulator) -> Iterator[None]:
         out[...] = fake_cupy.matmul(a.astype(np.float32), b.astype(np.float32))
         return out
 
-    def product_and_beside(*arrays: Any, **others: Any) -> bool:
-        numbers = [getattr(array, "_numbers", array) for array in arrays]
-        return _product_and_beside(
-            *numbers, **{name: getattr(x, "_numbers", x) for name, x in others.items()}
-        )
+    def product_with_bias(*arrays: Any) -> bool:
+        return _product_with_bias(*(array if array is None else array._numbers for array in arrays))
 
     emulator.launched.clear()
     with fake_cupy.installed(), pytest.MonkeyPatch.context() as patch:
@@ -133,7 +122,7 @@ def emulated_cupy(emulator: Emulator) -> Iterator[None]:
         patch.setattr(cuda_modules, "usable", lambda: True)
         patch.setattr(cuda_modules, "address", lambda array: array._numbers.ctypes.data)
         patch.setattr(cublas, "product", product)
-        patch.setattr(cublas_lt, "product", product_and_beside)
+        patch.setattr(cublas_lt, "product", product_with_bias)
         yield
 
 

@@ -1,4 +1,4 @@
-"""Matrix products of two-byte arrays by cuBLASLt, and what it does beside them without a launch.
+"""Linear layers of two-byte arrays by cuBLASLt, which adds the bias and takes GELU on the way out.
 
 cuBLASLt comes with the cuBLAS that CuPy loads, but CuPy has no functions for it: they are called
 here by ctypes. The numbers in capitals are those of cublasLt.h and library_types.h (NVIDIA, cuBLAS
@@ -19,15 +19,9 @@ from micrograd_gpt.arrays.precision import is_half
 from micrograd_gpt.kernels.in_cuda.cublas import CUDA_TYPES, is_transposed, leading
 from micrograd_gpt.kernels.in_cuda.modules import address
 
-# What is done beside a product: cublasLtEpilogue_t
-BIAS = 4  # `beside` (m,) is added to each row
-BIAS_THEN_GELU = 164  # likewise, and that is written into `before`; then comes GELU
-BACK_THROUGH_GELU = 192  # the result is multiplied by GELU's slope at `before`
-SUMS_OF_B = 256  # the columns of b are added up into `beside` (m,): cuBLASLt calls it A
-SUMS_OF_A = 512  # the rows of a are added up into `beside` (n,)
-
+BIAS, BIAS_THEN_GELU = 4, 164  # cublasLtEpilogue_t; the second keeps what GELU is taken of
 # cublasLtMatmulDescAttributes_t, of a product
-TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BESIDE, BEFORE, LEADING_OF_BEFORE = 3, 4, 7, 8, 11, 12
+TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, ADDED, BEFORE, LEADING_OF_BEFORE = 3, 4, 7, 8, 11, 12
 MOST_WORKSPACE, ALIGNMENTS = 1, (5, 6, 7, 8)  # cublasLtMatmulPreferenceAttributes_t
 FLOAT32_SUMS = 68  # cublasComputeType_t
 ALIGNED = 16  # bytes; cuBLASLt's quick products need it
@@ -49,34 +43,26 @@ class _Way(ctypes.Structure):
     )
 
 
-def product(
-    a: Array,
-    b: Array,
-    out: Array,
-    epilogue: int,
-    beside: Array | None = None,
-    before: Array | None = None,
-) -> bool:
-    """Write a (n, k) @ b (k, m) into out (n, m), and do the epilogue.
+def product(a: Array, b: Array, bias: Array, out: Array, before: Array | None = None) -> bool:
+    """Write a (n, k) @ b (k, m) + bias (m,) into `out` (n, m); with `before`, into that one, and
+    its GELU into `out`.
 
-    `out` has the type of a and b or is float32, and is C-contiguous; `beside` (a vector) and
-    `before` (n, m) have the type of `out`. False, with nothing done, unless a and b are both
-    float16 or both bfloat16, without gaps, and cuBLASLt is found and has a way to do it.
+    The GELU is taken before anything is rounded. `out` and `before` are C-contiguous. False, with
+    nothing done, unless all are float16 or all bfloat16, a and b have no gaps, and cuBLASLt is
+    found and has a way to do it.
     """
-    if not is_half(a) or a.dtype != b.dtype:
+    arrays = [x for x in (a, b, out, bias, before) if x is not None]
+    if not is_half(a) or any(x.dtype != a.dtype for x in arrays):
         return False
-    arrays = [x for x in (a, b, out, beside, before) if x is not None]
     if any(not x.size or address(x) % ALIGNED for x in arrays):
         return False
     if not all(x.flags.c_contiguous or x.flags.f_contiguous for x in (a, b)):
         return False
-    kinds = CUDA_TYPES[str(a.dtype)], CUDA_TYPES[str(out.dtype)]
     sizes = (*out.shape, a.shape[1], is_transposed(a), is_transposed(b), leading(a), leading(b))
-    plan = _plan(epilogue, kinds, sizes)
-    if plan is None:
-        return False
-    plan(*(0 if x is None else address(x) for x in (a, b, out, beside, before)))
-    return True
+    plan = _plan(before is not None, CUDA_TYPES[str(a.dtype)], sizes)
+    if plan is not None:
+        plan(*map(address, arrays))
+    return plan is not None
 
 
 @cache
@@ -94,12 +80,12 @@ def _library() -> Any:
 
 
 @cache
-def _plan(epilogue: int, kinds: tuple[int, int], sizes: tuple[int, ...]) -> Plan | None:
+def _plan(gelu: bool, kind: int, sizes: tuple[int, ...]) -> Plan | None:
     """What does all products of this kind; None where nothing does."""
     library = _library()
     if library is None:
         return None
-    plan = Plan(library, epilogue, kinds, sizes)
+    plan = Plan(library, gelu, kind, sizes)
     return plan if plan.found else None
 
 
@@ -111,35 +97,28 @@ class Plan:
 
     Args:
         library: cuBLASLt.
-        epilogue: what to do beside the product.
-        kinds: the type of a and b, and that of the result.
+        gelu: whether GELU comes after the bias.
+        kind: the type of all arrays (CUDA_TYPES).
         sizes: n, m, k, whether a and b are stored in columns, and their leading dimensions.
     """
 
-    def __init__(
-        self, library: Any, epilogue: int, kinds: tuple[int, int], sizes: tuple[int, ...]
-    ) -> None:
+    def __init__(self, library: Any, gelu: bool, kind: int, sizes: tuple[int, ...]) -> None:
         n, m, k, a_in_columns, b_in_columns, leading_a, leading_b = sizes
         self.library = library
         float32 = c_int(CUDA_TYPES["float32"])
         self.description = self._make("MatmulDesc", c_int(FLOAT32_SUMS), float32)
         self._set(TRANSPOSE_A, c_int(b_in_columns))
         self._set(TRANSPOSE_B, c_int(a_in_columns))
-        self._set(EPILOGUE, c_int(epilogue))
-        self._set(BESIDE, c_void_p(ALIGNED))  # how pointers will be aligned
-        self.has_before = epilogue in (BIAS_THEN_GELU, BACK_THROUGH_GELU)
-        if self.has_before:
+        self._set(EPILOGUE, c_int(BIAS_THEN_GELU if gelu else BIAS))
+        self._set(ADDED, c_void_p(ALIGNED))  # how pointers will be aligned
+        if gelu:
             self._set(BEFORE, c_void_p(ALIGNED))
             self._set(LEADING_OF_BEFORE, c_int64(m))
         of_b = (k, m) if b_in_columns else (m, k)
         of_a = (n, k) if a_in_columns else (k, n)
         self.layouts = [
-            self._make("MatrixLayout", c_int(kind), *map(c_uint64, size), c_int64(leading))
-            for kind, size, leading in (
-                (kinds[0], of_b, leading_b),
-                (kinds[0], of_a, leading_a),
-                (kinds[1], (m, n), m),
-            )
+            self._make("MatrixLayout", c_int(kind), *map(c_uint64, size), c_int64(apart))
+            for size, apart in ((of_b, leading_b), (of_a, leading_a), ((m, n), m))
         ]
         self.way = _Way()
         self.found = self._find_way()
@@ -168,7 +147,7 @@ class Plan:
         self.library.cublasLtMatmulPreferenceDestroy(preference)
         return status == 0 and found.value > 0
 
-    def __call__(self, a: int, b: int, out: int, beside: int, before: int) -> None:
+    def __call__(self, a: int, b: int, out: int, bias: int, before: int | None = None) -> None:
         """Start the product of the matrices at these addresses, on the current stream."""
         import cupy
 
@@ -176,8 +155,8 @@ class Plan:
         workspace = cupy.empty(way.workspace, "u1")
         stream = cupy.cuda.get_current_stream().ptr
         with _POINTERS:
-            self._set(BESIDE, c_void_p(beside))
-            if self.has_before:
+            self._set(ADDED, c_void_p(bias))
+            if before is not None:
                 self._set(BEFORE, c_void_p(before))
             status = self.library.cublasLtMatmul(
                 *(_handle(), self.description, byref(ONE)),

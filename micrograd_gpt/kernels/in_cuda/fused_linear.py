@@ -17,7 +17,7 @@ def linear(x: Array, weight: Array, bias: Array) -> Array:
 def linear_gelu(x: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
     """before = x @ weight + bias, and gelu(before): both (N, n_out)."""
     y, before = (array_module(x).empty((len(x), weight.shape[1]), x.dtype) for _ in range(2))
-    if not cublas_lt.product(x, weight, y, cublas_lt.BIAS_THEN_GELU, bias, before):
+    if not cublas_lt.product(x, weight, bias, y, before):
         before = kernels.linear_forward(x, weight, bias)
         y = kernels.gelu_forward(before)
     return before, y
@@ -35,8 +35,4 @@ def input_gradient(grad: Array, weight: Array) -> Array:
 
 def input_gradient_before_gelu(grad: Array, weight: Array, before: Array) -> Array:
     """The gradient of `before` (N, n_in), where the layer's input was gelu(before)."""
-    result = array_module(grad).empty_like(before)
-    how = cublas_lt.BACK_THROUGH_GELU
-    if not cublas_lt.product(grad, weight.T, result, how, before=before):
-        result = kernels.gelu_backward(kernels.input_gradient(grad, weight), before)
-    return result
+    return kernels.gelu_backward(kernels.input_gradient(grad, weight), before)

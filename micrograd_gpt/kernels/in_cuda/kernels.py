@@ -99,7 +99,7 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
     dtype = activation(x, *([] if bias is None else [bias]))
     if bias is not None:
         y = array_module(x).empty((n, m), x.dtype)
-        if cublas_lt.product(x, weight, y, cublas_lt.BIAS, bias):
+        if cublas_lt.product(x, weight, bias, y):
             return y
     y = _product(x, weight)
     if bias is not None:
@@ -123,15 +123,12 @@ def input_gradient(grad: Array, weight: Array) -> Array:
 
 def weight_gradients(grad: Array, x: Array, weight: Array) -> tuple[Array, Array]:
     """The float32 gradients of a weight, in its layout in memory, and of its bias."""
-    order, xp = "C" if weight.flags.c_contiguous else "F", array_module(x)
-    dweight = xp.empty(weight.shape, np.float32, order)
-    a, b, out, sums = x.T, grad, dweight, cublas_lt.SUMS_OF_B
-    if order == "F":
-        a, b, out, sums = grad.T, x, dweight.T, cublas_lt.SUMS_OF_A
-    dbias = xp.empty(weight.shape[1], np.float32)
-    if cublas_lt.product(a, b, out, sums, dbias):
-        return dweight, dbias
-    _product(a, b, out)
+    order = "C" if weight.flags.c_contiguous else "F"
+    dweight = array_module(x).empty(weight.shape, np.float32, order)
+    if order == "C":
+        _product(x.T, grad, dweight)
+    else:
+        _product(grad.T, x, dweight.T)
     return dweight, _column_sums(grad, name_of(grad.dtype))
 
 
