@@ -20,6 +20,7 @@ from micrograd_gpt import functional as F
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.generation import filters
 from micrograd_gpt.kernels import linear_cross_entropy
+from micrograd_gpt.kernels.in_cuda import cublas_lt
 from micrograd_gpt.kernels.in_cuda import kernels as gpu
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.matvec import multiply_few_rows
@@ -448,8 +449,21 @@ def test_more_rows_are_multiplied_in_groups(order: str, on: Machine) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize(("n", "k", "m"), [(9, 3, 5), (200, 33, 70)])
-def test_linear(n: int, k: int, m: int, order: str, dtype: str, on: Machine) -> None:
+@pytest.mark.parametrize(("n", "k", "m"), [(9, 3, 5), (200, 33, 70), (200, 32, 72)])
+@pytest.mark.parametrize("beside", [True, False])
+def test_linear(
+    beside: bool,
+    n: int,
+    k: int,
+    m: int,
+    order: str,
+    dtype: str,
+    on: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the bias beside the product, where cuBLASLt does that, and with launches for it."""
+    if not beside:
+        monkeypatch.setattr(cublas_lt, "product", lambda *_, **__: False)
     x, weight, bias = (numbers(*s, dtype=dtype) for s in ((n, k), (k, m), (m,)))
     grad, weight = numbers(n, m, dtype=dtype, seed=1), np.asarray(weight, order=order)
     y = on.repeated(lambda: gpu.linear_forward(*on.put(x, weight, bias)))

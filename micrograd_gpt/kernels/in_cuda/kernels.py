@@ -23,7 +23,7 @@ from micrograd_gpt.arrays.devices import Array, array_module
 from micrograd_gpt.arrays.precision import HALF, is_half
 from micrograd_gpt.arrays.stand_ins import NotForMe, converts
 from micrograd_gpt.kernels import linear_cross_entropy
-from micrograd_gpt.kernels.in_cuda import cublas
+from micrograd_gpt.kernels.in_cuda import cublas, cublas_lt
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.arguments import (
     HEAD_SIZES,
@@ -97,6 +97,10 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
         multiply_few_rows(x, weight, bias, y)
         return y
     dtype = activation(x, *([] if bias is None else [bias]))
+    if bias is not None:
+        y = array_module(x).empty((n, m), x.dtype)
+        if cublas_lt.product(x, weight, bias, y):
+            return y
     y = _product(x, weight)
     if bias is not None:
         grid = (strips(m, dtype, 128), min(n, MAX_BLOCKS))
