@@ -108,7 +108,7 @@ def test_the_gradients_are_the_tapes(
         found.append((loss.item(), model.draws.latest, gradients(model, loss)))
         by_the_tape(monkeypatch)
     (loss, draws, ours), (reference, expected_draws, theirs) = found
-    assert loss == pytest.approx(reference, rel=1e-5) and draws == expected_draws
+    assert loss == pytest.approx(reference, rel=1e-4) and draws == expected_draws
     assert_alike(ours, theirs, TOLERANCE[dtype])
 
 
