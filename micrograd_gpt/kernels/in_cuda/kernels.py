@@ -135,16 +135,17 @@ def _column_sums(x: Array, dtype: str) -> Array:
     partials = xp.empty((parts, m), np.float32)
     grid = (strips(m, dtype), parts)
     launch("sums", "column_sums", dtype, grid, (32, 8), x, partials, n, m)
-    return _sum_partials(partials)
+    return sum_partials(partials, m)[0]
 
 
-def _sum_partials(partials: Array) -> Array:
-    """Sums of float32 partials (parts, width) along the first axis: (width,)."""
-    parts, width = partials.shape
-    sums = array_module(partials).empty(width, np.float32)
-    grid = (-(-width // THREADS),)
-    launch("sums", "sum_partials", "float32", grid, (THREADS,), partials, sums, parts, width)
-    return sums
+def sum_partials(partials: Array, split: int) -> tuple[Array, Array]:
+    """Sums of float32 partials (parts, width) along the first axis: of the first `split` columns,
+    and of the others."""
+    (parts, width), xp = partials.shape, array_module(partials)
+    first, second = (xp.empty(n, np.float32) for n in (split, width - split))
+    arguments = (partials, first, second, parts, width, split)
+    launch("sums", "sum_partials", "float32", (-(-width // 32),), (32, 32), *arguments)
+    return first, second
 
 
 def _total(numbers: Array) -> Array:
@@ -237,8 +238,7 @@ def layer_norm_backward(
         *("layer_norm", "layer_norm_backward_weight", dtype, (strips(width, dtype), parts)),
         *((32, 8), grad, x, mean, rstd, partials, n, width),
     )
-    sums = _sum_partials(partials)
-    return dx, sums[:width], sums[width:]
+    return dx, *sum_partials(partials, width)
 
 
 # ------------------------------------------------------------------------------------------ gelu
