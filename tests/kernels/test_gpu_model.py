@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from gpu_machine import emulated_cupy
 
-from micrograd_gpt import Tensor, optim
+from micrograd_gpt import Tensor, layers, optim
 from micrograd_gpt.arrays.devices import move
 from micrograd_gpt.arrays.precision import compute_in, hold_in
 from micrograd_gpt.arrays.stand_ins import at_most
@@ -145,3 +145,18 @@ def test_decoding(dtype: str, emulator: cuda_emulator.Emulator) -> None:
     )
     names = {kernel for _, kernel, _ in emulator.launched}
     assert names >= {"matvec_row", "attention_token", "attention_forward", "likeliest"}
+
+
+def test_ids_on_the_host_are_sorted_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the backward of an embedding need not wait for the GPU."""
+    monkeypatch.setattr(fake_cupy, "argsort", None)
+    table = np.random.default_rng(0).standard_normal((70, 12), np.float32)
+    ids, found = np.array([[5, 0, 5, 69], [5, 1, 69, 5]]), []
+    for device in ("cpu", "gpu"):
+        weight = Tensor(Tensor(table).to(device).data, requires_grad=True)
+        y = layers.embedding(ids, weight)
+        (y * y).sum().backward()
+        found.append((y, weight.grad))
+    (y, grad), (ours, our_grad) = found
+    np.testing.assert_array_equal(ours.data.get(), y.data)
+    np.testing.assert_allclose(our_grad.get(), grad, rtol=1e-6)

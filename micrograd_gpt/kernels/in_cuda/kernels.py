@@ -21,7 +21,7 @@ import numpy as np
 from micrograd_gpt import functional, layers, optim, tensor
 from micrograd_gpt.arrays.devices import Array, array_module
 from micrograd_gpt.arrays.precision import HALF, is_half
-from micrograd_gpt.arrays.stand_ins import NotForMe, converts
+from micrograd_gpt.arrays.stand_ins import NotForMe, converts, stands_in_for
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_cuda import cublas, cublas_lt
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
@@ -42,7 +42,7 @@ from micrograd_gpt.kernels.in_cuda.modules import ACTIVATIONS, TENSOR_TABLE, TEN
 from micrograd_gpt.kernels.in_numpy.kernels import gradients
 from micrograd_gpt.kernels.shapes import ROW_OF_ADAMW, check_apart, check_fit
 from micrograd_gpt.layers import Key
-from micrograd_gpt.tensor import Tensor
+from micrograd_gpt.tensor import Picked, Tensor, record
 
 ROWS_AT_ONCE = 128  # how many rows one block adds up, column by column
 ALIGNED = 64  # the head's rows are filled up to a multiple of this
@@ -139,16 +139,17 @@ def _column_sums(x: Array, dtype: str) -> Array:
     partials = xp.empty((parts, m), np.float32)
     grid = (strips(m, dtype), parts)
     launch("sums", "column_sums", dtype, grid, (32, 8), x, partials, n, m)
-    return _sum_partials(partials)
+    return sum_partials(partials, m)[0]
 
 
-def _sum_partials(partials: Array) -> Array:
-    """Sums of float32 partials (parts, width) along the first axis: (width,)."""
-    parts, width = partials.shape
-    sums = array_module(partials).empty(width, np.float32)
-    grid = (-(-width // THREADS),)
-    launch("sums", "sum_partials", "float32", grid, (THREADS,), partials, sums, parts, width)
-    return sums
+def sum_partials(partials: Array, split: int) -> tuple[Array, Array]:
+    """Sums of float32 partials (parts, width) along the first axis: of the first `split` columns,
+    and of the others."""
+    (parts, width), xp = partials.shape, array_module(partials)
+    first, second = (xp.empty(n, np.float32) for n in (split, width - split))
+    arguments = (partials, first, second, parts, width, split)
+    launch("sums", "sum_partials", "float32", (-(-width // 32),), (32, 32), *arguments)
+    return first, second
 
 
 def _total(numbers: Array) -> Array:
@@ -173,20 +174,42 @@ def add_at(total: Array, index: Any, part: Array) -> None:
         try:
             _add_rows(total, index, part)
         except NotForMe:
-            array_module(total).add.at(total, index, part)
+            xp = array_module(total)
+            index = xp.asarray(index) if isinstance(index, np.ndarray) else index
+            xp.add.at(total, index, part)
+
+
+@stands_in_for(layers.embedding, "numpy")  # by the device of its first argument, ids on the host
+def embedding(ids: Any, weight: Tensor) -> Tensor:
+    """As the definition, for a weight on a GPU; the ids stay on the host, too.
+
+    The backward sorts them, and to sort them on the GPU would be to wait for it.
+    """
+    if weight.device == "cpu" or is_half(weight):
+        raise NotForMe
+    ids = layers.checked_ids(ids, len(weight))
+    if not isinstance(ids, np.ndarray):
+        raise NotForMe
+    rows = weight.data[array_module(weight.data).asarray(ids)]
+    return record("embedding", rows, [weight], lambda grad: (Picked(ids, grad),))
 
 
 def _add_rows(total: Array, index: Any, part: Array) -> None:
-    """Add the rows of part (…, C) to those of total (V, C) that an array of integers (…) names."""
+    """Add the rows of part (…, C) to those of total (V, C) that integers (…) name, on the device or
+    on the host."""
     xp = array_module(total)
-    if not isinstance(index, xp.ndarray) or index.dtype.kind not in "iu" or total.ndim != 2:
+    if not isinstance(index, xp.ndarray | np.ndarray) or index.dtype.kind not in "iu":
+        raise NotForMe
+    if total.ndim != 2:
         raise NotForMe
     float32(total)
     dtype, width = activation(part), total.shape[1]
     if part.shape != (*index.shape, width) or not total.size or _share_memory(total, part):
         raise NotForMe
-    ids = xp.ascontiguousarray(index.reshape(-1) % len(total), dtype=np.int64)  # -1 is the last
-    order = xp.argsort(ids, kind="stable").astype(np.int64, copy=False)
+    ids = index.reshape(-1) % len(total)  # -1 is the last
+    narrow = ids.astype(np.min_scalar_type(len(total) - 1))  # sorted sooner on the host
+    order = (np if isinstance(index, np.ndarray) else xp).argsort(narrow, kind="stable")
+    ids, order = (xp.asarray(numbers, np.int64) for numbers in (ids, order))
     rows, grid = ids.size, (ids.size, strips(width, dtype))
     launch(
         *("embedding", "embedding_backward", dtype, grid, (32, 8)),
@@ -241,8 +264,7 @@ def layer_norm_backward(
         *("layer_norm", "layer_norm_backward_weight", dtype, (strips(width, dtype), parts)),
         *((32, 8), grad, x, mean, rstd, partials, n, width),
     )
-    sums = _sum_partials(partials)
-    return dx, sums[:width], sums[width:]
+    return dx, *sum_partials(partials, width)
 
 
 # ------------------------------------------------------------------------------------------ gelu
@@ -441,7 +463,7 @@ def _cross_entropy(logits: Array, labels: Array, dlogits: Array, vocab_size: int
         raise NotForMe
     labels, losses = xp.ascontiguousarray(labels, dtype=np.int64), xp.empty(n, np.float32)
     launch(
-        *("cross_entropy", "cross_entropy_forward", name_of(logits.dtype), (n,), (THREADS,)),
+        *("cross_entropy", "cross_entropy_forward", name_of(logits.dtype), (n,), (1024,)),
         *(logits, labels, dlogits, losses, vocab_size, row_size),
     )
     return _total(losses)

@@ -12,7 +12,7 @@ import numpy as np
 
 from micrograd_gpt.arrays.devices import Array, array_module
 from micrograd_gpt.kernels.in_cuda.arguments import THREADS, WARPS, blocks, name_of
-from micrograd_gpt.kernels.in_cuda.kernels import normalise, tensor_table
+from micrograd_gpt.kernels.in_cuda.kernels import normalise, sum_partials, tensor_table
 from micrograd_gpt.kernels.in_cuda.modules import TENSORS_AT_ONCE, launch
 
 ROWS = 16  # how many rows a block of add_and_normalise_backward takes
@@ -64,18 +64,13 @@ def add_and_normalise_backward(
     """
     (n, width), xp, dtype = grad.shape, array_module(grad), name_of(grad.dtype)
     dx, rounded, parts = xp.empty_like(along), xp.empty_like(grad), -(-n // ROWS)
-    partials = xp.empty((parts, 2, width), np.float32)
+    partials = xp.empty((parts, 2 * width), np.float32)
     launch(
         *("residual", "add_and_normalise_backward", dtype, (parts,), (THREADS,)),
         *(grad, normed.x, weight, normed.mean, normed.rstd, along, dx, rounded, partials),
         *(n, width),
     )
-    dweight, dbias = (xp.empty(width, np.float32) for _ in range(2))
-    launch(
-        *("residual", "sums_of_weight_and_bias", dtype, (-(-2 * width // 32),), (32, 32)),
-        *(partials, dweight, dbias, parts, width),
-    )
-    return dx, rounded, dweight, dbias
+    return dx, rounded, *sum_partials(partials, width)
 
 
 def narrowed(arrays: Sequence[Array], dtype: np.dtype) -> list[Array]:

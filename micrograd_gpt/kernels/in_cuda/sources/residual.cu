@@ -249,25 +249,3 @@ extern "C" __global__ void __launch_bounds__(256, 2) add_and_normalise_backward(
         out[width + column] = dbias;
     }
 }
-
-// The sums of partials (parts, 2, C), in a fixed order: dweight (C) and dbias (C). There may be
-// thousands of parts, so they are added in double. Block: 32 × 32; the 32 threads of a column take
-// turns at the parts. Grid: 2C / 32.
-extern "C" __global__ void sums_of_weight_and_bias(
-    const float* partials, float* dweight, float* dbias, int parts, int width
-) {
-    __shared__ double of_thread[WARP][WARP];
-    int column = blockIdx.x * WARP + threadIdx.x;
-    double total = 0.0;
-    if (column < 2 * width) {
-        for (int part = threadIdx.y; part < parts; part += WARP) {
-            total += partials[(long long)part * 2 * width + column];
-        }
-    }
-    of_thread[threadIdx.y][threadIdx.x] = total;
-    __syncthreads();
-    if (threadIdx.y != 0 || column >= 2 * width) return;
-    total = 0.0;
-    for (int y = 0; y < WARP; y++) total += of_thread[y][threadIdx.x];
-    (column < width ? dweight[column] : dbias[column - width]) = total;
-}
