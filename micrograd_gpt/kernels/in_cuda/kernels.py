@@ -45,6 +45,7 @@ from micrograd_gpt.layers import Key
 from micrograd_gpt.tensor import Picked, Tensor, record
 
 ROWS_AT_ONCE = 128  # how many rows one block adds up, column by column
+LONG_ROW = 2**14  # from so many logits on, a block of 1024 threads has enough to do
 ALIGNED = 64  # the head's rows are filled up to a multiple of this
 
 
@@ -462,8 +463,10 @@ def _cross_entropy(logits: Array, labels: Array, dlogits: Array, vocab_size: int
     if labels.dtype.kind not in "iu":
         raise NotForMe
     labels, losses = xp.ascontiguousarray(labels, dtype=np.int64), xp.empty(n, np.float32)
+    # Few long rows at a time, so that each is still in the GPU's cache when it is read again
+    dtype, threads = name_of(logits.dtype), 1024 if row_size >= LONG_ROW else THREADS
     launch(
-        *("cross_entropy", "cross_entropy_forward", name_of(logits.dtype), (n,), (1024,)),
+        *("cross_entropy", "cross_entropy_forward", dtype, (n,), (threads,)),
         *(logits, labels, dlogits, losses, vocab_size, row_size),
     )
     return _total(losses)

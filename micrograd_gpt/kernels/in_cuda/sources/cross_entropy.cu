@@ -14,9 +14,8 @@
 // A target to ignore.
 constexpr long long IGNORE = -100;
 
-// Block: any number of whole warps, grid: N. dlogits may be logits. Few rows are taken at once if
-// blocks are large: the rows then stay in the cache until they are read again.
-extern "C" __global__ void __launch_bounds__(1024) cross_entropy_forward(
+// Block: any number of whole warps, grid: N. dlogits may be logits.
+extern "C" __global__ void cross_entropy_forward(
     const Activation* logits, const long long* targets, Activation* dlogits, float* losses,
     int vocab_size, int row_size
 ) {
