@@ -57,7 +57,7 @@ def make(config: GPT2Config = CONFIG) -> GPT2:
 
 
 def batch() -> tuple[np.ndarray, np.ndarray]:
-    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 38))
+    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 20))
     return ids[:, :-1], ids[:, 1:]
 
 
