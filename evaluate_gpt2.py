@@ -97,7 +97,7 @@ def perplexity(given: argparse.Namespace, ranks: Ranks) -> Result:
     from micrograd_gpt.text.documents import check_text_field, find_files, load_documents
 
     check_text_field(given.text_field, [given.data])
-    check_no_shards(given.data)
+    check_no_shards(given.data, given.encoding)
     with ranks.first_on_machine():  # which fetches a text
         files = None if given.data == "pydocs" else find_files(given.data)
     model, tokenizer, _ = load(given, ranks)
@@ -123,7 +123,7 @@ def multiple_choice(given: argparse.Namespace, ranks: Ranks) -> Result:
 
     items = read_choices(given.data, given.encoding)
     model, tokenizer, _ = load(given, ranks)
-    texts = [text for item in items for text in (item.context, *item.endings)]
+    texts = [text for item in items for text in (item.context, *item.endings, str(item.label))]
     return measure(given, ranks, model, ChoiceTask(items[: given.limit], tokenizer), texts)
 
 

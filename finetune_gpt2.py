@@ -36,7 +36,7 @@ from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.nn import Module
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.dropout import set_dropout
-from micrograd_gpt.runs.fingerprint import check_fingerprint
+from micrograd_gpt.runs.fingerprint import check_fingerprint, known_characters
 from micrograd_gpt.runs.lock import only_writer
 from micrograd_gpt.runs.loss_scaler import LossScaler, scaler_for
 from micrograd_gpt.runs.plan import Plan
@@ -51,7 +51,7 @@ from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
 from micrograd_gpt.text.template import choose_template
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.tuning import conversations, flags, labelled
+from micrograd_gpt.tuning import conversations, flags, labelled, lora
 from micrograd_gpt.tuning.batches import Order, Task, micro_batches
 from micrograd_gpt.tuning.classification import Classification, label_texts
 from micrograd_gpt.tuning.classifier import (
@@ -62,7 +62,6 @@ from micrograd_gpt.tuning.classifier import (
     write_classifier,
 )
 from micrograd_gpt.tuning.instructions import Instructions
-from micrograd_gpt.tuning.lora import add_as_told, count_trained, rename_base, trained_parameters
 from micrograd_gpt.tuning.scores import draw_confusion
 from micrograd_gpt.weights.config import read_config
 from micrograd_gpt.weights.names import config_named, tokenizer_folder
@@ -87,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     with memory_errors(advice), compute_in(settings.dtype):
         if to_predict:
             return predict(settings, device)
-        with nullcontext() if settings.plan else only_writer(settings.out), signals_as_before():
+        writer = nullcontext() if settings.plan else only_writer(settings.out)
+        with writer, signals_as_before(), known_characters(settings):
             return command(settings, device)
 
 
@@ -128,7 +128,8 @@ def report_classifier(settings: argparse.Namespace, task: Classification, device
     write_text(out / "scores.json", json.dumps(results, ensure_ascii=False, indent=2) + "\n")
     print(f"saved in {out}/: the model and the run, metrics.jsonl, scores.json, pictures")
     print(f"{best} has the lowest validation loss, and these scores")
-    print(f"try: python finetune_gpt2.py classify --model {cli.quoted(best)} --predict FILE.txt")
+    again = cli.command("finetune_gpt2.py")
+    print(f"try: {again} classify --model {cli.quoted(best)} --predict FILE.txt")
 
 
 def predict(settings: argparse.Namespace, device: str) -> int:
@@ -188,7 +189,7 @@ def tune(
     body = make_body(settings, device)
     task.tokenizer.check_size(body.config.vocab_size)
     model = make(body)
-    add_as_told(model, settings)  # LoRA
+    lora.add_as_told(model, settings)  # LoRA
     set_dropout(model.train(), settings.dropout)
     if settings.recompute:
         recompute_blocks(model)
@@ -198,7 +199,7 @@ def tune(
     recorder = Recorder(settings, task, model, optimizer, scaler, write, plan.tokens_per_step)
     flags.write_settings(settings)
     if settings.resume:
-        rename_base(settings)
+        lora.rename_base(settings)
     recorder.start()
     learn(settings, task, order, model, optimizer, scaler, recorder)
     return model, recorder.finish()
@@ -250,7 +251,8 @@ def make_body(settings: argparse.Namespace, device: str) -> GPT2:
     """The language model to start from, or one still to be filled by a resumed run."""
     wide = "float32" if settings.dtype in HALF else settings.dtype
     if not settings.resume or settings.lora_rank:
-        return GPT2.from_pretrained(settings.model, device, wide)
+        with lora.finding_base(settings):
+            return GPT2.from_pretrained(settings.model, device, wide)
     body = unwritten(read_config(settings.out))
     hold_in(body, wide)
     move(body, device)
@@ -260,7 +262,7 @@ def make_body(settings: argparse.Namespace, device: str) -> GPT2:
 def make_optimizer(settings: argparse.Namespace, model: Module) -> tuple[optim.AdamW, LossScaler]:
     """AdamW for the parameters that learn, and the scale of float16's gradients."""
     rate, betas = settings.learning_rate, (settings.beta1, settings.beta2)
-    learning = trained_parameters(model)
+    learning = lora.trained_parameters(model)
     optimizer = optim.AdamW(learning, rate, betas, weight_decay=settings.weight_decay)
     return optimizer, scaler_for(settings.dtype)
 
@@ -289,7 +291,7 @@ def make_plan(settings: argparse.Namespace, task: Task, device: str, make: Make)
     s, config = settings, config_of(settings)
     size = min(s.batch_size, len(task.lengths)), int(task.lengths.max())
     sizes = (*size, s.grad_accum_steps, s.recompute, s.dtype, device)
-    return Plan(config, *sizes, count_trained(make(unwritten(config)), s))
+    return Plan(config, *sizes, lora.count_trained(make(unwritten(config)), s))
 
 
 if __name__ == "__main__":

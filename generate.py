@@ -21,7 +21,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from micrograd_gpt.generation import flags
@@ -64,8 +63,7 @@ def generate(given: argparse.Namespace, ranks: Ranks) -> int:
     from micrograd_gpt.generation.output import Writer
     from micrograd_gpt.generation.prompt import converse
 
-    if sys.stdout is None:
-        raise UserError("stdout is closed: send it to a file, a pipe or a terminal")
+    cli.check_stdout()
     decoding = {name: value for name, value in vars(given).items() if name in flags.NAMES}
     choices = flags.Choices(decoding, DEFAULTS)
     choices.settings()  # what is wrong with them is said before a large model is loaded

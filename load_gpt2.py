@@ -36,7 +36,7 @@ from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.text.base_tokenizer import Tokenizer
-from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE
 from micrograd_gpt.text.template import save_template, template_of
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.weights import gguf_file
@@ -53,7 +53,7 @@ from micrograd_gpt.weights.releases import (
     open_release,
     ways_out,
 )
-from micrograd_gpt.weights.saving import write_model
+from micrograd_gpt.weights.saving import copy_tokenizer, write_model
 
 # The greedy continuation of "The dog" by openai-community/gpt2, 20 tokens in all, as published.
 # fmt: off
@@ -220,7 +220,7 @@ def tokenizer_of(weights: Weights) -> Tokenizer | None:
     try:
         return own_tokenizer(weights)
     except UserError as error:
-        say(f"no tokenizer is written: {error}")
+        say(f"no tokenizer is written (files of one are copied as they are): {error}")
         return None
 
 
@@ -229,10 +229,11 @@ def write_folder(
     out: Path,
     tokenizer: Tokenizer | None,
     dtype: str,
-    sources: Sequence[str | Path | None] = (),
+    sources: Sequence[str | Path | None] = (None,),
 ) -> None:
-    """Write the model into `out`, as a set that has nothing of an earlier model: no tokenizer, and
-    no prompt template but that of the first of the folders `sources` with one.
+    """Write the model into `out`, as a set that has nothing of an earlier model. Its tokenizer, if
+    there is none to write, is copied from the last of the folders `sources`; its prompt template
+    comes from the first with one.
     """
     templates = [template_of(folder) for folder in sources if folder and tokenizer]
     template = next(filter(None, templates), None)
@@ -242,9 +243,7 @@ def write_folder(
             save_template(template, new)
         else:
             without(new / PROMPT_TEMPLATE)
-        if tokenizer is None:
-            for name in (TOKENIZER, TOKENIZER_CONFIG):
-                without(new / name)
+        copy_tokenizer(None if tokenizer else sources[-1], new)
 
 
 def parameter_table(model: GPT2) -> list[str]:

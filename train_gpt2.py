@@ -33,7 +33,7 @@ from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.runs import checkpoint, plan_ranks
 from micrograd_gpt.runs.dropout import set_dropout
-from micrograd_gpt.runs.fingerprint import check_same_data
+from micrograd_gpt.runs.fingerprint import check_same_data, known_characters
 from micrograd_gpt.runs.lock import only_writer
 from micrograd_gpt.runs.loss_scaler import LossScaler, scaler_for
 from micrograd_gpt.runs.plan import Plan, smaller_model, smaller_step
@@ -159,9 +159,10 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
 def load_data(settings: argparse.Namespace, ranks: Ranks) -> Corpus:
     """The text as two streams of tokens; UserError where a run would be resumed on other data."""
     s = settings
-    corpus = ranks.once_a_machine(
-        lambda: load_corpus(s.data, tokenizer_of(s), s.validation, form_of(s))
-    )
+    with known_characters(s):
+        corpus = ranks.once_a_machine(
+            lambda: load_corpus(s.data, tokenizer_of(s), s.validation, form_of(s))
+        )
     check_same_data(settings, corpus)
     return corpus
 
@@ -277,7 +278,7 @@ def report(settings: argparse.Namespace, model: GPT2, corpus: Corpus, recorder: 
         print(f"validation loss {val_loss:.4f} nats per token, perplexity {perplexity:.2f}{bits}")
     print(f"saved in {settings.out}/: the model and the run, metrics.jsonl, loss.png")
     folder, prompt = map(cli.quoted, (settings.out, corpus.word()))
-    print(f"try: python generate.py --model {folder} --prompt={prompt}")
+    print(f"try: {cli.command('generate.py')} --model {folder} --prompt={prompt}")
 
 
 def plan_of(settings: argparse.Namespace, device: str) -> str:

@@ -259,14 +259,13 @@ for _ in range(200):
     b = Number(b.value - learning_rate * b.grad)
 
 print(f"w = {w.value:.3f}, b = {b.value:.3f}, last loss {losses[-1]:.6f}")
-assert abs(w.value - 1.8) < 1e-3 and abs(b.value - 3.2) < 1e-3
-
 plt.figure(figsize=(6, 3))
 plt.semilogy(losses)
 plt.xlabel("step")
 plt.ylabel("loss")
 plt.title("Learning Fahrenheit from five readings")
 plt.show()
+assert abs(w.value - 1.8) < 1e-3 and abs(b.value - 3.2) < 1e-3
 
 # %% [markdown]
 # On this scale, where each mark is a thousandth of the one above, the loss falls in a straight

@@ -106,6 +106,8 @@ def train(words, n_merges):
         for word, parts in cut.items():
             for pair in pairwise(parts):
                 pairs[pair] += words[word]
+        if not pairs:  # every word is a single token
+            break
         best = max(pairs, key=lambda pair: (pairs[pair], pair))  # equal counts: any fixed rule
         merges.append(best)
         cut = {word: join(parts, best) for word, parts in cut.items()}

@@ -25,14 +25,42 @@ def check_config(values: Mapping[str, Any]) -> None:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{key} must be a whole number of at least 1, not {value!r}")
     for key in DROPOUTS:
-        if not _is_number(values[key]) or not 0 <= values[key] < 1:
-            raise ValueError(f"{key} must be a probability in [0, 1), not {values[key]!r}")
+        check_probability(key, values[key])
     value = values[EPSILON]
     if not _is_finite(value) or value <= 0:
         raise ValueError(f"{EPSILON} must be a finite number above 0, not {value!r}")
     width, heads = values["n_embd"], values["n_head"]
     if width % heads:
         raise ValueError(f"n_embd ({width}) must be a multiple of n_head ({heads})")
+
+
+def check_probability(name: str, p: Any) -> None:
+    """ValueError where dropout cannot have this probability."""
+    if not _is_number(p) or not 0 <= p < 1:
+        raise ValueError(f"{name} must be a probability in [0, 1), not {p!r}")
+
+
+def check_described(model: Any) -> None:
+    """ValueError where the config of a model, which may be changed as its parts may, does not say
+    what the model is: whoever loads the two would get another one, or none."""
+    from micrograd_gpt.gpt2 import CausalSelfAttention
+    from micrograd_gpt.nn import LayerNorm
+
+    c, body, parts = model.config, model.transformer, [part for _, part in model.modules()]
+    found: dict[str, list[Any]] = {
+        "n_layer": [len(body.h)],
+        "n_head": [part.n_head for part in parts if isinstance(part, CausalSelfAttention)],
+        EPSILON: [part.eps for part in parts if isinstance(part, LayerNorm)],
+        "vocab_size": [len(body.wte.weight)],
+        "n_positions": [len(body.wpe.weight)] if hasattr(body.wpe, "weight") else [],
+    }
+    for name, values in found.items():
+        for value in values:
+            if value != getattr(c, name):
+                raise ValueError(
+                    f"the config says {name} = {getattr(c, name)}, but the model has {value}: a "
+                    f"model stays as it was built, so set model.config.{name} to what it has"
+                )
 
 
 def check_call(module: type) -> None:
@@ -81,10 +109,15 @@ def check_numbers(optimizer: Any) -> tuple[float, float, float, float, float]:
 def check_update(i: int, p: Tensor, m: Any, v: Any) -> None:
     """ValueError where AdamW cannot update parameter number `i` by its gradient and its moments."""
     _check_gradient("AdamW", i, p)
-    arrays: list[Any] = [p.data, p.grad, m, v]
-    shapes = [array.shape for array in arrays]
-    if len(set(shapes)) > 1:
-        raise ValueError(f"AdamW: parameter {i}, grad, m, v: {shapes}")
+    if p.grad is not None and p.grad.shape != p.shape:
+        raise ValueError(
+            f"AdamW: parameter {i} has the shape {p.shape}, but its gradient {p.grad.shape}"
+        )
+    if not m.shape == v.shape == p.shape:
+        raise ValueError(
+            f"AdamW: parameter {i} has the shape {p.shape}, but its moments {m.shape} and "
+            f"{v.shape}: after a change of shape, make a new AdamW"
+        )
     if not all(getattr(array.flags, "writeable", True) for array in (p.data, m, v)):
         raise ValueError(f"AdamW: parameter {i} of shape {p.shape} is read-only")
 

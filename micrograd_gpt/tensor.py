@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from micrograd_gpt.arrays.habits import Habits, check_leaf, plain_index
+from micrograd_gpt.arrays.habits import Habits, check_leaf, checked_parts, plain_index
 from micrograd_gpt.arrays.stand_ins import Switch, as_array, converted, definition
 
 Array: TypeAlias = Any  # NumPy's or CuPy's, which answers NumPy's functions too (NEP 13, 18, 35)
@@ -348,7 +348,8 @@ def walk_back(root: Node, grad: Array) -> None:
         node = tape.pop()
         if node in grads:
             grad = grads.pop(node)
-            for parent, part in zip(node.parents, node.backward(grad), strict=True):
+            parts = checked_parts(node.name, node.backward(grad), node.parents)
+            for parent, part in zip(node.parents, parts, strict=True):
                 if part is not None and parent and parent.name == LEAF:  # at once: nothing to hold
                     parent.backward(part.copy() if part is grad else part)
                 elif part is not None and parent:

@@ -388,6 +388,7 @@ def test_greedy_sampling_is_the_argmax_of_the_full_forward() -> None:
         expected = np.concatenate([expected, logits.argmax(-1)[:, None]], axis=1)
     ids = sample(model, prompt, 15, temperature=0)
     np.testing.assert_array_equal(ids, expected)
+    np.testing.assert_array_equal(sample(model, prompt.tolist(), 15, temperature=0), expected)
     assert len(set(ids[0])) > 3  # it is not one token again and again
 
 

@@ -264,7 +264,14 @@ def read_only(array: np.ndarray) -> np.ndarray:
 MISFITS = {
     "a larger array": (lambda p: setattr(p, "data", np.ones((8, 3), np.float32)), r"\(8, 3\)"),
     "a smaller array": (lambda p: setattr(p, "data", np.ones((1, 3), np.float32)), r"\(1, 3\)"),
-    "a longer gradient": (lambda p: setattr(p, "grad", np.ones((9, 3), np.float32)), r"\(9, 3\)"),
+    "a longer gradient": (
+        lambda p: setattr(p, "grad", np.ones((9, 3), np.float32)),
+        r"has the shape \(4, 3\), but its gradient \(9, 3\)",
+    ),
+    "a new size": (
+        lambda p: [setattr(p, name, np.ones((8, 3), np.float32)) for name in ("data", "grad")],
+        r"has the shape \(8, 3\), but its moments \(4, 3\) .*: .*, make a new AdamW",
+    ),
     "a gradient to broadcast": (lambda p: setattr(p, "grad", np.ones(3, np.float32)), r"\(3,\)"),
     "an immutable buffer": (lambda p: setattr(p, "data", read_only(p.data)), "read-only"),
 }
@@ -436,6 +443,12 @@ def test_a_module_may_define_forward() -> None:
             return x * times
 
     assert Doubled()(Tensor([1.0])).item() == 2 and Doubled()(Tensor([1.0]), times=3).item() == 3
+
+
+def test_layers_take_numpys_numbers() -> None:
+    assert nn.Linear(np.int64(2), np.int32(3)).weight.shape == (2, 3)
+    assert nn.Embedding(np.int64(2), 0).weight.shape == (2, 0)
+    assert nn.Dropout(np.float32(0.5))(Tensor(np.ones(100))).data.any()
 
 
 def test_dropout_needs_no_draws() -> None:

@@ -34,7 +34,9 @@ PACKAGE = __name__.split(".")[0]
 FUSED = ".stand_ins.fused"  # "layers.gelu.stand_ins.fused": what stands in for layers.gelu there
 
 # What arrays.stand_ins.definition made, and the function that each was made of. An attribute would
-# not do: functools.wraps copies it to whatever somebody wraps around a definition.
+# not do: functools.wraps copies it to whatever somebody wraps around a definition. But IPython's
+# autoreload makes an edited definition anew, and gives the old one its attributes: so of those that
+# are here, `.definition` says which function it is now.
 MADE_OF: dict[Any, Callable[..., Any]] = {}
 
 
@@ -47,6 +49,7 @@ class Guard:
         # Each part and what it is reached through, when all were last found as recorded: a
         # namespace, a name in it, what stood there, its function, and that one's code
         self.seen: list[tuple[dict[str, Any], str, Any, Any, Any]] | None = None
+        self.made = 0  # how many definitions had been made then
 
     def need_record(self, stand_in: Callable[..., Any]) -> None:
         """Stand-ins of this package stand in only for definitions that are recorded."""
@@ -54,6 +57,8 @@ class Guard:
             self.parts = (self.name,)
 
     def holds(self) -> bool:
+        if self.made != len(MADE_OF):
+            self.seen = None
         for namespace, attribute, value, function, code in self.seen or ():
             if namespace.get(attribute) is not value or function.__code__ is not code:
                 self.seen = None
@@ -70,7 +75,7 @@ class Guard:
                 function = function_of(value) or name_of  # what is no function has no code
                 place = id(namespace), attribute
                 seen[place] = (namespace, attribute, value, function, function.__code__)
-        self.seen = list(seen.values())
+        self.seen, self.made = list(seen.values()), len(MADE_OF)
         return True
 
 
@@ -103,7 +108,8 @@ def steps_to(name: str) -> Iterator[tuple[dict[str, Any], str, Any]]:
 
 def function_of(value: Any) -> FunctionType | None:
     """The function that a part is: a definition's own, a property's getter; else None."""
-    value = MADE_OF.get(value) if inspect.isfunction(value) and value in MADE_OF else value
+    is_made = inspect.isfunction(value) and value in MADE_OF
+    value = getattr(value, "definition", value) if is_made else value
     value = value.fget if isinstance(value, property) else value
     return value if isinstance(value, FunctionType) else None
 

@@ -39,12 +39,35 @@ def check_leaf(requires_grad: Any, dtype: Any) -> None:
         raise ValueError(f"a tensor of {dtype} cannot require a gradient: use a float")
 
 
+def checked_parts(name: str, parts: Any, parents: tuple[Any, ...]) -> Any:
+    """What the backward of the operation `name` returned; TypeError unless that is something for
+    each of its inputs."""
+    if not isinstance(parts, tuple | list) or len(parts) != len(parents):
+        raise TypeError(
+            f"the backward of {name!r} must return a tuple: for each of its {len(parents)} inputs "
+            f"a gradient, an array, or None; not {parts!r:.60}"
+        )
+    return parts
+
+
+def from_list(values: Any) -> np.ndarray:
+    """Numbers, or lists of them, as an array, of integers where there are none. ValueError where
+    rows differ in length."""
+    try:
+        array = np.array(values)
+    except ValueError as error:
+        if "inhomogeneous" not in str(error):
+            raise
+        raise ValueError("the rows of a list differ in length: pad the shorter ones") from error
+    return array if array.size else array.astype(int)
+
+
 def plain_index(index: Any, like: Any) -> Any:
     """The index, with its tensors and lists as arrays, and every array on the device of `like`."""
     if isinstance(index, tuple):
         return tuple(plain_index(part, like) for part in index)
     index = index.data if isinstance(index, Habits) else index
-    index = np.array(index, None if np.size(index) else int) if isinstance(index, list) else index
+    index = from_list(index) if isinstance(index, list) else index
     return np.array(index, like=like) if getattr(index, "ndim", 0) else index  # a copy of one's own
 
 
@@ -80,7 +103,12 @@ class Habits:
         return data if type(data) is np.ndarray else data[...]  # the numbers of an int8 matrix
 
     def item(self) -> float:
-        """The number in a tensor of one element; ValueError where there are more."""
+        """The number in a tensor of one element; ValueError where there are more, or none."""
+        if self.data.size != 1:
+            raise ValueError(
+                f"a tensor of shape {self.data.shape} is not a single number: take an element or "
+                "its .sum(), and in an `if` its .numpy().any() or .all()"
+            )
         return self.data.item()
 
     def __bool__(self) -> bool:

@@ -32,7 +32,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from micrograd_gpt.arrays import edits, precision
-from micrograd_gpt.arrays.habits import Habits
+from micrograd_gpt.arrays.habits import Habits, from_list
 from micrograd_gpt.support.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -92,7 +92,7 @@ def definition(function: F) -> F:
     @functools.wraps(function)
     def named(*args: Any) -> Any:
         try:
-            return function(*args)
+            return call.definition(*args)  # type: ignore[attr-defined]  # autoreload sets a new one
         except ValueError as error:  # the array library's message, with the layer's name before it
             name = function.__name__.strip("_")
             if type(error) is not ValueError or str(error).startswith(f"{name}: "):
@@ -173,7 +173,7 @@ def as_array(data: Any, dtype: Any = None) -> Any:
     `dtype` says. TypeError for what is no real number: None, texts, other objects."""
     if isinstance(data, np.generic) or not isinstance(getattr(data, "dtype", None), np.dtype):
         dtype = dtype or (data.dtype if isinstance(data, np.generic) else np.float32)
-        data = np.asarray(data)
+        data = from_list(data)
     if data.dtype.kind in "OSUMmc" and not all(isinstance(x, Real) for x in data.flat):
         raise TypeError(f"a tensor holds numbers, not {data.tolist()!r:.60}")
     return data if dtype is None else data.astype(dtype, copy=False)

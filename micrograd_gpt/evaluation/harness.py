@@ -30,6 +30,7 @@ from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.weights.language_model import load_language_model
 
 try:
+    import lm_eval.models  # noqa: F401  # registers its own, as it does not once ours is there
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
@@ -51,12 +52,12 @@ class MicrogradGPT(LM):
 
     Args:
         pretrained: what weights/names.py can name, such as a folder or "124M"; or a GPT2 itself,
-            and then its `tokenizer` too.
+            and then its `tokenizer` too. None is chosen as in the scripts (language_model.py).
         device: "cpu", "gpu", or what the harness calls a GPU, "cuda:0", its default: the CPU
             computes where there is none.
         dtype: as for `GPT2.from_pretrained`.
         batch_size: how many contexts of the model have the tokens that are read at a time;
-            None, "auto" or 1, the harness's default: as many as TOKENS_AT_ONCE.
+            None, "auto", "auto:4" or 1, the harness's default: as many as TOKENS_AT_ONCE.
         more: what the harness says to every model, such as max_batch_size; it changes nothing.
 
     Raises UserError for a model that cannot be loaded.
@@ -64,7 +65,7 @@ class MicrogradGPT(LM):
 
     def __init__(
         self,
-        pretrained: str | GPT2,
+        pretrained: str | GPT2 | None = None,
         tokenizer: Tokenizer | None = None,
         device: str | None = None,
         dtype: str = "float32",
@@ -78,7 +79,7 @@ class MicrogradGPT(LM):
         else:
             loaded = load_language_model(pretrained, device_named(device), dtype)
             self.model, self.encoder, _ = loaded
-        contexts = 1 if batch_size in (None, "auto") else int(str(batch_size))
+        contexts = int(batch_size or 1) if not str(batch_size).startswith("auto") else 1
         self.tokens_at_once = max(TOKENS_AT_ONCE, contexts * self.model.config.n_positions)
 
     def loglikelihood(
@@ -213,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lm_eval.__main__ import cli_evaluate
 
     given = list(sys.argv[1:] if argv is None else argv)
-    if "run" in given and not {"--model", "-M"} & set(given):
+    if "run" in given and not {"--model", "-M"} & {word.partition("=")[0] for word in given}:
         given += ["--model", NAME]
     sys.argv = ["lm_eval", *given]
     cli_evaluate()

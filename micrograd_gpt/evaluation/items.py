@@ -112,6 +112,8 @@ def _label(fields: Row, count: int, place: str) -> int:
     label = fields.get("label")
     if isinstance(label, str) and label.strip().isdecimal():
         label = int(label)
+    if isinstance(label, float) and label.is_integer():  # as tables with gaps make numbers
+        label = int(label)
     if type(label) is not int or not 0 <= label < count:
         given = "there is none" if label in (None, "") else f"this is {json.dumps(label)}"
         raise UserError(

@@ -4,7 +4,8 @@ A question is a JSON object with one of
 
     prompt                 a text to continue
     instruction, input     put into the template that the model was tuned with; input may be missing
-    messages               a conversation (tuning/conversations.py), whose last answer is asked for
+    messages               a conversation (tuning/conversations.py), whose last answer is asked for:
+                           one that stands there is the right one, and there may be none
 
 and perhaps the right answer, `output`. All that it has is in its answer's row too, beside the
 fields OF_ANSWERS.
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from micrograd_gpt.evaluation.answers import PROMPTS_AT_ONCE, Answer, answers, of_like_length
 from micrograd_gpt.evaluation.estimates import mean_and_error
@@ -62,8 +63,9 @@ def read_questions(path: str | Path, encoding: str = "utf-8") -> list[Question]:
 
 def _question(fields: Row, place: str) -> Question:
     if "messages" in fields:  # whatever stands beside them: data sets repeat the first as a prompt
-        conversation = turns_of(fields["messages"], place)
-        return Question(conversation, conversation[-1].output, fields, place)
+        conversation = turns_of(_answered(fields["messages"]), place)
+        expected = conversation[-1].output or text_field(fields, "output", place, "")
+        return Question(conversation, expected, fields, place)
     names = [name for name in ("prompt", "instruction") if name in fields]
     if len(names) != 1:
         raise UserError(
@@ -75,6 +77,13 @@ def _question(fields: Row, place: str) -> Question:
     if names == ["prompt"]:
         return Question(asked, expected, fields, place)
     return Question([Turn(asked, expected, input)], expected, fields, place)
+
+
+def _answered(messages: Any) -> Any:
+    """The messages of a question, which may end with the user's, with an answer that is unknown."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    is_open = isinstance(last, dict) and last.get("role") == "user"
+    return [*messages, {"role": "assistant", "content": None}] if is_open else messages
 
 
 class GenerationTask(Task):

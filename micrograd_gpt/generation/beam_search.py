@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from micrograd_gpt.generation.context import Context, Continuation
-from micrograd_gpt.generation.filters import NEVER, NO_TOKEN_LEFT, log_softmax, penalise
+from micrograd_gpt.generation.filters import NEVER, log_softmax, penalise
 from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
@@ -43,7 +43,8 @@ def beam_search(
 
     Each step extends every beam by every token and keeps the `num_beams` best that have not ended;
     those that have ended are set aside. New tokens end a text if they reach end-of-text or
-    `max_new_tokens`, or if `hits_stop` says so.
+    `max_new_tokens`, or if `hits_stop` says so. The search ends with all beams in play where the
+    penalties leave none of them a token.
 
     The search is over when `num_beams` have ended and none in play can be better, judged by its
     length now (`early_stopping` False) or by the length that suits it best ("never"); with True it
@@ -69,8 +70,10 @@ def beam_search(
                 beam.stopped = "length"
         # Only the best `width` may end; the others are there to go on in their place
         just_ended = [beam for beam in candidates[:width] if beam.stopped]
+        if not candidates:
+            just_ended = [replace(beam, stopped="no token left") for beam in beams]
         for beam in just_ended:
-            beam.rank = rank(beam.score, length, penalty)
+            beam.rank = rank(beam.score, len(beam.new_ids), penalty)
             beam.score = -math.exp(min(-beam.rank, LARGEST_POWER))
         ended = sorted(ended + just_ended, key=lambda beam: -beam.rank)[:width]
         alive = [row for row, beam in enumerate(candidates) if not beam.stopped][:width]
@@ -85,8 +88,6 @@ def beam_search(
             out_of_reach = rank(beams[0].score, reach, penalty) <= ended[-1].rank
             if settings.early_stopping is True or out_of_reach:
                 break
-    if not ended:
-        raise UserError(NO_TOKEN_LEFT)
     if len(ended) < settings.num_samples:
         raise UserError(
             f"only {len(ended)} of {settings.num_samples} beams could be found: lower num_samples"

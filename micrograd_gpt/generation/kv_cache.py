@@ -24,9 +24,10 @@ class KVCache:
     """
 
     def __init__(self, model: GPT2, batch_size: int = 1, capacity: int | None = None) -> None:
-        c, weight = model.config, model.transformer.h[0].attn.c_attn.weight
+        c, weight, blocks = model.config, model.transformer.wte.weight, model.transformer.h
+        heads = getattr(blocks[0].attn, "n_head", c.n_head)  # an attention of one's own has none
         capacity = c.n_positions if capacity is None else capacity
-        shape = (c.n_layer, 2, batch_size, c.n_head, capacity, c.n_embd // c.n_head)
+        shape = (len(blocks), 2, batch_size, heads, capacity, c.n_embd // heads)
         self.data = library_for(weight.device).empty(shape, compute_dtype(weight))
         self.lengths = np.zeros(batch_size, int)
 
@@ -77,8 +78,8 @@ class KVCache:
 
 def bytes_of_cache(model: GPT2, batch_size: int, capacity: int) -> int:
     """How many bytes the array of a KVCache of these sizes takes."""
-    c, dtype = model.config, compute_dtype(model.transformer.h[0].attn.c_attn.weight)
-    return 2 * c.n_layer * c.n_embd * capacity * batch_size * dtype.itemsize
+    body, dtype = model.transformer, compute_dtype(model.transformer.wte.weight)
+    return 2 * len(body.h) * model.config.n_embd * capacity * batch_size * dtype.itemsize
 
 
 class Past:

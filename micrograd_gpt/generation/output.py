@@ -108,6 +108,8 @@ class Writer:
         except KeyboardInterrupt:
             output.interrupt()
             return False
+        if any(text.stopped == "no token left" for text in self.texts):
+            say(f"note: {NO_TOKEN_LEFT}")
         return True
 
     def _encoded(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -162,8 +164,6 @@ class Writer:
             if not samples[len(found)].stopped:  # another process has decoded them
                 show(batch, len(found))
             found += batch
-        if any(sample.stopped == "no token left" for sample in found):
-            say(f"note: {NO_TOKEN_LEFT}")
 
     def _search(
         self,

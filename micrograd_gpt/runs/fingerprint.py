@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import argparse
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.corpus import Corpus
 from micrograd_gpt.text.shards import Shards, slices
+from micrograd_gpt.text.tokenizers import UnknownCharacter
+
+
+@contextmanager
+def known_characters(settings: argparse.Namespace) -> Iterator[None]:
+    """A UserError about a character in this block says so if a run would resume on other data."""
+    try:
+        yield
+    except UnknownCharacter as error:
+        if not settings.resume:
+            raise
+        raise UserError(
+            f"the data is no longer that of the run in {settings.out}: {error}, or give the same "
+            "data"
+        ) from error
 
 
 def check_same_data(settings: argparse.Namespace, corpus: Corpus) -> None:

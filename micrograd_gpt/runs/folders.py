@@ -12,6 +12,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.documents import text_files
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from micrograd_gpt.text.tokenizer_files import TOKENIZER_FILES
 from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG
 from micrograd_gpt.weights.formats import RUN_FLAGS, STATE, has_begun, holds_model
 from micrograd_gpt.weights.names import lies_in
@@ -21,8 +22,8 @@ OF_A_MODEL = (CONFIG, ADAPTED_CONFIG, TOKENIZER, TOKENIZER_CONFIG, PROMPT_TEMPLA
 OF_A_RUN = (*OF_A_MODEL, RUN_FLAGS, METRICS, CURVES, PAGE, SAMPLES, *SCORES)
 
 
-def check_free(out: Path) -> None:
-    """UserError if the folder holds what a new run would replace.
+def check_free(out: Path, sources: Iterable[str] = ()) -> None:
+    """UserError if the folder holds what a new run, which reads these sources, would replace.
 
     That is a run, a model, or what is left of a run; and in a folder without any of these, a file
     of the user's that is called like one of a run's.
@@ -37,17 +38,23 @@ def check_free(out: Path) -> None:
         if holds_run(place):
             raise UserError(f"{place} is left of a run: --overwrite it, or give another --out")
     if not has_begun(out):
+        check_inputs_stay(out, None, sources)  # of which --overwrite would be no help
         _check_names(out, OF_A_RUN, "a run")
 
 
-def check_inputs_stay(out: Path, model: str | None, sources: Iterable[str]) -> None:
+def check_inputs_stay(
+    out: Path, model: str | None, sources: Iterable[str], tokenizer: str | None = None
+) -> None:
     """UserError if a new run in `out` would remove the model that it starts from (None: a new one),
-    or a file of these sources: at once, and so for good if it fails before its first checkpoint."""
+    the folder of its tokenizer, or a file of these sources: at once, and so for good if it fails
+    before its first checkpoint. The tokenizer of `out` itself stays until then."""
     needed: list[str | Path] = []
     with reading(out):
         sets = [out / BEST, *earlier_sets(out)]
         if model and any(lies_in(model, place) for place in (out, *sets)):
             needed.append(model)
+        if tokenizer and any(lies_in(tokenizer, place) for place in sets):
+            needed.append(tokenizer)
         for file in (file for source in sources for file in text_files(source)):
             place = file.resolve()
             is_replaced = place.parent == out.resolve() and place.name in OF_A_RUN
@@ -92,7 +99,7 @@ def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
     if holds_model(out) and not overwrite:
         raise UserError(f"{out} holds a model: --overwrite it, or give another --out")
     if not overwrite:
-        _check_names(out, OF_A_MODEL, "a model")
+        _check_names(out, (*OF_A_MODEL, *TOKENIZER_FILES), "a model")
 
 
 def _check_names(out: Path, names: Iterable[str], owner: str) -> None:

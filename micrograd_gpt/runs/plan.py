@@ -15,7 +15,7 @@ import numpy as np
 
 from micrograd_gpt import optim
 from micrograd_gpt.arrays.devices import library_for, move, to_device
-from micrograd_gpt.arrays.memory import LOGITS_AT_ONCE, ROWS_AT_ONCE, check_room
+from micrograd_gpt.arrays.memory import LOGITS_AT_ONCE, ROWS_AT_ONCE, check_room, memory_errors
 from micrograd_gpt.arrays.precision import HALF, compute_in, hold_in
 from micrograd_gpt.gpt2 import GPT2Config
 from micrograd_gpt.runs.ranks import divided
@@ -34,6 +34,8 @@ SMALLER_MODEL = "choose a smaller --size, --n-layer or --n-embd"
 SMALLER_STEP = (
     "lower --batch-size (and raise --grad-accum-steps, which keeps the step), or add --recompute"
 )
+# What helps where it cannot even be timed here
+GIVE_RATE = "give the TFLOP/s of a device with --rate"
 
 
 class StepTime(NamedTuple):
@@ -264,7 +266,8 @@ class Plan:
         """The time of a step on a device that reaches `rate` TFLOP/s; None: as measured here.
 
         A given rate is that of the whole step. Else a step of a model of one block is timed, and of
-        one with two: the difference is what each further block takes.
+        one with two: the difference is what each further block takes. UserError where these do not
+        fit into memory.
         """
         if rate is not None:
             seconds = self.flops_per_token * self.tokens_per_step / (rate * 1e12)
@@ -272,7 +275,9 @@ class Plan:
         rows = self.batch_size  # a GPU needs them all to be busy
         if self.device == "cpu":
             rows = max(1, min(rows, TIMED_TOKENS // self.block_size))
-        one, two = (self._timed_step(n_layer, rows) for n_layer in (1, 2))
+            self._check_room_for_timing(rows)
+        with memory_errors(GIVE_RATE):
+            one, two = (self._timed_step(n_layer, rows) for n_layer in (1, 2))
         gradients, update = one + (self.config.n_layer - 1) * np.maximum(0.0, two - one)
         micro_batches = self.tokens_per_step / (rows * self.block_size)
         source = "measured here on one and two blocks"
@@ -282,6 +287,13 @@ class Plan:
         """Seconds that all devices together compute for a step, which `time` is of one."""
         updates = self.devices if self.sharded else 1  # that are made at the same time
         return time.gradients / self.devices + time.update / updates
+
+    def _check_room_for_timing(self, rows: int) -> None:
+        two_blocks = dataclasses.replace(self.config, n_layer=2)
+        timed = dataclasses.replace(
+            self, config=two_blocks, batch_size=rows, n_trained=None, sharded=False
+        )
+        check_room(timed.peak - PYTHON, "two blocks of this model, to be timed", GIVE_RATE)
 
     def _timed_step(self, n_layer: int, rows: int) -> np.ndarray:
         """Seconds of the gradients of a micro-batch, and of the update, (2,)."""

@@ -284,8 +284,9 @@ def check_kinds(settings: dict[str, Any], table: dict[str, Setting] = SETTINGS) 
 
 def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that starts; UserError where `out` is taken or flags contradict."""
+    texts = [flags.get(name, SETTINGS[name].default) for name in ("data", "validation")]
     if not flags.get("overwrite") and not flags.get("plan"):
-        check_free(out)
+        check_free(out, texts)
     weights = flags.get("init_from", "scratch")
     if weights == "scratch":
         size = flags.get("size", SETTINGS["size"].default)
@@ -303,11 +304,10 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
     if "learning_rate" in flags and "min_lr" not in flags:
         settings["min_lr"] = settings["learning_rate"] / 10
     check_rates(settings)
-    texts = [settings["data"], settings["validation"]]
     check_text_field(settings["text_field"], texts)
     if not flags.get("plan"):
         start = None if weights == "scratch" else weights
-        check_inputs_stay(out, start, texts if flags.get("overwrite") else [])
+        check_inputs_stay(out, start, texts, settings["tokenizer"])
     return settings
 
 
@@ -357,7 +357,13 @@ def resumed_settings(
                 f"out to resume, {choice}or start another run with --{anew} {out}"
             )
     note_edits(out, settings, flags, table)
-    return settings | flags | {"out": str(out)}
+    new_rate = flags.get("learning_rate", settings["learning_rate"])
+    if new_rate != settings["learning_rate"]:
+        settings["min_lr"] = new_rate / 10
+    settings |= flags | {"out": str(out)}
+    if {"learning_rate", "min_lr"} & flags.keys():
+        check_rates(settings)
+    return settings
 
 
 def note_edits(

@@ -237,6 +237,14 @@ def quoted(path: str | Path) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
+def command(script: str) -> str:
+    """What to type for a script, such as "generate.py": its file is called in a checkout, and where
+    a wheel was installed, which has the scripts inside the package, the command of that name."""
+    if Path(sys.argv[0]).parent != Path(__file__).parents[1] / "scripts":
+        return f"python {script}"
+    return f"micrograd-gpt {script.removesuffix('.py').removesuffix('_gpt2')}"
+
+
 def listed(names: Iterable[str]) -> str:
     """Names that a stranger chose, as a message shows them: there can be any, and any number."""
     return ", ".join(map(ascii, names))[:200]
@@ -253,6 +261,13 @@ def say(message: str, bar: Any = None) -> None:
             bar.write(message, file=sys.stderr)
         else:
             print(message, file=sys.stderr, flush=True)
+
+
+def check_stdout() -> None:
+    """UserError where the shell closed stdout (`>&-`), for which `run` has put os.devnull."""
+    replaced = sys.__stdout__ is None and getattr(sys.stdout, "name", None) == os.devnull
+    if replaced or sys.stdout is None:
+        raise UserError("stdout is closed: send it to a file, a pipe or a terminal")
 
 
 def write_utf8() -> None:
@@ -288,8 +303,12 @@ def run(main: Callable[[], int]) -> NoReturn:
         is_forbidden = isinstance(error, PermissionError)
         if error.filename is not None and not is_forbidden:  # a bug: bad files are UserErrors
             raise
-        status, what = 2, f"use {error.filename}" if error.filename else "write output"
-        say(f"error: cannot {what}: {error.strerror or error}")
+        status = 2
+        if error.errno is None:  # a library's, as where it cannot fetch something
+            say(f"error: {' '.join(str(error).split())}")
+        else:
+            what = f"use {error.filename}" if error.filename else "write output"
+            say(f"error: cannot {what}: {error.strerror or error}")
     for stream in (sys.stdout, sys.stderr):
         _flush(stream)
     sys.exit(status)

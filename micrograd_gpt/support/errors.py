@@ -22,4 +22,4 @@ def about(source: object) -> Iterator[None]:
     except UserError as error:
         if str(source) in str(error):
             raise
-        raise UserError(f"{source}: {error}") from error
+        raise type(error)(f"{source}: {error}") from error

@@ -100,6 +100,15 @@ def reading(path: str | Path) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def is_stream(path: str | Path) -> bool:
+    """Whether a path that exists is a pipe or a stream of this process, as /dev/stdin and <(…) are,
+    whose name says nothing about what is in it."""
+    is_named = os.path.isdir(path) or (
+        os.path.isfile(path) and Path(path).parts[:2] != ("/", "dev")
+    )
+    return os.path.exists(path) and not is_named
+
+
 def read_json(path: str | Path) -> dict[str, Any] | None:
     """The object in a JSON file, or None if there is no file; UserError if it is damaged."""
     with reading(path):

@@ -7,6 +7,7 @@ and read by memory map (shards.py).
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,13 +58,13 @@ class Corpus:
         return f"{len(self.train):,} tokens of {self.name}"
 
     def word(self) -> str:
-        """A word to try the model with: "The", unless that has characters which the text lacks."""
-        try:
-            self.tokenizer.encode("The")
-        except UserError:
-            text = self.tokenizer.decode(self.validation[:100].astype(int))
-            return (text.split() or [text])[0][:20]
-        return "The"
+        """A word to try the model with: "The", unless the text lacks that or its characters."""
+        with suppress(UserError):
+            if not self.tokenizer.count_unknown(self.tokenizer.encode("The")):
+                return "The"
+        ids = self.validation[:100].astype(int)
+        text = self.tokenizer.decode([i for i in ids if not self.tokenizer.count_unknown([i])])
+        return (text.split() or [text])[0][:20]
 
     @property
     def in_memory(self) -> bool:
@@ -186,7 +187,7 @@ def _read(
     text_files = None
     if source not in BY_NAME:
         with reading(source):
-            shard_files = find_shards(source)
+            shard_files = find_shards(source, form.encoding)
             text_files = [] if shard_files else find_files(source)
             size = sum(file.stat().st_size for file in text_files)
         if shard_files is not None:

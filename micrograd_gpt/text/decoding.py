@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Any
 
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import reading
+from micrograd_gpt.support.files import is_stream, reading
 
 CHUNK = 1 << 18  # bytes read at a time
 OF_CHARACTERS = ("char", "word", "byte")  # tokenizers that would learn "\r" as a thing of its own
@@ -23,6 +24,8 @@ MARKS = {  # the longer of two that begin alike first
     codecs.BOM_UTF16_BE: "utf-16",
     codecs.BOM_UTF8: "utf-8",
 }
+
+CONTROL = re.compile("[\0-\x08\x0e-\x19]")
 
 PACKED = {  # how files begin that hold text, but not as text, and how to get at it
     b"\x1f\x8b": "gzip: unpack it first, as with gunzip",
@@ -87,9 +90,11 @@ class Notes:
                 "and UTF-16 without its mark (for that: --encoding utf-16-le)"
             )
         if self.like_json:
+            some = min(self.like_json)
+            how = "name their text with --text-field" if is_stream(some) else "call it .json"
             say(
-                f"note: {min(self.like_json)} looks like JSON and is read as it stands, braces "
-                "and all; to have it read as records, call it .json"
+                f"note: {some} looks like JSON and is read as it stands, braces and all; to have "
+                f"it read as records, {how}"
             )
         if self.skipped:
             why = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())
@@ -112,6 +117,22 @@ def encoding_of(beginning: bytes, encoding: str) -> str:
     if codecs.lookup(encoding).name != "utf-8":
         return encoding
     return next((name for mark, name in MARKS.items() if beginning.startswith(mark)), encoding)
+
+
+def is_text(beginning: bytes, encoding: str = "utf-8") -> bool:
+    """Whether a file of any name begins as a text does: with a byte-order mark, or else with UTF-8
+    without the control characters that are in binary files. Another encoding was chosen for a text.
+    """
+    check_encoding(encoding)
+    if codecs.lookup(encoding_of(beginning, encoding)).name != "utf-8":
+        return True
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(
+            beginning
+        )  # it may end in a character
+    except UnicodeDecodeError:
+        return False
+    return CONTROL.search(text) is None
 
 
 def check_not_packed(beginning: bytes, name: str | Path) -> None:

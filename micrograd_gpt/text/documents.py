@@ -10,16 +10,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.download import cache_folder, download
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import reading, refuse_tilde
+from micrograd_gpt.support.files import is_stream, reading, refuse_tilde
 from micrograd_gpt.text.decoding import Form, Notes, text_chunks
 from micrograd_gpt.text.decoding import check_encoding as check_encoding
-from micrograd_gpt.text.records import RECORD_SUFFIXES, record_texts
+from micrograd_gpt.text.records import RECORD_SUFFIXES, first_record, record_texts
 
 SUFFIXES = (".txt", ".md", ".rst", *RECORD_SUFFIXES)  # of the files read in a folder
 AS_IT_IS = Form()
@@ -144,6 +145,8 @@ def find_files(source: str | Path) -> list[Path]:
 def check_text_field(field: str, sources: Sequence[str]) -> None:
     """UserError for a --text-field where none of the sources holds records that have it."""
     found = [source for source in sources if source in BY_NAME or os.path.exists(source)]
+    if any(map(is_stream, found)):
+        return  # said when it is read
     if field != AS_IT_IS.field and found and not any(map(holds_records, found)):
         raise UserError(
             f"--text-field {field} is for records ({', '.join(RECORD_SUFFIXES)}), and "
@@ -215,10 +218,11 @@ def read_documents(
 ) -> Iterator[Iterable[str]]:
     """Yield the documents of a file, each as chunks of text in order.
 
-    A file of records (records.py) has a document in the field `form.field` of each. Any other file
-    is one document. A byte-order mark is dropped; line ends stay what they are unless the form says
-    otherwise. `on_read` is called with the number of bytes after every read, and `notes` takes down
-    what was changed or left out.
+    A file of records (records.py) has a document in the field `form.field` of each, and so has a
+    stream, which no name says it of, if it begins with a JSON object that has the field. Any other
+    file is one document. A byte-order mark is dropped; line ends stay what they are unless the form
+    says otherwise. `on_read` is called with the number of bytes after every read, and `notes` takes
+    down what was changed or left out.
 
     Raises UserError for an unknown encoding, and, naming the file and the place, for bytes that
     are not in that encoding and for what is not a record with a text.
@@ -226,16 +230,21 @@ def read_documents(
     notes = Notes() if notes is None else notes
     if path.suffix.lower() in RECORD_SUFFIXES:
         yield from ([text] for text in record_texts(path, form, on_read, notes))
-    else:
-        yield _plain(path, text_chunks(path, form, on_read, notes), notes)
-
-
-def _plain(path: Path, chunks: Iterator[str], notes: Notes) -> Iterator[str]:
-    """The chunks of a text; `notes` takes down if it begins as records do."""
-    for number, chunk in enumerate(chunks):
-        if number == 0 and LIKE_JSON.match(chunk):
-            notes.like_json.add(path)
-        yield chunk
+        return
+    chunks = text_chunks(path, form, on_read, notes)
+    first = next(chunks, "")
+    whole = chain([first], chunks)
+    if is_stream(path) and form.field in first_record(first):  # no name says that these are records
+        yield from ([text] for text in record_texts(path, form, on_read, notes, whole))
+        return
+    if is_stream(path) and form.field != AS_IT_IS.field:
+        raise UserError(
+            f"--text-field {form.field} is for records, and {path} does not begin with one that "
+            "has it: leave it out, or name another"
+        )
+    if LIKE_JSON.match(first):
+        notes.like_json.add(path)
+    yield whole
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:

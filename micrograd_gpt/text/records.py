@@ -27,14 +27,22 @@ OnRead = Callable[[int], object]
 Values = Iterator[tuple[str, Any]]  # where a value stands ("line 3"), and the value
 
 
-def record_texts(path: Path, form: Form, on_read: OnRead, notes: Notes) -> Iterator[str]:
+def record_texts(
+    path: Path, form: Form, on_read: OnRead, notes: Notes, chunks: Iterable[str] | None = None
+) -> Iterator[str]:
     """The text of each record of a file, in order: that of its field `form.field`.
+
+    `chunks` are those of a stream, which holds JSON and has been opened already.
 
     A record whose text is null, or no Unicode because it has a lone surrogate, is left out, and
     `notes` counts it. Raises UserError, naming the place, for what is not a record, for one that
     lacks the field, and for a value that is not a text.
     """
-    for place, text in _values(path, form, on_read, notes):
+    if chunks is None:
+        values = _values(path, form, on_read, notes)
+    else:
+        values = _jsonl_values(path, form.field, chunks)
+    for place, text in values:
         if text is None:
             notes.skipped[NO_TEXT] += 1
             continue
@@ -125,6 +133,16 @@ def is_line_by_line(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def first_record(text: str) -> dict[str, Any]:
+    """The JSON object, or the first of a list, that a text begins with; {} where it has none."""
+    begun = text.lstrip().removeprefix("[").lstrip()
+    try:
+        record, _ = json.JSONDecoder().raw_decode(begun)
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _parsed(path: Path, place: str, text: str) -> Any:

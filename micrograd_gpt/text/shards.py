@@ -14,13 +14,17 @@ from typing import BinaryIO
 
 import numpy as np
 
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading, written_whole
+from micrograd_gpt.text.decoding import is_text
 
 MAGIC, VERSION = 20240520, 1  # as llm.c's dev/data/data_common.py writes them
 HEADER_SIZE = 1024  # bytes
 TOKEN = np.dtype("<u2")
 SLICE = 1 << 22  # ids brought into memory at a time
+LOOKED_AT = HEADER_SIZE // TOKEN.itemsize  # ids that show what a file without a header holds
+AS_UINT16 = "write them as uint16 (ids.astype(np.uint16).tofile), or give the text itself"
 
 
 class Shards:
@@ -108,7 +112,13 @@ def open_shard(path: Path, headerless: bool = False) -> np.ndarray:
             start, size = _ids_in(path, file, headerless)
         if start == size:
             return np.empty(0, TOKEN)  # there is no empty memory map
-        return np.asarray(np.memmap(path, TOKEN, mode="r", offset=start))
+        ids = np.asarray(np.memmap(path, TOKEN, mode="r", offset=start))
+    if headerless and alternate(ids[:LOOKED_AT]):
+        say(
+            f"warning: in {path} every second id is 0, as in a file of ids of four bytes each: if "
+            f"it is one, {AS_UINT16}"
+        )
+    return ids
 
 
 def read_shard(path: Path, headerless: bool = False) -> Iterator[np.ndarray]:
@@ -135,6 +145,25 @@ def _are_wider(numbers: np.ndarray) -> bool:
     return bool(zeros.max() - zeros.min() > 0.5)
 
 
+def too_wide(path: Path) -> UserError:
+    """Return the error for a file of ids that have more than two bytes each."""
+    return UserError(
+        f"{path} holds ids of four or eight bytes each, most of them zeros: {AS_UINT16}"
+    )
+
+
+def alternate(numbers: np.ndarray) -> bool:
+    """Whether every second of some uint16 numbers is 0, and most others are not.
+
+    So are the halves of ids of four bytes, and so can ids of a small vocabulary be, such as those
+    of single digits, a line each.
+    """
+    zeros = numbers[: len(numbers) // 2 * 2].reshape(-1, 2) == 0
+    if len(numbers) < 64:
+        return False  # too few to tell
+    return bool(zeros.all(axis=0).any() and zeros.mean(axis=0).min() < 0.5)
+
+
 def _ids_in(path: Path, file: BinaryIO, headerless: bool) -> tuple[int, int]:
     """Check a shard's header, and return where its ids start and end, in bytes."""
     header = file.read(HEADER_SIZE)
@@ -145,16 +174,19 @@ def _ids_in(path: Path, file: BinaryIO, headerless: bool) -> tuple[int, int]:
                 f"{path} is not a token shard (it does not begin with the magic number {MAGIC}): "
                 "remove it, or make it again"
             )
+        if header and is_text(header):
+            raise UserError(
+                f"{path} is a text and holds no token ids: rename it to {path.stem}.txt, or write "
+                "the ids of its tokens into it"
+            )
         if size % TOKEN.itemsize:
             raise UserError(
                 f"{path} is damaged: it has {size:,} bytes, and ids of two bytes each cannot make "
                 "an odd number; make it again"
             )
-        if _are_wider(np.frombuffer(header, TOKEN)):
-            raise UserError(
-                f"{path} holds ids of four or eight bytes each, most of them zeros: write them as "
-                "uint16 (ids.astype(np.uint16).tofile), or give the text itself"
-            )
+        numbers = np.frombuffer(header, TOKEN)
+        if _are_wider(numbers) and not alternate(numbers):
+            raise too_wide(path)
         return 0, size
     if len(header) < HEADER_SIZE:
         raise UserError(

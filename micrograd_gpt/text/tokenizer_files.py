@@ -3,6 +3,7 @@
     tokenizer.json            in the format of Hugging Face's tokenizers library (hugging_face.py),
                               or in the one that earlier versions of this package wrote
     vocab.json, merges.txt    a byte-pair encoding's tokens with their ids, and its merges in order
+    meta.pkl                  the characters that a model of nanoGPT's was trained on
     none of these             OpenAI's folders and many others: the tokenizer is GPT-2's
 
 Our own tokenizers are recognized, and other models' byte-pair encodings read, or refused by what
@@ -23,8 +24,11 @@ from micrograd_gpt.support.files import read_json
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT, Tokenizer
 from micrograd_gpt.text.byte_pairs import BytePairTokenizer, GPT2Tokenizer
 from micrograd_gpt.text.foreign_tokenizers import (
+    ADDED,
     BESIDE,
     MERGES,
+    OTHER_FILES,
+    SPECIAL,
     BytePairs,
     of_tokenizer_json,
     of_vocabulary_files,
@@ -33,6 +37,7 @@ from micrograd_gpt.text.foreign_tokenizers import (
 from micrograd_gpt.text.hugging_face import (
     ANY_CHARACTER,
     TOKENIZER,
+    TOKENIZER_CONFIG,
     byte_vocabulary,
     split,
     word_pattern,
@@ -46,6 +51,8 @@ from micrograd_gpt.text.tokenizers import (
 )
 
 VOCABULARY = "vocab.json"
+TOKENIZERS = (TOKENIZER, VOCABULARY, *OTHER_FILES)  # the others are refused by name
+TOKENIZER_FILES = (*TOKENIZERS, TOKENIZER_CONFIG, MERGES, ADDED, SPECIAL)
 # Of GPT-2's tokens in the order of their ids, a line each, and of OpenAI's vocab.bpe: to compare
 # with the checksums takes less time than to work out the tokens and merges.
 GPT2_TOKENS_SHA256 = "2d5ce813bdd43a428e2a9ae5e86a22fe1a594a6e7171d84d445ba4101f3a964d"
@@ -61,7 +68,11 @@ def load_tokenizer(folder: str | Path, or_gpt2: bool = True) -> Tokenizer:
 
     Raises UserError, naming the file, for a damaged file and for a tokenizer that cannot be used.
     """
+    from micrograd_gpt.text.nanogpt_vocabulary import nanogpt_vocabulary
+
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: give one that a model or a tokenizer is in")
     finish_set(folder)
     settings = read_json(folder / TOKENIZER)
     if settings is not None:
@@ -75,6 +86,8 @@ def load_tokenizer(folder: str | Path, or_gpt2: bool = True) -> Tokenizer:
         with naming(folder / VOCABULARY):
             return _byte_pairs(of_vocabulary_files(vocabulary, folder))
     refuse_other_files(folder)
+    if characters := nanogpt_vocabulary(folder):
+        return CharTokenizer(characters)
     if not or_gpt2:
         raise UserError(
             f"there is no tokenizer in {folder}: give a folder with {TOKENIZER}, or with "

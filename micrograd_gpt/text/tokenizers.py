@@ -54,10 +54,14 @@ class LearnedTokenizer(Tokenizer):
         return {"tokenizer": self.name, "vocabulary": self.vocabulary}
 
 
+class UnknownCharacter(UserError):
+    """A text has a character that its tokenizer does not know."""
+
+
 class CharTokenizer(LearnedTokenizer):
     """One id per character (Unicode code point) of the training text, in the order of code points.
 
-    A character outside the vocabulary is a UserError that names it, or becomes the token `<unk>` if
+    A character outside the vocabulary is an UnknownCharacter, or becomes the token `<unk>` if
     the vocabulary has that entry. There is no `<|endoftext|>`.
     """
 
@@ -92,7 +96,7 @@ class CharTokenizer(LearnedTokenizer):
         ids = self._ids[np.minimum(code_points, len(self._ids) - 1)]
         if (ids < 0).any():
             position = int(np.argmax(ids < 0))
-            raise UserError(
+            raise UnknownCharacter(
                 f"the character {text[position]!r} at position {position} is not among the "
                 f"{self.vocab_size} characters of the text that this char tokenizer was made from: "
                 "remove it"

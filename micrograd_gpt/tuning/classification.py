@@ -17,7 +17,7 @@ from micrograd_gpt.generation.context import check_finite, check_memory_to_read
 from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.runs.fingerprint import fingerprint
 from micrograd_gpt.support.cli import counted, say
-from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.errors import UserError, about
 from micrograd_gpt.tensor import Tensor, no_grad
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.tuning.batches import by_length, padded
@@ -85,7 +85,7 @@ class Classification:
         self.kinds = self.train.labels if balance else None
 
     def amount(self) -> str:
-        return f"{len(self.lengths):,} texts of {self.name}"
+        return f"{counted(len(self.lengths), 'text')} of {self.name}"
 
     def fingerprint(self) -> str:
         parts = (self.train, self.validation)
@@ -117,10 +117,8 @@ def encode(
     """The examples' texts as token ids, at most `longest` each; says how many were cut off."""
     encoded, cut = [], 0
     for example in examples:
-        try:
+        with about(example.place):
             ids = tokenizer.encode(example.text)
-        except UserError as error:
-            raise UserError(f"{example.place}: {error}") from error
         if not len(ids):
             raise UserError(f"{example.place}: the text has no tokens: remove the example")
         cut += len(ids) > longest

@@ -46,9 +46,10 @@ def _conversation(value: dict[str, Any], where: str) -> Conversation:
     for name in ("instruction", "output"):
         if name not in value:
             found = ", ".join(value) or "none"
-            raise UserError(
-                f"{where} has no {name!r} (fields: {found}): each example needs one, of that name"
+            needed = (
+                "each example needs instruction and output, or messages of a role and a content"
             )
+            raise UserError(f"{where} has no {name!r} (fields: {found}): {needed}")
     instruction, output, input = (
         _text(value, n, where) for n in ("instruction", "output", "input")
     )

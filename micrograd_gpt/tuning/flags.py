@@ -202,11 +202,11 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
     else:
         if "data" not in flags:
             raise UserError("--data is missing: give a file to learn from; see --help")
+        read = ("data", "validation", "test", "template")
+        files = [flags[name] for name in read if name in flags]
         if not flags.get("overwrite") and not flags.get("plan"):
-            check_free(out)
+            check_free(out, files)
         if not flags.get("plan"):
-            read = ("data", "validation", "test", "template") if flags.get("overwrite") else ()
-            files = [flags[name] for name in read if name in flags]
             check_inputs_stay(out, flags.get("model", rows["model"].default), files)
         settings = {name: row.default for name, row in rows.items()}
         settings |= {"data_fingerprint": None, "base_weights": None, "planned_steps": 0, **flags}
@@ -234,10 +234,16 @@ def for_prediction(given: dict[str, Any]) -> argparse.Namespace:
     """The settings of `classify --predict`; UserError without --model, for one that is not of its
     kind, or that is for learning only."""
     rows = table(given["command"])
+    cli.check_stdout()  # or the labels would be lost
     if "model" not in given:
         raise UserError("--model is missing: give the folder of a classifier")
     for name in given.keys() - {"command", *FOR_PREDICTION}:
-        raise UserError(f"{rows[name].flag} does nothing with --predict: leave one of them out")
+        if "predict" in given:
+            raise UserError(f"{rows[name].flag} does nothing with --predict: leave one of them out")
+        raise UserError(
+            f"without --data the texts of a pipe are labelled, for which {rows[name].flag} does "
+            "nothing: give --data to learn, or leave it out"
+        )
     settings = {name: row.default for name, row in rows.items()} | {"predict": "-"} | given
     check_kinds(settings, rows)
     return argparse.Namespace(**settings)

@@ -23,7 +23,7 @@ from micrograd_gpt.layers import IGNORE
 from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.runs.checkpoint import BEST
 from micrograd_gpt.runs.fingerprint import fingerprint
-from micrograd_gpt.support.cli import counted, quoted, say
+from micrograd_gpt.support.cli import command, counted, quoted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Tensor, no_grad
 from micrograd_gpt.text.base_tokenizer import Tokenizer
@@ -111,9 +111,9 @@ class Instructions:
         self.lengths = _lengths(self.train)
 
     def amount(self) -> str:
-        counted = sum(int(example.counted[1:].sum()) for example in self.train)
-        total = f"{int(self.lengths.sum()):,} tokens, of which {counted:,} count"
-        return f"{len(self.train):,} examples of {self.name}, {total}"
+        learned = sum(int(example.counted[1:].sum()) for example in self.train)
+        total = f"{int(self.lengths.sum()):,} tokens, of which {learned:,} count"
+        return f"{counted(len(self.train), 'example')} of {self.name}, {total}"
 
     def fingerprint(self) -> str:
         parts = (self.train, self.validation)
@@ -151,7 +151,7 @@ class Instructions:
             f"validation loss {self.val_loss:.4f} nats per token, perplexity {perplexity:.2f}",
             f"saved in {out}/: the model and the run, metrics.jsonl, loss.png",
             f"{out}/{BEST} has the lowest validation loss",
-            f'try: python generate.py --model {quoted(out)} --instruction "…"',
+            f'try: {command("generate.py")} --model {quoted(out)} --instruction "…"',
         ]
         return "\n".join(lines)
 

@@ -80,7 +80,8 @@ def read_examples(
     path = Path(path)
     with reading(path):
         if not path.exists():
-            raise UserError(f"{path} does not exist: give {', '.join(RECORD_SUFFIXES)}")
+            kinds = ", ".join(RECORD_SUFFIXES)
+            raise UserError(f"{path} does not exist: give the path of a table of texts ({kinds})")
     rows = list(_rows(path, columns, encoding, with_labels))
     if not rows:
         raise UserError(f"{path} holds no examples: give a file with texts")

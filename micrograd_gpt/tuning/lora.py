@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import math
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -194,6 +195,21 @@ def check_base(model: Any, settings: Namespace) -> None:
             "give it back those, or add --allow-changes"
         )
     settings.base_weights = found
+
+
+@contextmanager
+def finding_base(settings: Namespace) -> Iterator[None]:
+    """Where the base of a resumed run is not found in this block, the UserError says how to name it
+    anew."""
+    try:
+        yield
+    except UserError as error:
+        if not settings.resume:
+            raise
+        raise UserError(
+            f"the base of the adapter in {settings.out}: {error}; if it was moved, say with "
+            "--model where it is now"
+        ) from error
 
 
 def rename_base(settings: Namespace) -> None:

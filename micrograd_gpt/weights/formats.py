@@ -225,7 +225,10 @@ def _published_config(path: Path, tensors: Mapping[str, StoredTensor]) -> GPT2Co
     for shape in map(published_shape, SIZES):
         if "n_embd" in found and all(shape[key] == found[key] for key in found):
             return read_config(shape)
-    raise UserError(f"{path} has no {CONFIG} beside it, and is not one of OpenAI's four sizes")
+    raise UserError(
+        f"{path} has no {CONFIG} beside it, and is not one of OpenAI's four sizes: put the model's "
+        f"{CONFIG} there"
+    )
 
 
 def _check_agreement(

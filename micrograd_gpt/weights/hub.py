@@ -22,19 +22,11 @@ from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json
-from micrograd_gpt.text.foreign_tokenizers import OTHER_FILES
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE
+from micrograd_gpt.text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 from micrograd_gpt.weights.config import CONFIG, read_config
 from micrograd_gpt.weights.formats import MODEL, TORCH_MODEL, WEIGHT_FILES
 
-TOKENIZERS = ("tokenizer.json", "vocab.json", *OTHER_FILES)  # the others are refused by name
-TOKENIZER_FILES = (
-    *TOKENIZERS,
-    "tokenizer_config.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-)
 ANSWER_TIMEOUT = 10  # seconds to wait for the Hub's answer; it is small
 MAIN = "main"  # the branch that a name without a revision means
 

@@ -8,7 +8,7 @@ from micrograd_gpt.arrays.int8 import INT8
 from micrograd_gpt.arrays.memory import memory_errors
 from micrograd_gpt.arrays.precision import emulation_note
 from micrograd_gpt.gpt2 import GPT2
-from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.cli import command, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.template import Template, template_of
@@ -47,7 +47,8 @@ def load_language_model(
             weights = open_language_model(chosen)
         except UserError as error:
             if name is None and chosen != TRAINED:  # a newcomer without network
-                raise UserError(f"{error}; or train a model first: python train_gpt2.py") from error
+                train = command("train_gpt2.py")
+                raise UserError(f"{error}; or train a model first: {train}") from error
             raise
         tokenizer, template = load_tokenizer(weights.folder), template_of(weights.folder)
         tokenizer.check_size(weights.config.vocab_size)

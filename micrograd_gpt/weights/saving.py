@@ -10,10 +10,12 @@ import numpy as np
 
 from micrograd_gpt.arrays.devices import Array, to_device
 from micrograd_gpt.arrays.int8 import INT8
+from micrograd_gpt.checks import check_described
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
-from micrograd_gpt.support.files import write_text
+from micrograd_gpt.support.files import reading, write_text, written_whole
+from micrograd_gpt.text.tokenizer_files import TOKENIZER_FILES
 from micrograd_gpt.text.tokenizers import Tokenizer
 from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG, config_json
 from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, MODEL, weight_files
@@ -34,7 +36,8 @@ def save_pretrained(
     ("float16", "bfloat16") stores the weights in that type, rounded to nearest; `metadata` is added
     to the safetensors file's own. Raises UserError if the files can't be written, and leaves what
     was there before, for a whole model in int8, for the folder of an adapter's own base, and for an
-    empty name, which would be the current folder.
+    empty name, which would be the current folder; ValueError for a model that its config does not
+    describe.
     """
     if not str(folder):
         raise UserError("the name of the folder is empty: give one to save the model in")
@@ -58,6 +61,7 @@ def write_model(
     `also_in_config` is added to config.json, or replaces what is there.
     """
     folder = Path(folder)
+    check_described(model)
     file, arrays = stored_arrays(model)
     held = str(model.transformer.wte.weight.dtype)
     if held == INT8 and file == MODEL:
@@ -78,6 +82,22 @@ def write_model(
         without(folder / other)
     if tokenizer:
         tokenizer.save(folder)
+
+
+def copy_tokenizer(source: str | Path | None, folder: str | Path) -> None:
+    """Within the block of `written_as_set`: have the set end with the files of the tokenizer that
+    is written in `folder`, or else with those in `source` as they are, and no others.
+
+    So a tokenizer that cannot be used here is not taken for GPT-2's where the model was copied to.
+    """
+    for name in TOKENIZER_FILES:
+        if source and Path(source, name).is_file():
+            with reading(Path(source, name)):
+                content = Path(source, name).read_bytes()
+            with written_whole(Path(folder, name)) as file:
+                file.write(content)
+        elif not Path(folder, name).exists():
+            without(Path(folder, name))
 
 
 def stored_arrays(model: Any) -> tuple[str, dict[str, Array]]:

@@ -21,7 +21,7 @@ from record_definitions import all_definitions
 
 import micrograd_gpt
 from micrograd_gpt import Tensor, functional, gpt2, layers, no_grad, tensor
-from micrograd_gpt.arrays import edits
+from micrograd_gpt.arrays import edits, stand_ins
 from micrograd_gpt.arrays.stand_ins import LEVELS, at_most
 from micrograd_gpt.generation import kv_cache
 from micrograd_gpt.generation.kv_cache import KVCache, Past
@@ -424,3 +424,23 @@ def test_new_code_under_an_old_name_is_an_edit(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_array_equal(layers.gelu(x).data, 1)
     monkeypatch.setattr(layers.gelu.definition, "__code__", new)  # type: ignore[attr-defined]
     np.testing.assert_allclose(layers.gelu(x).data, before, rtol=1e-6)
+
+
+def test_a_definition_that_gets_the_attributes_of_a_new_one_is_an_edit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when the autoreload of IPython 9 reloads an edited definition."""
+
+    def gelu(x: Tensor) -> Tensor:
+        return x.relu()
+
+    gelu.__module__, gelu.__qualname__ = layers.__name__, "gelu"
+    x = Tensor(np.ones((2, 3), np.float32))
+    blocks = gpt2.through_blocks.guard  # type: ignore[attr-defined]
+    assert blocks.holds()
+    monkeypatch.setattr(layers.gelu, "__dict__", vars(made := stand_ins.definition(gelu)))
+    np.testing.assert_array_equal(layers.gelu(x).data, 1)
+    assert not blocks.holds()
+    monkeypatch.undo()
+    monkeypatch.delitem(edits.MADE_OF, made)
+    assert blocks.holds()

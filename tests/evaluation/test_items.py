@@ -46,6 +46,12 @@ def test_each_form_is_known_by_its_fields(tmp_path: Path) -> None:
     assert piqa == Choice("Question: Open it\nAnswer:", ("Pull.", "Push."), 1)
 
 
+@pytest.mark.parametrize("label", [1, "1", " 1 ", 1.0])
+def test_a_label_is_a_whole_number_however_it_is_written(tmp_path: Path, label: Any) -> None:
+    (item,) = read_choices(write(tmp_path, PLAIN | {"label": label}))
+    assert repr(item.label) == "1"
+
+
 def test_a_json_file_holds_a_list(tmp_path: Path) -> None:
     path = tmp_path / "items.json"
     path.write_text(json.dumps([PLAIN, PIQA]))
@@ -80,6 +86,7 @@ def test_items_in_another_encoding(tmp_path: Path) -> None:
         ({"label": 2}, r"line 2: 'label' is to be the number of .* 0 to 1: this is 2"),
         ({"label": None}, "there is none"),
         ({"label": True}, "this is true"),
+        ({"label": 0.5}, "this is 0.5"),
         ({"label": "first"}, 'this is "first"'),
         ({"endings": ["blue"]}, "nothing to choose from: 1 endings"),
         ({"endings": ["blue", ""]}, "'endings' is to be a list of texts, none of them empty"),

@@ -260,6 +260,17 @@ def test_messages_are_the_question_whatever_stands_beside_them(tmp_path: Path) -
     assert question.asked == [Turn("hi", "yo")] and question.expected == "yo"
 
 
+def test_messages_may_end_with_a_question(tmp_path: Path) -> None:
+    said = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    asked = [Turn("user", "assistant", system="system"), Turn("user", "")]
+    path = tmp_path / "questions.jsonl"
+    for right in ("", "yo"):
+        path.write_text(json.dumps({"messages": said} | ({"output": right} if right else {})))
+        (question,) = read_questions(path)
+        assert question.asked == asked and question.expected == right
+        assert question.fields["messages"] == said
+
+
 def test_exact_match_is_over_those_that_have_an_answer() -> None:
     tokenizer = ByteTokenizer()
     settings = Settings(temperature=0, end_of_text=None)
@@ -281,6 +292,8 @@ def test_exact_match_is_over_those_that_have_an_answer() -> None:
         ({"prompt": "a", "instruction": "b"}, "line 1: a question has either"),
         ({"messages": [], "instruction": "b"}, "line 1: the roles are none"),
         ({"messages": []}, "line 1: the roles are none"),
+        ({"messages": [{"role": "system"}]}, "line 1: the roles are system; after"),
+        ({"messages": ["user"]}, "line 1: messages are a list of objects"),
         ({"prompt": 3}, "line 1: 'prompt' is to be a text, not 3"),
         ({"prompt": "a", "answer": "b"}, "line 1: 'answer' is what a field of the answers is"),
         ({"messages": [], "item": 3}, "line 1: 'item' is what a field of the answers is"),

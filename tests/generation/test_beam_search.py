@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,23 @@ def test_a_stop_ends_a_beam(model: GPT2) -> None:
 def test_fewer_beams_than_asked_for_is_said(model: GPT2) -> None:
     with pytest.raises(UserError, match="only 11 of 12 beams could be found: lower num_samples"):
         generate(model, np.array([1]), 1, num_beams=12, num_samples=12, end_of_text=None)
+
+
+def test_beams_with_no_token_left_are_the_result() -> None:
+    """As samples are, which end there too."""
+    small = make_model(vocab_size=6)
+    how = Settings(
+        max_new_tokens=9, num_beams=3, num_samples=3, no_repeat_ngram_size=1, end_of_text=None
+    )
+    beams = beam_search(small, [4, 2], how)
+    assert [beam.stopped for beam in beams] == ["no token left"] * 3
+    assert all(sorted(beam.ids) == list(range(6)) for beam in beams)
+    scores = [sum(beam.log_probs) / 4 for beam in beams]
+    np.testing.assert_allclose([beam.score for beam in beams], scores, rtol=1e-12)
+    assert scores == sorted(scores, reverse=True)
+    one = replace(how, num_samples=1)
+    (beam,) = beam_search(small, [5, 4, 3, 2, 1, 0], one)
+    assert (beam.stopped, beam.new_ids) == ("no token left", [])
 
 
 def test_top_p_1_does_nothing_to_a_beam_search(model: GPT2) -> None:

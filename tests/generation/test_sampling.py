@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_gpt2 import VOCABULARY, random_prompts
+from small_gpt2 import VOCABULARY, make_model, random_prompts
 
-from micrograd_gpt import no_grad
+from micrograd_gpt import Tensor, nn, no_grad
 from micrograd_gpt.generation.sampling import decode, generate, start_samples
 from micrograd_gpt.generation.settings import Settings
+from micrograd_gpt.generation.ten_lines import sample
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.errors import UserError
 
@@ -153,8 +154,9 @@ def test_rows_with_no_token_left_are_filled_up_or_refused(model: GPT2) -> None:
             generate(model, full, 2, no_repeat_ngram_size=1, **how)
         ragged = generate(model, list(full), 2, no_repeat_ngram_size=1, **how)
         assert [len(ids) for ids in ragged] == [VOCABULARY, VOCABULARY + 2]
-    with pytest.raises(UserError, match="every token would repeat"):
-        generate(model, full[0], 1, no_repeat_ngram_size=1, num_beams=2)
+    for beams in (1, 2):
+        alone = generate(model, full[0], 1, no_repeat_ngram_size=1, num_beams=beams)
+        np.testing.assert_array_equal(alone, full[0])
 
 
 @pytest.mark.parametrize(
@@ -188,3 +190,39 @@ def test_wrong_prompts_are_named_in_one_line(model: GPT2, ids: Any, message: str
 def test_a_setting_that_there_is_not(name: str, hint: str, model: GPT2) -> None:
     with pytest.raises(TypeError, match=r"^generate\(\) has no setting " + hint):
         model.generate([1], **{name: False})
+
+
+class Mean(nn.Module):
+    """An attention of one's own: every token takes the mean of all up to its place."""
+
+    def __call__(self, x: Tensor, past: Any = None) -> Tensor:
+        shares = np.tri(x.shape[1], dtype=np.float32)
+        return Tensor(shares / shares.sum(1, keepdims=True)) @ x
+
+
+CHANGES = {
+    "another config": lambda model: setattr(model.config, "n_head", 4),
+    "other heads": lambda model: [
+        setattr(block.attn, "n_head", 4) for block in model.transformer.h
+    ],
+    "a block more": lambda model: model.transformer.h.append(model.transformer.h[0]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_was_changed_is_decoded_as_it_is_now(change: str) -> None:
+    model = make_model()
+    CHANGES[change](model)
+    prompt, greedy = [1, 2, 3, 4, 5], {"max_new_tokens": 8, "temperature": 0, "end_of_text": None}
+    expected = sample(model, [prompt], 8, temperature=0)[0]
+    for use_cache in (True, False):
+        ids = model.generate(prompt, **greedy, use_cache=use_cache)
+        np.testing.assert_array_equal(ids, expected)
+
+
+def test_an_attention_of_ones_own_is_decoded_without_a_cache() -> None:
+    model = make_model()
+    model.transformer.h[0].attn = Mean()  # type: ignore[assignment]
+    prompt = [1, 2, 3, 4, 5]
+    ids = model.generate(prompt, max_new_tokens=8, temperature=0, end_of_text=None, use_cache=False)
+    np.testing.assert_array_equal(ids, sample(model, [prompt], 8, temperature=0)[0])

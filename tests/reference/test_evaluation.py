@@ -6,6 +6,8 @@ are made here.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +331,49 @@ def test_the_harness_evaluates_by_name(
 
     model_args = f"pretrained={folder},dtype=float32"
     tasks = [task("plain", data["plain"])]
-    found = results("micrograd-gpt", tasks, model_args=model_args, device="cuda:0")
-    for metric in ("acc", "acc_norm"):
-        assert found["plain"][metric] == pytest.approx(expected["plain"][metric])
+    for more in ({}, {"batch_size": "auto:4"}):
+        found = results("micrograd-gpt", tasks, model_args=model_args, device="cuda:0", **more)
+        for metric in ("acc", "acc_norm"):
+            assert found["plain"][metric] == pytest.approx(expected["plain"][metric])
+
+
+def test_the_harness_keeps_its_own_models(folder: Path) -> None:
+    """A process of its own: it registers them once."""
+    ask = "from lm_eval.api.registry import get_model; print(get_model('dummy').__name__)"
+    ours = "import micrograd_gpt.evaluation.harness"
+    done = subprocess.run([sys.executable, "-c", f"{ours}; {ask}"], capture_output=True, text=True)
+    assert done.stdout == "DummyLM\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ([], "micrograd-gpt"),
+        (["--model", "hf"], "hf"),
+        (["--model=hf"], "hf"),
+        (["-M", "dummy"], "dummy"),
+    ],
+)
+def test_the_harness_s_command_line_has_our_model_unless_it_says_otherwise(
+    flags: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval import __main__ as harness_s
+
+    from micrograd_gpt.evaluation import harness
+
+    asked = []
+    monkeypatch.setattr(harness_s, "cli_evaluate", lambda: asked.extend(sys.argv))
+    monkeypatch.setattr(sys, "argv", [])
+    assert harness.main(["run", "--tasks", "x", *flags]) == 0
+    models = [word for word in asked if word in ("hf", "dummy", "micrograd-gpt", "--model=hf")]
+    assert [word.removeprefix("--model=") for word in models] == [named]
+
+
+def test_a_model_that_is_not_named_is_the_trained_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from micrograd_gpt.evaluation.harness import MicrogradGPT
+
+    (tmp_path / "out").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    assert MicrogradGPT().model.config.n_positions == POSITIONS

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from micrograd_gpt.runs.fingerprint import check_same_data, fingerprint
+from micrograd_gpt.runs.fingerprint import check_same_data, fingerprint, known_characters
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.corpus import load_corpus
 from micrograd_gpt.text.shards import Shards
+from micrograd_gpt.text.tokenizers import CharTokenizer
+from micrograd_gpt.tuning.classification import encode
+from micrograd_gpt.tuning.labelled import Example
 
 
 def test_token_streams_are_told_apart() -> None:
@@ -46,3 +49,15 @@ def test_the_file_that_is_no_longer_the_same_is_named(tmp_path: Path) -> None:
         file.write_text("to be or not")
         with pytest.raises(UserError, match=f"^{file} is no longer the data of the run in out"):
             check_same_data(settings, load_corpus(files[0], "byte", validation=files[1]))
+
+
+def test_texts_with_a_new_character_are_other_data() -> None:
+    """Also those of labels, whose lines are named."""
+    examples = [Example("abé", "odd", "labels.tsv, line 3")]
+    for resume, start in ((False, ""), (True, "the data is no longer that of the run in out: ")):
+        match = f"^{start}labels.tsv, line 3: the character 'é'"
+        with (
+            pytest.raises(UserError, match=match),
+            known_characters(Namespace(resume=resume, out="out")),
+        ):
+            encode(examples, CharTokenizer("ab"), 8, "training")

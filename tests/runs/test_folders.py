@@ -14,6 +14,7 @@ from training import SMALL
 from micrograd_gpt.runs.folders import OF_A_MODEL, OF_A_RUN, check_free, check_target
 from micrograd_gpt.runs.lock import LOCK, OwnFolder, only_writer
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.tokenizer_files import TOKENIZER_FILES, load_tokenizer
 from micrograd_gpt.text.tokenizers import ByteTokenizer
 from micrograd_gpt.weights.formats import RUN_FLAGS_BEGIN, STATE
 
@@ -32,7 +33,7 @@ def test_a_user_s_file_is_not_written_over(tmp_path: Path, name: str) -> None:
     check_free(tmp_path)
 
 
-@pytest.mark.parametrize("name", OF_A_MODEL)
+@pytest.mark.parametrize("name", sorted({*OF_A_MODEL, *TOKENIZER_FILES}))
 def test_a_model_is_not_written_over_a_user_s_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=f"{name} is called like a file of a model.*: --overwrite"):
@@ -55,6 +56,35 @@ def test_the_data_of_a_run_is_still_there_after_it(
         with pytest.raises(UserError, match=f"--out {out} would remove {data}, which is needed"):
             train_gpt2.main([*map(str, flags), *other[2 * (flags[0] == "--data") :]])
     assert data.exists() and not (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("place", ["best", "step-000002"])
+def test_the_tokenizer_of_a_run_is_still_there_after_it(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path, place: str
+) -> None:
+    out = tmp_path / "out"
+    made = ByteTokenizer()
+    made.save(out / place)
+    (out / place / STATE).touch()
+    flags = ["--data", str(text), "--out", str(out), *SMALL, "--max-steps", "1", "--overwrite"]
+    with pytest.raises(UserError, match=f"would remove {out / place}, which is needed: give ano"):
+        train_gpt2.main([*flags, "--tokenizer", str(out / place)])
+    assert load_tokenizer(out / place).to_dict() == made.to_dict()
+
+
+def test_overwriting_is_not_advised_where_the_data_would_go(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "out" / "samples.jsonl"
+    data.parent.mkdir()
+    data.write_text('{"text": "The quick brown fox jumps over the lazy dog."}\n' * 40)
+    out = ["--out", str(data.parent), *SMALL, "--max-steps", "1"]
+    for begun in (False, True):
+        if begun:  # by a run that was killed before its first checkpoint
+            (data.parent / "settings.toml").write_text(RUN_FLAGS_BEGIN)
+        with pytest.raises(UserError, match=f"would remove {data}, which is needed: give another"):
+            train_gpt2.main(["--data", str(data), *out])
+    assert data.exists()
 
 
 def test_data_that_no_run_removes_may_lie_in_its_folder(

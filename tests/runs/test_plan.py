@@ -118,6 +118,17 @@ def test_time_is_measured_where_no_rate_is_given() -> None:
     assert "1,600 in 100 steps" in text
 
 
+def test_a_model_too_large_to_be_timed_is_planned_by_a_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("micrograd_gpt.arrays.memory.available_memory", lambda: 10**9)
+    shape = SMALL | {"n_layer": 1, "n_embd": 100_000, "n_head": 10}
+    large = Plan(GPT2Config(**shape), 2, 8)
+    with pytest.raises(UserError, match=r"^no memory for two blocks .*: give .* with --rate$"):
+        large.report(max_steps=100)
+    assert "10 TFLOP/s given" in large.report(100, large.step_time(rate=10.0))
+
+
 def test_every_micro_batch_and_one_update_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that goes on by a second each time it is read, and so for each part of a step."""
     monkeypatch.setattr(plan, "perf_counter", itertools.count().__next__)

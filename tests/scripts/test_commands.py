@@ -83,6 +83,10 @@ def test_a_wheel_holds_the_scripts_once_and_inside_the_package(tmp_path: Path) -
     }
     done = run("-m", "micrograd_gpt", "train", "--lr", "1", cwd=elsewhere, path=place)
     assert done.returncode == 2 and "did you mean --learning-rate?" in done.stderr
+    small = ["--n-layer=1", "--n-head=1", "--n-embd=8", "--max-steps=1", "--eval-batches=1"]
+    done = run("-m", "micrograd_gpt", "train", *small, cwd=elsewhere, path=place)
+    advice = "try: micrograd-gpt generate --model out --prompt=The"
+    assert done.stdout.splitlines()[-1] == advice, done.stderr
 
 
 # ---------------------------------------------------------------------------------------- flags

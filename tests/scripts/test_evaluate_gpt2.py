@@ -149,9 +149,10 @@ def test_out_keeps_the_items_and_goes_on(
     rows = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
     assert [row["item"] for row in rows] == [0, 1]
     assert json.loads((out / "report.json").read_text()) == whole
-    lines(tmp_path / "items.jsonl", *items[::-1])
-    with pytest.raises(UserError, match="another data"):
-        evaluate.main(flags)
+    for others in (items[::-1], [items[0] | {"label": 1}, items[1]]):
+        lines(tmp_path / "items.jsonl", *others)
+        with pytest.raises(UserError, match="another data"):
+            evaluate.main(flags)
     with pytest.raises(UserError, match="another dtype"):
         lines(tmp_path / "items.jsonl", *items)
         evaluate.main([*flags, "--dtype", "float64"])
@@ -330,9 +331,13 @@ def test_that_nothing_is_drawn_is_said(
 
 
 def test_a_text_may_have_any_name(model: str, tmp_path: Path) -> None:
-    (tmp_path / "text.bin").write_text(TEXT)
-    data = str(tmp_path / "text.bin")
-    assert evaluate.main(["perplexity", "--model", model, "--data", data]) == 0
+    data = tmp_path / "text.bin"
+    flags = ["perplexity", "--model", model, "--data", str(data)]
+    for encoding in ("utf-8", "utf-16"):
+        data.write_text(TEXT, encoding=encoding)
+        assert evaluate.main(flags) == 0
+    data.write_text(TEXT, encoding="utf-16-le")
+    assert evaluate.main([*flags, "--encoding", "utf-16-le"]) == 0
 
 
 def test_an_empty_file_has_nothing_to_evaluate(model: str, tmp_path: Path) -> None:

@@ -136,6 +136,8 @@ def test_a_run_is_resumed_on_a_base_that_was_moved(
     assert classify(out, "--max-steps", 2, "--model", after, resume=True) == 0
     assert load_classifier(out).labels == ["ant", "bee", "cat"]
     after.rename(again := tmp_path / "again")
+    with pytest.raises(UserError, match=f"^the base of the adapter in {out}.*say with --model"):
+        classify(out, "--max-steps", 3, resume=True)
     worse = ["--max-steps", 4, "--learning-rate", 9, "--keep", 1, "--allow-changes"]
     assert classify(out, *worse, "--model", again, resume=True) == 0  # and says best/'s scores
     for folder in (out, out / "best", out / "step-000002"):

@@ -233,8 +233,9 @@ def test_a_text_with_no_token_left_ends_with_a_note(
     samples = run_json(capsys, *flags, "--top-k", "0", "--num-samples", "2")
     assert [s["stopped"] for s in samples] == ["no token left"] * 2
     assert {len(s["token_ids"]) for s in samples} == {25}  # 29 characters but for t, h, e, space
-    generate.main(flags)
-    assert "every token would repeat" in capsys.readouterr().err
+    for more in ([], ["--num-beams", "2"]):
+        assert generate.main([*flags, *more]) == 0
+        assert "every token would repeat" in capsys.readouterr().err
 
 
 def test_an_empty_prompt_starts_a_text(
@@ -522,6 +523,14 @@ def test_closed_streams(monkeypatch: pytest.MonkeyPatch, char_model: str) -> Non
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(UserError, match="stdout is closed"):
         generate.main(["--model", char_model, "--prompt", "the "])
+
+
+def test_a_closed_stdout_loses_no_text(char_model: str) -> None:
+    """Also in the script, which opens streams that the shell closed."""
+    script = [sys.executable, str(SCRIPT), "--model", char_model, "--prompt", "the "]
+    shell = ["sh", "-c", '"$@" >&-', "sh", *script]
+    done = subprocess.run(shell, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: stdout is closed: send it to a")
 
 
 def test_words_that_the_model_cannot_see_are_told(

@@ -597,8 +597,32 @@ def test_an_exported_file_is_not_replaced_unasked(
         script.main(["--from", str(source), "--export", "a.gguf"])
 
 
+def test_a_tokenizer_that_cannot_be_used_is_not_taken_for_gpt2_s(
+    script: ModuleType, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor can it be after the model was converted."""
+    save_pretrained(GPT2(GPT2Config(1, 1, 2, 50257, 8)), here / "old")
+    for name, content in (("tokenizer.json", "{"), ("vocab.txt", "[UNK]")):
+        (here / "old" / name).write_text(content)
+        assert script.main(["--from", "old", "--out", "new", "--overwrite"]) == 0
+        assert f"(files of one are copied as they are): old/{name}" in capsys.readouterr().err
+        with pytest.raises(UserError, match=f"new/{name} is"):
+            load_tokenizer(here / "new")
+        (here / "old" / name).unlink()
+
+
+def test_a_file_alone_wants_its_config(script: ModuleType, source: Path, here: Path) -> None:
+    shutil.copy(source / "model.safetensors", here / "alone.safetensors")
+    with pytest.raises(UserError, match=r"four sizes: put the model's config\.json there"):
+        script.main(["--from", "alone.safetensors", "--out", "new"])
+    shutil.copy(source / "config.json", here)
+    assert script.main(["--from", "alone.safetensors", "--out", "new"]) == 0
+
+
 def test_an_older_tokenizer_does_not_stay(script: ModuleType, here: Path) -> None:
     CharTokenizer("abc").save(here / "new")
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+        (here / "new" / name).write_text("{}")
     (here / "new" / "notes.txt").write_text("mine")
     assert script.main(["--from", str(DATA / "saver"), "--out", "new", "--overwrite"]) == 0
     assert sorted(tree(here / "new")) == ["config.json", "model.safetensors", "notes.txt"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from faults import Server, serving
 from hub import hub_of, refuse
 
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import CharTokenizer
 from micrograd_gpt.weights.pretrained import from_pretrained
 from micrograd_gpt.weights.saving import save_pretrained
@@ -158,6 +160,11 @@ def test_a_checkpoint_of_nanogpt_s(shell: Shell) -> None:
     assert numbers(from_pretrained(GPT2, written)) == numbers(model(0))
     assert json.loads((written / "config.json").read_text())["activation_function"] == "gelu"
     assert "no tokenizer is written" in done.stderr
+    characters = dict(enumerate(sorted(set(TEXT))))
+    (shell.folder / "meta.pkl").write_bytes(pickle.dumps({"itos": characters}))  # its vocabulary
+    done = shell.run("load_gpt2.py", "--from", "ckpt.pt", "--overwrite")
+    assert "no tokenizer" not in done.stderr
+    assert load_tokenizer(written).to_dict() == TOKENIZER.to_dict()
 
 
 def test_a_short_name_is_one_of_openai_s_sizes(tmp_path: Path) -> None:

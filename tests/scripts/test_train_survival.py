@@ -298,6 +298,34 @@ def test_event_files(text: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------- data that became other data
 
 
+def test_a_changed_learning_rate_ends_at_a_tenth_of_it(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    """As where a run starts: the former --min-lr is far above it."""
+    out = ["--out", str(tmp_path / "out")]
+    train_gpt2.main(["--data", str(text), *out, *SMALL, "--max-steps", "2"])
+    changed = ["--resume", *out, "--max-steps", "4", "--allow-changes", "--learning-rate"]
+    with pytest.raises(UserError, match=r"--min-lr 0\.001 is above --learning-rate 1e-06"):
+        train_gpt2.main([*changed, "1e-6", "--min-lr", "1e-3"])
+    assert train_gpt2.main([*changed, "1e-6"]) == 0
+    rates = [row["learning_rate"] for row in metrics(tmp_path / "out")]
+    assert rates[1] > 1e-4 and 1e-6 >= rates[2] > rates[3] > 1e-7
+    assert train_gpt2.main(["--resume", *out, "--max-steps", "5", "--learning-rate", "1e-6"]) == 0
+    assert metrics(tmp_path / "out")[4]["learning_rate"] < 1e-6
+
+
+def test_a_new_character_is_said_to_be_other_data(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--out", str(out), *SMALL]
+    train_gpt2.main(["--data", str(text), *flags, "--max-steps", "1"])
+    text.write_text("é" + text.read_text())
+    match = f"^the data is no longer that of the run in {out}: {text}: the character 'é'"
+    with pytest.raises(UserError, match=match):
+        train_gpt2.main(["--resume", "--out", str(out), "--max-steps", "2"])
+
+
 @pytest.mark.slow
 def test_a_changed_validation_text_is_noticed(text: Path, tmp_path: Path) -> None:
     """One character in the middle, which samples of the tokens would have missed."""

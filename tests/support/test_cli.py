@@ -64,3 +64,17 @@ def test_a_file_that_may_not_be_used_is_one_line(capsys: pytest.CaptureFixture[s
         run(main)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: cannot use theirs/config.json: Permission denied\n"
+
+
+def test_what_another_library_could_not_do_is_said_in_its_words(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of an error of the network, say, that it raises as Python's own, and on several lines."""
+
+    def main() -> int:
+        raise ConnectionError("Couldn't reach 'someone/texts'\non the Hub")
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: Couldn't reach 'someone/texts' on the Hub\n"

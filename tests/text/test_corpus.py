@@ -197,15 +197,18 @@ def test_a_validation_text_that_is_trained_on_is_noticed(
 
 
 @pytest.mark.parametrize(
-    ("text", "word"),
+    ("tokenizer", "text", "word"),
     [
-        ("The end. " * 20, "The"),
-        ("žluť kůň " * 20, "žluť"),
-        ("猫" * 300, "猫" * 20),
-        (" " * 200, " " * 20),
+        ("char", "The end. " * 20, "The"),
+        ("char", "žluť kůň " * 20, "žluť"),
+        ("char", "猫" * 300, "猫" * 20),
+        ("char", " " * 200, " " * 20),
+        ("word", "The end. " * 20, "The"),
+        ("word", "žluť kůň " * 20, "žluť"),
+        ("gpt2", "žluť kůň " * 20, "The"),
     ],
 )
-def test_a_word_to_try_a_model_with(tmp_path: Path, text: str, word: str) -> None:
+def test_a_word_to_try_a_model_with(tmp_path: Path, tokenizer: str, text: str, word: str) -> None:
     path = tmp_path / "text.txt"
     path.write_text(text, encoding="utf-8")
-    assert load_corpus(path, "char").word() == word
+    assert load_corpus(path, tokenizer).word() == word

@@ -21,7 +21,13 @@ from hypothesis import strategies as st
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text import decoding, documents, tables
 from micrograd_gpt.text.decoding import Form
-from micrograd_gpt.text.documents import BY_NAME, find_files, load_documents, read_documents
+from micrograd_gpt.text.documents import (
+    BY_NAME,
+    check_text_field,
+    find_files,
+    load_documents,
+    read_documents,
+)
 
 
 def test_pydocs_are_the_topics_sorted_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,6 +399,39 @@ def test_records_of_every_kind(name: str, content: str, tmp_path: Path) -> None:
         UserError, match=r"has no 'text', only .*'body'.* with --text-field, or remove the file"
     ):
         load_documents(tmp_path / name)
+
+
+def piped(content: str) -> str:
+    """A path that gives this content once, as `<(…)` in a shell does."""
+    read, write = os.pipe()
+    os.write(write, content.encode())
+    os.close(write)
+    return f"/dev/fd/{read}"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no paths of pipes")
+def test_records_may_be_piped(capsys: pytest.CaptureFixture[str]) -> None:
+    for field in ("text", "body"):
+        rows = [json.dumps({"id": 1, field: text}) for text in ("one, 1", "two")]
+        for content in (
+            "\n".join(rows),
+            f"[{rows[0]},\n {rows[1]}]",
+            f"\ufeff{rows[0]}\n{rows[1]}",
+        ):
+            source, form = piped(content), Form(field=field)
+            check_text_field(field, [source])
+            assert load_documents(source, form) == ["one, 1", "two"]
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="line 2 has no 'text', only 'a'"):
+        load_documents(piped('{"text": "one"}\n{"a": 1}\n'))
+    for content in ("one\ntwo", '{"text": "one"}', ""):
+        with pytest.raises(UserError, match="--text-field body is for records, and /dev/fd/"):
+            load_documents(piped(content), Form(field="body"))
+    for content in ("one\ntwo", '{"a": "text"}', "[text", '["text"]'):
+        assert load_documents(piped(content)) == [content]
+    assert (
+        "to have it read as records, name their text with --text-field\n" in capsys.readouterr().err
+    )
 
 
 def test_a_field_may_have_lines_and_quotes(tmp_path: Path) -> None:

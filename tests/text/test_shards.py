@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text import shards
 from micrograd_gpt.text.corpus import load_corpus
+from micrograd_gpt.text.decoding import Form
 from micrograd_gpt.text.shard_files import FORMAT, MANIFEST
 from micrograd_gpt.text.shards import Shards, open_shard, write_shard
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
@@ -137,6 +138,33 @@ def test_ids_that_are_not_two_bytes_each_are_refused(
     assert load_corpus(tmp_path, "gpt2").train[:].tolist() == ids.clip(0, 50256)[:900].tolist()
 
 
+def test_every_second_id_may_be_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = np.random.default_rng(0).integers(1, 10, 1000).astype("<u2")
+    ids[1::2] = 0
+    ids.tofile(tmp_path / "train.bin")
+    digits = CharTokenizer(["\n", *map(str, range(1, 10))])
+    assert load_corpus(tmp_path, digits).train[:].tolist() == ids[:900].tolist()
+    said = capsys.readouterr().err
+    assert f"warning: in {tmp_path / 'train.bin'} every second id is 0, as in a file of" in said
+    refused(tmp_path, "train.bin holds ids of four or eight bytes each")  # gpt2: each second "!"
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
+def test_a_text_called_bin_is_no_shard(tmp_path: Path, encoding: str, mark: str) -> None:
+    text, path = "Größe, the quick brown fox. " * 80, tmp_path / "my.bin"
+    path.write_bytes((mark + text).encode(encoding))
+    given = Form("utf-8" if mark else encoding)
+    corpus = load_corpus(path, "gpt2", form=given)
+    ids = [*corpus.train[:], *corpus.validation[:]]
+    assert corpus.tokenizer.decode(ids) == text
+    if mark or encoding == "utf-8":
+        for name in ("train.bin", "val.bin"):
+            path.rename(path := tmp_path / name)
+        IDS.tofile(tmp_path / "train.bin")
+        refused(tmp_path, "val.bin is a text and holds no token ids: rename it to val.txt, or")
+
+
 def test_llm_cs_shards(tmp_path: Path) -> None:
     for i, part in enumerate([IDS[:400], IDS[400:900]], start=1):
         (tmp_path / f"fineweb_train_{i:06d}.bin").write_bytes(llm_c(part))
@@ -196,10 +224,10 @@ def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
-    (tmp_path / "train.bin").write_bytes(b"odd")
+    (tmp_path / "train.bin").write_bytes(b"\0dd")
     refused(tmp_path, f"{tmp_path / 'train.bin'} is damaged: it has 3 bytes, and ids of two bytes")
-    (tmp_path / "val.bin").write_bytes(b"odd")
-    (tmp_path / "train.bin").write_bytes(b"even")
+    (tmp_path / "val.bin").write_bytes(b"\0dd")
+    (tmp_path / "train.bin").write_bytes(b"\0ven")
     refused(tmp_path, "val.bin is damaged")
     shard = tmp_path / "a_train_0.bin"
     for content, message in [

@@ -49,6 +49,13 @@ def test_a_folder_without_tokenizer_files_uses_gpt2_if_its_size_is_gpt2s(tmp_pat
     assert load_tokenizer(tmp_path).name == "char"
 
 
+def test_a_folder_that_is_not_there_has_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}", "utf-8")
+    for place in ("mistyped", "tokenizer.json"):
+        with pytest.raises(UserError, match=f"there is no folder .*{place}"):
+            load_tokenizer(tmp_path / place)
+
+
 @pytest.mark.slow
 def test_gpt2_is_recognized_in_other_s_files(tmp_path: Path) -> None:
     merges = [" ".join(pair) for pair in gpt2_merges()]

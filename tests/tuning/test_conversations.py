@@ -58,6 +58,7 @@ A = {"instruction": "a", "output": "b"}
         ([A, "b"], "data.json, item 2: this is not a JSON object"),
         ([A, {"instruction": "a"}], r"item 2 has no 'output' \(fields: instruction\)"),
         ([{"text": "a", "output": "b"}], r"has no 'instruction' \(fields: text, output\)"),
+        ([{"conversations": []}], "each example needs instruction and output, or messages of a"),
         ([{}], r"has no 'instruction' \(fields: none\)"),
         ([{**A, "output": 3}], "item 1: 'output' is 3, and must be a text"),
         ([{**A, "instruction": ""}], "item 1: the instruction is empty"),

@@ -57,6 +57,8 @@ def test_what_is_too_long_or_unanswered_is_left_out_and_counted(
     conversations = [[Turn("a", "b" * n)] for n in (1, 3, 4, 0)]  # and "a =", and end-of-text
     task = make_task(conversations, conversations[:2])
     assert task.lengths.tolist() == [4, 6]
+    assert task.amount().startswith("2 examples of data.json, 10 tokens")
+    assert make_task(conversations[:1], conversations[:1]).amount().startswith("1 example of data")
     notes = capsys.readouterr().err.splitlines()
     assert notes == [
         "note: 1 of 4 training examples have an empty output: left out",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -84,3 +85,37 @@ def test_a_subclass_with_parameters_of_its_own_is_loaded_as_it_was_saved(
     assert "left out" not in capsys.readouterr().err
     with pytest.raises(UserError, match=r"a tensor that the model does not have: 'extra\.bias'"):
         GPT2.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.config, "n_head", 4),
+        lambda model: setattr(model.config, "n_layer", 3),
+        lambda model: setattr(model.config, "vocab_size", 12),
+        lambda model: setattr(model.config, "n_positions", 4),
+        lambda model: setattr(model.config, "layer_norm_epsilon", 1e-3),
+        lambda model: model.transformer.h.pop(),
+    ],
+    ids=["n_head", "n_layer", "vocab_size", "n_positions", "layer_norm_epsilon", "a block less"],
+)
+def test_a_model_that_its_config_does_not_describe_is_not_saved(
+    tmp_path: Path, change: Callable[[GPT2], object]
+) -> None:
+    model = GPT2(GPT2Config(2, 2, 8, 11, 8))
+    change(model)
+    with pytest.raises(ValueError, match=r"the config says (\w+) = .*, so set model\.config\.\1"):
+        save_pretrained(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_that_was_changed_together_with_its_config_is_saved(tmp_path: Path) -> None:
+    model, ids = GPT2(GPT2Config(2, 2, 8, 11, 8)), [[1, 2, 3]]
+    body, config = model.transformer, model.config
+    body.h.pop()
+    body.wpe.weight = nn.Parameter(body.wpe.weight.data[:4])
+    body.h[0].attn.n_head = 4
+    config.n_layer, config.n_positions, config.n_head = 1, 4, 4
+    save_pretrained(model, tmp_path / "model")
+    again = GPT2.from_pretrained(tmp_path / "model")
+    np.testing.assert_array_equal(again(ids).data, model(ids).data)

@@ -15,20 +15,18 @@ LayerNorm its input, mean and deviation, and of each product what it multiplied.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
-from weakref import WeakKeyDictionary
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from micrograd_gpt import gpt2
 from micrograd_gpt.arrays.devices import Array, array_module
-from micrograd_gpt.arrays.precision import HALF, compute_dtype
 from micrograd_gpt.arrays.stand_ins import CUDA, NotForMe, converted, stands_in_for
 from micrograd_gpt.gpt2 import MLP, Block, CausalSelfAttention
-from micrograd_gpt.kernels.blocks import BYPASSED, IN_LAYER_NORM, Parts, parameters_of_block
+from micrograd_gpt.kernels.blocks import BYPASSED
 from micrograd_gpt.kernels.in_cuda import kernels
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
-from micrograd_gpt.kernels.in_cuda.arguments import HEAD_SIZES, activation, float32
+from micrograd_gpt.kernels.in_cuda.block_parameters import Weights, check_stream, known_block
 from micrograd_gpt.kernels.in_cuda.fused_linear import (
     input_gradient,
     input_gradient_before_gelu,
@@ -40,36 +38,14 @@ from micrograd_gpt.kernels.in_cuda.residual import (
     Normed,
     add_and_normalise,
     add_and_normalise_backward,
-    narrowed,
     normalised,
 )
-from micrograd_gpt.kernels.shapes import BLOCK, check_fit
 from micrograd_gpt.layers import Key
 from micrograd_gpt.nn import Parameter
-from micrograd_gpt.tensor import Tensor, is_recorded, record
-
-MOST_HEADS = 65535  # B × H that attention takes, one a row of its grid
+from micrograd_gpt.tensor import Tensor, record
 
 # A branch's backward: the gradient of its result -> that of its input, and of its parameters
 Backward: TypeAlias = Callable[[Array], tuple[Array, list[Array]]]
-
-
-class Layer(NamedTuple):
-    """A layer's weight and bias: half precision, but those of LayerNorm, which are float32."""
-
-    weight: Array
-    bias: Array
-
-
-class Weights(NamedTuple):
-    """The parameters of a block's six layers, in the order in which it uses them."""
-
-    ln_1: Layer
-    c_attn: Layer
-    attn_c_proj: Layer
-    ln_2: Layer
-    c_fc: Layer
-    mlp_c_proj: Layer
 
 
 @stands_in_for(gpt2.through_blocks, CUDA, bypasses=BYPASSED)
@@ -77,17 +53,14 @@ def through_blocks(x: Tensor, blocks: list[Block], cache: Any = None) -> Tensor:
     """As the definition, without a cache, where matrix work is done in half precision."""
     if cache is not None or not blocks or not cuda_modules.usable():
         raise NotForMe
-    known = [_known(block) for block in blocks]
-    _check(x, known, blocks)
-    weights, passed = known[0].rounded(), Passed()
+    known = [known_block(block) for block in blocks]
+    check_stream(x, known, blocks)
+    norms = [(*k.ln_1(), block.ln_1.eps) for k, block in zip(known, blocks, strict=True)]
     rows = array_module(x.data).ascontiguousarray(x.data).reshape(-1, x.shape[-1])  # (N, C)
-    normed: Any = normalised(rows, *weights.ln_1, blocks[0].ln_1.eps, known[0].dtype)
-    for i, block in enumerate(blocks):
-        is_last = i + 1 == len(blocks)
-        following = None if is_last else known[i + 1].rounded()
-        then = () if following is None else (*following.ln_1, blocks[i + 1].ln_1.eps)
-        x, normed = through_block(x, normed, block, weights, known[i].parameters, then, passed)
-        weights = following or weights
+    normed: Any = normalised(rows, *norms[0], known[0].dtype)
+    passed = Passed()
+    for block, k, then in zip(blocks, known, [*norms[1:], ()], strict=True):
+        x, normed = through_block(x, normed, block, k.rounded(), k.parameters, then, passed)
     return x
 
 
@@ -197,74 +170,3 @@ class Passed:
         rounded = self.rounded if grad is self.wide else None
         self.wide = self.rounded = None
         return rows, converted(rows, dtype) if rounded is None else rounded
-
-
-# ------------------------------------------------------------- which blocks these kernels take
-
-
-class Known(NamedTuple):
-    """A block that is GPT-2's own, as long as its parts are unchanged."""
-
-    parts: Parts
-    parameters: list[Parameter]  # as Weights has them, weight and bias in turn
-    dtype: np.dtype  # of the matrix work: float16 or bfloat16
-
-    def rounded(self) -> Weights:
-        arrays = [parameter.data for parameter in self.parameters]
-        places = [i for i in range(len(arrays)) if i not in IN_LAYER_NORM]
-        if arrays[places[0]].dtype != self.dtype:
-            copies = narrowed([arrays[i] for i in places], self.dtype)
-            for i, copy in zip(places, copies, strict=True):
-                arrays[i] = copy
-        return Weights(*map(Layer, arrays[::2], arrays[1::2]))
-
-
-_KNOWN: WeakKeyDictionary[Block, Known] = WeakKeyDictionary()
-
-
-def _known(block: Block) -> Known:
-    """The block as these kernels know it; NotForMe where they do not take it."""
-    if type(block) is not Block:
-        raise NotForMe
-    known = _KNOWN.get(block)
-    if known is None or not known.parts.are_unchanged():
-        _KNOWN.pop(block, None)
-        known = _KNOWN[block] = _looked_at(block)
-    return known
-
-
-def _looked_at(block: Block) -> Known:
-    parameters = parameters_of_block(block)
-    if parameters is None:
-        raise NotForMe
-    arrays = [parameter.data for parameter in parameters]
-    dtype = compute_dtype(block.attn.c_attn.weight)
-    if str(dtype) not in HALF:
-        raise NotForMe
-    check_fit(BLOCK, arrays)
-    float32(*(arrays[i] for i in IN_LAYER_NORM))
-    matrices = [array for i, array in enumerate(arrays) if i not in IN_LAYER_NORM]
-    held_in = activation(*(a if a.flags.c_contiguous else a.T for a in matrices))
-    if held_in not in ("float32", str(dtype)):
-        raise NotForMe
-    width, n_head = len(arrays[0]), block.attn.n_head
-    if width % n_head or width // n_head not in HEAD_SIZES:
-        raise NotForMe
-    return Known(Parts(block, block.attn.c_attn.weight), parameters, dtype)
-
-
-def _check(x: Tensor, known: Sequence[Known], blocks: Sequence[Block]) -> None:
-    """NotForMe unless x (B, T, C) is a float32 stream that these blocks take, and all of them train
-    if any does."""
-    parameters = [parameter for block in known for parameter in block.parameters]
-    if x.ndim != 3 or x.dtype != np.float32 or not x.size:
-        raise NotForMe
-    first, width = known[0], x.shape[-1]
-    if any((k.dtype, len(k.parameters[0].data)) != (first.dtype, width) for k in known):
-        raise NotForMe
-    if type(x.data) is not type(parameters[0].data):
-        raise NotForMe
-    if len(x.data) * max(block.attn.n_head for block in blocks) > MOST_HEADS:
-        raise NotForMe
-    if is_recorded(x, *parameters) and not all(p.requires_grad for p in parameters):
-        raise NotForMe
