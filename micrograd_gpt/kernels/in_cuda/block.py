@@ -24,16 +24,9 @@ from micrograd_gpt.arrays.devices import Array, array_module
 from micrograd_gpt.arrays.stand_ins import CUDA, NotForMe, converted, stands_in_for
 from micrograd_gpt.gpt2 import MLP, Block, CausalSelfAttention
 from micrograd_gpt.kernels.blocks import BYPASSED
-from micrograd_gpt.kernels.in_cuda import kernels
+from micrograd_gpt.kernels.in_cuda import cublas_lt, kernels
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.block_parameters import Weights, check_stream, known_block
-from micrograd_gpt.kernels.in_cuda.fused_linear import (
-    input_gradient,
-    input_gradient_before_gelu,
-    linear,
-    linear_gelu,
-    weight_gradients,
-)
 from micrograd_gpt.kernels.in_cuda.residual import (
     Normed,
     add_and_normalise,
@@ -110,23 +103,23 @@ def attention(
     """The branch of attention, (N, C), and its backward; `shape` is (B, T, C)."""
     b, t, width = shape
     heads = (b, t, attn.n_head, width // attn.n_head)
-    qkv = linear(normed, *w.c_attn)  # (N, 3C)
+    qkv = kernels.linear_forward(normed, *w.c_attn)  # (N, 3C)
     q, k, v = qkv.reshape(b, t, 3, *heads[2:]).transpose(2, 0, 3, 1, 4)  # each (B, H, T, D)
     of_weights = attn.attn_dropout.draw()
     out, log_total = kernels.attention_forward(q, k, v, *of_weights)  # (B, H, T, D), (B, H, T)
     mixed = out.swapaxes(1, 2).reshape(-1, width)  # (N, C)
     of_branch = attn.resid_dropout.draw()
-    y = dropout(linear(mixed, *w.attn_c_proj), *of_branch)  # (N, C)
+    y = dropout(kernels.linear_forward(mixed, *w.attn_c_proj), *of_branch)  # (N, C)
 
     def backward(grad: Array) -> tuple[Array, list[Array]]:
         grad = dropout(grad, *of_branch)  # (N, C)
-        of_c_proj = weight_gradients(grad, mixed, w.attn_c_proj.weight)
-        dmixed = input_gradient(grad, w.attn_c_proj.weight)  # (N, C)
+        of_c_proj = kernels.weight_gradients(grad, mixed, w.attn_c_proj.weight)
+        dmixed = kernels.input_gradient(grad, w.attn_c_proj.weight)  # (N, C)
         dout = dmixed.reshape(heads).swapaxes(1, 2)  # (B, H, T, D)
         dqkv = kernels.attention_backward(dout, q, k, v, out, log_total, *of_weights)
         dqkv = dqkv.reshape(-1, 3 * width)  # (N, 3C)
-        of_c_attn = weight_gradients(dqkv, normed, w.c_attn.weight)
-        return input_gradient(dqkv, w.c_attn.weight), [*of_c_attn, *of_c_proj]
+        of_c_attn = kernels.weight_gradients(dqkv, normed, w.c_attn.weight)
+        return kernels.input_gradient(dqkv, w.c_attn.weight), [*of_c_attn, *of_c_proj]
 
     return y, backward
 
@@ -135,16 +128,26 @@ def mlp(normed: Array, layers: MLP, w: Weights) -> tuple[Array, Backward]:
     """The branch of the MLP, (N, C), and its backward."""
     before, hidden = linear_gelu(normed, *w.c_fc)  # (N, 4C)
     of_branch = layers.resid_dropout.draw()
-    y = dropout(linear(hidden, *w.mlp_c_proj), *of_branch)  # (N, C)
+    y = dropout(kernels.linear_forward(hidden, *w.mlp_c_proj), *of_branch)  # (N, C)
 
     def backward(grad: Array) -> tuple[Array, list[Array]]:
         grad = dropout(grad, *of_branch)  # (N, C)
-        of_c_proj = weight_gradients(grad, hidden, w.mlp_c_proj.weight)
-        dbefore = input_gradient_before_gelu(grad, w.mlp_c_proj.weight, before)  # (N, 4C)
-        of_c_fc = weight_gradients(dbefore, normed, w.c_fc.weight)
-        return input_gradient(dbefore, w.c_fc.weight), [*of_c_fc, *of_c_proj]
+        of_c_proj = kernels.weight_gradients(grad, hidden, w.mlp_c_proj.weight)
+        dhidden = kernels.input_gradient(grad, w.mlp_c_proj.weight)  # (N, 4C)
+        dbefore = kernels.gelu_backward(dhidden, before)  # (N, 4C)
+        of_c_fc = kernels.weight_gradients(dbefore, normed, w.c_fc.weight)
+        return kernels.input_gradient(dbefore, w.c_fc.weight), [*of_c_fc, *of_c_proj]
 
     return y, backward
+
+
+def linear_gelu(x: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
+    """before = x @ weight + bias, and gelu(before), in one launch where cuBLASLt can."""
+    y, before = (array_module(x).empty((len(x), weight.shape[1]), x.dtype) for _ in range(2))
+    if not cublas_lt.product(x, weight, bias, y, before):
+        before = kernels.linear_forward(x, weight, bias)
+        y = kernels.gelu_forward(before)
+    return before, y
 
 
 def dropout(x: Array, p: float, key: Key) -> Array:
