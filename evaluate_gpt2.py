@@ -97,7 +97,7 @@ def perplexity(given: argparse.Namespace, ranks: Ranks) -> Result:
     from micrograd_gpt.text.documents import check_text_field, find_files, load_documents
 
     check_text_field(given.text_field, [given.data])
-    check_no_shards(given.data, given.encoding)
+    check_no_shards(given.data)
     with ranks.first_on_machine():  # which fetches a text
         files = None if given.data == "pydocs" else find_files(given.data)
     model, tokenizer, _ = load(given, ranks)

@@ -6,9 +6,8 @@
 With r rows each weight is read once for 2 r operations. So where a weight takes b bytes, a product
 can run at 2 r / b times the rate, in GB/s, at which memory is read, and never faster than a large
 product of its kind. The lesser of both is the limit. Memory's rate is the highest at which a single
-row's product in float32 reads. Weights of float16 and int8 become float32 before they are
-multiplied: their large product is float32's. A weight of int8 takes 1.0625 bytes with its share of
-a scale.
+row's product in float32 reads. Weights of float16 become float32 before they are multiplied: their
+large product is float32's. A weight of int8 takes 1.0625 bytes with its share of a scale.
 
 The matrices of each shape take 150 MB, so that they come from memory, and lie in huge pages, as
 those of a model that is loaded. Seconds are those of the one thread's processor time, so that other
@@ -21,12 +20,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from common import installed, median, print_table, processor, seconds
 
-from micrograd_gpt.arrays.int8 import GROUP, arriving, product
+from micrograd_gpt.arrays.int8 import GROUP, arriving, product, quantised
 from micrograd_gpt.arrays.memory import HugePages
 from micrograd_gpt.functional import linear_forward
 from micrograd_gpt.kernels.in_c.compiler import library, report
@@ -53,14 +53,14 @@ def main() -> None:
     if found is None:
         raise SystemExit(f"there are no kernels in C to measure: {report()}")
     found.use_cores(1)
-    peaks = {kind: peak_of(kind) for kind in ("float32", "bfloat16")}
+    peaks = {kind: peak_of(kind) for kind in ("float32", "bfloat16", "int8")}
     rates = {kind: [rates_of(kind, k, m, rows) for k, m in SHAPES] for kind in args.kinds}
     single = rates.get("float32") or [rates_of("float32", k, m, [1]) for k, m in SHAPES]
     memory = BYTES_OF_A_WEIGHT["float32"] / 2 * max(rate[1] for rate in single)
     print(f"{processor()}; {report()}")
     print(
         f"one core: large products in float32 {peaks['float32']:.0f} GFLOP/s, in bfloat16 "
-        f"{peaks['bfloat16']:.0f}; memory {memory:.1f} GB/s"
+        f"{peaks['bfloat16']:.0f}, in int8 {peaks['int8']:.0f}; memory {memory:.1f} GB/s"
     )
     peers = {}
     if installed("torch"):
@@ -85,8 +85,10 @@ def print_rates(limits: Rates, of_shapes: list[Rates], peer: Rates | None) -> No
 
 def peak_of(kind: str) -> float:
     """GFLOP/s of a large product."""
-    square = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32).astype(kind)
-    times = seconds(lambda: linear_forward(square, square, None), RUNS, time.thread_time)
+    square = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32)
+    x, weight = (square, quantised(square, 0)) if kind == "int8" else [square.astype(kind)] * 2
+    multiply = product if kind == "int8" else partial(linear_forward, bias=None)
+    times = seconds(lambda: multiply(x, weight), RUNS, time.thread_time)
     return 2 * 1024**3 / median(times) / 1e9
 
 

@@ -15,7 +15,8 @@ import pytest
 from cuda_emulator import Emulator
 from guarded_arrays import GuardedArrays
 
-from micrograd_gpt.kernels.in_cuda import cublas, token_step
+from micrograd_gpt.functional import gelu_forward
+from micrograd_gpt.kernels.in_cuda import cublas, cublas_lt, residual, token_step
 from micrograd_gpt.kernels.in_cuda import kernels as gpu
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 
@@ -27,7 +28,7 @@ class Machine(ABC):
         self.arrays = GuardedArrays(library)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (gpu, token_step):
+        for module in (gpu, residual, token_step):
             monkeypatch.setattr(module, "array_module", lambda array: self.arrays)
 
     @abstractmethod
@@ -69,6 +70,7 @@ class EmulatedGPU(Machine):
         monkeypatch.setattr(cuda_modules, "run", self.emulator.run)
         monkeypatch.setattr(cuda_modules, "usable", lambda: True)
         monkeypatch.setattr(cublas, "product", _product)
+        monkeypatch.setattr(cublas_lt, "product", _product_with_bias)
 
     def put(self, *arrays: np.ndarray) -> list[np.ndarray]:
         return list(arrays)
@@ -86,6 +88,23 @@ def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> np.ndarray:
     return out
 
 
+def _product_with_bias(
+    a: np.ndarray,
+    b: np.ndarray,
+    bias: np.ndarray,
+    out: np.ndarray,
+    before: np.ndarray | None = None,
+) -> bool:
+    """Does what cuBLASLt does in cublas_lt.product."""
+    if a.dtype == np.float32 or a.dtype != b.dtype:
+        return False
+    product = a.astype(np.float32) @ b.astype(np.float32) + bias
+    if before is not None:
+        before[...], product = product, gelu_forward(product)
+    out[...] = product
+    return True
+
+
 @contextmanager
 def emulated_cupy(emulator: Emulator) -> Iterator[None]:
     """Within this block a model on "gpu" computes, with fake_cupy's arrays and emulated kernels."""
@@ -94,12 +113,16 @@ def emulated_cupy(emulator: Emulator) -> Iterator[None]:
         out[...] = fake_cupy.matmul(a.astype(np.float32), b.astype(np.float32))
         return out
 
+    def product_with_bias(*arrays: Any) -> bool:
+        return _product_with_bias(*(array if array is None else array._numbers for array in arrays))
+
     emulator.launched.clear()
     with fake_cupy.installed(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_modules, "run", functools.partial(fake_cupy.launch, emulator.run))
         patch.setattr(cuda_modules, "usable", lambda: True)
         patch.setattr(cuda_modules, "address", lambda array: array._numbers.ctypes.data)
         patch.setattr(cublas, "product", product)
+        patch.setattr(cublas_lt, "product", product_with_bias)
         yield
 
 

@@ -35,6 +35,7 @@ PRECISIONS = ("float32", "float64", *HALF)
 # Layers, and functions of arrays, whose inputs are rounded
 MATRIX_WORK = ("linear", "linear_cross_entropy")
 MATRIX_WORK_ON_ARRAYS = ("linear_forward", "linear_backward", "linear_cross_entropy_forward")
+COMPOSED = ("self_attention",)  # of views and of layers that are computed wide themselves
 LOOK_UPS = ("embedding",)  # layers that return float32 rows, whatever type their table is held in
 
 _HALF_DTYPES = frozenset((np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)))
@@ -182,7 +183,7 @@ def computed_wide(
     work, the weights once they are rounded. A function that returns nothing has changed its first
     argument, which is then rounded in place.
     """
-    if not any(map(is_half, args)):
+    if not any(map(is_half, args)) or function.__name__ in COMPOSED:
         return function(*args)
     if function.__name__ in (*MATRIX_WORK, *MATRIX_WORK_ON_ARRAYS) and is_half(args[0]):
         alike = all_in(args[0].dtype, args)

@@ -20,10 +20,13 @@ from micrograd_gpt.evaluation.scoring import Request, Score
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.corpus import encode_documents
 from micrograd_gpt.text.documents import SUFFIXES
 from micrograd_gpt.text.shard_files import find_shards
+
+BEGINNING = 4096  # bytes
 
 
 class Window(NamedTuple):
@@ -138,11 +141,16 @@ class PerplexityTask(ScoredTask):
         }
 
 
-def check_no_shards(source: str, encoding: str = "utf-8") -> None:
-    """UserError for a source that has no text, but the tokens of one."""
+def check_no_shards(source: str) -> None:
+    """UserError for a source that has no text, but the tokens of one; a file of any name is a text
+    if it has no null bytes, as shards have, or begins as find_shards says that a text does."""
     path = Path(source)
-    has_texts = path.is_dir() and any(p.suffix.lower() in SUFFIXES for p in path.rglob("*"))
-    if not has_texts and find_shards(source, encoding) is not None:
+    if path.is_file():
+        with reading(path), open(path, "rb") as file:
+            has_text = b"\0" not in file.read(BEGINNING)
+    else:
+        has_text = any(path.suffix.lower() in SUFFIXES for path in path.rglob("*"))
+    if not has_text and find_shards(source) is not None:
         raise UserError(
             f"{source} holds token shards, whose bytes and words cannot be counted: give the text "
             "that they were made from"

@@ -27,8 +27,8 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         metavar="FILE",
         help="many texts to continue, one a line (blank lines do not count), or one a record of a "
-        ".jsonl, .json, .csv, .tsv or .parquet; - reads lines from stdin. The results come in the "
-        "same order",
+        ".jsonl, .json, .csv, .tsv or .parquet, or of JSON in a pipe; - reads stdin. The results "
+        "come in the same order",
     )
     question.add_argument(
         "--instruction",
@@ -77,15 +77,7 @@ def read_questions(given: argparse.Namespace) -> list[str] | None:
     if given.batch_size is not None and (getattr(given, "num_beams", None) or 1) > 1:
         raise UserError("--batch-size does nothing with --num-beams: leave one of them out")
     if given.prompts is not None:
-        from micrograd_gpt.text.records import RECORD_SUFFIXES
-
-        is_plain = Path(given.prompts).suffix.lower() not in RECORD_SUFFIXES
-        if given.text_field is not None and is_plain:
-            raise UserError(
-                f"--text-field is for records ({', '.join(RECORD_SUFFIXES)}), and {given.prompts} "
-                "is read line by line: leave it out"
-            )
-        return _read_prompts(given.prompts, given.text_field or "prompt", given.encoding or "utf-8")
+        return _read_prompts(given.prompts, given.text_field, given.encoding or "utf-8")
     for flag, value in (("--text-field", given.text_field), ("--encoding", given.encoding)):
         if value is not None:
             raise UserError(f"{flag} is for a file of --prompts: give that too")
@@ -119,25 +111,32 @@ def _stdin(flag: str, encoding: str = "utf-8") -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _read_prompts(source: str, field: str, encoding: str) -> list[str]:
-    from micrograd_gpt.text.decoding import Form, Notes
-    from micrograd_gpt.text.documents import LIKE_JSON, read_documents
-    from micrograd_gpt.text.records import RECORD_SUFFIXES
+def _read_prompts(source: str, text_field: str | None, encoding: str) -> list[str]:
+    from micrograd_gpt.support.files import is_stream
+    from micrograd_gpt.text.decoding import Form, Notes, text_chunks
+    from micrograd_gpt.text.documents import LIKE_JSON
+    from micrograd_gpt.text.records import RECORD_SUFFIXES, begins_with_record, record_texts
 
-    notes = Notes()
+    path, form, notes = Path(source), Form(encoding, text_field or "prompt"), Notes()
+    text, is_piped = None, source == "-" or is_stream(source)
+    is_plain = path.suffix.lower() not in RECORD_SUFFIXES
+    if is_plain and not is_piped and text_field is not None:
+        raise UserError(
+            f"--text-field is for records ({', '.join(RECORD_SUFFIXES)}), and {source} is read "
+            "line by line: leave it out"
+        )
     if source == "-":
-        texts = [_stdin("--prompt", encoding)]
-        if LIKE_JSON.match(texts[0]):
-            cli.say(
-                "note: stdin looks like JSON and is read as it stands, a prompt a line; to have "
-                "it read as records, give a file that is called .jsonl"
-            )
+        path, text = Path("stdin"), _stdin("--prompt", encoding)
+    elif is_plain:
+        text = "".join(text_chunks(path, form, lambda _: None, notes))
+    if text is None or (is_piped and begins_with_record(text, form.field)):
+        texts = list(record_texts(path, form, lambda _: None, notes, text))
     else:
-        form = Form(encoding, field)
-        texts = ["".join(c) for c in read_documents(Path(source), form, notes=notes)]
-    if Path(source).suffix.lower() not in RECORD_SUFFIXES:
-        lines = [line.removesuffix("\r") for text in texts for line in text.split("\n")]
-        texts = [line for line in lines if line.strip()]
+        texts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+        if is_piped and (text_field is not None or LIKE_JSON.match(text)):
+            notes.piped.add(path)
+        elif LIKE_JSON.match(text):
+            notes.like_json.add(path)
     notes.tell(source)
     if not texts:
         raise UserError(f"{source} holds no prompts: write one a line")

@@ -8,6 +8,7 @@ definition that it can be compared with.
 import micrograd_gpt.kernels.in_c.int8
 import micrograd_gpt.kernels.in_c.kernels
 import micrograd_gpt.kernels.in_c.token_step
+import micrograd_gpt.kernels.in_cuda.block
 import micrograd_gpt.kernels.in_cuda.kernels
 import micrograd_gpt.kernels.in_cuda.token_step
 import micrograd_gpt.kernels.in_numpy.kernels  # noqa: F401

@@ -12,7 +12,7 @@ from micrograd_gpt import gpt2
 from micrograd_gpt.arrays.precision import compute_dtype, computes_as_held
 from micrograd_gpt.generation.kv_cache import KVCache, Past
 from micrograd_gpt.gpt2 import GPT2, MLP, Block, CausalSelfAttention, Transformer
-from micrograd_gpt.nn import Dropout, Embedding, LayerNorm, Linear, Parameter, no_dropout
+from micrograd_gpt.nn import Dropout, Embedding, LayerNorm, Linear, Module, Parameter, no_dropout
 
 # What these kernels do the work of; the layers and the arithmetic that these call are found there.
 BYPASSED = (
@@ -29,33 +29,46 @@ BYPASSED_BY_WHOLE_MODELS = (
 IN_LAYER_NORM = (0, 1, 6, 7)  # which of a block's twelve parameters belong to a LayerNorm
 
 
-def parameters_of(blocks: Sequence[Block], cache: Any) -> list[list[Parameter]] | None:
-    """Each block's twelve parameters, in the order in which the block uses them.
+def parameters_of_block(block: Any) -> list[Parameter] | None:
+    """A block's twelve parameters, in the order in which the block uses them.
 
-    Returns None unless every block does exactly what GPT-2's does: nothing is dropped out, no part
-    and no cache has been replaced by one of another class, and it computes in the type that its
-    weights are held in.
+    Returns None unless the block does exactly what GPT-2's does: no part of it has been replaced by
+    one of another class.
+    """
+    if type(block) is not Block or [type(block.attn), type(block.mlp)] != [
+        CausalSelfAttention,
+        MLP,
+    ]:
+        return None
+    attn, mlp = block.attn, block.mlp
+    parts = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
+    types = [LayerNorm, Linear, Linear] * 2 + [Dropout] * 3
+    if [type(part) for part in (*parts, *dropouts_of(block))] != types:
+        return None
+    if any("draw" in vars(dropout) for dropout in dropouts_of(block)):
+        return None
+    parameters = [parameter for part in parts for parameter in (part.weight, part.bias)]
+    return None if any(parameter is None for parameter in parameters) else parameters
+
+
+def dropouts_of(block: Block) -> tuple[Dropout, ...]:
+    return block.attn.attn_dropout, block.attn.resid_dropout, block.mlp.resid_dropout
+
+
+def parameters_of(blocks: Sequence[Block], cache: Any) -> list[list[Parameter]] | None:
+    """Each block's parameters, as `parameters_of_block` gives them.
+
+    Returns None where that does, where something is dropped out, the cache is one of another class,
+    or a block computes in another type than its weights are held in.
     """
     if type(cache) is not KVCache:
         return None
     layers = []
     for block in blocks:
-        if type(block) is not Block or [type(block.attn), type(block.mlp)] != [
-            CausalSelfAttention,
-            MLP,
-        ]:
+        parameters = parameters_of_block(block)
+        if parameters is None or any(part.training and part.p for part in dropouts_of(block)):
             return None
-        attn, mlp = block.attn, block.mlp
-        parts = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
-        dropouts = (attn.attn_dropout, attn.resid_dropout, mlp.resid_dropout)
-        types = [LayerNorm, Linear, Linear] * 2 + [Dropout] * 3
-        if [type(part) for part in (*parts, *dropouts)] != types:
-            return None
-        drops_out = any((part.training and part.p) or "draw" in vars(part) for part in dropouts)
-        if drops_out or not computes_as_held(attn.c_attn.weight):
-            return None
-        parameters = [parameter for part in parts for parameter in (part.weight, part.bias)]
-        if any(parameter is None for parameter in parameters):
+        if not computes_as_held(block.attn.c_attn.weight):
             return None
         layers.append(parameters)
     return layers
@@ -84,16 +97,17 @@ def parameters_around(model: Any) -> list[Parameter] | None:
 
 
 class Parts:
-    """The parts of a model as they are now, to tell in microseconds if they are still the same.
+    """The parts of a module as they are now, to tell in microseconds if they are still the same.
 
-    It keeps neither the model alive nor the arrays of its parameters, whose numbers may change.
+    It keeps neither the module alive nor the arrays of its parameters, whose numbers may change.
+    `weight` is the one whose type decides in which type the matrix work is done.
     """
 
-    def __init__(self, model: GPT2) -> None:
-        self.weight, self.parameters = model.transformer.wte.weight, model.parameters()
-        _, *self.parts = (part for _, part in model.modules())
+    def __init__(self, module: Module, weight: Parameter) -> None:
+        self.weight, self.parameters = weight, module.parameters()
+        _, *self.parts = (part for _, part in module.modules())
         self.types = list(map(type, self.parts))
-        self.namespaces = [vars(part) for part in (model, *self.parts)]
+        self.namespaces = [vars(part) for part in (module, *self.parts)]
         self.values = list(self._values())
         self.lists = [(value, list(value)) for value in self.values if isinstance(value, list)]
         self.arrays = [ref(parameter.data) for parameter in self.parameters]

@@ -101,11 +101,10 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether a path that exists is a pipe or a stream of this process, as /dev/stdin and <(…) are,
-    whose name says nothing about what is in it."""
-    is_named = os.path.isdir(path) or (
-        os.path.isfile(path) and Path(path).parts[:2] != ("/", "dev")
-    )
+    """Whether a path that exists is a pipe or a file that a process has open, as /dev/stdin and
+    <(…) are, whose name says nothing about what is in it."""
+    is_open = str(path).startswith(("/dev/stdin", "/dev/fd/", "/proc/"))
+    is_named = os.path.isdir(path) or (os.path.isfile(path) and not is_open)
     return os.path.exists(path) and not is_named
 
 

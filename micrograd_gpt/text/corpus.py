@@ -187,7 +187,7 @@ def _read(
     text_files = None
     if source not in BY_NAME:
         with reading(source):
-            shard_files = find_shards(source, form.encoding)
+            shard_files = find_shards(source)
             text_files = [] if shard_files else find_files(source)
             size = sum(file.stat().st_size for file in text_files)
         if shard_files is not None:

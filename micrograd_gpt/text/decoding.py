@@ -13,7 +13,7 @@ from typing import Any
 
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import is_stream, reading
+from micrograd_gpt.support.files import reading
 
 CHUNK = 1 << 18  # bytes read at a time
 OF_CHARACTERS = ("char", "word", "byte")  # tokenizers that would learn "\r" as a thing of its own
@@ -25,6 +25,7 @@ MARKS = {  # the longer of two that begin alike first
     codecs.BOM_UTF8: "utf-8",
 }
 
+# Control characters of no text: others move a line or a page, or are DOS's end (\x1a) and ESC
 CONTROL = re.compile("[\0-\x08\x0e-\x19]")
 
 PACKED = {  # how files begin that hold text, but not as text, and how to get at it
@@ -73,7 +74,8 @@ class Notes:
 
     mended: set[Path] = field(default_factory=set)  # files whose line ends were changed
     with_null: set[Path] = field(default_factory=set)  # files that have null characters
-    like_json: set[Path] = field(default_factory=set)  # that are not read as records
+    like_json: set[Path] = field(default_factory=set)  # files that are not read as records
+    piped: set[Path] = field(default_factory=set)  # streams of which none are read
     skipped: Counter[str] = field(default_factory=Counter)  # records left out, by the reason
 
     def tell(self, source: str | Path) -> None:
@@ -90,11 +92,14 @@ class Notes:
                 "and UTF-16 without its mark (for that: --encoding utf-16-le)"
             )
         if self.like_json:
-            some = min(self.like_json)
-            how = "name their text with --text-field" if is_stream(some) else "call it .json"
             say(
-                f"note: {some} looks like JSON and is read as it stands, braces and all; to have "
-                f"it read as records, {how}"
+                f"note: {min(self.like_json)} looks like JSON and is read as it stands, braces "
+                "and all; to have it read as records, call it .json"
+            )
+        if self.piped:
+            say(
+                f"note: {min(self.piped)} is read as it stands, not as records: those in a pipe "
+                "are JSON objects, one a line, with the key that --text-field names"
             )
         if self.skipped:
             why = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())
@@ -119,20 +124,17 @@ def encoding_of(beginning: bytes, encoding: str) -> str:
     return next((name for mark, name in MARKS.items() if beginning.startswith(mark)), encoding)
 
 
-def is_text(beginning: bytes, encoding: str = "utf-8") -> bool:
-    """Whether a file of any name begins as a text does: with a byte-order mark, or else with UTF-8
-    without the control characters that are in binary files. Another encoding was chosen for a text.
+def is_text(beginning: bytes) -> bool:
+    """Whether a file of any name begins as a text does, without the control characters that are in
+    token ids: in the encoding that its byte-order mark says, or in any that has a byte or more for
+    a character.
     """
-    check_encoding(encoding)
-    if codecs.lookup(encoding_of(beginning, encoding)).name != "utf-8":
-        return True
+    marked = (name for mark, name in MARKS.items() if beginning.startswith(mark))
+    decoder = codecs.getincrementaldecoder(next(marked, "latin-1"))()
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(
-            beginning
-        )  # it may end in a character
+        return CONTROL.search(decoder.decode(beginning)) is None  # it may end within a character
     except UnicodeDecodeError:
         return False
-    return CONTROL.search(text) is None
 
 
 def check_not_packed(beginning: bytes, name: str | Path) -> None:

@@ -20,7 +20,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import is_stream, reading, refuse_tilde
 from micrograd_gpt.text.decoding import Form, Notes, text_chunks
 from micrograd_gpt.text.decoding import check_encoding as check_encoding
-from micrograd_gpt.text.records import RECORD_SUFFIXES, first_record, record_texts
+from micrograd_gpt.text.records import RECORD_SUFFIXES, begins_with_record, record_texts
 
 SUFFIXES = (".txt", ".md", ".rst", *RECORD_SUFFIXES)  # of the files read in a folder
 AS_IT_IS = Form()
@@ -146,7 +146,7 @@ def check_text_field(field: str, sources: Sequence[str]) -> None:
     """UserError for a --text-field where none of the sources holds records that have it."""
     found = [source for source in sources if source in BY_NAME or os.path.exists(source)]
     if any(map(is_stream, found)):
-        return  # said when it is read
+        return  # what these hold shows when they are read
     if field != AS_IT_IS.field and found and not any(map(holds_records, found)):
         raise UserError(
             f"--text-field {field} is for records ({', '.join(RECORD_SUFFIXES)}), and "
@@ -233,16 +233,17 @@ def read_documents(
         return
     chunks = text_chunks(path, form, on_read, notes)
     first = next(chunks, "")
-    whole = chain([first], chunks)
-    if is_stream(path) and form.field in first_record(first):  # no name says that these are records
-        yield from ([text] for text in record_texts(path, form, on_read, notes, whole))
-        return
-    if is_stream(path) and form.field != AS_IT_IS.field:
-        raise UserError(
-            f"--text-field {form.field} is for records, and {path} does not begin with one that "
-            "has it: leave it out, or name another"
-        )
-    if LIKE_JSON.match(first):
+    whole: Iterable[str] = chain([first], chunks)
+    is_like_json, is_piped = LIKE_JSON.match(first), is_stream(path)
+    if is_piped and is_like_json:
+        piped = "".join(whole)
+        if begins_with_record(piped, form.field):
+            yield from ([text] for text in record_texts(path, form, on_read, notes, piped))
+            return
+        whole = [piped]
+    if is_piped and (is_like_json or form.field != AS_IT_IS.field):
+        notes.piped.add(path)
+    elif is_like_json:
         notes.like_json.add(path)
     yield whole
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,20 +29,20 @@ Values = Iterator[tuple[str, Any]]  # where a value stands ("line 3"), and the v
 
 
 def record_texts(
-    path: Path, form: Form, on_read: OnRead, notes: Notes, chunks: Iterable[str] | None = None
+    path: Path, form: Form, on_read: OnRead, notes: Notes, piped: str | None = None
 ) -> Iterator[str]:
     """The text of each record of a file, in order: that of its field `form.field`.
 
-    `chunks` are those of a stream, which holds JSON and has been opened already.
+    `piped` is all that a stream held, which is JSON as in a file called .json.
 
     A record whose text is null, or no Unicode because it has a lone surrogate, is left out, and
     `notes` counts it. Raises UserError, naming the place, for what is not a record, for one that
     lacks the field, and for a value that is not a text.
     """
-    if chunks is None:
+    if piped is None:
         values = _values(path, form, on_read, notes)
     else:
-        values = _jsonl_values(path, form.field, chunks)
+        values = _json_values(path, form.field, piped)
     for place, text in values:
         if text is None:
             notes.skipped[NO_TEXT] += 1
@@ -135,14 +136,16 @@ def is_line_by_line(text: str) -> bool:
     return True
 
 
-def first_record(text: str) -> dict[str, Any]:
-    """The JSON object, or the first of a list, that a text begins with; {} where it has none."""
-    begun = text.lstrip().removeprefix("[").lstrip()
-    try:
-        record, _ = json.JSONDecoder().raw_decode(begun)
-    except (ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
+def begins_with_record(text: str, field: str) -> bool:
+    """Whether a text is a JSON value, or has one on its first line, that is an object with this
+    field, or a list whose first is.
+    """
+    for part in (text.strip().partition("\n")[0], text):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(part)
+            first = value[0] if isinstance(value, list) and value else value
+            return isinstance(first, dict) and field in first
+    return False
 
 
 def _parsed(path: Path, place: str, text: str) -> Any:

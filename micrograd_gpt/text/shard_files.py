@@ -17,18 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.decoding import is_text
-from micrograd_gpt.text.shards import (
-    HEADER_SIZE,
-    Shards,
-    alternate,
-    open_shard,
-    read_shard,
-    too_wide,
-)
+from micrograd_gpt.text.shards import HEADER_SIZE, Shards, open_shard, read_shard
 from micrograd_gpt.text.tokenizers import FIXED, NAMES, CharTokenizer, tokenizer_from_dict
 
 MANIFEST = "manifest.json"
@@ -56,17 +50,19 @@ class ShardFiles:
         return train, validation
 
 
-def find_shards(source: str | Path, encoding: str = "utf-8") -> ShardFiles | None:
+def find_shards(source: str | Path) -> ShardFiles | None:
     """Return the shards in a folder, or `source` itself if it is one; None if there are none.
 
-    A file called .bin may be a text, in this `encoding`. Raises UserError for shards of ours that
-    have no manifest, or one that does not match them.
+    A file called .bin may be a text, which is said on stderr. Raises UserError for shards of ours
+    that have no manifest, or one that does not match them.
     """
     path = Path(source)
     if path.suffix == ".bin" and path.is_file():
         with reading(path), open(path, "rb") as file:
-            is_shard = not is_text(file.read(HEADER_SIZE), encoding)
-        return ShardFiles([path], [], headerless=True) if is_shard else None
+            if not is_text(file.read(HEADER_SIZE)):
+                return ShardFiles([path], [], headerless=True)
+        say(f"note: {path} is read as the text that it begins as, not as token ids")
+        return None
     if any(path.glob("tokens_[0-9]*.bin")):
         return _our_shards(path)
     if train := _named(path, "train"):
@@ -200,8 +196,6 @@ def _check_ids_in(paths: list[Path], headerless: bool, tokenizer: Tokenizer) -> 
     ) as bar:
         for path in paths:
             for ids in read_shard(path, headerless):
-                if headerless and tokenizer.name in FIXED and alternate(ids):
-                    raise too_wide(path)  # no text has its token 0, "!" or NUL, so often
                 if ids.max() >= tokenizer.vocab_size:
                     raise UserError(
                         f"{path} holds the token id {ids.max()}, but the {tokenizer.name} "

@@ -14,7 +14,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading, written_whole
 from micrograd_gpt.text.decoding import is_text
@@ -23,8 +22,6 @@ MAGIC, VERSION = 20240520, 1  # as llm.c's dev/data/data_common.py writes them
 HEADER_SIZE = 1024  # bytes
 TOKEN = np.dtype("<u2")
 SLICE = 1 << 22  # ids brought into memory at a time
-LOOKED_AT = HEADER_SIZE // TOKEN.itemsize  # ids that show what a file without a header holds
-AS_UINT16 = "write them as uint16 (ids.astype(np.uint16).tofile), or give the text itself"
 
 
 class Shards:
@@ -112,13 +109,7 @@ def open_shard(path: Path, headerless: bool = False) -> np.ndarray:
             start, size = _ids_in(path, file, headerless)
         if start == size:
             return np.empty(0, TOKEN)  # there is no empty memory map
-        ids = np.asarray(np.memmap(path, TOKEN, mode="r", offset=start))
-    if headerless and alternate(ids[:LOOKED_AT]):
-        say(
-            f"warning: in {path} every second id is 0, as in a file of ids of four bytes each: if "
-            f"it is one, {AS_UINT16}"
-        )
-    return ids
+        return np.asarray(np.memmap(path, TOKEN, mode="r", offset=start))
 
 
 def read_shard(path: Path, headerless: bool = False) -> Iterator[np.ndarray]:
@@ -145,25 +136,6 @@ def _are_wider(numbers: np.ndarray) -> bool:
     return bool(zeros.max() - zeros.min() > 0.5)
 
 
-def too_wide(path: Path) -> UserError:
-    """Return the error for a file of ids that have more than two bytes each."""
-    return UserError(
-        f"{path} holds ids of four or eight bytes each, most of them zeros: {AS_UINT16}"
-    )
-
-
-def alternate(numbers: np.ndarray) -> bool:
-    """Whether every second of some uint16 numbers is 0, and most others are not.
-
-    So are the halves of ids of four bytes, and so can ids of a small vocabulary be, such as those
-    of single digits, a line each.
-    """
-    zeros = numbers[: len(numbers) // 2 * 2].reshape(-1, 2) == 0
-    if len(numbers) < 64:
-        return False  # too few to tell
-    return bool(zeros.all(axis=0).any() and zeros.mean(axis=0).min() < 0.5)
-
-
 def _ids_in(path: Path, file: BinaryIO, headerless: bool) -> tuple[int, int]:
     """Check a shard's header, and return where its ids start and end, in bytes."""
     header = file.read(HEADER_SIZE)
@@ -184,9 +156,11 @@ def _ids_in(path: Path, file: BinaryIO, headerless: bool) -> tuple[int, int]:
                 f"{path} is damaged: it has {size:,} bytes, and ids of two bytes each cannot make "
                 "an odd number; make it again"
             )
-        numbers = np.frombuffer(header, TOKEN)
-        if _are_wider(numbers) and not alternate(numbers):
-            raise too_wide(path)
+        if _are_wider(np.frombuffer(header, TOKEN)):
+            raise UserError(
+                f"{path} seems to hold ids of four or eight bytes each, most of them 0: write "
+                "them as uint16 (ids.astype(np.uint16).tofile), or give the text itself"
+            )
         return 0, size
     if len(header) < HEADER_SIZE:
         raise UserError(

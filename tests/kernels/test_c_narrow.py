@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 SIZES = [
     *((1, 1, 1), (1, 64, 16), (2, 33, 17), (3, 95, 131), (4, 1601, 66), (5, 768, 48)),
     *((16, 65, 3), (16, 130, 700), (9, 64, 32)),
-    *((17, 1, 1), (17, 33, 65), (18, 64, 64), (40, 837, 131)),
+    *((17, 1, 1), (17, 33, 65), (18, 64, 64), (40, 837, 131), (75, 1100, 17)),
 ]
 
 
@@ -131,6 +131,27 @@ def test_infinity_and_nan_go_where_they_belong(bad: float, n: int) -> None:
     weight.scales[1, 7] = np.nan
     ours = in_c.product(integers(n, 70), weight)
     assert np.isnan(ours[:, 7]).all() and np.isfinite(np.delete(ours, 7, axis=1)).all()
+
+
+@pytest.mark.parametrize("exponent", [-120, -101, -100, -60, 60, 110])
+def test_each_row_may_be_of_a_size_of_its_own(exponent: int) -> None:
+    x, weight = integers(21, 70), int8_of_integers(70, 35)
+    x[[1, 20]] *= np.float32(2) ** exponent
+    x[2] = 0
+    for n in (3, 8, 21):
+        expected = x[:n] @ weight.astype("float32")
+        np.testing.assert_array_equal(in_c.product(x[:n], weight), expected)
+
+
+def test_small_numbers_beside_a_large_one_keep_their_bits() -> None:
+    """Those that are not below a 2**30th of it."""
+    x, weight = integers(20, 70) * 51, int8_of_integers(70, 35)
+    values = weight.values.copy(order="F")
+    x[:, 3], values[3] = 2.0**29, 0
+    weight = int8.int8_matrix(values, weight.scales)
+    for n in (1, 4, 9, 20):
+        expected = x[:n] @ weight.astype("float32")
+        np.testing.assert_array_equal(in_c.product(x[:n], weight), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 16])

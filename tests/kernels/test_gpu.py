@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from micrograd_gpt import no_grad, optim
+from micrograd_gpt import gpt2, no_grad, optim
 from micrograd_gpt.arrays.devices import move, set_tf32, to_device
 from micrograd_gpt.arrays.precision import compute_in, hold_in
 from micrograd_gpt.arrays.stand_ins import at_most
@@ -20,9 +20,11 @@ from micrograd_gpt.generation.context import next_logits
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.kernels.in_cuda import token_step
+from micrograd_gpt.tensor import node_of, tape_below
 
 pytestmark = pytest.mark.gpu
 
+BY_THE_TAPE = gpt2.through_blocks.definition  # type: ignore[attr-defined]
 CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=128, vocab_size=211, n_positions=80)
 # For the losses: float32 sums in another order, or products of two-byte numbers
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
@@ -87,6 +89,32 @@ def test_gradients_are_those_of_the_definitions(level: str) -> None:
     for name, gradient in reference.items():
         size = np.abs(gradient).max()
         np.testing.assert_allclose(ours[name], gradient, rtol=0, atol=1e-4 * size, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("width", "n_head"), [(768, 12), (208, 13)])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_whole_blocks_give_the_gradients_of_the_tape(
+    p: float, width: int, n_head: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision, of 77 tokens a row; the loss too."""
+    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), p)
+    config = dataclasses.replace(CONFIG, n_embd=width, n_head=n_head, **dropout)
+    losses, found = [], []
+    for operation in ("block", "self_attention"):
+        model = make("gpu", config)
+        with compute_in(dtype):
+            loss = model.loss(*batch())
+        names = [node.name for node in tape_below(node_of(loss))]
+        assert names.count(operation) == config.n_layer
+        loss.backward()
+        losses.append(loss.item())
+        found.append({name: to_device(p.grad, "cpu") for name, p in model.named_parameters()})
+        monkeypatch.setattr(gpt2, "through_blocks", BY_THE_TAPE)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    for name, gradient in found[1].items():
+        size = np.abs(gradient).max()
+        np.testing.assert_allclose(found[0][name], gradient, atol=2e-2 * size, err_msg=name)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20])

@@ -20,9 +20,16 @@ from micrograd_gpt import functional as F
 from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.generation import filters
 from micrograd_gpt.kernels import linear_cross_entropy
+from micrograd_gpt.kernels.in_cuda import cublas_lt
 from micrograd_gpt.kernels.in_cuda import kernels as gpu
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.matvec import multiply_few_rows
+from micrograd_gpt.kernels.in_cuda.residual import (
+    Normed,
+    add_and_normalise,
+    add_and_normalise_backward,
+    narrowed,
+)
 from micrograd_gpt.kernels.in_cuda.token_step import attend, embed, likeliest, normalise_few_rows
 from micrograd_gpt.layers import IGNORE
 
@@ -150,8 +157,10 @@ def test_sums_of_many_parts_keep_their_digits(on: Machine) -> None:
     """A million rows make thousands of parts, which are added one after another."""
     partials = np.full((30_000, 3), 0.1, np.float32)
     partials[::7] = 0.3
-    sums = on.repeated(lambda: gpu._sum_partials(*on.put(partials)))
-    np.testing.assert_allclose(sums, partials.sum(axis=0, dtype=np.float64), rtol=1e-7)
+    partials[:, 2] *= 2
+    sums = on.repeated(lambda: gpu.sum_partials(*on.put(partials), 2))
+    expected = partials.sum(axis=0, dtype=np.float64)
+    np.testing.assert_allclose(np.concatenate(sums), expected, rtol=1e-7)
     total = on.repeated(lambda: gpu._total(*on.put(partials)))
     np.testing.assert_allclose(total, partials.sum(dtype=np.float64), rtol=1e-7)
 
@@ -166,6 +175,66 @@ def test_layer_norm_backward(shape: tuple[int, int], on: Machine) -> None:
     for a, other, name in zip(ours, oracle, ("dx", "dweight", "dbias"), strict=True):
         assert a.dtype == np.float32
         assert_close(a, other, TOLERANCE["float32"], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 1300), (3, 1029)])
+def test_a_branch_is_added_to_the_stream_and_normalised(
+    shape: tuple[int, int], dtype: str, on: Machine
+) -> None:
+    """Also rows that are too wide to be held whole, and rows at odd places."""
+    x, branch = numbers(*shape) * 3 + 1, numbers(*shape, dtype=dtype, seed=1)
+    w, b = numbers(shape[1]), numbers(shape[1], seed=2)
+    y, total, mean, rstd = on.repeated(
+        lambda: tuple(add_and_normalise(*on.put(x, branch, w, b), 1e-5))
+    )
+    expected = F.layer_norm_forward.definition(*doubles(total, w, b), 1e-5)
+    np.testing.assert_array_equal(total, x + branch.astype(np.float32))
+    assert y.dtype == dtype and mean.dtype == rstd.dtype == np.float32
+    for ours, other, t in zip(
+        (y, mean, rstd), expected, (dtype, "float32", "float32"), strict=True
+    ):
+        assert_close(ours, other, TOLERANCE[t])
+
+
+def test_a_sum_of_equal_numbers_is_normalised_to_zeros(on: Machine) -> None:
+    x, branch = np.full((3, 300), 12345.678, np.float32), np.full((3, 300), 1.5, np.float16)
+    weight, bias = numbers(300), numbers(300, seed=1)
+    y, *_ = on.repeated(lambda: tuple(add_and_normalise(*on.put(x, branch, weight, bias), 1e-5)))
+    np.testing.assert_array_equal(y, np.broadcast_to(bias.astype(np.float16), y.shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("shape", [*(s for s in SHAPES if s[1] > 1), (2, 1300), (19, 1029)])
+def test_the_gradient_of_a_sum_that_is_normalised(
+    shape: tuple[int, int], dtype: str, on: Machine
+) -> None:
+    x, grad, w = numbers(*shape) * 3 + 1, numbers(*shape, dtype=dtype, seed=1), numbers(shape[1])
+    along = numbers(*shape, seed=2)
+    _, mean, rstd = F.layer_norm_forward.definition(x, w, w, 1e-5)
+
+    def backward() -> Any:
+        normed = Normed(None, *on.put(x, mean, rstd))
+        return add_and_normalise_backward(*on.put(grad), normed, *on.put(w, along))
+
+    dx, rounded, *of_parameters = on.repeated(backward)
+    through, *others = F.layer_norm_backward.definition(*doubles(grad, x, w, mean, rstd))
+    assert_close(dx, along + through, TOLERANCE["float32"])
+    np.testing.assert_array_equal(rounded, dx.astype(dtype))
+    assert dx.dtype == np.float32 and rounded.dtype == dtype
+    for a, other, name in zip(of_parameters, others, ("dweight", "dbias"), strict=True):
+        assert a.dtype == np.float32
+        assert_close(a, other, TOLERANCE["float32"], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_many_arrays_are_rounded_at_once(dtype: str, on: Machine) -> None:
+    """With the layouts they have, and sizes that are no multiple of anything."""
+    arrays = [numbers(5, 7), np.asfortranarray(numbers(70, 41)), numbers(3), numbers(64, 64)]
+    copies = on.repeated(lambda: tuple(narrowed(on.put(*arrays), np.dtype(dtype))))
+    for copy, array in zip(copies, arrays, strict=True):
+        np.testing.assert_array_equal(copy, array.astype(dtype))
+        assert copy.flags.f_contiguous == array.flags.f_contiguous
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -189,7 +258,7 @@ def test_far_out_gelu_has_slope_1_or_0(dtype: str, on: Machine) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (4, 9), (3, 2051), (6, 4096)])
+@pytest.mark.parametrize("shape", [(1, 1), (4, 9), (3, 2051), (6, 4096), (2, 16411)])
 def test_cross_entropy(shape: tuple[int, int], dtype: str, on: Machine) -> None:
     logits = (numbers(*shape) * 3).astype(dtype)
     labels = np.random.default_rng(0).integers(0, shape[1], shape[0])
@@ -382,8 +451,21 @@ def test_more_rows_are_multiplied_in_groups(order: str, on: Machine) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize(("n", "k", "m"), [(9, 3, 5), (200, 33, 70)])
-def test_linear(n: int, k: int, m: int, order: str, dtype: str, on: Machine) -> None:
+@pytest.mark.parametrize(("n", "k", "m"), [(9, 3, 5), (200, 33, 70), (200, 32, 72)])
+@pytest.mark.parametrize("beside", [True, False])
+def test_linear(
+    beside: bool,
+    n: int,
+    k: int,
+    m: int,
+    order: str,
+    dtype: str,
+    on: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the bias beside the product, where cuBLASLt does that, and with launches for it."""
+    if not beside:
+        monkeypatch.setattr(cublas_lt, "product", lambda *_, **__: False)
     x, weight, bias = (numbers(*s, dtype=dtype) for s in ((n, k), (k, m), (m,)))
     grad, weight = numbers(n, m, dtype=dtype, seed=1), np.asarray(weight, order=order)
     y = on.repeated(lambda: gpu.linear_forward(*on.put(x, weight, bias)))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import training
 from small_gpt2 import TEXT, make_model, save_model
@@ -336,8 +337,17 @@ def test_a_text_may_have_any_name(model: str, tmp_path: Path) -> None:
     for encoding in ("utf-8", "utf-16"):
         data.write_text(TEXT, encoding=encoding)
         assert evaluate.main(flags) == 0
-    data.write_text(TEXT, encoding="utf-16-le")
-    assert evaluate.main([*flags, "--encoding", "utf-16-le"]) == 0
+    data.write_text(f"{TEXT}\x07a\x08b")  # as a terminal's log has them
+    with pytest.raises(UserError, match=r"the character '\\x07' at position"):
+        evaluate.main(flags)
+    data.write_text(f"{TEXT} café.", encoding="latin-1")
+    with pytest.raises(UserError, match=r"byte 0xe9 at offset .*; give its encoding with --enc"):
+        evaluate.main(flags)
+    with pytest.raises(UserError, match="the character 'é' at position"):
+        evaluate.main([*flags, "--encoding", "latin-1"])
+    np.arange(600, dtype="<u2").tofile(data)
+    with pytest.raises(UserError, match="holds token shards"):
+        evaluate.main([*flags, "--encoding", "latin-1"])
 
 
 def test_an_empty_file_has_nothing_to_evaluate(model: str, tmp_path: Path) -> None:

@@ -493,17 +493,34 @@ def test_piped_prompts_in_another_encoding(
         generate.main([*flags, "klingon"])
 
 
-def test_piped_records_are_prompts_as_they_stand(
-    monkeypatch: pytest.MonkeyPatch, byte_model: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no paths of pipes")
+@pytest.mark.parametrize("source", ["-", "/dev/fd/{}"])
+def test_piped_records_are_prompts(
+    source: str,
+    monkeypatch: pytest.MonkeyPatch,
+    byte_model: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    lines = ['{"prompt": "a"}', '{"prompt": "b"}']
-    flags = ["--model", byte_model, "--prompts", "-", "--max-new-tokens", "1", "--json"]
-    for note, text in (("stdin looks like JSON", "\n".join(lines)), ("", "a\nb")):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-        assert generate.main(flags) == 0
+    flags = ["--model", byte_model, "--max-new-tokens", "1", "--json", "--prompts"]
+    two = '{"prompt": "a\\n1"}\n{"prompt": "b"}\n'
+    for text, field, prompts, is_noted in (
+        (two, None, ["a\n1", "b"], False),
+        (two.replace("prompt", "body"), "body", ["a\n1", "b"], False),
+        (two, "body", two.split("\n")[:2], True),
+        ("a\r\n\nb\n", None, ["a", "b"], False),
+        ("a\nb\n", "body", ["a", "b"], True),
+        ('{"body": "a"}\n', None, ['{"body": "a"}'], True),
+    ):
+        read, write = os.pipe()
+        os.write(write, text.encode())
+        os.close(write)
+        with open(read) as stream:
+            monkeypatch.setattr(sys, "stdin", stream)
+            asked = [] if field is None else ["--text-field", field]
+            assert generate.main([*flags, source.format(read), *asked]) == 0
         out, err = capsys.readouterr()
-        assert [json.loads(line)["prompt"] for line in out.splitlines()] == text.split("\n")
-        assert note in err and ("note:" in err) == bool(note)
+        assert [json.loads(line)["prompt"] for line in out.splitlines()] == prompts
+        assert ("is read as it stands, not as records" in err) == is_noted
 
 
 def test_a_batch_of_one_is_what_one_prompt_is(

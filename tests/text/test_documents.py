@@ -11,6 +11,8 @@ import os
 import pickle
 import re
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -404,34 +406,78 @@ def test_records_of_every_kind(name: str, content: str, tmp_path: Path) -> None:
 def piped(content: str) -> str:
     """A path that gives this content once, as `<(…)` in a shell does."""
     read, write = os.pipe()
-    os.write(write, content.encode())
-    os.close(write)
+
+    def fill() -> None:
+        with open(write, "wb") as pipe:
+            pipe.write(content.encode())
+
+    threading.Thread(target=fill, daemon=True).start()  # a pipe holds only some of it at a time
     return f"/dev/fd/{read}"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no paths of pipes")
+NOT_RECORDS = "is read as it stands, not as records: those in a pipe are JSON objects, one a line"
+of_pipes = pytest.mark.skipif(os.name == "nt", reason="Windows has no paths of pipes")
+
+
+@of_pipes
 def test_records_may_be_piped(capsys: pytest.CaptureFixture[str]) -> None:
+    first = "one, 1 " * 60_000  # longer than what is read at a time
     for field in ("text", "body"):
-        rows = [json.dumps({"id": 1, field: text}) for text in ("one, 1", "two")]
+        rows = [json.dumps({"id": 1, field: text}) for text in (first, "two")]
         for content in (
             "\n".join(rows),
             f"[{rows[0]},\n {rows[1]}]",
-            f"\ufeff{rows[0]}\n{rows[1]}",
+            f"[{rows[0]}, {rows[1]}]",
+            f"\ufeff{rows[0]}\r\n{rows[1]}",
+            json.dumps([{field: first}, {field: "two"}], indent=1),
         ):
             source, form = piped(content), Form(field=field)
             check_text_field(field, [source])
-            assert load_documents(source, form) == ["one, 1", "two"]
+            assert load_documents(source, form) == [first, "two"]
+        one = json.dumps({"id": 1, field: "one"}, indent=1)
+        assert load_documents(piped(one), Form(field=field)) == ["one"]
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="line 2 has no 'text', only 'a'"):
         load_documents(piped('{"text": "one"}\n{"a": 1}\n'))
-    for content in ("one\ntwo", '{"text": "one"}', ""):
-        with pytest.raises(UserError, match="--text-field body is for records, and /dev/fd/"):
-            load_documents(piped(content), Form(field="body"))
-    for content in ("one\ntwo", '{"a": "text"}', "[text", '["text"]'):
+
+
+@of_pipes
+def test_what_is_piped_and_is_no_records_is_a_text(capsys: pytest.CaptureFixture[str]) -> None:
+    for content in ("one\ntwo", "[text", '["text"]'):
         assert load_documents(piped(content)) == [content]
-    assert (
-        "to have it read as records, name their text with --text-field\n" in capsys.readouterr().err
-    )
+    assert capsys.readouterr().err == ""
+    for content in (
+        '{"a": "text"}',
+        '{"text": "a"} is how a record looks.\nIt has a text.',
+        '{\n"text": "a"\n}\n{\n"text": "b"\n}\n',
+        '[{"a": "text"}]',
+    ):
+        assert load_documents(piped(content)) == [content]
+        assert NOT_RECORDS in capsys.readouterr().err
+    for content in ("one\ntwo", "id,body\n1,two\n", '{"text": "one"}'):
+        assert load_documents(piped(content), Form(field="body")) == [content]
+        assert NOT_RECORDS in capsys.readouterr().err
+
+
+@of_pipes
+def test_a_file_behind_the_name_of_a_stream(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
+    with open(tmp_path / "a.jsonl") as file:  # as with `< a.jsonl`
+        source = f"/dev/fd/{file.fileno()}"
+        check_text_field("body", [source])
+        assert load_documents(source, Form(field="body")) == ["one", "two"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="there is no /dev/shm")
+def test_a_file_in_shared_memory_is_what_it_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    with tempfile.NamedTemporaryFile("w", dir="/dev/shm", suffix=".txt") as file:
+        print('{"text": "one"}', file=file, flush=True)
+        assert load_documents(file.name) == ['{"text": "one"}\n']
+        assert "call it .json" in capsys.readouterr().err
+        with pytest.raises(UserError, match="--text-field body is for records"):
+            check_text_field("body", [file.name])
 
 
 def test_a_field_may_have_lines_and_quotes(tmp_path: Path) -> None:

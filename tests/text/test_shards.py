@@ -7,6 +7,7 @@ import itertools
 import json
 import mmap
 import os
+import pickle
 import re
 import struct
 from pathlib import Path
@@ -133,36 +134,60 @@ def test_ids_that_are_not_two_bytes_each_are_refused(
 ) -> None:
     ids = (np.random.default_rng(0).random(1000) ** 3 * largest).astype(int)  # often small ones
     ids.astype(dtype).tofile(tmp_path / "train.bin")
-    refused(tmp_path, "train.bin holds ids of four or eight bytes each")
+    refused(tmp_path, "train.bin seems to hold ids of four or eight bytes each")
     ids.clip(0, 50256).astype("<u2").tofile(tmp_path / "train.bin")
     assert load_corpus(tmp_path, "gpt2").train[:].tolist() == ids.clip(0, 50256)[:900].tolist()
 
 
-def test_every_second_id_may_be_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ids = np.random.default_rng(0).integers(1, 10, 1000).astype("<u2")
-    ids[1::2] = 0
+def test_a_few_ids_may_have_zeros_among_them(tmp_path: Path) -> None:
+    ids = np.arange(40, dtype="<u2") % 2  # as the halves of wider ids have
     ids.tofile(tmp_path / "train.bin")
-    digits = CharTokenizer(["\n", *map(str, range(1, 10))])
-    assert load_corpus(tmp_path, digits).train[:].tolist() == ids[:900].tolist()
-    said = capsys.readouterr().err
-    assert f"warning: in {tmp_path / 'train.bin'} every second id is 0, as in a file of" in said
-    refused(tmp_path, "train.bin holds ids of four or eight bytes each")  # gpt2: each second "!"
+    assert load_corpus(tmp_path, CharTokenizer(["\n", "1"])).train[:].tolist() == ids[:36].tolist()
 
 
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
-def test_a_text_called_bin_is_no_shard(tmp_path: Path, encoding: str, mark: str) -> None:
-    text, path = "Größe, the quick brown fox. " * 80, tmp_path / "my.bin"
-    path.write_bytes((mark + text).encode(encoding))
-    given = Form("utf-8" if mark else encoding)
-    corpus = load_corpus(path, "gpt2", form=given)
+def test_the_ids_of_characters_are_not_taken_for_wider_ones_in_silence(tmp_path: Path) -> None:
+    """Ids of four bytes, and those of single digits a line each, are the same bytes."""
+    np.random.default_rng(0).integers(1, 10, 1000).astype("<i4").tofile(tmp_path / "train.bin")
+    entries = dict(enumerate("\n123456789"))
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": entries}))
+    refused(tmp_path, "train.bin seems to hold ids of four or eight bytes each", "char")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_text_called_bin_is_no_shard(
+    tmp_path: Path, encoding: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, path = "Größe, the quick \x1b[1mbrown fox. " * 80, tmp_path / "my.bin"
+    path.write_bytes(text.encode(encoding))
+    corpus = load_corpus(path, "gpt2")
     ids = [*corpus.train[:], *corpus.validation[:]]
     assert corpus.tokenizer.decode(ids) == text
-    if mark or encoding == "utf-8":
-        for name in ("train.bin", "val.bin"):
-            path.rename(path := tmp_path / name)
-        IDS.tofile(tmp_path / "train.bin")
-        refused(tmp_path, "val.bin is a text and holds no token ids: rename it to val.txt, or")
+    assert f"{path} is read as the text that it begins as, not as tok" in capsys.readouterr().err
+    for name in ("train.bin", "val.bin"):
+        path.rename(path := tmp_path / name)
+    IDS.tofile(tmp_path / "train.bin")
+    refused(tmp_path, "val.bin is a text and holds no token ids: rename it to val.txt, or")
+
+
+def test_a_text_called_bin_in_an_encoding_with_a_byte_a_character(tmp_path: Path) -> None:
+    (tmp_path / "my.bin").write_bytes("café ".encode("latin-1") * 400)
+    refused(tmp_path / "my.bin", "my.bin is not UTF-8 text: byte 0xe9 at offset 3; give its enc")
+    corpus = load_corpus(tmp_path / "my.bin", "byte", form=Form("latin-1"))
+    assert corpus.tokenizer.decode(corpus.train[:6]) == "café "
+
+
+@pytest.mark.parametrize("first", [0xFEFF, 0xFFFE, 0xBBEF, 0x0101])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1", "utf-16-le", "cp1252"])
+def test_an_encoding_says_nothing_about_ids(tmp_path: Path, first: int, encoding: str) -> None:
+    """It may have been given for the text to validate on."""
+    ids = np.random.default_rng(0).integers(0, 1 << 16, 1000).astype("<u2")
+    ids |= 0x0101  # so that no byte is 0
+    ids[0] = first
+    ids.tofile(tmp_path / "my.bin")
+    (tmp_path / "val.txt").write_text("a text" * 100, encoding=encoding)
+    tokenizer = CharTokenizer([*" aetx", *map(chr, range(0x10000, 0x1FFFB))])
+    corpus = load_corpus(tmp_path / "my.bin", tokenizer, tmp_path / "val.txt", Form(encoding))
+    np.testing.assert_array_equal(corpus.train[:], ids)
 
 
 def test_llm_cs_shards(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from micrograd_gpt.arrays.stand_ins import NotForMe
 from micrograd_gpt.kernels import linear_cross_entropy
 from micrograd_gpt.kernels.in_c import half
 from micrograd_gpt.kernels.in_c.arguments import (
-    address,
     call,
     contiguous,
     floats,
@@ -100,23 +99,15 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
 
 
 def _many_rows_of_float16(x: Array, weight: Array, bias: Array | None) -> Array:
+    """In float32, for weights stored column after column, which are widened in cache by parts."""
     if weight.dtype != x.dtype or not weight.flags.f_contiguous:
         raise NotForMe
     bias = None if bias is None else np.ascontiguousarray(bias, np.float32)
-    return cast(multiply_narrow(cast(x, np.float32), weight, None, bias), x.dtype)
-
-
-def multiply_narrow(a: Array, b: Array, scales: Array | None, bias: Array | None) -> Array:
-    """a (N, K) of float32 @ b (K, M) + bias in float32.
-
-    b is of float16, or of int8 with scales, and is stored column after column. It is widened in
-    cache, part by part.
-    """
-    y = np.empty((len(a), b.shape[1]), np.float32)
-    product = _product(a, b, y, bias)
-    product.b_kind, product.scales = half.KINDS.index(b.dtype), address(scales)
+    wide, y = cast(x, np.float32), np.empty((len(x), weight.shape[1]), np.float32)
+    product = _product(wide, weight, y, bias)
+    product.b_kind = half.KINDS.index(half.FLOAT16)
     call("matmul", product)
-    return y
+    return cast(y, x.dtype)
 
 
 def _multiply(a: Array, b: Array, bias: Array | None) -> Array:

@@ -31,19 +31,19 @@ def product(a: Array, b: Array, out: Array) -> Array:
     # cuBLAS reads columns, so it sees a matrix stored in rows as its transpose: outᵀ = bᵀ aᵀ
     cublas.gemmEx(
         cupy.cuda.device.get_cublas_handle(),
-        *(_transposed(b), _transposed(a), m, n, k, ONE.ctypes.data),
-        *(address(b), kind, _leading(b), address(a), kind, _leading(a), ZERO.ctypes.data),
+        *(is_transposed(b), is_transposed(a), m, n, k, ONE.ctypes.data),
+        *(address(b), kind, leading(b), address(a), kind, leading(a), ZERO.ctypes.data),
         *(address(out), CUDA_TYPES[str(out.dtype)], m),
         *(cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP),
     )
     return out
 
 
-def _transposed(matrix: Any) -> int:
+def is_transposed(matrix: Any) -> int:
     """CUBLAS_OP_N (0) for a matrix stored in rows, CUBLAS_OP_T (1) for one stored in columns."""
     return 0 if matrix.flags.c_contiguous else 1
 
 
-def _leading(matrix: Any) -> int:
+def leading(matrix: Any) -> int:
     """How many elements separate the starts of two stored rows (or columns)."""
     return matrix.shape[1] if matrix.flags.c_contiguous else matrix.shape[0]

@@ -21,9 +21,9 @@ import numpy as np
 from micrograd_gpt import functional, layers, optim, tensor
 from micrograd_gpt.arrays.devices import Array, array_module
 from micrograd_gpt.arrays.precision import HALF, is_half
-from micrograd_gpt.arrays.stand_ins import NotForMe, converts
+from micrograd_gpt.arrays.stand_ins import NotForMe, converts, stands_in_for
 from micrograd_gpt.kernels import linear_cross_entropy
-from micrograd_gpt.kernels.in_cuda import cublas
+from micrograd_gpt.kernels.in_cuda import cublas, cublas_lt
 from micrograd_gpt.kernels.in_cuda import modules as cuda_modules
 from micrograd_gpt.kernels.in_cuda.arguments import (
     HEAD_SIZES,
@@ -42,9 +42,10 @@ from micrograd_gpt.kernels.in_cuda.modules import ACTIVATIONS, TENSOR_TABLE, TEN
 from micrograd_gpt.kernels.in_numpy.kernels import gradients
 from micrograd_gpt.kernels.shapes import ROW_OF_ADAMW, check_apart, check_fit
 from micrograd_gpt.layers import Key
-from micrograd_gpt.tensor import Tensor
+from micrograd_gpt.tensor import Picked, Tensor, record
 
 ROWS_AT_ONCE = 128  # how many rows one block adds up, column by column
+LONG_ROW = 2**14  # from so many logits on, a block of 1024 threads has enough to do
 ALIGNED = 64  # the head's rows are filled up to a multiple of this
 
 
@@ -97,6 +98,10 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
         multiply_few_rows(x, weight, bias, y)
         return y
     dtype = activation(x, *([] if bias is None else [bias]))
+    if bias is not None:
+        y = array_module(x).empty((n, m), x.dtype)
+        if cublas_lt.product(x, weight, bias, y):
+            return y
     y = _product(x, weight)
     if bias is not None:
         grid = (strips(m, dtype, 128), min(n, MAX_BLOCKS))
@@ -107,16 +112,25 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
 @in_cuda(functional.linear_backward)
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
     """As the definition; the weight's gradient has the weight's layout in memory."""
-    dtype, xp = activation(grad, x), array_module(x)
-    if name_of(weight.dtype) != dtype:
+    if name_of(weight.dtype) != activation(grad, x):
         raise NotForMe
+    return input_gradient(grad, weight), *weight_gradients(grad, x, weight)
+
+
+def input_gradient(grad: Array, weight: Array) -> Array:
+    """grad @ weight.T, in the type of both."""
+    return _product(grad, weight.T)
+
+
+def weight_gradients(grad: Array, x: Array, weight: Array) -> tuple[Array, Array]:
+    """The float32 gradients of a weight, in its layout in memory, and of its bias."""
     order = "C" if weight.flags.c_contiguous else "F"
-    dweight = xp.empty(weight.shape, np.float32, order)
+    dweight = array_module(x).empty(weight.shape, np.float32, order)
     if order == "C":
         _product(x.T, grad, dweight)
     else:
         _product(grad.T, x, dweight.T)
-    return _product(grad, weight.T), dweight, _column_sums(grad, dtype)
+    return dweight, _column_sums(grad, name_of(grad.dtype))
 
 
 def _column_sums(x: Array, dtype: str) -> Array:
@@ -126,16 +140,17 @@ def _column_sums(x: Array, dtype: str) -> Array:
     partials = xp.empty((parts, m), np.float32)
     grid = (strips(m, dtype), parts)
     launch("sums", "column_sums", dtype, grid, (32, 8), x, partials, n, m)
-    return _sum_partials(partials)
+    return sum_partials(partials, m)[0]
 
 
-def _sum_partials(partials: Array) -> Array:
-    """Sums of float32 partials (parts, width) along the first axis: (width,)."""
-    parts, width = partials.shape
-    sums = array_module(partials).empty(width, np.float32)
-    grid = (-(-width // THREADS),)
-    launch("sums", "sum_partials", "float32", grid, (THREADS,), partials, sums, parts, width)
-    return sums
+def sum_partials(partials: Array, split: int) -> tuple[Array, Array]:
+    """Sums of float32 partials (parts, width) along the first axis: of the first `split` columns,
+    and of the others."""
+    (parts, width), xp = partials.shape, array_module(partials)
+    first, second = (xp.empty(n, np.float32) for n in (split, width - split))
+    arguments = (partials, first, second, parts, width, split)
+    launch("sums", "sum_partials", "float32", (-(-width // 32),), (32, 32), *arguments)
+    return first, second
 
 
 def _total(numbers: Array) -> Array:
@@ -160,20 +175,42 @@ def add_at(total: Array, index: Any, part: Array) -> None:
         try:
             _add_rows(total, index, part)
         except NotForMe:
-            array_module(total).add.at(total, index, part)
+            xp = array_module(total)
+            index = xp.asarray(index) if isinstance(index, np.ndarray) else index
+            xp.add.at(total, index, part)
+
+
+@stands_in_for(layers.embedding, "numpy")  # by the device of its first argument, ids on the host
+def embedding(ids: Any, weight: Tensor) -> Tensor:
+    """As the definition, for a weight on a GPU; the ids stay on the host, too.
+
+    The backward sorts them, and to sort them on the GPU would be to wait for it.
+    """
+    if weight.device == "cpu" or is_half(weight):
+        raise NotForMe
+    ids = layers.checked_ids(ids, len(weight))
+    if not isinstance(ids, np.ndarray):
+        raise NotForMe
+    rows = weight.data[array_module(weight.data).asarray(ids)]
+    return record("embedding", rows, [weight], lambda grad: (Picked(ids, grad),))
 
 
 def _add_rows(total: Array, index: Any, part: Array) -> None:
-    """Add the rows of part (…, C) to those of total (V, C) that an array of integers (…) names."""
+    """Add the rows of part (…, C) to those of total (V, C) that integers (…) name, on the device or
+    on the host."""
     xp = array_module(total)
-    if not isinstance(index, xp.ndarray) or index.dtype.kind not in "iu" or total.ndim != 2:
+    if not isinstance(index, xp.ndarray | np.ndarray) or index.dtype.kind not in "iu":
+        raise NotForMe
+    if total.ndim != 2:
         raise NotForMe
     float32(total)
     dtype, width = activation(part), total.shape[1]
     if part.shape != (*index.shape, width) or not total.size or _share_memory(total, part):
         raise NotForMe
-    ids = xp.ascontiguousarray(index.reshape(-1) % len(total), dtype=np.int64)  # -1 is the last
-    order = xp.argsort(ids, kind="stable").astype(np.int64, copy=False)
+    ids = index.reshape(-1) % len(total)  # -1 is the last
+    narrow = ids.astype(np.min_scalar_type(len(total) - 1))  # sorted sooner on the host
+    order = (np if isinstance(index, np.ndarray) else xp).argsort(narrow, kind="stable")
+    ids, order = (xp.asarray(numbers, np.int64) for numbers in (ids, order))
     rows, grid = ids.size, (ids.size, strips(width, dtype))
     launch(
         *("embedding", "embedding_backward", dtype, grid, (32, 8)),
@@ -228,8 +265,7 @@ def layer_norm_backward(
         *("layer_norm", "layer_norm_backward_weight", dtype, (strips(width, dtype), parts)),
         *((32, 8), grad, x, mean, rstd, partials, n, width),
     )
-    sums = _sum_partials(partials)
-    return dx, sums[:width], sums[width:]
+    return dx, *sum_partials(partials, width)
 
 
 # ------------------------------------------------------------------------------------------ gelu
@@ -427,8 +463,10 @@ def _cross_entropy(logits: Array, labels: Array, dlogits: Array, vocab_size: int
     if labels.dtype.kind not in "iu":
         raise NotForMe
     labels, losses = xp.ascontiguousarray(labels, dtype=np.int64), xp.empty(n, np.float32)
+    # Few long rows at a time, so that each is still in the GPU's cache when it is read again
+    dtype, threads = name_of(logits.dtype), 1024 if row_size >= LONG_ROW else THREADS
     launch(
-        *("cross_entropy", "cross_entropy_forward", name_of(logits.dtype), (n,), (THREADS,)),
+        *("cross_entropy", "cross_entropy_forward", dtype, (n,), (threads,)),
         *(logits, labels, dlogits, losses, vocab_size, row_size),
     )
     return _total(losses)
@@ -448,7 +486,10 @@ def clip_grad_norm(parameters: list[Tensor], max_norm: float, loss_scale: float 
     (across,) = blocks(max(grad.size for grad in grads), "float32")
     partials = array_module(grads[0]).empty((len(grads), across), np.float64)
     tables = [
-        (slice(start, start + TENSORS_AT_ONCE), _table(gradients=grads[start:][:TENSORS_AT_ONCE]))
+        (
+            slice(start, start + TENSORS_AT_ONCE),
+            tensor_table(gradients=grads[start:][:TENSORS_AT_ONCE]),
+        )
         for start in range(0, len(grads), TENSORS_AT_ONCE)
     ]
     for some, table in tables:
@@ -487,7 +528,7 @@ def adamw_update(
         parameters, grads, ms, vs, decays = zip(
             *in_memory[start : start + TENSORS_AT_ONCE], strict=True
         )
-        table = _table(parameters, grads, ms, vs, decays)
+        table = tensor_table(parameters, grads, ms, vs, decays)
         (across,) = blocks(max(p.size for p in parameters), "float32")
         grid = (across, len(parameters))
         launch(
@@ -503,14 +544,14 @@ def _check_apart(rows: Sequence[Sequence[Array]]) -> None:
     check_apart(starts.T, (starts + sizes).T)
 
 
-def _table(
+def tensor_table(
     parameters: Sequence[Array] = (),
     gradients: Sequence[Array] = (),
     ms: Sequence[Array] = (),
     vs: Sequence[Array] = (),
     decays: Sequence[float] = (),
 ) -> np.ndarray:
-    """The TensorTable of optimizer.cu, which is passed with the launch."""
+    """The TensorTable of tensors.cuh, which is passed with the launch."""
     table = np.zeros((), TENSOR_TABLE)
     table["sizes"][: len(gradients)] = [gradient.size for gradient in gradients]
     for role, arrays in enumerate((parameters, gradients, ms, vs)):

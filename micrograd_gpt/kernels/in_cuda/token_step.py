@@ -108,7 +108,8 @@ class Steps:
         self.dtype = activation(*(a if a.flags.c_contiguous else a.T for a in matrices))
         if not matrices[0].flags.c_contiguous or type(wide[0]) is not type(matrices[0]):
             raise NotForMe
-        self.parts, self.steps = Parts(model), dict[tuple[Any, ...], TokenStep]()
+        self.parts = Parts(model, model.transformer.wte.weight)
+        self.steps = dict[tuple[Any, ...], TokenStep]()
 
     def of(self, data: Array, model: GPT2) -> TokenStep:
         """The step for a cache's array. A graph knows only addresses: it serves any cache at this

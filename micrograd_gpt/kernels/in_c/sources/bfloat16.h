@@ -3,19 +3,19 @@
 #pragma once
 #include "threads.h"
 
-#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__AMX_TILE__) && \
-    defined(__linux__) && defined(__x86_64__)
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && \
+    defined(__AMX_TILE__) && defined(__linux__) && defined(__x86_64__)
 #define HAS_TILES
 #include <immintrin.h>
 
-/* All 8 registers for matrices hold 16 rows of 64 bytes. */
+/* All 8 registers for matrices hold 16 rows of 64 bytes. The shape is a constant: of a variable,
+   compilers may leave out what they do not know to be read. */
 INLINE void open_tiles(void) {
-  struct {
+  static const struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
     uint8_t rows[16];
-  } shape = {.palette = 1};
-  for (int i = 0; i < 8; i++) shape.row_bytes[i] = 64, shape.rows[i] = 16;
+  } shape = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
   _tile_loadconfig(&shape);
 }
 #endif

@@ -49,8 +49,9 @@ static int linear(const Decode *d, const Linear *l, Int k, Int m, float *x, floa
   Int n = d->rows * d->tokens;
   if (d->kind == FLOAT32) return few_rows(&(FewRows){n, k, m, x, l->weight, l->bias, y});
   round_branch(d, x, n * k);
-  if (few_narrow_rows(&(NarrowRows){d->kind, n, k, m, x, l->weight, l->scales, l->bias, y}))
-    return OUT_OF_MEMORY;
+  NarrowRows rows = {d->kind, n, k, m, x, l->weight, l->scales, l->bias, y};
+  if (d->kind == INT8) return multiply_int8(&rows);
+  if (few_narrow_rows(&rows)) return OUT_OF_MEMORY;
   round_branch(d, y, n * m);
   return DONE;
 }

@@ -27,6 +27,7 @@ typedef struct {
   Int c_row, adds, b_kind; /* FLOAT32, FLOAT16 or INT8, as in narrow.h */
   const float *scales;     /* of int8: (m, k / GROUP rounded up), what each group is multiplied by */
 } Product;
+int matmul(const Product *p);
 
 /* y = x @ weight.T + bias for a few rows of x: bound by reading the weights. */
 typedef struct {

@@ -3,9 +3,8 @@
    Decoding reads every weight once a token, so memory sets the pace, and a weight of half or a
    quarter of the bytes takes half or a quarter of the time. Weights become floats in registers, or,
    where more than TOGETHER rows share them, in the nearest cache; of bfloat16 where several rows meet
-   AMX tiles, they are multiplied as they are (tiles take subnormal numbers for 0). All sums are
-   float32's. Rounding the rows of x to integers, too, to multiply integers (vpdpbusd), would save
-   instructions, but none of the bytes, and would cost accuracy. */
+   AMX tiles, they are multiplied as they are (tiles take subnormal numbers for 0), and so are those
+   of int8, by int8.c. All sums are float32's. */
 
 #include "narrow.h"
 #include "bfloat16.h"
@@ -232,31 +231,40 @@ static const uint32_t *pairs_across(const NarrowRows *f) {
   return pairs;
 }
 
+/* A step's numbers of a quarter of the columns that come next are fetched into the second-level
+   cache: while many are on their way, nothing else is read. */
+INLINE void fetch_quarter(const uint16_t *weights, Int k) {
+  for (Int i = 0; i < TILE_COLUMNS / 4; i++) {
+    __builtin_prefetch(weights + i * k, 0, 2);
+    __builtin_prefetch(weights + i * k + 32, 0, 2);
+  }
+}
+
 /* sums (TILE_COLUMNS, TILE) = weights (TILE_COLUMNS, whole) @ x.T; meanwhile the weights that come
    next are fetched. Two sums for each result: each addition waits for the one before it. */
 static void multiply_tiles(const uint16_t *weights, Int k, Int whole, const uint32_t *x,
                            float *sums) {
-  const uint16_t *below = weights + TILE * k;
+  const uint16_t *below = weights + TILE * k, *next = below + TILE * k;
   __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles are memory's */
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (Int p = 0; p < whole; p += TILE_STEP) {
-    for (Int i = 0; i < TILE_COLUMNS; i++) {
-      __builtin_prefetch(weights + (TILE_COLUMNS + i) * k + p);
-      __builtin_prefetch(weights + (TILE_COLUMNS + i) * k + p + 32);
-    }
     _tile_loadd(4, x + p / 2 * TILE, 64);
     _tile_loadd(5, x + (p + 32) / 2 * TILE, 64);
     _tile_loadd(6, weights + p, 2 * k);
     _tile_dpbf16ps(0, 6, 4);
+    fetch_quarter(next + p, k);
     _tile_loadd(7, weights + p + 32, 2 * k);
     _tile_dpbf16ps(1, 7, 5);
+    fetch_quarter(next + 8 * k + p, k);
     _tile_loadd(6, below + p, 2 * k);
     _tile_dpbf16ps(2, 6, 4);
+    fetch_quarter(next + 16 * k + p, k);
     _tile_loadd(7, below + p + 32, 2 * k);
     _tile_dpbf16ps(3, 7, 5);
+    fetch_quarter(next + 24 * k + p, k);
   }
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + 2 * TILE * TILE, 64);

@@ -51,3 +51,6 @@ typedef struct {
   float *y;            /* (n, m) */
 } NarrowRows;
 int few_narrow_rows(const NarrowRows *f);
+
+/* The same of int8 for any number of rows; see int8.c. */
+int multiply_int8(const NarrowRows *f);

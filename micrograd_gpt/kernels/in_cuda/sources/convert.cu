@@ -2,6 +2,7 @@
 // Block: 1-D, of any size.
 
 #include "common.cuh"
+#include "tensors.cuh"
 
 template <class From, class To>
 __device__ inline void convert(const From* x, To* y, long long n) {
@@ -16,3 +17,12 @@ __device__ inline void convert(const From* x, To* y, long long n) {
 extern "C" __global__ void narrow(const float* x, Activation* y, long long n) { convert(x, y, n); }
 
 extern "C" __global__ void widen(const Activation* x, float* y, long long n) { convert(x, y, n); }
+
+// The same for many tensors: the first arrays of the table into the second. Grid: (blocks that share
+// a tensor, tensors).
+extern "C" __global__ void narrow_all(TensorTable tensors) {
+    int tensor = blockIdx.y;
+    const float* from = reinterpret_cast<const float*>(tensors.arrays[0][tensor]);
+    Activation* to = reinterpret_cast<Activation*>(tensors.arrays[1][tensor]);
+    convert(from, to, tensors.sizes[tensor]);
+}

@@ -1,19 +1,12 @@
 // AdamW over many tensors in one launch, the squared norm of many gradients, and clipping.
 //
-// The table of tensors is passed by value with the launch. gridDim.y counts the tensors, gridDim.x
-// the blocks that share each of them; a thread takes PACK neighbouring elements at each turn.
+// gridDim.y counts the tensors, gridDim.x the blocks that share each of them; a thread takes PACK
+// neighbouring elements at each turn.
 
 #include "common.cuh"
+#include "tensors.cuh"
 
-constexpr int TENSORS_AT_ONCE = 48;
-
-enum { PARAMETER, GRADIENT, FIRST_MOMENT, SECOND_MOMENT, ROLES };
-
-struct TensorTable {
-    long long sizes[TENSORS_AT_ONCE];
-    unsigned long long arrays[ROLES][TENSORS_AT_ONCE];  // addresses
-    float decays[TENSORS_AT_ONCE];
-};
+enum { PARAMETER, GRADIENT, FIRST_MOMENT, SECOND_MOMENT };
 
 // Algorithm 2 of Loshchilov & Hutter 2019, as PyTorch orders it.
 extern "C" __global__ void adamw_update(
@@ -81,6 +74,7 @@ extern "C" __global__ void clip_scale(
 
 // Multiplies the table's gradients by the number that `factor` points to.
 extern "C" __global__ void scale(TensorTable tensors, const float* factor) {
+    if (*factor == 1.0f) return;  // as it is while no norm is too long
     long long n = tensors.sizes[blockIdx.y];
     float* gradient = reinterpret_cast<float*>(tensors.arrays[GRADIENT][blockIdx.y]);
     long long stride = (long long)gridDim.x * blockDim.x * PACK;

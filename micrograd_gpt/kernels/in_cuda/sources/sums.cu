@@ -22,16 +22,26 @@ extern "C" __global__ void column_sums(const Activation* x, float* partials, int
     store_pack(partials + (long long)blockIdx.y * width, column, width, total);
 }
 
-// Second stage: sums (width) of partials (parts, width). One thread a column. There may be thousands
-// of parts, so they are added in double.
+// Second stage: sums of partials (parts, width), the first `split` columns in `first`, the others in
+// `second`. There may be thousands of parts, so they are added in double. Block: 32 × 32; the 32
+// threads of a column take turns at the parts. Grid: width / 32.
 extern "C" __global__ void sum_partials(
-    const float* partials, float* sums, int parts, long long width
+    const float* partials, float* first, float* second, int parts, int width, int split
 ) {
-    long long column = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= width) return;
+    __shared__ double of_thread[WARP][WARP];
+    int column = blockIdx.x * WARP + threadIdx.x;
     double total = 0.0;
-    for (int part = 0; part < parts; part++) total += partials[part * width + column];
-    sums[column] = total;
+    if (column < width) {
+        for (int part = threadIdx.y; part < parts; part += WARP) {
+            total += partials[(long long)part * width + column];
+        }
+    }
+    of_thread[threadIdx.y][threadIdx.x] = total;
+    __syncthreads();
+    if (threadIdx.y != 0 || column >= width) return;
+    total = 0.0;
+    for (int y = 0; y < WARP; y++) total += of_thread[y][threadIdx.x];
+    *(column < split ? first + column : second + column - split) = total;
 }
 
 // The sum of n numbers, by one block.
