@@ -61,7 +61,7 @@ def from_list(values: Any) -> np.ndarray:
     except ValueError as error:
         if "inhomogeneous" not in str(error):
             raise
-        raise ValueError("the rows of a list differ in length: pad the shorter ones") from error
+        raise ValueError("the rows of a list differ in length, and must be equally long") from error
     return array if array.size else array.astype(int)
 
 

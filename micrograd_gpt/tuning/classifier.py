@@ -23,6 +23,7 @@ from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.layers import IGNORE
 from micrograd_gpt.nn import Init, Module, Parameter, normal
+from micrograd_gpt.support.cli import command
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, write_text
 from micrograd_gpt.tensor import Tensor
@@ -172,7 +173,7 @@ def build_classifier(
     if SCORE not in weights.heads:
         raise UserError(
             f"{weights.path} is a language model, not a classifier: make one of it with "
-            f"finetune_gpt2.py classify --model {weights.path} --data FILE"
+            f"{command('finetune_gpt2.py')} classify --model {weights.path} --data FILE"
         )
     longest = (read_json(weights.folder / TOKENIZER_CONFIG) or {}).get(LONGEST)
     longest = longest if type(longest) is int and longest > 0 else None

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from micrograd_gpt.arrays.devices import Array
-from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.cli import command, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json
 from micrograd_gpt.text.hugging_face import TOKENIZER
@@ -93,7 +93,7 @@ class Adapter:
         if not isinstance(name, str) or not name:
             raise UserError(
                 f"{self.folder / ADAPTER_CONFIG} does not name its model ({BASE}): write it there, "
-                "or fold the adapter in with load_gpt2.py --from MODEL --merge"
+                f"or fold the adapter in with {command('load_gpt2.py')} --from MODEL --merge"
             )
         revision = self.config.get("revision")  # of a model on the Hub
         is_told = isinstance(revision, str) and revision not in ("", "main")
@@ -124,15 +124,16 @@ def open_with_base(folder: Path) -> Weights:
     adapter = open_adapter(folder)
     if is_adapter(adapter.base):
         raise UserError(
-            f"the base of {folder} is an adapter itself: merge that with load_gpt2.py --from "
-            f"{adapter.base} --out FOLDER, and name FOLDER as {BASE} in {folder / ADAPTER_CONFIG}"
+            f"the base of {folder} is an adapter itself: merge that with {command('load_gpt2.py')} "
+            f"--from {adapter.base} --out FOLDER, and name FOLDER as {BASE} in "
+            f"{folder / ADAPTER_CONFIG}"
         )
     with naming_base(adapter):
         base = open_model(adapter.base)
     if not trained_on(adapter, base):
         all_the_same = (
-            f", or fold {folder} in all the same, with load_gpt2.py --from {adapter.base} "
-            f"--merge {folder}"
+            f", or fold {folder} in all the same, with {command('load_gpt2.py')} "
+            f"--from {adapter.base} --merge {folder}"
         )
         raise UserError(
             f"{adapter.base} has other weights now than when {folder} was trained on it: give it "

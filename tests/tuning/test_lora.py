@@ -391,7 +391,7 @@ def test_an_adapter_of_another_model_is_refused(adapter: Path, tmp_path: Path) -
 def test_an_adapter_of_an_adapter_is_refused(adapter: Path, tmp_path: Path) -> None:
     with_lora(base=str(adapter)).save_pretrained(tmp_path / "second")
     with pytest.raises(
-        UserError, match=r"second is an adapter itself: merge that with load_gpt2\.py --from"
+        UserError, match=r"second is an adapter itself: merge that with python load_gpt2\.py --from"
     ):
         GPT2.from_pretrained(tmp_path / "second")
 
