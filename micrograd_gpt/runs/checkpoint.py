@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -64,6 +64,8 @@ ADAPTER = (ADAPTED_CONFIG, ADAPTER_CONFIG, ADAPTER_MODEL)  # instead of the firs
 ALSO = (PROMPT_TEMPLATE,)  # which only some runs have
 MAY_LACK = (TOKENIZER_CONFIG, *ALSO)  # the first in runs of earlier versions
 SCORES = ("scores.json", "confusion-validation.png", "confusion-test.png")  # of a classifier
+# All that a run writes; trainer_state.json, which makes a folder one, goes first
+OF_SETS = (*reversed(SET), *ADAPTER, *ALSO, *SCORES, RUN_FLAGS)
 SCALER = ("scale", "growth_interval", "good_steps", "skipped_steps")  # of a LossScaler
 
 
@@ -103,7 +105,7 @@ def save_run(
             if before < optimizer.steps:
                 link_set(_files(folder), folder / f"step-{before:06d}")
     for older in earlier_sets(folder)[: -keep or None]:
-        remove_folder(older)
+        remove_set(older)
     keep_best(folder)
 
 
@@ -195,15 +197,29 @@ def remove_run(folder: str | Path) -> None:
     folder = Path(folder)
     for place in (folder, folder / BEST, *folder.glob("step-*")):
         finish_set(place)  # or a set that a kill left unfinished would come back later
+    _unlink(folder, [name for name in OF_SETS if name not in (TOKENIZER, TOKENIZER_CONFIG)])
+    for older in (folder / BEST, *earlier_sets(folder)):
+        remove_set(older)
+
+
+def remove_set(folder: Path) -> None:
+    """Remove best/ or step-…/ of a run; UserError if it can't. What a user has put there stays."""
+    with reading(folder):
+        others = folder.is_dir() and [
+            path for path in folder.iterdir() if path.name not in OF_SETS and path.name[0] != "."
+        ]
+    if others and not folder.is_symlink():
+        _unlink(folder, OF_SETS)
+    else:
+        remove_folder(folder)
+
+
+def _unlink(folder: Path, names: Iterable[str]) -> None:
     try:
-        # trainer_state.json, which makes this a run, goes first
-        for name in (*reversed(SET), *ADAPTER, *ALSO, *SCORES, RUN_FLAGS):
-            if name not in (TOKENIZER, TOKENIZER_CONFIG):
-                (folder / name).unlink(missing_ok=True)
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot remove the run in {folder}: {error.strerror}") from error
-    for older in (folder / BEST, *earlier_sets(folder)):
-        remove_folder(older)
 
 
 def keep_best(folder: str | Path) -> None:
