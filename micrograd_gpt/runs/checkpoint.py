@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
@@ -33,7 +32,6 @@ from micrograd_gpt.checks import DROPOUTS
 from micrograd_gpt.nn import Module, Parameter
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.sharding import Optimizer
-from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import (
     SAVED,
@@ -64,10 +62,10 @@ OPTIMIZER = "optimizer.safetensors"
 SET = (CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG, OPTIMIZER, STATE)
 ADAPTER = (ADAPTED_CONFIG, ADAPTER_CONFIG, ADAPTER_MODEL)  # instead of the first two
 ALSO = (PROMPT_TEMPLATE,)  # which only some runs have
-# Every name in a set: trainer_state.json, which makes it a run, goes first where they are removed
-WHOLE_SET = (*reversed(SET), *ADAPTER, *ALSO)
 MAY_LACK = (TOKENIZER_CONFIG, *ALSO)  # the first in runs of earlier versions
 SCORES = ("scores.json", "confusion-validation.png", "confusion-test.png")  # of a classifier
+# All that a run writes; trainer_state.json, which makes a folder one, goes first
+OF_SETS = (*reversed(SET), *ADAPTER, *ALSO, *SCORES, RUN_FLAGS)
 SCALER = ("scale", "growth_interval", "good_steps", "skipped_steps")  # of a LossScaler
 
 
@@ -197,25 +195,24 @@ def remove_run(folder: str | Path) -> None:
     folder = Path(folder)
     for place in (folder, folder / BEST, *folder.glob("step-*")):
         finish_set(place)  # or a set that a kill left unfinished would come back later
-    names = [*WHOLE_SET, *SCORES, RUN_FLAGS]
-    _remove_files(folder, [name for name in names if name not in (TOKENIZER, TOKENIZER_CONFIG)])
+    _unlink(folder, [name for name in OF_SETS if name not in (TOKENIZER, TOKENIZER_CONFIG)])
     for older in (folder / BEST, *earlier_sets(folder)):
         remove_set(older)
 
 
 def remove_set(folder: Path) -> None:
-    """Remove the set in `best/` or `step-…/`, and the folder, unless it also holds what a user put
-    there; UserError if it can't."""
+    """Remove best/ or step-…/ of a run; UserError if it can't. What a user has put there stays."""
     with reading(folder):
-        names = os.listdir(folder) if folder.is_dir() and not folder.is_symlink() else []
-    if all(name in WHOLE_SET or name.startswith(".") for name in names):
-        remove_folder(folder)
+        others = folder.is_dir() and [
+            path for path in folder.iterdir() if path.name not in OF_SETS and path.name[0] != "."
+        ]
+    if others and not folder.is_symlink():
+        _unlink(folder, OF_SETS)
     else:
-        say(f"note: {folder} stays, without its checkpoint: other files are in it")
-        _remove_files(folder, WHOLE_SET)
+        remove_folder(folder)
 
 
-def _remove_files(folder: Path, names: Iterable[str]) -> None:
+def _unlink(folder: Path, names: Iterable[str]) -> None:
     try:
         for name in names:
             (folder / name).unlink(missing_ok=True)

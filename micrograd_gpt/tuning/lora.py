@@ -30,7 +30,7 @@ from micrograd_gpt import layers
 from micrograd_gpt.arrays.devices import Array, device_of, move, to_device
 from micrograd_gpt.nn import Draws, Dropout, Linear, Module, Parameter
 from micrograd_gpt.runs import checkpoint
-from micrograd_gpt.runs.checkpoint import BEST, earlier_sets
+from micrograd_gpt.runs.checkpoint import BEST, earlier_sets, remove_set
 from micrograd_gpt.support.cli import command, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, write_text
@@ -220,7 +220,7 @@ def rename_base(settings: Namespace) -> None:
     best = checkpoint.load_settings(out / BEST) if checkpoint.holds_run(out / BEST) else {}
     if best.get("base_weights") not in (None, settings.base_weights):
         say(f"note: {out / BEST} is an adapter for other weights of the base: removed")
-        checkpoint.remove_set(out / BEST)
+        remove_set(out / BEST)
     name, revision = base_name(settings.model)
     for folder in (out, out / BEST, *earlier_sets(out)):
         config = read_json(folder / ADAPTER_CONFIG) if is_adapter(folder) else None

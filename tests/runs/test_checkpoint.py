@@ -220,27 +220,6 @@ def test_earlier_sets_and_the_best_are_kept(tmp_path: Path) -> None:
     assert checkpoint.best_loss(tmp_path) == float("inf")
 
 
-def test_what_a_user_put_into_a_set_s_folder_is_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, optimizer = trained(0)
-    own = [tmp_path / "best" / "mine.gguf", tmp_path / "step-000001" / "mine" / "f"]
-    for step in (1, 2, 3):
-        optimizer.steps = step
-        checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, 9.0 / step, keep=1)
-        if step == 2:
-            for file in own:
-                file.parent.mkdir(exist_ok=True)
-                file.write_text("mine")
-    assert checkpoint.best_loss(tmp_path) == 3.0
-    assert checkpoint.earlier_sets(tmp_path) == [tmp_path / "step-000002"]
-    checkpoint.remove_run(tmp_path)
-    left = {path for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {*own, tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"}
-    said = capsys.readouterr().err
-    assert "step-000001 stays, without its checkpoint" in said and "best stays" in said
-
-
 def test_the_last_good_checkpoint_is_older_than_the_failure(tmp_path: Path) -> None:
     model, optimizer = trained(0)
     assert checkpoint.last_good(tmp_path, 9) == "there is none yet"

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 from training import SMALL
 
+from micrograd_gpt.runs.checkpoint import holds_run
 from micrograd_gpt.runs.folders import OF_A_MODEL, OF_A_RUN, check_free, check_target
 from micrograd_gpt.runs.lock import LOCK, OwnFolder, only_writer
 from micrograd_gpt.support.errors import UserError
@@ -197,3 +198,22 @@ def test_a_run_that_was_moved_leaves_another_s_lock_alone(tmp_path: Path) -> Non
             out.rename(tmp_path / "moved")
             other.enter_context(only_writer(out))
         assert (out / LOCK).exists()
+
+
+def test_what_a_user_put_into_a_checkpoint_stays(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    """Where a run is overwritten, and where an earlier checkpoint makes room for the next."""
+    out = tmp_path / "out"
+    flags = ["--data", str(text), "--out", str(out), *SMALL, "--save-interval", "1"]
+    theirs = [out / "best" / "model.gguf", out / "step-000001" / "mine" / "notes.txt"]
+    assert train_gpt2.main([*flags, "--max-steps", "3", "--keep", "3"]) == 0
+    for file in theirs:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    assert train_gpt2.main(["--resume", "--out", str(out), "--max-steps", "5"]) == 0
+    assert not holds_run(out / "step-000001") and holds_run(out / "step-000002")
+    assert train_gpt2.main([*flags, "--max-steps", "1", "--overwrite", "--eval-interval", "9"]) == 0
+    assert not (out / "step-000002").exists()
+    assert [file.read_text() for file in theirs] == ["mine", "mine"]
+    assert list(theirs[1].parent.parent.iterdir()) == [theirs[1].parent]
