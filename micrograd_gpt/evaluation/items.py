@@ -21,6 +21,7 @@ from typing import Any
 
 from micrograd_gpt.evaluation.records import Row
 from micrograd_gpt.evaluation.scoring import Request
+from micrograd_gpt.support.cli import listed
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.json_objects import read_objects
@@ -62,6 +63,10 @@ def text_field(fields: Row, name: str, place: str, default: str | None = None) -
     text = fields.get(name)
     if text is None and default is not None:
         return default
+    if name not in fields:
+        raise UserError(
+            f"{place}: there is no {name!r}, only {listed(fields) or 'an empty object'}"
+        )
     if not isinstance(text, str):
         raise UserError(f"{place}: {name!r} is to be a text, not {json.dumps(text)[:40]}")
     return text

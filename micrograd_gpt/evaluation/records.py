@@ -60,8 +60,8 @@ class Records:
         elif before != settings:
             names = [n for n in {**before, **settings} if before.get(n) != settings.get(n)]
             raise UserError(
-                f"{self.folder} holds an evaluation with another {', '.join(sorted(names))}: "
-                "choose another --out"
+                f"{self.folder} holds an evaluation with other settings "
+                f"({', '.join(sorted(names))}): choose another --out"
             )
         self.rows = self._read(self.folder / ITEMS)
 

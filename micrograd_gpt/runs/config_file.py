@@ -69,8 +69,11 @@ def read_config_file(path: str | Path, table: Mapping[str, Any]) -> dict[str, An
             raise UserError(f"{path}: {key} stands there twice: remove one")
         flags[name] = float(value) if row.kind.type is float and type(value) is int else value
         if not row.kind.holds(flags[name]):
-            kind = "a whole number, " if row.kind.type is int else ""
-            raise UserError(f"{path}: {key} must be {kind}{row.kind.allowed}, not {value!r}")
+            kind = {int: "a whole number, ", float: "a number, "}.get(row.kind.type, "")
+            quotes = ": leave out the quotes" if kind and isinstance(value, str) else ""
+            raise UserError(
+                f"{path}: {key} must be {kind}{row.kind.allowed}, not {value!r}{quotes}"
+            )
     return flags
 
 

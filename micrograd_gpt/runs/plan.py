@@ -343,8 +343,8 @@ class Plan:
         reached = step_flops / seconds / n / 1e12
         saved = "the blocks' inputs only" if self.recompute else "of all blocks"
         lines = {
-            "model": f"{self.n_parameters:,} parameters ({c.n_layer} layers, {c.n_head} heads, "
-            f"{c.n_embd} wide, vocabulary {c.vocab_size:,})"
+            "model": f"{self.n_parameters:,} parameters ({counted(c.n_layer, 'layer')}, "
+            f"{counted(c.n_head, 'head')}, {c.n_embd} wide, vocabulary {c.vocab_size:,})"
             + (f"; {learn:,} of them learn" if learn and learn < self.n_parameters else ""),
             "step": f"{self.tokens_per_step:,} tokens: micro-batches × windows × context = "
             f"{self.grad_accum_steps * n} × {self.batch_size} × {self.block_size}; "

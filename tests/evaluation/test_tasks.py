@@ -364,7 +364,7 @@ def test_more_items_of_the_same_evaluation_are_added(tmp_path: Path) -> None:
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     evaluate(tmp_path / "a")
     before = (tmp_path / "a/items.jsonl").read_bytes()
-    with pytest.raises(UserError, match="an evaluation with another a, b: choose another --out"):
+    with pytest.raises(UserError, match=r"with other settings \(a, b\): choose another --out"):
         evaluate(tmp_path / "a", settings={"a": 2, "b": 3})
     assert (tmp_path / "a/items.jsonl").read_bytes() == before
     for name in ("items.jsonl", "report.json", "confusion.png"):

@@ -152,9 +152,9 @@ def test_out_keeps_the_items_and_goes_on(
     assert json.loads((out / "report.json").read_text()) == whole
     for others in (items[::-1], [items[0] | {"label": 1}, items[1]]):
         lines(tmp_path / "items.jsonl", *others)
-        with pytest.raises(UserError, match="another data"):
+        with pytest.raises(UserError, match=r"other settings \(data\)"):
             evaluate.main(flags)
-    with pytest.raises(UserError, match="another dtype"):
+    with pytest.raises(UserError, match=r"other settings \(dtype, weights\)"):
         lines(tmp_path / "items.jsonl", *items)
         evaluate.main([*flags, "--dtype", "float64"])
 
@@ -224,7 +224,7 @@ def test_generate(tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["perplexity", "--data", "{missing}"], "does not exist"),
         (["perplexity", "--data", "{text}", "--encoding", "klingon"], "not a text encoding"),
         (["multiple-choice", "--data", "{text}"], "line 1: this is not JSON"),
-        (["last-word", "--data", "{items}"], "'text' is to be a text, not null"),
+        (["last-word", "--data", "{items}"], "there is no 'text', only 'context', 'endings'"),
         (["generate", "--data", "{text}", "--temperature", "-1"], "temperature must be"),
         (["generate", "--data", "{questions}"], "not tuned on instructions"),
         (["generate", "--data", "{questions}", "--stop", ""], "--stop: must not be empty"),
