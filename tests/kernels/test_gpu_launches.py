@@ -132,6 +132,7 @@ def test_every_definition_that_the_cpu_has_a_kernel_for_has_one_here() -> None:
         for module in (tensor, layers, functional, linear_cross_entropy, optim, gpt2)
         for function in vars(module).values()
         if {"numpy", "c"} & set(getattr(function, "stand_ins", ()))
+        and function is not layers.embedding  # whose first argument, ids, is on the host
     ]
     assert [f.__name__ for f in marked if CUDA not in f.stand_ins] == []
     assert len(marked) >= 13
