@@ -168,7 +168,9 @@ class Context:
         while row < len(texts):
             new, end = unread[row], row + 1
             if new and row and texts[row] == texts[row - 1]:  # several samples of one prompt
-                self.cache.copy_rows([*range(row), row - 1])
+                while end < len(texts) and texts[end] == texts[row]:
+                    end += 1
+                self.cache.copy_rows([*range(row), *[row - 1] * (end - row)])
             elif new:
                 most = min(len(texts), row + TOKENS_AT_ONCE // len(new))
                 while end < most and len(unread[end]) == len(new) and texts[end] != texts[end - 1]:

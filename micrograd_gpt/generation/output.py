@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -154,8 +155,8 @@ class Writer:
         def decode_batch(first: int) -> list[Sample]:
             batch = samples[first : first + at_once]
             show(batch, first)
-            for _ in decode(self.model, batch, settings):
-                output.update()
+            for sample in decode(self.model, batch, settings):
+                output.update(sample)
             return batch
 
         found: list[Sample] = []
@@ -208,7 +209,8 @@ class Output:
     ) -> None:
         self.tokenizer, self.stop_texts = tokenizer, stop_texts
         self.as_json, self.show_prompt = as_json, show_prompt
-        self.waiting: list[tuple[Continuation, str, TextStream]] = []
+        self.waiting: deque[tuple[Continuation, str, TextStream]] = deque()
+        self.streams: dict[int, TextStream] = {}  # of those that wait, by id()
         self.shown = ""  # of the first that is waiting
         self._n_begun, self._n_finished = 0, 0
 
@@ -216,11 +218,16 @@ class Output:
         """Have the continuation of this prompt shown after those that were added before."""
         stream = TextStream(self.tokenizer, self.stop_texts)
         self.waiting.append((continuation, prompt, stream))
+        self.streams[id(continuation)] = stream
 
-    def update(self) -> None:
-        """Show what was decided since the last time."""
-        for continuation, _, stream in self.waiting:
-            stream.follow(continuation)
+    def update(self, changed: Continuation | None = None) -> None:
+        """Show what was decided since the last time, if `changed` is given of that one only: there
+        may be thousands, of which each token changes one."""
+        if changed is not None:
+            self.streams[id(changed)].follow(changed)
+        else:
+            for continuation, _, stream in self.waiting:
+                stream.follow(continuation)
         while self.waiting:
             continuation, prompt, stream = self.waiting[0]
             if not self.as_json:
@@ -232,7 +239,8 @@ class Output:
                 break
             if self.as_json:
                 self._show(json.dumps(describe(continuation, prompt, stream), ensure_ascii=False))
-            self.waiting.pop(0)
+            self.waiting.popleft()
+            del self.streams[id(continuation)]
             self._show(self.shown.removesuffix("\n") + "\n")
             self._n_finished += 1
             self.shown = ""
