@@ -170,7 +170,7 @@ class Context:
             if new and row and texts[row] == texts[row - 1]:  # several samples of one prompt
                 while end < len(texts) and texts[end] == texts[row]:
                     end += 1
-                self.cache.copy_rows([*range(row), *[row - 1] * (end - row)])
+                self.cache.rows(row - 1, end).copy_rows([0] * (1 + end - row))
             elif new:
                 most = min(len(texts), row + TOKENS_AT_ONCE // len(new))
                 while end < most and len(unread[end]) == len(new) and texts[end] != texts[end - 1]:

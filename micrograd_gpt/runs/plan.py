@@ -27,7 +27,7 @@ from micrograd_gpt.weights.config import model_class
 
 PYTHON = 75_000_000  # bytes: the interpreter, NumPy and the other libraries of a run
 MPI = 30_000_000  # bytes that a rank takes beside it: MPI, and buffers for what it sends
-TIMED_TOKENS = 2048  # a micro-batch of about this many stands for larger ones when a CPU is timed
+TIMED_TOKENS = 2048  # so long a context stands for longer ones, and on a CPU so large a micro-batch
 
 # What helps where a run does not fit into memory
 SMALLER_MODEL = "choose a smaller --size, --n-layer or --n-embd"
@@ -266,22 +266,26 @@ class Plan:
         """The time of a step on a device that reaches `rate` TFLOP/s; None: as measured here.
 
         A given rate is that of the whole step. Else a step of a model of one block is timed, and of
-        one with two: the difference is what each further block takes. UserError where these do not
-        fit into memory.
+        one with two: the difference is what each further block takes. A context of more than
+        `TIMED_TOKENS` takes as much longer as it has more FLOPs. UserError where these models do
+        not fit into memory.
         """
         if rate is not None:
             seconds = self.flops_per_token * self.tokens_per_step / (rate * 1e12)
             return StepTime(seconds, 0.0, "given")
-        rows = self.batch_size  # a GPU needs them all to be busy
-        if self.device == "cpu":
-            rows = max(1, min(rows, TIMED_TOKENS // self.block_size))
-            self._check_room_for_timing(rows)
+        rows, length = self.batch_size, min(self.block_size, TIMED_TOKENS)
+        timed = dataclasses.replace(self, block_size=length)
+        if self.device == "cpu":  # a GPU needs all rows to be busy
+            rows = max(1, min(rows, TIMED_TOKENS // length))
+            timed._check_room_for_timing(rows)
         with memory_errors(GIVE_RATE):
-            one, two = (self._timed_step(n_layer, rows) for n_layer in (1, 2))
+            one, two = (timed._timed_step(n_layer, rows) for n_layer in (1, 2))
         gradients, update = one + (self.config.n_layer - 1) * np.maximum(0.0, two - one)
-        micro_batches = self.tokens_per_step / (rows * self.block_size)
+        gradients *= self.tokens_per_step / (rows * length)
+        gradients *= self.flops_per_token / timed.flops_per_token
         source = "measured here on one and two blocks"
-        return StepTime(float(gradients * micro_batches), float(update), source)
+        source += f" of {length:,} tokens" if length < self.block_size else ""
+        return StepTime(float(gradients), float(update), source)
 
     def seconds_per_step(self, time: StepTime) -> float:
         """Seconds that all devices together compute for a step, which `time` is of one."""

@@ -27,7 +27,7 @@ from micrograd_gpt.text.documents import (
     load_documents,
     text_files,
 )
-from micrograd_gpt.text.pieces import BETWEEN_DOCUMENTS, encode_piece
+from micrograd_gpt.text.pieces import encode_piece, joined
 from micrograd_gpt.text.prepare import prepare
 from micrograd_gpt.text.shard_files import check_shards, find_shards, matching_tokenizer
 from micrograd_gpt.text.shards import Shards, slices
@@ -208,7 +208,7 @@ def _read(
                 ) from error
     documents = load_documents(source, form, text_files)
     if isinstance(tokenizer, str):
-        tokenizer = make_tokenizer(tokenizer, BETWEEN_DOCUMENTS.join(documents))
+        tokenizer = make_tokenizer(tokenizer, joined(documents, form.special_tokens))
     with about(source):
         return encode_documents(documents, tokenizer, form.special_tokens), None, tokenizer
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.base_tokenizer import END_OF_TEXT, Tokenizer
 
 BETWEEN_DOCUMENTS = "\n\n"  # where the tokenizer has no end-of-text token
 PIECE_SIZE = 1 << 18  # characters that a piece has at least
@@ -47,6 +47,14 @@ def encode_piece(
     end = np.array([tokenizer.end_of_text], np.int32)
     ids = [array for text in piece for array in (end, tokenizer.encode(text, allow_special))]
     return np.concatenate([np.empty(0, np.int32), *ids[1:]])
+
+
+def joined(piece: Iterable[str], allow_special: bool = False) -> str:
+    """Return the strings as one text, of which a vocabulary can be made. With `allow_special`, a
+    `<|endoftext|>` that is written in them ends a document, and is no part of the text.
+    """
+    text = BETWEEN_DOCUMENTS.join(piece)
+    return text.replace(END_OF_TEXT, BETWEEN_DOCUMENTS) if allow_special else text
 
 
 def refuse_where_cut(tokenizer: Tokenizer, allow_special: bool = False) -> None:

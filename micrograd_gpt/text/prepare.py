@@ -26,13 +26,13 @@ from micrograd_gpt.support.files import read_json, reading, sha256, write_text
 from micrograd_gpt.text.decoding import Form, Notes
 from micrograd_gpt.text.documents import no_text, read_documents
 from micrograd_gpt.text.pieces import (
-    BETWEEN_DOCUMENTS,
     CUT_ANYWHERE,
     LONGEST_PIECE,
     PIECE_SIZE,
     Piece,
     cut,
     encode_piece,
+    joined,
     refuse_where_cut,
 )
 from micrograd_gpt.text.shard_files import FORMAT, MANIFEST, ShardFiles, find_shards
@@ -239,7 +239,7 @@ def _learn(name: str, files: list[Path], form: Form, parallel_map: ParallelMap) 
         characters: set[str] = set().union(*parallel_map(_characters, pieces))
         return CharTokenizer.from_text("".join(characters))
     counts: Counter[str] = Counter()
-    for found in parallel_map(_words, pieces):
+    for found in parallel_map(functools.partial(_words, form.special_tokens), pieces):
         counts.update(found)
         if len(counts) > MOST_WORDS:
             counts = Counter(dict(counts.most_common(MOST_WORDS // 2)))
@@ -288,8 +288,8 @@ def _cached_tokenizer(settings: str) -> Tokenizer:
 
 
 def _characters(piece: Piece) -> set[str]:
-    return set(BETWEEN_DOCUMENTS.join(piece))
+    return set(joined(piece))
 
 
-def _words(piece: Piece) -> Counter[str]:
-    return Counter(WordTokenizer.PATTERN.findall(BETWEEN_DOCUMENTS.join(piece)))
+def _words(allow_special: bool, piece: Piece) -> Counter[str]:
+    return Counter(WordTokenizer.PATTERN.findall(joined(piece, allow_special)))

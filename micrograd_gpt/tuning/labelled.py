@@ -258,7 +258,7 @@ def label_names(examples: Sequence[Example]) -> list[str]:
     if len(labels) < 2:
         file = examples[0].place.rpartition(", ")[0]
         raise UserError(
-            f"{file}: all {len(examples)} texts have the label {min(labels, default='')!r}: "
+            f"{file}: {counted(len(examples), 'text')} and one label, {min(labels, default='')!r}: "
             "give texts of two labels or more"
         )
     if not all(map(is_number, labels)):

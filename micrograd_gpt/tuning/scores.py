@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from micrograd_gpt.support.cli import counted
 from micrograd_gpt.support.files import written_whole
 
 Array = np.ndarray
@@ -94,7 +95,7 @@ class Scores:
         """A line with the accuracy, a table of the labels, and the matrix unless it is too wide."""
         width = max(5, *(len(label) for label in self.labels))
         lines = [
-            f"accuracy {self.accuracy:.1%} of {self.count:,} texts "
+            f"accuracy {self.accuracy:.1%} of {counted(self.count, 'text')} "
             f"(the most frequent label alone: {self.majority:.1%}), macro F1 {self.macro_f1:.3f}",
             f"{'label':{width}}  precision  recall     F1  texts",
         ]
@@ -153,7 +154,7 @@ def draw_confusion(scores: Scores, path: str | Path) -> None:
     axes.set_yticks(range(count), scores.labels, parse_math=False)
     axes.set_xlabel("label given")
     axes.set_ylabel("label of the text")
-    axes.set_title(f"accuracy {scores.accuracy:.1%} of {scores.count:,} texts")
+    axes.set_title(f"accuracy {scores.accuracy:.1%} of {counted(scores.count, 'text')}")
     if count <= TEXT_COLUMNS:
         for (i, j), part in np.ndenumerate(parts):
             colour = "white" if part > 0.5 else "black"

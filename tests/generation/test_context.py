@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_gpt2 import POSITIONS, VOCABULARY, make_model, random_prompts
+from small_gpt2 import POSITIONS, VOCABULARY, make_model, random_prompts, work_of
 
 from micrograd_gpt import no_grad
 from micrograd_gpt.arrays.precision import hold_in
@@ -86,6 +86,16 @@ def test_samples_of_one_prompt_read_it_once(model: GPT2, monkeypatch: pytest.Mon
     )
     generate(model, np.arange(8), 3, num_samples=5)
     assert sum(tokens_read) == 7 + 3 * 5  # the prompt but for its last token, then one each
+
+
+def test_many_prompts_with_several_samples_take_work_in_proportion(model: GPT2) -> None:
+    def read(n: int) -> None:
+        texts = [[1 + i % 2] for i in range(n) for _ in range(2)]
+        Context(model, len(texts), 8).logits([[*text, 0] for text in texts])
+
+    read(25)  # what is made once
+    one, two, four = (work_of(lambda n=n: read(n)) for n in (25, 50, 100))
+    assert four - two < 2.02 * (two - one)  # 2 where it is in proportion, else more
 
 
 def test_prompts_of_one_length_are_read_together(

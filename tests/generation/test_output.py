@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_gpt2 import make_model, work_of
 
 from micrograd_gpt.generation.context import Continuation
-from micrograd_gpt.generation.output import TextStream, prompt_ids
+from micrograd_gpt.generation.output import TextStream, Writer, prompt_ids
+from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 
 
@@ -67,6 +70,21 @@ def test_a_stream_shows_the_text_up_to_the_first_stop(
         assert len(texts[-1]) <= first
     for earlier, later in itertools.pairwise(texts):
         assert later.startswith(earlier)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_many_samples_take_work_in_proportion(
+    as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = CharTokenizer("abc")
+    writer = Writer(make_model(vocab_size=3), tokenizer, as_json)
+
+    def write(n: int) -> None:
+        writer.write(["a"], Settings(max_new_tokens=2, num_samples=n))
+
+    write(25)  # what is made once
+    one, two, four = (work_of(lambda n=n: write(n)) for n in (25, 50, 100))
+    assert four - two < 2.5 * (two - one)  # 2 where it is in proportion, 4 where it is the square
 
 
 def test_an_empty_prompt_starts_after_end_of_text_or_a_line_end() -> None:

@@ -137,6 +137,17 @@ def test_every_micro_batch_and_one_update_count(monkeypatch: pytest.MonkeyPatch)
     assert (time.gradients, time.update) == (5, 1)
 
 
+def test_a_long_context_is_measured_on_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the same clock: its time grows with its FLOPs, of which attention's are its square."""
+    monkeypatch.setattr(plan, "perf_counter", itertools.count().__next__)
+    monkeypatch.setattr(plan, "TIMED_TOKENS", 4)
+    part, whole = (Plan(GPT2Config(**SMALL), 2, length) for length in (4, 8))
+    time, work = whole.step_time(), whole.flops_per_token / part.flops_per_token
+    assert time.gradients == pytest.approx(2 * 2 * work) and time.update == 1 and work > 1
+    assert "on one and two blocks of 4 tokens" in whole.report(10, time)
+    assert "on one and two blocks," in part.report(10, part.step_time())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(

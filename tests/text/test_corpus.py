@@ -104,6 +104,8 @@ def test_special_tokens_in_a_text_are_recognized_on_request(name: str, tmp_path:
     for special in (False, True):
         corpus = load_corpus(path, name, form=Form(special_tokens=special))
         assert (corpus.train == corpus.tokenizer.end_of_text).any() == special
+        if name == "word":  # no word of its vocabulary is one that the text does not have
+            assert (b"endoftext" in corpus.tokenizer.tokens) != special
     with pytest.raises(UserError, match="the char tokenizer has no special tokens, as gpt2's has"):
         load_corpus(path, "char", form=Form(special_tokens=True))
 

@@ -383,6 +383,9 @@ def test_a_large_text_is_read_as_a_small_one(
     for special in (False, True):
         form = Form(line_ends="auto", special_tokens=special)
         source, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+        words = load_corpus(source, "word", form=form, cache_folder=cache).tokenizer.tokens
+        assert (b"endoftext" in words) != special and b"two" in words
+        capsys.readouterr()
         corpus = load_corpus(source, "byte", form=form, cache_folder=cache)
         ids = np.concatenate([corpus.train[:], corpus.validation[:]]).tolist()
         text = [*b"one\ntwo", 256, *(b"a", b"a<|endoftext|>")[not special]]

@@ -158,9 +158,7 @@ def made(count: int, label: str) -> list[Example]:
 
 
 def test_one_label_only_and_an_unknown_one() -> None:
-    with pytest.raises(
-        UserError, match=r"^a\.tsv: all 3 texts have the label 'a': give texts of two"
-    ):
+    with pytest.raises(UserError, match=r"^a\.tsv: 3 texts and one label, 'a': give texts of two"):
         label_names(made(3, "a"))
     with pytest.raises(
         UserError, match=r"^a\.tsv, line 0: the label 'c' is unknown: .* a, b; correct it"

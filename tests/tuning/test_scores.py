@@ -42,6 +42,7 @@ def test_numbers_that_name_no_label(true: list[int], given: list[int]) -> None:
 def test_the_report_shows_every_label_and_the_matrix() -> None:
     lines = score(TRUE, GIVEN, LABELS).report().splitlines()
     assert lines[0].startswith("accuracy 50.0% of 6 texts (the most frequent label alone: 50.0%)")
+    assert score([0], [0], LABELS).report().startswith("accuracy 100.0% of 1 text (")
     assert [line.split()[0] for line in lines[2:5]] == LABELS
     assert [line.split()[-3:] for line in lines[6:9]] == [
         ["2", "1", "0"],
