@@ -147,11 +147,12 @@ def test_decoding(dtype: str, emulator: cuda_emulator.Emulator) -> None:
     assert names >= {"matvec_row", "attention_token", "attention_forward", "likeliest"}
 
 
-def test_ids_on_the_host_are_sorted_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["int64", "uint8"])
+def test_ids_on_the_host_are_sorted_there(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the backward of an embedding need not wait for the GPU."""
     monkeypatch.setattr(fake_cupy, "argsort", None)
-    table = np.random.default_rng(0).standard_normal((70, 12), np.float32)
-    ids, found = np.array([[5, 0, 5, 69], [5, 1, 69, 5]]), []
+    table = np.random.default_rng(0).standard_normal((300, 12), np.float32)
+    ids, found = np.array([[5, 0, 5, 69], [5, 1, 69, 5]], kind), []
     for device in ("cpu", "gpu"):
         weight = Tensor(Tensor(table).to(device).data, requires_grad=True)
         y = layers.embedding(ids, weight)

@@ -207,7 +207,7 @@ def _add_rows(total: Array, index: Any, part: Array) -> None:
     dtype, width = activation(part), total.shape[1]
     if part.shape != (*index.shape, width) or not total.size or _share_memory(total, part):
         raise NotForMe
-    ids = index.reshape(-1) % len(total)  # -1 is the last
+    ids = index.reshape(-1).astype(np.int64) % len(total)  # -1 is the last
     narrow = ids.astype(np.min_scalar_type(len(total) - 1))  # sorted sooner on the host
     order = (np if isinstance(index, np.ndarray) else xp).argsort(narrow, kind="stable")
     ids, order = (xp.asarray(numbers, np.int64) for numbers in (ids, order))
