@@ -17,6 +17,7 @@ from micrograd_gpt import Tensor, gpt2, layers, no_grad, optim
 from micrograd_gpt.arrays.devices import move
 from micrograd_gpt.arrays.precision import compute_in, hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.kernels.in_cuda import cublas_lt
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.tensor import node_of, tape_below
 from micrograd_gpt.variants import VariantConfig, VariantGPT2
@@ -110,6 +111,20 @@ def test_the_gradients_are_the_tapes(
     (loss, draws, ours), (reference, expected_draws, theirs) = found
     assert loss == pytest.approx(reference, rel=1e-3) and draws == expected_draws
     assert_alike(ours, theirs, TOLERANCE[dtype])
+
+
+def test_without_cublaslt_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not found, biases and GELU are launches of their own."""
+    model, found = make(), []
+    for _ in range(2):
+        with compute_in("bfloat16"):
+            loss = model.loss(*batch())
+        assert "block" in operations(loss)
+        found.append((loss.item(), gradients(model, loss)))
+        monkeypatch.setattr(cublas_lt, "product", lambda *_: False)
+    (loss, ours), (reference, theirs) = found
+    assert loss == pytest.approx(reference, rel=1e-3)
+    assert_alike(ours, theirs, TOLERANCE["bfloat16"])
 
 
 @pytest.mark.parametrize("part", [".attn.c_", ".mlp.c_"])
