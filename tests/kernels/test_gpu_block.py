@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import cuda_emulator
 import numpy as np
 import pytest
-from gpu_machine import emulated_cupy
 
 from micrograd_gpt import Tensor, gpt2, layers, no_grad, optim
 from micrograd_gpt.arrays.devices import move
@@ -25,6 +23,7 @@ from micrograd_gpt.variants import VariantConfig, VariantGPT2
 fake_cupy = pytest.importorskip("fake_cupy")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("emulated_gpu"),
     pytest.mark.skipif(cuda_emulator.COMPILER is None, reason=cuda_emulator.MISSING),
 ]
 
@@ -33,17 +32,6 @@ BY_THE_TAPE = gpt2.through_blocks.definition  # type: ignore[attr-defined]
 DROPOUT = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.2)
 # The products are rounded alike; sums of float32 in another order may round a few the other way
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2}
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> cuda_emulator.Emulator:
-    return cuda_emulator.Emulator(tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
-@pytest.fixture(autouse=True)
-def gpu(emulator: cuda_emulator.Emulator) -> Iterator[None]:
-    with emulated_cupy(emulator):
-        yield
 
 
 def make(config: GPT2Config = CONFIG) -> GPT2:

@@ -38,11 +38,6 @@ LAUNCHES = 7 * CONFIG.n_layer + 3  # the embeddings, the blocks, the last LayerN
 one_by_one = next_logits.definition
 
 
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> cuda_emulator.Emulator:
-    return cuda_emulator.Emulator(tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
 @pytest.fixture(autouse=True)
 def device(emulator: cuda_emulator.Emulator) -> Iterator[None]:
     token_step._warn.cache_clear()

@@ -7,12 +7,10 @@ and in decoding each gets arrays that it takes, and none is left out.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import cuda_emulator
 import numpy as np
 import pytest
-from gpu_machine import emulated_cupy
 
 from micrograd_gpt import Tensor, layers, optim
 from micrograd_gpt.arrays.devices import move
@@ -24,7 +22,10 @@ from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.recompute import recompute_blocks
 
 fake_cupy = pytest.importorskip("fake_cupy")
-pytestmark = pytest.mark.skipif(cuda_emulator.COMPILER is None, reason=cuda_emulator.MISSING)
+pytestmark = [
+    pytest.mark.usefixtures("emulated_gpu"),
+    pytest.mark.skipif(cuda_emulator.COMPILER is None, reason=cuda_emulator.MISSING),
+]
 
 CONFIG = GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=53, n_positions=40)
 # For the losses: float32 sums in another order, or products of two-byte numbers
@@ -33,17 +34,6 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 # Launches that a training step makes in one kind alone; in half, cuBLASLt adds biases
 ONLY_IN_FLOAT32 = ("gelu_forward", "add_bias")
 ONLY_IN_HALF = ("narrow", "narrow_all", "add_and_normalise", "add_and_normalise_backward")
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> cuda_emulator.Emulator:
-    return cuda_emulator.Emulator(tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
-@pytest.fixture(autouse=True)
-def gpu(emulator: cuda_emulator.Emulator) -> Iterator[None]:
-    with emulated_cupy(emulator):
-        yield
 
 
 def batch() -> tuple[np.ndarray, np.ndarray]:
