@@ -11,9 +11,9 @@
    group's weights of 16 columns in a third, two products give the sums of each digit. 256 times
    those of the first register and those of the second make integers of 29 bits: a sum of upper
    halves of x for each row and column, and one of lower halves. Scaled, these are added up in 16
-   vectors, one for each column: as many as there are without the few that all this takes. Other
-   processors, few rows, and numbers too large or too small for it take the ways of narrow.c and
-   matmul.c. */
+   vectors, one for each column: as many as there are without the few that all this takes. Half as
+   many rows fill one register, in the same order, and need one product. Other processors, few rows,
+   and numbers too large or too small for it take the ways of narrow.c and matmul.c. */
 
 #include "bfloat16.h"
 #include "matmul.h"
@@ -28,12 +28,12 @@
 
 enum { DIGITS, UNITS }; /* the purposes of scratch() here */
 
-typedef int8_t Digits[2][TILE][GROUP] __attribute__((aligned(64)));
+typedef int8_t Digits[2 * TILE][GROUP] __attribute__((aligned(64)));
 
 /* Some rows of a product, and their numbers as tiles want them. */
 typedef struct {
   const NarrowRows *f;
-  Digits *digits; /* of each ROWS_OF_X rows, group after group; in a tile, words of four digits */
+  Digits *digits; /* of each ROWS_OF_X rows, group after group; in a tile, words of four numbers */
   float *units;   /* of each row: what its integers count; 0 where x cannot be had so */
 } Digitised;
 
@@ -44,6 +44,10 @@ static void allocate_task(const void *arguments, Int part, Int parts) {
   x->digits = (Digits *)scratch(DIGITS, blocks * sizeof(Digits) / sizeof(float));
   x->units = scratch(UNITS, rows);
 }
+
+/* For how many rows there are lanes where `rows` are multiplied together; they fill this half of
+   the registers, or both. */
+INLINE Int lanes_for(Int rows) { return rows <= ROWS_OF_X / 2 ? ROWS_OF_X / 2 : ROWS_OF_X; }
 
 /* What the integers of a row of x count; 0 where that is no normal float or the row not finite. */
 static float unit_of(const float *x, Int k) {
@@ -61,6 +65,7 @@ static float unit_of(const float *x, Int k) {
 static void digitise(const float *x, Int k, Int rows, Int length, const float *units,
                      Digits *packed) {
   Digits digits;
+  Int lanes = lanes_for(rows);
   memset(digits, 0, sizeof digits);
   for (Int r = 0; r < rows; r++) {
     float per_unit = 1 / units[r];
@@ -68,14 +73,14 @@ static void digitise(const float *x, Int k, Int rows, Int length, const float *u
       /* Each digit above 127 becomes negative, and the next one more. */
       uint32_t whole = (int32_t)rintf(x[r * k + i] * per_unit);
       uint32_t balanced = (whole + 0x808080) ^ 0x808080;
-      digits[0][r][i] = balanced >> 24;
-      digits[1][r][i] = balanced >> 16;
-      digits[0][ROWS_OF_X + r][i] = balanced >> 8;
-      digits[1][ROWS_OF_X + r][i] = balanced;
+      digits[r][i] = balanced >> 24;
+      digits[lanes + r][i] = balanced >> 8;
+      digits[2 * lanes + r][i] = balanced >> 16;
+      digits[3 * lanes + r][i] = balanced;
     }
   }
-  for (Int t = 0; t < 2; t++)
-    transpose_block((const float *)digits[t], TILE, TILE, (float *)(*packed)[t]);
+  for (Int lane = 0; lane < 4 * lanes; lane += TILE)
+    transpose_block((const float *)digits[lane], TILE, TILE, (float *)(*packed)[lane]);
 }
 
 static void digitise_task(const void *arguments, Int part, Int parts) {
@@ -95,61 +100,71 @@ static void digitise_task(const void *arguments, Int part, Int parts) {
 
 /* ------------------------------------------------------------------------------------- products */
 
-/* Registers 0 and 1 = a group's weights of TILE columns, `stride` bytes apart, times digits. */
-INLINE void multiply_group(const int8_t *weights, Int stride, const Digits *digits) {
+/* Register 0, or 0 and 1 where there are digits for `both`, = a group's weights of TILE columns,
+   `stride` bytes apart, times digits. */
+INLINE void multiply_group(const int8_t *weights, Int stride, int both, const Digits *digits) {
   __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles are memory's */
   _tile_loadd(4, weights, stride);
   _tile_zero(0);
   _tile_loadd(6, (*digits)[0], GROUP);
   _tile_dpbssd(0, 4, 6);
+  if (!both) return;
   _tile_zero(1);
-  _tile_loadd(7, (*digits)[1], GROUP);
+  _tile_loadd(7, (*digits)[TILE], GROUP);
   _tile_dpbssd(1, 4, 7);
 }
 
-/* sums[i] += what registers 0 and 1 had of column i, times its scale; scales lie `apart`. Meanwhile
-   weights are fetched, a place at a time: while many are on their way, nothing else is read. */
-INLINE void add_sums(const float *scales, Int apart, int32_t parts[2][TILE * TILE],
+/* sums[i] += 256 times `first` of column i and `second` of it, times its scale; scales lie `apart`.
+   Meanwhile weights are fetched, a place at a time: while many are on their way, nothing else is
+   read. */
+INLINE void add_sums(const float *scales, Int apart, const int32_t *first, const int32_t *second,
                      const int8_t *ahead, Int places, Int k, __m512 sums[TILE]) {
+#pragma GCC unroll 16
   for (int i = 0; i < TILE; i++) {
     if (i < places) __builtin_prefetch(ahead + i * k, 0, 2);
-    __m512i first = _mm512_load_si512(parts[0] + i * TILE);
-    __m512i both = _mm512_add_epi32(_mm512_slli_epi32(first, 8),
-                                    _mm512_load_si512(parts[1] + i * TILE));
+    __m512i upper = _mm512_slli_epi32(_mm512_load_si512(first + i * TILE), 8);
+    __m512i both = _mm512_add_epi32(upper, _mm512_loadu_si512(second + i * TILE));
     __m512 scale = _mm512_set1_ps(scales[i * apart]);
     sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), scale, sums[i]);
   }
 }
 
-/* totals (TILE, TILE): of TILE columns from `column` on the sums of the upper halves of ROWS_OF_X
-   rows, then those of the lower halves. A group's sums leave the registers when the next group
-   needs these: a store of what is being computed would wait. Meanwhile the weights of `places`
-   columns are fetched that are ahead. */
-static void multiply_columns(const NarrowRows *f, const Digits *digits, Int column,
+/* totals (TILE, TILE): of TILE columns from `column` on the sums of the upper halves of as many rows
+   as there are `lanes` for, then those of the lower halves, then what means nothing. A group's sums
+   leave the registers when the next group needs these: a store of what is being computed would wait.
+   Meanwhile the weights of `places` columns are fetched that are ahead. */
+static void multiply_columns(const NarrowRows *f, Int lanes, const Digits *digits, Int column,
                              const int8_t *ahead, Int places, float *totals) {
   const int8_t *weights = (const int8_t *)f->weight;
   Int groups = groups_of(f->k), whole = f->k / GROUP;
+  int both = lanes == ROWS_OF_X;
   const float *scales = f->scales + column * groups;
-  int32_t parts[2][TILE * TILE] __attribute__((aligned(64)));
+  int32_t parts[2 * TILE * TILE] __attribute__((aligned(64)));
+  int32_t *second = parts + (both ? TILE * TILE : TILE / 2);
   int8_t last[TILE][GROUP] __attribute__((aligned(64)));
   __m512 sums[TILE];
+  float across[TILE * TILE] __attribute__((aligned(64)));
+#pragma GCC unroll 16 /* every loop over sums, or the compiler leaves these in memory */
   for (int i = 0; i < TILE; i++) sums[i] = _mm512_setzero_ps();
   for (Int g = 0; g <= groups; g++) {
     if (g) {
-      _tile_stored(0, parts[0], 4 * TILE);
-      _tile_stored(1, parts[1], 4 * TILE);
+      _tile_stored(0, parts, 4 * TILE);
+      if (both) _tile_stored(1, second, 4 * TILE);
     }
     if (g < whole) {
-      multiply_group(weights + column * f->k + g * GROUP, f->k, digits + g);
+      multiply_group(weights + column * f->k + g * GROUP, f->k, both, digits + g);
     } else if (g < groups) {
       for (Int i = 0; i < TILE; i++) /* the digits after the last are 0 */
         memcpy(last[i], weights + (column + i) * f->k + g * GROUP, f->k - g * GROUP);
-      multiply_group(last[0], GROUP, digits + g);
+      multiply_group(last[0], GROUP, both, digits + g);
     }
     __asm__ volatile("" ::: "memory");
-    if (g) add_sums(scales + g - 1, groups, parts, ahead + (g - 1) * GROUP, places, f->k, sums);
+    if (g)
+      add_sums(scales + g - 1, groups, parts, second, ahead + (g - 1) * GROUP, places, f->k, sums);
   }
-  transpose_block((const float *)sums, TILE, TILE, totals);
+#pragma GCC unroll 16
+  for (int i = 0; i < TILE; i++) _mm512_store_ps(across + i * TILE, sums[i]);
+  transpose_block(across, TILE, TILE, totals);
 }
 
 /* y of these rows in columns column + from … column + TILE - 1. */
@@ -158,7 +173,7 @@ INLINE void put_results(const Digitised *x, Int row, Int rows, Int column, Int f
   const float *bias = (const float *)x->f->bias;
   for (Int r = 0; r < rows; r++) {
     float *y = x->f->y + (row + r) * x->f->m + column, unit = x->units[row + r];
-    const float *upper = totals + r * TILE, *lower = upper + ROWS_OF_X * TILE;
+    const float *upper = totals + r * TILE, *lower = upper + lanes_for(rows) * TILE;
     for (Int i = from; i < TILE; i++) {
       float sum = unit * 65536 * upper[i] + unit * lower[i];
       y[i] = bias ? sum + bias[column + i] : sum;
@@ -174,8 +189,8 @@ static void multiply_block(const Digitised *x, Int row, Int first) {
   Int column = min(first, f->m - TILE), rows = min(ROWS_OF_X, f->n - row);
   Int from = TILE * row / f->n, end = TILE * (row + rows) / f->n;
   const int8_t *ahead = (const int8_t *)f->weight + (column + TILE + from) * f->k;
-  multiply_columns(f, x->digits + row / ROWS_OF_X * groups_of(f->k), column, ahead, end - from,
-                   totals);
+  multiply_columns(f, lanes_for(rows), x->digits + row / ROWS_OF_X * groups_of(f->k), column, ahead,
+                   end - from, totals);
   if (column == first)
     put_results(x, row, rows, column, 0, totals); /* a constant makes a vector of a loop */
   else

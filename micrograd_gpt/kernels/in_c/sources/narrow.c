@@ -211,7 +211,6 @@ INLINE void dots_in_slices(int kind, Int rows, const NarrowRows *f, const float 
 #ifdef HAS_TILES
 #define TILE 16       /* rows of weights, and at most as many of x */
 #define TILE_STEP 64  /* numbers of each row that are multiplied in one step: two tiles */
-#define TILE_COLUMNS (2 * TILE)
 #define ENOUGH_ROWS 3 /* with fewer the registers of ordinary vectors are as quick */
 
 /* The rows of x as tiles want them: word [p][r] is the pair of numbers 2p and 2p + 1 of row r, whose
@@ -231,45 +230,27 @@ static const uint32_t *pairs_across(const NarrowRows *f) {
   return pairs;
 }
 
-/* A step's numbers of a quarter of the columns that come next are fetched into the second-level
-   cache: while many are on their way, nothing else is read. */
-INLINE void fetch_quarter(const uint16_t *weights, Int k) {
-  for (Int i = 0; i < TILE_COLUMNS / 4; i++) {
-    __builtin_prefetch(weights + i * k, 0, 2);
-    __builtin_prefetch(weights + i * k + 32, 0, 2);
-  }
-}
-
-/* sums (TILE_COLUMNS, TILE) = weights (TILE_COLUMNS, whole) @ x.T; meanwhile the weights that come
-   next are fetched. Two sums for each result: each addition waits for the one before it. */
+/* sums (2, TILE, TILE): two for each result of weights (TILE, whole) @ x.T, since each addition waits
+   for the one before it. With more columns at a time memory is read from too many places for the
+   processor to see what comes next. Before it has to wait for the sums, the first numbers of the next
+   columns are fetched. */
 static void multiply_tiles(const uint16_t *weights, Int k, Int whole, const uint32_t *x,
                            float *sums) {
-  const uint16_t *below = weights + TILE * k, *next = below + TILE * k;
   __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles are memory's */
   _tile_zero(0);
   _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
   for (Int p = 0; p < whole; p += TILE_STEP) {
     _tile_loadd(4, x + p / 2 * TILE, 64);
-    _tile_loadd(5, x + (p + 32) / 2 * TILE, 64);
     _tile_loadd(6, weights + p, 2 * k);
     _tile_dpbf16ps(0, 6, 4);
-    fetch_quarter(next + p, k);
+    _tile_loadd(5, x + (p + 32) / 2 * TILE, 64);
     _tile_loadd(7, weights + p + 32, 2 * k);
     _tile_dpbf16ps(1, 7, 5);
-    fetch_quarter(next + 8 * k + p, k);
-    _tile_loadd(6, below + p, 2 * k);
-    _tile_dpbf16ps(2, 6, 4);
-    fetch_quarter(next + 16 * k + p, k);
-    _tile_loadd(7, below + p + 32, 2 * k);
-    _tile_dpbf16ps(3, 7, 5);
-    fetch_quarter(next + 24 * k + p, k);
   }
+  for (Int p = 0; p < 2 * TILE_STEP; p += 32)
+    for (Int i = TILE; i < 2 * TILE; i++) __builtin_prefetch(weights + i * k + p, 0, 2);
   _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 2 * TILE * TILE, 64);
-  _tile_stored(2, sums + TILE * TILE, 64);
-  _tile_stored(3, sums + 3 * TILE * TILE, 64);
+  _tile_stored(1, sums + TILE * TILE, 64);
   __asm__ volatile("" ::: "memory");
 }
 
@@ -280,22 +261,18 @@ static int meets_tiles(const NarrowRows *f) {
 
 /* Columns first … of y, as many as fill tiles before `end`; x are pairs. Returns where they end. */
 static Int tile_columns(const NarrowRows *f, const uint32_t *x, Int first, Int end) {
-  float sums[4 * TILE * TILE] __attribute__((aligned(64))), across[TILE * TILE];
+  float sums[2 * TILE * TILE] __attribute__((aligned(64))), across[TILE * TILE];
   Int whole = f->k / TILE_STEP * TILE_STEP, j = first;
   open_tiles();
-  for (; j + TILE_COLUMNS <= end; j += TILE_COLUMNS) {
+  for (; j + TILE <= end; j += TILE) {
     multiply_tiles((const uint16_t *)f->weight + j * f->k, f->k, whole, x, sums);
-    add_scaled(sums, 1, sums + 2 * TILE * TILE, 2 * TILE * TILE);
-    for (Int half = 0; half < 2; half++) {
-      transpose_block(sums + half * TILE * TILE, TILE, TILE, across);
-      for (Int r = 0; r < f->n; r++)
-        for (Int i = 0; i < TILE; i++) {
-          Int column = j + half * TILE + i;
-          f->y[r * f->m + column] =
-              across[r * TILE + i] +
-              (whole < f->k ? rest(BFLOAT16, f, f->x + r * f->k, column, whole) : 0);
-        }
-    }
+    add_scaled(sums, 1, sums + TILE * TILE, TILE * TILE);
+    transpose_block(sums, TILE, TILE, across);
+    for (Int r = 0; r < f->n; r++)
+      for (Int i = 0; i < TILE; i++)
+        f->y[r * f->m + j + i] =
+            across[r * TILE + i] +
+            (whole < f->k ? rest(BFLOAT16, f, f->x + r * f->k, j + i, whole) : 0);
   }
   _tile_release();
   return j;
@@ -317,11 +294,12 @@ typedef struct {
 static void prepare_task(const void *arguments, Int part, Int parts) {
   Prepared *x = (Prepared *)arguments;
   const NarrowRows *f = x->f;
-  x->arranged = arranged(f);
-  if (f->n > TOGETHER) x->packed = packed_in_slices(PACKED, f->n, f->k, f->x);
+  Int columns = f->m; /* that tiles leave over */
 #ifdef HAS_TILES
-  if (meets_tiles(f)) x->pairs = pairs_across(f);
+  if (meets_tiles(f)) x->pairs = pairs_across(f), columns %= TILE;
 #endif
+  if (columns) x->arranged = arranged(f);
+  if (columns >= LANES && f->n > TOGETHER) x->packed = packed_in_slices(PACKED, f->n, f->k, f->x);
 }
 
 INLINE void add_bias(const NarrowRows *f, Int first, Int end) {
