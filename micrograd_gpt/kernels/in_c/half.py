@@ -14,7 +14,7 @@ import ctypes
 import ml_dtypes
 import numpy as np
 
-from micrograd_gpt.arrays.precision import cast, converts_on_cpu
+from micrograd_gpt.arrays.precision import converts_on_cpu
 from micrograd_gpt.arrays.stand_ins import NotForMe, highest_level
 from micrograd_gpt.kernels.in_c.arguments import (
     Array,
@@ -39,7 +39,10 @@ class FewRows(ctypes.Structure):
 
 
 class NarrowRows(ctypes.Structure):
-    _fields_ = [*ints("kind", "n", "k", "m"), *pointers("x", "weight", "scales", "bias", "y")]
+    _fields_ = [
+        *ints("kind", "n", "k", "m"),
+        *pointers("x", "weight", "scales", "bias", "y", "half_x", "half_y"),
+    ]
 
 
 class _HalfProduct(ctypes.Structure):
@@ -115,11 +118,11 @@ def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
 def _few_rows(x: Array, weight: Array, bias: Array | None) -> Array:
     """A few rows times a matrix in half precision, which is read as it is: half the bytes."""
     (n, k), m = x.shape, weight.shape[1]
-    wide, y = np.ascontiguousarray(x, np.float32), np.empty((n, m), np.float32)
+    x, y = np.ascontiguousarray(x), np.empty((n, m), x.dtype)
     bias = None if bias is None else np.ascontiguousarray(bias)
-    at, kind = (wide.ctypes.data, weight.ctypes.data), KINDS.index(weight.dtype)
-    call("few_narrow_rows", NarrowRows(kind, n, k, m, *at, None, address(bias), y.ctypes.data))
-    return cast(y, x.dtype)
+    at = None, weight.ctypes.data, None, address(bias), None, x.ctypes.data, y.ctypes.data
+    call("few_narrow_rows", NarrowRows(KINDS.index(x.dtype), n, k, m, *at))
+    return y
 
 
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:

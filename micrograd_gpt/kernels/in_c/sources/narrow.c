@@ -14,7 +14,7 @@
 #define TOGETHER 4 /* how many rows of x, at most, share one reading of the weights */
 
 #define STEP (2 * LANES)
-enum { ARRANGED, PACKED, PAIRS }; /* the purposes of scratch() here */
+enum { ARRANGED, PACKED, PAIRS, WIDE_X, WIDE_Y }; /* the purposes of scratch() here */
 
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
@@ -285,15 +285,27 @@ static Int tile_columns(const NarrowRows *f, const uint32_t *x, Int first, Int e
 
 /* x in the forms that the parts of a product read; NULL where they do not read one. */
 typedef struct {
-  const NarrowRows *f;
+  NarrowRows *f;
   const float *arranged, *packed;
   const uint32_t *pairs;
 } Prepared;
 
+/* Numbers of 16 bits become float32. */
+static const float *widened(int kind, const uint16_t *x, Int n) {
+  float *wide = scratch(WIDE_X, n);
+  if (wide && kind == FLOAT16)
+    for (Int i = 0; i < n; i++) wide[i] = from_float16(x[i]);
+  else if (wide)
+    for (Int i = 0; i < n; i++) wide[i] = from_bfloat16(x[i]);
+  return wide;
+}
+
 /* A task of one part, so that run_parts reports a lack of memory. */
 static void prepare_task(const void *arguments, Int part, Int parts) {
   Prepared *x = (Prepared *)arguments;
-  const NarrowRows *f = x->f;
+  NarrowRows *f = x->f;
+  if (f->half_x) f->x = widened(f->kind, f->half_x, f->n * f->k);
+  if (!f->x) return;
   Int columns = f->m; /* that tiles leave over */
 #ifdef HAS_TILES
   if (meets_tiles(f)) x->pairs = pairs_across(f), columns %= TILE;
@@ -335,9 +347,7 @@ INLINE void narrow_columns(int kind, const Prepared *x, Int first, Int end) {
 
 #define COLUMNS_OF_PART 32 /* a multiple of it: they fill vectors of any width, and tiles */
 
-static void narrow_task(const void *arguments, Int part, Int parts) {
-  const Prepared *x = arguments;
-  Int first, end = cut(x->f->m, parts, COLUMNS_OF_PART, part, &first);
+static void columns_of_kind(const Prepared *x, Int first, Int end) {
   if (x->f->kind == INT8)
     narrow_columns(INT8, x, first, end);
   else if (x->f->kind == FLOAT16)
@@ -346,10 +356,41 @@ static void narrow_task(const void *arguments, Int part, Int parts) {
     narrow_columns(BFLOAT16, x, first, end);
 }
 
+#define COLUMNS_AT_ONCE 256 /* whose float32 results stay in the nearest cache */
+
+/* Columns first … end - 1 of half_y, some at a time as the product of their own weights. */
+static void half_columns(const Prepared *x, Int first, Int end) {
+  const NarrowRows *f = x->f;
+  float *wide = scratch(WIDE_Y, f->n * COLUMNS_AT_ONCE);
+  for (Int j = first; j < end && wide; j += COLUMNS_AT_ONCE) {
+    NarrowRows some = *f;
+    Prepared same = *x;
+    same.f = &some, some.y = wide, some.m = min(COLUMNS_AT_ONCE, end - j);
+    some.weight = (const uint16_t *)f->weight + j * f->k;
+    if (f->bias) some.bias = (const uint16_t *)f->bias + j;
+    columns_of_kind(&same, 0, some.m);
+    for (Int r = 0; r < f->n; r++, wide += some.m)
+      for (Int i = 0; i < some.m; i++)
+        f->half_y[r * f->m + j + i] =
+            f->kind == FLOAT16 ? to_float16(wide[i]) : to_bfloat16(wide[i]);
+    wide = some.y;
+  }
+}
+
+static void narrow_task(const void *arguments, Int part, Int parts) {
+  const Prepared *x = arguments;
+  Int first, end = cut(x->f->m, parts, COLUMNS_OF_PART, part, &first);
+  if (x->f->half_y)
+    half_columns(x, first, end);
+  else
+    columns_of_kind(x, first, end);
+}
+
 #define FEW_WEIGHTS 20000 /* with fewer, waking another thread does not pay */
 
 int few_narrow_rows(const NarrowRows *f) {
-  Prepared x = {.f = f};
+  NarrowRows own = *f;
+  Prepared x = {.f = &own};
   if (run_parts(prepare_task, &x, 1)) return OUT_OF_MEMORY;
   return run_parts(narrow_task, &x, f->k * f->m < FEW_WEIGHTS ? 1 : 4 * thread_count());
 }
