@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from micrograd_gpt.arrays.precision import PRECISIONS
 from micrograd_gpt.runs import checkpoint, config_file
-from micrograd_gpt.runs.folders import check_free, check_inputs_stay
+from micrograd_gpt.runs.folders import check_free, check_goes_on, check_inputs_stay
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.corpus import VALIDATION
@@ -339,6 +339,7 @@ def resumed_settings(
     """
     if flags.get("overwrite"):
         raise UserError("--resume continues the run that --overwrite would remove: give only one")
+    check_goes_on(out)
     settings = saved_settings(out, table)
     allowed, planned = flags.get("allow_changes"), settings["max_steps"]
     wanted = flags.get("max_steps", planned)
