@@ -186,7 +186,7 @@ def _noted(repository: Repository) -> Path | None:
 
     try:
         return _file(repository, CONFIG, repository.revision, local_files_only=True).parent
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, RuntimeError):  # it has no folder where there is no home
         return None
 
 
