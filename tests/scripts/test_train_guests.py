@@ -207,7 +207,10 @@ def test_a_user_without_a_home_is_told_what_to_set(weights: list[str]) -> None:
     result = homeless(ROOT / "load_gpt2.py", *weights, HF_ENDPOINT=nowhere, HTTPS_PROXY=nowhere)
     assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ")
     if weights[0] == "--size":
-        assert "; this user has no home folder: set XDG_CACHE_HOME to a folder for downloads" in result.stderr
+        assert (
+            "; this user has no home folder: set XDG_CACHE_HOME to a folder for downloads"
+            in result.stderr
+        )
 
 
 def homeless(script: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
