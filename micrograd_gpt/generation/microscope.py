@@ -31,10 +31,9 @@ from micrograd_gpt.arrays.devices import device_of, to_device
 from micrograd_gpt.arrays.precision import HALF, compute_dtype, widened
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.gpt2 import GPT2
-from micrograd_gpt.nn import Linear, Module, no_dropout
+from micrograd_gpt.nn import Linear, Module, Parameter, no_dropout
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Array, Tensor, no_grad
-from micrograd_gpt.variants import head_of
 
 WATCHED = ("wte", "wpe", "h", "c_attn", "c_proj", "mlp")  # parts, by attribute
 
@@ -170,7 +169,7 @@ def lens(model: GPT2, stream: np.ndarray) -> np.ndarray:
     """The logits (…, V) that the model's last LayerNorm and head read from a residual stream
     (…, C), also one between two blocks: the logit lens (nostalgebraist 2020, "interpreting GPT:
     the logit lens")."""
-    weight = head_of(model)
+    weight = head(model)
     x = Tensor(to_device(stream, device_of(weight.data)))
     with no_grad():
         return on_cpu(layers.linear(model.transformer.ln_f(x), weight.T))
@@ -209,7 +208,7 @@ def attribution(model: GPT2, seen: Observation, targets: Any) -> Attribution:
     where the parts do not sum to the model's own logit.
     """
     ln_f, blocks, count = model.transformer.ln_f, model.transformer.h, len(targets)
-    row = _wide(to_device(head_of(model).data, "cpu")[np.asarray(targets)])  # (T, C)
+    row = _wide(to_device(head(model).data, "cpu")[np.asarray(targets)])  # (T, C)
     # LayerNorm takes the mean off the stream; taking it off the direction comes to the same
     direction = row * vector(ln_f, "weight", 1, row.shape[-1])
     direction, eps = direction - direction.mean(axis=-1, keepdims=True), getattr(ln_f, "eps", 0)
@@ -235,6 +234,12 @@ def attribution(model: GPT2, seen: Observation, targets: Any) -> Attribution:
     what = "the logits are not the sum of what the parts add"
     check_same(model, found.total(), own, found.sizes(), what)
     return found
+
+
+def head(model: GPT2) -> Parameter:
+    """What the last hidden state is multiplied by to give logits, (V, C)."""
+    own = getattr(model, "head", None)  # as relatives have
+    return own if isinstance(own, Parameter) else model.transformer.wte.weight
 
 
 def vector(module: Any, name: str, otherwise: float, width: int) -> np.ndarray:
