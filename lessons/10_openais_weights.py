@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import safetensors.numpy
 
+import micrograd_gpt
 from micrograd_gpt import no_grad
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer, gpt2_merges, gpt2_vocabulary
@@ -176,7 +177,8 @@ print(*(f"{name} {read_tensor(path, name).shape}" for name in listed if ".h.0." 
 # itself wrote, for the tests. Here is how its list begins:
 
 # %%
-tiny = HERE.resolve().parent / "tests" / "data" / "tf_checkpoint" / "saver"
+repository = Path(micrograd_gpt.__file__).parents[1]
+tiny = repository / "tests" / "data" / "tf_checkpoint" / "saver"
 print(json.loads((tiny / "hparams.json").read_text("utf-8")))
 index = (tiny / "model.ckpt.index").read_bytes()
 entry = ["three sizes", "key", "value"]
@@ -359,7 +361,7 @@ def find_124m():
     """The folder of 124M, or None. LESSON_MODEL, if it is set, names it ("": do not look)."""
     if (named := os.environ.get("LESSON_MODEL")) is not None:
         return Path(named) if named else None
-    for place in (HERE.resolve().parent / "models" / "gpt2-124M", HuggingFace().cached("124M")):
+    for place in (repository / "models" / "gpt2-124M", HuggingFace().cached("124M")):
         if place and (place / "model.safetensors").exists():
             return place
     return None
