@@ -1060,6 +1060,27 @@ def test_a_leaf_changes_in_place_within_no_grad_alone() -> None:
         p -= np.ones((3, 2), np.float32)
 
 
+def test_a_tensor_that_needs_no_gradient_changes_in_place() -> None:
+    array = np.array([1.0, 2.0], np.float32)
+    t = kept = Tensor(array)
+    half, x = t[1:], Tensor([3.0, 4.0], requires_grad=True)
+    y = x * t
+    with no_grad():
+        t *= 0.5
+        t += 0.5 * x
+    half -= 1
+    assert t is kept and array.tolist() == [2, 2]
+    with pytest.raises(RuntimeError, match="an array of 'mul' was changed in place"):
+        y.sum().backward()
+    t += x  # which wants a gradient: a new tensor
+    assert t is not kept and array.tolist() == [2, 2]
+    count = Tensor(np.array([1, 2]))
+    count += 1
+    with pytest.raises(TypeError, match="float64 numbers do not fit into a tensor of int64"):
+        count /= 2
+    assert count.data.tolist() == [2, 3]
+
+
 def test_a_result_that_grows_keeps_its_gradients() -> None:
     x = Tensor([1.0, 2.0], requires_grad=True)
     y = first = x * 2
