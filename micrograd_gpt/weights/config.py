@@ -6,6 +6,7 @@ slightly different names.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,26 @@ def read_config(source: str | Path | Mapping[str, Any], file: str | Path = CONFI
         raise UserError(f"{file}: {error}") from None
 
 
+def config_for(
+    cls: type[GPT2], config: GPT2Config, values: Mapping[str, Any], file: str | Path
+) -> GPT2Config:
+    """What a model of this class is made with: `config`, or for a class of one's own its
+    `config_class`, as in Transformers, whose further fields are taken from `values`.
+
+    `config` is what `read_config` made of `values`, the contents of `file`. A field that is missing
+    there keeps its default. Raises UserError if the class does not take what is there.
+    """
+    kind = config_class(model_class(config, cls))
+    if type(config) is kind:
+        return config
+    known = {**values, **vars(config)}
+    fields = [field.name for field in dataclasses.fields(kind) if field.init]
+    try:
+        return kind(**{name: known[name] for name in fields if name in known})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: {error}") from error
+
+
 def read_hparams(hparams: Mapping[str, Any], file: str | Path) -> GPT2Config:
     """The model's shape from the contents of OpenAI's hparams.json, which is at `file`.
 
@@ -115,13 +136,17 @@ def config_json(
 ) -> dict[str, Any]:
     """The contents of config.json, as Transformers reads it.
 
-    `dtype` names the type that the weights are stored in, `special_tokens` has the tokenizer's ids
+    A config class of one's own may have further fields. `dtype` names the type that the weights are
+    stored in, `special_tokens` has the tokenizer's ids
     of bos_token, with which a text begins, and eos_token, with which it ends. An architecture for
     learning does not say that it is a GPT-2: Transformers would load it, and compute something
     else.
     """
     shape = {key: getattr(config, key) for key in (*REQUIRED, *OPTIONAL)}
     variant = differences(config)
+    fields = [field.name for field in dataclasses.fields(config) if field.init]
+    own = [name for name in fields if name not in VariantConfig.__dataclass_fields__]
+    further = {name: getattr(config, name) for name in own}
     if variant.keys() & set(FOR_LEARNING):
         choices = {key: getattr(config, key) for key in FOR_LEARNING}
         values = {"model_type": "micrograd-gpt", **shape, **choices, **variant}
@@ -136,7 +161,7 @@ def config_json(
             **variant,
         }
     ids = {f"{name}_id": (special_tokens or {}).get(name) for name in ("bos_token", "eos_token")}
-    return values | {"dtype": dtype, **ids}
+    return further | values | {"dtype": dtype, **ids}
 
 
 def is_gpt2(config: GPT2Config) -> bool:
@@ -145,5 +170,10 @@ def is_gpt2(config: GPT2Config) -> bool:
 
 
 def model_class(config: GPT2Config, cls: type[GPT2] = GPT2) -> type[GPT2]:
-    """The class of the model with this config: `cls`, unless it is a variant."""
-    return cls if is_gpt2(config) else VariantGPT2
+    """The class of the model with this config: `cls`, but for a variant not GPT2 itself."""
+    return VariantGPT2 if cls is GPT2 and not is_gpt2(config) else cls
+
+
+def config_class(cls: type) -> type[GPT2Config]:
+    """The class of the configs that models of this class are made with."""
+    return getattr(cls, "config_class", GPT2Config)

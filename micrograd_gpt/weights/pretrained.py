@@ -7,6 +7,8 @@ build(weights)           -> GPT2
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.cli import listed, say
 from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.weights.config import model_class
+from micrograd_gpt.variants import differences
+from micrograd_gpt.weights.config import config_for, model_class
 from micrograd_gpt.weights.formats import Weights
 from micrograd_gpt.weights.loading import fill
 from micrograd_gpt.weights.names import open_model
+
+THEIRS = r"(TF|Flax)?GPT2(\w*Model\w*|For\w+)"  # what Transformers calls its classes of GPT-2
 
 
 def from_pretrained(
@@ -45,6 +50,8 @@ def build(
 ) -> GPT2:
     """A GPT2 (or a subclass of it) with these weights, in evaluation mode.
 
+    A GPT2 becomes a VariantGPT2 where the config asks for that. A class of one's own stays itself:
+    its `config_class` reads the settings, and its parameters are filled by their own names.
     Each tensor is read into the parameter that keeps it, so on the CPU memory holds the model once;
     for int8 its rows become that as they are read. Raises UserError, naming the tensor, for one
     that is missing, extra, misshapen or damaged, for a model that does not fit into memory, and for
@@ -52,11 +59,12 @@ def build(
     """
     refuse_int8(dtype, device)
     check_precision(dtype, INT8)
+    config = config_for(cls, weights.config, weights.values, weights.path)
     try:
         if dtype == INT8:
-            model, arrays = _to_fill_in_int8(weights, cls)
+            model, arrays = _to_fill_in_int8(config, cls)
         else:
-            model = unwritten(weights.config, cls, dtype)
+            model = unwritten(config, cls, dtype)
             hold_in(model, dtype)
             move(model, device)
             arrays = {name: parameter.data for name, parameter in model.named_parameters()}
@@ -64,7 +72,11 @@ def build(
         raise UserError(
             f"{weights.path}: not enough memory for this model ({reason(error)})"
         ) from error
-    own = {name: head for name, head in weights.heads.items() if name in arrays}  # a subclass's
+    _check_reads_all(model, weights)
+    if cls is GPT2:
+        _say_if_changed(weights)
+    besides = {**weights.heads, **weights.unused}
+    own = {name: besides[name] for name in besides if name in arrays}  # a subclass's
     if others := [name for name in weights.heads if name not in own]:
         what = "only the language model below is loaded"
         say(f"note: {weights.path}: {listed(others)} left out: {what}")
@@ -72,12 +84,34 @@ def build(
     return model.eval()
 
 
-def _to_fill_in_int8(weights: Weights, cls: type[GPT2]) -> tuple[GPT2, dict[str, Any]]:
+def _check_reads_all(model: GPT2, weights: Weights) -> None:
+    """UserError where the config has a setting that the model, of a class of one's own, lacks."""
+    ignored = differences(weights.config).keys() - vars(model.config).keys()
+    if any(name == "lm_head.weight" for name, _ in model.named_parameters()):
+        ignored -= {"tie_word_embeddings"}
+    if ignored:
+        name, cls = min(ignored), type(model).__name__
+        value = getattr(weights.config, name)
+        raise UserError(
+            f"{weights.path}: {name} is {value!r}, which {cls} does not read: derive {cls} from "
+            "VariantGPT2 (micrograd_gpt.variants)"
+        )
+
+
+def _say_if_changed(weights: Weights) -> None:
+    """A note on stderr where the config names a class of somebody's own, which may compute more."""
+    named = weights.values.get("architectures")
+    named = map(str, named if isinstance(named, list) else [])
+    if own := [name for name in named if not re.fullmatch(THEIRS, name)]:
+        say(f"note: {weights.path} was saved by a class {listed(own)}, and is loaded as a GPT2")
+
+
+def _to_fill_in_int8(config: GPT2Config, cls: type[GPT2]) -> tuple[GPT2, dict[str, Any]]:
     """A model whose matrices are int8, and what its tensors are read into.
 
     It is made with zeros that no matrix keeps, so that those of one shape can be the same.
     """
-    model, memory = unwritten(weights.config, cls, new=functools.cache(np.zeros)), HugePages()
+    model, memory = unwritten(config, cls, new=functools.cache(np.zeros)), HugePages()
     arrays: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
         arrays[name] = parameter.data
@@ -92,7 +126,7 @@ def unwritten(
     config: GPT2Config, cls: type[GPT2] = GPT2, dtype: str = "float32", new: Any = None
 ) -> GPT2:
     """A model to fill, whose matrices are of this type: zeros that `new`, or else the system, gives
-    and that take no room until then."""
+    and that take no room until then. A class whose `__init__` takes no `init` draws its own."""
     new = HugePages().zeros if new is None else new
     tables = [(rows, config.n_embd) for rows in (config.vocab_size, config.n_positions)]
 
@@ -100,4 +134,7 @@ def unwritten(
         # Embeddings keep C order, and Linear would copy what is not in Fortran order.
         return new(shape, np.dtype(dtype), order="C" if shape in tables else "F")
 
-    return model_class(config, cls)(config, init=zeros)
+    made = model_class(config, cls)
+    takes = inspect.signature(made).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    return made(config, init=zeros) if "init" in takes or takes_any else made(config)
