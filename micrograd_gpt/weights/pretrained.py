@@ -135,6 +135,5 @@ def unwritten(
         return new(shape, np.dtype(dtype), order="C" if shape in tables else "F")
 
     made = model_class(config, cls)
-    takes = inspect.signature(made).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
-    return made(config, init=zeros) if "init" in takes or takes_any else made(config)
+    takes_init = "init" in inspect.signature(made).parameters
+    return made(config, init=zeros) if takes_init else made(config)

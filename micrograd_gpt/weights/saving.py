@@ -143,11 +143,14 @@ def _check_comes_back(model: GPT2, text: str) -> None:
             f"say config_class = {name} in the class of the model"
         )
     fields = {field.name: field for field in dataclasses.fields(config)}
-    others = vars(config).keys() - fields.keys()
-    if others or "__dataclass_params__" not in vars(kind):
-        which = f" with the field {min(others)}" if others else ""
+    if "__dataclass_params__" not in vars(kind):
         raise ValueError(
-            f"settings that are no fields would be lost: make {name} a @dataclass{which}"
+            f"{name} is no @dataclass, so that its own settings would be lost: make it one"
+        )
+    if others := vars(config).keys() - fields.keys():
+        other = min(others)
+        raise ValueError(
+            f"{name}.{other} would be lost: make it a field, in a @dataclass of your own"
         )
     again = config_for(type(model), read_config(read), read, CONFIG)
     for key in (key for key, field in fields.items() if field.init):
