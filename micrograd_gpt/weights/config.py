@@ -88,11 +88,11 @@ def read_config(source: str | Path | Mapping[str, Any], file: str | Path = CONFI
     missing = sorted(set(REQUIRED) - source.keys())
     if missing:
         raise UserError(f"{file} lacks {', '.join(missing)}")
-    values = {key: source[key] for key in (*REQUIRED, *OPTIONAL) if key in source}
-    variant = {key: source[key] for key in OWN_VALUES if key in source}
+    if source.get("architectures") == [GPT2.__name__]:  # edited: it makes a head of its own itself
+        source = {key: source[key] for key in source if key != "tie_word_embeddings"}
     try:
-        config = VariantConfig(**values, **variant)
-        return GPT2Config(**values) if is_gpt2(config) else config
+        config = VariantConfig(**taken(VariantConfig, source))
+        return GPT2Config(**taken(GPT2Config, source)) if is_gpt2(config) else config
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -109,10 +109,8 @@ def config_for(
     kind = config_class(model_class(config, cls))
     if type(config) is kind:
         return config
-    known = {**values, **vars(config)}
-    fields = [field.name for field in dataclasses.fields(kind) if field.init]
     try:
-        return kind(**{name: known[name] for name in fields if name in known})
+        return kind(**taken(kind, {**values, **vars(config)}))
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: {error}") from error
 
@@ -144,9 +142,8 @@ def config_json(
     """
     shape = {key: getattr(config, key) for key in (*REQUIRED, *OPTIONAL)}
     variant = differences(config)
-    fields = [field.name for field in dataclasses.fields(config) if field.init]
-    own = [name for name in fields if name not in VariantConfig.__dataclass_fields__]
-    further = {name: getattr(config, name) for name in own}
+    further = taken(type(config), vars(config))
+    further = {key: further[key] for key in further if key not in (*shape, *OWN_VALUES)}
     if variant.keys() & set(FOR_LEARNING):
         choices = {key: getattr(config, key) for key in FOR_LEARNING}
         values = {"model_type": "micrograd-gpt", **shape, **choices, **variant}
@@ -164,6 +161,12 @@ def config_json(
     return further | values | {"dtype": dtype, **ids}
 
 
+def taken(kind: type[GPT2Config], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of these values that a config of this class is made with."""
+    names = [field.name for field in dataclasses.fields(kind) if field.init]
+    return {name: values[name] for name in names if name in values}
+
+
 def is_gpt2(config: GPT2Config) -> bool:
     """True for GPT-2's own architecture, False for a variant of it."""
     return not differences(config)
@@ -177,3 +180,8 @@ def model_class(config: GPT2Config, cls: type[GPT2] = GPT2) -> type[GPT2]:
 def config_class(cls: type) -> type[GPT2Config]:
     """The class of the configs that models of this class are made with."""
     return getattr(cls, "config_class", GPT2Config)
+
+
+def has_head(model: GPT2) -> bool:
+    """Whether a model has a head of its own, so that its embedding is not its head as well."""
+    return any(name == "lm_head.weight" for name, _ in model.named_parameters())

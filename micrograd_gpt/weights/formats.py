@@ -160,7 +160,7 @@ def _open_file(path: Path) -> Weights:
         return Weights(path, _published_config(path, tensors), tensors, _other_heads(entries))
     values = read_values(path.parent)
     config = read_config(values, path.parent / CONFIG)
-    tensors = _gpt2_tensors(path, entries, getattr(config, "tie_word_embeddings", True))
+    tensors = _gpt2_tensors(path, entries, values.get("tie_word_embeddings", True))
     _check_agreement(path, config, CONFIG, tensors)
     heads = _other_heads(entries)
     unused = {name: entries[name] for name in entries if name not in {**tensors, **heads}}

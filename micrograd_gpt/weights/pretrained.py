@@ -23,12 +23,12 @@ from micrograd_gpt.support.cli import listed, say
 from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.variants import differences
-from micrograd_gpt.weights.config import config_for, model_class
+from micrograd_gpt.weights.config import config_for, has_head, model_class
 from micrograd_gpt.weights.formats import Weights
 from micrograd_gpt.weights.loading import fill
 from micrograd_gpt.weights.names import open_model
 
-THEIRS = r"(TF|Flax)?GPT2(\w*Model\w*|For\w+)"  # what Transformers calls its classes of GPT-2
+THEIRS = r"(TF|Flax)?GPT2(\w*Model\w*|For\w+)?"  # our class, and what Transformers calls its
 
 
 def from_pretrained(
@@ -87,7 +87,7 @@ def build(
 def _check_reads_all(model: GPT2, weights: Weights) -> None:
     """UserError where the config has a setting that the model, of a class of one's own, lacks."""
     ignored = differences(weights.config).keys() - vars(model.config).keys()
-    if any(name == "lm_head.weight" for name, _ in model.named_parameters()):
+    if has_head(model):
         ignored -= {"tie_word_embeddings"}
     if ignored:
         name, cls = min(ignored), type(model).__name__

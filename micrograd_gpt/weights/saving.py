@@ -25,6 +25,7 @@ from micrograd_gpt.weights.config import (
     config_class,
     config_for,
     config_json,
+    has_head,
     read_config,
 )
 from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, MODEL, weight_files
@@ -125,12 +126,13 @@ def stored_arrays(model: Any) -> tuple[str, dict[str, Array]]:
 
 
 def _own_in_config(model: GPT2) -> dict[str, Any]:
-    """What config.json says of a class of one's own, where the words for a GPT-2 are untrue."""
-    if type(model) in (GPT2, VariantGPT2):
+    """What config.json says of a class of one's own, or of a GPT2 that was given a head, where the
+    words for a GPT-2 would be untrue."""
+    cls = type(model)
+    if cls is VariantGPT2 or (cls is GPT2 and not has_head(model)):
         return {}
-    own: dict[str, Any] = {"architectures": [type(model).__name__]}
-    has_head = any(name == "lm_head.weight" for name, _ in model.named_parameters())
-    return own | ({"tie_word_embeddings": False} if has_head else {})
+    untied = {"tie_word_embeddings": False} if has_head(model) else {}
+    return {"architectures": [cls.__name__], **untied}
 
 
 def _check_comes_back(model: GPT2, text: str) -> None:

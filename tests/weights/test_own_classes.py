@@ -6,6 +6,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import micrograd_gpt
 from micrograd_gpt import functional as F
 from micrograd_gpt import nn, no_grad
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
@@ -360,6 +365,54 @@ def test_a_head_of_its_own_is_filled_as_any_other_parameter(tmp_path: Path) -> N
     np.testing.assert_array_equal(logits(GPT2.from_pretrained(tmp_path / "c")), logits(model))
     assert_comes_back(TiedByName(GPT2Config(**SHAPE)), tmp_path / "d")
     assert tied(tmp_path / "d")
+
+
+EDITS = {
+    "    layer_norm_epsilon: float = 1e-5\n": "    cap: float = 30.0\n",
+    "        self.transformer = Transformer(config, init or normal(seed), self.draws)\n": (
+        "        self.lm_head = Linear(config.n_embd, config.vocab_size, init or normal(7))\n"
+    ),
+    "        x = x[:, -1:] if last_only else x\n": (
+        "        return (self.lm_head(x) / self.config.cap).tanh() * self.config.cap\n"
+    ),
+}
+SAVED_AND_LOADED = """
+from micrograd_gpt import no_grad
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+model = GPT2(GPT2Config(2, 2, 8, 11, 6, cap=0.01))
+model.save_pretrained("model")
+again = GPT2.from_pretrained("model")
+assert type(again) is GPT2 and again.config == model.config and again.config.cap == 0.01
+with no_grad():
+    difference = again([[1, 2]]).numpy() - model([[1, 2]]).numpy()
+print(difference.any())
+"""
+
+
+def test_a_gpt2_that_was_edited_in_its_file_comes_back(tmp_path: Path) -> None:
+    """A setting in GPT2Config and a head in GPT2: the class of all scripts is one's own then."""
+    shutil.copytree(
+        Path(micrograd_gpt.__file__).parent,
+        tmp_path / "micrograd_gpt",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    source = (tmp_path / "micrograd_gpt" / "gpt2.py").read_text("utf-8")
+    for line, added in EDITS.items():
+        assert source.count(line) == 1
+        source = source.replace(line, line + added)
+    (tmp_path / "micrograd_gpt" / "gpt2.py").write_text(source, "utf-8")
+    result = subprocess.run(
+        [sys.executable, "-c", SAVED_AND_LOADED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": "", "MICROGRAD_GPT_KERNELS": "numpy"},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (0, "False\n"), result.stderr
+    assert "was saved by" not in result.stderr
+    assert not tied(tmp_path / "model")
+    with pytest.raises(UserError, match=r"does not have: 'lm_head\.bias' and 1 more"):
+        GPT2.from_pretrained(tmp_path / "model")  # which was not edited
 
 
 def test_a_head_that_is_still_a_copy_of_the_embedding_comes_back(tmp_path: Path) -> None:
