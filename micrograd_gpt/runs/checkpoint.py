@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -223,20 +223,30 @@ def _unlink(folder: Path, names: Iterable[str]) -> None:
 def keep_best(folder: str | Path) -> None:
     """Make the set in `folder` the one in `best/` too if its validation loss is lower."""
     folder = Path(folder)
-    loss = _read_state(folder).get("val_loss")
-    if isinstance(loss, int | float) and math.isfinite(loss) and loss < best_loss(folder):
+    state = _read_state(folder)
+    loss, best = state.get("val_loss"), best_loss(folder, state["settings"])
+    if isinstance(loss, int | float) and math.isfinite(loss) and loss < best:
         link_set(_files(folder), folder / BEST)
 
 
-def best_loss(folder: str | Path) -> float:
-    """The validation loss of the set in `best/`; infinity if there is none yet."""
+def best_loss(folder: str | Path, settings: Mapping[str, Any] | None = None) -> float:
+    """The validation loss of the set in `best/`; infinity if there is none yet, or if it was
+    measured on another text than a run with these settings measures on."""
     best = Path(folder) / BEST
     if not holds_run(best):
         return math.inf
-    loss = _read_state(best).get("val_loss")
+    state = _read_state(best)
+    loss = state.get("val_loss")
     if not isinstance(loss, int | float):
         raise UserError(f"{best / STATE} is damaged: it lacks the val_loss; remove {best}")
-    return loss
+    is_other = settings is not None and _measured_on(settings) != _measured_on(state["settings"])
+    return math.inf if is_other else loss
+
+
+def _measured_on(settings: Mapping[str, Any]) -> tuple[str, Any]:
+    """The fingerprint of a run's validation text, and how much of it is read."""
+    _, _, validation = str(settings.get("data_fingerprint")).rpartition(" and ")
+    return validation, settings.get("eval_batches")
 
 
 def earlier_sets(folder: str | Path) -> list[Path]:

@@ -128,7 +128,12 @@ class Recorder:
             checkpoint.remove_run(self.out)
         remove_parts(self.out)
         self.watch = Watch(self.metrics, steps, self.settings.watch, self.data.unit)
-        self.best_loss = checkpoint.best_loss(self.out)
+        self.best_loss = checkpoint.best_loss(self.out, vars(self.settings))
+        if self.best_loss == math.inf and checkpoint.holds_run(self.out / checkpoint.BEST):
+            say(
+                f"note: {self.out / checkpoint.BEST} was chosen by other validation text: the next "
+                "validation replaces it"
+            )
 
     def _announce(self) -> None:
         if damaged := self.metrics.damaged_lines():

@@ -353,9 +353,11 @@ def resumed_settings(
         may_change = row.change in (FREE, ONCE) or (allowed and row.change is ASK)
         if value != settings[name] and not may_change:
             choice = "add --allow-changes, " if row.change is ASK else ""
+            other = name in (*OF_THE_WEIGHTS, "block_size")  # these weights have their own
+            start = "in another --out" if other else f"with --{anew} {out}"
             raise UserError(
                 f"the run in {out} has {row.flag} {settings[name]}, not {value}: leave the flag "
-                f"out to resume, {choice}or start another run with --{anew} {out}"
+                f"out to resume, {choice}or start another run {start}"
             )
     note_edits(out, settings, flags, table)
     new_rate = flags.get("learning_rate", settings["learning_rate"])
