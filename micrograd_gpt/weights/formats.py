@@ -225,7 +225,7 @@ def _open_openai(folder: Path, hparams: dict[str, Any]) -> Weights:
 
 def _published_config(path: Path, tensors: Mapping[str, StoredTensor]) -> GPT2Config:
     # No shape tells the number of heads, but for OpenAI's sizes it is known.
-    found = _implied_by(tensors)
+    found = implied_by(tensors)
     for shape in map(published_shape, SIZES):
         if "n_embd" in found and all(shape[key] == found[key] for key in found):
             return read_config(shape)
@@ -242,19 +242,19 @@ def _check_agreement(
     wte = tensors.get("transformer.wte.weight")
     if wte is None or len(wte.shape) != 2:
         raise UserError(f"{path} lacks transformer.wte.weight of shape (vocab_size, n_embd)")
-    for key, value in _implied_by(tensors).items():
+    for key, value in implied_by(tensors).items():
         if getattr(config, key) != value:
             raise UserError(
                 f"{path}: {file} says {key} {getattr(config, key)}, the tensors {value}"
             )
 
 
-def _implied_by(tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
-    # What the tensors' names and shapes say of the config, as far as they do.
+def implied_by(tensors: Mapping[str, Any]) -> dict[str, int]:
+    """What the names and shapes of a model's tensors say of its config, as far as they do."""
     layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
     implied = {"n_layer": len(layers)}
     for name, rows in (("wte", "vocab_size"), ("wpe", "n_positions")):
         tensor = tensors.get(f"transformer.{name}.weight")
-        if tensor and len(tensor.shape) == 2:
+        if tensor is not None and len(tensor.shape) == 2:
             implied |= {rows: tensor.shape[0], "n_embd": tensor.shape[1]}
     return implied

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.cli import listed, say
 from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.variants import differences
+from micrograd_gpt.variants import VariantGPT2, differences
 from micrograd_gpt.weights.config import config_for, has_head, model_class
 from micrograd_gpt.weights.formats import Weights
-from micrograd_gpt.weights.loading import fill
+from micrograd_gpt.weights.loading import fill, stored_parameters
 from micrograd_gpt.weights.names import open_model
+from micrograd_gpt.weights.reading import StoredTensor
 
 THEIRS = r"(TF|Flax)?GPT2(\w*Model\w*|For\w+)?"  # our class, and what Transformers calls its
 
@@ -51,7 +53,8 @@ def build(
     """A GPT2 (or a subclass of it) with these weights, in evaluation mode.
 
     A GPT2 becomes a VariantGPT2 where the config asks for that. A class of one's own stays itself:
-    its `config_class` reads the settings, and its parameters are filled by their own names.
+    its `config_class` reads the settings, and its parameters are filled by their own names. Those
+    that a model of another class lacks stay as the class draws them, and stderr says so.
     Each tensor is read into the parameter that keeps it, so on the CPU memory holds the model once;
     for int8 its rows become that as they are read. Raises UserError, naming the tensor, for one
     that is missing, extra, misshapen or damaged, for a model that does not fit into memory, and for
@@ -65,9 +68,11 @@ def build(
             model, arrays = _to_fill_in_int8(config, cls)
         else:
             model = unwritten(config, cls, dtype)
+            if new := _new_in(model, weights):
+                model = model_class(config, cls)(config)
             hold_in(model, dtype)
             move(model, device)
-            arrays = {name: parameter.data for name, parameter in model.named_parameters()}
+            arrays = {name: p.data for name, p in model.named_parameters() if name not in new}
     except MemoryError as error:
         raise UserError(
             f"{weights.path}: not enough memory for this model ({reason(error)})"
@@ -75,13 +80,27 @@ def build(
     _check_reads_all(model, weights)
     if cls is GPT2:
         _say_if_changed(weights)
+    _add_shared(arrays, model, weights)
+    fill(arrays, {**weights.tensors, **_own_tensors(arrays, weights)}, weights.path)
+    return model.eval()
+
+
+def _add_shared(arrays: dict[str, Any], model: GPT2, weights: Weights) -> None:
+    """Have what blocks share be read under each of its names in the file, into the same array."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in stored_parameters(model).items():
+        if name in weights.tensors and first[id(parameter)] in arrays:
+            arrays.setdefault(name, arrays[first[id(parameter)]])
+
+
+def _own_tensors(arrays: Mapping[str, Any], weights: Weights) -> dict[str, StoredTensor]:
+    """The tensors that only a class of one's own has a use for; a note where heads are left out."""
     besides = {**weights.heads, **weights.unused}
-    own = {name: besides[name] for name in besides if name in arrays}  # a subclass's
+    own = {name: besides[name] for name in besides if name in arrays}
     if others := [name for name in weights.heads if name not in own]:
         what = "only the language model below is loaded"
         say(f"note: {weights.path}: {listed(others)} left out: {what}")
-    fill(arrays, {**weights.tensors, **own}, weights.path)
-    return model.eval()
+    return own
 
 
 def _check_reads_all(model: GPT2, weights: Weights) -> None:
@@ -96,6 +115,19 @@ def _check_reads_all(model: GPT2, weights: Weights) -> None:
             f"{weights.path}: {name} is {value!r}, which {cls} does not read: derive {cls} from "
             "VariantGPT2 (micrograd_gpt.variants)"
         )
+
+
+def _new_in(model: GPT2, weights: Weights) -> set[str]:
+    """The parameters that a class of one's own has beyond the model which another class saved."""
+    cls = type(model)
+    if cls in (GPT2, VariantGPT2) or weights.values.get("architectures") == [cls.__name__]:
+        return set()
+    base = {name for name, _ in unwritten(weights.config).named_parameters()}
+    stored = {*weights.tensors, *weights.heads, *weights.unused}
+    new = {name for name, _ in model.named_parameters()} - base - stored
+    if new:
+        say(f"note: {weights.path} lacks {listed(sorted(new))}: new in this {cls.__name__}")
+    return new
 
 
 def _say_if_changed(weights: Weights) -> None:

@@ -28,7 +28,14 @@ from micrograd_gpt.weights.config import (
     has_head,
     read_config,
 )
-from micrograd_gpt.weights.formats import ADAPTER_CONFIG, ADAPTER_MODEL, MODEL, weight_files
+from micrograd_gpt.weights.formats import (
+    ADAPTER_CONFIG,
+    ADAPTER_MODEL,
+    MODEL,
+    implied_by,
+    weight_files,
+)
+from micrograd_gpt.weights.loading import check_kept, stored_parameters
 from micrograd_gpt.weights.tensor_files import write_safetensors
 
 
@@ -47,7 +54,8 @@ def save_pretrained(
     to the safetensors file's own. Raises UserError if the files can't be written, and leaves what
     was there before, for a whole model in int8, for the folder of an adapter's own base, and for an
     empty name, which would be the current folder; ValueError for a GPT2 that its config no longer
-    describes, and for a config that `from_pretrained` would not give back.
+    describes, for a config that `from_pretrained` would not give back, and for a layer whose weight
+    is no Parameter.
     """
     if not str(folder):
         raise UserError("the name of the folder is empty: give one to save the model in")
@@ -122,7 +130,8 @@ def stored_arrays(model: Any) -> tuple[str, dict[str, Array]]:
     adapter = getattr(model, "adapter", None)
     if adapter is not None:
         return ADAPTER_MODEL, adapter.arrays(model)
-    return MODEL, {name: p.data for name, p in model.named_parameters()}
+    check_kept(model)
+    return MODEL, {name: p.data for name, p in stored_parameters(model).items()}
 
 
 def _own_in_config(model: GPT2) -> dict[str, Any]:
@@ -154,6 +163,12 @@ def _check_comes_back(model: GPT2, text: str) -> None:
         raise ValueError(
             f"{name}.{other} would be lost: make it a field, in a @dataclass of your own"
         )
+    for key, found in implied_by(stored_parameters(model)).items():
+        if found != getattr(config, key):
+            raise ValueError(
+                f"the config says {key} = {getattr(config, key)}, but there is {found} in the "
+                "model, which could not be loaded: make them agree"
+            )
     again = config_for(type(model), read_config(read), read, CONFIG)
     for key in (key for key, field in fields.items() if field.init):
         before, after = getattr(config, key), getattr(again, key)

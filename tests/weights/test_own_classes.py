@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import micrograd_gpt
 from micrograd_gpt import functional as F
@@ -453,6 +454,84 @@ class OwnNames(GPT2):
         for block in self.transformer.h:
             x = x + block.attn.bias.sum()  # type: ignore[attr-defined]
         return F.linear(x, self.transformer.wte.weight.T)
+
+
+class OneBlock(GPT2):
+    """Blocks that share their weights, as ALBERT's do, and an MLP that stands twice."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        first, *_, last = self.transformer.h
+        self.transformer.h = [first, first, last]
+        last.mlp = first.mlp
+        self.body = self.transformer  # another name of the whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_blocks_that_share_weights_come_back(dtype: str, tmp_path: Path) -> None:
+    model = OneBlock(GPT2Config(**{**SHAPE, "n_layer": 3}))
+    again = assert_comes_back(model, tmp_path)
+    assert again.transformer.h[0] is again.transformer.h[1]
+    assert len(again.parameters()) == len(model.parameters())
+    # As in PyTorch, each block stands in the file, so that a plain GPT-2 computes the same
+    np.testing.assert_array_equal(logits(GPT2.from_pretrained(tmp_path)), logits(model))
+    held = OneBlock.from_pretrained(tmp_path, dtype=dtype)
+    assert np.abs(logits(held) - logits(model)).max() < 0.01 * np.abs(logits(model)).max()
+
+
+def test_a_model_of_other_blocks_than_its_config_says_is_not_saved(tmp_path: Path) -> None:
+    class Looped(GPT2):
+        def __init__(self, config: GPT2Config) -> None:
+            super().__init__(config)
+            self.transformer.h.pop()
+
+    with pytest.raises(ValueError, match="says n_layer = 2, but there is 1 in the model"):
+        Looped(GPT2Config(**SHAPE)).save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_that_is_no_parameter_is_not_lost(tmp_path: Path) -> None:
+    for model in (GPT2(GPT2Config(**SHAPE)), Capped(GPT2Config(**SHAPE))):
+        model.transformer.wpe.weight = Tensor(model.transformer.wpe.weight)  # type: ignore[assignment]
+        with pytest.raises(ValueError, match=r"^transformer\.wpe\.weight is a plain Tensor, which"):
+            model.save_pretrained(tmp_path / "model")
+        assert not list(tmp_path.iterdir())
+        frozen = Parameter(model.transformer.wpe.weight)
+        frozen.requires_grad = False
+        model.transformer.wpe.weight = frozen
+        assert_comes_back(model, tmp_path / type(model).__name__)
+        shutil.rmtree(tmp_path / type(model).__name__)
+
+
+class WithValue(Capped):
+    def __init__(self, config: GPT2Config, seed: int = 0, init: Any = None) -> None:
+        super().__init__(config, seed, init)
+        self.value = nn.Linear(config.n_embd, 1, init or nn.normal(9))
+        for block in self.transformer.h:
+            block.attn.norm = nn.LayerNorm(4)  # type: ignore[attr-defined]
+
+
+def test_a_part_more_than_the_base_has_is_new(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = Capped(GPT2Config(**SHAPE), seed=5)
+    base.save_pretrained(tmp_path / "base")
+    model = WithValue.from_pretrained(tmp_path / "base", dtype="float64")
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {tmp_path}/base/model.safetensors lacks 'transformer.h.0.attn.n")
+    assert said.endswith("'value.bias', 'value.weight': new in this WithValue\n")
+    np.testing.assert_allclose(logits(model), logits(base), rtol=1e-5)
+    assert model.value.weight.numpy().all() and model.value.weight.dtype == "float64"
+    model.save_pretrained(tmp_path / "model")
+    # What its own file lacks, and what every GPT-2 has, is not new
+    for folder, lost in (("model", "value.bias"), ("base", "transformer.ln_f.bias")):
+        path = tmp_path / folder / "model.safetensors"
+        arrays = safetensors.numpy.load_file(path)
+        del arrays[lost]
+        safetensors.numpy.save_file(arrays, path)
+        with pytest.raises(UserError, match=f"lacks '{lost}'$"):
+            WithValue.from_pretrained(tmp_path / folder)
+    assert capsys.readouterr().err.count("new in this") == 1
 
 
 def test_parameters_by_any_name_come_back(tmp_path: Path) -> None:

@@ -130,6 +130,15 @@ def test_a_module_without_parameters_is_not_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_weight_that_is_no_parameter_is_not_lost(tmp_path: Path) -> None:
+    net = Net()
+    net.layers[0].bias = Tensor([1.0, 2.0])  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"^layers\.0\.bias is a plain Tensor, which is not saved"):
+        save_parameters(net, tmp_path / "net.safetensors")
+    net.layers[0].bias = None  # type: ignore[assignment]
+    save_parameters(net, tmp_path / "net.safetensors")
+
+
 def test_what_was_there_before_stays_where_it_cannot_be_written(tmp_path: Path) -> None:
     save_parameters(Net(3), path := tmp_path / "net.safetensors")
     before, bad = path.read_bytes(), Net(3)
