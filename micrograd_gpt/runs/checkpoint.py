@@ -41,7 +41,13 @@ from micrograd_gpt.support.file_sets import (
     written_as_set,
 )
 from micrograd_gpt.support.files import BEST as BEST
-from micrograd_gpt.support.files import other_checkpoint, read_json, reading, write_text
+from micrograd_gpt.support.files import (
+    are_one_file,
+    other_checkpoint,
+    read_json,
+    reading,
+    write_text,
+)
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.text.tokenizer_files import model_tokenizer
@@ -129,13 +135,13 @@ def load_run(
             otherwise = "start again: this run kept no other checkpoint"
             if name == OPTIMIZER:
                 otherwise = f"start again from the weights with --init-from {folder}"
-            raise UserError(f"{what}: {_way_back(folder, otherwise)}") from error
+            raise UserError(f"{what}: {_way_back(folder, name, otherwise)}") from error
         found = file.metadata.get("step")
         if found != str(step):
             raise UserError(
                 f"{folder / name} is from {f'step {found}' if found else 'no step of a run'}, "
                 f"{STATE} from step {step}: they were saved apart; "
-                + _way_back(folder, "start another run from the weights")
+                + _way_back(folder, name, "start another run from the weights")
             )
         fill(arrays, file.entries, file.path)
     _check_config(model, state.get("config", {}), folder)  # {}: saved by an earlier version
@@ -273,11 +279,12 @@ def last_good(folder: str | Path, step: int) -> str:
     return "there is none yet" if good is None else f"{steps[good]}, of step {good}"
 
 
-def _way_back(folder: Path, otherwise: str) -> str:
-    """What a user can do where a file of the run in `folder` is damaged; `otherwise` where the run
-    has no other checkpoint.
+def _way_back(folder: Path, name: str, otherwise: str) -> str:
+    """What a user can do where the file of this name is damaged in the run in `folder`; `otherwise`
+    where the run has no checkpoint with another one.
     """
-    others = [place for place in (*_earlier_places(folder), folder / BEST) if holds_run(place)]
+    places = [place for place in (*_earlier_places(folder), folder / BEST) if holds_run(place)]
+    others = [place for place in places if not are_one_file(place / name, folder / name)]
     if others:
         latest = max(others, key=lambda place: _read_state(place)["step"])
         return f"copy the files of {latest}, of step {_read_state(latest)['step']}, into {folder}"

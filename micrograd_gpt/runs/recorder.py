@@ -170,7 +170,7 @@ class Recorder:
             disable=None,
             smoothing=0.05,
         )
-        self._signals = StopSignals(self.ranks.stopping, self.ranks.check_alive)
+        self._signals = StopSignals(self.ranks.check_alive)
         saves = self.ranks.is_first or self.ranks.shards
         if self.ranks.deadly and saves and self._on_cpu:  # a fork has no GPU
             at_signal(self.ranks.deadly, self._on_deadly_signal)

@@ -314,7 +314,7 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
 def check_rates(settings: dict[str, Any]) -> None:
     """UserError where the learning rate would end above what is called the highest."""
     highest, last = settings["learning_rate"], settings["min_lr"]
-    if last > highest:
+    if last > highest >= 0:  # below 0 is refused with the others
         raise UserError(
             f"--min-lr {last:g} is above --learning-rate {highest:g}: lower it, or leave it out"
         )

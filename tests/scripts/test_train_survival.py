@@ -144,7 +144,14 @@ def test_a_write_that_the_system_refuses(text: Path, tmp_path: Path) -> None:
     assert not (out / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 143),
+        (getattr(signal, "SIGUSR1", signal.SIGTERM), 128 + getattr(signal, "SIGUSR1", 15)),
+    ],
+)
 def test_a_signal_ends_the_step_and_saves(
     train_gpt2: ModuleType,
     text: Path,
@@ -310,6 +317,9 @@ def test_event_files(text: Path, tmp_path: Path) -> None:
     (events,) = (out / "tensorboard").iterdir()
     content = events.read_bytes()
     assert all(name in content for name in (b"train_loss", b"val_loss", b"learning_rate"))
+    (out / "tensorboard" / "notes.txt").touch()
+    assert run(*flags, "--overwrite").returncode == 0
+    assert [path.name for path in (out / "tensorboard").iterdir()] == ["notes.txt"]
 
 
 # ------------------------------------------------------------------- data that became other data

@@ -201,6 +201,7 @@ def test_a_wrong_byte_is_named_with_its_offset(
     ("data", "message"),
     [
         (gzip.compress(b"to be"), "is gzip: unpack it first"),
+        (b"PAR1 \xf4 PAR1", r"is Parquet: call it \.parquet"),
         (b"\x93NUMPY\x01\0v\0", "is an array of NumPy's: write token ids into train.bin"),
         (pickle.dumps([1, 2]), "is a pickle, which is not opened"),
         (bz2.compress(b"to be"), "is bzip2"),
