@@ -88,7 +88,7 @@ def read_config(source: str | Path | Mapping[str, Any], file: str | Path = CONFI
     missing = sorted(set(REQUIRED) - source.keys())
     if missing:
         raise UserError(f"{file} lacks {', '.join(missing)}")
-    if source.get("architectures") == [GPT2.__name__]:  # edited: it makes a head of its own itself
+    if source.get("architectures") == [GPT2.__name__]:  # which was edited, and makes its own head
         source = {key: source[key] for key in source if key != "tie_word_embeddings"}
     try:
         config = VariantConfig(**taken(VariantConfig, source))
@@ -134,11 +134,10 @@ def config_json(
 ) -> dict[str, Any]:
     """The contents of config.json, as Transformers reads it.
 
-    A config class of one's own may have further fields. `dtype` names the type that the weights are
-    stored in, `special_tokens` has the tokenizer's ids
-    of bos_token, with which a text begins, and eos_token, with which it ends. An architecture for
-    learning does not say that it is a GPT-2: Transformers would load it, and compute something
-    else.
+    Further fields of a config class of one's own are among them. `dtype` names the type that the
+    weights are stored in, `special_tokens` has the tokenizer's ids of bos_token, with which a text
+    begins, and eos_token, with which it ends. An architecture for learning does not say that it is
+    a GPT-2: Transformers would load it, and compute something else.
     """
     shape = {key: getattr(config, key) for key in (*REQUIRED, *OPTIONAL)}
     variant = differences(config)
@@ -173,7 +172,7 @@ def is_gpt2(config: GPT2Config) -> bool:
 
 
 def model_class(config: GPT2Config, cls: type[GPT2] = GPT2) -> type[GPT2]:
-    """The class of the model with this config: `cls`, but for a variant not GPT2 itself."""
+    """The class of the model with this config: `cls`, but VariantGPT2 for a variant of GPT2."""
     return VariantGPT2 if cls is GPT2 and not is_gpt2(config) else cls
 
 
