@@ -130,9 +130,9 @@ INLINE void add_sums(const float *scales, Int apart, const int32_t *first, const
 }
 
 /* totals (TILE, TILE): of TILE columns from `column` on the sums of the upper halves of as many rows
-   as there are `lanes` for, then those of the lower halves, then what means nothing. A group's sums
-   leave the registers when the next group needs these: a store of what is being computed would wait.
-   Meanwhile the weights of `places` columns are fetched that are ahead. */
+   as there are `lanes` for, then of their lower halves, then what means nothing. A group's sums
+   leave the registers when the next group needs these: a store of what is being computed would
+   wait. Meanwhile the weights of `places` columns are fetched that are ahead. */
 static void multiply_columns(const NarrowRows *f, Int lanes, const Digits *digits, Int column,
                              const int8_t *ahead, Int places, float *totals) {
   const int8_t *weights = (const int8_t *)f->weight;

@@ -230,10 +230,10 @@ static const uint32_t *pairs_across(const NarrowRows *f) {
   return pairs;
 }
 
-/* sums (2, TILE, TILE): two for each result of weights (TILE, whole) @ x.T, since each addition waits
-   for the one before it. With more columns at a time memory is read from too many places for the
-   processor to see what comes next. Before it has to wait for the sums, the first numbers of the next
-   columns are fetched. */
+/* sums (2, TILE, TILE): two for each result of weights (TILE, whole) @ x.T, since each addition
+   waits for the one before it. With twice as many columns memory is read more slowly: from too many
+   places for the processor to see what comes next. While it waits for the sums, the first numbers of
+   the next columns are fetched. */
 static void multiply_tiles(const uint16_t *weights, Int k, Int whole, const uint32_t *x,
                            float *sums) {
   __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles are memory's */
@@ -369,11 +369,11 @@ static void half_columns(const Prepared *x, Int first, Int end) {
     some.weight = (const uint16_t *)f->weight + j * f->k;
     if (f->bias) some.bias = (const uint16_t *)f->bias + j;
     columns_of_kind(&same, 0, some.m);
-    for (Int r = 0; r < f->n; r++, wide += some.m)
-      for (Int i = 0; i < some.m; i++)
-        f->half_y[r * f->m + j + i] =
-            f->kind == FLOAT16 ? to_float16(wide[i]) : to_bfloat16(wide[i]);
-    wide = some.y;
+    for (Int r = 0; r < f->n; r++)
+      for (Int i = 0; i < some.m; i++) {
+        float y = wide[r * some.m + i];
+        f->half_y[r * f->m + j + i] = f->kind == FLOAT16 ? to_float16(y) : to_bfloat16(y);
+      }
   }
 }
 

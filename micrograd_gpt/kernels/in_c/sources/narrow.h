@@ -49,7 +49,7 @@ typedef struct {
   const float *scales; /* of int8: (m, k / GROUP rounded up), what each group is multiplied by */
   const void *bias;    /* (m) or NULL: of 16 bits beside such weights, else float32 */
   float *y;            /* (n, m) */
-  const uint16_t *half_x; /* x and y, where they are not float32, but of the weights' 16 bits, too */
+  const uint16_t *half_x; /* instead of x and y: the same in the weights' 16 bits; else NULL */
   uint16_t *half_y;
 } NarrowRows;
 int few_narrow_rows(const NarrowRows *f);
