@@ -329,7 +329,7 @@ void add_side(Int rows, Int length, Int k, const float *x, const float *weight, 
   Int groups = (rows + ROWS - 1) / ROWS;
   for (Int i = 0, first = 0, end; i < groups; i++, first = end) {
     end = rows * (i + 1) / groups;
-    Int n = end - first, places = ahead.places * (i + 1) / groups - ahead.places * i / groups;
+    Int n = end - first, places = SIDE * (i + 1) / groups - SIDE * i / groups;
     const float *part = x + first * SLICE;
     switch (places) {
       case 0: add_products_of_rows(n, 0, length, k, part, weight, ahead, sums + first); break;
@@ -351,9 +351,8 @@ static void dots_in_slices(Int rows, Int k, const float *x, const float *packed,
   for (Int p = 0; p < whole; p += SLICE, packed += packed_slice) {
     Int length = min(SLICE, whole - p);
     for (Int j = 0; j < LANES; j += SIDE) {
-      const float *here = weight + j * k + p;
-      Ahead ahead = {(const char *)(here + LANES * k), SIDE, 4 * k, 4 * LANES};
-      add_side(rows, length, k, packed, here, ahead, (vec(*)[LANES])(sums[0] + j));
+      Ahead ahead = ahead_of(weight, k, sizeof *weight, whole, p, j);
+      add_side(rows, length, k, packed, weight + j * k + p, ahead, (vec(*)[LANES])(sums[0] + j));
     }
   }
   for (Int r = 0; r < rows; r++) {

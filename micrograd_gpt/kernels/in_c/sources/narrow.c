@@ -188,12 +188,11 @@ INLINE void dots_in_slices(int kind, Int rows, const NarrowRows *f, const float 
   float wide[SIDE * SLICE] __attribute__((aligned(64)));
   memset(sums, 0, rows * sizeof *sums);
   Int whole = f->k / LANES * LANES, size = kind == INT8 ? 1 : 2;
-  Int bytes = SIDE * LANES * size, places = bytes > 64 ? bytes / 64 : 1; /* of each step */
-  const char *next = (const char *)f->weight + (column + LANES) * f->k * size;
+  const char *block = (const char *)f->weight + column * f->k * size;
   for (Int p = 0; p < whole; p += SLICE, packed += f->n * SLICE) {
     Int length = min(SLICE, whole - p);
-    for (Int j = 0; j < LANES; j += SIDE, next += SIDE * length * size) {
-      Ahead ahead = {next, places, SIDE * length * size / places, bytes / places};
+    for (Int j = 0; j < LANES; j += SIDE) {
+      Ahead ahead = ahead_of(block, f->k, size, whole, p, j);
       for (Int i = 0; i < SIDE; i++) widen(kind, f, column + j + i, p, length, wide + i * SLICE);
       add_side(rows, length, SLICE, packed, wide, ahead, (vec(*)[LANES])(sums[0] + j));
     }
