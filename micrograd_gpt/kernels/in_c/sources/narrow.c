@@ -103,15 +103,19 @@ INLINE void sum_column(int kind, int rows, const NarrowRows *f, const float *x, 
   for (int r = 0; r < rows; r++) total[r] = sum[r].first + sum[r].second;
 }
 
-/* The same for TOGETHER columns side by side, which share each reading of x. */
+#define COLUMNS_APART (LANES / TOGETHER) /* those that are read at the same time */
+
+/* The same for TOGETHER columns, which share each reading of x. They are COLUMNS_APART from one another,
+   as memory is read fastest at several places that lie in pages of their own. */
 INLINE void add_columns(int kind, int rows, const NarrowRows *f, const float *x, Int column,
                         Int whole, vec sum[TOGETHER][TOGETHER]) {
   for (Int p = 0; p < whole; p += STEP)
     for (int i = 0; i < TOGETHER; i++) {
-      Pair w = weights_at(kind, f->weight, (column + i) * f->k + p);
-      if (kind != INT8 || p % 64 == 0) fetch_ahead(kind, f->weight, (column + i) * f->k + p);
+      Int here = column + i * COLUMNS_APART;
+      Pair w = weights_at(kind, f->weight, here * f->k + p);
+      if (kind != INT8 || p % 64 == 0) fetch_ahead(kind, f->weight, here * f->k + p);
       if (kind == INT8) {
-        float scale = scale_at(kind, f, column + i, p);
+        float scale = scale_at(kind, f, here, p);
         w = (Pair){scale * w.first, scale * w.second};
       }
       for (int r = 0; r < rows; r++) {
@@ -136,14 +140,14 @@ INLINE void dots(int kind, int rows, int side_by_side, const NarrowRows *f, cons
   vec sums[TOGETHER][LANES];
   Int whole = f->k / STEP * STEP, side = side_by_side ? TOGETHER : 1;
   x += row * f->k;
-  for (Int j = 0; j < columns; j += side) {
+  for (Int j = 0; j < columns / side; j++) {
     vec sum[TOGETHER][TOGETHER] = {0};
     if (side_by_side)
       add_columns(kind, rows, f, x, column + j, whole, sum);
     else
       sum_column(kind, rows, f, x, column + j, whole, sum[0]);
     for (int i = 0; i < side; i++)
-      for (int r = 0; r < rows; r++) sums[r][j + i] = sum[i][r];
+      for (int r = 0; r < rows; r++) sums[r][j + i * COLUMNS_APART] = sum[i][r];
   }
   for (int r = 0; r < rows; r++) {
     float *y = f->y + (row + r) * f->m + column;
@@ -333,7 +337,8 @@ INLINE void add_bias(const NarrowRows *f, Int first, Int end) {
 /* Columns first … end - 1 of y; see few_rows_columns of matmul.c. */
 INLINE void narrow_columns(int kind, const Prepared *x, Int first, Int end) {
   const NarrowRows *f = x->f;
-  int in_one_stream = f->n * f->k <= IN_NEAREST_CACHE;
+  /* Columns side by side need more registers, and of int8 a scale for each weight. */
+  int in_one_stream = f->n * f->k <= IN_NEAREST_CACHE && !(kind == FLOAT16 && LANES == 16);
   Int start = first;
 #ifdef HAS_TILES
   if (x->pairs) start = tile_columns(f, x->pairs, first, end);
