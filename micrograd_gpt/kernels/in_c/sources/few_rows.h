@@ -26,12 +26,12 @@ typedef struct {
   Int apart, step;
 } Ahead;
 
-/* What is fetched while a slice from number p on of rows j … j + SIDE - 1 is multiplied; these belong
-   to a block of LANES rows of k numbers, of `size` bytes each, of which `whole` are multiplied.
+/* What is fetched while rows j … j + SIDE - 1 are multiplied from number p on, for a slice. They are
+   of a block of LANES rows, each of k numbers of `size` bytes, of which `whole` are multiplied.
 
    A processor that sees several places at a time move evenly through memory fetches most of what
-   follows by itself. So SIDE places move through the next block, each along LANES / SIDE whole rows.
-   Long rows would be fetched too early by that: then it is the next slice of the same rows. */
+   follows by itself. So SIDE places move through the next block, each along LANES / SIDE rows. Of
+   long rows that would be too early: then it is the next slice of the same rows. */
 #define LARGE_BLOCK 110000 /* bytes, found by trying */
 
 INLINE Ahead ahead_of(const void *block, Int k, Int size, Int whole, Int p, Int j) {

@@ -259,9 +259,9 @@ int linear_backward(const LinearBackward *l) {
 #define COLUMNS_APART (LANES / SIDE) /* those that are read at the same time */
 #define BYTES_AHEAD 2048 /* found by trying */
 
-/* sums[r][i * COLUMNS_APART] = x (rows, k)[r] * weight[i * COLUMNS_APART] for `side` columns, of whose
-   numbers `whole` are multiplied. Memory is read fastest at several places at a time, each of them in
-   a page of its own. */
+/* sums[r][i * COLUMNS_APART] = x (rows, k)[r] * weight[i * COLUMNS_APART] for `side` columns, of
+   whose numbers `whole` are multiplied. The sums fill up to 16 registers (8 with AVX). Memory is read
+   fastest at several places at a time, each of them in a page of its own. */
 INLINE void add_columns(int rows, int side, Int whole, Int k, const float *x, const float *weight,
                         vec (*sums)[LANES]) {
   vec sum[TOGETHER][SIDE] = {0};

@@ -105,8 +105,8 @@ INLINE void sum_column(int kind, int rows, const NarrowRows *f, const float *x, 
 
 #define COLUMNS_APART (LANES / TOGETHER) /* those that are read at the same time */
 
-/* The same for TOGETHER columns, which share each reading of x. They are COLUMNS_APART from one another,
-   as memory is read fastest at several places that lie in pages of their own. */
+/* The same for TOGETHER columns, which share each reading of x. They lie COLUMNS_APART: memory is
+   read fastest at several places at a time, each of them in a page of its own. */
 INLINE void add_columns(int kind, int rows, const NarrowRows *f, const float *x, Int column,
                         Int whole, vec sum[TOGETHER][TOGETHER]) {
   for (Int p = 0; p < whole; p += STEP)
