@@ -56,6 +56,7 @@ from micrograd_gpt.tuning.batches import Order, Task, micro_batches
 from micrograd_gpt.tuning.classification import Classification, label_texts
 from micrograd_gpt.tuning.classifier import (
     GPT2Classifier,
+    check_labels,
     load_classifier,
     load_with_tokenizer,
     set_layers,
@@ -99,6 +100,8 @@ def classify(settings: argparse.Namespace, device: str) -> int:
     # Data: texts with labels, in three parts
     files = (settings.data, settings.validation, settings.test)
     parts = labelled.read_parts(*files, labelled.columns_of(settings), settings.encoding)
+    if settings.resume:
+        check_labels(settings.out, parts.labels)
     labelled.warn_if_unbalanced(parts.train, settings.balance)
     tokenizer, longest = tokenizer_of(settings), longest_of(settings)
     name, size = Path(settings.data).name, settings.batch_size
@@ -165,11 +168,7 @@ def instruct(settings: argparse.Namespace, device: str) -> int:
 
 
 def tune(
-    settings: argparse.Namespace,
-    device: str,
-    task: Task,
-    make: Make,
-    write: Callable[..., None],
+    settings: argparse.Namespace, device: str, task: Task, make: Make, write: Callable[..., None]
 ) -> tuple[Any, int]:
     """Train what `make` makes of the body on the task; returns it, and the signal that stopped it.
 

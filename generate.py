@@ -125,7 +125,7 @@ def check_shared(given: argparse.Namespace, questions: list[str] | None) -> None
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(description="Prompt in, text out.")
     add_question_flags(parser)
     flags.add_model_flags(parser)
     parser.add_argument(

@@ -300,7 +300,7 @@ print("and the same logits as GPT2.from_pretrained")
 
 # %%
 own = folder / "tokenizer"
-own.mkdir()
+own.mkdir(exist_ok=True)
 (own / "vocab.json").write_text(json.dumps(gpt2_vocabulary()), "utf-8")
 lines = ["#version: 0.2", *(f"{left} {right}" for left, right in gpt2_merges())]
 (own / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")

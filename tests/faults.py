@@ -39,6 +39,7 @@ class Fault:
     reset: bool = False  # with a reset, not an orderly close
     ignore_range: bool = False  # a request for the rest of a file gets all of it,
     other_range: bool = False  # or another part than it asked for
+    garbled: bool = False  # as many bytes, but others
 
 
 class Server:
@@ -115,7 +116,8 @@ def serving(files: dict[str, bytes]) -> Iterator[Server]:
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if body:
-                self.wfile.write(content[: fault.drop_after])
+                sent = bytes(len(content)) if fault.garbled else content
+                self.wfile.write(sent[: fault.drop_after])
                 if fault.reset:
                     self.wfile.flush()
                     no_linger = struct.pack("ii", 1, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -272,6 +273,17 @@ def test_errors_name_the_layer_and_the_mistake(level: str) -> None:
             layers.cross_entropy(x, targets)
         with pytest.raises(ValueError, match=message):
             layers.linear_cross_entropy(x, Tensor(numbers(3, 3)), targets)
+
+
+def test_ids_of_another_library_are_taken_as_numpy_takes_them() -> None:
+    class Ids:
+        dtype = "int64 of another library"
+
+        def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+            return np.array([2, 0])
+
+    w = Tensor(numbers(4, 3))
+    np.testing.assert_array_equal(layers.embedding(Ids(), w).data, w.data[[2, 0]])
 
 
 def test_what_is_no_tensor_and_what_is_no_argument_is_named(level: str) -> None:

@@ -6,6 +6,8 @@ import copy
 import itertools
 import math
 import pickle
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -610,3 +612,15 @@ def test_names_of_draws_are_whole_numbers() -> None:
         with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
             nn.Draws(seed)  # type: ignore[arg-type]
     assert nn.Draws(np.int64(3), 4).next_key() == (3, 4, 1)
+
+
+@pytest.mark.slow
+def test_layers_made_without_an_init_do_not_share_their_numbers() -> None:
+    code = (
+        "from micrograd_gpt import nn, gpt2\n"
+        "model = gpt2.GPT2(gpt2.GPT2Config(1, 1, 8, 4, 4))\n"
+        "parts = nn.Embedding(20, 10), nn.Linear(10, 20), model.transformer.wte\n"
+        "firsts = {float(part.weight.data[0, 0]) for part in parts}\n"
+        "assert len(firsts) == 3, firsts\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1060,6 +1060,36 @@ def test_a_leaf_changes_in_place_within_no_grad_alone() -> None:
         p -= np.ones((3, 2), np.float32)
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_a_matrix_and_an_array_of_objects_become_plain_arrays() -> None:
+    x = Tensor(np.matrix([[1, 2], [3, 4]]))
+    assert (x * x).data.tolist() == [[1, 4], [9, 16]] and type(x.data) is np.ndarray
+    mixed = np.array([1, 2.5, np.float32(3), True], object)
+    assert Tensor(mixed).dtype == np.float32 and Tensor(mixed).data.tolist() == [1, 2.5, 3, 1]
+    assert Tensor(mixed, dtype="float64").dtype == np.float64
+
+
+def test_a_tensor_that_needs_no_gradient_changes_in_place() -> None:
+    array = np.array([1.0, 2.0], np.float32)
+    t = kept = Tensor(array)
+    half, x = t[1:], Tensor([3.0, 4.0], requires_grad=True)
+    y = x * t
+    with no_grad():
+        t *= 0.5
+        t += 0.5 * x
+    half -= 1
+    assert t is kept and array.tolist() == [2, 2]
+    with pytest.raises(RuntimeError, match="an array of 'mul' was changed in place"):
+        y.sum().backward()
+    t += x  # which wants a gradient: a new tensor
+    assert t is not kept and array.tolist() == [2, 2]
+    count = Tensor(np.array([1, 2]))
+    count += 1
+    with pytest.raises(TypeError, match="float64 numbers do not fit into a tensor of int64"):
+        count /= 2
+    assert count.data.tolist() == [2, 3]
+
+
 def test_a_result_that_grows_keeps_its_gradients() -> None:
     x = Tensor([1.0, 2.0], requires_grad=True)
     y = first = x * 2

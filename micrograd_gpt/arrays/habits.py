@@ -169,13 +169,17 @@ class Habits:
     def _changed(self, result: Any) -> Any:
         """What `t -= x` makes of t, where `t - x` is the result.
 
-        A leaf that learns changes in place, within no_grad. Any other name gets the new tensor, so
-        that what was computed with the old one keeps its gradient.
+        It changes in place, as in NumPy and PyTorch, unless the tape leads to either. Such a name
+        gets the new tensor, so that what was computed with the old one keeps its gradient.
         """
-        if not self.requires_grad or self._node is not None:
+        if self._node is not None or (result.requires_grad and not self.requires_grad):
             return result
         if result.requires_grad:
             raise RuntimeError("a leaf that requires a gradient changes in place within no_grad()")
+        if self.data.dtype.kind in "iub" and result.data.dtype.kind not in "iub":
+            raise TypeError(
+                f"{result.data.dtype} numbers do not fit into a tensor of {self.data.dtype}"
+            )
         self.data[...] = result.data
         self.data = self.data  # tells the tape that it changes
         return self

@@ -169,13 +169,17 @@ def converts(conversion: Callable[[Any, np.dtype], Any]) -> Callable[[Any, np.dt
 
 
 def as_array(data: Any, dtype: Any = None) -> Any:
-    """`data` as an array: itself where it is one; numbers and lists of them in float32, or what
-    `dtype` says. TypeError for what is no real number: None, texts, other objects."""
+    """`data` as an array: itself where it is one; numbers, and lists and arrays of such objects, in
+    float32, or what `dtype` says. TypeError for what is no real number: None, texts, others."""
     if isinstance(data, np.generic) or not isinstance(getattr(data, "dtype", None), np.dtype):
         dtype = dtype or (data.dtype if isinstance(data, np.generic) else np.float32)
         data = from_list(data)
+    if isinstance(data, np.matrix):  # whose * is a product of matrices
+        data = np.asarray(data)
     if data.dtype.kind in "OSUMmc" and not all(isinstance(x, Real) for x in data.flat):
         raise TypeError(f"a tensor holds numbers, not {data.tolist()!r:.60}")
+    if data.dtype == object:  # each number is an object of its own, as in a table of mixed columns
+        dtype = dtype or np.float32
     return data if dtype is None else data.astype(dtype, copy=False)
 
 

@@ -108,6 +108,12 @@ class Past:
         starts, t, room = self.lengths, q.shape[2], self.keys.shape[2]
         if starts.min() < 0 or starts.max() + t > room:
             raise ValueError(f"the KV cache holds {room} positions: no {t} more after {starts}")
+        heads, size = self.keys.shape[1], self.keys.shape[3]
+        if {x.shape[1::2] for x in (k, v)} != {(heads, size)}:  # an attention of one's own
+            raise ValueError(
+                f"the KV cache holds {heads} heads of {size} numbers, not those of keys {k.shape} "
+                f"and values {v.shape}: decode with use_cache=False"
+            )
 
         def attend(rows: slice, start: int) -> Tensor:
             end = start + t

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +41,13 @@ from micrograd_gpt.support.file_sets import (
     written_as_set,
 )
 from micrograd_gpt.support.files import BEST as BEST
-from micrograd_gpt.support.files import other_checkpoint, read_json, reading, write_text
+from micrograd_gpt.support.files import (
+    are_one_file,
+    other_checkpoint,
+    read_json,
+    reading,
+    write_text,
+)
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.text.tokenizer_files import model_tokenizer
@@ -129,13 +135,13 @@ def load_run(
             otherwise = "start again: this run kept no other checkpoint"
             if name == OPTIMIZER:
                 otherwise = f"start again from the weights with --init-from {folder}"
-            raise UserError(f"{what}: {_way_back(folder, otherwise)}") from error
+            raise UserError(f"{what}: {_way_back(folder, name, otherwise)}") from error
         found = file.metadata.get("step")
         if found != str(step):
             raise UserError(
                 f"{folder / name} is from {f'step {found}' if found else 'no step of a run'}, "
                 f"{STATE} from step {step}: they were saved apart; "
-                + _way_back(folder, "start another run from the weights")
+                + _way_back(folder, name, "start another run from the weights")
             )
         fill(arrays, file.entries, file.path)
     _check_config(model, state.get("config", {}), folder)  # {}: saved by an earlier version
@@ -223,20 +229,30 @@ def _unlink(folder: Path, names: Iterable[str]) -> None:
 def keep_best(folder: str | Path) -> None:
     """Make the set in `folder` the one in `best/` too if its validation loss is lower."""
     folder = Path(folder)
-    loss = _read_state(folder).get("val_loss")
-    if isinstance(loss, int | float) and math.isfinite(loss) and loss < best_loss(folder):
+    state = _read_state(folder)
+    loss, best = state.get("val_loss"), best_loss(folder, state["settings"])
+    if isinstance(loss, int | float) and math.isfinite(loss) and loss < best:
         link_set(_files(folder), folder / BEST)
 
 
-def best_loss(folder: str | Path) -> float:
-    """The validation loss of the set in `best/`; infinity if there is none yet."""
+def best_loss(folder: str | Path, settings: Mapping[str, Any] | None = None) -> float:
+    """The validation loss of the set in `best/`; infinity if there is none yet, or if it was
+    measured on another text than a run with these settings measures on."""
     best = Path(folder) / BEST
     if not holds_run(best):
         return math.inf
-    loss = _read_state(best).get("val_loss")
+    state = _read_state(best)
+    loss = state.get("val_loss")
     if not isinstance(loss, int | float):
         raise UserError(f"{best / STATE} is damaged: it lacks the val_loss; remove {best}")
-    return loss
+    is_other = settings is not None and _measured_on(settings) != _measured_on(state["settings"])
+    return math.inf if is_other else loss
+
+
+def _measured_on(settings: Mapping[str, Any]) -> tuple[str, Any]:
+    """The fingerprint of a run's validation text, and how much of it is read."""
+    _, _, validation = str(settings.get("data_fingerprint")).rpartition(" and ")
+    return validation, settings.get("eval_batches")
 
 
 def earlier_sets(folder: str | Path) -> list[Path]:
@@ -263,11 +279,12 @@ def last_good(folder: str | Path, step: int) -> str:
     return "there is none yet" if good is None else f"{steps[good]}, of step {good}"
 
 
-def _way_back(folder: Path, otherwise: str) -> str:
-    """What a user can do where a file of the run in `folder` is damaged; `otherwise` where the run
-    has no other checkpoint.
+def _way_back(folder: Path, name: str, otherwise: str) -> str:
+    """What a user can do where the file of this name is damaged in the run in `folder`; `otherwise`
+    where the run has no checkpoint with another one.
     """
-    others = [place for place in (*_earlier_places(folder), folder / BEST) if holds_run(place)]
+    places = [place for place in (*_earlier_places(folder), folder / BEST) if holds_run(place)]
+    others = [place for place in places if not are_one_file(place / name, folder / name)]
     if others:
         latest = max(others, key=lambda place: _read_state(place)["step"])
         return f"copy the files of {latest}, of step {_read_state(latest)['step']}, into {folder}"

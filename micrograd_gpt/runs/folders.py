@@ -66,6 +66,17 @@ def check_inputs_stay(
         )
 
 
+def check_goes_on(out: Path) -> None:
+    """UserError if `out` is the best or an earlier checkpoint of a run, which would replace it."""
+    place = out.resolve()
+    run = place.parent
+    if place in (run / BEST, *earlier_sets(run)) and holds_run(place) and holds_run(run):
+        raise UserError(
+            f"{out} is a checkpoint of the run in {run}, which may replace it: --resume that, or "
+            "copy the checkpoint to another folder and --resume the copy"
+        )
+
+
 def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
     """UserError if writing a model to the folder or file `out` would lose what is there.
 

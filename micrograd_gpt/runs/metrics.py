@@ -17,6 +17,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading, written_whole
 
 METRICS, CURVES = "metrics.jsonl", "loss.png"
+EVENTS = "tensorboard"  # the folder of its event files
 LOG_AXIS_FROM = 4.0  # largest loss / smallest loss; from here on a log axis shows more
 
 
@@ -36,6 +37,9 @@ class Metrics:
         self._events = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if step == 0 and self.path.exists():  # of an earlier run
+                for path in (self.folder / EVENTS).glob("events.out.tfevents.*"):
+                    path.unlink()
             if tensorboard:
                 self._events = _event_writer(self.folder, step)
             if step == 0:
@@ -189,7 +193,7 @@ def _event_writer(folder: Path, step: int) -> Any:
         raise UserError(
             '--tensorboard needs tensorboardX: pip install "micrograd-gpt[tensorboard]"'
         ) from None
-    path = folder / "tensorboard"
+    path = folder / EVENTS
     try:
         return SummaryWriter(str(path), purge_step=step + 1)
     except OSError as error:

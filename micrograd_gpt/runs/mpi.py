@@ -51,10 +51,8 @@ LINK_ERRORS = (RankDied, MPI.Exception, NCCLFailed)  # the latter two where a li
 class MPIRanks(Ranks):
     """One of several ranks."""
 
-    # Open MPI's mpirun passes SIGUSR1 on; after Ctrl-C or SIGTERM it kills us within 0.25 s.
-    stopping = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
-
     def __init__(self, launcher: str) -> None:
+        # After these Open MPI's mpirun kills us within 0.25 s; SIGUSR1 it only passes on.
         self.deadly = (signal.SIGINT, signal.SIGTERM) if launcher == "mpirun" else ()
         self._all = MPI.COMM_WORLD
         self._here = self._all.Split_type(MPI.COMM_TYPE_SHARED)  # those on this machine

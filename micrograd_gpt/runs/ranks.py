@@ -62,7 +62,6 @@ class Ranks:
     local_rank, local_size = 0, 1  # the same among those on its machine
     shards = False  # whether each rank updates only its part of the parameters
 
-    stopping: Sequence[signal.Signals] = ()  # signals that ask to stop, beside the usual ones
     deadly: Sequence[signal.Signals] = ()  # signals after which the launcher kills all ranks soon
     # What is said where a rank has ended; a run that has begun says which checkpoint is the last.
     way_back: Callable[[], str] = staticmethod(lambda: "the run had not begun")

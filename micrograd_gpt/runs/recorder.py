@@ -128,7 +128,12 @@ class Recorder:
             checkpoint.remove_run(self.out)
         remove_parts(self.out)
         self.watch = Watch(self.metrics, steps, self.settings.watch, self.data.unit)
-        self.best_loss = checkpoint.best_loss(self.out)
+        self.best_loss = checkpoint.best_loss(self.out, vars(self.settings))
+        if self.best_loss == math.inf and checkpoint.holds_run(self.out / checkpoint.BEST):
+            say(
+                f"note: {self.out / checkpoint.BEST} was chosen by other validation text: the next "
+                "validation replaces it"
+            )
 
     def _announce(self) -> None:
         if damaged := self.metrics.damaged_lines():
@@ -165,7 +170,7 @@ class Recorder:
             disable=None,
             smoothing=0.05,
         )
-        self._signals = StopSignals(self.ranks.stopping, self.ranks.check_alive)
+        self._signals = StopSignals(self.ranks.check_alive)
         saves = self.ranks.is_first or self.ranks.shards
         if self.ranks.deadly and saves and self._on_cpu:  # a fork has no GPU
             at_signal(self.ranks.deadly, self._on_deadly_signal)

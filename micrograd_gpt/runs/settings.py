@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from micrograd_gpt.arrays.precision import PRECISIONS
 from micrograd_gpt.runs import checkpoint, config_file
-from micrograd_gpt.runs.folders import check_free, check_inputs_stay
+from micrograd_gpt.runs.folders import check_free, check_goes_on, check_inputs_stay
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.corpus import VALIDATION
@@ -314,7 +314,7 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
 def check_rates(settings: dict[str, Any]) -> None:
     """UserError where the learning rate would end above what is called the highest."""
     highest, last = settings["learning_rate"], settings["min_lr"]
-    if last > highest:
+    if last > highest >= 0:  # below 0 is refused with the others
         raise UserError(
             f"--min-lr {last:g} is above --learning-rate {highest:g}: lower it, or leave it out"
         )
@@ -339,6 +339,7 @@ def resumed_settings(
     """
     if flags.get("overwrite"):
         raise UserError("--resume continues the run that --overwrite would remove: give only one")
+    check_goes_on(out)
     settings = saved_settings(out, table)
     allowed, planned = flags.get("allow_changes"), settings["max_steps"]
     wanted = flags.get("max_steps", planned)
@@ -352,9 +353,11 @@ def resumed_settings(
         may_change = row.change in (FREE, ONCE) or (allowed and row.change is ASK)
         if value != settings[name] and not may_change:
             choice = "add --allow-changes, " if row.change is ASK else ""
+            other = name in (*OF_THE_WEIGHTS, "block_size")  # these weights have their own
+            start = "in another --out" if other else f"with --{anew} {out}"
             raise UserError(
                 f"the run in {out} has {row.flag} {settings[name]}, not {value}: leave the flag "
-                f"out to resume, {choice}or start another run with --{anew} {out}"
+                f"out to resume, {choice}or start another run {start}"
             )
     note_edits(out, settings, flags, table)
     new_rate = flags.get("learning_rate", settings["learning_rate"])

@@ -1,38 +1,38 @@
-"""Ctrl-C and SIGTERM during training: the first lets the step end, the second does not. So does
-SIGHUP, which says that the terminal was closed, or the connection to it lost."""
+"""Ctrl-C and SIGTERM during training: the first lets the step end, the second does not. So do
+SIGUSR1, which batch systems send before a job's time is over, and SIGHUP, which says that the
+terminal was closed, or the connection to it lost."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from micrograd_gpt.support.cli import say
 
-HANG_UP = getattr(signal, "SIGHUP", None)  # there is none on Windows
-STOPPING = [s for s in (signal.SIGINT, signal.SIGTERM, HANG_UP) if s is not None]
+HANG_UP = getattr(signal, "SIGHUP", None)  # neither of these two is there on Windows
+BEFORE_THE_END = getattr(signal, "SIGUSR1", None)
+STOPPING = [s for s in (signal.SIGINT, signal.SIGTERM, HANG_UP, BEFORE_THE_END) if s is not None]
 
 
 class StopSignals:
     """Remembers that the user asked to stop, so that the loop can do so where nothing is lost.
 
     The first signal sets `requested`, its number (0 before). A second one ends the process at once:
-    KeyboardInterrupt, or SystemExit with status 143. A SIGHUP does not, since both the shell and
-    the system send one.
+    KeyboardInterrupt, or SystemExit with 128 and its number as status. A SIGHUP does not, since
+    both the shell and the system send one.
 
     Python allows this in its main thread only: in another one signals do what they did before. So
     do those that are ignored, as a shell starts programs in the background.
 
-    `also` are signals that ask for the same, and `first` is called before any of them is heeded.
+    `first` is called before any of them is heeded.
     """
 
-    def __init__(
-        self, also: Sequence[signal.Signals] = (), first: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, first: Callable[[], None] = lambda: None) -> None:
         self.requested, self._first = 0, first
-        for number in (*heeded(), *also):
+        for number in heeded():
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

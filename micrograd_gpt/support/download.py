@@ -12,6 +12,7 @@ from micrograd_gpt.support import files
 from micrograd_gpt.support.errors import UserError
 
 BLOCK = 1 << 18  # bytes asked of the connection at a time
+HOMELESS = "this user has no home folder"
 TIMEOUT = 30  # seconds without a byte after which a connection counts as broken
 
 
@@ -21,7 +22,7 @@ def cache_folder() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "micrograd-gpt"
     except RuntimeError as error:  # a user without a home, as in a container
-        raise UserError(f"{error}: set XDG_CACHE_HOME to a folder for downloads") from error
+        raise UserError(f"{HOMELESS}: set XDG_CACHE_HOME to a folder for downloads") from error
 
 
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None) -> None:
@@ -151,5 +152,7 @@ def reason(error: BaseException) -> str:
     status = getattr(response, "status_code", None) or getattr(error, "code", None)
     if status is not None:
         return f"the server answered {status}"
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's
+        return f"{HOMELESS}: set HF_HOME to a folder for downloads"
     text = str(getattr(error, "reason", None) or error)
     return textwrap.shorten(text, 200, placeholder=" …") or type(error).__name__

@@ -129,15 +129,25 @@ def _damaged(path: str | Path, why: str) -> UserError:
     return UserError(f"{path} is damaged: {why}" + (f": {other}" if other else ""))
 
 
+def are_one_file(a: str | Path, b: str | Path) -> bool:
+    """Whether these are names of the same file, as of a step that is the latest and the best."""
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
+
+
 def other_checkpoint(path: str | Path) -> str:
     """What helps where a file of a run is damaged, in words: its best checkpoint, or where that is
-    the damaged one, its latest. Nothing ("") for any other file.
+    the damaged one, its latest, or one that was kept. Nothing ("") for any other file.
     """
-    folder = Path(path).parent
-    other = folder.parent if folder.name == BEST else folder / BEST
-    if not (other / Path(path).name).is_file():
+    folder, name = Path(path).parent, Path(path).name
+    run = folder.parent if folder.name == BEST else folder
+    kept = sorted(run.glob("step-*"), reverse=True)
+    places = [place for place in (run / BEST, run, *kept) if (place / name).is_file()]
+    if run / BEST not in places:
         return ""
-    return f"copy the files of {other} into {folder}, or use {other} instead"
+    for other in places:
+        if not are_one_file(other / name, path):
+            return f"copy the files of {other} into {folder}, or use {other} instead"
+    return "start again: this run kept no other checkpoint"
 
 
 def sha256(path: str | Path) -> str:

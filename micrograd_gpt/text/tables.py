@@ -77,6 +77,7 @@ def parquet_columns(
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
+        from pyarrow.types import is_dictionary
     except ImportError as error:
         raise UserError(
             f'reading {path} needs pyarrow: pip install "micrograd-gpt[parquet]"'
@@ -84,27 +85,37 @@ def parquet_columns(
     try:
         size = path.stat().st_size
         with ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
-            schema = file.schema_arrow
-            for name in wanted:
-                if name not in schema.names:
-                    raise no_field(str(path), name, schema.names, flags)
-            kind = schema.field(wanted[0]).type
-            if str(kind) not in ("string", "large_string"):
-                raise UserError(
-                    f"{path}: the column {wanted[0]!r} holds {kind} and no texts: name another "
-                    "with --text-field"
-                )
+            _check_schema(path, file.schema_arrow, wanted, flags)
             rows = done = 0
             for batch in file.iter_batches(BATCH, columns=list(wanted)):
                 first, rows = rows + 1, rows + len(batch)
                 before, done = done, size * rows // file.metadata.num_rows
                 if on_read:
                     on_read(done - before)
-                values = zip(*(batch.column(name) for name in wanted), strict=True)
-                for number, fields in enumerate(values, first):
+                columns = map(batch.column, wanted)
+                plain = [c.dictionary_decode() if is_dictionary(c.type) else c for c in columns]
+                for number, fields in enumerate(zip(*plain, strict=True), first):
                     yield f"row {number}", [_python_value(value) for value in fields]
     except (OSError, ArrowException) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+
+
+def _check_schema(path: Path, schema: Any, wanted: Sequence[str], flags: str) -> None:
+    """UserError unless the file has each of these columns once, and texts in the first."""
+    from pyarrow.types import is_dictionary
+
+    for name in wanted:
+        if name not in schema.names:
+            raise no_field(str(path), name, schema.names, flags)
+        if schema.names.count(name) > 1:
+            raise UserError(f"{path} has {name!r} twice: rename or remove one")
+    kind = schema.field(wanted[0]).type
+    held = kind.value_type if is_dictionary(kind) else kind  # of categories
+    if str(held) not in ("string", "large_string", "string_view"):
+        raise UserError(
+            f"{path}: the column {wanted[0]!r} holds {kind} and no texts: name another "
+            "with --text-field"
+        )
 
 
 def _python_value(value: Any) -> Any:
@@ -125,6 +136,8 @@ def no_field(where: str, name: str, names: Sequence[str], flags: str) -> UserErr
     found = ", ".join(map(short, names[:10])) or "none"
     if len(names) == 1 and ";" in names[0]:  # as spreadsheets write it in much of Europe
         return UserError(f"{where} has semicolons between the names: put commas in their place")
+    if len(names) == 1 and "\t" in names[0]:
+        return UserError(f"{where} has tabs between the names: call the file .tsv")
     if {"instruction", "messages"} & {*names}:  # each would be a plain text, without a template
         flags += (
             "; or, as these look like instructions, learn from them with finetune_gpt2.py instruct,"

@@ -29,6 +29,7 @@ from micrograd_gpt.support.files import read_json, write_text
 from micrograd_gpt.tensor import Tensor
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import TOKENIZER_CONFIG, tokenizer_config_json
+from micrograd_gpt.text.tables import short
 from micrograd_gpt.text.tokenizer_files import model_tokenizer
 from micrograd_gpt.weights.config import CONFIG, read_values
 from micrograd_gpt.weights.formats import Weights
@@ -185,6 +186,17 @@ def build_classifier(
     tensors = {name: t for name, t in weights.tensors.items() if name != "lm_head.weight"}
     fill(arrays, tensors | {SCORE: weights.heads[SCORE]}, weights.path)
     return model.eval()
+
+
+def check_labels(out: str | Path, labels: Sequence[str]) -> None:
+    """UserError unless the run in this folder has learned these labels, in this order."""
+    learned = [*(read_values(out).get("id2label") or {}).values()]
+    if learned != [*labels]:
+        raise UserError(
+            f"the run in {out} learned the labels {', '.join(map(short, learned))}, and the data "
+            f"has {', '.join(map(short, labels))}: give data with the same, or start another run "
+            f"with --model {out}"
+        )
 
 
 def labels_of(weights: Weights) -> list[str]:

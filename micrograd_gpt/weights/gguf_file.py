@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from micrograd_gpt.checks import check_described
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import written_whole
@@ -69,8 +70,9 @@ def write_gguf(
     `dtype` (a name in TYPES) is what the matrices are stored in, rounded to nearest; vectors and
     the table of positions stay float32, as llama.cpp needs them. `name` is what programs show.
     Raises UserError as `check_exportable` does, for a number too large for `dtype`, and if the file
-    can't be written.
+    can't be written; ValueError for a GPT2 that its config no longer describes.
     """
+    check_described(model)
     check_exportable(model.config, tokenizer)
     gguf = gguf_package()
     tensors = dict(gguf_tensors(model, tokenizer.vocab_size))

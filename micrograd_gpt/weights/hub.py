@@ -21,7 +21,7 @@ from pathlib import Path
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.support.files import read_json
+from micrograd_gpt.support.files import read_json, sha256
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE
 from micrograd_gpt.text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 from micrograd_gpt.weights.config import CONFIG, read_config
@@ -186,7 +186,7 @@ def _noted(repository: Repository) -> Path | None:
 
     try:
         return _file(repository, CONFIG, repository.revision, local_files_only=True).parent
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, RuntimeError):  # it has no folder where there is no home
         return None
 
 
@@ -200,8 +200,9 @@ def _shards(file: Path) -> set[str]:
 
 
 def _file(repository: Repository, name: str, revision: str, local_files_only: bool = False) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+    cached = try_to_load_from_cache(repository.name, name, repository.cache_folder, revision)
     file = hf_hub_download(
         repository.name,
         name,
@@ -210,4 +211,18 @@ def _file(repository: Repository, name: str, revision: str, local_files_only: bo
         cache_dir=repository.cache_folder,
         local_files_only=local_files_only,
     )
+    if not isinstance(cached, str):
+        _check_arrived(Path(file))
     return Path(file)
+
+
+def _check_arrived(file: Path) -> None:
+    """UserError if a file that was just fetched is not what the Hub has, and the cache without it.
+
+    The cache calls what a link leads to by its checksum on the Hub: for files in Git LFS, as all
+    large ones are, that is their SHA-256.
+    """
+    blob = file.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
+        blob.unlink()
+        raise UserError(f"{file.name} is not what the Hub has (its sha256 differs): fetch it again")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,7 @@ class HuggingFace:
         try:
             self._file(size, CONFIG, local_files_only=True)
             return self._file(size, MODEL, local_files_only=True).parent
-        except LocalEntryNotFoundError:
+        except (LocalEntryNotFoundError, RuntimeError):  # it has no folder where there is no home
             return None
 
     def download(self, size: str) -> Path:
@@ -135,8 +136,10 @@ class OpenAI:
 
     def cached(self, size: str) -> Path | None:
         """The folder that holds the weights, if they were fetched before."""
-        folder = self._folder(size)
-        return folder if folder.exists() else None
+        with suppress(UserError):  # no folder
+            folder = self._folder(size)
+            return folder if folder.exists() else None
+        return None
 
     def download(self, size: str) -> Path:
         """Fetch the weights, continuing an earlier try; UserError if that can't be done."""

@@ -148,6 +148,12 @@ def converted(chunk: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return numbers
 
 
+def fetch_again(path: Path) -> str:
+    """What to do about a file that is damaged and no checkpoint's."""
+    kept = path.resolve()  # huggingface_hub's cache would only give the same again
+    return f"remove {kept} and {FETCH}" if kept.parent.name == "blobs" else FETCH
+
+
 def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     # Imported here: most programs that import the package read no safetensors file.
     from safetensors import SafetensorError, safe_open
@@ -158,7 +164,7 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 pass
         except (SafetensorError, OSError, ValueError) as error:
             size = os.fstat(file.fileno()).st_size
-            advice = ways_out(path, other_checkpoint(path) or FETCH)
+            advice = ways_out(path, other_checkpoint(path) or fetch_again(path))
             raise UserError(
                 f"{path} has {size:,} bytes that are not a whole safetensors file"
                 f" ({_one_line(error)}): {advice}"

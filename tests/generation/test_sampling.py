@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_gpt2 import VOCABULARY, make_model, random_prompts
 
-from micrograd_gpt import Tensor, nn, no_grad
+from micrograd_gpt import Tensor, layers, nn, no_grad
 from micrograd_gpt.generation.sampling import decode, generate, start_samples
 from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.generation.ten_lines import sample
@@ -200,6 +200,18 @@ class Mean(nn.Module):
         return Tensor(shares / shares.sum(1, keepdims=True)) @ x
 
 
+class WideHeads(nn.Module):
+    """An attention of one's own, whose heads together are twice as wide as the model."""
+
+    def __init__(self, n_head: int, width: int) -> None:
+        self.n_head = n_head
+        self.c_attn, self.c_proj = nn.Linear(width, 6 * width), nn.Linear(2 * width, width)
+
+    def __call__(self, x: Tensor, past: Any = None) -> Tensor:
+        qkv = self.c_attn(x).reshape(*x.shape[:2], 3, self.n_head, -1)
+        return self.c_proj(layers.self_attention(qkv, past=past).reshape(*x.shape[:2], -1))
+
+
 CHANGES = {
     "another config": lambda model: setattr(model.config, "n_head", 4),
     "another width in it": lambda model: setattr(model.config, "n_embd", 16),
@@ -221,15 +233,21 @@ def test_a_model_that_was_changed_is_decoded_as_it_is_now(change: str) -> None:
         np.testing.assert_array_equal(ids, expected)
 
 
-@pytest.mark.parametrize("is_own", [True, False], ids=["one's own", "of other heads"])
-def test_an_attention_that_no_cache_fits_is_decoded_without_one(is_own: bool) -> None:
+NO_CACHE_FITS = {
+    "one's own": lambda block: setattr(block, "attn", Mean()),
+    "of other heads": lambda block: setattr(block.attn, "n_head", 2 * block.attn.n_head),
+    "of wide heads": lambda block: setattr(
+        block, "attn", WideHeads(block.attn.n_head, len(block.ln_1.weight))
+    ),
+}
+
+
+@pytest.mark.parametrize("change", NO_CACHE_FITS)
+def test_an_attention_that_no_cache_fits_is_decoded_without_one(change: str) -> None:
     model = make_model()
-    if is_own:
-        model.transformer.h[0].attn = Mean()  # type: ignore[assignment]
-    else:
-        model.transformer.h[1].attn.n_head *= 2
+    NO_CACHE_FITS[change](model.transformer.h[1])
     prompt, greedy = [1, 2, 3, 4, 5], {"max_new_tokens": 8, "temperature": 0, "end_of_text": None}
-    with pytest.raises(TypeError, match=r"one n_head for all blocks, .* with use_cache=False"):
+    with pytest.raises((TypeError, ValueError), match=r"KV cache .* with use_cache=False"):
         model.generate(prompt, **greedy)
     ids = model.generate(prompt, **greedy, use_cache=False)
     np.testing.assert_array_equal(ids, sample(model, [prompt], 8, temperature=0)[0])

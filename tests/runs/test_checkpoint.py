@@ -420,6 +420,25 @@ def test_a_damaged_file_of_a_run_names_the_way_back(name: str, tmp_path: Path) -
     checkpoint.load_run(tmp_path, *trained(0))  # as good as the other one
 
 
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "model.safetensors"])
+def test_a_checkpoint_with_the_same_damaged_file_is_no_way_back(name: str, tmp_path: Path) -> None:
+    model, optimizer = trained()
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, val_loss=2.0, keep=1)
+    optimizer.steps = 5
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, val_loss=1.0, keep=1)
+    os.truncate(tmp_path / name, 9)  # and so the file in best/, which is the same
+    with pytest.raises(UserError, match=f"copy the files of {tmp_path / 'step-000002'}, of step 2"):
+        checkpoint.load_run(tmp_path, *trained(0))
+    for place in (tmp_path, tmp_path / "best"):
+        with pytest.raises(
+            UserError, match=f"copy the files of {tmp_path}/step-000002 into {place}"
+        ):
+            TensorFile(place / name)
+    shutil.rmtree(tmp_path / "step-000002")
+    with pytest.raises(UserError, match="start again: this run kept no other checkpoint"):
+        TensorFile(tmp_path / name)
+
+
 def test_a_model_that_was_saved_into_a_run_names_the_way_back(tmp_path: Path) -> None:
     model, optimizer = trained()
     checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, val_loss=1.0)

@@ -14,6 +14,7 @@ from training import SMALL
 from micrograd_gpt.runs.checkpoint import holds_run
 from micrograd_gpt.runs.folders import OF_A_MODEL, OF_A_RUN, check_free, check_target
 from micrograd_gpt.runs.lock import LOCK, OwnFolder, only_writer
+from micrograd_gpt.runs.metrics import METRICS
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizer_files import TOKENIZER_FILES, load_tokenizer
 from micrograd_gpt.text.tokenizers import ByteTokenizer
@@ -41,6 +42,21 @@ def test_a_model_is_not_written_over_a_user_s_file(tmp_path: Path, name: str) ->
         check_target(tmp_path, [], overwrite=False)
     check_target(tmp_path, [], overwrite=True)
     check_target(tmp_path / name, [], overwrite=False)  # a file, such as model.gguf
+
+
+@pytest.mark.parametrize("name", ["best", "step-000002"])
+def test_a_run_does_not_go_on_in_its_checkpoint_but_in_a_copy(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path, name: str
+) -> None:
+    run, flags = tmp_path / "run", ["--max-steps", "4", "--eval-interval", "2", "--keep", "1"]
+    train_gpt2.main(["--data", str(text), "--out", str(run), *SMALL, *flags])
+    place, copy = run / name, tmp_path / "copy"
+    with pytest.raises(UserError, match=f"{name} is a checkpoint of the run in {run}, .*copy"):
+        train_gpt2.main(["--resume", "--out", str(place), "--max-steps", "6"])
+    assert not (place / METRICS).exists()
+    shutil.copytree(place, copy)
+    train_gpt2.main(["--resume", "--out", str(copy), "--max-steps", "6"])
+    assert holds_run(copy)
 
 
 @pytest.mark.parametrize("place", ["samples.jsonl", "best/a.jsonl", "step-000002/a.jsonl"])

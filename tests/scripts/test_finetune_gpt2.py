@@ -205,6 +205,22 @@ def test_a_run_that_was_stopped_goes_on_exactly(classify: Main, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [[], ["--lora-rank", 1]], ids=["whole", "LoRA"])
+def test_a_run_does_not_go_on_with_other_labels(
+    classify: Main, data: Path, tmp_path: Path, how: list[object]
+) -> None:
+    out, others = tmp_path / "out", tmp_path / "others.tsv"
+    classify(out, "--epochs", 1, *how)
+    others.write_text(data.read_text().replace("spam\t", "eggs\t"))
+    flags = ["--data", others, "--max-steps", 9, "--allow-changes"]
+    with pytest.raises(UserError, match=r"learned the labels 'ham', 'spam', and .* 'eggs', 'ham':"):
+        classify(out, *flags, resume=True)
+    assert metrics(out)[-1]["step"] == 8
+    others.write_text(data.read_text() + "spam\tone more\n")
+    assert classify(out, *flags, resume=True) == 0
+
+
+@pytest.mark.slow
 def test_a_complete_run_goes_on_with_more_epochs(
     classify: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -236,7 +236,9 @@ def test_resume_refuses_what_would_change_the_run(text: Path, tmp_path: Path) ->
     run("--data", text, "--out", out, *SMALL, "--max-steps", 3)
     before = weights(out)
     for flags, message in (
-        (["--learning-rate", "0.5"], "has --learning-rate 0.003, not 0.5"),
+        (["--learning-rate", "0.5"], f"another run with --init-from {out}"),
+        (["--block-size", "4"], "has --block-size 8, not 4: leave the flag out"),
+        (["--n-layer", "3"], "or start another run in another --out"),
         (["--batch-size", "3"], "has --batch-size 4, not 3"),
         ([], "is complete at step 3"),
         (["--overwrite"], "--overwrite would remove"),

@@ -191,7 +191,30 @@ def test_each_step_is_in_the_metrics_once(
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="on Windows every user has a home")
 def test_a_user_without_a_home_trains(text: Path, tmp_path: Path) -> None:
-    """As a container has one: a number that no name and no folder belongs to."""
+    (tmp_path / "train.bin").write_bytes(bytes(2000))
+    sources = ([str(text)], [str(tmp_path), "--tokenizer", "byte"])
+    for number, source in enumerate(sources):
+        flags = ["--data", *source, "--out", str(tmp_path / f"out{number}"), *SMALL]
+        result = homeless(SCRIPT, *flags, "--max-steps", "1", MPLCONFIGDIR=str(tmp_path))
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="on Windows every user has a home")
+@pytest.mark.parametrize("weights", [["--size", "124M"], ["--from", "a/b"]], ids=" ".join)
+def test_a_user_without_a_home_is_told_what_to_set(weights: list[str]) -> None:
+    nowhere = "http://127.0.0.1:9"
+    result = homeless(ROOT / "load_gpt2.py", *weights, HF_ENDPOINT=nowhere, HTTPS_PROXY=nowhere)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ")
+    if weights[0] == "--size":
+        assert (
+            "; this user has no home folder: set XDG_CACHE_HOME to a folder for downloads"
+            in result.stderr
+        )
+
+
+def homeless(script: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run by a user as a container has one: a number that no name and no folder belongs to."""
     code = (
         "import pwd, runpy, sys\n"
         "def nobody(number):\n"
@@ -200,18 +223,14 @@ def test_a_user_without_a_home_trains(text: Path, tmp_path: Path) -> None:
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
-    (tmp_path / "train.bin").write_bytes(bytes(2000))
-    sources = ([str(text)], [str(tmp_path), "--tokenizer", "byte"])
-    for number, source in enumerate(sources):
-        flags = ["--data", *source, "--out", str(tmp_path / f"out{number}"), *SMALL]
-        result = subprocess.run(
-            [sys.executable, "-c", code, str(SCRIPT), *flags, "--max-steps", "1"],
-            capture_output=True,
-            text=True,
-            env=environment | {"MPLCONFIGDIR": str(tmp_path)},
-        )
-        assert result.returncode == 0, result.stderr
+    homes = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE")
+    environment = {name: value for name, value in os.environ.items() if name not in homes}
+    return subprocess.run(
+        [sys.executable, "-c", code, str(script), *flags],
+        capture_output=True,
+        text=True,
+        env=environment | variables,
+    )
 
 
 @needs_fork

@@ -70,6 +70,21 @@ def test_the_best_is_the_step_of_lowest_validation_loss(text: Path, tmp_path: Pa
     assert json.loads((out / "trainer_state.json").read_text())["step"] == 12
 
 
+@pytest.mark.slow
+def test_the_best_on_another_validation_text_is_replaced(text: Path, tmp_path: Path) -> None:
+    out, easy = tmp_path / "out", tmp_path / "easy.txt"
+    easy.write_text("e" * 500)
+    run("--data", text, "--out", out, *SMALL, "--max-steps", 6, "--validation", easy)
+    assert json.loads((out / "best" / "trainer_state.json").read_text())["step"] == 6
+    more = ["--resume", "--out", out, "--max-steps", 12, "--eval-interval", 6, "--allow-changes"]
+    result = run(*more, "--validation", text)
+    assert f"note: {out}/best was chosen by other validation text: the next" in result.stderr
+    assert json.loads((out / "best" / "trainer_state.json").read_text())["step"] == 12
+    assert metrics(out)[-1]["val_loss"] > metrics(out)[5]["val_loss"]
+    again = run("--resume", "--out", out, "--max-steps", 13)
+    assert again.returncode == 0 and "was chosen" not in again.stderr
+
+
 @pytest.mark.parametrize("choice", ["stop", "continue"])
 def test_a_full_disk_loses_no_checkpoint(
     train_gpt2: ModuleType,
@@ -129,7 +144,14 @@ def test_a_write_that_the_system_refuses(text: Path, tmp_path: Path) -> None:
     assert not (out / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 143),
+        (getattr(signal, "SIGUSR1", signal.SIGTERM), 128 + getattr(signal, "SIGUSR1", 15)),
+    ],
+)
 def test_a_signal_ends_the_step_and_saves(
     train_gpt2: ModuleType,
     text: Path,
@@ -295,6 +317,9 @@ def test_event_files(text: Path, tmp_path: Path) -> None:
     (events,) = (out / "tensorboard").iterdir()
     content = events.read_bytes()
     assert all(name in content for name in (b"train_loss", b"val_loss", b"learning_rate"))
+    (out / "tensorboard" / "notes.txt").touch()
+    assert run(*flags, "--overwrite").returncode == 0
+    assert [path.name for path in (out / "tensorboard").iterdir()] == ["notes.txt"]
 
 
 # ------------------------------------------------------------------- data that became other data
@@ -525,7 +550,7 @@ def test_a_resumed_run_may_grow_but_not_shrink(
     out = tmp_path / "out"
     start = ["--data", text, "--out", out, *SMALL, "--max-steps", 6, "--save-interval", 3]
     assert train_gpt2.main([*map(str, start), "--keep", "1"]) == 0
-    earlier = str(out / "step-000003")
+    earlier = str(shutil.copytree(out / "step-000003", tmp_path / "earlier"))
     with pytest.raises(UserError, match="--max-steps may grow, from 6, and not shrink to 4"):
         train_gpt2.main(["--resume", "--out", earlier, "--max-steps", "4"])
     changed = ["--resume", "--out", earlier, "--max-steps", "4", "--allow-changes"]

@@ -201,6 +201,7 @@ def test_a_wrong_byte_is_named_with_its_offset(
     ("data", "message"),
     [
         (gzip.compress(b"to be"), "is gzip: unpack it first"),
+        (b"PAR1 \xf4 PAR1", r"is Parquet: call it \.parquet"),
         (b"\x93NUMPY\x01\0v\0", "is an array of NumPy's: write token ids into train.bin"),
         (pickle.dumps([1, 2]), "is a pickle, which is not opened"),
         (bz2.compress(b"to be"), "is bzip2"),
@@ -293,6 +294,13 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_documents(path, Form(field="body")) == texts
     parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
     refused("the column 'text' holds int64 and no texts: name another")
+    parquet.write_table(pyarrow.table({"text": [["a"], ["b"]]}), path)
+    refused(r"the column 'text' holds list<.*> and no texts: name another")
+    parquet.write_table(pyarrow.table([texts, texts], names=["text", "text"]), path)
+    refused("has 'text' twice: rename or remove one")
+    for kind in (pyarrow.dictionary(pyarrow.int8(), pyarrow.string()), pyarrow.string_view()):
+        parquet.write_table(pyarrow.table({"text": pyarrow.array([*texts, *texts], kind)}), path)
+        assert load_documents(path) == texts * 2
     path.write_bytes(b"PAR1 and nothing more")
     refused("cannot read")
 
@@ -610,6 +618,7 @@ def test_null_characters_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ("x.csv", "text,text\na,b\n", "its header has 'text' twice: rename or remove one"),
         ("x.csv", "text;label\na;b\n", "its header has semicolons .*: put commas in their place$"),
+        ("x.csv", "text\tlabel\na\tb\n", r"its header has tabs .*: call the file \.tsv$"),
         (
             "x.jsonl",
             '{"text": "a", "n": %s}' % ("9" * 5000),

@@ -304,6 +304,22 @@ def test_a_download_that_breaks_off_is_continued(
     assert_same(build(open_weights(fetch(at(server, tmp_path)))))
 
 
+def test_what_is_not_the_hub_s_file_is_not_kept(server: Server, tmp_path: Path) -> None:
+    server.faults[f"/{NAME}/resolve/{FIRST}/model.safetensors"] = [Fault(garbled=True)]
+    with pytest.raises(UserError, match=r"^model\.safetensors is not what the Hub has .*sha256"):
+        fetch(at(server, tmp_path))
+    assert_same(build(open_weights(fetch(at(server, tmp_path)))))
+
+
+def test_a_file_that_was_damaged_in_the_cache_is_named(server: Server, tmp_path: Path) -> None:
+    blob = (fetch(at(server, tmp_path)) / "model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-9])
+    with pytest.raises(UserError, match=f"remove {blob} and fetch it again"):
+        open_weights(fetch(at(server, tmp_path)))
+    blob.unlink()
+    assert_same(build(open_weights(fetch(at(server, tmp_path)))))
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_shards(tmp_path: Path, suffix: str) -> None:
     stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]

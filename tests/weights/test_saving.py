@@ -15,7 +15,8 @@ from micrograd_gpt import nn
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.text.tokenizers import CharTokenizer
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.weights.gguf_file import write_gguf
 from micrograd_gpt.weights.pretrained import from_pretrained
 from micrograd_gpt.weights.saving import save_pretrained
 from micrograd_gpt.weights.tensor_files import TensorFile
@@ -109,7 +110,9 @@ def test_a_model_that_its_config_does_not_describe_is_not_saved(
     change(model)
     with pytest.raises(ValueError, match=r"the config says .*: make them agree"):
         save_pretrained(model, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+    with pytest.raises(ValueError, match=r"the config says .*: make them agree"):
+        write_gguf(tmp_path / "model.gguf", model, ByteTokenizer())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_subclass_makes_its_parts_in_its_own_way(tmp_path: Path) -> None:
