@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from safetensors.numpy import load_file
 
+import micrograd_gpt
 from micrograd_gpt import layers, no_grad, optim
 from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.generation.ten_lines import sample
@@ -178,7 +179,8 @@ assert tokenizer.decode(best[:1]) == " "
 # GPT-2 with random weights. We load these weights by their names, and compare the logits.
 
 # %%
-reference = load_file(HERE.resolve().parent / "tests" / "data" / "gpt2_reference.safetensors")
+repository = Path(micrograd_gpt.__file__).parents[1]
+reference = load_file(repository / "tests" / "data" / "gpt2_reference.safetensors")
 theirs = GPT2(GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=67, n_positions=16))
 for name, parameter in theirs.named_parameters():
     parameter.data[...] = reference[f"weight.{name}"]

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import safetensors.numpy
 
+import micrograd_gpt
 from micrograd_gpt import no_grad
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer, gpt2_merges, gpt2_vocabulary
@@ -75,6 +76,10 @@ print(data[8 : 8 + length].decode())
 # endian*). The list is JSON, and may end with spaces, so that the numbers begin at a multiple of
 # eight. Then come the numbers, each in four bytes: 1.0 is `00 00 80 3f`. `data_offsets` says where
 # a tensor's bytes begin and end, counted from the end of the list.
+#
+# One trap: the library's `save` takes an array's memory as it lies for rows. `nn.Linear` keeps its
+# weight column after column, so whoever writes one by hand passes `np.ascontiguousarray(weight)`.
+# `save_parameters` (`weights/parameters.py`) does so for the parameters of any module.
 #
 # Why not `pickle`, Python's own way to save things, which PyTorch used for years? Because a pickle
 # is a *program* that builds the object when it is read. A pickle from a stranger can do anything on
@@ -176,7 +181,8 @@ print(*(f"{name} {read_tensor(path, name).shape}" for name in listed if ".h.0." 
 # itself wrote, for the tests. Here is how its list begins:
 
 # %%
-tiny = HERE.resolve().parent / "tests" / "data" / "tf_checkpoint" / "saver"
+repository = Path(micrograd_gpt.__file__).parents[1]
+tiny = repository / "tests" / "data" / "tf_checkpoint" / "saver"
 print(json.loads((tiny / "hparams.json").read_text("utf-8")))
 index = (tiny / "model.ckpt.index").read_bytes()
 entry = ["three sizes", "key", "value"]
@@ -359,7 +365,7 @@ def find_124m():
     """The folder of 124M, or None. LESSON_MODEL, if it is set, names it ("": do not look)."""
     if (named := os.environ.get("LESSON_MODEL")) is not None:
         return Path(named) if named else None
-    for place in (HERE.resolve().parent / "models" / "gpt2-124M", HuggingFace().cached("124M")):
+    for place in (repository / "models" / "gpt2-124M", HuggingFace().cached("124M")):
         if place and (place / "model.safetensors").exists():
             return place
     return None

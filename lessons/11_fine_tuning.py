@@ -362,7 +362,7 @@ print(f"W has {W.size:,} numbers, A and B have {A.size + B.size:,}")
 # model first, and tell the addition where it is.
 
 # %%
-folder = TemporaryDirectory()
+folder = TemporaryDirectory()  # it goes when Python ends
 base, adapter = Path(folder.name, "base"), Path(folder.name, "adapter")
 model.save_pretrained(base)
 
@@ -396,7 +396,6 @@ assert not any("lora" in name for name, _ in folded.named_parameters())
 ids = inputs_and_targets(book[:3])[0]
 with no_grad():
     assert np.allclose(folded(ids).numpy(), praising(ids).numpy(), atol=1e-3)
-folder.cleanup()
 
 # %% [markdown]
 # The format of these files is that of PEFT, the library that most people use for LoRA, and each

@@ -97,6 +97,7 @@ class VariantGPT2(GPT2):
     """A GPT-2 with parts replaced as its config says."""
 
     config: VariantConfig
+    config_class = VariantConfig  # what from_pretrained makes for it and its subclasses
 
     def __init__(self, config: VariantConfig, seed: int = 0, init: Init | None = None) -> None:
         if not isinstance(config, VariantConfig):

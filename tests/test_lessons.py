@@ -8,7 +8,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +77,22 @@ def test_its_notebook_has_the_same_text_and_a_picture(script: Path) -> None:
     assert sources == cells_of(script.read_text("utf-8"))
     outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", ())]
     assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["10", "11"])
+def test_a_copy_runs_elsewhere_and_its_files_are_used_twice(number: str, tmp_path: Path) -> None:
+    (script,) = (path for path in SCRIPTS if path.name.startswith(number))
+    cells = re.split(r"^(?=# %%)", script.read_text("utf-8"), flags=re.MULTILINE)
+    twice = [cell * (2 if re.search(r"folder|adapter\b|own /", cell) else 1) for cell in cells]
+    copied = tmp_path / script.name
+    copied.write_text("".join(twice), "utf-8")
+    shutil.copy(FOLDER / "story.txt", tmp_path)
+    told = {"MPLBACKEND": "Agg", "LESSON_MODEL": "", "PYTHONPATH": str(FOLDER.parent)}
+    ran = subprocess.run(
+        [sys.executable, copied], env=os.environ | told, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_the_lessons_lead_through_the_six_files_and_the_training_script() -> None:

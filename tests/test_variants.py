@@ -367,7 +367,7 @@ def test_a_relative_comes_back_from_its_folder(choice: dict[str, Any], tmp_path:
 def test_the_plan_counts_a_relative_s_parameters(choice: dict[str, Any]) -> None:
     model = variant(choice)
     plan = Plan(model.config, 2, 8)
-    assert plan.n_parameters == sum(p.size for p in model.parameters())
+    assert plan.n_parameters == plan.n_in_gpt2 == sum(p.size for p in model.parameters())
     assert "measured here on one and two blocks" in plan.report(max_steps=10)
 
 

@@ -21,7 +21,13 @@ from tqdm import tqdm
 from micrograd_gpt.arrays.memory import memory_errors
 from micrograd_gpt.generation.context import Continuation, window_start
 from micrograd_gpt.generation.filters import softmax
-from micrograd_gpt.generation.microscope import Observation, attribution, lens, observe
+from micrograd_gpt.generation.microscope import (
+    Observation,
+    attribution,
+    check_same,
+    lens,
+    observe,
+)
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
@@ -113,15 +119,16 @@ def page(data: dict[str, Any]) -> str:
 def page_data(model: GPT2, tokenizer: Tokenizer, text: Continuation, part: Part) -> dict[str, Any]:
     """All that the page shows, as JSON has it. With N tokens shown, what belongs to a prediction is
     a list of N - 1: the k-th is made at token k, of token k + 1."""
-    config, offset = model.config, part.start - part.window
+    offset = part.start - part.window
     ids = np.array(text.ids[part.window : part.end])
     seen = observe(model, ids, offset)
     shown = ids[offset:]
+    n_layer, n_head = seen.attention.shape[:2]
     last, layers = looks(model, tokenizer, seen, shown[1:])
     used = {int(i) for i in shown}.union(*(layer["top"].ravel().tolist() for layer in layers))
     used |= set(last["top"].ravel().tolist())
     return {
-        "shape": {"layers": config.n_layer, "heads": config.n_head, "width": config.n_embd},
+        "shape": {"layers": n_layer, "heads": n_head, "width": seen.stream.shape[-1]},
         "ids": shown.tolist(),
         "prompt": max(0, text.n_prompt - part.start),  # how many of the tokens shown
         "left_out": {
@@ -145,8 +152,11 @@ def looks(
     layers = []
     stream = seen.stream[:, :-1]  # the last token predicts none that is there
     for x in tqdm(stream, desc="looking", unit="layer", delay=1, disable=None, leave=False):
-        probabilities = softmax(lens(model, x).astype(np.float64))  # (N - 1, V)
+        logits = lens(model, x)  # (N - 1, V)
+        probabilities = softmax(logits.astype(np.float64))
         layers.append(look(probabilities, targets, LENS_OTHERS, tokenizer.vocab_size))
+    what = "the logits are not the embedding times the last LayerNorm's output"
+    check_same(model, logits, seen.logits[:-1], np.abs(logits).max(), what)
     others = probabilities.copy()
     others[np.arange(len(targets)), targets] = -1  # the ten beside the one that came
     last = look(others, targets, OTHERS, tokenizer.vocab_size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from time import perf_counter
 from typing import NamedTuple
 
@@ -24,9 +25,11 @@ from micrograd_gpt.support.cli import counted
 from micrograd_gpt.support.machine import available_memory
 from micrograd_gpt.variants import inner_width
 from micrograd_gpt.weights.config import model_class
+from micrograd_gpt.weights.pretrained import unwritten
 
 PYTHON = 75_000_000  # bytes: the interpreter, NumPy and the other libraries of a run
 MPI = 30_000_000  # bytes that a rank takes beside it: MPI, and buffers for what it sends
+MOST_LAID_OUT = 1000  # blocks that are made only to be counted, in under half a second
 TIMED_TOKENS = 2048  # so long a context stands for longer ones, and on a CPU so large a micro-batch
 
 # What helps where a run does not fit into memory
@@ -48,7 +51,8 @@ class StepTime(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The sizes of a run (an architecture for learning may have a table or a norm less).
+    """The sizes of a run. Parameters are the model's own, also where its code has been edited; all
+    else is reckoned as GPT-2's.
 
     A step is shared by `devices`, one rank each, which need not wait for each other's cores: GPUs,
     or machines. Each takes `grad_accum_steps` micro-batches of it. Memory is in bytes, on each
@@ -89,8 +93,19 @@ class Plan:
             sharded=shared.shard_optimizer,
         )
 
-    @property
+    @functools.cached_property
     def n_parameters(self) -> int:
+        """Counted in a model without memory; GPT-2's where not even that can be made."""
+        if self.config.n_layer > MOST_LAID_OUT:
+            return self.n_in_gpt2
+        try:
+            return sum(parameter.size for parameter in unwritten(self.config).parameters())
+        except MemoryError:
+            return self.n_in_gpt2
+
+    @property
+    def n_in_gpt2(self) -> int:
+        """The parameters of a GPT-2 of this shape."""
         c = self.config
         head = 0 if getattr(c, "tie_word_embeddings", True) else c.vocab_size * c.n_embd
         biases = 9 * c.n_embd + inner_width(c)  # qkv 3, proj 1, MLP; LayerNorms 2 + 2
@@ -338,6 +353,13 @@ class Plan:
             return f"no: {found}; choose a smaller model"
         return f"no: {found}; lower --batch-size or --block-size, or add --recompute"
 
+    def caveat(self) -> dict[str, str]:
+        """A line of the report, where the model is not GPT-2's own."""
+        if self.n_parameters == self.n_in_gpt2:
+            return {}
+        gpt2 = f"a GPT-2 of this shape has {self.n_in_gpt2:,}"
+        return {"note": f"{gpt2}, and compute, activations and work are reckoned for that"}
+
     def report(self, max_steps: int, time: StepTime | None = None) -> str:
         """The plan as lines to read; a step takes one device `time` (None: as measured here)."""
         c, learn, n = self.config, self.n_trained, self.devices
@@ -350,6 +372,7 @@ class Plan:
             "model": f"{self.n_parameters:,} parameters ({counted(c.n_layer, 'layer')}, "
             f"{counted(c.n_head, 'head')}, {c.n_embd} wide, vocabulary {c.vocab_size:,})"
             + (f"; {learn:,} of them learn" if learn and learn < self.n_parameters else ""),
+            **self.caveat(),
             "step": f"{self.tokens_per_step:,} tokens: micro-batches × windows × context = "
             f"{self.grad_accum_steps * n} × {self.batch_size} × {self.block_size}; "
             f"{self.tokens_per_step * max_steps:,} in {max_steps:,} steps",

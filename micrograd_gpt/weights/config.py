@@ -6,6 +6,7 @@ slightly different names.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,13 +88,31 @@ def read_config(source: str | Path | Mapping[str, Any], file: str | Path = CONFI
     missing = sorted(set(REQUIRED) - source.keys())
     if missing:
         raise UserError(f"{file} lacks {', '.join(missing)}")
-    values = {key: source[key] for key in (*REQUIRED, *OPTIONAL) if key in source}
-    variant = {key: source[key] for key in OWN_VALUES if key in source}
+    if source.get("architectures") == [GPT2.__name__]:  # which was edited, and makes its own head
+        source = {key: source[key] for key in source if key != "tie_word_embeddings"}
     try:
-        config = VariantConfig(**values, **variant)
-        return GPT2Config(**values) if is_gpt2(config) else config
+        config = VariantConfig(**taken(VariantConfig, source))
+        return GPT2Config(**taken(GPT2Config, source)) if is_gpt2(config) else config
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
+
+
+def config_for(
+    cls: type[GPT2], config: GPT2Config, values: Mapping[str, Any], file: str | Path
+) -> GPT2Config:
+    """What a model of this class is made with: `config`, or for a class of one's own its
+    `config_class`, as in Transformers, whose further fields are taken from `values`.
+
+    `config` is what `read_config` made of `values`, the contents of `file`. A field that is missing
+    there keeps its default. Raises UserError if the class does not take what is there.
+    """
+    kind = config_class(model_class(config, cls))
+    if type(config) is kind:
+        return config
+    try:
+        return kind(**taken(kind, {**values, **vars(config)}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 def read_hparams(hparams: Mapping[str, Any], file: str | Path) -> GPT2Config:
@@ -115,13 +134,15 @@ def config_json(
 ) -> dict[str, Any]:
     """The contents of config.json, as Transformers reads it.
 
-    `dtype` names the type that the weights are stored in, `special_tokens` has the tokenizer's ids
-    of bos_token, with which a text begins, and eos_token, with which it ends. An architecture for
-    learning does not say that it is a GPT-2: Transformers would load it, and compute something
-    else.
+    Further fields of a config class of one's own are among them. `dtype` names the type that the
+    weights are stored in, `special_tokens` has the tokenizer's ids of bos_token, with which a text
+    begins, and eos_token, with which it ends. An architecture for learning does not say that it is
+    a GPT-2: Transformers would load it, and compute something else.
     """
     shape = {key: getattr(config, key) for key in (*REQUIRED, *OPTIONAL)}
     variant = differences(config)
+    further = taken(type(config), vars(config))
+    further = {key: further[key] for key in further if key not in (*shape, *OWN_VALUES)}
     if variant.keys() & set(FOR_LEARNING):
         choices = {key: getattr(config, key) for key in FOR_LEARNING}
         values = {"model_type": "micrograd-gpt", **shape, **choices, **variant}
@@ -136,7 +157,13 @@ def config_json(
             **variant,
         }
     ids = {f"{name}_id": (special_tokens or {}).get(name) for name in ("bos_token", "eos_token")}
-    return values | {"dtype": dtype, **ids}
+    return further | values | {"dtype": dtype, **ids}
+
+
+def taken(kind: type[GPT2Config], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of these values that a config of this class is made with."""
+    names = [field.name for field in dataclasses.fields(kind) if field.init]
+    return {name: values[name] for name in names if name in values}
 
 
 def is_gpt2(config: GPT2Config) -> bool:
@@ -145,5 +172,15 @@ def is_gpt2(config: GPT2Config) -> bool:
 
 
 def model_class(config: GPT2Config, cls: type[GPT2] = GPT2) -> type[GPT2]:
-    """The class of the model with this config: `cls`, unless it is a variant."""
-    return cls if is_gpt2(config) else VariantGPT2
+    """The class of the model with this config: `cls`, but VariantGPT2 for a variant of GPT2."""
+    return VariantGPT2 if cls is GPT2 and not is_gpt2(config) else cls
+
+
+def config_class(cls: type) -> type[GPT2Config]:
+    """The class of the configs that models of this class are made with."""
+    return getattr(cls, "config_class", GPT2Config)
+
+
+def has_head(model: GPT2) -> bool:
+    """Whether a model has a head of its own, so that its embedding is not its head as well."""
+    return any(name == "lm_head.weight" for name, _ in model.named_parameters())

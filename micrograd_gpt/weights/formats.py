@@ -25,6 +25,7 @@ from micrograd_gpt.weights.config import (
     published_shape,
     read_config,
     read_hparams,
+    read_values,
 )
 from micrograd_gpt.weights.nanogpt import is_nanogpt, nanogpt_config, nanogpt_tensors
 from micrograd_gpt.weights.reading import StoredTensor, Zeros, same_bytes
@@ -33,6 +34,7 @@ from micrograd_gpt.weights.tf_checkpoint import TFCheckpoint
 from micrograd_gpt.weights.torch_file import read_torch, stored_tensors
 
 BODY = ("wte.", "wpe.", "h.", "ln_f.")  # the parts of GPT-2
+MASK = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
 # What stands on the body in Transformers' models for classification and the like, and in TRL's
 OTHER_HEADS = ("score.", "classifier.", "qa_outputs.", "multiple_choice_head.", "v_head.")
 
@@ -53,13 +55,16 @@ class Weights:
     """A model as its files describe it, whatever their format.
 
     `path` is the file or folder, `tensors` maps each of GPT-2's parameter names to where its
-    numbers are. `heads` has the tensors of other heads, for classification and the like.
+    numbers are. `heads` has the tensors of other heads, for classification and the like, and
+    `unused` those that a GPT-2 has no use for. `values` is all that config.json says.
     """
 
     path: Path
     config: GPT2Config
     tensors: dict[str, StoredTensor]
     heads: dict[str, StoredTensor] = field(default_factory=dict)
+    unused: dict[str, StoredTensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -153,10 +158,13 @@ def _open_file(path: Path) -> Weights:
     if not path.with_name(CONFIG).exists():
         tensors = _gpt2_tensors(path, entries)
         return Weights(path, _published_config(path, tensors), tensors, _other_heads(entries))
-    config = read_config(path.parent)
-    tensors = _gpt2_tensors(path, entries, getattr(config, "tie_word_embeddings", True))
+    values = read_values(path.parent)
+    config = read_config(values, path.parent / CONFIG)
+    tensors = _gpt2_tensors(path, entries, values.get("tie_word_embeddings", True))
     _check_agreement(path, config, CONFIG, tensors)
-    return Weights(path, config, tensors, _other_heads(entries))
+    heads = _other_heads(entries)
+    unused = {name: entries[name] for name in entries if name not in {**tensors, **heads}}
+    return Weights(path, config, tensors, heads, unused, values)
 
 
 def _open_nanogpt(path: Path, saved: dict[str, Any]) -> Weights:
@@ -171,17 +179,13 @@ def _gpt2_tensors(
 ) -> dict[str, StoredTensor]:
     # GPT2LMHeadModel is saved with `transformer.` before the names, the bare GPT2Model without. A
     # subclass of one's own may have other parameters, whose names stay.
+    is_bare = not any(name.startswith("transformer.") for name in entries)
     names: dict[str, str] = {}
     for name in entries:
-        short = name.removeprefix("transformer.")
-        if name == "lm_head.weight" or re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", short):
+        if name == "lm_head.weight" or re.fullmatch(MASK, name):
             continue  # the head, and the causal mask that old files hold too
-        if name.startswith(OTHER_HEADS):
-            continue
-        ours = f"transformer.{short}" if short.startswith(BODY) else name
-        if ours in names:
-            raise UserError(f"{path} holds both {names[ours]!r} and {name!r}")
-        names[ours] = name
+        if not name.startswith(OTHER_HEADS):
+            names[f"transformer.{name}" if is_bare and name.startswith(BODY) else name] = name
     if "lm_head.weight" in entries and not is_tied:
         names["lm_head.weight"] = "lm_head.weight"
     elif "lm_head.weight" in entries:
@@ -221,7 +225,7 @@ def _open_openai(folder: Path, hparams: dict[str, Any]) -> Weights:
 
 def _published_config(path: Path, tensors: Mapping[str, StoredTensor]) -> GPT2Config:
     # No shape tells the number of heads, but for OpenAI's sizes it is known.
-    found = _implied_by(tensors)
+    found = implied_by(tensors)
     for shape in map(published_shape, SIZES):
         if "n_embd" in found and all(shape[key] == found[key] for key in found):
             return read_config(shape)
@@ -238,19 +242,19 @@ def _check_agreement(
     wte = tensors.get("transformer.wte.weight")
     if wte is None or len(wte.shape) != 2:
         raise UserError(f"{path} lacks transformer.wte.weight of shape (vocab_size, n_embd)")
-    for key, value in _implied_by(tensors).items():
+    for key, value in implied_by(tensors).items():
         if getattr(config, key) != value:
             raise UserError(
                 f"{path}: {file} says {key} {getattr(config, key)}, the tensors {value}"
             )
 
 
-def _implied_by(tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
-    # What the tensors' names and shapes say of the config, as far as they do.
+def implied_by(tensors: Mapping[str, Any]) -> dict[str, int]:
+    """What the names and shapes of a model's tensors say of its config, as far as they do."""
     layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
     implied = {"n_layer": len(layers)}
     for name, rows in (("wte", "vocab_size"), ("wpe", "n_positions")):
         tensor = tensors.get(f"transformer.{name}.weight")
-        if tensor and len(tensor.shape) == 2:
+        if tensor is not None and len(tensor.shape) == 2:
             implied |= {rows: tensor.shape[0], "n_embd": tensor.shape[1]}
     return implied

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from micrograd_gpt.arrays.devices import Array
+from micrograd_gpt.nn import Embedding, LayerNorm, Linear, Module, Parameter, parts
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.tensor import Tensor
 from micrograd_gpt.weights.reading import StoredTensor
 
 
@@ -35,6 +37,29 @@ def fill(
                 or_more = f", or numbers too large for {array.dtype}" if is_narrower else ""
                 say(f"warning: {path}: {name} holds NaN or infinity{or_more}")
             progress.update(array.nbytes)
+
+
+def stored_parameters(model: Module) -> dict[str, Parameter]:
+    """A model's parameters by their names in its file: those that blocks share have several."""
+    first = dict(model.named_parameters())
+    everywhere = {name: part for name, part in parts(model) if isinstance(part, Parameter)}
+    return {
+        name: parameter
+        for name, parameter in everywhere.items()
+        if name in first or name.startswith("transformer.h.")
+    }
+
+
+def check_kept(model: Module) -> None:
+    """ValueError where a layer's weight or bias is a plain Tensor, which no file would keep."""
+    for name, part in model.modules():
+        for key in ("weight", "bias") if isinstance(part, Linear | Embedding | LayerNorm) else ():
+            value = getattr(part, key, None)
+            if isinstance(value, Tensor) and not isinstance(value, Parameter):
+                raise ValueError(
+                    f"{name}.{key} is a plain Tensor, which is not saved: make it an nn.Parameter "
+                    "(with requires_grad = False it is not trained)".lstrip(".")
+                )
 
 
 def check_fit(

@@ -26,8 +26,9 @@ from micrograd_gpt.generation.microscope_page import (
     page_data,
     write_page,
 )
-from micrograd_gpt.gpt2 import GPT2Config
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.tensor import Tensor
 from micrograd_gpt.text.tokenizers import CharTokenizer, Tokenizer, WordTokenizer, make_tokenizer
 from micrograd_gpt.weights.names import config_named
 from micrograd_gpt.weights.releases import RELEASES
@@ -219,3 +220,23 @@ def test_a_text_of_one_token_has_nothing_to_look_at(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="two tokens"):
         write_page(str(tmp_path / "a.html"), MODEL, LETTERS, [text_of([1], 1)])
     assert not list(tmp_path.iterdir())
+
+
+class Capped(GPT2):
+    def __call__(self, *inputs: Any, **options: Any) -> Tensor:
+        return (super().__call__(*inputs, **options) / 5).tanh() * 5
+
+
+def test_logits_that_are_not_the_lens_s_are_refused(tmp_path: Path) -> None:
+    model = make_model(n_positions=24)
+    model.__class__ = Capped
+    with pytest.raises(UserError, match="the logits are not the embedding times"):
+        write_page(str(tmp_path / "page.html"), model, LETTERS, [text_of(IDS)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_more_than_the_config_says_is_shown() -> None:
+    model = make_model(n_positions=24)
+    model.transformer.h.append(make_model(seed=5).transformer.h[0])
+    data = page_data(model, LETTERS, text_of(IDS), Part(0, 0, 20))
+    assert data["shape"]["layers"] == 3 == len(data["parts"]["mlp"])

@@ -15,11 +15,13 @@ import pytest
 from micrograd_gpt import optim
 from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.arrays.stand_ins import at_most
-from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.gpt2 import GPT2, MLP, GPT2Config
+from micrograd_gpt.nn import Module
 from micrograd_gpt.runs import plan
 from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.tensor import Tensor
 from micrograd_gpt.variants import VariantConfig, VariantGPT2
 from micrograd_gpt.weights.config import SIZES
 
@@ -29,7 +31,38 @@ SMALL = {"n_layer": 3, "n_head": 2, "n_embd": 16, "vocab_size": 11, "n_positions
 
 def test_parameters() -> None:
     config = GPT2Config(**SMALL)
-    assert Plan(config, 1, 8).n_parameters == sum(p.size for p in GPT2(config).parameters())
+    plan, count = Plan(config, 1, 8), sum(p.size for p in GPT2(config).parameters())
+    assert plan.n_parameters == plan.n_in_gpt2 == count
+    assert "a GPT-2 of this shape" not in plan.report(10, plan.step_time(rate=1.0))
+
+
+class Experts(Module):
+    """A learner's edit: three MLPs in place of one."""
+
+    def __init__(self, *of_mlp: Any) -> None:
+        self.experts = [MLP(*of_mlp) for _ in range(3)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.experts[0](x) + self.experts[1](x) + self.experts[2](x)
+
+
+def test_the_parameters_of_an_edited_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = GPT2Config(**SMALL)
+    in_gpt2 = Plan(config, 1, 8).n_parameters
+    monkeypatch.setattr("micrograd_gpt.gpt2.MLP", Experts)
+    plan, count = Plan(config, 1, 8), sum(p.size for p in GPT2(config).parameters())
+    assert plan.n_parameters == count > 1.5 * in_gpt2
+    assert plan.weights == 4 * count and plan.moments == 8 * count
+    report = plan.report(10, plan.step_time(rate=1.0))
+    assert f"{count:,} parameters" in report
+    assert f"a GPT-2 of this shape has {in_gpt2:,}, and compute" in report
+
+
+def test_parameters_that_no_machine_can_hold_are_counted_at_once() -> None:
+    plan = Plan(GPT2Config(**SMALL | {"n_layer": 10**9}), 1, 8)
+    assert plan.n_parameters == plan.n_in_gpt2 > 3 * 10**12
+    wide = Plan(GPT2Config(**SMALL | {"n_embd": 10**9}), 1, 8)
+    assert wide.n_parameters == wide.n_in_gpt2 > 10**19
 
 
 def test_published_sizes() -> None:

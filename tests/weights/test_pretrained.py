@@ -284,7 +284,7 @@ WRONG_FOLDERS: dict[str, tuple[Arrays, Any, str]] = {
     "one tensor, two names": (
         ARRAYS | {"ln_f.bias": ARRAYS["transformer.ln_f.bias"]},
         CONFIG,
-        r"holds both .*ln_f\.bias",
+        r"has a tensor that the model does not have: 'ln_f\.bias'",
     ),
     "transposed": (ARRAYS | {QKV: ARRAYS[QKV].T}, CONFIG, rf"{QKV} has shape \(48, 16\)"),
     "extra axis": (ARRAYS | {QKV: ARRAYS[QKV][None]}, CONFIG, r"has shape \(1, 16, 48\)"),

@@ -1,0 +1,548 @@
+"""Classes of one's own: from_pretrained gives back the class, the settings and the numbers that
+were saved, or the folder is not written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import micrograd_gpt
+from micrograd_gpt import functional as F
+from micrograd_gpt import nn, no_grad
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.nn import Parameter
+from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.tensor import Tensor
+from micrograd_gpt.variants import VariantConfig, VariantGPT2
+from micrograd_gpt.weights.config import read_config
+
+SHAPE: dict[str, Any] = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 8,
+    "vocab_size": 11,
+    "n_positions": 6,
+}
+IDS = [[1, 2, 3]]
+
+
+def logits(model: GPT2) -> np.ndarray:
+    with no_grad():
+        return model.eval()(IDS).numpy()
+
+
+def assert_comes_back(model: GPT2, folder: Path, **options: Any) -> GPT2:
+    model.save_pretrained(folder)
+    again = type(model).from_pretrained(folder, **options)
+    assert type(again) is type(model)
+    assert type(again.config) is type(model.config) and again.config == model.config
+    np.testing.assert_array_equal(logits(again), logits(model))
+    return again
+
+
+# ------------------------------------------------------------------------------- which class
+
+
+class SoftCap(VariantGPT2):
+    def __call__(self, ids: Any, cache: Any = None, last_only: bool = False) -> Tensor:
+        return (super().__call__(ids, cache, last_only) / 0.1).tanh() * 0.1
+
+
+class Capped(GPT2):
+    def __call__(self, ids: Any, cache: Any = None, last_only: bool = False) -> Tensor:
+        return (super().__call__(ids, cache, last_only) / 0.1).tanh() * 0.1
+
+
+CHOICES: list[dict[str, Any]] = [
+    {},
+    {"activation_function": "silu"},
+    {"tie_word_embeddings": False},
+    {"norm_position": "post", "position_embedding": "sinusoidal"},
+    {"n_inner": 12, "scale_attn_by_inverse_layer_idx": True},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("cls", [VariantGPT2, SoftCap])
+def test_a_variant_or_a_class_of_one_s_own_of_it_comes_back_as_that_class(
+    cls: type[VariantGPT2], choice: dict[str, Any], tmp_path: Path
+) -> None:
+    assert_comes_back(cls(VariantConfig(**SHAPE, **choice), seed=3), tmp_path)
+
+
+def test_gpt2_and_variantgpt2_read_each_others_folders(tmp_path: Path) -> None:
+    plain, silu = GPT2(GPT2Config(**SHAPE)), {**SHAPE, "activation_function": "silu"}
+    plain.save_pretrained(tmp_path / "plain")
+    VariantGPT2(VariantConfig(**silu)).save_pretrained(tmp_path / "silu")
+    as_variant = VariantGPT2.from_pretrained(tmp_path / "plain")
+    assert type(as_variant) is VariantGPT2 and as_variant.config == VariantConfig(**SHAPE)
+    np.testing.assert_array_equal(logits(as_variant), logits(plain))
+    assert type(GPT2.from_pretrained(tmp_path / "silu")) is VariantGPT2
+    assert type(GPT2.from_pretrained(tmp_path / "plain")) is GPT2
+
+
+@pytest.mark.parametrize("choice", CHOICES[1:])
+def test_a_class_that_would_ignore_a_setting_is_not_given_it(
+    choice: dict[str, Any], tmp_path: Path
+) -> None:
+    VariantGPT2(VariantConfig(**SHAPE, **choice)).save_pretrained(tmp_path)
+    message = rf"(?s)^(?!.*\n){tmp_path}.*({'|'.join(choice)}) is .*which Capped does not read: "
+    with pytest.raises(UserError, match=message + "derive Capped from VariantGPT2"):
+        Capped.from_pretrained(tmp_path)
+
+
+def test_a_class_of_one_s_own_reads_openai_s_format() -> None:
+    folder = Path(__file__).parents[1] / "data" / "tf_checkpoint" / "saver"
+    capped, plain = Capped.from_pretrained(folder), GPT2.from_pretrained(folder)
+    assert type(capped) is Capped
+    np.testing.assert_allclose(logits(capped), np.tanh(logits(plain) / 0.1) * 0.1, rtol=1e-5)
+    soft = SoftCap.from_pretrained(folder)
+    assert type(soft) is SoftCap and soft.config == VariantConfig(**vars(plain.config))
+    np.testing.assert_array_equal(logits(soft), logits(capped))
+
+
+def test_loading_it_as_a_gpt2_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Transformers' users see from config.json, too, that it is no plain GPT-2."""
+    Capped(GPT2Config(**SHAPE)).save_pretrained(tmp_path)
+    Capped.from_pretrained(tmp_path)
+    assert capsys.readouterr().err == ""
+    GPT2.from_pretrained(tmp_path).save_pretrained(tmp_path / "plain")
+    line = "was saved by a class 'Capped', and is loaded as a GPT2\n"
+    assert capsys.readouterr().err == f"note: {tmp_path}/model.safetensors {line}"
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Capped"]
+    GPT2.from_pretrained(tmp_path / "plain")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "architectures",
+    [None, "GPT2LMHeadModel", 3, *[[f"GPT2{it}"] for it in ("Model", "ForTokenClassification")]],
+)
+def test_a_config_of_transformers_needs_no_note(
+    architectures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    GPT2(GPT2Config(**SHAPE)).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "architectures": architectures}))
+    GPT2.from_pretrained(tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------------------------------ its settings
+
+
+@dataclasses.dataclass
+class RopeConfig(GPT2Config):
+    rope_theta: float = 10000.0
+    cap: float | None = None
+    name: str = "rope"
+    is_causal: bool = True
+    windows: list[int] = dataclasses.field(default_factory=list)
+    head_size: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.head_size = self.n_embd // self.n_head
+
+
+class Rope(GPT2):
+    config: RopeConfig
+    config_class = RopeConfig
+
+    def __call__(self, ids: Any, cache: Any = None, last_only: bool = False) -> Tensor:
+        return super().__call__(ids, cache, last_only) * self.config.rope_theta
+
+
+def test_settings_of_one_s_own_come_back(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"rope_theta": 500.0, "cap": 1.5, "name": "é", "windows": [3, 4]}
+    config = RopeConfig(**SHAPE, **settings, is_causal=False, resid_pdrop=0.5)
+    assert_comes_back(Rope(config), tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert {key: values[key] for key in settings} == settings and values["is_causal"] is False
+    assert read_config(tmp_path) == GPT2Config(**SHAPE, resid_pdrop=0.5)
+    (tmp_path / "config.json").write_text(json.dumps(values | {"head_size": 9, "name": "x"}))
+    again = Rope.from_pretrained(tmp_path)  # what a config works out is not taken from there
+    assert again.config == dataclasses.replace(config, name="x") and again.config.head_size == 4
+    (tmp_path / "config.json").write_text(json.dumps(values | {"rope_theta": 7.0, "n_head": 3}))
+    with pytest.raises(UserError, match=r"n_embd \(8\) must be a multiple of n_head \(3\)"):
+        Rope.from_pretrained(tmp_path)
+
+
+def test_a_setting_that_a_folder_lacks_keeps_its_default(tmp_path: Path) -> None:
+    GPT2(GPT2Config(**SHAPE)).save_pretrained(tmp_path)
+    again = Rope.from_pretrained(tmp_path)
+    assert again.config == RopeConfig(**SHAPE) and again.config.head_size == 4
+
+
+def test_a_setting_that_the_class_refuses_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+    @dataclasses.dataclass
+    class Positive(RopeConfig):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.rope_theta < 0:
+                raise ValueError("rope_theta must be positive")
+
+    class Mine(Rope):
+        config_class = Positive
+
+    Rope(RopeConfig(**SHAPE, rope_theta=-1.0)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/\S+: rope_theta must be positive$"):
+        Mine.from_pretrained(tmp_path)
+
+
+def test_numbers_of_numpy_are_settings(tmp_path: Path) -> None:
+    assert_comes_back(Rope(RopeConfig(**SHAPE, rope_theta=np.float32(0.1))), tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_variant_s_config_may_have_settings_of_one_s_own(tmp_path: Path) -> None:
+    @dataclasses.dataclass
+    class CapConfig(VariantConfig):
+        cap: float = 1.0
+
+    class Mine(SoftCap):
+        config_class = CapConfig
+
+    config = CapConfig(**SHAPE, cap=2.5, activation_function="relu", tie_word_embeddings=False)
+    assert_comes_back(Mine(config), tmp_path)
+
+
+class NoConfigClass(GPT2):
+    pass
+
+
+@dataclasses.dataclass
+class Named(GPT2Config):
+    dtype: str = "bfloat16"  # which config.json says of the file
+    activation_function: str = "gelu_new"
+
+
+class OfNamed(GPT2):
+    config_class = Named
+
+
+class Undecorated(GPT2Config):
+    theta: float = 1.0
+
+
+class OfUndecorated(GPT2):
+    config_class = Undecorated
+
+
+class AsTransformersHasIt(GPT2Config):
+    def __init__(self, theta: float = 1.0, **shape: Any) -> None:
+        super().__init__(**shape)
+        self.theta = theta
+
+
+class OfThat(GPT2):
+    config_class = AsTransformersHasIt
+
+
+def noted(model: GPT2, note: int) -> GPT2:
+    model.config.note = note  # type: ignore[attr-defined]
+    return model
+
+
+def rope(**settings: Any) -> Rope:
+    return Rope(RopeConfig(**SHAPE, **settings))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NoConfigClass(RopeConfig(**SHAPE)), "make a GPT2Config: say config_class = RopeC"),
+        (lambda: NoConfigClass(VariantConfig(**SHAPE)), "say config_class = VariantConfig"),
+        (lambda: VariantGPT2(type("Own", (VariantConfig,), {})(**SHAPE)), "config_class = Own"),
+        (lambda: OfNamed(Named(**SHAPE)), "Named.dtype is 'bfloat16', .* give back as 'float32'"),
+        (
+            lambda: OfNamed(Named(**SHAPE, activation_function="mish")),
+            "activation_function must be",
+        ),
+        (lambda: OfUndecorated(Undecorated(**SHAPE)), "Undecorated is no @dataclass, "),
+        (lambda: OfThat(AsTransformersHasIt(2.0, **SHAPE)), "ransformersHasIt is no @dataclass"),
+        (lambda: rope(cap=np.zeros(3)), r"lists of these, not array\(\[0., 0., 0.\]\)$"),
+        (lambda: rope(name=print), "lists of these, not <built-in function print>"),
+    ],
+)
+def test_a_config_that_would_not_come_back_is_not_saved(
+    make: Callable[[], GPT2], message: str, tmp_path: Path
+) -> None:
+    GPT2(GPT2Config(**SHAPE)).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=message) as caught:
+        make().save_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_setting_that_is_no_field_is_left_out_and_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = noted(rope(windows=(3, 4), cap=math.nan), 3)
+    for name in "ab":
+        model.save_pretrained(tmp_path / name)
+    assert capsys.readouterr().err.count("does not keep RopeConfig.note: for that, make it a") == 1
+    again = Rope.from_pretrained(tmp_path / "a").config
+    assert again.windows == [3, 4] and math.isnan(again.cap) and not hasattr(again, "note")
+
+
+# ------------------------------------------------------------------------- how it is made
+
+
+class ConfigAlone(GPT2):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.extra = nn.Linear(8, 2)
+
+
+class ConfigAndSeed(ConfigAlone):
+    def __init__(self, config: GPT2Config, seed: int = 1) -> None:
+        super().__init__(config)
+
+
+class PassedOn(GPT2):
+    def __init__(self, config: GPT2Config, **options: Any) -> None:
+        super().__init__(config, **options)
+
+
+@pytest.mark.parametrize("cls", [ConfigAlone, ConfigAndSeed, PassedOn])
+def test_a_signature_of_one_s_own(cls: Callable[[GPT2Config], GPT2], tmp_path: Path) -> None:
+    model = cls(GPT2Config(**SHAPE))
+    for p in model.parameters():
+        p.data = p.data + 0.5
+    assert_comes_back(model, tmp_path)
+    for dtype in ("float64", "bfloat16", "int8"):
+        held = type(model).from_pretrained(tmp_path, dtype=dtype)
+        weights = held.transformer.h[1].mlp.c_fc.weight
+        assert weights.dtype == dtype and np.isfinite(logits(held)).all()
+
+
+# ------------------------------------------------------------------------- its parameters
+
+
+class Untied(GPT2):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, nn.normal(5))
+        self.lm_head.bias.data += 0.25
+
+    def __call__(self, ids: Any, cache: Any = None, last_only: bool = False) -> Tensor:
+        x = self.hidden(ids, cache)
+        return self.lm_head(x[:, -1:] if last_only else x)
+
+
+class UntiedRows(Untied):
+    def __init__(self, config: GPT2Config) -> None:
+        GPT2.__init__(self, config)
+        self.lm_head: Any = nn.Embedding(config.vocab_size, config.n_embd, nn.normal(5))
+
+    def __call__(self, ids: Any, cache: Any = None, last_only: bool = False) -> Tensor:
+        return F.linear(self.hidden(ids, cache), self.lm_head.weight.T)
+
+
+class TiedByName(UntiedRows):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.lm_head.weight = self.transformer.wte.weight
+
+
+def tied(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_a_head_of_its_own_is_filled_as_any_other_parameter(tmp_path: Path) -> None:
+    again = assert_comes_back(Untied(GPT2Config(**SHAPE)), tmp_path / "a")
+    assert not tied(tmp_path / "a")
+    assert_comes_back(again, tmp_path / "b")
+    with pytest.raises(UserError, match=r"does not have: 'lm_head\.bias'"):
+        GPT2.from_pretrained(tmp_path / "a")
+    model = UntiedRows(GPT2Config(**SHAPE))
+    assert_comes_back(model, tmp_path / "c")
+    np.testing.assert_array_equal(logits(GPT2.from_pretrained(tmp_path / "c")), logits(model))
+    assert_comes_back(TiedByName(GPT2Config(**SHAPE)), tmp_path / "d")
+    assert tied(tmp_path / "d")
+
+
+EDITS = {
+    "    layer_norm_epsilon: float = 1e-5\n": "    cap: float = 30.0\n",
+    "        self.transformer = Transformer(config, init or normal(seed), self.draws)\n": (
+        "        self.lm_head = Linear(config.n_embd, config.vocab_size, init or normal(7))\n"
+    ),
+    "        x = x[:, -1:] if last_only else x\n": (
+        "        return (self.lm_head(x) / self.config.cap).tanh() * self.config.cap\n"
+    ),
+}
+SAVED_AND_LOADED = """
+from micrograd_gpt import no_grad
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+model = GPT2(GPT2Config(2, 2, 8, 11, 6, cap=0.01))
+model.save_pretrained("model")
+again = GPT2.from_pretrained("model")
+assert type(again) is GPT2 and again.config == model.config and again.config.cap == 0.01
+with no_grad():
+    difference = again([[1, 2]]).numpy() - model([[1, 2]]).numpy()
+print(difference.any())
+"""
+
+
+def test_a_gpt2_that_was_edited_in_its_file_comes_back(tmp_path: Path) -> None:
+    """A setting in GPT2Config and a head in GPT2: the class of all scripts is one's own then."""
+    shutil.copytree(
+        Path(micrograd_gpt.__file__).parent,
+        tmp_path / "micrograd_gpt",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    source = (tmp_path / "micrograd_gpt" / "gpt2.py").read_text("utf-8")
+    for line, added in EDITS.items():
+        assert source.count(line) == 1
+        source = source.replace(line, line + added)
+    (tmp_path / "micrograd_gpt" / "gpt2.py").write_text(source, "utf-8")
+    result = subprocess.run(
+        [sys.executable, "-c", SAVED_AND_LOADED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": "", "MICROGRAD_GPT_KERNELS": "numpy"},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (0, "False\n"), result.stderr
+    assert "was saved by" not in result.stderr
+    assert not tied(tmp_path / "model")
+    with pytest.raises(UserError, match=r"does not have: 'lm_head\.bias' and 1 more"):
+        GPT2.from_pretrained(tmp_path / "model")  # which was not edited
+
+
+def test_a_head_that_is_still_a_copy_of_the_embedding_comes_back(tmp_path: Path) -> None:
+    """Also from the folder of an earlier version, which said that it is tied."""
+    model = UntiedRows(GPT2Config(**SHAPE))
+    model.lm_head.weight.data = model.transformer.wte.weight.data.copy()
+    assert_comes_back(model, tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    np.testing.assert_array_equal(logits(UntiedRows.from_pretrained(tmp_path)), logits(model))
+
+
+def test_a_head_of_its_own_in_a_variant_that_says_it_has_none_is_not_saved(tmp_path: Path) -> None:
+    class Own(VariantGPT2):
+        def __init__(self, config: VariantConfig) -> None:
+            super().__init__(config)
+            self.lm_head: Any = nn.Linear(8, 11)
+
+    Own(VariantConfig(**SHAPE, tie_word_embeddings=False)).save_pretrained(tmp_path / "untied")
+    with pytest.raises(ValueError, match=r"tie_word_embeddings is True, .* give back as False"):
+        Own(VariantConfig(**SHAPE)).save_pretrained(tmp_path / "tied")
+    assert not (tmp_path / "tied" / "config.json").exists()
+
+
+class OwnNames(GPT2):
+    """Parameters by names that mean something else in files of others."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        for i, block in enumerate(self.transformer.h):
+            block.attn.bias = Parameter(np.full(3, i + 1.0, np.float32))  # type: ignore[attr-defined]
+        self.ln_f, self.h = nn.LayerNorm(8), [nn.Linear(8, 8, nn.normal(7))]
+        self.ln_f.bias.data += 0.125
+        self.score = Parameter(np.array(2.0, np.float32))
+
+    def __call__(self, ids: Any, cache: Any = None, last_only: bool = False) -> Tensor:
+        x = self.h[0](self.ln_f(self.hidden(ids, cache))) * self.score
+        for block in self.transformer.h:
+            x = x + block.attn.bias.sum()  # type: ignore[attr-defined]
+        return F.linear(x, self.transformer.wte.weight.T)
+
+
+class OneBlock(GPT2):
+    """Blocks that share their weights, as ALBERT's do, and an MLP that stands twice."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        first, *_, last = self.transformer.h
+        self.transformer.h = [first, first, last]
+        last.mlp = first.mlp
+        self.body = self.transformer  # another name of the whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_blocks_that_share_weights_come_back(dtype: str, tmp_path: Path) -> None:
+    model = OneBlock(GPT2Config(**{**SHAPE, "n_layer": 3}))
+    again = assert_comes_back(model, tmp_path)
+    assert again.transformer.h[0] is again.transformer.h[1]
+    assert len(again.parameters()) == len(model.parameters())
+    # As in PyTorch, each block stands in the file, so that a plain GPT-2 computes the same
+    np.testing.assert_array_equal(logits(GPT2.from_pretrained(tmp_path)), logits(model))
+    held = OneBlock.from_pretrained(tmp_path, dtype=dtype)
+    assert np.abs(logits(held) - logits(model)).max() < 0.01 * np.abs(logits(model)).max()
+
+
+def test_a_model_of_other_blocks_than_its_config_says_is_not_saved(tmp_path: Path) -> None:
+    class Looped(GPT2):
+        def __init__(self, config: GPT2Config) -> None:
+            super().__init__(config)
+            self.transformer.h.pop()
+
+    with pytest.raises(ValueError, match="says n_layer = 2, but there is 1 in the model"):
+        Looped(GPT2Config(**SHAPE)).save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_that_is_no_parameter_is_not_lost(tmp_path: Path) -> None:
+    for model in (GPT2(GPT2Config(**SHAPE)), Capped(GPT2Config(**SHAPE))):
+        model.transformer.wpe.weight = Tensor(model.transformer.wpe.weight)  # type: ignore[assignment]
+        with pytest.raises(ValueError, match=r"^transformer\.wpe\.weight is a plain Tensor, which"):
+            model.save_pretrained(tmp_path / "model")
+        assert not list(tmp_path.iterdir())
+        frozen = Parameter(model.transformer.wpe.weight)
+        frozen.requires_grad = False
+        model.transformer.wpe.weight = frozen
+        assert_comes_back(model, tmp_path / type(model).__name__)
+        shutil.rmtree(tmp_path / type(model).__name__)
+
+
+class WithValue(Capped):
+    def __init__(self, config: GPT2Config, seed: int = 0, init: Any = None) -> None:
+        super().__init__(config, seed, init)
+        self.value = nn.Linear(config.n_embd, 1, init or nn.normal(9))
+        for block in self.transformer.h:
+            block.attn.norm = nn.LayerNorm(4)  # type: ignore[attr-defined]
+
+
+def test_a_part_more_than_the_base_has_is_new(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = Capped(GPT2Config(**SHAPE), seed=5)
+    base.save_pretrained(tmp_path / "base")
+    model = WithValue.from_pretrained(tmp_path / "base", dtype="float64")
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {tmp_path}/base/model.safetensors lacks 'transformer.h.0.attn.n")
+    assert said.endswith("'value.bias', 'value.weight': new in this WithValue\n")
+    np.testing.assert_allclose(logits(model), logits(base), rtol=1e-5)
+    assert model.value.weight.numpy().all() and model.value.weight.dtype == "float64"
+    model.save_pretrained(tmp_path / "model")
+    # What its own file lacks, and what every GPT-2 has, is not new
+    for folder, lost in (("model", "value.bias"), ("base", "transformer.ln_f.bias")):
+        path = tmp_path / folder / "model.safetensors"
+        arrays = safetensors.numpy.load_file(path)
+        del arrays[lost]
+        safetensors.numpy.save_file(arrays, path)
+        with pytest.raises(UserError, match=f"lacks '{lost}'$"):
+            WithValue.from_pretrained(tmp_path / folder)
+    assert capsys.readouterr().err.count("new in this") == 1
+
+
+def test_parameters_by_any_name_come_back(tmp_path: Path) -> None:
+    model = OwnNames(GPT2Config(**SHAPE))
+    for p in model.parameters():
+        p.data = p.data * np.float32(1.5)
+    assert_comes_back(model, tmp_path)
