@@ -10,9 +10,11 @@ row's product in float32 reads. Weights of float16 become float32 before they ar
 large product is float32's. A weight of int8 takes 1.0625 bytes with its share of a scale.
 
 The matrices of each shape take 150 MB, so that they come from memory, and lie in huge pages, as
-those of a model that is loaded. Seconds are those of the one thread's processor time, so that other
-programs disturb less. The shapes are those of GPT-2 124M; PyTorch multiplies by the last of them,
-its head, where it is installed, with weights where it puts them.
+those of a model that is loaded. Up to 16 rows meet the kernels in C directly, as where decode.c
+takes a token through all blocks: called from Python, each product takes some 20 to 35 microseconds
+more. Seconds are those of the one thread's processor time, so that other programs disturb less. The
+shapes are those of GPT-2 124M; PyTorch multiplies by the last of them, its head, where it is
+installed, with weights where it puts them.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from common import installed, median, print_table, processor, seconds
 from micrograd_gpt.arrays.int8 import GROUP, arriving, product, quantised
 from micrograd_gpt.arrays.memory import HugePages
 from micrograd_gpt.functional import linear_forward
+from micrograd_gpt.kernels.in_c.arguments import address, call
 from micrograd_gpt.kernels.in_c.compiler import library, report
+from micrograd_gpt.kernels.in_c.half import FEW_ROWS, KINDS, FewRows, NarrowRows
 
 HEAD = (768, 50257)
 SHAPES = ((768, 2304), (768, 3072), (3072, 768), HEAD)
@@ -96,14 +100,31 @@ def rates_of(kind: str, k: int, m: int, rows: list[int]) -> Rates:
     rng, pages = np.random.default_rng(0), HugePages()
     rows_of_weights = rng.standard_normal((m, k), dtype=np.float32)
     weights = [matrix_of(kind, rows_of_weights, pages) for _ in copies(kind, k, m)]
+    xs = {r: rng.standard_normal((r, k), dtype=np.float32) for r in rows}
+    y = np.empty((max(rows), m), np.float32)
+    products = {r: [product_of(kind, x, weight, y) for weight in weights] for r, x in xs.items()}
 
     def multiply(r: int) -> None:
-        x = rng.standard_normal((r, k), dtype=np.float32)
-        narrow = x.astype(kind) if kind != "int8" else x
-        for weight in weights:
-            product(narrow, weight) if kind == "int8" else linear_forward(narrow, weight, None)
+        for product_with_one in products[r]:
+            product_with_one()
 
     return rates_by_rows(multiply, 2 * k * m * len(weights), rows)
+
+
+def product_of(kind: str, x: np.ndarray, weight: Any, y: np.ndarray) -> Callable[[], object]:
+    """A function that multiplies x by a matrix, and where x has few rows writes to y."""
+    (r, k), m = x.shape, weight.shape[1]
+    if r > FEW_ROWS:
+        if kind == "int8":
+            return partial(product, x, weight)
+        return partial(linear_forward, x.astype(kind), weight, None)
+    numbers, scales = (weight.values, weight.scales) if kind == "int8" else (weight, None)
+    places = address(x), address(numbers)
+    if kind == "float32":
+        return partial(call, "few_rows", FewRows(r, k, m, *places, None, address(y)))
+    sizes = KINDS.index(np.dtype(kind)), r, k, m
+    name = "multiply_int8" if kind == "int8" else "few_narrow_rows"
+    return partial(call, name, NarrowRows(*sizes, *places, address(scales), None, address(y)))
 
 
 def matrix_of(kind: str, rows: np.ndarray, pages: HugePages) -> Any:

@@ -142,7 +142,7 @@ def other_checkpoint(path: str | Path) -> str:
     run = folder.parent if folder.name == BEST else folder
     kept = sorted(run.glob("step-*"), reverse=True)
     places = [place for place in (run / BEST, run, *kept) if (place / name).is_file()]
-    if run / BEST not in places:
+    if len(places) < 2:
         return ""
     for other in places:
         if not are_one_file(other / name, path):

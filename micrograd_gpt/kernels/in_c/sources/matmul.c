@@ -256,20 +256,44 @@ int linear_backward(const LinearBackward *l) {
 
 #define TOGETHER 4 /* how many rows of x, at most, share one reading of the weights */
 
+#define COLUMNS_APART (LANES / SIDE) /* those that are read at the same time */
+#define BYTES_AHEAD 2048 /* found by trying */
+
+/* sums[r][i * COLUMNS_APART] = x (rows, k)[r] * weight[i * COLUMNS_APART] for `side` columns, of
+   whose numbers `whole` are multiplied. The sums fill up to 16 registers (8 with AVX). Memory is read
+   fastest at several places at a time, each of them in a page of its own. */
+INLINE void add_columns(int rows, int side, Int whole, Int k, const float *x, const float *weight,
+                        vec (*sums)[LANES]) {
+  vec sum[TOGETHER][SIDE] = {0};
+  for (Int p = 0; p < whole; p += LANES) {
+    vec here[SIDE];
+    for (int i = 0; i < side; i++) {
+      const float *from = weight + i * COLUMNS_APART * k + p;
+      here[i] = *(const vec *)from;
+      __builtin_prefetch((const char *)from + BYTES_AHEAD, 0, 2);
+    }
+    for (int r = 0; r < rows; r++) {
+      vec row = *(const vec *)(x + r * k + p);
+      for (int i = 0; i < side; i++) sum[r][i] += here[i] * row;
+    }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < side; i++) sums[r][i * COLUMNS_APART] = sum[r][i];
+}
+
 /* y (rows, columns) = x (rows, k) @ weight (columns, k).T for at most LANES columns. While the
    weights are read, nothing else is done: adding up the lanes of each sum, and the last k % LANES
    products, come afterwards. */
 INLINE void dots(int rows, Int columns, Int k, const float *x, const float *weight, float *y,
                  Int m) {
   vec sums[TOGETHER][LANES] = {0};
-  Int whole = k / LANES * LANES;
-  for (Int j = 0; j < columns; j++) {
-    vec sum[TOGETHER] = {0};
-    for (Int p = 0; p < whole; p += LANES) {
-      vec here = *(const vec *)(weight + j * k + p);
-      for (int r = 0; r < rows; r++) sum[r] += here * *(const vec *)(x + r * k + p);
-    }
-    for (int r = 0; r < rows; r++) sums[r][j] = sum[r];
+  Int whole = k / LANES * LANES, steps = columns == LANES ? COLUMNS_APART : columns;
+  for (Int j = 0; j < steps; j++) {
+    vec(*place)[LANES] = (vec(*)[LANES])(sums[0] + j);
+    if (columns == LANES)
+      add_columns(rows, SIDE, whole, k, x, weight + j * k, place);
+    else
+      add_columns(rows, 1, whole, k, x, weight + j * k, place);
   }
   for (int r = 0; r < rows; r++) {
     vec total = sums_of_lanes(sums[r]);
@@ -329,7 +353,7 @@ void add_side(Int rows, Int length, Int k, const float *x, const float *weight, 
   Int groups = (rows + ROWS - 1) / ROWS;
   for (Int i = 0, first = 0, end; i < groups; i++, first = end) {
     end = rows * (i + 1) / groups;
-    Int n = end - first, places = ahead.places * (i + 1) / groups - ahead.places * i / groups;
+    Int n = end - first, places = SIDE * (i + 1) / groups - SIDE * i / groups;
     const float *part = x + first * SLICE;
     switch (places) {
       case 0: add_products_of_rows(n, 0, length, k, part, weight, ahead, sums + first); break;
@@ -351,9 +375,8 @@ static void dots_in_slices(Int rows, Int k, const float *x, const float *packed,
   for (Int p = 0; p < whole; p += SLICE, packed += packed_slice) {
     Int length = min(SLICE, whole - p);
     for (Int j = 0; j < LANES; j += SIDE) {
-      const float *here = weight + j * k + p;
-      Ahead ahead = {(const char *)(here + LANES * k), SIDE, 4 * k, 4 * LANES};
-      add_side(rows, length, k, packed, here, ahead, (vec(*)[LANES])(sums[0] + j));
+      Ahead ahead = ahead_of(weight, k, sizeof *weight, whole, p, j);
+      add_side(rows, length, k, packed, weight + j * k + p, ahead, (vec(*)[LANES])(sums[0] + j));
     }
   }
   for (Int r = 0; r < rows; r++) {

@@ -103,15 +103,19 @@ INLINE void sum_column(int kind, int rows, const NarrowRows *f, const float *x, 
   for (int r = 0; r < rows; r++) total[r] = sum[r].first + sum[r].second;
 }
 
-/* The same for TOGETHER columns side by side, which share each reading of x. */
+#define COLUMNS_APART (LANES / TOGETHER) /* those that are read at the same time */
+
+/* The same for TOGETHER columns, which share each reading of x. They lie COLUMNS_APART: memory is
+   read fastest at several places at a time, each of them in a page of its own. */
 INLINE void add_columns(int kind, int rows, const NarrowRows *f, const float *x, Int column,
                         Int whole, vec sum[TOGETHER][TOGETHER]) {
   for (Int p = 0; p < whole; p += STEP)
     for (int i = 0; i < TOGETHER; i++) {
-      Pair w = weights_at(kind, f->weight, (column + i) * f->k + p);
-      if (kind != INT8 || p % 64 == 0) fetch_ahead(kind, f->weight, (column + i) * f->k + p);
+      Int here = column + i * COLUMNS_APART;
+      Pair w = weights_at(kind, f->weight, here * f->k + p);
+      if (kind != INT8 || p % 64 == 0) fetch_ahead(kind, f->weight, here * f->k + p);
       if (kind == INT8) {
-        float scale = scale_at(kind, f, column + i, p);
+        float scale = scale_at(kind, f, here, p);
         w = (Pair){scale * w.first, scale * w.second};
       }
       for (int r = 0; r < rows; r++) {
@@ -136,14 +140,14 @@ INLINE void dots(int kind, int rows, int side_by_side, const NarrowRows *f, cons
   vec sums[TOGETHER][LANES];
   Int whole = f->k / STEP * STEP, side = side_by_side ? TOGETHER : 1;
   x += row * f->k;
-  for (Int j = 0; j < columns; j += side) {
+  for (Int j = 0; j < columns / side; j++) {
     vec sum[TOGETHER][TOGETHER] = {0};
     if (side_by_side)
       add_columns(kind, rows, f, x, column + j, whole, sum);
     else
       sum_column(kind, rows, f, x, column + j, whole, sum[0]);
     for (int i = 0; i < side; i++)
-      for (int r = 0; r < rows; r++) sums[r][j + i] = sum[i][r];
+      for (int r = 0; r < rows; r++) sums[r][j + i * COLUMNS_APART] = sum[i][r];
   }
   for (int r = 0; r < rows; r++) {
     float *y = f->y + (row + r) * f->m + column;
@@ -188,12 +192,11 @@ INLINE void dots_in_slices(int kind, Int rows, const NarrowRows *f, const float 
   float wide[SIDE * SLICE] __attribute__((aligned(64)));
   memset(sums, 0, rows * sizeof *sums);
   Int whole = f->k / LANES * LANES, size = kind == INT8 ? 1 : 2;
-  Int bytes = SIDE * LANES * size, places = bytes > 64 ? bytes / 64 : 1; /* of each step */
-  const char *next = (const char *)f->weight + (column + LANES) * f->k * size;
+  const char *block = (const char *)f->weight + column * f->k * size;
   for (Int p = 0; p < whole; p += SLICE, packed += f->n * SLICE) {
     Int length = min(SLICE, whole - p);
-    for (Int j = 0; j < LANES; j += SIDE, next += SIDE * length * size) {
-      Ahead ahead = {next, places, SIDE * length * size / places, bytes / places};
+    for (Int j = 0; j < LANES; j += SIDE) {
+      Ahead ahead = ahead_of(block, f->k, size, whole, p, j);
       for (Int i = 0; i < SIDE; i++) widen(kind, f, column + j + i, p, length, wide + i * SLICE);
       add_side(rows, length, SLICE, packed, wide, ahead, (vec(*)[LANES])(sums[0] + j));
     }
@@ -324,7 +327,8 @@ INLINE void add_bias(const NarrowRows *f, Int first, Int end) {
 /* Columns first … end - 1 of y; see few_rows_columns of matmul.c. */
 INLINE void narrow_columns(int kind, const Prepared *x, Int first, Int end) {
   const NarrowRows *f = x->f;
-  int in_one_stream = f->n * f->k <= IN_NEAREST_CACHE;
+  /* Columns side by side need more registers, and of int8 a scale for each weight. */
+  int in_one_stream = f->n * f->k <= IN_NEAREST_CACHE && !(kind == FLOAT16 && LANES == 16);
   Int start = first;
 #ifdef HAS_TILES
   if (x->pairs) start = tile_columns(f, x->pairs, first, end);
