@@ -213,7 +213,7 @@ INLINE void dots_in_slices(int kind, Int rows, const NarrowRows *f, const float 
 
 #ifdef HAS_TILES
 #define TILE 16       /* rows of weights, and at most as many of x */
-#define TILE_STEP 64  /* numbers of each row that are multiplied in one step: two tiles */
+#define TILE_STEP 32  /* numbers of each row that are multiplied in one step: a tile */
 #define ENOUGH_ROWS 3 /* with fewer the registers of ordinary vectors are as quick */
 
 /* The rows of x as tiles want them: word [p][r] is the pair of numbers 2p and 2p + 1 of row r, whose
@@ -233,27 +233,18 @@ static const uint32_t *pairs_across(const NarrowRows *f) {
   return pairs;
 }
 
-/* sums (2, TILE, TILE): two for each result of weights (TILE, whole) @ x.T, since each addition
-   waits for the one before it. With twice as many columns memory is read more slowly: from too many
-   places for the processor to see what comes next. While it waits for the sums, the first numbers of
-   the next columns are fetched. */
+/* sums (TILE, TILE) = weights (TILE, whole) @ x.T. Memory is slower than tiles, so that two sums for
+   each result, or a fetch ahead, only stand in the way of the processor's own fetching. */
 static void multiply_tiles(const uint16_t *weights, Int k, Int whole, const uint32_t *x,
                            float *sums) {
   __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles are memory's */
   _tile_zero(0);
-  _tile_zero(1);
   for (Int p = 0; p < whole; p += TILE_STEP) {
-    _tile_loadd(4, x + p / 2 * TILE, 64);
     _tile_loadd(6, weights + p, 2 * k);
+    _tile_loadd(4, x + p / 2 * TILE, 64);
     _tile_dpbf16ps(0, 6, 4);
-    _tile_loadd(5, x + (p + 32) / 2 * TILE, 64);
-    _tile_loadd(7, weights + p + 32, 2 * k);
-    _tile_dpbf16ps(1, 7, 5);
   }
-  for (Int p = 0; p < 2 * TILE_STEP; p += 32)
-    for (Int i = TILE; i < 2 * TILE; i++) __builtin_prefetch(weights + i * k + p, 0, 2);
   _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + TILE * TILE, 64);
   __asm__ volatile("" ::: "memory");
 }
 
@@ -264,18 +255,18 @@ static int meets_tiles(const NarrowRows *f) {
 
 /* Columns first … of y, as many as fill tiles before `end`; x are pairs. Returns where they end. */
 static Int tile_columns(const NarrowRows *f, const uint32_t *x, Int first, Int end) {
-  float sums[2 * TILE * TILE] __attribute__((aligned(64))), across[TILE * TILE];
+  float sums[TILE * TILE] __attribute__((aligned(64))), across[TILE * TILE];
   Int whole = f->k / TILE_STEP * TILE_STEP, j = first;
   open_tiles();
   for (; j + TILE <= end; j += TILE) {
     multiply_tiles((const uint16_t *)f->weight + j * f->k, f->k, whole, x, sums);
-    add_scaled(sums, 1, sums + TILE * TILE, TILE * TILE);
     transpose_block(sums, TILE, TILE, across);
-    for (Int r = 0; r < f->n; r++)
-      for (Int i = 0; i < TILE; i++)
-        f->y[r * f->m + j + i] =
-            across[r * TILE + i] +
-            (whole < f->k ? rest(BFLOAT16, f, f->x + r * f->k, j + i, whole) : 0);
+    for (Int r = 0; r < f->n; r++) {
+      float *y = f->y + r * f->m + j;
+      memcpy(y, across + r * TILE, TILE * sizeof *y);
+      for (Int i = 0; i < TILE && whole < f->k; i++)
+        y[i] += rest(BFLOAT16, f, f->x + r * f->k, j + i, whole);
+    }
   }
   _tile_release();
   return j;
