@@ -61,7 +61,7 @@ from micrograd_gpt.weights.formats import (
     is_adapter,
 )
 from micrograd_gpt.weights.loading import fill
-from micrograd_gpt.weights.saving import stored_arrays, write_model
+from micrograd_gpt.weights.saving import storable, stored_arrays, write_model
 from micrograd_gpt.weights.tensor_files import FETCH, TensorFile, write_safetensors
 
 OPTIMIZER = "optimizer.safetensors"
@@ -154,7 +154,8 @@ def load_run(
 
 def _lasting_config(model: Any) -> dict[str, Any]:
     """A model's config but for dropout, which is a setting of the run."""
-    return {key: value for key, value in asdict(model.config).items() if key not in DROPOUTS}
+    config = storable(asdict(model.config))
+    return {key: value for key, value in config.items() if key not in DROPOUTS}
 
 
 def _check_config(model: Any, saved: dict[str, Any], folder: Path) -> None:

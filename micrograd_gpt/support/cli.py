@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import io
 import os
 import shlex
@@ -265,6 +266,12 @@ def say(message: str, bar: Any = None) -> None:
             bar.write(message, file=sys.stderr)
         else:
             print(message, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Tell the user what would be the same each time, as at each checkpoint of a run."""
+    say(message)
 
 
 def check_stdout() -> None:

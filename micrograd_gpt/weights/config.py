@@ -7,6 +7,7 @@ slightly different names.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ SIZES = {  # OpenAI's four models
     "774M": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "1558M": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
+# What Transformers calls its models, and we ours
+KNOWN_CLASSES = (
+    r"(TF|Flax)?GPT2(LMHead|DoubleHeads|PreTrained)?Model"
+    r"|(TF)?GPT2For(Sequence|Token)Classification|GPT2ForQuestionAnswering|GPT2"
+)
 OLDER_NAMES = {"117M": "124M", "345M": "355M", "762M": "774M", "1.5B": "1558M"}
 
 REQUIRED, OPTIONAL = COUNTS, (*DROPOUTS, EPSILON)
@@ -88,7 +94,7 @@ def read_config(source: str | Path | Mapping[str, Any], file: str | Path = CONFI
     missing = sorted(set(REQUIRED) - source.keys())
     if missing:
         raise UserError(f"{file} lacks {', '.join(missing)}")
-    if source.get("architectures") == [GPT2.__name__]:  # which was edited, and makes its own head
+    if was_edited(source):  # it makes its own head
         source = {key: source[key] for key in source if key != "tie_word_embeddings"}
     try:
         config = VariantConfig(**taken(VariantConfig, source))
@@ -179,6 +185,24 @@ def model_class(config: GPT2Config, cls: type[GPT2] = GPT2) -> type[GPT2]:
 def config_class(cls: type) -> type[GPT2Config]:
     """The class of the configs that models of this class are made with."""
     return getattr(cls, "config_class", GPT2Config)
+
+
+def architecture(cls: type[GPT2]) -> str:
+    """What config.json calls this class: with its module where its name says another's."""
+    is_taken = cls is not GPT2 and re.fullmatch(KNOWN_CLASSES, cls.__name__)
+    return f"{cls.__module__}.{cls.__name__}" if is_taken else cls.__name__
+
+
+def own_classes(values: Mapping[str, Any]) -> list[str]:
+    """The architectures in a config.json's values that are classes of somebody's own."""
+    named = values.get("architectures")
+    named = map(str, named if isinstance(named, list) else [])
+    return [name for name in named if not re.fullmatch(KNOWN_CLASSES, name)]
+
+
+def was_edited(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json's values are of a GPT2 that was edited in its file."""
+    return values.get("architectures") == [GPT2.__name__]
 
 
 def has_head(model: GPT2) -> bool:

@@ -22,10 +22,12 @@ from micrograd_gpt.support.files import read_json, reading
 from micrograd_gpt.weights.config import (
     CONFIG,
     SIZES,
+    own_classes,
     published_shape,
     read_config,
     read_hparams,
     read_values,
+    was_edited,
 )
 from micrograd_gpt.weights.nanogpt import is_nanogpt, nanogpt_config, nanogpt_tensors
 from micrograd_gpt.weights.reading import StoredTensor, Zeros, same_bytes
@@ -109,8 +111,8 @@ def open_weights(path: str | Path) -> Weights:
     sizes), the *.index.json of a sharded set, nanoGPT's ckpt.pt, a Hugging Face folder or a
     checkpoint of ours (config.json with one of WEIGHT_FILES), a folder with a ckpt.pt, or OpenAI's
     folder (hparams.json with a TensorFlow checkpoint). No code in a file is run. Raises UserError
-    for anything else, and for a config that the shapes of the tensors contradict, naming what is
-    wrong.
+    for anything else, and for a GPT-2's config that the shapes of the tensors contradict, naming
+    what is wrong.
     """
     try:
         return _open(Path(path))
@@ -161,7 +163,8 @@ def _open_file(path: Path) -> Weights:
     values = read_values(path.parent)
     config = read_config(values, path.parent / CONFIG)
     tensors = _gpt2_tensors(path, entries, values.get("tie_word_embeddings", True))
-    _check_agreement(path, config, CONFIG, tensors)
+    if not own_classes(values) and not was_edited(values):
+        check_agreement(path, config, CONFIG, tensors)
     heads = _other_heads(entries)
     unused = {name: entries[name] for name in entries if name not in {**tensors, **heads}}
     return Weights(path, config, tensors, heads, unused, values)
@@ -170,7 +173,7 @@ def _open_file(path: Path) -> Weights:
 def _open_nanogpt(path: Path, saved: dict[str, Any]) -> Weights:
     config = read_config(nanogpt_config(saved, path), path)
     tensors = _gpt2_tensors(path, nanogpt_tensors(saved, path))
-    _check_agreement(path, config, "model_args", tensors)
+    check_agreement(path, config, "model_args", tensors)
     return Weights(path, config, tensors)
 
 
@@ -219,7 +222,7 @@ def _open_openai(folder: Path, hparams: dict[str, Any]) -> Weights:
             variable = dataclasses.replace(variable, shape=variable.shape[1:])
         tensors[ours] = variable
     config = read_hparams(hparams, folder / HPARAMS)
-    _check_agreement(folder, config, HPARAMS, tensors)
+    check_agreement(folder, config, HPARAMS, tensors)
     return Weights(folder, config, tensors)
 
 
@@ -235,10 +238,13 @@ def _published_config(path: Path, tensors: Mapping[str, StoredTensor]) -> GPT2Co
     )
 
 
-def _check_agreement(
+def check_agreement(
     path: Path, config: GPT2Config, file: str, tensors: Mapping[str, StoredTensor]
 ) -> None:
-    # Before a model is made, which a wrong config could make larger than the memory.
+    """UserError where GPT-2's tensors contradict the config, which `file` holds.
+
+    It comes before a model is made, which a wrong config could make larger than the memory.
+    """
     wte = tensors.get("transformer.wte.weight")
     if wte is None or len(wte.shape) != 2:
         raise UserError(f"{path} lacks transformer.wte.weight of shape (vocab_size, n_embd)")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from micrograd_gpt.arrays.devices import Array
-from micrograd_gpt.nn import Embedding, LayerNorm, Linear, Module, Parameter, parts
-from micrograd_gpt.support.cli import say
+from micrograd_gpt.nn import Embedding, LayerNorm, Linear, Module
+from micrograd_gpt.support.cli import listed, say, say_once
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Tensor
 from micrograd_gpt.weights.reading import StoredTensor
@@ -39,27 +39,19 @@ def fill(
             progress.update(array.nbytes)
 
 
-def stored_parameters(model: Module) -> dict[str, Parameter]:
-    """A model's parameters by their names in its file: those that blocks share have several."""
-    first = dict(model.named_parameters())
-    everywhere = {name: part for name, part in parts(model) if isinstance(part, Parameter)}
-    return {
-        name: parameter
-        for name, parameter in everywhere.items()
-        if name in first or name.startswith("transformer.h.")
-    }
-
-
-def check_kept(model: Module) -> None:
-    """ValueError where a layer's weight or bias is a plain Tensor, which no file would keep."""
-    for name, part in model.modules():
-        for key in ("weight", "bias") if isinstance(part, Linear | Embedding | LayerNorm) else ():
-            value = getattr(part, key, None)
-            if isinstance(value, Tensor) and not isinstance(value, Parameter):
-                raise ValueError(
-                    f"{name}.{key} is a plain Tensor, which is not saved: make it an nn.Parameter "
-                    "(with requires_grad = False it is not trained)".lstrip(".")
-                )
+def say_what_is_not_kept(model: Module) -> None:
+    """A note on stderr where a layer's weight or bias is a plain Tensor, which no file keeps."""
+    plain = [
+        f"{name}.{key}".lstrip(".")
+        for name, part in model.modules()
+        for key in (("weight", "bias") if isinstance(part, Linear | Embedding | LayerNorm) else ())
+        if type(getattr(part, key, None)) is Tensor
+    ]
+    if plain:
+        say_once(
+            f"note: {listed(plain)}: a plain Tensor is not saved; to keep it, make it an "
+            "nn.Parameter (with requires_grad = False it is not trained)"
+        )
 
 
 def check_fit(

@@ -16,7 +16,7 @@ import numpy as np
 
 from micrograd_gpt.nn import Module
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.weights.loading import check_fit, check_kept, fill
+from micrograd_gpt.weights.loading import check_fit, fill, say_what_is_not_kept
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
 
 
@@ -24,10 +24,10 @@ def save_parameters(module: Module, path: str | Path) -> None:
     """Write all parameters, by their names, to a safetensors file, whole or not at all.
 
     Each is kept in its own dtype and comes back bit for bit, also on another device. What is no
-    Parameter is not kept. Raises ValueError for a module that has none, and for a layer whose
-    weight is none, UserError if the file can't be written.
+    Parameter is not kept; stderr names a layer's weight that is none. Raises ValueError for a
+    module that has none, UserError if the file can't be written.
     """
-    check_kept(module)
+    say_what_is_not_kept(module)
     arrays = {name: parameter.data for name, parameter in module.named_parameters()}
     if not arrays:
         raise ValueError(f"{type(module).__name__} has no parameters to save")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,34 @@ from typing import Any
 import numpy as np
 
 from micrograd_gpt.arrays.devices import Array, move
-from micrograd_gpt.arrays.int8 import INT8, arriving, axis_of, is_held_in_int8, refuse_int8
+from micrograd_gpt.arrays.int8 import (
+    INT8,
+    arriving,
+    axis_of,
+    hold_in_int8,
+    is_held_in_int8,
+    refuse_int8,
+)
 from micrograd_gpt.arrays.memory import HugePages
 from micrograd_gpt.arrays.precision import check_precision, hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.nn import Parameter, parts
 from micrograd_gpt.support.cli import listed, say
 from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.variants import VariantGPT2, differences
-from micrograd_gpt.weights.config import config_for, has_head, model_class
-from micrograd_gpt.weights.formats import Weights
-from micrograd_gpt.weights.loading import fill, stored_parameters
+from micrograd_gpt.weights.config import (
+    CONFIG,
+    architecture,
+    config_for,
+    has_head,
+    model_class,
+    own_classes,
+)
+from micrograd_gpt.weights.formats import Weights, check_agreement
+from micrograd_gpt.weights.loading import fill
 from micrograd_gpt.weights.names import open_model
-from micrograd_gpt.weights.reading import StoredTensor
-
-THEIRS = r"(TF|Flax)?GPT2(\w*Model\w*|For\w+)?"  # our class, and what Transformers calls its
+from micrograd_gpt.weights.reading import StoredTensor, same_bytes
 
 
 def from_pretrained(
@@ -63,13 +75,16 @@ def build(
     refuse_int8(dtype, device)
     check_precision(dtype, INT8)
     config = config_for(cls, weights.config, weights.values, weights.path)
+    if cls is GPT2 and (own := own_classes(weights.values)):
+        check_agreement(weights.path, weights.config, CONFIG, weights.tensors)
+        say(f"note: {weights.path} was saved by a class {listed(own)}, and is loaded as a GPT2")
     try:
+        model = unwritten(config, cls, dtype)
+        if new := _new_in(model, weights):
+            model = model_class(config, cls)(config)
         if dtype == INT8:
-            model, arrays = _to_fill_in_int8(config, cls)
+            arrays = _to_fill_in_int8(model, new)
         else:
-            model = unwritten(config, cls, dtype)
-            if new := _new_in(model, weights):
-                model = model_class(config, cls)(config)
             hold_in(model, dtype)
             move(model, device)
             arrays = {name: p.data for name, p in model.named_parameters() if name not in new}
@@ -78,19 +93,23 @@ def build(
             f"{weights.path}: not enough memory for this model ({reason(error)})"
         ) from error
     _check_reads_all(model, weights)
-    if cls is GPT2:
-        _say_if_changed(weights)
-    _add_shared(arrays, model, weights)
-    fill(arrays, {**weights.tensors, **_own_tensors(arrays, weights)}, weights.path)
+    tensors = {**weights.tensors, **_own_tensors(arrays, weights)}
+    fill(arrays, _each_once(tensors, model), weights.path)
     return model.eval()
 
 
-def _add_shared(arrays: dict[str, Any], model: GPT2, weights: Weights) -> None:
-    """Have what blocks share be read under each of its names in the file, into the same array."""
+def _each_once(tensors: Mapping[str, StoredTensor], model: GPT2) -> dict[str, StoredTensor]:
+    """These tensors without the copies that blocks which share weights have in a GPT2's file."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
-    for name, parameter in stored_parameters(model).items():
-        if name in weights.tensors and first[id(parameter)] in arrays:
-            arrays.setdefault(name, arrays[first[id(parameter)]])
+    names = {name: first[id(part)] for name, part in parts(model) if isinstance(part, Parameter)}
+    copies = {
+        name
+        for name in tensors.keys() & names.keys()
+        if name != names[name]
+        and names[name] in tensors
+        and same_bytes(tensors[name], tensors[names[name]])
+    }
+    return {name: tensors[name] for name in tensors if name not in copies}
 
 
 def _own_tensors(arrays: Mapping[str, Any], weights: Weights) -> dict[str, StoredTensor]:
@@ -120,7 +139,7 @@ def _check_reads_all(model: GPT2, weights: Weights) -> None:
 def _new_in(model: GPT2, weights: Weights) -> set[str]:
     """The parameters that a class of one's own has beyond the model which another class saved."""
     cls = type(model)
-    if cls in (GPT2, VariantGPT2) or weights.values.get("architectures") == [cls.__name__]:
+    if cls in (GPT2, VariantGPT2) or weights.values.get("architectures") == [architecture(cls)]:
         return set()
     base = {name for name, _ in unwritten(weights.config).named_parameters()}
     stored = {*weights.tensors, *weights.heads, *weights.unused}
@@ -130,41 +149,34 @@ def _new_in(model: GPT2, weights: Weights) -> set[str]:
     return new
 
 
-def _say_if_changed(weights: Weights) -> None:
-    """A note on stderr where the config names a class of somebody's own, which may compute more."""
-    named = weights.values.get("architectures")
-    named = map(str, named if isinstance(named, list) else [])
-    if own := [name for name in named if not re.fullmatch(THEIRS, name)]:
-        say(f"note: {weights.path} was saved by a class {listed(own)}, and is loaded as a GPT2")
-
-
-def _to_fill_in_int8(config: GPT2Config, cls: type[GPT2]) -> tuple[GPT2, dict[str, Any]]:
-    """A model whose matrices are int8, and what its tensors are read into.
-
-    It is made with zeros that no matrix keeps, so that those of one shape can be the same.
-    """
-    model, memory = unwritten(config, cls, new=functools.cache(np.zeros)), HugePages()
+def _to_fill_in_int8(model: GPT2, new: set[str]) -> dict[str, Any]:
+    """Make a model's matrices int8; what its tensors are read into, but for the new ones."""
+    memory = HugePages()
     arrays: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
+        if name in new:
+            hold_in_int8(name, parameter)
+            continue
         arrays[name] = parameter.data
         parameter.requires_grad = False
         if is_held_in_int8(name, parameter):
             arrays[name] = arriving(parameter.shape, axis_of(name), memory.zeros)
             parameter.data = arrays[name].matrix
-    return model, arrays
+    return arrays
 
 
-def unwritten(
-    config: GPT2Config, cls: type[GPT2] = GPT2, dtype: str = "float32", new: Any = None
-) -> GPT2:
-    """A model to fill, whose matrices are of this type: zeros that `new`, or else the system, gives
-    and that take no room until then. A class whose `__init__` takes no `init` draws its own."""
-    new = HugePages().zeros if new is None else new
+def unwritten(config: GPT2Config, cls: type[GPT2] = GPT2, dtype: str = "float32") -> GPT2:
+    """A model to fill, whose matrices are of this type: zeros that the system gives and that take
+    no room until then; for int8 float32's, the same for all of one shape, as no matrix keeps them.
+    A class whose `__init__` takes no `init` draws its own."""
+    is_int8 = dtype == INT8
+    new = functools.cache(np.zeros) if is_int8 else HugePages().zeros
+    held = np.dtype("float32" if is_int8 else dtype)
     tables = [(rows, config.n_embd) for rows in (config.vocab_size, config.n_positions)]
 
     def zeros(shape: tuple[int, ...], std: float) -> Array:
         # Embeddings keep C order, and Linear would copy what is not in Fortran order.
-        return new(shape, np.dtype(dtype), order="C" if shape in tables else "F")
+        return new(shape, held, order="C" if shape in tables else "F")
 
     made = model_class(config, cls)
     takes_init = "init" in inspect.signature(made).parameters

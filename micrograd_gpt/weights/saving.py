@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from micrograd_gpt.arrays.devices import Array, to_device
 from micrograd_gpt.arrays.int8 import INT8
 from micrograd_gpt.checks import check_described
 from micrograd_gpt.gpt2 import GPT2
-from micrograd_gpt.support.cli import say
+from micrograd_gpt.nn import Parameter, parts
+from micrograd_gpt.support.cli import say_once
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.support.files import reading, write_text, written_whole
@@ -24,7 +25,7 @@ from micrograd_gpt.variants import VariantGPT2
 from micrograd_gpt.weights.config import (
     ADAPTED_CONFIG,
     CONFIG,
-    config_class,
+    architecture,
     config_for,
     config_json,
     has_head,
@@ -37,7 +38,7 @@ from micrograd_gpt.weights.formats import (
     implied_by,
     weight_files,
 )
-from micrograd_gpt.weights.loading import check_kept, stored_parameters
+from micrograd_gpt.weights.loading import say_what_is_not_kept
 from micrograd_gpt.weights.tensor_files import write_safetensors
 
 
@@ -56,8 +57,8 @@ def save_pretrained(
     to the safetensors file's own. Raises UserError if the files can't be written, and leaves what
     was there before, for a whole model in int8, for the folder of an adapter's own base, and for an
     empty name, which would be the current folder; ValueError for a GPT2 that its config no longer
-    describes, for a config that `from_pretrained` would not give back, and for a layer whose weight
-    is no Parameter.
+    describes. What `from_pretrained` would not give back of a class of one's own is said on stderr,
+    once: a setting, or a layer's weight that is no Parameter.
     """
     if not str(folder):
         raise UserError("the name of the folder is empty: give one to save the model in")
@@ -90,17 +91,18 @@ def write_model(
     on_cpu = {name: to_device(array, "cpu") for name, array in arrays.items()}
     stored = dtype or ("float32" if held == INT8 else held)  # an adapter beside int8 is float32
     config = config_json(model.config, stored, tokenizer.special_tokens if tokenizer else None)
+    config = storable(config)
     if isinstance(model, GPT2):
         config |= _own_in_config(model)
-        _check_comes_back(model, _as_json(config))
+        _say_what_is_lost(model, config)
     config |= also_in_config or {}
     write_safetensors(folder / file, on_cpu, {"format": "pt", **(metadata or {})}, dtype)
     adapter = (ADAPTER_MODEL, ADAPTED_CONFIG, ADAPTER_CONFIG)
     if file == MODEL:
-        write_text(folder / CONFIG, _as_json(config))
+        _write_json(folder / CONFIG, config)
     else:
-        write_text(folder / ADAPTED_CONFIG, _as_json(config))
-        write_text(folder / ADAPTER_CONFIG, _as_json(model.adapter.config(model)))
+        _write_json(folder / ADAPTED_CONFIG, config)
+        _write_json(folder / ADAPTER_CONFIG, model.adapter.config(model))
     before = weight_files(folder.parent)  # of what was saved here
     for other in {*before, *(adapter if file == MODEL else (CONFIG,))} - {file}:
         without(folder / other)
@@ -132,68 +134,75 @@ def stored_arrays(model: Any) -> tuple[str, dict[str, Array]]:
     adapter = getattr(model, "adapter", None)
     if adapter is not None:
         return ADAPTER_MODEL, adapter.arrays(model)
-    check_kept(model)
-    return MODEL, {name: p.data for name, p in stored_parameters(model).items()}
+    say_what_is_not_kept(model)
+    return MODEL, {name: p.data for name, p in _stored_parameters(model).items()}
+
+
+def _stored_parameters(model: Any) -> dict[str, Parameter]:
+    """A model's parameters by their names in its file. Those that the blocks of a GPT2 share have
+    one for each block, so that it loads as any other; in a class of one's own each has one."""
+    once = dict(model.named_parameters())
+    blocks = len(getattr(model.transformer, "h", ()))
+    if type(model) not in (GPT2, VariantGPT2) or blocks != model.config.n_layer:
+        return once
+    return {
+        name: part
+        for name, part in parts(model)
+        if isinstance(part, Parameter) and (name in once or name.startswith("transformer.h."))
+    }
 
 
 def _own_in_config(model: GPT2) -> dict[str, Any]:
-    """What config.json says of a class of one's own, or of a GPT2 that was given a head, where the
-    words for a GPT-2 would be untrue."""
-    cls = type(model)
-    if cls is VariantGPT2 or (cls is GPT2 and not has_head(model)):
+    """What config.json says of a class of one's own, or of a GPT2 that was edited to have a head or
+    other shapes than its config, where the words for a GPT-2 would be untrue."""
+    cls, implied = type(model), implied_by(_stored_parameters(model))
+    is_described = all(getattr(model.config, key) == found for key, found in implied.items())
+    if cls is VariantGPT2 or (cls is GPT2 and is_described and not has_head(model)):
         return {}
     untied = {"tie_word_embeddings": False} if has_head(model) else {}
-    return {"architectures": [cls.__name__], **untied}
+    return {"architectures": [architecture(cls)], **untied}
 
 
-def _check_comes_back(model: GPT2, text: str) -> None:
-    """ValueError unless from_pretrained makes the model's config of this text of a config.json."""
-    config, read = model.config, json.loads(text)
-    kind, name = config_class(type(model)), type(config).__name__
-    if type(config) is not kind:
-        raise ValueError(
-            f"the model's config is a {name}, but from_pretrained would make a {kind.__name__}: "
-            f"say config_class = {name} in the class of the model"
-        )
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    if "__dataclass_params__" not in vars(kind):
-        raise ValueError(
-            f"{name} is no @dataclass, so that its own settings would be lost: make it one"
-        )
-    if others := vars(config).keys() - fields.keys():
-        _say_once(
+def _say_what_is_lost(model: GPT2, values: dict[str, Any]) -> None:
+    """Notes on stderr where from_pretrained would not make the model's config of these values, the
+    contents of config.json."""
+    config, name = model.config, type(model.config).__name__
+    fields = dataclasses.fields(config)
+    if others := vars(config).keys() - {field.name for field in fields}:
+        say_once(
             f"note: {CONFIG} does not keep {name}.{min(others)}: for that, make it a field, in a "
             "@dataclass of your own"
         )
-    for key, found in implied_by(stored_parameters(model)).items():
-        if found != getattr(config, key):
-            raise ValueError(
-                f"the config says {key} = {getattr(config, key)}, but there is {found} in the "
-                "model, which could not be loaded: make them agree"
-            )
-    again = config_for(type(model), read_config(read), read, CONFIG)
-    for key in (key for key, field in fields.items() if field.init):
+    try:
+        again = config_for(type(model), read_config(values), values, CONFIG)
+    except Exception as error:  # whatever a class of one's own raises: its weights are saved
+        say_once(f"note: from_pretrained will not take the {name} that was saved: {error!s:.200}")
+        return
+    if type(again) is not type(config):
+        say_once(
+            f"note: from_pretrained will make a {type(again).__name__} of the model's {name}: say "
+            f"config_class = {name} in the class of the model"
+        )
+        return
+    for key in (field.name for field in fields if field.init):
         before, after = getattr(config, key), getattr(again, key)
-        if _as_json(before) != _as_json(after):  # a tuple becomes a list, and that is as good
-            raise ValueError(
-                f"{name}.{key} is {before!r}, which {CONFIG} would give back as {after!r}: change "
-                "the value, or the name of the field"
+        before = before.item() if isinstance(before, np.generic) else before
+        if (type(before), repr(before)) != (type(after), repr(after)):
+            say_once(
+                f"note: {CONFIG} gives {name}.{key} back as {after!r:.80}, not {before!r:.80}: "
+                "change the value, or the name of the field"
             )
 
 
-@functools.cache
-def _say_once(note: str) -> None:
-    """What holds for each checkpoint of a run."""
-    say(note)
+def storable(values: dict[str, Any]) -> dict[str, Any]:
+    """Those of these values that JSON can hold, as it gives them back."""
+    found = {}
+    for key, value in values.items():
+        with suppress(TypeError, ValueError):  # NumPy's numbers it can hold as Python's
+            found[key] = json.loads(json.dumps(value, default=np.generic.item))
+    return found
 
 
-def _as_json(content: Any) -> str:
-    return json.dumps(content, indent=2, default=_plain) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):  # a rank or another setting may be a number of NumPy's
-        return value.item()
-    raise ValueError(
-        f"{CONFIG} can hold numbers, texts, True, False, None and lists of these, not {value!r:.80}"
-    )
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    # A rank or another setting may be a number of NumPy's
+    write_text(path, json.dumps(content, indent=2, default=np.generic.item) + "\n")
