@@ -18,6 +18,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import finish_set
 from micrograd_gpt.support.files import read_json
 from micrograd_gpt.variants import (
+    CHOICES,
     FOR_LEARNING,
     OWN_VALUES,
     VariantConfig,
@@ -96,8 +97,10 @@ def read_config(source: str | Path | Mapping[str, Any], file: str | Path = CONFI
         raise UserError(f"{file} lacks {', '.join(missing)}")
     if was_edited(source):  # it makes its own head
         source = {key: source[key] for key in source if key != "tie_word_embeddings"}
+    own = {*CHOICES, "n_inner"} - OWN_VALUES.keys()  # settings of a GPT2Config that was edited
     try:
-        config = VariantConfig(**taken(VariantConfig, source))
+        variant = {key: source[key] for key in source if key not in own}
+        config = VariantConfig(**taken(VariantConfig, variant))
         return GPT2Config(**taken(GPT2Config, source)) if is_gpt2(config) else config
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
@@ -150,13 +153,13 @@ def config_json(
     further = taken(type(config), vars(config))
     further = {key: further[key] for key in further if key not in (*shape, *OWN_VALUES)}
     if variant.keys() & set(FOR_LEARNING):
-        choices = {key: getattr(config, key) for key in FOR_LEARNING}
+        choices = {key: getattr(config, key, OWN_VALUES.get(key)) for key in FOR_LEARNING}
         values = {"model_type": "micrograd-gpt", **shape, **choices, **variant}
     else:
         values = {
             "model_type": "gpt2",
             "architectures": ["GPT2LMHeadModel"],
-            "activation_function": "gelu_new",
+            "activation_function": getattr(config, "activation_function", "gelu_new"),
             "n_ctx": config.n_positions,
             "tie_word_embeddings": True,
             **shape,

@@ -187,7 +187,7 @@ def _say_what_is_lost(model: GPT2, values: dict[str, Any]) -> None:
     for key in (field.name for field in fields if field.init):
         before, after = getattr(config, key), getattr(again, key)
         before = before.item() if isinstance(before, np.generic) else before
-        if (type(before), repr(before)) != (type(after), repr(after)):
+        if repr(before) != repr(after):  # a tuple as a list, or a key 1 as the text "1"
             say_once(
                 f"note: {CONFIG} gives {name}.{key} back as {after!r:.80}, not {before!r:.80}: "
                 "change the value, or the name of the field"

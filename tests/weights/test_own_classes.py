@@ -24,9 +24,12 @@ from micrograd_gpt import functional as F
 from micrograd_gpt import nn, no_grad
 from micrograd_gpt.gpt2 import GPT2, Block, GPT2Config
 from micrograd_gpt.nn import Parameter
+from micrograd_gpt.optim import AdamW
+from micrograd_gpt.runs.checkpoint import load_run, save_run
 from micrograd_gpt.support.cli import say_once
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Tensor
+from micrograd_gpt.text.tokenizers import CharTokenizer
 from micrograd_gpt.variants import VariantConfig, VariantGPT2
 from micrograd_gpt.weights.config import read_config
 
@@ -38,6 +41,7 @@ SHAPE: dict[str, Any] = {
     "n_positions": 6,
 }
 IDS = [[1, 2, 3]]
+TOKENIZER = CharTokenizer.from_text("abcdefghijk")
 
 
 def logits(model: GPT2) -> np.ndarray:
@@ -327,6 +331,16 @@ def test_a_setting_that_would_not_come_back_is_said_once(
     json.loads((tmp_path / "a" / "config.json").read_text())
 
 
+def test_a_run_with_such_settings_is_saved_and_goes_on(tmp_path: Path) -> None:
+    model = rope(windows=(3, 4), name=print)
+    save_run(tmp_path, model, TOKENIZER, AdamW(model.parameters()), {})
+    again = Rope.from_pretrained(tmp_path)
+    load_run(tmp_path, again, AdamW(again.parameters()))
+    again.config.windows.append(5)
+    with pytest.raises(UserError, match=r"saved with windows \[3, 4\], .* now says \[3, 4, 5\]"):
+        load_run(tmp_path, again, AdamW(again.parameters()))
+
+
 def test_settings_that_come_back_need_no_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -423,8 +437,11 @@ EDITS = {
         "        return (self.lm_head(x) / self.config.cap).tanh() * self.config.cap\n"
     ),
 }
-# What a constant table and a block that is used again are edited into
+# A constant table, a block that is used again, and settings by the names that variants have
 MORE_EDITS = {
+    "    n_positions: int = 1024  # the longest context, in tokens\n": (
+        '    activation_function: str = "swiglu"\n    position_embedding: str = "rope"\n'
+    ),
     "        self.wpe = Embedding(c.n_positions, c.n_embd, init, std=0.01)\n": (
         "        self.wpe.weight = Tensor(np.ones((c.n_positions, c.n_embd), np.float32))\n"
     ),
@@ -452,8 +469,8 @@ print(difference.any())
     ("edits", "as_unedited"),
     [
         (EDITS, r"does not have: 'lm_head\.bias' and 1 more"),
-        (MORE_EDITS, r"lacks 'transformer\.wpe\.weight'"),
-        ({**EDITS, **MORE_EDITS}, r"lacks 'transformer\.wpe\.weight'"),
+        (MORE_EDITS, "position_embedding must be one of .*, not 'rope'"),
+        ({**EDITS, **MORE_EDITS}, "position_embedding must be one of .*, not 'rope'"),
     ],
 )
 def test_a_gpt2_that_was_edited_in_its_file_comes_back(
