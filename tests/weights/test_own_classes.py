@@ -271,6 +271,15 @@ class OfThat(GPT2):
     config_class = AsTransformersHasIt
 
 
+@dataclasses.dataclass
+class Placed(GPT2Config):
+    position_embedding: str = "rope"
+
+
+class OfPlaced(GPT2):
+    config_class = Placed
+
+
 class Norm(str, enum.Enum):
     RMS = "rms"
 
@@ -306,6 +315,7 @@ def rope(**settings: Any) -> Rope:
             lambda: OfNamed(Named(**SHAPE, activation_function="mish")),
             "will not take the Named that was saved: config.json: activation_function must be",
         ),
+        (lambda: OfPlaced(Placed(**SHAPE)), "config.json: position_embedding must be one of"),
         (lambda: OfByName(ByName(**SHAPE, pruned={1: [2]})), "will not take the ByName that was"),
         (lambda: OfThat(AsTransformersHasIt(2.0, **SHAPE)), "not keep AsTransformersHasIt.theta"),
         (lambda: rope(cap=np.zeros(3)), "RopeConfig.cap back as None, not array([0., 0., 0.]): "),
@@ -437,7 +447,7 @@ EDITS = {
         "        return (self.lm_head(x) / self.config.cap).tanh() * self.config.cap\n"
     ),
 }
-# A constant table, a block that is used again, and settings by the names that variants have
+# A constant table, more blocks, one of them twice, and settings by the names that variants have
 MORE_EDITS = {
     "    n_positions: int = 1024  # the longest context, in tokens\n": (
         '    activation_function: str = "swiglu"\n    position_embedding: str = "rope"\n'
@@ -446,7 +456,7 @@ MORE_EDITS = {
         "        self.wpe.weight = Tensor(np.ones((c.n_positions, c.n_embd), np.float32))\n"
     ),
     "        self.h = [Block(c, init, draws) for _ in range(c.n_layer)]\n": (
-        "        self.h += [self.h[0]]\n"
+        "        self.h += [Block(c, init, draws), self.h[0]]\n"
     ),
 }
 SAVED_AND_LOADED = """
