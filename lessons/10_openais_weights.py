@@ -77,7 +77,7 @@ print(data[8 : 8 + length].decode())
 # eight. Then come the numbers, each in four bytes: 1.0 is `00 00 80 3f`. `data_offsets` says where
 # a tensor's bytes begin and end, counted from the end of the list.
 #
-# One trap: the library's `save` takes an array's memory as it lies for rows. `nn.Linear` keeps its
+# One trap: the library's `save` writes memory as it lies, row by row. `nn.Linear` keeps its
 # weight column after column, so whoever writes one by hand passes `np.ascontiguousarray(weight)`.
 # `save_parameters` (`weights/parameters.py`) does so for the parameters of any module.
 #

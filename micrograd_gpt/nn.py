@@ -105,7 +105,7 @@ class Linear(Module):
     """x (…, n_in) -> x @ weight + bias (…, n_out); weight (n_in, n_out) as GPT-2 stores it, but
     column after column in memory (Fortran order), as decoding, one row @ weight, reads it."""
 
-    def __init__(self, n_in: int, n_out: int, init: Init = normal(1), std: float = 0.02) -> None:
+    def __init__(self, n_in: int, n_out: int, init: Init = normal(101), std: float = 0.02) -> None:
         self.weight = Parameter(np.asfortranarray(init((n_in, n_out), std)))
         self.bias = Parameter(np.zeros(n_out, np.float32))
 
@@ -114,9 +114,9 @@ class Linear(Module):
 
 
 class Embedding(Module):
-    """Integer ids (…) -> rows of weight (…, width), which has a seed of its own by default."""
+    """Integer ids (…) -> rows of weight (…, width), drawn apart from Linear's by default."""
 
-    def __init__(self, count: int, width: int, init: Init = normal(2), std: float = 0.02) -> None:
+    def __init__(self, count: int, width: int, init: Init = normal(102), std: float = 0.02) -> None:
         self.weight = Parameter(init((count, width), std))
 
     def __call__(self, ids: Any) -> Tensor:

@@ -169,17 +169,15 @@ class Habits:
     def _changed(self, result: Any) -> Any:
         """What `t -= x` makes of t, where `t - x` is the result.
 
-        It changes in place, as in NumPy and PyTorch, unless the tape leads to either. Such a name
-        gets the new tensor, so that what was computed with the old one keeps its gradient.
+        A parameter, and any other leaf that learns, changes in place, within no_grad. Any other
+        name gets the new tensor, so that what was computed with the old one keeps its gradient, and
+        an array that the old one was made of its numbers.
         """
-        if self._node is not None or (result.requires_grad and not self.requires_grad):
+        is_plain = type(self) is type(result)  # and no Parameter
+        if self._node is not None or (is_plain and not self.requires_grad):
             return result
         if result.requires_grad:
             raise RuntimeError("a leaf that requires a gradient changes in place within no_grad()")
-        if self.data.dtype.kind in "iub" and result.data.dtype.kind not in "iub":
-            raise TypeError(
-                f"{result.data.dtype} numbers do not fit into a tensor of {self.data.dtype}"
-            )
         self.data[...] = result.data
         self.data = self.data  # tells the tape that it changes
         return self

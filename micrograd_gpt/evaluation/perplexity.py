@@ -47,8 +47,8 @@ def sliding_windows(length: int, width: int, stride: int) -> list[Window]:
         raise UserError("a window has 2 tokens or more, one to score and its context: not 1")
     if not 1 <= stride < width:
         raise UserError(
-            f"the stride is {stride} and a window has {width} tokens: give a --stride from 1 to "
-            f"{width - 1}"
+            f"the stride is {stride} and a window has {width} tokens, of which the first has no "
+            f"context to score it by: give a --stride from 1 to {width - 1}"
         )
     windows, scored = [], 1
     for begin in range(0, length, stride):

@@ -228,6 +228,8 @@ def check_memory_to_read(model: Any, tokens: int, in_cache: int = 0) -> None:
 def _allocate(model: GPT2, rows: int, capacity: int) -> KVCache:
     try:
         return KVCache(model, rows, capacity)
+    except UserError:
+        raise
     except (MemoryError, ValueError):  # ValueError: more than an array can have at all
         size = bytes_of_cache(model, rows, capacity) / 1e9
         raise UserError(

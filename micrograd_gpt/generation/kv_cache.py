@@ -11,7 +11,10 @@ from micrograd_gpt.arrays.devices import library_for
 from micrograd_gpt.arrays.precision import compute_dtype
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.layers import Key
+from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Array, Tensor, concatenate, is_recorded
+
+WITHOUT = "decode with use_cache=False (generate.py: --no-kv-cache)"
 
 
 class KVCache:
@@ -22,16 +25,16 @@ class KVCache:
     holds `lengths[b]` tokens; to forget the latest ones, lower that number. `length` is the length
     of all rows where they agree, and raises ValueError where they do not; setting it sets them all.
 
-    Raises TypeError for a model whose blocks do not all have the same number of heads, `n_head`.
+    Raises UserError for a model whose blocks do not all have the same number of heads, `n_head`.
     """
 
     def __init__(self, model: GPT2, batch_size: int = 1, capacity: int | None = None) -> None:
         weight, blocks = model.transformer.wte.weight, model.transformer.h
         heads = {getattr(block.attn, "n_head", None) for block in blocks}
         if None in heads or len(heads) > 1:  # an attention of one's own
-            raise TypeError(
+            raise UserError(
                 "a KV cache takes one n_head for all blocks, and not every block has the same: "
-                "decode with use_cache=False"
+                + WITHOUT
             )
         (count,) = heads
         capacity = model.config.n_positions if capacity is None else capacity
@@ -109,10 +112,10 @@ class Past:
         if starts.min() < 0 or starts.max() + t > room:
             raise ValueError(f"the KV cache holds {room} positions: no {t} more after {starts}")
         heads, size = self.keys.shape[1], self.keys.shape[3]
-        if {x.shape[1::2] for x in (k, v)} != {(heads, size)}:  # an attention of one's own
-            raise ValueError(
+        if any(x.shape[1] not in (1, heads) or x.shape[3] != size for x in (k, v)):
+            raise UserError(  # an attention of one's own
                 f"the KV cache holds {heads} heads of {size} numbers, not those of keys {k.shape} "
-                f"and values {v.shape}: decode with use_cache=False"
+                f"and values {v.shape}: {WITHOUT}"
             )
 
         def attend(rows: slice, start: int) -> Tensor:

@@ -158,6 +158,8 @@ def attention_weights(model: GPT2, attention: Any, since: int = 0) -> np.ndarray
 def check_same(model: GPT2, ours: np.ndarray, own: np.ndarray, size: Any, what: str) -> None:
     """UserError, saying what is not as in GPT-2, unless what is computed anew is the model's own,
     but for rounding. `size` is how large the numbers are that it is computed from."""
+    if not np.isfinite(own).all():
+        raise UserError("the model computes numbers that are not finite, which cannot be drawn")
     weight = model.transformer.wte.weight
     is_exact = device_of(weight.data) == "cpu" and str(compute_dtype(weight)) not in HALF
     apart = np.asarray(size) * (EXACT if is_exact else COARSE)
@@ -218,7 +220,7 @@ def attribution(model: GPT2, seen: Observation, targets: Any) -> Attribution:
     for block, mixed in zip(blocks, seen.mixed, strict=True):
         projection = block.attn.c_proj
         if type(projection) is not Linear:
-            raise UserError("the microscope needs plain `c_proj`: adapters are to be folded in")
+            raise UserError("the microscope needs a plain Linear as c_proj: fold an adapter in")
         through = mixed[:count] * (direction @ _wide(projection.weight.data).T)  # (T, C)
         heads.append(through.reshape(count, model.config.n_head, -1).sum(axis=-1).T)  # (H, T)
         biases.append(direction @ vector(projection, "bias", 0, row.shape[-1]))  # (T,)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,15 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def with_flags_of_file(given: dict[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that were given, and those in the file that --config names if there is one."""
+def with_flags_of_file(
+    given: dict[str, Any], table: Mapping[str, Any], decided: Collection[str] = ()
+) -> dict[str, Any]:
+    """The flags that were given, and those in the file that --config names if there is one, but for
+    what is `decided` by a flag that was given."""
     given = dict(given)
     file = given.pop("config", None)
-    return given if file is None else read_config_file(file, table) | given
+    flags = {} if file is None else read_config_file(file, table)
+    return {name: flags[name] for name in flags if name not in decided} | given
 
 
 def read_config_file(path: str | Path, table: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,11 +37,11 @@ class Metrics:
         self._events = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if step == 0 and self.path.exists():  # of an earlier run
-                for path in (self.folder / EVENTS).glob("events.out.tfevents.*"):
-                    path.unlink()
+            events = [*(self.folder / EVENTS).glob("events.out.tfevents.*")]
             if tensorboard:
                 self._events = _event_writer(self.folder, step)
+            for path in events if step == 0 and self.path.exists() else ():  # of an earlier run
+                path.unlink()
             if step == 0:
                 self.path.unlink(missing_ok=True)
                 if (self.folder / CURVES).is_file():  # of an earlier run

@@ -131,8 +131,8 @@ class Recorder:
         self.best_loss = checkpoint.best_loss(self.out, vars(self.settings))
         if self.best_loss == math.inf and checkpoint.holds_run(self.out / checkpoint.BEST):
             say(
-                f"note: {self.out / checkpoint.BEST} was chosen by other validation text: the next "
-                "validation replaces it"
+                f"note: {self.out / checkpoint.BEST} was chosen by other validation text, or with "
+                "other --eval-batches: the next validation replaces it"
             )
 
     def _announce(self) -> None:

@@ -243,7 +243,9 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
         for row in rows:
             row.add_to(group)
     config_file.add_flag(parser)
-    return config_file.with_flags_of_file(vars(parser.parse_args(argv)), SETTINGS)
+    given = vars(parser.parse_args(argv))
+    decided = OF_THE_WEIGHTS if "init_from" in given else SHAPES["tiny"] if "size" in given else ()
+    return config_file.with_flags_of_file(given, SETTINGS, decided)
 
 
 def write_settings(settings: argparse.Namespace) -> None:
@@ -353,8 +355,9 @@ def resumed_settings(
         may_change = row.change in (FREE, ONCE) or (allowed and row.change is ASK)
         if value != settings[name] and not may_change:
             choice = "add --allow-changes, " if row.change is ASK else ""
-            other = name in (*OF_THE_WEIGHTS, "block_size")  # these weights have their own
-            start = "in another --out" if other else f"with --{anew} {out}"
+            larger = name == "block_size" and value > settings[name]
+            decided = larger or name in OF_THE_WEIGHTS  # by these weights
+            start = "in another --out" if decided else f"with --{anew} {out}"
             raise UserError(
                 f"the run in {out} has {row.flag} {settings[name]}, not {value}: leave the flag "
                 f"out to resume, {choice}or start another run {start}"

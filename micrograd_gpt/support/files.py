@@ -139,7 +139,7 @@ def other_checkpoint(path: str | Path) -> str:
     the damaged one, its latest, or one that was kept. Nothing ("") for any other file.
     """
     folder, name = Path(path).parent, Path(path).name
-    run = folder.parent if folder.name == BEST else folder
+    run = folder.parent if folder.name == BEST or folder.name.startswith("step-") else folder
     kept = sorted(run.glob("step-*"), reverse=True)
     places = [place for place in (run / BEST, run, *kept) if (place / name).is_file()]
     if len(places) < 2:

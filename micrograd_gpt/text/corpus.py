@@ -227,9 +227,9 @@ def _warn_if_shared(source: Any, validation: Any) -> None:
     trained, other = ({file.resolve() for file in text_files(s)} for s in (source, validation))
     if shared := other & trained:
         say(
-            f"warning: {counted(len(shared), 'file')} of --validation {validation} "
-            f"({min(shared)}) is trained on too, as part of --data {source}: "
-            "the validation loss says nothing about a new text"
+            f"warning: --validation {validation} shares {counted(len(shared), 'file')} "
+            f"({min(shared)}) with --data {source}: the validation loss says nothing about a new "
+            "text"
         )
 
 

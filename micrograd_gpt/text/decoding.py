@@ -36,7 +36,7 @@ PACKED = {  # how files begin that hold text, but not as text, and how to get at
     b"PK\x03\x04": "zip, as .docx and .epub are too: unpack it, or save it as plain text",
     b"%PDF-": "PDF: save it as plain text first, as with pdftotext",
     b"{\\rtf": "RTF: save it as plain text first",
-    b"PAR1": "Parquet: call it .parquet",
+    b"PAR1\x15": "Parquet: call it .parquet",
     b"\x93NUMPY": "an array of NumPy's: write token ids into train.bin and val.bin, with "
     "ids.astype(np.uint16).tofile, and give their folder",
     **dict.fromkeys(

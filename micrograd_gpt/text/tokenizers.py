@@ -96,10 +96,11 @@ class CharTokenizer(LearnedTokenizer):
         ids = self._ids[np.minimum(code_points, len(self._ids) - 1)]
         if (ids < 0).any():
             position = int(np.argmax(ids < 0))
+            others = len(np.unique(code_points[ids < 0])) - 1
             raise UnknownCharacter(
                 f"the character {text[position]!r} at position {position} is not among the "
                 f"{self.vocab_size} characters of the text that this char tokenizer was made from: "
-                "remove it"
+                f"remove it{f', and {others:,} more' if others else ''}"
             )
         return ids
 

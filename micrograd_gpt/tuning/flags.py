@@ -182,8 +182,11 @@ def table(command: str) -> dict[str, Setting]:
 
 
 def write_settings(settings: argparse.Namespace) -> None:
-    """Write the run's settings.toml, which --config takes; UserError if that fails."""
-    config_file.write_config_file(settings, GROUPS[settings.command], ())
+    """Write the run's settings.toml, which --config takes, perhaps for other data: without what
+    follows from --epochs. UserError if that fails."""
+    follows = steps_of_epochs(settings)
+    leave_out = tuple(name for name in follows if getattr(settings, name, None) == follows[name])
+    config_file.write_config_file(settings, GROUPS[settings.command], leave_out)
 
 
 def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
@@ -270,19 +273,30 @@ def _resumed(out: Path, flags: dict[str, Any], command: str) -> dict[str, Any]:
 def schedule(settings: argparse.Namespace, steps_per_epoch: int) -> None:
     """Fill in what depends on how many steps an epoch has; UserError where a run would shrink."""
     s = settings
+    s.steps_per_epoch = steps_per_epoch
     if s.max_steps is None:
-        s.max_steps = max(1, math.ceil(s.epochs * steps_per_epoch))
+        s.max_steps = steps_of_epochs(s)["max_steps"]
         if s.max_steps < s.planned_steps and not s.allow_changes:
             raise UserError(
                 f"--epochs may grow, but {s.epochs:g} are fewer steps than the {s.planned_steps} "
                 "planned: leave the flag out to resume, or add --allow-changes"
             )
-    if s.warmup_steps is None:
-        s.warmup_steps = s.max_steps // 10
-    s.eval_interval = s.eval_interval or steps_per_epoch
-    s.save_interval = s.save_interval or steps_per_epoch
-    if getattr(s, "sample_interval", None) is None:
-        s.sample_interval = s.max_steps  # never: after the last step the results are shown
+    for name, steps in steps_of_epochs(s).items():
+        if getattr(s, name, None) is None:
+            setattr(s, name, steps)
+
+
+def steps_of_epochs(settings: argparse.Namespace) -> dict[str, int]:
+    """The settings in steps that follow from --epochs, or --max-steps, where they are not given."""
+    s, all_steps = settings, max(1, math.ceil(settings.epochs * settings.steps_per_epoch))
+    planned = s.max_steps or all_steps
+    return {
+        "max_steps": all_steps,
+        "warmup_steps": planned // 10,
+        "eval_interval": s.steps_per_epoch,
+        "save_interval": s.steps_per_epoch,
+        "sample_interval": planned,  # never: after the last step the results are shown
+    }
 
 
 def is_piped(given: dict[str, Any]) -> bool:

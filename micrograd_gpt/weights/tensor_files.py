@@ -33,7 +33,7 @@ from micrograd_gpt.weights.reading import (
 )
 from micrograd_gpt.weights.torch_file import read_state_dict
 
-FETCH = "fetch it again"  # a file that was not whole
+FETCH = "copy or fetch it again"  # a file that was not whole
 # The format's dtypes in its own order: a file begins with the tensors of the last dtype here.
 STORED_DTYPES = {
     "BOOL": np.dtype("?"),
@@ -151,7 +151,7 @@ def converted(chunk: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 def fetch_again(path: Path) -> str:
     """What to do about a file that is damaged and no checkpoint's."""
     kept = path.resolve()  # huggingface_hub's cache would only give the same again
-    return f"remove {kept} and {FETCH}" if kept.parent.name == "blobs" else FETCH
+    return f"remove {kept} and fetch it again" if kept.parent.name == "blobs" else FETCH
 
 
 def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

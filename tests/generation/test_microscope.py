@@ -385,5 +385,5 @@ def test_a_stream_that_is_not_a_sum_is_refused() -> None:
 def test_an_adapter_that_is_not_folded_in_is_refused() -> None:
     model = make_model()
     add_lora(model, rank=2, layer_names=("c_proj",))
-    with pytest.raises(UserError, match="folded"):
+    with pytest.raises(UserError, match="a plain Linear as c_proj: fold an adapter in"):
         attribution(model, observe(model, IDS), TARGETS)

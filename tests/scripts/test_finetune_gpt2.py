@@ -402,6 +402,7 @@ def test_the_settings_of_a_run_can_be_given_again(classify: Main, tmp_path: Path
     assert "beta2 = 0.9" in (again / "settings.toml").read_text()
     classify(again, "--config", first / "settings.toml", "--overwrite", "--epochs", 1)
     assert metrics(again)[-1]["step"] == 8  # the flag wins over the file, which has steps too
+    assert "max_steps" not in (again / "settings.toml").read_text()  # it follows from epochs
     with pytest.raises(
         UserError, match=r"third\.toml: there is no flag 'beta_2': did you mean beta2"
     ):

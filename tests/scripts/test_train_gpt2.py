@@ -237,7 +237,8 @@ def test_resume_refuses_what_would_change_the_run(text: Path, tmp_path: Path) ->
     before = weights(out)
     for flags, message in (
         (["--learning-rate", "0.5"], f"another run with --init-from {out}"),
-        (["--block-size", "4"], "has --block-size 8, not 4: leave the flag out"),
+        (["--block-size", "4"], f"another run with --init-from {out}"),
+        (["--block-size", "9"], "or start another run in another --out"),
         (["--n-layer", "3"], "or start another run in another --out"),
         (["--batch-size", "3"], "has --batch-size 4, not 3"),
         ([], "is complete at step 3"),
@@ -441,6 +442,11 @@ def test_flags_come_before_those_in_a_file(train_gpt2: ModuleType, tmp_path: Pat
     flags = train_gpt2.parse_flags(["--config", str(path), "--n_layer", "2"])
     assert flags == {"batch_size": 7, "n_layer": 2, "learning_rate": 1.0, "tf32": True}
     assert type(flags["learning_rate"]) is float
+    path.write_text("batch-size = 7\nn_layer = 3\ntokenizer = 'char'\n")
+    flags = train_gpt2.parse_flags(["--config", str(path), "--size", "124M"])  # and its n_layer
+    assert flags == {"batch_size": 7, "tokenizer": "char", "size": "124M"}
+    flags = train_gpt2.parse_flags(["--config", str(path), "--init-from", "124M"])
+    assert flags == {"batch_size": 7, "init_from": "124M"}
 
 
 def test_a_file_of_flags_may_come_from_windows(train_gpt2: ModuleType, tmp_path: Path) -> None:

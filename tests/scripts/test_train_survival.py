@@ -78,7 +78,7 @@ def test_the_best_on_another_validation_text_is_replaced(text: Path, tmp_path: P
     assert json.loads((out / "best" / "trainer_state.json").read_text())["step"] == 6
     more = ["--resume", "--out", out, "--max-steps", 12, "--eval-interval", 6, "--allow-changes"]
     result = run(*more, "--validation", text)
-    assert f"note: {out}/best was chosen by other validation text: the next" in result.stderr
+    assert f"note: {out}/best was chosen by other validation text, or" in result.stderr
     assert json.loads((out / "best" / "trainer_state.json").read_text())["step"] == 12
     assert metrics(out)[-1]["val_loss"] > metrics(out)[5]["val_loss"]
     again = run("--resume", "--out", out, "--max-steps", 13)

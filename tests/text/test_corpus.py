@@ -194,7 +194,7 @@ def test_a_validation_text_that_is_trained_on_is_noticed(
     assert capsys.readouterr().err == ""
     for validation, said in ((data / "b.txt", "1 file"), (data, "2 files")):
         load_corpus(data, "char", validation)
-        warning = f"warning: {said} of --validation {validation} ({data}"
+        warning = f"warning: --validation {validation} shares {said} ({data}"
         assert capsys.readouterr().err.startswith(warning)
 
 

@@ -201,7 +201,7 @@ def test_a_wrong_byte_is_named_with_its_offset(
     ("data", "message"),
     [
         (gzip.compress(b"to be"), "is gzip: unpack it first"),
-        (b"PAR1 \xf4 PAR1", r"is Parquet: call it \.parquet"),
+        (b"PAR1\x15\x04\x15\xf4", r"is Parquet: call it \.parquet"),
         (b"\x93NUMPY\x01\0v\0", "is an array of NumPy's: write token ids into train.bin"),
         (pickle.dumps([1, 2]), "is a pickle, which is not opened"),
         (bz2.compress(b"to be"), "is bzip2"),
@@ -298,7 +298,9 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(r"the column 'text' holds list<.*> and no texts: name another")
     parquet.write_table(pyarrow.table([texts, texts], names=["text", "text"]), path)
     refused("has 'text' twice: rename or remove one")
-    for kind in (pyarrow.dictionary(pyarrow.int8(), pyarrow.string()), pyarrow.string_view()):
+    kinds = [pyarrow.dictionary(pyarrow.int8(), pyarrow.string())]
+    kinds += [pyarrow.string_view()] if hasattr(pyarrow, "string_view") else []  # since 16
+    for kind in kinds:
         parquet.write_table(pyarrow.table({"text": pyarrow.array([*texts, *texts], kind)}), path)
         assert load_documents(path) == texts * 2
     path.write_bytes(b"PAR1 and nothing more")
