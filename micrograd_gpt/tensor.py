@@ -87,9 +87,9 @@ def reflected(name: str) -> Any:
 class Tensor(Habits):
     """An n-dimensional array on the CPU (NumPy) or the GPU (CuPy) that can carry a gradient.
 
-    `data` is an array, which is kept as it is, or numbers and lists of them, which become float32;
-    `dtype` ("float32", "bfloat16", …) and `device` ("cpu", "gpu") convert it. With `requires_grad`
-    it is a leaf, whose `.grad`, an array of the same shape and dtype, `backward()` adds to."""
+    `data` is an array, or a tensor's (off the tape), which is kept as it is; numbers and lists of
+    them become float32; `dtype` ("float32", "bfloat16", …), `device` ("cpu", "gpu") convert it. With
+    `requires_grad` it is a leaf, to whose `.grad`, an array like `data`, `backward()` adds."""
 
     __slots__ = ("__weakref__", "_data", "_node", "grad", "requires_grad", "version")
 

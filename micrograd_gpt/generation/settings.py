@@ -172,8 +172,8 @@ class Settings:
     use_cache: bool = setting(
         True,
         SPEED,
-        "read the whole text again for each token: slow, but saves 2 × n_layer × n_embd × "
-        "positions × 4 bytes a sample",
+        "read the whole text again for each token: slow, but saves 2 * n_layer * n_embd * "
+        "positions * 4 bytes a sample",
         switch=("no_kv_cache", False),
     )
 

@@ -45,8 +45,9 @@ def with_flags_of_file(
     given: dict[str, Any], table: Mapping[str, Any], decided: Collection[str] = ()
 ) -> dict[str, Any]:
     """The flags that were given, and those in the file that --config names if there is one, but for
-    what is `decided` by a flag that was given."""
+    what is `decided` by a flag that was given, as --min-lr is by --learning-rate."""
     given = dict(given)
+    decided = {*decided, "min_lr"} if "learning_rate" in given else decided
     file = given.pop("config", None)
     flags = {} if file is None else read_config_file(file, table)
     return {name: flags[name] for name in flags if name not in decided} | given

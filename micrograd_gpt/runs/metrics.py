@@ -15,6 +15,7 @@ from typing import Any
 
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading, written_whole
+from micrograd_gpt.support.pictures import drawing
 
 METRICS, CURVES = "metrics.jsonl", "loss.png"
 EVENTS = "tensorboard"  # the folder of its event files
@@ -103,6 +104,10 @@ class Metrics:
         """Draw loss.png: training and validation loss over the steps, the learning rate below. The
         losses are in nats per `unit`.
         """
+        with drawing(self.folder / CURVES):
+            self._draw(unit)
+
+    def _draw(self, unit: str) -> None:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 

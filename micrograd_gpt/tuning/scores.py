@@ -15,6 +15,7 @@ import numpy as np
 
 from micrograd_gpt.support.cli import counted
 from micrograd_gpt.support.files import written_whole
+from micrograd_gpt.support.pictures import drawing
 
 Array = np.ndarray
 TEXT_COLUMNS = 16  # so many labels' matrix is still readable as text; loss.png's neighbour has all
@@ -141,6 +142,11 @@ def draw_confusion(scores: Scores, path: str | Path) -> None:
 
     Raises UserError if the file cannot be written.
     """
+    with drawing(path):
+        _draw_confusion(scores, path)
+
+
+def _draw_confusion(scores: Scores, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     count = len(scores.labels)

@@ -447,6 +447,9 @@ def test_flags_come_before_those_in_a_file(train_gpt2: ModuleType, tmp_path: Pat
     assert flags == {"batch_size": 7, "tokenizer": "char", "size": "124M"}
     flags = train_gpt2.parse_flags(["--config", str(path), "--init-from", "124M"])
     assert flags == {"batch_size": 7, "init_from": "124M"}
+    path.write_text("learning_rate = 1e-3\nmin_lr = 1e-4\n")
+    flags = train_gpt2.parse_flags(["--config", str(path), "--learning-rate", "1e-5"])
+    assert flags == {"learning_rate": 1e-5}
 
 
 def test_a_file_of_flags_may_come_from_windows(train_gpt2: ModuleType, tmp_path: Path) -> None:

@@ -280,3 +280,20 @@ def test_a_folder_in_the_place_of_the_lock_is_named(tmp_path: Path) -> None:
         only_writer(tmp_path),
     ):
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True], ids=["a notebook's backend", "no LaTeX"])
+def test_a_picture_that_cannot_be_drawn_ends_no_run(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    out, settings = tmp_path / "out", tmp_path / "matplotlibrc"
+    settings.write_text("text.usetex: True\ntext.latex.preamble: \\usepackage{none_of_that_name}\n")
+    if broken:
+        monkeypatch.setenv("MATPLOTLIBRC", str(settings))
+    monkeypatch.setenv("MPLBACKEND", "module://not_installed")
+    flags = [*SMALL, "--max-steps", "4", "--eval-interval", "1"]
+    result = run("--data", text, "--out", out, *flags)
+    assert result.returncode == 0, result.stderr
+    assert (out / "model.safetensors").exists() and (out / "loss.png").exists() != broken
+    assert result.stderr.count("loss.png is not drawn: ") == broken

@@ -1,0 +1,31 @@
+"""Pictures by matplotlib, of which no failure ends what they show."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from micrograd_gpt.support.cli import say_once
+from micrograd_gpt.support.errors import UserError
+
+
+@contextmanager
+def drawing(path: str | Path) -> Iterator[None]:
+    """Within this block matplotlib draws this file; where it fails, stderr says so, once.
+
+    It may be broken itself, or told by the user's matplotlibrc to use what is not installed. A file
+    that cannot be written is an error as ever.
+    """
+    window = os.environ.pop("MPLBACKEND", None)  # such as a notebook's, which is missing here
+    try:
+        yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever matplotlib and what it imports raise
+        problem = " ".join(str(error).split()) or type(error).__name__
+        say_once(f"warning: {path} is not drawn: {problem:.300}")
+    finally:
+        if window is not None:
+            os.environ["MPLBACKEND"] = window
