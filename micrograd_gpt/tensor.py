@@ -88,8 +88,8 @@ class Tensor(Habits):
     """An n-dimensional array on the CPU (NumPy) or the GPU (CuPy) that can carry a gradient.
 
     `data` is an array, or a tensor's (off the tape), which is kept as it is; numbers and lists of
-    them become float32; `dtype` ("float32", "bfloat16", …), `device` ("cpu", "gpu") convert it. With
-    `requires_grad` it is a leaf, to whose `.grad`, an array like `data`, `backward()` adds."""
+    them become float32. `dtype` ("float32", "bfloat16", …) and `device` ("cpu", "gpu") convert it.
+    With `requires_grad` it is a leaf, to whose `.grad`, an array like `data`, `backward()` adds."""
 
     __slots__ = ("__weakref__", "_data", "_node", "grad", "requires_grad", "version")
 
