@@ -44,6 +44,7 @@ def test_a_model_is_not_written_over_a_user_s_file(tmp_path: Path, name: str) ->
     check_target(tmp_path / name, [], overwrite=False)  # a file, such as model.gguf
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", ["best", "step-000002"])
 def test_a_run_does_not_go_on_in_its_checkpoint_but_in_a_copy(
     train_gpt2: ModuleType, text: Path, tmp_path: Path, name: str

@@ -144,6 +144,7 @@ def test_a_write_that_the_system_refuses(text: Path, tmp_path: Path) -> None:
     assert not (out / "model.safetensors").exists()
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("number", "status"),
     [
