@@ -44,7 +44,7 @@ def test_a_model_is_not_written_over_a_user_s_file(tmp_path: Path, name: str) ->
     check_target(tmp_path / name, [], overwrite=False)  # a file, such as model.gguf
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["best", "step-000002"])
 def test_a_run_does_not_go_on_in_its_checkpoint_but_in_a_copy(
     train_gpt2: ModuleType, text: Path, tmp_path: Path, name: str
@@ -105,6 +105,7 @@ def test_overwriting_is_not_advised_where_the_data_would_go(
     assert data.exists()
 
 
+@pytest.mark.slow
 def test_data_that_no_run_removes_may_lie_in_its_folder(
     train_gpt2: ModuleType, text: Path, tmp_path: Path
 ) -> None:
@@ -142,6 +143,7 @@ def test_a_run_takes_the_place_of_files_when_it_is_told_to(
     assert (out / "tokenizer.json").read_text() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["best", "step-000002"])
 def test_the_best_of_another_run_is_not_taken_for_one_s_own(
     train_gpt2: ModuleType, text: Path, tmp_path: Path, left: str
@@ -217,6 +219,7 @@ def test_a_run_that_was_moved_leaves_another_s_lock_alone(tmp_path: Path) -> Non
         assert (out / LOCK).exists()
 
 
+@pytest.mark.slow
 def test_what_a_user_put_into_a_checkpoint_stays(
     train_gpt2: ModuleType, text: Path, tmp_path: Path
 ) -> None:

@@ -129,6 +129,7 @@ def test_a_full_disk_loses_no_checkpoint(
     assert not list(out.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_write_that_the_system_refuses(text: Path, tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     out = tmp_path / "out"
@@ -326,6 +327,7 @@ def test_event_files(text: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------- data that became other data
 
 
+@pytest.mark.slow
 def test_a_changed_learning_rate_ends_at_a_tenth_of_it(
     train_gpt2: ModuleType, text: Path, tmp_path: Path
 ) -> None:
@@ -544,6 +546,7 @@ def test_what_stops_before_it_starts_keeps_the_run_that_was_to_be_overwritten(
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_grow_but_not_shrink(
     train_gpt2: ModuleType, text: Path, tmp_path: Path
 ) -> None:
