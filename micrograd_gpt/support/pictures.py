@@ -21,7 +21,7 @@ def drawing(path: str | Path) -> Iterator[None]:
     window = os.environ.pop("MPLBACKEND", None)  # such as a notebook's, which is missing here
     try:
         yield
-    except (UserError, OSError, MemoryError):
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # whatever matplotlib and what it imports raise
         problem = " ".join(str(error).split()) or type(error).__name__
