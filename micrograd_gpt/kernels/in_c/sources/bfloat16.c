@@ -18,10 +18,6 @@
 #include "matmul.h"
 #include "tiles.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-#define HAS_PAIRS
-#include <immintrin.h>
-#endif
 #ifdef HAS_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -66,6 +62,7 @@ int bfloat16_products(Int most) {
 }
 
 int bfloat16_by_tiles(void) { return way() == TILES; }
+int bfloat16_by_pairs(void) { return way() == PAIRS; }
 
 /* -------------------------------------------------------------------------------------- packing */
 

@@ -3,6 +3,11 @@
 #pragma once
 #include "threads.h"
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define HAS_PAIRS
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && \
     defined(__AMX_TILE__) && defined(__linux__) && defined(__x86_64__)
 #define HAS_TILES
@@ -20,8 +25,9 @@ INLINE void open_tiles(void) {
 }
 #endif
 
-/* Whether products are computed by AMX tiles now. */
+/* Whether products are computed by AMX tiles now; or by instructions for pairs. */
 int bfloat16_by_tiles(void);
+int bfloat16_by_pairs(void);
 
 /* c = a @ b + bias for a (n, k), b (k, m), c (n, m) and bias (m) or NULL, as Product's, but of
    bfloat16, and c either of float32 or narrow: of bfloat16. A product that `adds` adds to the

@@ -7,9 +7,9 @@
    branches of a block are rounded where gpt2.py's are, and keys and values are kept in bfloat16. */
 
 #include "bfloat16.h"
+#include "few_rows.h"
 #include "half.h"
 #include "layers.h"
-#include "matmul.h"
 #include "narrow.h"
 
 /* A linear layer: its weights lie in memory as (out, in), without gaps. */

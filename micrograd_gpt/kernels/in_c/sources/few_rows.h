@@ -1,50 +1,38 @@
-/* Products of 5 to 16 rows, of float32 (matmul.c) and of narrower weights (narrow.c). */
+/* Products of a few rows; see few_rows.c, and narrow.c for narrower weights. */
 
 #pragma once
 #include "matmul.h"
+#include "narrow.h"
 
-/* With more rows than share one reading of the weights, weights and x are cut into slices, which stay
-   in the first-level cache: SLICE numbers of SIDE rows of weights, and of all rows of x, which are
-   packed slice after slice. Their sums, a vector for each of SOME_ROWS rows and LANES columns, stay
-   there too, and registers hold those of a group of at most ROWS rows and SIDE columns. */
-#define SOME_ROWS 16
-#define SLICE 192
-#if LANES == 8
-#define SIDE 2 /* AVX has 16 registers, the others 32 */
-#else
-#define SIDE 4
-#endif
+/* y = x @ weight.T + bias for a few rows of x: bound by reading the weights. */
+typedef struct {
+  Int n, k, m;
+  const float *x, *weight, *bias; /* x (n, k), weight (m, k), bias (m) or NULL; rows without gaps */
+  float *y;                       /* (n, m) */
+} FewRows;
+int few_rows(const FewRows *f);
 
-/* x (n, k) slice after slice: each has its numbers of row after row, SLICE apart. It lies in this
-   thread's scratch; NULL where there is not enough memory. */
+/* A kind of weights beside those of narrow.h: pairs of bfloat16, each as long as a float, which are
+   multiplied as they are, where bfloat16_by_pairs(). */
+enum { PAIRS = FLOAT16 + 1 };
+
+/* Some rows of weights: each has k numbers, without gaps. */
+typedef struct {
+  const void *numbers;
+  Int k;
+  const float *scales; /* of int8: (…, k / GROUP rounded up) */
+} Weights;
+
+#define SOME_ROWS 16 /* of x, at most, share the slices of weights that stay in cache */
+
+/* x (n, k), or pairs, in slices: see few_rows.c. It lies in this thread's scratch; NULL where there is
+   not enough memory. */
 float *packed_in_slices(int purpose, Int n, Int k, const float *x);
 
-/* Where weights lie that come later. In each step SIDE places, `apart` bytes from one another, are
-   fetched into the second-level cache, and the next step's lie `step` bytes further on. */
-typedef struct {
-  const char *from;
-  Int apart, step;
-} Ahead;
+/* Row r of them, from which on some are multiplied. */
+const float *packed_row(const float *packed, Int r);
 
-/* What is fetched while rows j … j + SIDE - 1 are multiplied from number p on, for a slice. They are
-   of a block of LANES rows, each of k numbers of `size` bytes, of which `whole` are multiplied.
-
-   A processor that sees several places at a time move evenly through memory fetches most of what
-   follows by itself. So SIDE places move through the next block, each along LANES / SIDE rows. Of
-   long rows that would be too early: then it is the next slice of the same rows. */
-#define LARGE_BLOCK 110000 /* bytes, found by trying */
-
-INLINE Ahead ahead_of(const void *block, Int k, Int size, Int whole, Int p, Int j) {
-  const char *here = (const char *)block, *after = here + LANES * k * size;
-  if (LANES * k * size < LARGE_BLOCK) {
-    Int done = p * (LANES / SIDE) + min(SLICE, whole - p) * (j / SIDE);
-    return (Ahead){after + done * size, LANES / SIDE * k * size, LANES * size};
-  }
-  const char *next = p + SLICE < whole ? here + (p + SLICE) * size : after;
-  return (Ahead){next + j * k * size, k * size, LANES * size};
-}
-
-/* sums[r][i] += x (rows, SLICE)[r] * weight (SIDE, k)[i] for `length` numbers, a multiple of LANES, of
-   which each step takes LANES. */
-void add_side(Int rows, Int length, Int k, const float *x, const float *weight, Ahead ahead,
-              vec (*sums)[LANES]);
+/* sums[r][j] = x[r] * weight[j] for LANES rows of weights, of which `whole` numbers, a multiple of
+   LANES, are multiplied, and `rows` <= SOME_ROWS of n packed rows of x. */
+void sum_slices(int kind, Int rows, Int n, const float *x, Weights weights, Int whole,
+                vec (*sums)[LANES]);

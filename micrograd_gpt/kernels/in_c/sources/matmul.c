@@ -6,7 +6,6 @@
    tile of c stays in registers for DEPTH steps. */
 
 #include "matmul.h"
-#include "few_rows.h"
 #include "narrow.h"
 
 #define DEPTH 384 /* whole groups of int8 */
@@ -51,14 +50,10 @@ INLINE float narrow_at(int kind, const Product *p, Int row, Int column) {
    the next rows are fetched ahead. */
 INLINE vec narrow_vector(int kind, const Product *p, Int row, Int column) {
   Int at = column * p->b_column + row;
-  if (kind == FLOAT16) {
-    const uint16_t *halves = (const uint16_t *)p->b + at;
-    __builtin_prefetch(halves + 4 * LANES);
-    return floats_of_float16(halves);
-  }
-  const int8_t *integers = (const int8_t *)p->b + at;
-  __builtin_prefetch(integers + 4 * LANES);
-  return floats_of(integers) * p->scales[column * groups_of(p->k) + row / GROUP];
+  __builtin_prefetch((const char *)p->b + (at + 4 * LANES) * (kind == INT8 ? 1 : 2));
+  vec numbers = floats_at(kind, p->b, at);
+  if (kind == INT8) numbers *= p->scales[column * groups_of(p->k) + row / GROUP];
+  return numbers;
 }
 
 /* As pack_columns, for the part (k, width) of a narrow b that begins at (row, column): squares of
@@ -250,202 +245,4 @@ int linear_backward(const LinearBackward *l) {
   Int dx_parts = parts_for(&l->dx), dweight_parts = parts_for(&l->dweight);
   Int slices = dx_parts > dweight_parts ? dx_parts : dweight_parts;
   return run_parts(linear_backward_task, l, 2 * slices);
-}
-
-/* ------------------------------------------------------------- few rows, as in decoding a token */
-
-#define TOGETHER 4 /* how many rows of x, at most, share one reading of the weights */
-
-#define COLUMNS_APART (LANES / SIDE) /* those that are read at the same time */
-#define BYTES_AHEAD 2048 /* found by trying */
-
-/* sums[r][i * COLUMNS_APART] = x (rows, k)[r] * weight[i * COLUMNS_APART] for `side` columns, of
-   whose numbers `whole` are multiplied. The sums fill up to 16 registers (8 with AVX). Memory is read
-   fastest at several places at a time, each of them in a page of its own. */
-INLINE void add_columns(int rows, int side, Int whole, Int k, const float *x, const float *weight,
-                        vec (*sums)[LANES]) {
-  vec sum[TOGETHER][SIDE] = {0};
-  for (Int p = 0; p < whole; p += LANES) {
-    vec here[SIDE];
-    for (int i = 0; i < side; i++) {
-      const float *from = weight + i * COLUMNS_APART * k + p;
-      here[i] = *(const vec *)from;
-      __builtin_prefetch((const char *)from + BYTES_AHEAD, 0, 2);
-    }
-    for (int r = 0; r < rows; r++) {
-      vec row = *(const vec *)(x + r * k + p);
-      for (int i = 0; i < side; i++) sum[r][i] += here[i] * row;
-    }
-  }
-  for (int r = 0; r < rows; r++)
-    for (int i = 0; i < side; i++) sums[r][i * COLUMNS_APART] = sum[r][i];
-}
-
-/* y (rows, columns) = x (rows, k) @ weight (columns, k).T for at most LANES columns. While the
-   weights are read, nothing else is done: adding up the lanes of each sum, and the last k % LANES
-   products, come afterwards. */
-INLINE void dots(int rows, Int columns, Int k, const float *x, const float *weight, float *y,
-                 Int m) {
-  vec sums[TOGETHER][LANES] = {0};
-  Int whole = k / LANES * LANES, steps = columns == LANES ? COLUMNS_APART : columns;
-  for (Int j = 0; j < steps; j++) {
-    vec(*place)[LANES] = (vec(*)[LANES])(sums[0] + j);
-    if (columns == LANES)
-      add_columns(rows, SIDE, whole, k, x, weight + j * k, place);
-    else
-      add_columns(rows, 1, whole, k, x, weight + j * k, place);
-  }
-  for (int r = 0; r < rows; r++) {
-    vec total = sums_of_lanes(sums[r]);
-    for (Int j = 0; j < columns; j++) y[r * m + j] = total[j];
-    for (Int j = 0; j < columns && whole < k; j++)
-      y[r * m + j] += dot(x + r * k + whole, weight + j * k + whole, k - whole);
-  }
-}
-
-static void dots_of_rows(Int rows, Int columns, Int k, const float *x, const float *weight,
-                         float *y, Int m) {
-  switch (rows) {
-    case 1: dots(1, columns, k, x, weight, y, m); break;
-    case 2: dots(2, columns, k, x, weight, y, m); break;
-    case 3: dots(3, columns, k, x, weight, y, m); break;
-    default: dots(4, columns, k, x, weight, y, m);
-  }
-}
-
-/* sums[r][i] += x (rows, SLICE)[r] * weight (SIDE, k)[i] for `length` numbers, a multiple of LANES.
-   Meanwhile the first so many `places` of what is ahead are fetched. */
-INLINE void add_products(int rows, int places, Int length, Int k, const float *x,
-                         const float *weight, Ahead ahead, vec (*sums)[LANES]) {
-  vec sum[ROWS][SIDE];
-  for (int r = 0; r < rows; r++)
-    for (int i = 0; i < SIDE; i++) sum[r][i] = sums[r][i];
-  for (Int p = 0; p < length; p += LANES, ahead.from += ahead.step) {
-    vec here[SIDE];
-    for (int i = 0; i < SIDE; i++) here[i] = *(const vec *)(weight + i * k + p);
-    for (int i = 0; i < places; i++) __builtin_prefetch(ahead.from + i * ahead.apart, 0, 2);
-    for (int r = 0; r < rows; r++) {
-      vec row = *(const vec *)(x + r * SLICE + p);
-      for (int i = 0; i < SIDE; i++) sum[r][i] += here[i] * row;
-    }
-  }
-  for (int r = 0; r < rows; r++)
-    for (int i = 0; i < SIDE; i++) sums[r][i] = sum[r][i];
-}
-
-INLINE void add_products_of_rows(Int rows, int places, Int length, Int k, const float *x,
-                                 const float *weight, Ahead ahead, vec (*sums)[LANES]) {
-  switch (rows) {
-    case 1: add_products(1, places, length, k, x, weight, ahead, sums); break;
-    case 2: add_products(2, places, length, k, x, weight, ahead, sums); break;
-    case 3: add_products(3, places, length, k, x, weight, ahead, sums); break;
-    case 4: add_products(4, places, length, k, x, weight, ahead, sums); break;
-    case 5: add_products(5, places, length, k, x, weight, ahead, sums); break;
-    default: add_products(ROWS, places, length, k, x, weight, ahead, sums);
-  }
-}
-
-/* The rows of x are taken in groups that are as equal as they can be. Each group fetches some of the
-   places: asked for all at once, they would keep the first group waiting, and memory would be idle
-   while the others work. */
-void add_side(Int rows, Int length, Int k, const float *x, const float *weight, Ahead ahead,
-              vec (*sums)[LANES]) {
-  Int groups = (rows + ROWS - 1) / ROWS;
-  for (Int i = 0, first = 0, end; i < groups; i++, first = end) {
-    end = rows * (i + 1) / groups;
-    Int n = end - first, places = SIDE * (i + 1) / groups - SIDE * i / groups;
-    const float *part = x + first * SLICE;
-    switch (places) {
-      case 0: add_products_of_rows(n, 0, length, k, part, weight, ahead, sums + first); break;
-      case 1: add_products_of_rows(n, 1, length, k, part, weight, ahead, sums + first); break;
-      case 2: add_products_of_rows(n, 2, length, k, part, weight, ahead, sums + first); break;
-      default: add_products_of_rows(n, SIDE, length, k, part, weight, ahead, sums + first);
-    }
-    ahead.from += places * ahead.apart;
-  }
-}
-
-/* y (rows, LANES) = x (rows, k) @ weight (LANES, k).T for at most SOME_ROWS rows; of each slice of
-   `packed`, row after row lies SLICE numbers apart, and slices lie packed_slice apart. */
-static void dots_in_slices(Int rows, Int k, const float *x, const float *packed, Int packed_slice,
-                           const float *weight, float *y, Int m) {
-  vec sums[SOME_ROWS][LANES] __attribute__((aligned(64)));
-  memset(sums, 0, rows * sizeof *sums);
-  Int whole = k / LANES * LANES;
-  for (Int p = 0; p < whole; p += SLICE, packed += packed_slice) {
-    Int length = min(SLICE, whole - p);
-    for (Int j = 0; j < LANES; j += SIDE) {
-      Ahead ahead = ahead_of(weight, k, sizeof *weight, whole, p, j);
-      add_side(rows, length, k, packed, weight + j * k + p, ahead, (vec(*)[LANES])(sums[0] + j));
-    }
-  }
-  for (Int r = 0; r < rows; r++) {
-    vec total = sums_of_lanes(sums[r]);
-    *(vec *)(y + r * m) = total;
-    for (Int j = 0; j < LANES && whole < k; j++)
-      y[r * m + j] += dot(x + r * k + whole, weight + j * k + whole, k - whole);
-  }
-}
-
-#define IN_NEAREST_CACHE 4096 /* floats of x that stay in it while weights pass by */
-
-typedef struct {
-  const FewRows *f;
-  float *packed; /* x, slice after slice; NULL: few rows, which stay in cache, need it not */
-} PackedRows;
-
-/* Columns first … end - 1 of y. While x stays in the first-level cache, memory sets the pace and
-   is read fastest in one stream. */
-static void few_rows_columns(const PackedRows *rows, Int first, Int end) {
-  const FewRows *f = rows->f;
-  for (Int j = first; j < end; j += LANES) {
-    const float *weight = f->weight + j * f->k;
-    int in_slices = rows->packed && end - j >= LANES;
-    Int step = in_slices ? SOME_ROWS : TOGETHER;
-    for (Int r = 0; r < f->n; r += step) {
-      const float *x = f->x + r * f->k;
-      float *y = f->y + r * f->m + j;
-      Int n = min(step, f->n - r);
-      if (in_slices)
-        dots_in_slices(n, f->k, x, rows->packed + r * SLICE, f->n * SLICE, weight, y, f->m);
-      else
-        dots_of_rows(n, min(LANES, end - j), f->k, x, weight, y, f->m);
-    }
-  }
-  for (Int r = 0; r < f->n && f->bias; r++)
-    add_scaled(f->y + r * f->m + first, 1, f->bias + first, end - first);
-}
-
-float *packed_in_slices(int purpose, Int n, Int k, const float *x) {
-  float *packed = scratch(purpose, n * round_up(k, SLICE));
-  for (Int p = 0; p < k && packed; p += SLICE)
-    for (Int r = 0; r < n; r++)
-      memcpy(packed + (p / SLICE * n + r) * SLICE, x + r * k + p,
-             min(SLICE, k - p) * sizeof(float));
-  return packed;
-}
-
-/* Sets `packed`, as the only part may; a task, so that run_parts reports a lack of memory. */
-static void pack_task(const void *arguments, Int part, Int parts) {
-  PackedRows *rows = (PackedRows *)arguments;
-  rows->packed = packed_in_slices(PACKED_A, rows->f->n, rows->f->k, rows->f->x);
-}
-
-#define FEW_WEIGHTS 20000 /* with fewer, waking another thread does not pay */
-
-static Int few_rows_parts(const FewRows *f) {
-  return f->k * f->m < FEW_WEIGHTS ? 1 : 4 * thread_count();
-}
-
-static void few_rows_task(const void *arguments, Int part, Int parts) {
-  const PackedRows *rows = arguments;
-  Int first, end = cut(rows->f->m, parts, LANES, part, &first);
-  few_rows_columns(rows, first, end);
-}
-
-int few_rows(const FewRows *f) {
-  PackedRows rows = {f, NULL};
-  int stay_in_cache = f->n <= TOGETHER && f->n * f->k <= IN_NEAREST_CACHE;
-  if (!stay_in_cache && run_parts(pack_task, &rows, 1)) return OUT_OF_MEMORY;
-  return run_parts(few_rows_task, &rows, few_rows_parts(f));
 }

@@ -29,14 +29,6 @@ typedef struct {
 } Product;
 int matmul(const Product *p);
 
-/* y = x @ weight.T + bias for a few rows of x: bound by reading the weights. */
-typedef struct {
-  Int n, k, m;
-  const float *x, *weight, *bias; /* x (n, k), weight (m, k), bias (m) or NULL; rows without gaps */
-  float *y;                       /* (n, m) */
-} FewRows;
-int few_rows(const FewRows *f); /* narrow.h has other types */
-
 /* Rows first_row … end_row - 1 and columns first_column … end_column - 1 of c, on this thread. */
 void multiply_part(const Product *p, Int first_row, Int end_row, Int first_column, Int end_column);
 

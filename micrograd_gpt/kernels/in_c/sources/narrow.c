@@ -14,7 +14,7 @@
 #define TOGETHER 4 /* how many rows of x, at most, share one reading of the weights */
 
 #define STEP (2 * LANES)
-enum { ARRANGED, PACKED, PAIRS, WIDE_X, WIDE_Y }; /* the purposes of scratch() here */
+enum { ARRANGED, PACKED, ACROSS, WIDE_X, WIDE_Y, HALF_X }; /* the purposes of scratch() here */
 
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
@@ -63,9 +63,13 @@ INLINE float scale_at(int kind, const NarrowRows *f, Int column, Int at) {
 }
 
 /* Memory is asked early for what will be read; the processor itself looks no further than to the end
-   of a page. How many bytes ahead was found by trying. */
+   of a page. How many bytes ahead, and into which cache, was found by trying. */
 INLINE void fetch_ahead(int kind, const void *weights, Int at) {
+#ifdef __CLZERO__ /* only AMD's processors have this instruction */
+  __builtin_prefetch((const char *)weights + (kind == INT8 ? at + 8192 : 2 * at + 2048), 0, 2);
+#else
   __builtin_prefetch((const char *)weights + (kind == INT8 ? at + 4096 : 2 * at + 2048));
+#endif
 }
 
 INLINE void add_products(Pair *sum, Pair w, const float *x) {
@@ -171,36 +175,38 @@ INLINE void dots_of_rows(int kind, Int rows, int side_by_side, const NarrowRows 
 
 /* ------------------------------------------------------------ more rows, and weights in slices */
 
-/* `length` weights of a column from number `at` on, a multiple of GROUP, as floats. */
-INLINE void widen(int kind, const NarrowRows *f, Int column, Int at, Int length, float *wide) {
-  Int first = column * f->k + at;
-  const int8_t *integers = (const int8_t *)f->weight + first;
-  const uint16_t *halves = (const uint16_t *)f->weight + first;
-  if (kind == FLOAT16)
-    for (Int i = 0; i < length; i += LANES) *(vec *)(wide + i) = floats_of_float16(halves + i);
-  if (kind == BFLOAT16)
-    for (Int i = 0; i < length; i++) wide[i] = from_bfloat16(halves[i]);
-  for (Int i = 0; i < length && kind == INT8; i += LANES)
-    *(vec *)(wide + i) = scale_at(kind, f, column, at + i) * floats_of(integers + i);
+#define ENOUGH_ROWS 3 /* for pairs and tiles: with fewer, ordinary vectors are as quick */
+
+/* Whether bfloat16's pairs are multiplied as they are: rows of weights begin with a pair. */
+static int meets_pairs(const NarrowRows *f) {
+  return f->kind == BFLOAT16 && f->n >= ENOUGH_ROWS && f->k % 2 == 0 && bfloat16_by_pairs();
 }
 
-/* y[row …, column …] for `rows` <= SOME_ROWS rows and LANES columns, as dots_in_slices of matmul.c;
-   `packed` are these rows of x. A slice of SIDE columns is widened once for all rows. */
-INLINE void dots_in_slices(int kind, Int rows, const NarrowRows *f, const float *packed, Int row,
-                           Int column) {
+/* The rows of x in slices, with `pairs` as such; NULL where there is not enough memory. */
+static const float *packed_rows(const NarrowRows *f, int pairs) {
+  if (!pairs) return packed_in_slices(PACKED, f->n, f->k, f->x);
+  Int words = f->n * f->k / 2;
+  float *halves = scratch(HALF_X, words);
+  uint16_t *to = (uint16_t *)halves;
+  if (!halves) return NULL;
+#pragma omp simd
+  for (Int i = 0; i < 2 * words; i++) to[i] = to_bfloat16(f->x[i]);
+  return packed_in_slices(PACKED, f->n, f->k / 2, halves);
+}
+
+/* y[row …, column …] for `rows` <= SOME_ROWS rows and LANES columns; `packed` is x, perhaps of
+   pairs. */
+INLINE void dots_in_slices(int kind, int pairs, Int rows, const NarrowRows *f, const float *packed,
+                           Int row, Int column) {
   vec sums[SOME_ROWS][LANES] __attribute__((aligned(64)));
-  float wide[SIDE * SLICE] __attribute__((aligned(64)));
-  memset(sums, 0, rows * sizeof *sums);
-  Int whole = f->k / LANES * LANES, size = kind == INT8 ? 1 : 2;
-  const char *block = (const char *)f->weight + column * f->k * size;
-  for (Int p = 0; p < whole; p += SLICE, packed += f->n * SLICE) {
-    Int length = min(SLICE, whole - p);
-    for (Int j = 0; j < LANES; j += SIDE) {
-      Ahead ahead = ahead_of(block, f->k, size, whole, p, j);
-      for (Int i = 0; i < SIDE; i++) widen(kind, f, column + j + i, p, length, wide + i * SLICE);
-      add_side(rows, length, SLICE, packed, wide, ahead, (vec(*)[LANES])(sums[0] + j));
-    }
-  }
+  Int step = pairs ? STEP : LANES, whole = f->k / step * step;
+  const char *weight = (const char *)f->weight + column * f->k * (kind == INT8 ? 1 : 2);
+  Weights weights = {weight, f->k, f->scales + column * groups_of(f->k)};
+  packed = packed_row(packed, row);
+  if (pairs)
+    sum_slices(PAIRS, rows, f->n, packed, (Weights){weight, f->k / 2, NULL}, whole / 2, sums);
+  else
+    sum_slices(kind, rows, f->n, packed, weights, whole, sums);
   for (Int r = 0; r < rows; r++) {
     float *y = f->y + (row + r) * f->m + column;
     *(vec *)y = sums_of_lanes(sums[r]);
@@ -212,15 +218,14 @@ INLINE void dots_in_slices(int kind, Int rows, const NarrowRows *f, const float 
 /* ------------------------------------------------------------------ several rows, and AMX tiles */
 
 #ifdef HAS_TILES
-#define TILE 16       /* rows of weights, and at most as many of x */
-#define TILE_STEP 32  /* numbers of each row that are multiplied in one step: a tile */
-#define ENOUGH_ROWS 3 /* with fewer the registers of ordinary vectors are as quick */
+#define TILE 16      /* rows of weights, and at most as many of x */
+#define TILE_STEP 32 /* numbers of each row that are multiplied in one step: a tile */
 
 /* The rows of x as tiles want them: word [p][r] is the pair of numbers 2p and 2p + 1 of row r, whose
    upper halves are all of them. */
 static const uint32_t *pairs_across(const NarrowRows *f) {
   Int whole = f->k / TILE_STEP * TILE_STEP;
-  uint32_t *pairs = (uint32_t *)scratch(PAIRS, whole / 2 * TILE), block[TILE * TILE] = {0};
+  uint32_t *pairs = (uint32_t *)scratch(ACROSS, whole / 2 * TILE), block[TILE * TILE] = {0};
   for (Int p = 0; p < whole / 2 && pairs; p += TILE) {
     for (Int r = 0; r < f->n; r++) {
       const Float *x = (const Float *)(f->x + r * f->k + 2 * p);
@@ -281,6 +286,7 @@ static Int tile_columns(const NarrowRows *f, const uint32_t *x, Int first, Int e
 typedef struct {
   NarrowRows *f;
   const float *arranged, *packed;
+  int in_pairs; /* packed is of pairs */
   const uint32_t *pairs;
 } Prepared;
 
@@ -305,7 +311,9 @@ static void prepare_task(const void *arguments, Int part, Int parts) {
   if (meets_tiles(f)) x->pairs = pairs_across(f), columns %= TILE;
 #endif
   if (columns) x->arranged = arranged(f);
-  if (columns >= LANES && f->n > TOGETHER) x->packed = packed_in_slices(PACKED, f->n, f->k, f->x);
+  x->in_pairs = meets_pairs(f);
+  if (columns < LANES || (f->n <= TOGETHER && !x->in_pairs)) return;
+  x->packed = packed_rows(f, x->in_pairs);
 }
 
 INLINE void add_bias(const NarrowRows *f, Int first, Int end) {
@@ -329,8 +337,10 @@ INLINE void narrow_columns(int kind, const Prepared *x, Int first, Int end) {
     Int step = in_slices ? SOME_ROWS : TOGETHER;
     for (Int r = 0; r < f->n; r += step) {
       Int rows = min(step, f->n - r);
-      if (in_slices)
-        dots_in_slices(kind, rows, f, x->packed + r * SLICE, r, j);
+      if (in_slices && kind == BFLOAT16 && x->in_pairs)
+        dots_in_slices(kind, 1, rows, f, x->packed, r, j);
+      else if (in_slices)
+        dots_in_slices(kind, 0, rows, f, x->packed, r, j);
       else if (in_one_stream || columns < LANES)
         dots_of_rows(kind, rows, 0, f, x->arranged, r, j, columns);
       else

@@ -41,6 +41,28 @@ INLINE vec floats_of_float16(const uint16_t *x) {
 #endif
 }
 
+/* The same of bfloat16, which is the upper half of a float. */
+INLINE vec floats_of_bfloat16(const uint16_t *x) {
+#if defined(__AVX512F__)
+  __m256i halves = _mm256_loadu_si256((const __m256i *)x);
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#elif defined(__AVX2__)
+  __m128i halves = _mm_loadu_si128((const __m128i *)x);
+  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+#else
+  vec wide;
+  for (int i = 0; i < LANES; i++) wide[i] = from_bfloat16(x[i]);
+  return wide;
+#endif
+}
+
+/* LANES numbers of a narrow kind from number `at` on; those of int8 are yet to be scaled. */
+INLINE vec floats_at(int kind, const void *numbers, Int at) {
+  if (kind == INT8) return floats_of((const int8_t *)numbers + at);
+  const uint16_t *halves = (const uint16_t *)numbers + at;
+  return kind == FLOAT16 ? floats_of_float16(halves) : floats_of_bfloat16(halves);
+}
+
 /* y = x @ weight.T + bias for a few rows of x: bound by reading the weights. */
 typedef struct {
   Int kind, n, k, m;
