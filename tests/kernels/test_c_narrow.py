@@ -31,7 +31,7 @@ SIZES = [
 
 
 # The ways to multiply bfloat16 (compiler.WAYS) that this processor has beside its best
-OTHER_WAYS = {"in float32": 0, "in pairs": 1, "in tiles": 2}
+OTHER_WAYS = {"in float32": 0, "in pairs": 1}
 BEST = compiler.library().bfloat16_products(2) if compiler.library() else 0
 WAYS = ["1 thread", "3 threads", *(name for name, way in OTHER_WAYS.items() if way < BEST)]
 
