@@ -76,7 +76,7 @@ typedef struct {
 
 static Cutting cutting_of(int way) {
   if (way == TILES) return (Cutting){.rows = 32, .columns = 32}; /* tiles.c knows the rest */
-  if (way == PAIRS) return (Cutting){ROWS, COLUMNS, 768, 2, 2};
+  if (way == PAIRS) return (Cutting){ROWS, COLUMNS, 1536, 2, 2};
   return (Cutting){ROWS, COLUMNS, 384, 1, 4};
 }
 
@@ -108,23 +108,45 @@ static void pack_pairs(const uint16_t *b, Int b_row, Int b_column, Int k, Int wi
     }
 }
 
-#define SLICE 32 /* rows of a wide b that are rounded while they are in the nearest cache */
+#ifdef HAS_PAIRS
+/* The pairs of LANES numbers from x on and as many from y on, rounded. */
+INLINE __m512i rounded_pairs(const float *x, const float *y) {
+  __m512i first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x)));
+  __m512i second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(y)));
+  return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+}
 
-/* The same where b is of float32, which is rounded. */
+/* As pack_pairs, where b is of float32, which is rounded. */
 static void pack_rounded_pairs(const float *b, Int b_row, Int b_column, Int k, Int width, Int deep,
                                Int columns, uint32_t *packed) {
-  float slice[SLICE * 64] __attribute__((aligned(64)));
-  for (Int first = 0; first < deep; first += SLICE) {
-    Int rows = min(SLICE, deep - first), given = min(rows, k - first);
-    pack_columns(b + first * b_row, b_row, b_column, given, width, columns, slice);
-    memset(slice + given * columns, 0, (rows - given) * columns * sizeof *slice);
-    for (Int p = 0; p < rows; p += 2)
-#pragma omp simd
-      for (Int j = 0; j < columns; j++)
-        packed[(first + p) / 2 * columns + j] = pair(
-            to_bfloat16(slice[p * columns + j]), to_bfloat16(slice[(p + 1) * columns + j]));
+  Int rows = 0, whole = k / 2;
+  if (width < columns || whole < deep / 2) memset(packed, 0, deep / 2 * columns * sizeof *packed);
+  if (b_column == 1 && width == columns) {
+    for (; rows < whole; rows++)
+      for (Int q = 0; q < columns; q += LANES)
+        _mm512_store_si512(packed + rows * columns + q,
+                           rounded_pairs(b + 2 * rows * b_row + q, b + (2 * rows + 1) * b_row + q));
+  } else if (b_row == 1 && width == columns) {
+    rows = whole / LANES * LANES; /* a column's pairs lie in memory side by side */
+    for (Int q = 0; q < columns; q += LANES)
+      for (Int p = 0; p < rows; p += LANES) {
+        __m512i across[LANES];
+        for (Int i = 0; i < LANES; i++) {
+          const float *x = b + 2 * p + (q + i) * b_column;
+          __m512 first = _mm512_loadu_ps(x), second = _mm512_loadu_ps(x + LANES);
+          across[i] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+        }
+        transpose_block((const float *)across, LANES, columns, (float *)packed + p * columns + q);
+      }
   }
+  for (Int p = rows; 2 * p < k; p++)
+    for (Int q = 0; q < width; q++) {
+      const float *first = b + 2 * p * b_row + q * b_column;
+      packed[p * columns + q] =
+          pair(to_bfloat16(*first), 2 * p + 1 < k ? to_bfloat16(first[b_row]) : 0);
+    }
 }
+#endif
 
 /* b (k, width) of float32 as rows of `columns` floats, which have only the digits of a bfloat16. */
 static void round_columns(const float *b, Int b_row, Int b_column, Int k, Int width, Int columns,
@@ -232,7 +254,7 @@ static void multiply_packed(int way, Int deep, const void *a, const void *b, flo
 
 /* How many columns of b are packed together: as many as fill most of the second-level cache. */
 static Int columns_together(Cutting cutting) {
-  Int columns = second_level_cache() / 8 * 5 / (cutting.depth * cutting.size);
+  Int columns = second_level_cache() / 4 * 3 / (cutting.depth * cutting.size);
   return round_up(min(columns, 1024), cutting.columns);
 }
 
@@ -258,8 +280,10 @@ static void pack_block_of_b(const HalfProduct *p, const Block *block) {
       round_columns(wide, p->b_row, p->b_column, depth, width, columns, packed);
     else if (block->way == WIDENED)
       widen(narrow, p->b_row, p->b_column, depth, width, deep, columns, packed);
+#ifdef HAS_PAIRS
     else if (p->b_is_wide)
       pack_rounded_pairs(wide, p->b_row, p->b_column, depth, width, deep, columns, packed);
+#endif
     else
       pack_pairs(narrow, p->b_row, p->b_column, depth, width, deep, columns, packed);
   }
@@ -275,9 +299,19 @@ static void pack_block_of_a(const HalfProduct *p, const Block *block, Int row, I
     pack_half_rows(a, p->a_row, p->a_column, n, block->depth, rows, block->deep, packed);
 }
 
-/* A row of a tile goes to `narrow` numbers, after `sums` and `bias` are added, or else to `wide`
-   ones, to which it is added unless it is their `first`. What there is not, is NULL. */
-INLINE void put_row(Int n, const float *restrict row, float *restrict wide, int first,
+/* narrow[j] = x[j], rounded, for n numbers. */
+INLINE void round_row(Int n, const float *restrict x, uint16_t *restrict narrow) {
+  Int j = 0;
+#ifdef HAS_PAIRS
+  for (; j + LANES <= n; j += LANES)
+    _mm256_storeu_si256((__m256i *)(narrow + j), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + j)));
+#endif
+  for (; j < n; j++) narrow[j] = to_bfloat16(x[j]);
+}
+
+/* A row of a tile, which changes, goes to `narrow` numbers, after `sums` and `bias` are added, or else
+   to `wide` ones, to which it is added unless it is their `first`. What there is not, is NULL. */
+INLINE void put_row(Int n, float *restrict row, float *restrict wide, int first,
                     const float *restrict sums, const uint16_t *restrict bias,
                     uint16_t *restrict narrow) {
 #pragma omp simd
@@ -287,13 +321,14 @@ INLINE void put_row(Int n, const float *restrict row, float *restrict wide, int 
     if (sums) sum += sums[j];
     if (bias) sum += from_bfloat16(bias[j]);
     if (wide) wide[j] = sum;
-    if (narrow) narrow[j] = to_bfloat16(sum);
+    if (narrow) row[j] = sum;
   }
+  if (narrow) round_row(n, row, narrow);
 }
 
 /* Row i of a tile of c at (row, j) of a block; the compiler makes a loop for each case. */
 INLINE void put_tile_row(const HalfProduct *p, const Block *block, Int row, Int j, Int i, Int n,
-                         const float *from) {
+                         float *from) {
   const uint16_t *bias = p->bias && block->complete ? p->bias + block->j0 + j : NULL;
   float *sums = block->sums ? block->sums + i * block->sums_row + j : NULL;
   if (p->c_is_narrow && block->complete) {
@@ -320,8 +355,8 @@ static void multiply_block(const HalfProduct *p, const Block *block, Int row, In
       multiply_packed(block->way, block->deep, block->packed_a + i * bytes,
                       block->packed_b + j * bytes, tile);
       for (Int r = i; r < min(i + rows, n); r++)
-        if (width == 32) /* a constant makes short loops of vectors */
-          put_tile_row(p, block, row + r, j, r, 32, tile + (r - i) * columns);
+        if (width == COLUMNS) /* a constant makes short loops of vectors */
+          put_tile_row(p, block, row + r, j, r, COLUMNS, tile + (r - i) * columns);
         else
           put_tile_row(p, block, row + r, j, r, width, tile + (r - i) * columns);
     }
