@@ -65,7 +65,7 @@ INLINE float scale_at(int kind, const NarrowRows *f, Int column, Int at) {
 /* Memory is asked early for what will be read; the processor itself looks no further than to the end
    of a page. How many bytes ahead, and into which cache, was found by trying. */
 INLINE void fetch_ahead(int kind, const void *weights, Int at) {
-#ifdef __CLZERO__ /* only AMD's processors have this instruction */
+#if defined(__CLZERO__) && LANES == 16 /* AMD's Zen 4 and later ones */
   __builtin_prefetch((const char *)weights + (kind == INT8 ? at + 8192 : 2 * at + 2048), 0, 2);
 #else
   __builtin_prefetch((const char *)weights + (kind == INT8 ? at + 4096 : 2 * at + 2048));
@@ -201,12 +201,12 @@ INLINE void dots_in_slices(int kind, int pairs, Int rows, const NarrowRows *f, c
   vec sums[SOME_ROWS][LANES] __attribute__((aligned(64)));
   Int step = pairs ? STEP : LANES, whole = f->k / step * step;
   const char *weight = (const char *)f->weight + column * f->k * (kind == INT8 ? 1 : 2);
-  Weights weights = {weight, f->k, f->scales + column * groups_of(f->k)};
+  const float *scales = kind == INT8 ? f->scales + column * groups_of(f->k) : NULL;
   packed = packed_row(packed, row);
   if (pairs)
     sum_slices(PAIRS, rows, f->n, packed, (Weights){weight, f->k / 2, NULL}, whole / 2, sums);
   else
-    sum_slices(kind, rows, f->n, packed, weights, whole, sums);
+    sum_slices(kind, rows, f->n, packed, (Weights){weight, f->k, scales}, whole, sums);
   for (Int r = 0; r < rows; r++) {
     float *y = f->y + (row + r) * f->m + column;
     *(vec *)y = sums_of_lanes(sums[r]);
