@@ -61,18 +61,18 @@ def test_cross_entropy_never_holds_more_logits_than_it_needs(
 def test_cross_entropy_takes_the_memory_of_some_rows(
     level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = Tensor(numbers(400, 8, dtype="float32"), requires_grad=True)
+    x = Tensor(numbers(800, 8, dtype="float32"), requires_grad=True)
     w = Tensor(numbers(1000, 8, dtype="float32"), requires_grad=True)
-    targets = np.arange(400)
+    targets = np.arange(800)
     peaks = []
-    for rows in (400, 40):
+    for rows in (800, 80):
         monkeypatch.setitem(in_parts.LOGITS_AT_ONCE, "cpu", rows * 1000)
         with at_most(level):
             tracemalloc.start()
             F.linear_cross_entropy(x, w, targets).backward()
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
-    at_once = 400 if level != "c" else memory.ROWS_AT_ONCE  # C has no more at a time anyway
+    at_once = 800 if level != "c" else memory.ROWS_AT_ONCE  # C has no more at a time anyway
     assert peaks[0] > at_once * 1000 * 4 > 2 * peaks[1]
 
 
