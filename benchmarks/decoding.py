@@ -3,11 +3,12 @@
     python benchmarks/decoding.py                    # a small model, trained on the spot
     python benchmarks/decoding.py --model 124M       # or any checkpoint folder
     python benchmarks/decoding.py --processes 10     # is 124M as fast in every process?
+    python benchmarks/decoding.py --together 8       # 124M: so many samples as one batch, and alone
 
 A ratio is the median time of one kind of run divided by that of the other; the range of each is
 printed beside it. The processes decode one after another, with weights drawn at random, and each
 tells its median milliseconds a token, those of processor time, and how much of its memory lies in
-huge pages.
+huge pages. Samples of 124M that are decoded together have such weights too, in each type.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +36,7 @@ from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import GPT2Tokenizer, Tokenizer, make_tokenizer
 from micrograd_gpt.text.windows import Windows
 from micrograd_gpt.weights.pretrained import from_pretrained, unwritten
+from micrograd_gpt.weights.saving import save_pretrained
 
 # Text that repeats itself, as code and data do
 RECORDS = "".join(
@@ -61,6 +64,7 @@ def main() -> int:
         "--new-tokens", type=cli.positive_int, default=150, help="new tokens a run (150)"
     )
     parser.add_argument("--processes", type=cli.positive_int, help="compare so many, at batch 1")
+    parser.add_argument("--together", type=cli.positive_int, help="so many samples, beside one")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
@@ -68,6 +72,9 @@ def main() -> int:
         return 0
     if flags.processes:
         compare_processes(flags.processes)
+        return 0
+    if flags.together:
+        compare_together(flags.together, flags.runs)
         return 0
     if flags.model is None:
         model, tokenizer = train(flags.steps)
@@ -119,17 +126,26 @@ def compare_processes(count: int) -> None:
         print(f"{name}: the slowest process takes {max(values) / min(values):.2f} × the fastest's")
 
 
+def compare_together(count: int, runs: int) -> None:
+    """Milliseconds for a token of one sample, and for one of each of `count`, in each type."""
+    print(processor())
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(random_124m(), folder)
+        for dtype in ("float32", "bfloat16", "float16", "int8"):
+            model = from_pretrained(GPT2, folder, dtype=dtype)
+            times: dict[int, list[float]] = {1: [], count: []}
+            for _ in tqdm(range(runs), desc=dtype, disable=None):
+                for samples, medians in times.items():
+                    medians.append(median(times_of_tokens(model, samples)[0]))
+            one, all_ = (median(medians) for medians in times.values())
+            rows.append([dtype, f"{one:.1f}", f"{all_:.1f}", f"{count * one / all_:.2f} ×"])
+    print_table(["124M", "ms for one sample", f"ms for {count}", "as fast as one by one"], rows)
+
+
 def decode_124m() -> dict[str, float]:
     """Medians, over 40 tokens after 32, of a model of 124M's shape in float32."""
-    model, rng = unwritten(GPT2Config()).eval(), np.random.default_rng(0)
-    for parameter in model.parameters():
-        parameter.data[...] = 0.02 * rng.standard_normal(parameter.shape, dtype=np.float32)
-    seen: list[tuple[float, float]] = []
-    settings = Settings(max_new_tokens=41, temperature=0.0, end_of_text=None)
-    samples = start_samples([rng.integers(0, model.config.vocab_size, 32).tolist()], settings)
-    for _ in decode(model, samples, settings):
-        seen.append((time.perf_counter(), time.process_time()))
-    wall, used = (np.diff(times) * 1e3 for times in zip(*seen, strict=True))
+    wall, used = times_of_tokens(random_124m(), 1)
     smaps = Path("/proc/self/smaps_rollup")  # Linux's
     huge = smaps.read_text().split("AnonHugePages:")[1].split()[0] if smaps.exists() else "nan"
     return {
@@ -137,6 +153,25 @@ def decode_124m() -> dict[str, float]:
         "of processor time": median(used),
         "MB in huge pages": float(huge) / 1024,
     }
+
+
+def random_124m() -> GPT2:
+    """A model of 124M's shape."""
+    model, rng = unwritten(GPT2Config()).eval(), np.random.default_rng(0)
+    for parameter in model.parameters():
+        parameter.data[...] = 0.02 * rng.standard_normal(parameter.shape, dtype=np.float32)
+    return model
+
+
+def times_of_tokens(model: GPT2, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Milliseconds for each of 40 tokens after 32 of so many samples; those of processor time."""
+    seen: list[tuple[float, float]] = []
+    prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, 32).tolist()
+    settings = Settings(max_new_tokens=41, temperature=0.0, end_of_text=None, num_samples=samples)
+    for _ in decode(model, start_samples([prompt], settings), settings):
+        seen.append((time.perf_counter(), time.process_time()))
+    wall, used = (np.diff(times) * 1e3 for times in zip(*seen[::samples], strict=True))
+    return wall, used
 
 
 def train(steps: int) -> tuple[GPT2, Tokenizer]:

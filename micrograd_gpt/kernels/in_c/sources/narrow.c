@@ -2,9 +2,9 @@
 
    Decoding reads every weight once a token, so memory sets the pace, and a weight of half or a
    quarter of the bytes takes half or a quarter of the time. Weights become floats in registers, or,
-   where more than TOGETHER rows share them, in the nearest cache; of bfloat16 where several rows meet
-   AMX tiles, they are multiplied as they are (tiles take subnormal numbers for 0), and so are those
-   of int8, by int8.c. All sums are float32's. */
+   where many rows share them, in the nearest cache (few_rows.c). Several rows of bfloat16 meet them
+   as they are, where the processor multiplies pairs or has AMX tiles (both take subnormal numbers
+   for 0), and so do those of int8 where it has tiles (int8.c). All sums are float32's. */
 
 #include "narrow.h"
 #include "bfloat16.h"
