@@ -1,5 +1,5 @@
-"""Matrix products in half precision in C: of bfloat16 (bfloat16.c), and of a few rows (narrow.c).
-kernels.py has those of many rows of float16 (matmul.c).
+"""Matrix products in half precision in C: of bfloat16 (bfloat16.c), and of a few rows (narrow.c,
+few_rows.c). kernels.py has those of many rows of float16 (matmul.c).
 
 Sums are float32: what precision.py says half precision computes, but for the order of the sums, and
 that instructions for bfloat16 take numbers below 2**-126 for 0. The order depends on how many rows

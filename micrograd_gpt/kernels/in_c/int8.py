@@ -1,4 +1,4 @@
-"""Products with weights of int8 in C (int8.c, narrow.c, matmul.c)."""
+"""Products with weights of int8 in C (int8.c, narrow.c, few_rows.c, matmul.c)."""
 
 from __future__ import annotations
 

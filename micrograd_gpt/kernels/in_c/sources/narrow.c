@@ -323,7 +323,7 @@ INLINE void add_bias(const NarrowRows *f, Int first, Int end) {
           f->kind == INT8 ? ((const float *)f->bias)[j] : half_at(f->kind, f->bias, j);
 }
 
-/* Columns first … end - 1 of y; see few_rows_columns of matmul.c. */
+/* Columns first … end - 1 of y; see few_rows_columns of few_rows.c. */
 INLINE void narrow_columns(int kind, const Prepared *x, Int first, Int end) {
   const NarrowRows *f = x->f;
   /* Columns side by side need more registers, and of int8 a scale for each weight. */
