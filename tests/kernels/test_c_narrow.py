@@ -100,6 +100,18 @@ def gaps(x: np.ndarray) -> np.ndarray:
     return wide.transpose(2, 1, 0)[5:, :1]
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16])
+def test_weights_of_16_bits_may_lie_at_any_even_address(n: int) -> None:
+    x, w = integers(n, 770), integers(770, 33)
+    for dtype in HALF:
+        memory = np.empty(w.size + 1, dtype)
+        shifted = memory[memory.ctypes.data % 4 == 0 :][: w.size].reshape(33, 770).T
+        shifted[...] = w
+        assert shifted.ctypes.data % 4 == 2
+        y = F.linear_forward(x.astype(dtype), shifted, None)
+        np.testing.assert_array_equal(y, (x @ w).astype(dtype))
+
+
 def test_float16_is_rounded_and_widened_as_numpy_does() -> None:
     halves = np.arange(2**16, dtype=np.uint16).view("float16")  # every number
     exact = halves[np.isfinite(halves)].astype("float32")

@@ -30,7 +30,8 @@ from micrograd_gpt.kernels.in_c.compiler import library
 BFLOAT16, FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
 FEW_NUMBERS = 2**14  # NumPy converts fewer as quickly
-FEW_ROWS = 16  # with more, converting the matrix once is faster
+# At most so many rows are bound by reading the matrix; few_rows.h has the same number
+FEW_ROWS = 16
 KINDS = (np.dtype(np.float32), BFLOAT16, np.dtype(np.int8), FLOAT16)  # as narrow.h numbers them
 
 

@@ -46,7 +46,6 @@ Array = np.ndarray
 
 MANY_ELEMENTS = 2**14  # with fewer, another thread is not worth waking
 FEW_QUERIES = 4  # as in decoding; for them tiles do not pay
-FEW_ROWS = 16  # a product of at most this many rows is bound by reading the matrix
 
 
 # ------------------------------------------------------------------------------ matrix products
@@ -91,7 +90,7 @@ def _product(
 
 @in_c(functional.linear_forward, half.FLOAT16, half.BFLOAT16)
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
-    if x.dtype == half.FLOAT16 and len(x) > FEW_ROWS:
+    if x.dtype == half.FLOAT16 and len(x) > half.FEW_ROWS:
         return _many_rows_of_float16(x, weight, bias)
     if is_half(x):
         return half.linear_forward(x, weight, bias)
@@ -113,7 +112,7 @@ def _many_rows_of_float16(x: Array, weight: Array, bias: Array | None) -> Array:
 def _multiply(a: Array, b: Array, bias: Array | None) -> Array:
     (n, k), m = a.shape, b.shape[1]
     y = np.empty((n, m), np.float32)
-    if n <= FEW_ROWS and b.flags.f_contiguous:
+    if n <= half.FEW_ROWS and b.flags.f_contiguous:
         a = np.ascontiguousarray(a)
         place = None if bias is None else bias.ctypes.data
         call("few_rows", half.FewRows(n, k, m, a.ctypes.data, b.ctypes.data, place, y.ctypes.data))

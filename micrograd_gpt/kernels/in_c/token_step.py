@@ -25,7 +25,7 @@ from micrograd_gpt.kernels.in_c.arguments import (
     strides_of,
 )
 from micrograd_gpt.kernels.in_c.half import BFLOAT16, KINDS
-from micrograd_gpt.kernels.in_c.kernels import FEW_ROWS
+from micrograd_gpt.kernels.in_c.half import FEW_ROWS
 from micrograd_gpt.kernels.shapes import (
     BLOCK,
     FLOAT32,

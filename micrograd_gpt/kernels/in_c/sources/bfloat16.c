@@ -254,7 +254,7 @@ static void multiply_packed(int way, Int deep, const void *a, const void *b, flo
 
 /* How many columns of b are packed together: as many as fill most of the second-level cache. */
 static Int columns_together(Cutting cutting) {
-  Int columns = second_level_cache() / 4 * 3 / (cutting.depth * cutting.size);
+  Int columns = second_level_cache() / 8 * 5 / (cutting.depth * cutting.size);
   return round_up(min(columns, 1024), cutting.columns);
 }
 
@@ -299,19 +299,9 @@ static void pack_block_of_a(const HalfProduct *p, const Block *block, Int row, I
     pack_half_rows(a, p->a_row, p->a_column, n, block->depth, rows, block->deep, packed);
 }
 
-/* narrow[j] = x[j], rounded, for n numbers. */
-INLINE void round_row(Int n, const float *restrict x, uint16_t *restrict narrow) {
-  Int j = 0;
-#ifdef HAS_PAIRS
-  for (; j + LANES <= n; j += LANES)
-    _mm256_storeu_si256((__m256i *)(narrow + j), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + j)));
-#endif
-  for (; j < n; j++) narrow[j] = to_bfloat16(x[j]);
-}
-
-/* A row of a tile, which changes, goes to `narrow` numbers, after `sums` and `bias` are added, or else
-   to `wide` ones, to which it is added unless it is their `first`. What there is not, is NULL. */
-INLINE void put_row(Int n, float *restrict row, float *restrict wide, int first,
+/* A row of a tile goes to `narrow` numbers, after `sums` and `bias` are added, or else to `wide`
+   ones, to which it is added unless it is their `first`. What there is not, is NULL. */
+INLINE void put_row(Int n, const float *restrict row, float *restrict wide, int first,
                     const float *restrict sums, const uint16_t *restrict bias,
                     uint16_t *restrict narrow) {
 #pragma omp simd
@@ -321,14 +311,13 @@ INLINE void put_row(Int n, float *restrict row, float *restrict wide, int first,
     if (sums) sum += sums[j];
     if (bias) sum += from_bfloat16(bias[j]);
     if (wide) wide[j] = sum;
-    if (narrow) row[j] = sum;
+    if (narrow) narrow[j] = to_bfloat16(sum);
   }
-  if (narrow) round_row(n, row, narrow);
 }
 
 /* Row i of a tile of c at (row, j) of a block; the compiler makes a loop for each case. */
 INLINE void put_tile_row(const HalfProduct *p, const Block *block, Int row, Int j, Int i, Int n,
-                         float *from) {
+                         const float *from) {
   const uint16_t *bias = p->bias && block->complete ? p->bias + block->j0 + j : NULL;
   float *sums = block->sums ? block->sums + i * block->sums_row + j : NULL;
   if (p->c_is_narrow && block->complete) {

@@ -224,7 +224,7 @@ static int multiply_by_tiles(const NarrowRows *f) {
 
 /* --------------------------------------------------------------------------------- in every way */
 
-/* Weights become floats: in registers beside few rows, else while they are packed. */
+/* Weights become floats: beside few rows in registers or slices, else while they are packed. */
 static int multiply_widened(const NarrowRows *f) {
   if (f->n <= 16) return few_narrow_rows(f);
   return matmul(&(Product){f->n, f->k, f->m, f->x, f->k, 1, f->weight, 1, f->k, f->bias, f->y,

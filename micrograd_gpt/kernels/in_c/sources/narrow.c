@@ -185,33 +185,33 @@ static int meets_pairs(const NarrowRows *f) {
 /* The rows of x in slices, with `pairs` as such; NULL where there is not enough memory. */
 static const float *packed_rows(const NarrowRows *f, int pairs) {
   if (!pairs) return packed_in_slices(PACKED, f->n, f->k, f->x);
-  Int words = f->n * f->k / 2;
-  float *halves = scratch(HALF_X, words);
-  uint16_t *to = (uint16_t *)halves;
-  if (!halves) return NULL;
+  const uint16_t *halves = f->half_x;
+  if (!halves) {
+    uint16_t *narrow = (uint16_t *)scratch(HALF_X, f->n * f->k / 2);
+    if (!narrow) return NULL;
 #pragma omp simd
-  for (Int i = 0; i < 2 * words; i++) to[i] = to_bfloat16(f->x[i]);
-  return packed_in_slices(PACKED, f->n, f->k / 2, halves);
+    for (Int i = 0; i < f->n * f->k; i++) narrow[i] = to_bfloat16(f->x[i]);
+    halves = narrow;
+  }
+  return packed_in_slices(PACKED, f->n, f->k / 2, (const float *)halves);
 }
 
-/* y[row …, column …] for `rows` <= SOME_ROWS rows and LANES columns; `packed` is x, perhaps of
-   pairs. */
-INLINE void dots_in_slices(int kind, int pairs, Int rows, const NarrowRows *f, const float *packed,
-                           Int row, Int column) {
-  vec sums[SOME_ROWS][LANES] __attribute__((aligned(64)));
+/* LANES columns of y; `packed` is x in slices, perhaps of pairs. */
+INLINE void dots_in_slices(int kind, int pairs, const NarrowRows *f, const float *packed,
+                           Int column) {
+  vec sums[MOST_ROWS][LANES] __attribute__((aligned(64)));
   Int step = pairs ? STEP : LANES, whole = f->k / step * step;
   const char *weight = (const char *)f->weight + column * f->k * (kind == INT8 ? 1 : 2);
   const float *scales = kind == INT8 ? f->scales + column * groups_of(f->k) : NULL;
-  packed = packed_row(packed, row);
   if (pairs)
-    sum_slices(PAIRS, rows, f->n, packed, (Weights){weight, f->k / 2, NULL}, whole / 2, sums);
+    sum_slices(BFLOAT16_PAIRS, f->n, packed, (Weights){weight, f->k / 2, NULL}, whole / 2, sums);
   else
-    sum_slices(kind, rows, f->n, packed, (Weights){weight, f->k, scales}, whole, sums);
-  for (Int r = 0; r < rows; r++) {
-    float *y = f->y + (row + r) * f->m + column;
+    sum_slices(kind, f->n, packed, (Weights){weight, f->k, scales}, whole, sums);
+  for (Int r = 0; r < f->n; r++) {
+    float *y = f->y + r * f->m + column;
     *(vec *)y = sums_of_lanes(sums[r]);
     for (Int j = 0; j < LANES && whole < f->k; j++)
-      y[j] += rest(kind, f, f->x + (row + r) * f->k, column + j, whole);
+      y[j] += rest(kind, f, f->x + r * f->k, column + j, whole);
   }
 }
 
@@ -310,10 +310,10 @@ static void prepare_task(const void *arguments, Int part, Int parts) {
 #ifdef HAS_TILES
   if (meets_tiles(f)) x->pairs = pairs_across(f), columns %= TILE;
 #endif
-  if (columns) x->arranged = arranged(f);
   x->in_pairs = meets_pairs(f);
-  if (columns < LANES || (f->n <= TOGETHER && !x->in_pairs)) return;
-  x->packed = packed_rows(f, x->in_pairs);
+  int in_slices = columns >= LANES && (f->n > TOGETHER || x->in_pairs);
+  if (in_slices) x->packed = packed_rows(f, x->in_pairs);
+  if (columns && !(in_slices && columns % LANES == 0)) x->arranged = arranged(f);
 }
 
 INLINE void add_bias(const NarrowRows *f, Int first, Int end) {
@@ -333,15 +333,17 @@ INLINE void narrow_columns(int kind, const Prepared *x, Int first, Int end) {
   if (x->pairs) start = tile_columns(f, x->pairs, first, end);
 #endif
   for (Int j = start; j < end; j += LANES) {
-    Int columns = min(LANES, end - j), in_slices = x->packed && columns == LANES;
-    Int step = in_slices ? SOME_ROWS : TOGETHER;
-    for (Int r = 0; r < f->n; r += step) {
-      Int rows = min(step, f->n - r);
-      if (in_slices && kind == BFLOAT16 && x->in_pairs)
-        dots_in_slices(kind, 1, rows, f, x->packed, r, j);
-      else if (in_slices)
-        dots_in_slices(kind, 0, rows, f, x->packed, r, j);
-      else if (in_one_stream || columns < LANES)
+    Int columns = min(LANES, end - j);
+    if (x->packed && columns == LANES) {
+      if (kind == BFLOAT16 && x->in_pairs)
+        dots_in_slices(kind, 1, f, x->packed, j);
+      else
+        dots_in_slices(kind, 0, f, x->packed, j);
+      continue;
+    }
+    for (Int r = 0; r < f->n; r += TOGETHER) {
+      Int rows = min(TOGETHER, f->n - r);
+      if (in_one_stream || columns < LANES)
         dots_of_rows(kind, rows, 0, f, x->arranged, r, j, columns);
       else
         dots_of_rows(kind, rows, 1, f, x->arranged, r, j, LANES);

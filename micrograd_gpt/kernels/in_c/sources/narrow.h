@@ -28,6 +28,12 @@ INLINE vec floats_of(const int8_t *x) {
 #endif
 }
 
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
+#define HAS_FLOAT16 1 /* an instruction that makes floats of it */
+#else
+#define HAS_FLOAT16 0
+#endif
+
 /* The same of float16: for its instruction, too, compilers have no vectors. */
 INLINE vec floats_of_float16(const uint16_t *x) {
 #if defined(__AVX512F__)
@@ -63,7 +69,7 @@ INLINE vec floats_at(int kind, const void *numbers, Int at) {
   return kind == FLOAT16 ? floats_of_float16(halves) : floats_of_bfloat16(halves);
 }
 
-/* y = x @ weight.T + bias for a few rows of x: bound by reading the weights. */
+/* y = x @ weight.T + bias for a few rows of x, at most few_rows.h's MOST_ROWS. */
 typedef struct {
   Int kind, n, k, m;
   const float *x;      /* (n, k), whose numbers fit the weights' type if it is bfloat16 */
@@ -76,5 +82,5 @@ typedef struct {
 } NarrowRows;
 int few_narrow_rows(const NarrowRows *f);
 
-/* The same of int8 for any number of rows; see int8.c. */
+/* The same of int8, and of any number of rows; see int8.c. */
 int multiply_int8(const NarrowRows *f);

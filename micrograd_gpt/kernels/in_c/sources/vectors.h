@@ -23,9 +23,9 @@ typedef int32_t places __attribute__((vector_size(4 * LANES)));
 #define INLINE static inline __attribute__((always_inline))
 
 /* v, held in a register, where a compiler may read it from memory again for each instruction that
-   uses it: AMD's processors read one vector of 64 bytes a cycle, Intel's two. */
+   uses it: AMD's Zen 4 reads one vector of 64 bytes a cycle, Intel's processors two. */
 INLINE vec held(vec v) {
-#ifdef __CLZERO__ /* only AMD's processors have this instruction */
+#ifdef __CLZERO__ /* AMD's processors have this instruction, Intel's do not */
   __asm__("" : "+v"(v));
 #endif
   return v;
