@@ -24,8 +24,7 @@ from micrograd_gpt.kernels.in_c.arguments import (
     pointers,
     strides_of,
 )
-from micrograd_gpt.kernels.in_c.half import BFLOAT16, KINDS
-from micrograd_gpt.kernels.in_c.half import FEW_ROWS
+from micrograd_gpt.kernels.in_c.half import BFLOAT16, FEW_ROWS, KINDS
 from micrograd_gpt.kernels.shapes import (
     BLOCK,
     FLOAT32,
