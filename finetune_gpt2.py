@@ -179,6 +179,7 @@ def tune(
     flags.schedule(settings, order.steps_per_epoch)
     plan = make_plan(settings, task, device, make)
     if settings.plan:
+        cli.check_stdout()
         print(plan.report(settings.max_steps, plan.step_time(settings.rate)))
         return None, 0
     plan.check_room("give a smaller --model")

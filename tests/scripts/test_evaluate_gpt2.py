@@ -73,6 +73,19 @@ def test_perplexity(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert narrow["nats_per_token"] != report["nats_per_token"]
 
 
+def test_a_closed_stdout_loses_no_report(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the shell's `>&-` leaves it; --out keeps the report."""
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    flags = ["perplexity", "--model", model, "--data", str(path)]
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(UserError, match="stdout is closed: send it to a file"):
+        evaluate.main(flags)
+    assert evaluate.main([*flags, "--out", str(tmp_path / "out")]) == 0
+
+
 def test_detokenizing_changes_what_is_read_and_not_what_is_counted(
     tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

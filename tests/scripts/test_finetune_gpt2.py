@@ -368,6 +368,18 @@ def test_a_plan_reads_the_data_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["spam.tsv"]
 
 
+def test_a_closed_stdout_loses_no_plan(
+    finetune_gpt2: ModuleType, train_gpt2: ModuleType, base: Path, data: Path, text: Path
+) -> None:
+    tune = ["classify", "--model", str(base), "--data", str(data), "--plan", "--rate", "1"]
+    train = ["--data", str(text), "--plan", "--rate", "1"]
+    for main, flags in ((finetune_gpt2.main, tune), (train_gpt2.main, train)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", None)
+            with pytest.raises(UserError, match="stdout is closed: send it to a file"):
+                main(flags)
+
+
 def test_a_plan_has_no_larger_batches_than_there_are_texts(
     classify: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
