@@ -183,7 +183,7 @@ def tune(
         print(plan.report(settings.max_steps, plan.step_time(settings.rate)))
         return None, 0
     plan.check_room("give a smaller --model")
-    check_fingerprint(settings, task.fingerprint())
+    check_fingerprint(settings, task.fingerprint(), settings.validation)
 
     # Model and optimizer, and what a resumed run saved of them
     body = make_body(settings, device)

@@ -287,9 +287,9 @@ def test_a_run_is_resumed_on_data_that_were_moved(
     data.rename(moved)
     more = ["--max-steps", 2, "--data", moved]
     assert classify(out, *more, resume=True) == 0
-    for other in (["--validation", moved], ["--test", moved]):  # these are no longer taken from it
-        with pytest.raises(UserError, match="is no longer the data of the run in"):
-            classify(out, "--max-steps", 3, *other, resume=True)
+    for other in ("--validation", "--test"):  # which are no longer taken from it
+        with pytest.raises(UserError, match=f"has a part of --data as {other}, not {moved}: leave"):
+            classify(out, "--max-steps", 3, other, moved, resume=True)
 
 
 def test_other_data_is_not_resumed_on(classify: Main, data: Path, tmp_path: Path) -> None:
