@@ -263,6 +263,8 @@ def _resumed(out: Path, flags: dict[str, Any], command: str) -> dict[str, Any]:
     moved = {"model": flags["model"]} if "model" in flags and saved.get("base_weights") else {}
     kept = {name: value for name, value in flags.items() if name not in moved}
     settings = resumed_settings(out, kept, table(command), "model") | moved
+    if settings["lora_rank"] and not moved:
+        settings["model"] = lora.base_found(out, settings["model"])
     settings["planned_steps"] = saved["max_steps"]
     settings["base_weights"] = saved.get("base_weights")
     if "epochs" in flags and "max_steps" not in flags:

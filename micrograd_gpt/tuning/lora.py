@@ -211,6 +211,14 @@ def finding_base(settings: Namespace) -> Iterator[None]:
         ) from error
 
 
+def base_found(out: Path, name: str) -> str:
+    """The base of the adapter in a run's folder, which the run calls `name`: where there is none of
+    that name, as in another working directory, the path that the adapter's own file has."""
+    noted = str((read_json(out / ADAPTER_CONFIG) or {}).get(BASE))
+    is_there = Path(noted).is_absolute() and Path(noted).exists()
+    return noted if is_there and not Path(name).exists() else name
+
+
 def rename_base(settings: Namespace) -> None:
     """Have the sets of a resumed run name the base where it is now: it may have been moved.
 

@@ -292,6 +292,19 @@ def test_a_run_is_resumed_on_data_that_were_moved(
             classify(out, "--max-steps", 3, other, moved, resume=True)
 
 
+def test_a_model_is_the_same_by_another_name(
+    classify: Main, finetune_gpt2: ModuleType, base: Path, tmp_path: Path
+) -> None:
+    out, link = tmp_path / "out", tmp_path / "link"
+    assert classify(out, "--max-steps", 1) == 0
+    link.symlink_to(base)
+    more = ["classify", "--resume", "--out", str(out), "--model"]
+    with pytest.raises(UserError, match=f"has --model {base}, not {tmp_path}: leave the flag out"):
+        finetune_gpt2.main([*more, str(tmp_path)])
+    with pytest.raises(UserError, match="is complete at step 1"):
+        finetune_gpt2.main([*more, str(link)])
+
+
 def test_other_data_is_not_resumed_on(classify: Main, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     classify(out, "--max-steps", 2)
