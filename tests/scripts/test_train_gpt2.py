@@ -459,6 +459,12 @@ def test_a_file_of_flags_may_come_from_windows(train_gpt2: ModuleType, tmp_path:
     assert flags == {"batch_size": 7, "data": "a.txt"}
 
 
+def test_a_number_in_a_file_of_flags_may_be_a_text(train_gpt2: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text("validation = 0.2\nout = 2026\n")
+    assert train_gpt2.parse_flags(["--config", str(path)]) == {"validation": "0.2", "out": "2026"}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
