@@ -303,7 +303,7 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
         if flags.get("block_size", 0) > longest:
             raise UserError(f"--block-size is at most {longest}, the context of {weights}")
         chosen = defaults("tuned") | {"block_size": longest}
-    settings = {"data_fingerprint": None, **chosen, **flags}
+    settings = {"data_fingerprint": None, **chosen, **flags, "out": str(out)}
     if "learning_rate" in flags and "min_lr" not in flags:
         settings["min_lr"] = settings["learning_rate"] / 10
     check_rates(settings)

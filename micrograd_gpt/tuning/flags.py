@@ -213,6 +213,7 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
             check_inputs_stay(out, flags.get("model", rows["model"].default), files)
         settings = {name: row.default for name, row in rows.items()}
         settings |= {"data_fingerprint": None, "base_weights": None, "planned_steps": 0, **flags}
+        settings["out"] = str(out)
         if "learning_rate" in flags and "min_lr" not in flags:
             settings["min_lr"] = settings["learning_rate"] / 10
         check_rates(settings)
