@@ -59,6 +59,8 @@ def evaluate(given: argparse.Namespace, ranks: Ranks) -> int:
     from micrograd_gpt.arrays.stand_ins import highest_level
     from micrograd_gpt.runs.lock import only_writer
 
+    if given.out is None:  # which keeps the report
+        cli.check_stdout()
     highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
     commands = {
         "perplexity": perplexity,

@@ -179,10 +179,11 @@ def tune(
     flags.schedule(settings, order.steps_per_epoch)
     plan = make_plan(settings, task, device, make)
     if settings.plan:
+        cli.check_stdout()
         print(plan.report(settings.max_steps, plan.step_time(settings.rate)))
         return None, 0
     plan.check_room("give a smaller --model")
-    check_fingerprint(settings, task.fingerprint())
+    check_fingerprint(settings, task.fingerprint(), settings.validation)
 
     # Model and optimizer, and what a resumed run saved of them
     body = make_body(settings, device)

@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             settings = resolve_settings(given)
         device = resolve_device(settings.device)
         if settings.plan:
+            cli.check_stdout()
             print(plan_of(settings, device))
             return 0
         ranks.use_device(device)

@@ -102,8 +102,11 @@ def add_stop_flag(add_argument: Callable[..., Any]) -> None:
 def tell_idle(given: Mapping[str, Any], settings: Settings) -> None:
     """Say on stderr which flags that were given do nothing where nothing is drawn."""
     idle = [option(name) for name in CUTS if given.get(name) is not None]
-    if settings.temperature == 0 and idle:
-        cli.say(f"note: {' and '.join(idle)}: no effect at temperature 0, where nothing is drawn")
+    if given.get("seed"):  # 0 is the default
+        idle.append("--seed")
+    if idle and (settings.temperature == 0 or settings.num_beams > 1):
+        where = "in beam search" if settings.num_beams > 1 else "at temperature 0"
+        cli.say(f"note: {' and '.join(idle)}: no effect {where}, where nothing is drawn")
 
 
 def stop_text(text: str) -> str:

@@ -14,7 +14,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from micrograd_gpt.arrays.devices import device_of
 from micrograd_gpt.arrays.memory import check_room, memory_errors
+from micrograd_gpt.arrays.stand_ins import report
 from micrograd_gpt.generation.beam_search import beam_search
 from micrograd_gpt.generation.context import BYTES_OF_TEXT, Continuation, check_memory
 from micrograd_gpt.generation.filters import NO_TOKEN_LEFT
@@ -99,6 +101,8 @@ class Writer:
         fewer = "lower --num-samples, or give fewer prompts at a time"
         check_room(texts * BYTES_OF_TEXT, f"{texts:,} texts", fewer)
         self._tell_the_limit(longest)
+        if device_of(self.model.transformer.wte.weight.data) == "cpu":
+            report()  # loads the kernels: what they say comes before the text
         output = Output(self.tokenizer, stop_texts, self.as_json, show_prompt)
         try:
             with memory_errors(f"{at_once} are decoded at once; {lower}"):

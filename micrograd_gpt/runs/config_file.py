@@ -72,7 +72,9 @@ def read_config_file(path: str | Path, table: Mapping[str, Any]) -> dict[str, An
             raise UserError(f"{path}: there is no flag {key!r}{hint}; see --help")
         if name in flags:
             raise UserError(f"{path}: {key} stands there twice: remove one")
-        flags[name] = float(value) if row.kind.type is float and type(value) is int else value
+        # 1 is a number for a flag of fractions, and validation = 0.1 what --validation 0.1 is
+        numbers = {float: (int,), str: (int, float)}.get(row.kind.type, ())
+        flags[name] = row.kind.type(value) if type(value) in numbers else value
         if not row.kind.holds(flags[name]):
             kind = {int: "a whole number, ", float: "a number, "}.get(row.kind.type, "")
             quotes = ": leave out the quotes" if kind and isinstance(value, str) else ""

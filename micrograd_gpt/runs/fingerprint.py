@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from micrograd_gpt.runs.checkpoint import load_settings
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.corpus import Corpus
 from micrograd_gpt.text.shards import Shards, slices
@@ -31,20 +32,30 @@ def known_characters(settings: argparse.Namespace) -> Iterator[None]:
 
 def check_same_data(settings: argparse.Namespace, corpus: Corpus) -> None:
     """UserError if a run would resume on other data; the settings note which data this is."""
-    train, validation = map(fingerprint, (corpus.train, corpus.validation))
-    is_same = str(settings.data_fingerprint).startswith(f"{train} and ")
-    changed = corpus.validation_name if is_same else None
-    check_fingerprint(settings, f"{train} and {validation}", changed)
+    found = " and ".join(map(fingerprint, (corpus.train, corpus.validation)))
+    check_fingerprint(settings, found, corpus.validation_name)
 
 
-def check_fingerprint(settings: argparse.Namespace, found: str, changed: str | None = None) -> None:
-    """check_same_data for data whose fingerprint was `found`; `changed` is the file that differs,
-    where it is not --data."""
-    before = settings.data_fingerprint
+def check_fingerprint(settings: argparse.Namespace, found: str, validation: str | None) -> None:
+    """check_same_data for data whose fingerprint was `found`; `validation` is the file that the
+    second part of it is of, where that is not --data."""
+    before = str(settings.data_fingerprint)
     if settings.resume and found != before and not settings.allow_changes:
+        saved = load_settings(settings.out)
+        (train, _, other), (train_before, _, other_before) = (
+            text.partition(" and ") for text in (found, before)
+        )
+        for name in ("validation", "test"):  # of which another one changes what is left of --data
+            had, has = saved.get(name), getattr(settings, name, None)
+            if has != had and (name == "test" or other != other_before):
+                raise UserError(
+                    f"the run in {settings.out} has {had or 'a part of --data'} as --{name}, not "
+                    f"{has}: leave the flag out to resume, or add --allow-changes"
+                )
+        changed = validation if validation and train == train_before else settings.data
         raise UserError(
-            f"{changed or settings.data} is no longer the data of the run in {settings.out} "
-            f"({before}; now {found}): give the same data, or add --allow-changes"
+            f"{changed} is no longer the data of the run in {settings.out} ({before}; now {found}):"
+            " give the same data, or add --allow-changes"
         )
     settings.data_fingerprint = found
 

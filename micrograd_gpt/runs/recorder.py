@@ -126,6 +126,7 @@ class Recorder:
         self._folder = OwnFolder(self.out)
         if self.settings.overwrite:
             checkpoint.remove_run(self.out)
+        remove_unfinished(self.out)
         remove_parts(self.out)
         self.watch = Watch(self.metrics, steps, self.settings.watch, self.data.unit)
         self.best_loss = checkpoint.best_loss(self.out, vars(self.settings))

@@ -19,12 +19,13 @@ from micrograd_gpt.runs import checkpoint, config_file
 from micrograd_gpt.runs.folders import check_free, check_goes_on, check_inputs_stay
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import are_one_file
 from micrograd_gpt.text.corpus import VALIDATION
 from micrograd_gpt.text.decoding import Form
 from micrograd_gpt.text.documents import check_text_field
 from micrograd_gpt.text.tokenizers import NAMES
 from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, size_name
-from micrograd_gpt.weights.formats import RUN_FLAGS, STATE, has_begun
+from micrograd_gpt.weights.formats import RUN_FLAGS, STATE, has_begun, is_adapter
 from micrograd_gpt.weights.names import config_named
 
 SHAPES: dict[str, dict[str, int]] = {"tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128}, **SIZES}
@@ -302,7 +303,7 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
         if flags.get("block_size", 0) > longest:
             raise UserError(f"--block-size is at most {longest}, the context of {weights}")
         chosen = defaults("tuned") | {"block_size": longest}
-    settings = {"data_fingerprint": None, **chosen, **flags}
+    settings = {"data_fingerprint": None, **chosen, **flags, "out": str(out)}
     if "learning_rate" in flags and "min_lr" not in flags:
         settings["min_lr"] = settings["learning_rate"] / 10
     check_rates(settings)
@@ -353,10 +354,14 @@ def resumed_settings(
     for name, value in flags.items():
         row = table[name]
         may_change = row.change in (FREE, ONCE) or (allowed and row.change is ASK)
-        if value != settings[name] and not may_change:
+        is_same = value == settings[name] or (
+            row.kind is TEXT and are_one_file(value, settings[name] or "")
+        )
+        if not is_same and not may_change:
             choice = "add --allow-changes, " if row.change is ASK else ""
             larger = name == "block_size" and value > settings[name]
-            decided = larger or name in OF_THE_WEIGHTS  # by these weights
+            # By these weights; and an adapter is no --model of another
+            decided = larger or name in OF_THE_WEIGHTS or is_adapter(out)
             start = "in another --out" if decided else f"with --{anew} {out}"
             raise UserError(
                 f"the run in {out} has {row.flag} {settings[name]}, not {value}: leave the flag "

@@ -99,7 +99,7 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else args
+        words = sys.argv[1:] if args is None else list(map(str, args))  # a notebook has 3, and Path
         self.given = {}
         for word in words:
             self._refuse_alias(word.partition("=")[0])

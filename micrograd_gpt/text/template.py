@@ -18,6 +18,7 @@ import json
 import re
 from pathlib import Path
 
+from micrograd_gpt.support.cli import listed, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading, write_text
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER_CONFIG
@@ -131,9 +132,17 @@ def template_of(folder: str | Path) -> Template | None:
 
 
 def choose_template(path: str | Path | None, folder: str | Path | None) -> Template:
-    """The template in a file, or else that of the model in a folder, or else the default."""
+    """The template in a file, or else that of the model in a folder, or else the default. Stderr
+    says what looks like a place in the file and is none: it may be misspelt."""
     if path is not None:
-        return read_template(path)
+        template = read_template(path)
+        braces = dict.fromkeys(re.findall(r"\{ *\w+ *\}", template.text))
+        if others := [text for text in braces if not PLACE.fullmatch(text)]:
+            say(
+                f"note: {path}: {listed(others)} will be part of every prompt as it stands: the "
+                "places are {system}, {instruction}, {input} and {output}"
+            )
+        return template
     return (folder and template_of(folder)) or Template()
 
 

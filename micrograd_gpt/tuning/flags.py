@@ -213,6 +213,7 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
             check_inputs_stay(out, flags.get("model", rows["model"].default), files)
         settings = {name: row.default for name, row in rows.items()}
         settings |= {"data_fingerprint": None, "base_weights": None, "planned_steps": 0, **flags}
+        settings["out"] = str(out)
         if "learning_rate" in flags and "min_lr" not in flags:
             settings["min_lr"] = settings["learning_rate"] / 10
         check_rates(settings)
@@ -263,6 +264,8 @@ def _resumed(out: Path, flags: dict[str, Any], command: str) -> dict[str, Any]:
     moved = {"model": flags["model"]} if "model" in flags and saved.get("base_weights") else {}
     kept = {name: value for name, value in flags.items() if name not in moved}
     settings = resumed_settings(out, kept, table(command), "model") | moved
+    if settings["lora_rank"] and not moved:
+        settings["model"] = lora.base_found(out, settings["model"])
     settings["planned_steps"] = saved["max_steps"]
     settings["base_weights"] = saved.get("base_weights")
     if "epochs" in flags and "max_steps" not in flags:

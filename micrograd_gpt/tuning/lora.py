@@ -211,6 +211,14 @@ def finding_base(settings: Namespace) -> Iterator[None]:
         ) from error
 
 
+def base_found(out: Path, name: str) -> str:
+    """The base of the adapter in a run's folder, which the run calls `name`: where there is none of
+    that name, as in another working directory, the path that the adapter's own file has."""
+    noted = str((read_json(out / ADAPTER_CONFIG) or {}).get(BASE))
+    is_there = Path(noted).is_absolute() and Path(noted).exists()
+    return noted if is_there and not Path(name).exists() else name
+
+
 def rename_base(settings: Namespace) -> None:
     """Have the sets of a resumed run name the base where it is now: it may have been moved.
 
@@ -274,15 +282,14 @@ class AdapterFiles:
     base: str | None
 
     def check_place(self, folder: Path) -> None:
-        """UserError if the base is in this folder, whose files the adapter's would replace, or
-        could be for all that is known."""
-        if self.base is None and holds_model(folder) and not is_adapter(folder):
-            raise UserError(
-                f"{folder} holds a model, perhaps the adapter's base: give another folder, or say "
-                "which model is, with add_lora(…, base=NAME)"
-            )
+        """UserError if a whole model is in this folder, the base or another, whose files those of
+        the adapter would replace."""
         if self.base is not None and lies_in(self.base, folder):
             raise UserError(f"{folder} holds the adapter's own base: give another folder")
+        if holds_model(folder) and not is_adapter(folder):
+            raise UserError(
+                f"{folder} holds a whole model, which an adapter would replace: give another folder"
+            )
 
     def arrays(self, model: Any) -> dict[str, Array]:
         """What adapter_model.safetensors holds, by name: views of the parameters that are trained.

@@ -36,6 +36,7 @@ from micrograd_gpt.weights.formats import (
     ADAPTER_MODEL,
     MODEL,
     implied_by,
+    is_adapter,
     weight_files,
 )
 from micrograd_gpt.weights.loading import say_what_is_not_kept
@@ -55,10 +56,11 @@ def save_pretrained(
     the adapter is written, and `peft.PeftModel.from_pretrained(base, folder)` loads it. `dtype`
     ("float16", "bfloat16") stores the weights in that type, rounded to nearest; `metadata` is added
     to the safetensors file's own. Raises UserError if the files can't be written, and leaves what
-    was there before, for a whole model in int8, for the folder of an adapter's own base, and for an
-    empty name, which would be the current folder; ValueError for a GPT2 that its config no longer
-    describes. What `from_pretrained` would not give back of a class of one's own is said on stderr,
-    once: a setting, or a layer's weight that is no Parameter.
+    was there before, for a whole model in int8, for a folder that holds the adapter's base or
+    another kind of model, whole or an adapter, and for an empty name, which would be the current
+    folder; ValueError for a GPT2 that its config no longer describes. What `from_pretrained` would
+    not give back of a class of one's own is said on stderr, once: a setting, or a layer's weight
+    that is no Parameter.
     """
     if not str(folder):
         raise UserError("the name of the folder is empty: give one to save the model in")
@@ -66,6 +68,10 @@ def save_pretrained(
         check_described(model)
     if (adapter := getattr(model, "adapter", None)) is not None:
         adapter.check_place(Path(folder))
+    elif is_adapter(folder):
+        raise UserError(
+            f"{folder} holds an adapter, which a whole model would replace: give another folder"
+        )
     with written_as_set(folder) as new:
         write_model(model, new, tokenizer, dtype, metadata)
 

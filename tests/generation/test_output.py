@@ -94,3 +94,13 @@ def test_an_empty_prompt_starts_after_end_of_text_or_a_line_end() -> None:
         prompt_ids("", tokenizer) == prompt_ids("\n", tokenizer) == [int(tokenizer.encode("\n")[0])]
     )
     assert prompt_ids("a", ByteTokenizer()) == [97]
+
+
+def test_what_the_kernels_say_comes_before_the_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A note about the compiler would stand in the middle of a line."""
+    monkeypatch.setattr("micrograd_gpt.generation.output.report", lambda: print("a note"))
+    writer = Writer(make_model(vocab_size=3), CharTokenizer("abc"))
+    assert writer.write(["ab"], Settings(max_new_tokens=2, end_of_text=None))
+    assert capsys.readouterr().out.startswith("a note\nab")

@@ -150,6 +150,14 @@ def test_a_resumed_run_that_is_complete_says_so(tmp_path: Path) -> None:
         Recorder(settings, run.data, run.model, run.optimizer, run.scaler)
 
 
+def test_what_a_killed_run_was_drawing_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    drawing, users = tmp_path / f".loss.png.{'0' * 16}.tmp", tmp_path / ".notes.tmp"
+    drawing.touch()
+    users.touch()
+    recorder(tmp_path)
+    assert users.exists() and not drawing.exists()
+
+
 def test_a_log_file_gets_a_sign_of_life_every_half_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -287,9 +287,22 @@ def test_a_run_is_resumed_on_data_that_were_moved(
     data.rename(moved)
     more = ["--max-steps", 2, "--data", moved]
     assert classify(out, *more, resume=True) == 0
-    for other in (["--validation", moved], ["--test", moved]):  # these are no longer taken from it
-        with pytest.raises(UserError, match="is no longer the data of the run in"):
-            classify(out, "--max-steps", 3, *other, resume=True)
+    for other in ("--validation", "--test"):  # which are no longer taken from it
+        with pytest.raises(UserError, match=f"has a part of --data as {other}, not {moved}: leave"):
+            classify(out, "--max-steps", 3, other, moved, resume=True)
+
+
+def test_a_model_is_the_same_by_another_name(
+    classify: Main, finetune_gpt2: ModuleType, base: Path, tmp_path: Path
+) -> None:
+    out, link = tmp_path / "out", tmp_path / "link"
+    assert classify(out, "--max-steps", 1) == 0
+    link.symlink_to(base)
+    more = ["classify", "--resume", "--out", str(out), "--model"]
+    with pytest.raises(UserError, match=f"has --model {base}, not {tmp_path}: leave the flag out"):
+        finetune_gpt2.main([*more, str(tmp_path)])
+    with pytest.raises(UserError, match="is complete at step 1"):
+        finetune_gpt2.main([*more, str(link)])
 
 
 def test_other_data_is_not_resumed_on(classify: Main, data: Path, tmp_path: Path) -> None:
@@ -366,6 +379,18 @@ def test_a_plan_reads_the_data_and_writes_nothing(
     printed = capsys.readouterr().out
     assert "1 × 8 × 18; 3,456 in 24 steps" in printed and "peak memory" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["spam.tsv"]
+
+
+def test_a_closed_stdout_loses_no_plan(
+    finetune_gpt2: ModuleType, train_gpt2: ModuleType, base: Path, data: Path, text: Path
+) -> None:
+    tune = ["classify", "--model", str(base), "--data", str(data), "--plan", "--rate", "1"]
+    train = ["--data", str(text), "--plan", "--rate", "1"]
+    for main, flags in ((finetune_gpt2.main, tune), (train_gpt2.main, train)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", None)
+            with pytest.raises(UserError, match="stdout is closed: send it to a file"):
+                main(flags)
 
 
 def test_a_plan_has_no_larger_batches_than_there_are_texts(

@@ -147,6 +147,22 @@ def test_a_run_is_resumed_on_a_base_that_was_moved(
         classify(out, "--max-steps", 5, "--model", before, resume=True)
 
 
+def test_a_run_is_resumed_from_another_working_directory(
+    classify: Main, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter's own file has the whole path of its base."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    monkeypatch.chdir(base.parent)
+    assert classify(out, "--max-steps", 1, model=Path(base.name)) == 0
+    monkeypatch.chdir(other)
+    assert classify(out, "--max-steps", 2, resume=True) == 0
+    with pytest.raises(
+        UserError, match=r"--lora-rank 2, not 3: .* start another run in another --"
+    ):
+        classify(out, "--lora-rank", 3, resume=True)  # not with --model out, which is an adapter
+
+
 def test_an_adapter_is_not_used_on_another_base(
     finetune_gpt2: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,22 +136,24 @@ def test_speed_flags_do_not_change_the_text(
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("flags", "said"),
     [
-        (["--greedy", "--top-p", "0.9", "--min-p", "0.1"], "--top-p and --min-p"),
-        (["--temperature", "0", "--top-k", "5"], "--top-k"),
+        (["--greedy", "--top-p", "1", "--min-p", "0.1"], "--top-p and --min-p: no effect at temp"),
+        (["--temperature", "0", "--top-k", "5"], "--top-k: no effect at temperature 0"),
+        (["--greedy", "--seed", "4"], "--seed: no effect at temperature 0"),
+        (["--num-beams", "2", "--seed", "4"], "--seed: no effect in beam search, where nothing"),
         (["--greedy"], None),
-        (["--top-k", "5"], None),
+        (["--num-beams", "2"], None),
+        (["--top-k", "5", "--seed", "4"], None),
     ],
 )
 def test_that_nothing_is_drawn_is_said(
-    char_model: str, capsys: pytest.CaptureFixture[str], flags: list[str], named: str | None
+    char_model: str, capsys: pytest.CaptureFixture[str], flags: list[str], said: str | None
 ) -> None:
     flags = ["--model", char_model, "--prompt", "the ", "--max-new-tokens", "2", *flags]
     assert generate.main(flags) == 0
-    note = f"note: {named}: no effect at temperature 0, where nothing is drawn\n"
     err = capsys.readouterr().err
-    assert (note in err) if named else ("no effect" not in err)
+    assert (f"note: {said}" in err) if said else ("no effect" not in err)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

@@ -22,6 +22,7 @@ from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.tuning import flags as tuning_flags
 from micrograd_gpt.weights.saving import save_pretrained
 
 FLAGS = """--data --validation --text-field --line-ends --special-tokens --no-special-tokens
@@ -382,6 +383,16 @@ def test_help_names_every_flag_and_its_default(
         assert words in text
 
 
+def test_a_slash_behind_the_run_s_folder_is_not_repeated(
+    train_gpt2: ModuleType, tmp_path: Path
+) -> None:
+    """As "saved in out//" would have it."""
+    out = f"{tmp_path}/out/"
+    tuning = {"command": "instruct", "data": "a.jsonl", "out": out}
+    assert train_gpt2.resolve_settings({"out": out}).out == f"{tmp_path}/out"
+    assert tuning_flags.resolve_settings(tuning).out == f"{tmp_path}/out"
+
+
 def test_defaults_by_size(
     train_gpt2: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,6 +468,12 @@ def test_a_file_of_flags_may_come_from_windows(train_gpt2: ModuleType, tmp_path:
     path.write_bytes(b"\xef\xbb\xbfbatch-size = 7\r\ndata = 'a.txt'\r\n")
     flags = train_gpt2.parse_flags(["--config", str(path)])
     assert flags == {"batch_size": 7, "data": "a.txt"}
+
+
+def test_a_number_in_a_file_of_flags_may_be_a_text(train_gpt2: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text("validation = 0.2\nout = 2026\n")
+    assert train_gpt2.parse_flags(["--config", str(path)]) == {"validation": "0.2", "out": "2026"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from micrograd_gpt.support.cli import quoted, run, say
+from micrograd_gpt.support.cli import ArgumentParser, quoted, run, say
 
 
 def test_what_is_said_is_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,3 +98,12 @@ def test_a_file_that_is_used_the_wrong_way_is_a_bug(tmp_path: Path) -> None:
 
     with pytest.raises(io.UnsupportedOperation):
         run(main)
+
+
+def test_flags_from_python_need_not_be_texts() -> None:
+    """A notebook's main(["--out", Path("out"), "--steps", 3])."""
+    parser = ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps", type=int)
+    parsed = parser.parse_args(["--out", Path("out"), "--steps", 3])
+    assert (parsed.out, parsed.steps) == (Path("out"), 3)

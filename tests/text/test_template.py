@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.template import Template, read_template, save_template, template_of
+from micrograd_gpt.text.template import (
+    Template,
+    choose_template,
+    read_template,
+    save_template,
+    template_of,
+)
 
 
 def test_the_default_leaves_out_what_there_is_not() -> None:
@@ -52,6 +58,20 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
     path = tmp_path / "template.txt"
     path.write_bytes(b"\xef\xbb\xbfDo {instruction}: {output}\r\n")
     assert read_template(path).prompt("this") == "Do this: "
+
+
+def test_what_may_be_a_misspelt_place_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "template.txt"
+    path.write_text("{inputs} { system }\n\n{instruction} {inputs} {} {1 2} {output}")
+    assert choose_template(path, None).prompt("a") == "{inputs} { system }\n\na {inputs} {} {1 2} "
+    err = capsys.readouterr().err
+    assert err.startswith(f"note: {path}: '{{inputs}}', '{{ system }}' will be part of every")
+    assert err.endswith(": the places are {system}, {instruction}, {input} and {output}\n")
+    path.write_text("{system}\n\n{instruction} {input} {} {1 2} {output}")
+    choose_template(path, None)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
