@@ -64,6 +64,7 @@ class Corpus:
                 return "The"
         ids = self.validation[:100].astype(int)
         text = self.tokenizer.decode([i for i in ids if not self.tokenizer.count_unknown([i])])
+        text = text.replace("\0", "")  # which no shell passes on
         return (text.split() or [text])[0][:20]
 
     @property
