@@ -85,7 +85,8 @@ def prepare(
             if tokenizer.vocab_size > 1 << 16:
                 raise UserError(
                     f"the {tokenizer.name} tokenizer of {source} has {tokenizer.vocab_size:,} ids, "
-                    "more than the 65,536 that a large text can use: give --tokenizer gpt2 or byte"
+                    "more than the 65,536 that a large text can use: give less than 50 MB of it, "
+                    "or, to start from scratch, --tokenizer gpt2 or byte"
                 )
             tokenizer.check_special(form.special_tokens)
             refuse_where_cut(tokenizer, form.special_tokens)

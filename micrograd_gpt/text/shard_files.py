@@ -212,6 +212,6 @@ def _check_ids_in(paths: list[Path], headerless: bool, tokenizer: Tokenizer) -> 
                     raise UserError(
                         f"{path} holds the token id {ids.max()}, but the {tokenizer.name} "
                         f"tokenizer has only {tokenizer.vocab_size} ids: give the text itself, "
-                        "or to start from scratch, the --tokenizer it was made with"
+                        "or, to start from scratch, the --tokenizer it was made with"
                     )
                 bar.update(ids.nbytes)
