@@ -52,6 +52,7 @@ from micrograd_gpt.runs.signals import signals_as_before
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
 from micrograd_gpt.text.corpus import Corpus, load_corpus
 from micrograd_gpt.text.tokenizer_files import load_tokenizer, model_tokenizer
 from micrograd_gpt.text.tokenizers import NAMES, make_tokenizer
@@ -174,7 +175,7 @@ def tokenizer_of(settings: argparse.Namespace) -> Tokenizer | str:
         return checkpoint.own_tokenizer(settings.out)
     if settings.init_from != "scratch":
         folder, config = tokenizer_folder(settings.init_from), config_named(settings.init_from)
-        return model_tokenizer(folder, config.vocab_size) if folder else "gpt2"
+        return model_tokenizer(folder, config.vocab_size) if folder else GPT2Tokenizer()
     if settings.tokenizer in NAMES:
         return settings.tokenizer
     if not os.path.isdir(settings.tokenizer):

@@ -24,7 +24,7 @@ from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.corpus import encode_documents
 from micrograd_gpt.text.documents import SUFFIXES
-from micrograd_gpt.text.shard_files import find_shards
+from micrograd_gpt.text.shard_files import MANIFEST, find_shards
 
 BEGINNING = 4096  # bytes
 
@@ -149,7 +149,8 @@ def check_no_shards(source: str) -> None:
         with reading(path), open(path, "rb") as file:
             has_text = b"\0" not in file.read(BEGINNING)
     else:
-        has_text = any(path.suffix.lower() in SUFFIXES for path in path.rglob("*"))
+        files = (file for file in path.rglob("*") if file.name != MANIFEST)
+        has_text = any(file.suffix.lower() in SUFFIXES for file in files)
     if not has_text and find_shards(source) is not None:
         raise UserError(
             f"{source} holds token shards, whose bytes and words cannot be counted: give the text "

@@ -14,9 +14,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from micrograd_gpt.support.cli import say_once
 from micrograd_gpt.support.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+
+
+def with_lf(text: str) -> str:
+    r"""A text whose lines end in \n alone."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class Tokenizer(ABC):
@@ -60,12 +66,17 @@ class Tokenizer(ABC):
         """The texts that `encode` takes for tokens of their own with `allow_special`."""
         return [] if self.end_of_text is None else [END_OF_TEXT]
 
-    def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        """Return the ids of `text`, int32 of shape (T,).
+    def encode(
+        self, text: str, allow_special: bool = False, keep_line_ends: bool = False
+    ) -> np.ndarray:
+        r"""Return the ids of `text`, int32 of shape (T,).
 
         The characters `<|endoftext|>` in a text are ordinary characters by default, so that a
         corpus or a prompt from elsewhere cannot cut itself into documents. With `allow_special`
         they become the id `end_of_text`, if the tokenizer has one.
+
+        A vocabulary without "\r" was made of a text whose line ends were read as "\n", and so are
+        those of this text, unless `keep_line_ends` is set.
 
         Raises UserError for a character that the vocabulary cannot express, and for a lone
         surrogate, which is what Python makes of a byte that was not UTF-8.
@@ -79,6 +90,9 @@ class Tokenizer(ABC):
                 f"the text has a lone surrogate, {text[error.start]!r}, at position {error.start}: "
                 "give text that was read as UTF-8"
             ) from error
+        if "\r" in text and not keep_line_ends and b"\r" not in self.tokens:
+            say_once(rf"note: \r\n and \r are read as \n: the {self.name} tokenizer has no \r")
+            text = with_lf(text)
         return self._encode_special(text) if allow_special else self._encode(text)
 
     def _encode_special(self, text: str) -> np.ndarray:

@@ -64,6 +64,7 @@ class Corpus:
                 return "The"
         ids = self.validation[:100].astype(int)
         text = self.tokenizer.decode([i for i in ids if not self.tokenizer.count_unknown([i])])
+        text = text.replace("\0", "")  # which no shell passes on
         return (text.split() or [text])[0][:20]
 
     @property
@@ -200,12 +201,7 @@ def _read(
             with about(source):
                 shard_files = prepare(source, text_files, tokenizer, form, tokens)
             made_with = matching_tokenizer(shard_files, tokenizer)
-            try:
-                return shard_files.open()[0], None, made_with
-            except UserError as error:
-                raise UserError(
-                    f"{error} (delete {tokens} to have texts tokenized again)"
-                ) from error
+            return shard_files.open()[0], None, made_with
     documents = load_documents(source, form, text_files)
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, joined(documents, form.special_tokens))

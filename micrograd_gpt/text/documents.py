@@ -118,8 +118,7 @@ def find_files(source: str | Path) -> list[Path]:
     if path.is_dir():
         found, lost = _files_under(path)
         if lost:
-            links = "link leads" if len(lost) == 1 else "links lead"
-            say(f"note: {path}: {len(lost):,} {links} nowhere and left out ({min(lost)})")
+            say(f"note: {path}: {counted(len(lost), 'link')} to nowhere left out ({min(lost)})")
         files = [file for file in found if file.suffix.lower() in SUFFIXES]
         if files and len(files) < len(found):
             others = [file for file in found if file.suffix.lower() not in SUFFIXES]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -42,10 +43,12 @@ def encode_piece(
     A tokenizer without that token gets an empty line between them. With `allow_special`, special
     tokens that are written in the strings are recognized too.
     """
+    # What becomes of line ends was decided when the text was read
+    encode = partial(tokenizer.encode, allow_special=allow_special, keep_line_ends=True)
     if tokenizer.end_of_text is None:
-        return tokenizer.encode(BETWEEN_DOCUMENTS.join(piece), allow_special)
+        return encode(BETWEEN_DOCUMENTS.join(piece))
     end = np.array([tokenizer.end_of_text], np.int32)
-    ids = [array for text in piece for array in (end, tokenizer.encode(text, allow_special))]
+    ids = [array for text in piece for array in (end, encode(text))]
     return np.concatenate([np.empty(0, np.int32), *ids[1:]])
 
 

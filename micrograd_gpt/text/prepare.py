@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ def prepare(
             if tokenizer.vocab_size > 1 << 16:
                 raise UserError(
                     f"the {tokenizer.name} tokenizer of {source} has {tokenizer.vocab_size:,} ids, "
-                    "more than the 65,536 that a large text can use: give --tokenizer gpt2 or byte"
+                    "more than the 65,536 that a large text can use: give less than 50 MB of it, "
+                    "or, to start from scratch, --tokenizer gpt2 or byte"
                 )
             tokenizer.check_special(form.special_tokens)
             refuse_where_cut(tokenizer, form.special_tokens)
@@ -139,11 +141,21 @@ def _folder(
         return folder_for({"tokenizer": tokenizer})
     settings = tokenizer.to_dict()
     shared = folder_for({"tokenizer": tokenizer.name})
-    manifest = read_json(shared / MANIFEST) or read_json(shared / PROGRESS)
+    with _kept(shared):
+        manifest = read_json(shared / MANIFEST) or read_json(shared / PROGRESS)
     same_tokenizer = manifest is not None and manifest.get("tokenizer") == settings
     if same_tokenizer and (not settings.get("vocabulary") or _up_to_date(shared, files)):
         return shared
     return folder_for(settings)
+
+
+@contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """Around what reads what was kept in `folder`: a UserError says how to have it made again."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}: remove {folder}, and the text is tokenized again") from error
 
 
 def _state(file: Path) -> dict[str, Any]:
@@ -162,7 +174,8 @@ def _up_to_date(folder: Path, files: list[Path]) -> ShardFiles | None:
 
     A file with another time stamp but the same bytes has not changed; its new time is recorded.
     """
-    manifest = read_json(folder / MANIFEST)
+    with _kept(folder):
+        manifest = read_json(folder / MANIFEST)
     if manifest is None:
         return None
     now = [_state(file) for file in files]
@@ -178,12 +191,14 @@ def _up_to_date(folder: Path, files: list[Path]) -> ShardFiles | None:
         if any(sha256(before["path"]) != before["sha256"] for before, _ in touched):
             return None
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST} is damaged: delete {folder}") from error
+        with _kept(folder):
+            raise UserError(f"{folder / MANIFEST} is damaged") from error
     if touched:
         for before, after in touched:
             before.update(after)
         _write_manifest(folder, manifest)
-    return find_shards(folder)
+    with _kept(folder):
+        return find_shards(folder)
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -196,7 +211,8 @@ def _continue_or_begin(folder: Path, states: list[dict[str, Any]]) -> dict[str, 
     Removes what was made from another text, and the temporary files of killed processes.
     """
     new = {"sources": states, "pieces": [PIECE_SIZE, LONGEST_PIECE, PIECES_PER_SHARD]}
-    left = read_json(folder / PROGRESS)
+    with _kept(folder):
+        left = read_json(folder / PROGRESS)
     progress = left if left is not None and new.items() <= left.items() else new
     try:
         if progress is new:
@@ -270,7 +286,8 @@ def _write_shards(
             deque(rest, maxlen=0)  # read past its text
         else:
             write_shard(path, parallel_map(encode, itertools.chain([first], rest)))
-        entries.append({"file": path.name, "tokens": len(open_shard(path))})
+        with _kept(folder):
+            entries.append({"file": path.name, "tokens": len(open_shard(path))})
     return entries
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from micrograd_gpt.support.cli import is_utf8
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.base_tokenizer import with_lf
 from micrograd_gpt.text.decoding import Form, Notes, text_chunks
 from micrograd_gpt.text.tables import columns, no_field, parquet_columns, short, table_rows
 
@@ -57,7 +58,7 @@ def record_texts(
             continue
         if form.line_ends == "lf" and "\r" in text:
             notes.mended.add(path)
-            text = text.replace("\r\n", "\n").replace("\r", "\n")
+            text = with_lf(text)
         yield text
 
 

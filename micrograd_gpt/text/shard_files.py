@@ -122,21 +122,12 @@ def matching_tokenizer(files: ShardFiles, requested: str | Tokenizer) -> Tokeniz
     `requested` is a tokenizer, or the name of one. Raises UserError if the shards were made with
     another, and for a name whose vocabulary comes from a text that the shards do not have.
     """
-    from micrograd_gpt.text.nanogpt_vocabulary import META, nanogpt_vocabulary
-
     folder = files.train[0].parent
     name = requested if isinstance(requested, str) else requested.name
-    if files.manifest is None:
+    made_with, says_it = _made_with(files, requested)
+    if made_with is None:
         if isinstance(requested, Tokenizer):
             return requested
-        vocabulary = nanogpt_vocabulary(folder) if files.headerless else None
-        if vocabulary and name != "char":
-            raise UserError(
-                f"the shards in {folder} are of characters, as {META} beside them says: give "
-                "--tokenizer char"
-            )
-        if vocabulary:
-            return CharTokenizer(vocabulary)
         if name in FIXED:
             return FIXED[name]()
         raise UserError(
@@ -144,19 +135,40 @@ def matching_tokenizer(files: ShardFiles, requested: str | Tokenizer) -> Tokeniz
             f"train on the text itself, or if they were made with another tokenizer, give that: "
             f"--tokenizer {' or '.join(FIXED)}, or the folder with its files"
         )
-    made_with = tokenizer_from_dict(files.manifest["tokenizer"])
     if made_with.name != name:
         it = made_with.name if made_with.name in NAMES else "and the folder with its files"
+        instead = f"give --tokenizer {it}"
+        if isinstance(requested, Tokenizer):  # as with --init-from, which takes no --tokenizer
+            instead = f"give the text itself, or start from scratch with --tokenizer {it}"
         raise UserError(
-            f"the shards in {folder} were made with the {made_with.name} tokenizer: give "
-            f"--tokenizer {it}"
+            f"the shards in {folder} were made with the {made_with.name} tokenizer, as {says_it} "
+            f"beside them says, not {name}: {instead}"
         )
     if isinstance(requested, Tokenizer) and requested.to_dict() != made_with.to_dict():
         raise UserError(
             f"the shards in {folder} were made with a different {name} vocabulary, of "
-            f"{made_with.vocab_size} entries: give the text instead"
+            f"{made_with.vocab_size} entries, as {says_it} beside them says: give the text instead"
         )
     return made_with
+
+
+def _made_with(files: ShardFiles, requested: str | Tokenizer) -> tuple[Tokenizer | None, str]:
+    """The tokenizer that shards were made with, and the file beside them that says so; None where
+    none does.
+    """
+    from micrograd_gpt.text.nanogpt_vocabulary import META, nanogpt_vocabulary
+
+    if files.manifest is not None:
+        return tokenizer_from_dict(files.manifest["tokenizer"]), MANIFEST
+    try:
+        folder = files.train[0].parent
+        vocabulary = nanogpt_vocabulary(folder) if files.headerless else None
+    except UserError as error:  # a meta.pkl of another kind says nothing against a given tokenizer
+        if isinstance(requested, str):
+            raise
+        say(f"note: which tokenizer made the shards in {folder} is not checked: {error}")
+        vocabulary = None
+    return CharTokenizer(vocabulary) if vocabulary else None, META
 
 
 def check_shards(files: ShardFiles, tokenizer: Tokenizer, cache: Path | None) -> None:
@@ -199,7 +211,7 @@ def _check_ids_in(paths: list[Path], headerless: bool, tokenizer: Tokenizer) -> 
                 if ids.max() >= tokenizer.vocab_size:
                     raise UserError(
                         f"{path} holds the token id {ids.max()}, but the {tokenizer.name} "
-                        f"tokenizer has only {tokenizer.vocab_size} ids: give the --tokenizer it "
-                        "was made with"
+                        f"tokenizer has only {tokenizer.vocab_size} ids: give the text itself, "
+                        "or, to start from scratch, the --tokenizer it was made with"
                     )
                 bar.update(ids.nbytes)

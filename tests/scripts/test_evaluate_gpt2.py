@@ -15,6 +15,8 @@ from small_gpt2 import TEXT, make_model, save_model
 
 from micrograd_gpt.runs.lock import only_writer
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.shard_files import FORMAT, MANIFEST
+from micrograd_gpt.text.shards import write_shard
 from micrograd_gpt.text.template import Template, save_template
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 from micrograd_gpt.tuning.classifier import GPT2Classifier, write_classifier
@@ -328,6 +330,13 @@ def test_token_shards_are_no_text(model: str, tmp_path: Path) -> None:
             evaluate.main(["perplexity", "--model", model, "--data", str(data)])
     (tmp_path / "input.txt").write_text(TEXT)  # as nanoGPT has it beside its shards
     assert evaluate.main(["perplexity", "--model", model, "--data", str(tmp_path)]) == 0
+    ours = tmp_path / "ours"
+    write_shard(ours / "tokens_000000.bin", [np.arange(9)])
+    shards = [{"file": "tokens_000000.bin", "tokens": 9}]
+    manifest = {"format": FORMAT, "tokenizer": {"tokenizer": "byte"}, "shards": shards}
+    (ours / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"^{ours} holds token shards, .*: give the text that"):
+        evaluate.main(["perplexity", "--model", model, "--data", str(ours)])
 
 
 def test_that_nothing_is_drawn_is_said(

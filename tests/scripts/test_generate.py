@@ -381,6 +381,16 @@ def test_a_pipe_is_one_prompt_of_any_number_of_lines(
     assert entry["prompt"] == "One\nTwo"
 
 
+def test_a_prompt_of_windows_is_read_as_a_text_to_train_on(
+    monkeypatch: pytest.MonkeyPatch, char_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for content in (b"the\r\ndog\r\n", b"the\ndog\n"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        found.append(run(capsys, "--model", char_model, "--seed", "0").replace("\r", ""))
+    assert found[0] == found[1]
+
+
 def test_a_tuned_model_that_continues_a_text_says_what_would_have_it_answered(
     tuned_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,8 @@ from training import SCRIPT, SMALL, metrics, run, script, weights
 from micrograd_gpt import optim
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.shard_files import FORMAT, MANIFEST
+from micrograd_gpt.text.shards import write_shard
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 from micrograd_gpt.tuning import flags as tuning_flags
@@ -321,6 +323,22 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert result.stderr.startswith("error: ") and message in result.stderr
     assert result.stderr.count("\n") == 1 and result.stdout == ""
     assert [f.name for f in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_shards_of_another_tokenizer_than_the_given_weights_have(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    """No --tokenizer is advised, which --init-from does not take."""
+    manifest = {
+        "format": FORMAT,
+        "tokenizer": {"tokenizer": "byte"},
+        "shards": [{"file": "tokens_000000.bin", "tokens": 100}],
+    }
+    write_shard(tmp_path / "tokens_000000.bin", [np.arange(100)])
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    flags = ["--data", str(tmp_path), "--init-from", "124M", "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="give the text itself, or start from scratch with --tok"):
+        train_gpt2.main(flags)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(text: Path, tmp_path: Path) -> None:

@@ -205,6 +205,7 @@ def test_a_validation_text_that_is_trained_on_is_noticed(
         ("char", "žluť kůň " * 20, "žluť"),
         ("char", "猫" * 300, "猫" * 20),
         ("char", " " * 200, " " * 20),
+        ("char", "a\0b\0 \0" * 20, "ab"),  # UTF-16 without its mark
         ("word", "The end. " * 20, "The"),
         ("word", "žluť kůň " * 20, "žluť"),
         ("gpt2", "žluť kůň " * 20, "The"),

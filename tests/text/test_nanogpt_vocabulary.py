@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.corpus import load_corpus
 from micrograd_gpt.text.nanogpt_vocabulary import META, nanogpt_vocabulary
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 
 TEXT = "Fürst: Was?\nto be, or not to be 😀\n" * 30
 CHARACTERS = sorted(set(TEXT))
@@ -54,8 +56,39 @@ def test_every_protocol_is_read(tmp_path: Path, protocol: int, count: int) -> No
 @pytest.mark.parametrize("name", ["gpt2", "byte", "word"])
 def test_another_tokenizer_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
     """With it training would go on, on nonsense."""
-    with pytest.raises(UserError, match=r"are of characters, .*: give --tokenizer char"):
+    with pytest.raises(UserError, match=rf"as meta.pkl .* says, not {name}: give --tokenizer char"):
         load_corpus(folder, name, cache_folder=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (GPT2Tokenizer(), "not gpt2: give the text itself, or start from scratch with --tokenizer"),
+        (ByteTokenizer(), "not byte: give the text itself, or start from scratch with --tokenizer"),
+        (CharTokenizer(CHARACTERS[::-1]), "with a different char vocabulary, of 17 entries"),
+        (CharTokenizer([*CHARACTERS, "~"]), "with a different char vocabulary, of 17 entries"),
+    ],
+)
+def test_a_model_s_tokenizer_is_to_be_the_shards_own(
+    folder: Path, tmp_path: Path, tokenizer: Tokenizer, message: str
+) -> None:
+    """As where training starts from a model, is resumed, or validates on shards."""
+    text, cache = tmp_path / "text.txt", tmp_path / "cache"
+    text.write_text("to be")
+    for source, validation in ((folder, 0.1), (text, folder)):
+        with pytest.raises(UserError, match=message):
+            load_corpus(source, tokenizer, validation, cache_folder=cache)
+    same = CharTokenizer(CHARACTERS)
+    assert load_corpus(text, same, folder, cache_folder=cache).tokenizer is same
+    assert len(load_corpus(folder, same, cache_folder=cache).train) == 900
+
+
+def test_a_meta_pkl_of_another_kind_refuses_no_given_tokenizer(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / META).write_bytes(pickle.dumps({"vocab_size": 50257}))
+    assert len(load_corpus(folder, GPT2Tokenizer(), cache_folder=tmp_path / "cache").train) == 900
+    assert f"which tokenizer made the shards in {folder} is not c" in capsys.readouterr().err
 
 
 def test_without_a_vocabulary_the_advice_is_right(folder: Path, tmp_path: Path) -> None:

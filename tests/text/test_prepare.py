@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -339,10 +340,38 @@ def test_a_damaged_manifest_in_the_cache(
 ) -> None:
     (tmp_path / "a.txt").write_text("some words\n" * 100)
     load_corpus(tmp_path / "a.txt", "gpt2", cache_folder=tmp_path / "cache")
-    (prepared(tmp_path / "cache") / MANIFEST).write_text(damage)
-    with pytest.raises(UserError, match=r"manifest\.json is damaged") as caught:
+    folder = prepared(tmp_path / "cache")
+    (folder / MANIFEST).write_text(damage)
+    with pytest.raises(
+        UserError,
+        match=rf"manifest\.json is damaged.*: remove {folder}, and the text is tokenized again$",
+    ) as caught:
         load_corpus(tmp_path / "a.txt", "gpt2", cache_folder=tmp_path / "cache")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokens_000000.bin", PROGRESS])
+def test_what_is_damaged_in_the_cache_is_made_again_once_removed(
+    name: str, tmp_path: Path, workers: InThisProcess
+) -> None:
+    def load(tokenizer: str | GPT2Tokenizer = "gpt2") -> Any:
+        return load_corpus(tmp_path / "a.txt", tokenizer, cache_folder=tmp_path / "cache").train[:]
+
+    (tmp_path / "a.txt").write_text("some words\n" * 100)
+    expected = load()
+    folder = prepared(tmp_path / "cache")
+    if name == PROGRESS:  # as while a preparation is interrupted
+        (folder / MANIFEST).unlink()
+        (folder / name).touch()
+    with open(folder / name, "ab") as file:
+        file.write(b"{")
+    for tokenizer in ("gpt2", GPT2Tokenizer()):
+        with pytest.raises(
+            UserError, match=rf"{name} is damaged.*: remove {folder}, and the text is "
+        ):
+            load(tokenizer)
+    shutil.rmtree(folder)
+    np.testing.assert_array_equal(load(), expected)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, workers: InThisProcess) -> None:
@@ -356,7 +385,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, workers: InThisProcess) 
 def test_ids_of_a_large_text_are_uint16(tmp_path: Path, workers: InThisProcess) -> None:
     characters = [chr(c) for c in range(0x10000, 0x10000 + (1 << 16) + 1)]
     (tmp_path / "a.txt").write_text("".join(characters), "utf-8")
-    with pytest.raises(UserError, match=r"char tokenizer of .* has 65,537 ids, more"):
+    with pytest.raises(UserError, match=r"char tokenizer of .* has 65,537 ids, more .*: give less"):
         load_corpus(tmp_path / "a.txt", "char", cache_folder=tmp_path / "cache")
 
 

@@ -24,7 +24,7 @@ from micrograd_gpt.text.corpus import load_corpus
 from micrograd_gpt.text.decoding import Form
 from micrograd_gpt.text.shard_files import FORMAT, MANIFEST
 from micrograd_gpt.text.shards import Shards, open_shard, write_shard
-from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from micrograd_gpt.text.windows import Windows
 
 IDS = np.random.default_rng(0).integers(0, 50257, 1000).astype("<u2")
@@ -220,7 +220,13 @@ def test_a_manifest_brings_its_vocabulary(tmp_path: Path) -> None:
     assert load_corpus(tmp_path, char).tokenizer.to_dict() == char.to_dict()
     with pytest.raises(UserError, match="made with a different char vocabulary, of 3 entries"):
         load_corpus(tmp_path, CharTokenizer("abcd"))
-    refused(tmp_path, "were made with the char tokenizer: give --tokenizer char", "gpt2")
+    refused(
+        tmp_path,
+        "were made with the char tokenizer, as manifest.json beside them says, not gpt2: give",
+        "gpt2",
+    )
+    with pytest.raises(UserError, match=r"not gpt2: give the text itself, or start from scratch w"):
+        load_corpus(tmp_path, GPT2Tokenizer())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -238,7 +244,9 @@ def test_shards_that_name_no_vocabulary_need_a_fixed_one(tmp_path: Path) -> None
 def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(np.arange(257, dtype="<u2").tobytes())
     (tmp_path / "val.bin").write_bytes(np.array([5, 257], "<u2").tobytes())
-    message = "val.bin holds the token id 257, but the byte tokenizer has only 257 ids"
+    message = (
+        "val.bin holds the token id 257, but the byte tokenizer has only 257 ids: give the tex"
+    )
     refused(tmp_path, message, "byte")
     assert len(load_corpus(tmp_path, "gpt2").train) == 257
     (tmp_path / "x_train_1.bin").write_bytes(llm_c(np.array([50257], "<u2")))

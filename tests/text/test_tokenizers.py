@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from micrograd_gpt.support.cli import say_once
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text import byte_pairs
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT, Tokenizer
@@ -22,6 +24,7 @@ from micrograd_gpt.text.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     StreamDecoder,
+    UnknownCharacter,
     WordTokenizer,
     make_tokenizer,
     tokenizer_from_dict,
@@ -43,6 +46,24 @@ def test_decoding_gives_the_text_back(name: str, text: str) -> None:
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode_bytes(ids) == text.encode()
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+@pytest.mark.parametrize("name", ["char", "word"])
+def test_line_ends_are_read_as_the_vocabulary_has_them(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a training text's were: a file of Windows' is no other text."""
+    say_once.cache_clear()
+    without, text = make_tokenizer(name, "a\nb"), "a\r\nb\ra"
+    for _ in range(2):
+        assert without.decode(without.encode(text)) == "a\nb\na"
+    assert (
+        capsys.readouterr().err.count(rf"note: \r\n and \r are read as \n: the {name} token") == 1
+    )
+    having = make_tokenizer(name, text)
+    assert having.decode(having.encode(text)) == text
+    with suppress(UnknownCharacter):
+        assert without.count_unknown(without.encode(text, keep_line_ends=True)) == 2
 
 
 @pytest.mark.slow_after(3)
