@@ -145,7 +145,8 @@ def compare_together(count: int, runs: int) -> None:
 
 def decode_124m() -> dict[str, float]:
     """Medians, over 40 tokens after 32, of a model of 124M's shape in float32."""
-    wall, used = times_of_tokens(random_124m(), 1)
+    model = random_124m()
+    wall, used = times_of_tokens(model, 1)
     smaps = Path("/proc/self/smaps_rollup")  # Linux's
     huge = smaps.read_text().split("AnonHugePages:")[1].split()[0] if smaps.exists() else "nan"
     return {

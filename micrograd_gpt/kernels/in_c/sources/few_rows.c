@@ -83,11 +83,13 @@ static void dots_of_rows(Int rows, Int columns, Int k, const float *x, const flo
    columns. What is read fastest was found by trying, on a Zen 4 of AMD's and on a Xeon. */
 
 #ifdef __CLZERO__ /* AMD's processors have this instruction, Intel's do not */
-#define SLICE 384 /* whole groups of int8 */
+#define SLICE 384         /* whole groups of int8 */
+#define LARGE_BLOCK 40000 /* bytes */
 #define APART (LANES / SIDE)
 #define NEXT_SIDE 1
 #else
 #define SLICE 192
+#define LARGE_BLOCK 110000
 #define APART 1
 #define NEXT_SIDE SIDE
 #endif
@@ -134,7 +136,6 @@ typedef struct {
    A processor that sees several places at a time move evenly through memory fetches most of what
    follows by itself. So SIDE places move through the next block, each along LANES / SIDE rows. Of
    long rows that would be too early: then it is the next slice of the same rows. */
-#define LARGE_BLOCK 110000 /* bytes */
 
 INLINE Ahead ahead_of(int kind, Weights w, Int whole, Int p, Int side) {
   Int size = size_of(kind), row = w.k * size;
