@@ -363,12 +363,12 @@ def test_cached_decoding_gives_the_full_forward_s_logits(half: str, held: bool) 
             assert error <= 4 * UNIT[half] * np.abs(full.astype("f4")).max()
 
 
-def final_loss(compute: str, ids: np.ndarray, steps: int = 200) -> float:
+def final_loss(compute: str, ids: np.ndarray, seed: int, steps: int = 200) -> float:
     """Mean loss over the last 20 steps of a small run on English text; no window is seen twice."""
     config = GPT2Config(
         n_layer=2, n_head=4, n_embd=64, vocab_size=int(ids.max()) + 1, n_positions=32
     )
-    model, losses = GPT2(config, seed=2), []
+    model, losses = GPT2(config, seed=seed), []
     optimizer = optim.AdamW(model.parameters(), lr=3e-3)
     windows = np.random.default_rng(4).permutation((len(ids) - 1) // 32)
     for first in range(0, 8 * steps, 8):
@@ -388,7 +388,11 @@ def test_200_steps_in_bfloat16_end_within_1_percent_of_float32() -> None:
     topics = pydoc_data.topics.topics  # the manual that comes with every Python
     text = "".join(topics[name] for name in sorted(topics))
     _, ids = np.unique(np.array(list(text)), return_inverse=True)
-    exact, narrow = final_loss("float32", ids), final_loss("bfloat16", ids)
+    # In single runs each rounding changes all that follows, so that they end up to 1% apart
+    exact, narrow = (
+        np.mean([final_loss(compute, ids, seed) for seed in range(1, 5)])
+        for compute in ("float32", "bfloat16")
+    )
     shares = np.bincount(ids) / len(ids)
     assert exact < -(shares * np.log(shares)).sum() - 0.5  # more than letters' frequencies
     assert narrow != exact and narrow == pytest.approx(exact, rel=0.01)

@@ -114,7 +114,7 @@ def test_a_package_is_the_compiler_where_there_is_no_other(
     assert [log.stem for log in tmp_path.glob("*.log") if log.read_text()] == names[:1]
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @needs_cc
 @pytest.mark.parametrize("installed", [True, False])
 @pytest.mark.parametrize("says_its_version", [True, False])
@@ -196,6 +196,7 @@ def test_the_definitions_need_no_compiler_and_the_report_says_so(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @needs_cc
 def test_they_are_compiled_once_and_whole(tmp_path: Path) -> None:
     cc = QuickCompiler(tmp_path)
@@ -293,7 +294,7 @@ def test_the_compiler_does_not_read_the_users_input(tmp_path: Path) -> None:
     assert result.stdout == "'C, compiled by quick 1'\na prompt\n"
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @needs_cc
 @pytest.mark.parametrize("where", ["HOME", "XDG_CACHE_HOME", "TMPDIR", "CC"])
 def test_a_path_need_not_be_utf8(where: str, tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ def test_an_edit_of_the_embeddings_or_of_the_head_is_followed(
     assert np.abs(after - before).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_dropout_and_the_type_of_the_products_may_change_from_token_to_token() -> None:
     model = make(resid_pdrop=0.5).train()
     cache = KVCache(model)

@@ -120,7 +120,7 @@ def test_a_plan_is_timed_on_the_gpu(emulator: cuda_emulator.Emulator) -> None:
     assert "adamw_update" in {kernel for _, kernel, _ in emulator.launched}
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_decoding(dtype: str, emulator: cuda_emulator.Emulator) -> None:
     """Greedy; the model is trained for a moment, since at random two logits may be almost equal."""

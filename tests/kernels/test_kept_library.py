@@ -336,7 +336,7 @@ def program(tmp_path: Path) -> Program:
     return Program(tmp_path)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @needs_cc
 @pytest.mark.parametrize("damage", [truncate, zero_the_tail])
 def test_a_damaged_library_is_compiled_again_once(

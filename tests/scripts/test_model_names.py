@@ -145,6 +145,7 @@ def test_a_name_of_nothing_is_one_line(
         assert not (shell.folder / "out").exists() and not (shell.folder / "models").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_nanogpt_s(shell: Shell) -> None:
     arrays = {name: p.numpy() for name, p in model(0).named_parameters()}
     state = {

@@ -40,6 +40,7 @@ def holder(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_a_second_training_in_a_folder_is_refused(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = holder(out)
@@ -137,6 +138,7 @@ def test_ctrl_c_during_the_imports_is_quiet(name: str) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
+@pytest.mark.slow
 def test_an_interrupt_that_is_ignored_stays_so(text: Path, tmp_path: Path) -> None:
     """As a shell starts a program in the background: Ctrl-C is meant for another."""
     code = (

@@ -274,6 +274,7 @@ def test_other_data_is_not_resumed_on(text: Path, tmp_path: Path) -> None:
     assert result.returncode == 2 and "has --n-embd 16, not 32" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_model_is_not_written_over(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("--data", text, "--out", out, *SMALL, "--max-steps", 2)

@@ -149,6 +149,7 @@ def test_shakespeare_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # Encodings
 
 
+@pytest.mark.slow
 @given(
     text=st.text(max_size=60),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32-be", "gb18030"]),
