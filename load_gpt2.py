@@ -31,7 +31,6 @@ from micrograd_gpt import no_grad
 from micrograd_gpt.arrays import stand_ins
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.runs.folders import check_target
-from micrograd_gpt.runs.ranks import check_only_process
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
@@ -71,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     whether, and how far, somebody reads the output.
     """
     args = parse_args(argv)
-    check_only_process("load_gpt2.py")
     stand_ins.highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
     adapter = open_language_adapter(args.merge) if args.merge is not None else None
     told_by = None if args.model or args.size else adapter
@@ -84,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.source and not named:
         raise UserError(f"--source is for OpenAI's sizes, and {args.model} is none: leave it out")
     adapters = [Path(given) for given in (args.model, args.merge) if given and is_adapter(given)]
-    if named or ((args.out or args.export) and not Path(args.model).exists()):  # before fetching
+    told = args.out or args.export
+    if named or (told and not Path(args.model).exists()):  # before anything is fetched
         check_target(target(args, named), adapters, args.overwrite)
     with naming_base(told_by):
         weights = open_named(named, args) if named else open_local(find(args.model))
