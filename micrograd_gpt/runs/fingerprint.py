@@ -11,6 +11,7 @@ import numpy as np
 
 from micrograd_gpt.runs.checkpoint import load_settings
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import are_one_file
 from micrograd_gpt.text.corpus import Corpus
 from micrograd_gpt.text.shards import Shards, slices
 from micrograd_gpt.text.tokenizers import UnknownCharacter
@@ -47,7 +48,8 @@ def check_fingerprint(settings: argparse.Namespace, found: str, validation: str 
         )
         for name in ("validation", "test"):  # of which another one changes what is left of --data
             had, has = saved.get(name), getattr(settings, name, None)
-            if has != had and (name == "test" or other != other_before):
+            is_same = has == had or are_one_file(has or "", had or "")
+            if not is_same and (name == "test" or other != other_before):
                 raise UserError(
                     f"the run in {settings.out} has {had or 'a part of --data'} as --{name}, not "
                     f"{has}: leave the flag out to resume, or add --allow-changes"

@@ -75,8 +75,8 @@ class Tokenizer(ABC):
         corpus or a prompt from elsewhere cannot cut itself into documents. With `allow_special`
         they become the id `end_of_text`, if the tokenizer has one.
 
-        A vocabulary without "\r" was made of a text whose line ends were read as "\n", and so are
-        those of this text, unless `keep_line_ends` is set.
+        A vocabulary that cannot express "\r" was made of a text whose line ends were read as "\n",
+        and so are those of this text, unless `keep_line_ends` is set.
 
         Raises UserError for a character that the vocabulary cannot express, and for a lone
         surrogate, which is what Python makes of a byte that was not UTF-8.
@@ -90,7 +90,8 @@ class Tokenizer(ABC):
                 f"the text has a lone surrogate, {text[error.start]!r}, at position {error.start}: "
                 "give text that was read as UTF-8"
             ) from error
-        if "\r" in text and not keep_line_ends and b"\r" not in self.tokens:
+        can_express = self.unknown is not None or b"\r" in self.tokens
+        if "\r" in text and not keep_line_ends and not can_express:
             say_once(rf"note: \r\n and \r are read as \n: the {self.name} tokenizer has no \r")
             text = with_lf(text)
         return self._encode_special(text) if allow_special else self._encode(text)

@@ -44,7 +44,12 @@ from micrograd_gpt.weights.adapters import (
     open_adapter,
 )
 from micrograd_gpt.weights.checksum import weights_checksum
-from micrograd_gpt.weights.formats import ADAPTER_CONFIG, holds_model, is_adapter
+from micrograd_gpt.weights.formats import (
+    ADAPTER_CONFIG,
+    WEIGHT_FILES,
+    holds_model,
+    is_adapter,
+)
 from micrograd_gpt.weights.names import lies_in, size_named
 from micrograd_gpt.weights.releases import RELEASES
 
@@ -283,10 +288,11 @@ class AdapterFiles:
 
     def check_place(self, folder: Path) -> None:
         """UserError if a whole model is in this folder, the base or another, whose files those of
-        the adapter would replace."""
+        the adapter would replace; or a model of another format, which may be the base."""
         if self.base is not None and lies_in(self.base, folder):
             raise UserError(f"{folder} holds the adapter's own base: give another folder")
-        if holds_model(folder) and not is_adapter(folder):
+        whole = any((folder / name).exists() for name in WEIGHT_FILES)
+        if (whole or (self.base is None and holds_model(folder))) and not is_adapter(folder):
             raise UserError(
                 f"{folder} holds a whole model, which an adapter would replace: give another folder"
             )

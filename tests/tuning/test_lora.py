@@ -305,6 +305,12 @@ def test_neither_kind_of_model_is_saved_over_the_other(
     assert GPT2.from_pretrained(base) and open_adapter(tmp_path / "adapter")
 
 
+def test_an_adapter_replaces_no_file_of_another_program_s(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "hparams.json").write_text("{}")
+    with_lora(base=str(base)).save_pretrained(tmp_path)
+    assert open_adapter(tmp_path) and (tmp_path / "hparams.json").read_text() == "{}"
+
+
 def test_dropout_of_additions_is_off_in_a_model_that_is_not_training(
     base: Path, tmp_path: Path
 ) -> None:
