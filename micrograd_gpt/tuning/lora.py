@@ -291,10 +291,16 @@ class AdapterFiles:
         the adapter would replace; or a model of another format, which may be the base."""
         if self.base is not None and lies_in(self.base, folder):
             raise UserError(f"{folder} holds the adapter's own base: give another folder")
-        whole = any((folder / name).exists() for name in WEIGHT_FILES)
-        if (whole or (self.base is None and holds_model(folder))) and not is_adapter(folder):
+        if is_adapter(folder):
+            return
+        if any((folder / name).exists() for name in WEIGHT_FILES):
             raise UserError(
                 f"{folder} holds a whole model, which an adapter would replace: give another folder"
+            )
+        if self.base is None and holds_model(folder):
+            raise UserError(
+                f"{folder} holds a model, perhaps the adapter's base: give another folder, or say "
+                "which model is, with add_lora(…, base=NAME)"
             )
 
     def arrays(self, model: Any) -> dict[str, Array]:

@@ -309,6 +309,10 @@ def test_an_adapter_replaces_no_file_of_another_program_s(base: Path, tmp_path: 
     (tmp_path / "hparams.json").write_text("{}")
     with_lora(base=str(base)).save_pretrained(tmp_path)
     assert open_adapter(tmp_path) and (tmp_path / "hparams.json").read_text() == "{}"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "ckpt.pt").touch()
+    with pytest.raises(UserError, match=r"perhaps the adapter's base: .*add_lora"):
+        with_lora(base=None).save_pretrained(tmp_path / "other")
 
 
 def test_dropout_of_additions_is_off_in_a_model_that_is_not_training(
