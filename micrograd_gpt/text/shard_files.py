@@ -25,6 +25,7 @@ from micrograd_gpt.text.decoding import is_text
 from micrograd_gpt.text.shards import HEADER_SIZE, Shards, open_shard, read_shard
 from micrograd_gpt.text.tokenizers import FIXED, NAMES, CharTokenizer, tokenizer_from_dict
 
+OURS = "tokens_[0-9]*.bin"
 MANIFEST = "manifest.json"
 FORMAT = "micrograd-gpt token shards"
 
@@ -60,10 +61,12 @@ def find_shards(source: str | Path) -> ShardFiles | None:
     if path.suffix == ".bin" and path.is_file():
         with reading(path), open(path, "rb") as file:
             if not is_text(file.read(HEADER_SIZE)):
-                return ShardFiles([path], [], headerless=True)
+                ours = path.match(OURS) and (path.parent / MANIFEST).exists()
+                manifest = _our_shards(path.parent).manifest if ours else None
+                return ShardFiles([path], [], manifest, headerless=True)
         say(f"note: {path} is read as the text that it begins as, not as token ids")
         return None
-    if any(path.glob("tokens_[0-9]*.bin")):
+    if any(path.glob(OURS)):
         return _our_shards(path)
     if train := _named(path, "train"):
         return ShardFiles(train, _named(path, "val"))
