@@ -124,8 +124,11 @@ def _read_to_learn(path: str | Path, encoding: str) -> list[Conversation]:
     conversations = [_conversation(fields, where) for where, fields in objects]
     unused = set[str]()
     for _, fields in objects:
-        used = ("messages",) if "messages" in fields else ("instruction", "input", "output")
-        unused |= {name for name, value in fields.items() if value and name not in used}
+        messages = fields.get("messages", ())
+        used = ("messages", "role", "content") if messages else ("instruction", "input", "output")
+        for part in (fields, *messages):
+            kept = {name for name, value in part.items() if value not in (None, "", [], {})}
+            unused |= kept - {*used}
     if unused:
         say(f"note: {path}: {listed(sorted(unused))} left out: nothing is learned from such fields")
     return conversations

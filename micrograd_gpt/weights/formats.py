@@ -126,7 +126,7 @@ def _open(path: Path) -> Weights:
     finish_set(path if path.is_dir() else path.parent)
     if path.is_dir():
         for name in WEIGHT_FILES:
-            if (path / name).exists():
+            if os.path.lexists(path / name):
                 if not (path / CONFIG).exists():
                     raise UserError(f"{path} has {name} but no {CONFIG}, which belongs to it")
                 return _open_file(path / name)

@@ -345,6 +345,15 @@ def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path: Path, name: 
         open_weights(tmp_path)
 
 
+def test_weights_that_are_a_link_to_nowhere_are_named(tmp_path: Path) -> None:
+    """As in a folder of the Hub's cache that was moved."""
+    hf_folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").symlink_to("../blobs/0")
+    with pytest.raises(UserError, match=r"^cannot read .*model\.safetensors: No such file"):
+        open_weights(tmp_path)
+
+
 def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a file or folder, nor one of 124M"):
         from_pretrained(GPT2, "125M")
