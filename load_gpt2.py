@@ -41,7 +41,7 @@ from micrograd_gpt.text.template import save_template, template_of
 from micrograd_gpt.text.tokenizer_files import model_tokenizer
 from micrograd_gpt.weights import gguf_file
 from micrograd_gpt.weights.adapters import naming_base, open_language_adapter, with_adapter
-from micrograd_gpt.weights.config import SIZES, is_gpt2, published_shape, size_name
+from micrograd_gpt.weights.config import GENERATION, SIZES, is_gpt2, published_shape, size_name
 from micrograd_gpt.weights.formats import Weights, is_adapter
 from micrograd_gpt.weights.names import find, open_local, own_name, size_named
 from micrograd_gpt.weights.pretrained import build
@@ -243,6 +243,7 @@ def write_folder(
             save_template(template, new)
         else:
             without(new / PROMPT_TEMPLATE)
+        without(new / GENERATION)
         copy_tokenizer(None if tokenizer else sources[-1], new)
 
 

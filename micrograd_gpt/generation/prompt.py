@@ -89,7 +89,8 @@ def command(line: str, choices: Choices, what: str) -> Choices:
         hint = did_you_mean(flags.option(flag), map(flags.option, flags.NAMES))
         raise UserError(f"no such setting: {words[0]!r}{hint or '; /help lists them'}")
     changed = choices.set(flag, *words[1:]) if name == "/set" else choices.unset(flag)
-    changed.settings()  # raises where they contradict each other
+    settings = changed.settings()  # raises where they contradict each other
+    flags.tell_idle({flag: changed.given.get(flag)}, settings)
     return changed
 
 

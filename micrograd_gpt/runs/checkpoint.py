@@ -51,7 +51,7 @@ from micrograd_gpt.support.files import (
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.text.tokenizer_files import model_tokenizer
-from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG, read_config
+from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG, GENERATION, read_config
 from micrograd_gpt.weights.formats import (
     ADAPTER_CONFIG,
     ADAPTER_MODEL,
@@ -131,6 +131,8 @@ def load_run(
         try:
             file = TensorFile(folder / name)
         except UserError as error:
+            if isinstance(error.__cause__, PermissionError):  # nothing is damaged
+                raise
             what = str(error).removesuffix(f": {other_checkpoint(folder / name) or FETCH}")
             otherwise = "start again: this run kept no other checkpoint"
             if name == OPTIMIZER:
@@ -202,7 +204,8 @@ def remove_run(folder: str | Path) -> None:
     folder = Path(folder)
     for place in (folder, folder / BEST, *folder.glob("step-*")):
         finish_set(place)  # or a set that a kill left unfinished would come back later
-    _unlink(folder, [name for name in OF_SETS if name not in (TOKENIZER, TOKENIZER_CONFIG)])
+    kept = (TOKENIZER, TOKENIZER_CONFIG)
+    _unlink(folder, [name for name in (*OF_SETS, GENERATION) if name not in kept])
     for older in (folder / BEST, *earlier_sets(folder)):
         remove_set(older)
 

@@ -23,6 +23,7 @@ import os
 import platform
 import signal
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -267,8 +268,12 @@ def own_gpu(visible: Sequence[Sequence[str]], rank: int) -> int:
 
 
 def said_once(rank: int, message: str) -> BaseException:
-    """What to raise for a mistake that every rank meets: one message is enough."""
-    return UserError(message) if rank == 0 else SystemExit(2)
+    """What to raise for a mistake that every rank meets: one message is enough. The others wait
+    for it, as a launcher stops all of them when the first ends."""
+    if rank == 0:
+        return UserError(message)
+    time.sleep(1.0)
+    return SystemExit(2)
 
 
 # ------------------------------------------------------------------ what must be alike on all

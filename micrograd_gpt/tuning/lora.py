@@ -138,7 +138,8 @@ def check_has_none(model: Any) -> None:
 def check_layer_names(layer_names: Sequence[str]) -> None:
     """UserError unless each name is one of LAYERS, or the last part of one, and there are some."""
     if isinstance(layer_names, str):
-        raise UserError(f"the layers of LoRA are a list of names: write [{layer_names!r}]")
+        names = layer_names.replace(",", " ").split()
+        raise UserError(f"the layers of LoRA are a list of names: write {names}")
     if not layer_names:
         raise UserError(f"--lora-layers: no layer given; choose from {', '.join(LAYERS)}")
     for wanted in layer_names:

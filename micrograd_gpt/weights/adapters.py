@@ -151,6 +151,8 @@ def open_adapter(folder: str | Path) -> Adapter:
     more than low-rank additions to the four linear layers of a block.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder} is no folder: give the adapter's, with its {ADAPTER_CONFIG}")
     config = read_json(folder / ADAPTER_CONFIG) if is_adapter(folder) else None
     if config is None:
         raise UserError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")

@@ -27,6 +27,7 @@ from micrograd_gpt.variants import (
 )
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"  # Transformers' settings of generate(), not read here
 # The same beside an adapter, which Transformers would take for a whole model if it were config.json
 ADAPTED_CONFIG = "model_config.json"
 SIZES = {  # OpenAI's four models

@@ -150,6 +150,8 @@ def _open(path: Path) -> Weights:
 def _open_file(path: Path) -> Weights:
     if re.fullmatch(SHARD, path.name) and "-of-00001." not in path.name:
         raise UserError(f"{path} is a part of a model: give the folder, with its *.index.json")
+    if path.name == ADAPTER_MODEL and is_adapter(path.parent):
+        raise UserError(f"{path} is a part of an adapter: give the folder")
     if path.suffix in TORCH_SUFFIXES:
         saved = read_torch(path)
         if is_nanogpt(saved):

@@ -25,12 +25,16 @@ def save_parameters(module: Module, path: str | Path) -> None:
 
     Each is kept in its own dtype and comes back bit for bit, also on another device. What is no
     Parameter is not kept; stderr names a layer's weight that is none. Raises ValueError for a
-    module that has none, UserError if the file can't be written.
+    module that has none, or two of one name, UserError if the file can't be written.
     """
     say_what_is_not_kept(module)
-    arrays = {name: parameter.data for name, parameter in module.named_parameters()}
+    parameters = module.named_parameters()
+    arrays = {name: parameter.data for name, parameter in parameters}
     if not arrays:
         raise ValueError(f"{type(module).__name__} has no parameters to save")
+    for name, parameter in parameters:
+        if arrays[name] is not parameter.data:
+            raise ValueError(f"two parameters are called {name}, and a file keeps one: rename one")
     write_safetensors(path, arrays, {"format": "pt"})
 
 

@@ -134,6 +134,12 @@ def test_the_setting_that_was_meant_is_said(talk: Talk) -> None:
     assert "no such setting: 'colour'; /help lists them" in err
 
 
+def test_a_change_without_an_effect_is_said(talk: Talk) -> None:
+    _, err = talk("/set top-p 0.5", "/set temperature 0", "/set top-k 4")
+    assert err.count("no effect") == 1
+    assert "note: --top-k: no effect at temperature 0, where nothing is drawn" in err
+
+
 def test_a_change_that_contradicts_another_is_not_made(talk: Talk) -> None:
     _, err = talk("/set greedy", "/set temperature 0.5", "/help")
     assert "error: --greedy and --temperature contradict each other" in err

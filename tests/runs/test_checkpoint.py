@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 from faults import FullDiskFile, fail, kill, needs_fork, run_with_fault
 
 from micrograd_gpt import optim
@@ -390,6 +391,25 @@ def test_a_tape_made_before_loading_is_an_error(tmp_path: Path) -> None:
     checkpoint.load_run(tmp_path, model, optimizer)
     with pytest.raises(RuntimeError, match="was changed in place"):
         loss.backward()
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "model.safetensors"])
+def test_a_file_that_may_not_be_read_is_no_reason_to_start_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained()
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
+
+    whole = safetensors.safe_open
+
+    def refuse(path: Path, **options: Any) -> Any:
+        if path == tmp_path / name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return whole(path, **options)
+
+    monkeypatch.setattr(safetensors, "safe_open", refuse)
+    with pytest.raises(UserError, match=f"^cannot read {tmp_path / name}: Permission denied$"):
+        checkpoint.load_run(tmp_path, *trained(0))
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "model.safetensors"])

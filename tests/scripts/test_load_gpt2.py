@@ -178,14 +178,22 @@ def test_the_template_of_a_tuned_model_goes_with_it(
         assert template and template.prompt("a") == prompt
         assert "chat_template" in json.loads(Path("new/tokenizer_config.json").read_text())
     (source / "prompt_template.txt").unlink()
+    Path("new/generation_config.json").write_text('{"eos_token_id": 1}')
+    Path("new/mine.txt").touch()
     assert script.main(["--from", str(source), "--out", "new", "--overwrite"]) == 0
     assert template_of("new") is None  # it was of the model that was there before
+    assert not Path("new/generation_config.json").exists()  # Transformers would go by it
+    assert Path("new/mine.txt").exists()
 
 
 def test_what_cannot_be_merged(script: ModuleType, source: Path, adapter: Path, here: Path) -> None:
     base = ["--from", str(source)]
     with pytest.raises(UserError, match=r"source holds no adapter: there is no adapter_config"):
         script.main([*base, "--merge", str(source)])
+    with pytest.raises(UserError, match=r"model\.safetensors is no folder: give the adapter's"):
+        script.main([*base, "--merge", str(adapter / "adapter_model.safetensors")])
+    with pytest.raises(UserError, match="is a part of an adapter: give the folder"):
+        script.main(["--from", str(adapter / "adapter_model.safetensors")])
     for taken in (source, adapter):
         with pytest.raises(UserError, match="is where the weights come from"):
             script.main([*base, "--merge", str(adapter), "--out", str(taken)])

@@ -83,8 +83,10 @@ def test_a_run_from_start_to_end(text: Path, tmp_path: Path) -> None:
     # A second run does not overwrite it unless told to.
     again = run("--data", text, "--out", out, *SMALL)
     assert again.returncode == 2 and "holds a run already" in again.stderr
+    (out / "generation_config.json").write_text('{"eos_token_id": 1}')  # Transformers goes by it
     anew = run(*flags, "--max-steps", 2, "--overwrite")
     assert anew.returncode == 0 and [row["step"] for row in metrics(out)] == [1, 2]
+    assert {f.name for f in out.iterdir()} == names
 
 
 def test_what_a_run_advises_to_try_can_be_tried(

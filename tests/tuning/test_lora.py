@@ -474,6 +474,7 @@ def test_folding_an_adapter_into_another_model_of_its_shape_is_said(
         ({"rank": 2, "alpha": float("nan")}, "alpha of LoRA must be a finite number, .* is nan"),
         ({"rank": 2, "dropout": 2}, r"must be a probability in \[0, 1\), not 2"),
         ({"rank": 2, "layer_names": "c_attn"}, r"a list of names: write \['c_attn'\]"),
+        ({"rank": 2, "layer_names": "c_attn, mlp.c_fc"}, r"write \['c_attn', 'mlp\.c_fc'\]"),
     ],
 )
 def test_an_addition_that_would_add_nothing_is_refused(

@@ -131,6 +131,14 @@ def test_a_module_without_parameters_is_not_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_two_parameters_of_one_name_are_not_saved_as_one(tmp_path: Path) -> None:
+    net = nn.Module()
+    net.parts = {"a.b": nn.Linear(2, 2), "a": {"b": nn.Linear(2, 2)}}  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"two parameters are called parts\.a\.b\.weight"):
+        save_parameters(net, tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_weight_that_is_no_parameter_is_said_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
