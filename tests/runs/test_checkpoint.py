@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors
 from faults import FullDiskFile, fail, kill, needs_fork, run_with_fault
 
 from micrograd_gpt import optim
@@ -25,6 +24,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import SAVED
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.weights import reading
 from micrograd_gpt.weights.config import read_config
 from micrograd_gpt.weights.saving import save_pretrained
 from micrograd_gpt.weights.tensor_files import TensorFile, write_safetensors
@@ -400,14 +400,12 @@ def test_a_file_that_may_not_be_read_is_no_reason_to_start_again(
     model, optimizer = trained()
     checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
 
-    whole = safetensors.safe_open
-
-    def refuse(path: Path, **options: Any) -> Any:
-        if path == tmp_path / name:
+    def refuse(file: Any, *args: Any, **options: Any) -> Any:
+        if file == tmp_path / name:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return whole(path, **options)
+        return open(file, *args, **options)
 
-    monkeypatch.setattr(safetensors, "safe_open", refuse)
+    monkeypatch.setattr(reading, "open", refuse, raising=False)
     with pytest.raises(UserError, match=f"^cannot read {tmp_path / name}: Permission denied$"):
         checkpoint.load_run(tmp_path, *trained(0))
 
