@@ -34,7 +34,8 @@ def draw_graph(result: Tensor, model: Module | None = None, values: bool = False
         if is_new:
             leaf = getattr(node.backward, "__self__", None) if node.name == LEAF else None
             shape = "ellipse" if node.name == LEAF else "box"
-            title = f"{titles.get(id(leaf), node.name)}\\n{node.shape} {node.dtype}"
+            title = titles.get(id(leaf), node.name).replace("\\", r"\\").replace('"', r"\"")
+            title += f"\\n{node.shape} {node.dtype}"
             if values and leaf is not None:
                 title += f"\\n{_numbers(leaf.data)}"
                 title += "" if leaf.grad is None else f"\\ngrad {_numbers(leaf.grad)}"

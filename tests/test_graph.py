@@ -74,6 +74,14 @@ def test_a_drawing_names_parameters_and_shows_values_and_gradients() -> None:
     assert "grad" not in draw_graph(large * 2, values=True) and "mean" not in draw_graph(large * 2)
 
 
+def test_a_drawing_escapes_what_graphviz_would_read() -> None:
+    net = nn.Module()
+    net.parts = {'a "b" \\c': nn.Linear(1, 1)}  # type: ignore[attr-defined]
+    (layer,) = net.parts.values()  # type: ignore[attr-defined]
+    dot = draw_graph(layer(Tensor([1.0])), net)
+    assert r'label="parts.a \"b\" \\c.bias\n(1,) float32"' in dot
+
+
 def test_draw_graph_refuses_what_has_no_tape() -> None:
     for other in (3, None, np.ones(3), nn.Linear(2, 2)):
         with pytest.raises(TypeError, match=f"tape of a tensor, not of a {type(other).__name__}"):

@@ -7,6 +7,7 @@ import gc
 import math
 import operator
 import pickle
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -862,6 +863,25 @@ def test_no_grad_decorates_a_function(decorate: Callable[..., Callable[..., Tens
     with pytest.raises(TypeError):
         double(x, 1, 2)
     assert (x * 2).requires_grad
+
+
+def test_one_no_grad_may_be_entered_again_and_by_other_threads() -> None:
+    x, off = Tensor([2.0], requires_grad=True), no_grad()
+    recorded = []
+
+    def in_a_thread() -> None:
+        with off:
+            recorded.append((x * 2).requires_grad)
+        recorded.append((x * 2).requires_grad)
+
+    with off:
+        with off:
+            assert not (x * 2).requires_grad
+        assert not (x * 2).requires_grad
+        thread = threading.Thread(target=in_a_thread)
+        thread.start()
+        thread.join()
+    assert (x * 2).requires_grad and recorded == [False, True]
 
 
 GENERATORS = "cannot hold in a generator or an async function"

@@ -195,10 +195,10 @@ def setting(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 
 class Switch:
     """What holds within `with switch():`, in this thread alone, and within a function decorated
-    with `@switch` or `@switch()`; `inside` tells whether it holds now."""
+    with `@switch` or `@switch()`; `inside` tells whether it holds now, by how many of these."""
 
     def __init__(self, name: str) -> None:
-        self.inside: ContextVar[bool] = ContextVar(name, default=False)
+        self.inside: ContextVar[int] = ContextVar(name, default=0)
 
     def __call__(self, function: F | None = None) -> Any:
         """What holds in a `with`, or as a decorator; with a function, that function decorated."""
@@ -219,13 +219,10 @@ class Held(ContextDecorator):
         self.switch = switch
 
     def __enter__(self) -> None:
-        self.token = self.switch.inside.set(True)
+        self.switch.inside.set(self.switch.inside.get() + 1)
 
     def __exit__(self, *_: object) -> None:
-        self.switch.inside.reset(self.token)
-
-    def _recreate_cm(self) -> Held:
-        return Held(self.switch)  # one for each call: calls may be nested
+        self.switch.inside.set(max(0, self.switch.inside.get() - 1))
 
     def __call__(self, function: F) -> F:
         """The decorated function. TypeError for one that runs only later, in pieces: the switch

@@ -30,11 +30,10 @@ class KVCache:
 
     def __init__(self, model: GPT2, batch_size: int = 1, capacity: int | None = None) -> None:
         weight, blocks = model.transformer.wte.weight, model.transformer.h
-        heads = {getattr(block.attn, "n_head", None) for block in blocks}
+        heads = {getattr(getattr(block, "attn", None), "n_head", None) for block in blocks}
         if None in heads or len(heads) > 1:  # an attention of one's own
             raise UserError(
-                "a KV cache takes one n_head for all blocks, and not every block has the same: "
-                + WITHOUT
+                f"a KV cache takes one n_head for all blocks, and these do not have one: {WITHOUT}"
             )
         (count,) = heads
         capacity = model.config.n_positions if capacity is None else capacity

@@ -233,6 +233,11 @@ def test_a_model_that_was_changed_is_decoded_as_it_is_now(change: str) -> None:
         np.testing.assert_array_equal(ids, expected)
 
 
+class Skipped(nn.Module):
+    def __call__(self, x: Tensor, past: Any = None) -> Tensor:
+        return x
+
+
 NO_CACHE_FITS = {
     "one's own": lambda block: setattr(block, "attn", Mean()),
     "of other heads": lambda block: setattr(block.attn, "n_head", 2 * block.attn.n_head),
@@ -246,6 +251,16 @@ NO_CACHE_FITS = {
 def test_an_attention_that_no_cache_fits_is_decoded_without_one(change: str) -> None:
     model = make_model()
     NO_CACHE_FITS[change](model.transformer.h[1])
+    assert_decoded_without_cache(model)
+
+
+def test_a_block_without_attention_is_decoded_without_cache() -> None:
+    model = make_model()
+    model.transformer.h[1] = Skipped()  # type: ignore[call-overload]
+    assert_decoded_without_cache(model)
+
+
+def assert_decoded_without_cache(model: GPT2) -> None:
     prompt, greedy = [1, 2, 3, 4, 5], {"max_new_tokens": 8, "temperature": 0, "end_of_text": None}
     with pytest.raises(UserError, match=r"KV cache .* with use_cache=False"):
         model.generate(prompt, **greedy)
