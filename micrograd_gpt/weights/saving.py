@@ -73,6 +73,11 @@ def save_pretrained(
         raise UserError(
             f"{folder} holds an adapter, which a whole model would replace: give another folder"
         )
+    if tokenizer is not None:
+        try:
+            tokenizer.check_size(model.config.vocab_size)
+        except UserError as error:  # from_pretrained takes the model, and generate.py does not
+            say_once(f"note: {folder}: {error}")
     with written_as_set(folder) as new:
         write_model(model, new, tokenizer, dtype, metadata)
 
