@@ -19,12 +19,15 @@ from micrograd_gpt.text.tokenizers import UnknownCharacter
 
 @contextmanager
 def known_characters(settings: argparse.Namespace) -> Iterator[None]:
-    """A UserError about a character in this block says so if a run would resume on other data."""
+    """A UserError about a character in this block says so if a run would resume on other data, and
+    what else helps if it would make a tokenizer of its own."""
     try:
         yield
     except UnknownCharacter as error:
         if not settings.resume:
-            raise
+            has_choice = getattr(settings, "tokenizer", None) == "char"
+            instead = ", or give --tokenizer byte, which has them all" if has_choice else ""
+            raise UserError(f"{error}{instead}") from error
         raise UserError(
             f"the data is no longer that of the run in {settings.out}: {error}, or give the same "
             "data"

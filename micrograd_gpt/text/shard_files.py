@@ -23,7 +23,7 @@ from micrograd_gpt.support.files import read_json, reading
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.decoding import is_text
 from micrograd_gpt.text.shards import HEADER_SIZE, Shards, open_shard, read_shard
-from micrograd_gpt.text.tokenizers import FIXED, NAMES, CharTokenizer, tokenizer_from_dict
+from micrograd_gpt.text.tokenizers import FIXED, LEARNED, NAMES, CharTokenizer, tokenizer_from_dict
 
 OURS = "tokens_[0-9]*.bin"
 MANIFEST = "manifest.json"
@@ -167,8 +167,9 @@ def _made_with(files: ShardFiles, requested: str | Tokenizer) -> tuple[Tokenizer
         folder = files.train[0].parent
         vocabulary = nanogpt_vocabulary(folder) if files.headerless else None
     except UserError as error:  # a meta.pkl of another kind says nothing against a given tokenizer
-        if isinstance(requested, str):
-            raise
+        if requested in LEARNED:
+            made = f"the --tokenizer that made them ({' or '.join(FIXED)}, or a folder)"
+            raise UserError(f"{error}; or, if the shards are not of characters, {made}") from error
         say(f"note: which tokenizer made the shards in {folder} is not checked: {error}")
         vocabulary = None
     return CharTokenizer(vocabulary) if vocabulary else None, META

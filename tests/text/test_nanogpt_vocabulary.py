@@ -87,8 +87,11 @@ def test_a_meta_pkl_of_another_kind_refuses_no_given_tokenizer(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / META).write_bytes(pickle.dumps({"vocab_size": 50257}))
-    assert len(load_corpus(folder, GPT2Tokenizer(), cache_folder=tmp_path / "cache").train) == 900
-    assert f"which tokenizer made the shards in {folder} is not c" in capsys.readouterr().err
+    for given in (GPT2Tokenizer(), "gpt2"):
+        assert len(load_corpus(folder, given, cache_folder=tmp_path / "cache").train) == 900
+        assert f"which tokenizer made the shards in {folder} is not c" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"if the shards are not of characters, the --tokenizer"):
+        load_corpus(folder, "char", cache_folder=tmp_path / "cache")
 
 
 def test_without_a_vocabulary_the_advice_is_right(folder: Path, tmp_path: Path) -> None:
