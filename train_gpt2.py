@@ -144,7 +144,7 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
                 val_loss = evaluate(model, validation, settings, ranks)
                 row |= {"val_loss": val_loss} | bits_per_byte(val_loss, corpus)
             recorder.log(row)
-        if due.sample and ranks.is_first:
+        if due.sample and ranks.is_first and not recorder.stopped:
             recorder.show_sample(sample(model, corpus, optimizer.steps))
         recorder.save_if_due()
 

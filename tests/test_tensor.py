@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import gc
 import math
@@ -882,6 +883,13 @@ def test_one_no_grad_may_be_entered_again_and_by_other_threads() -> None:
         thread.start()
         thread.join()
     assert (x * 2).requires_grad and recorded == [False, True]
+
+
+def test_what_leaves_no_grad_where_it_was_not_entered_records() -> None:
+    """As a suspended generator that another thread closes."""
+    x, elsewhere = Tensor([2.0], requires_grad=True), contextvars.Context()
+    elsewhere.run(no_grad().__exit__)
+    assert elsewhere.run(lambda: (x * 2).requires_grad)
 
 
 GENERATORS = "cannot hold in a generator or an async function"

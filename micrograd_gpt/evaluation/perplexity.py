@@ -143,25 +143,19 @@ class PerplexityTask(ScoredTask):
 
 def check_no_shards(source: str) -> None:
     """UserError for a source that has no text, but the tokens of one; a file of any name is a text
-    if it has no null bytes, as shards have, or begins as find_shards says that a text does.
-
-    A folder with both is evaluated on its text, which is said."""
+    if it has no null bytes, as shards have, or begins as find_shards says that a text does."""
     path = Path(source)
     if path.is_file():
         with reading(path), open(path, "rb") as file:
-            if b"\0" not in file.read(BEGINNING):
-                return
-        has_text = False
+            has_text = b"\0" not in file.read(BEGINNING)
     else:
         files = (file for file in path.rglob("*") if file.name != MANIFEST)
         has_text = any(file.suffix.lower() in SUFFIXES for file in files)
-    if find_shards(source) is not None:
-        if not has_text:
-            raise UserError(
-                f"{source} holds token shards, whose bytes and words cannot be counted: give the "
-                "text that they were made from"
-            )
-        say(f"note: {source} holds token shards: only the text beside them is evaluated")
+    if not has_text and find_shards(source) is not None:
+        raise UserError(
+            f"{source} holds token shards, whose bytes and words cannot be counted: give the text "
+            "that they were made from"
+        )
 
 
 def window_size(model: GPT2, asked: int | None) -> int:

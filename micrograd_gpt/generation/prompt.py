@@ -90,7 +90,8 @@ def command(line: str, choices: Choices, what: str) -> Choices:
         raise UserError(f"no such setting: {words[0]!r}{hint or '; /help lists them'}")
     changed = choices.set(flag, *words[1:]) if name == "/set" else choices.unset(flag)
     settings = changed.settings()  # raises where they contradict each other
-    flags.tell_idle({flag: changed.given.get(flag)}, settings)
+    decides = flag in ("greedy", "temperature", "num_beams")  # whether anything is drawn
+    flags.tell_idle(changed.given if decides else {flag: changed.given.get(flag)}, settings)
     return changed
 
 

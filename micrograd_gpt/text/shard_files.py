@@ -25,7 +25,6 @@ from micrograd_gpt.text.decoding import is_text
 from micrograd_gpt.text.shards import HEADER_SIZE, Shards, open_shard, read_shard
 from micrograd_gpt.text.tokenizers import FIXED, LEARNED, NAMES, CharTokenizer, tokenizer_from_dict
 
-OURS = "tokens_[0-9]*.bin"
 MANIFEST = "manifest.json"
 FORMAT = "micrograd-gpt token shards"
 
@@ -61,12 +60,10 @@ def find_shards(source: str | Path) -> ShardFiles | None:
     if path.suffix == ".bin" and path.is_file():
         with reading(path), open(path, "rb") as file:
             if not is_text(file.read(HEADER_SIZE)):
-                ours = path.match(OURS) and (path.parent / MANIFEST).exists()
-                manifest = _our_shards(path.parent).manifest if ours else None
-                return ShardFiles([path], [], manifest, headerless=True)
+                return ShardFiles([path], [], headerless=True)
         say(f"note: {path} is read as the text that it begins as, not as token ids")
         return None
-    if any(path.glob(OURS)):
+    if any(path.glob("tokens_[0-9]*.bin")):
         return _our_shards(path)
     if train := _named(path, "train"):
         return ShardFiles(train, _named(path, "val"))

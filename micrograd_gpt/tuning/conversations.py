@@ -124,14 +124,18 @@ def _read_to_learn(path: str | Path, encoding: str) -> list[Conversation]:
     conversations = [_conversation(fields, where) for where, fields in objects]
     unused = set[str]()
     for _, fields in objects:
-        messages = fields.get("messages", ())
-        used = ("messages", "role", "content") if messages else ("instruction", "input", "output")
-        for part in (fields, *messages):
-            kept = {name for name, value in part.items() if value not in (None, "", [], {})}
-            unused |= kept - {*used}
+        used = {"messages"} if "messages" in fields else {"instruction", "input", "output"}
+        unused |= _filled(fields) - used
+        for message in fields.get("messages", ()):
+            unused |= _filled(message) - {"role", "content"}
     if unused:
         say(f"note: {path}: {listed(sorted(unused))} left out: nothing is learned from such fields")
     return conversations
+
+
+def _filled(fields: dict[str, Any]) -> set[str]:
+    """The names of the fields that hold something, which may be 0 or false."""
+    return {name for name, value in fields.items() if value not in (None, "", [], {})}
 
 
 def _asked(conversation: Conversation) -> tuple[Turn, ...]:

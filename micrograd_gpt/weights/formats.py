@@ -125,11 +125,11 @@ def _open(path: Path) -> Weights:
         raise UserError(f"{path} does not exist")
     finish_set(path if path.is_dir() else path.parent)
     if path.is_dir():
-        for name in WEIGHT_FILES:
-            if os.path.lexists(path / name):
-                if not (path / CONFIG).exists():
-                    raise UserError(f"{path} has {name} but no {CONFIG}, which belongs to it")
-                return _open_file(path / name)
+        files = [name for name in WEIGHT_FILES if (path / name).exists()]
+        for name in files or [name for name in WEIGHT_FILES if (path / name).is_symlink()]:
+            if not (path / CONFIG).exists():
+                raise UserError(f"{path} has {name} but no {CONFIG}, which belongs to it")
+            return _open_file(path / name)
         if (path / NANOGPT).exists():
             return _open_file(path / NANOGPT)
         if (hparams := read_json(path / HPARAMS)) is not None:

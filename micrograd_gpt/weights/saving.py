@@ -13,9 +13,9 @@ import numpy as np
 from micrograd_gpt.arrays.devices import Array, to_device
 from micrograd_gpt.arrays.int8 import INT8
 from micrograd_gpt.checks import check_described
-from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.nn import Parameter, parts
-from micrograd_gpt.support.cli import listed, say_once
+from micrograd_gpt.support.cli import say_once
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.support.files import reading, write_text, written_whole
@@ -40,7 +40,6 @@ from micrograd_gpt.weights.formats import (
     weight_files,
 )
 from micrograd_gpt.weights.loading import say_what_is_not_kept
-from micrograd_gpt.weights.pretrained import unwritten
 from micrograd_gpt.weights.tensor_files import write_safetensors
 
 
@@ -60,8 +59,8 @@ def save_pretrained(
     was there before, for a whole model in int8, for a folder that holds the adapter's base or
     another kind of model, whole or an adapter, and for an empty name, which would be the current
     folder; ValueError for a GPT2 that its config no longer describes. What `from_pretrained` would
-    not give back is said on stderr, once: a setting of a class of one's own, a layer's weight that
-    is no Parameter, a part of a GPT2 that was exchanged or added.
+    not give back of a class of one's own is said on stderr, once: a setting, or a layer's weight
+    that is no Parameter.
     """
     if not str(folder):
         raise UserError("the name of the folder is empty: give one to save the model in")
@@ -73,11 +72,6 @@ def save_pretrained(
         raise UserError(
             f"{folder} holds an adapter, which a whole model would replace: give another folder"
         )
-    if tokenizer is not None:
-        try:
-            tokenizer.check_size(model.config.vocab_size)
-        except UserError as error:  # from_pretrained takes the model, and generate.py does not
-            say_once(f"note: {folder}: {error}")
     with written_as_set(folder) as new:
         write_model(model, new, tokenizer, dtype, metadata)
 
@@ -203,28 +197,6 @@ def _say_what_is_lost(model: GPT2, values: dict[str, Any]) -> None:
             say_once(
                 f"note: {CONFIG} gives {name}.{key} back as {after!r:.80}, not {before!r:.80}: "
                 "change the value, or the name of the field"
-            )
-    if type(model) in (GPT2, VariantGPT2) and not hasattr(model, "adapter"):
-        _say_what_is_edited(model, again)
-
-
-def _say_what_is_edited(model: GPT2, config: GPT2Config) -> None:
-    """A note on stderr where a GPT2 has parts that from_pretrained would not make of its config, or
-    others in their place."""
-    with suppress(MemoryError):  # a model is saved also where there is no room for a second
-        again = unwritten(config, type(model))
-        is_same = type(again) is type(model)
-        made, held = (
-            {
-                name: getattr(part, "shape", type(part) if is_same else None)
-                for name, part in parts(each)
-            }
-            for each in (again, model)
-        )
-        if edited := [n for n in {**made, **held} if made.get(n) != held.get(n)]:
-            say_once(
-                f"note: from_pretrained would not give back {listed(edited[:3])}: make a class of "
-                "your own, from GPT2, whose __init__ says what you changed"
             )
 
 

@@ -136,8 +136,8 @@ def test_the_setting_that_was_meant_is_said(talk: Talk) -> None:
 
 def test_a_change_without_an_effect_is_said(talk: Talk) -> None:
     _, err = talk("/set top-p 0.5", "/set temperature 0", "/set top-k 4")
-    assert err.count("no effect") == 1
-    assert "note: --top-k: no effect at temperature 0, where nothing is drawn" in err
+    for flag in ("--top-p", "--top-k"):
+        assert err.count(f"note: {flag}: no effect at temperature 0, where nothing is drawn") == 1
 
 
 def test_a_change_that_contradicts_another_is_not_made(talk: Talk) -> None:

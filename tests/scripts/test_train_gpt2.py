@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -88,24 +87,6 @@ def test_a_run_from_start_to_end(text: Path, tmp_path: Path) -> None:
     anew = run(*flags, "--max-steps", 2, "--overwrite")
     assert anew.returncode == 0 and [row["step"] for row in metrics(out)] == [1, 2]
     assert {f.name for f in out.iterdir()} == names
-
-
-def test_a_sample_that_is_due_where_a_run_is_stopped_is_kept(
-    train_gpt2: ModuleType, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing would make up for it when the run goes on."""
-    evaluate = train_gpt2.evaluate
-
-    def stopped(*args: Any) -> float:
-        signal.raise_signal(signal.SIGTERM)
-        return evaluate(*args)
-
-    monkeypatch.setattr(train_gpt2, "evaluate", stopped)
-    flags = ["--data", text, "--out", tmp_path, *SMALL, "--watch", "--max-steps", 5]
-    flags += ["--eval-interval", 2, "--sample-interval", 2]
-    assert train_gpt2.main([str(flag) for flag in flags]) == 128 + signal.SIGTERM
-    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2]
 
 
 def test_what_a_run_advises_to_try_can_be_tried(

@@ -9,7 +9,6 @@ import mmap
 import os
 import pickle
 import re
-import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -255,16 +254,6 @@ def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir()
     ours(tmp_path / "ours", [np.array([300], np.uint16)], ByteTokenizer().to_dict())
     refused(tmp_path / "ours", "tokens_000000.bin holds the token id 300", "byte")
-
-
-def test_a_shard_of_ours_is_read_by_the_tokenizer_that_made_it(tmp_path: Path) -> None:
-    """Also when it is given alone."""
-    ours(tmp_path, [IDS % 3, IDS % 2], CharTokenizer("abc").to_dict())
-    shard = tmp_path / "tokens_000001.bin"
-    refused(shard, "were made with the char tokenizer, as manifest.json beside them says", "byte")
-    assert load_corpus(shard, "char").tokenizer.to_dict() == CharTokenizer("abc").to_dict()
-    shutil.copy(shard, tmp_path / "another_name.bin")
-    assert load_corpus(tmp_path / "another_name.bin", "byte").tokenizer.name == "byte"
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:

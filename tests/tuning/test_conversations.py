@@ -150,10 +150,10 @@ def test_fields_that_are_left_out_are_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     items = [{**A, "instruction": f"{i}", "context": "c", "input": "d", "id": ""} for i in range(3)]
-    talk = chat(("user", "a"), ("assistant", "b")) | {"input": "x"}
+    talk = chat(("user", "a"), ("assistant", "b")) | {"input": "x", "role": "y"}
     talk["messages"][1]["weight"] = 0  # as OpenAI's files mark an answer that is not to be learned
     path = written(tmp_path, [*items, talk])
     read_parts(path, None)
-    expected = f"note: {path}: 'context', 'input', 'weight' left out: nothing is learned from "
-    expected += "such fields\n"
+    expected = f"note: {path}: 'context', 'input', 'role', 'weight' left out: nothing is learned "
+    expected += "from such fields\n"
     assert capsys.readouterr().err == expected

@@ -341,45 +341,6 @@ def test_a_setting_that_would_not_come_back_is_said_once(
     json.loads((tmp_path / "a" / "config.json").read_text())
 
 
-class Halved(nn.Linear):
-    def __call__(self, x: Any) -> Tensor:
-        return super().__call__(x) * 0.5
-
-
-def exchange(model: GPT2, name: str, part: Any) -> None:
-    *path, last = name.split(".")
-    for key in path:
-        model = model[int(key)] if key.isdigit() else getattr(model, key)
-    setattr(model, last, part)
-
-
-@pytest.mark.parametrize(
-    ("name", "part"),
-    [
-        ("transformer.h.1.mlp", nn.Linear(8, 8)),
-        ("transformer.h.1.mlp.c_fc", Halved(8, 32)),  # the same shapes
-        ("transformer.h.0.attn.c_attn.bias", None),
-        ("transformer.ln_f", nn.Dropout(0.0)),
-        ("a_head_of_mine", nn.Linear(8, 3)),
-        ("lm_head", nn.Linear(8, 11)),
-    ],
-)
-@pytest.mark.parametrize("cls", [GPT2, VariantGPT2])
-def test_a_part_that_would_not_come_back_is_said_once(
-    cls: type[GPT2], name: str, part: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    say_once.cache_clear()
-    model = cls((VariantConfig if cls is VariantGPT2 else GPT2Config)(**SHAPE))
-    model.save_pretrained(tmp_path / "as it was")
-    assert not capsys.readouterr().err
-    exchange(model, name, part)
-    for _ in range(2):
-        model.save_pretrained(tmp_path / "edited")
-    said = capsys.readouterr().err
-    assert said.startswith(f"note: from_pretrained would not give back '{name}")
-    assert said.count("\n") == 1
-
-
 def test_a_run_with_such_settings_is_saved_and_goes_on(tmp_path: Path) -> None:
     model = rope(windows=(3, 4), name=print)
     save_run(tmp_path, model, TOKENIZER, AdamW(model.parameters()), {})

@@ -59,17 +59,6 @@ def test_an_empty_name_is_not_the_current_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tokenizer_of_another_model_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=5, n_positions=4))
-    model.save_pretrained(tmp_path, CharTokenizer("abcde"))
-    assert not capsys.readouterr().err
-    model.save_pretrained(tmp_path, ByteTokenizer())
-    note = f"note: {tmp_path}: the tokenizer has 257 tokens and the model 5: "
-    assert capsys.readouterr().err.startswith(note)
-
-
 def test_a_config_of_numpys_numbers_is_saved_as_any_other(tmp_path: Path) -> None:
     numbers = {name: np.int64(4) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     config = GPT2Config(**numbers, n_positions=8, resid_pdrop=np.float32(0.5))  # type: ignore[arg-type]
