@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def check_free(out: Path, sources: Iterable[str] = ()) -> None:
     That is a run, a model, or what is left of a run; and in a folder without any of these, a file
     of the user's that is called like one of a run's.
     """
+    _check_apart(out)
     if holds_run(out):
         raise UserError(
             f"{out} holds a run already: --resume it, --overwrite it, or give another --out"
@@ -101,6 +103,7 @@ def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
         raise UserError(f"{out} exists already: --overwrite it, or give another --export")
     if is_file:
         return
+    _check_apart(out)
     if holds_run(out):
         raise UserError(f"{out} holds a training run ({STATE}): choose another --out")
     if has_begun(out) and not overwrite:
@@ -111,6 +114,15 @@ def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
         raise UserError(f"{out} holds a model: --overwrite it, or give another --out")
     if not overwrite:
         _check_names(out, (*OF_A_MODEL, *TOKENIZER_FILES), "a model")
+
+
+def _check_apart(out: Path) -> None:
+    """UserError where a run keeps, or will keep, its checkpoints."""
+    place = out.resolve()
+    if re.fullmatch(rf"{BEST}|step-\d+", place.name) and holds_run(place.parent):
+        raise UserError(
+            f"{out} is where the run in {place.parent} keeps a checkpoint: give another --out"
+        )
 
 
 def _check_names(out: Path, names: Iterable[str], owner: str) -> None:

@@ -91,12 +91,12 @@ class Corpus:
                 f"{name or self.name}: the {which} text has {counted(shorter, 'token')}, {few}: "
                 f"give more text{smaller}"
             )
-        comma = "," if smaller else " or"
         enough = math.ceil(need / min(self.fraction, 1 - self.fraction)) + 1
+        fraction = ", another --validation fraction" if sum(lengths) >= 2 * need else ""
+        own = ", a --validation FILE of its own" if sum(lengths) >= need else ""
         raise UserError(
             f"{self.name} has {counted(sum(lengths), 'token')}, {shorter:,} of them for "
-            f"{which}, {few}: give {enough:,} tokens or more{comma} a --validation FILE of its "
-            f"own{smaller}"
+            f"{which}, {few}: give {enough:,} tokens or more{fraction}{own}{smaller}"
         )
 
     @cached_property

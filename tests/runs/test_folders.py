@@ -44,6 +44,19 @@ def test_a_model_is_not_written_over_a_user_s_file(tmp_path: Path, name: str) ->
     check_target(tmp_path / name, [], overwrite=False)  # a file, such as model.gguf
 
 
+@pytest.mark.parametrize("name", ["best", "step-000002"])
+def test_a_new_run_is_not_written_where_another_keeps_its_checkpoints(
+    tmp_path: Path, name: str
+) -> None:
+    for check in (check_free, lambda out: check_target(out, [], overwrite=True)):
+        check(tmp_path / name)  # which is called so by chance
+    (tmp_path / "trainer_state.json").touch()
+    for check in (check_free, lambda out: check_target(out, [], overwrite=True)):
+        with pytest.raises(UserError, match=f"{name} is where the run in {tmp_path} keeps a che"):
+            check(tmp_path / name)
+        check(tmp_path / "another")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["best", "step-000002"])
 def test_a_run_does_not_go_on_in_its_checkpoint_but_in_a_copy(

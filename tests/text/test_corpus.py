@@ -142,8 +142,8 @@ def test_too_short_a_text_says_what_helps(tmp_path: Path) -> None:
     corpus = load_corpus(path, "byte")
     message = (
         f"{path} has 300 tokens, 30 of them for validation, fewer than the 65 that "
-        "--block-size 64 needs: give 651 tokens or more, a --validation FILE of its own, or a "
-        "smaller --block-size (at most 29)"
+        "--block-size 64 needs: give 651 tokens or more, another --validation fraction, a "
+        "--validation FILE of its own, or a smaller --block-size (at most 29)"
     )
     with pytest.raises(UserError) as caught:
         corpus.windows(64)
@@ -168,8 +168,14 @@ def test_what_is_left_out_is_said_once(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_text_too_short_for_any_block_is_advised_in_whole_sentences(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Hello")
-    with pytest.raises(UserError, match=r"171 tokens or more or a --validation FILE of its own$"):
-        load_corpus(tmp_path / "a.txt", "byte").windows(16)
+    for length, ways in (
+        (5, ""),
+        (17, ", a --validation FILE of its own"),
+        (34, ", another --validation fraction, a --validation FILE of its own"),
+    ):
+        (tmp_path / "a.txt").write_text("0" * length)
+        with pytest.raises(UserError, match=f"171 tokens or more{ways}(, or a smaller .*)?$"):
+            load_corpus(tmp_path / "a.txt", "byte").windows(16)
 
 
 def test_a_short_validation_file_is_called_by_its_name(tmp_path: Path) -> None:
