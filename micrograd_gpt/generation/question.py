@@ -8,6 +8,7 @@ from pathlib import Path
 
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import is_stdin, is_stream
 
 BATCH_SIZE = 16
 
@@ -96,7 +97,7 @@ def read_questions(given: argparse.Namespace) -> list[str] | None:
 def reads_stdin(given: argparse.Namespace) -> bool:
     """Whether `read_questions` reads stdin, or asks there."""
     if given.prompts is not None:
-        return bool(given.prompts == "-")
+        return given.prompts == "-" or is_stdin(given.prompts)
     texts = given.prompt if given.instruction is None else given.instruction
     return texts is None or "-" in texts
 
@@ -112,7 +113,6 @@ def _stdin(flag: str, encoding: str = "utf-8") -> str:
 
 
 def _read_prompts(source: str, text_field: str | None, encoding: str) -> list[str]:
-    from micrograd_gpt.support.files import is_stream
     from micrograd_gpt.text.decoding import Form, Notes, text_chunks
     from micrograd_gpt.text.documents import LIKE_JSON
     from micrograd_gpt.text.records import RECORD_SUFFIXES, begins_with_record, record_texts
