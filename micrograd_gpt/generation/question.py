@@ -26,6 +26,7 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     )
     question.add_argument(
         "--prompts",
+        type=cli.some_text,
         metavar="FILE",
         help="many texts to continue, one a line (blank lines do not count), or one a record of a "
         ".jsonl, .json, .csv, .tsv or .parquet, or of JSON in a pipe; - reads stdin. The results "
@@ -46,11 +47,13 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--text-field",
+        type=cli.some_text,
         metavar="NAME",
         help="the key or column of --prompts that holds a prompt (default: prompt)",
     )
     parser.add_argument(
         "--encoding",
+        type=cli.some_text,
         metavar="NAME",
         help="of the file of --prompts; the mark of UTF-8, 16 or 32 is noticed (default: utf-8)",
     )

@@ -21,8 +21,12 @@ from micrograd_gpt.support.errors import UserError
         ),
         *(f"finetune_gpt2 classify --{flag}=" for flag in ("data", "model", "predict", "out")),
         "finetune_gpt2 instruct --template=",
-        "generate --model=",
-        "generate --microscope=",
+        *(
+            f"generate --{flag}="
+            for flag in ("model", "prompts", "text-field", "encoding", "microscope")
+        ),
+        *(f"evaluate_gpt2 classify --{flag}=" for flag in ("text-field", "label-field")),
+        "evaluate_gpt2 last-word --encoding=",
         *(f"load_gpt2 --{flag}=" for flag in ("from", "out", "export")),
     ],
 )
