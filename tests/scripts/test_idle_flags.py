@@ -49,6 +49,8 @@ def test_an_empty_text_is_refused(
         ("train_gpt2 --devices 2", "--devices does nothing without --plan: give that too"),
         ("train_gpt2 --rate 5", "--rate does nothing without --plan"),
         ("train_gpt2 --interconnect 1", "--interconnect does nothing without --plan"),
+        ("train_gpt2 --plan --rate 1e300", "--rate must be from 1e-12 to 1e12, not"),
+        ("train_gpt2 --plan --rate 1 --interconnect 1e-300", "--interconnect must be from 1e-12 "),
         ("train_gpt2 --allow-changes", "--allow-changes does nothing without --resume"),
         ("finetune_gpt2 classify --data x.tsv --rate 5", "--rate does nothing without --plan"),
         ("finetune_gpt2 instruct --allow-changes", "--allow-changes does nothing without --resume"),
