@@ -253,6 +253,18 @@ def test_a_text_that_never_ends_is_refused(
     assert not Path("none").exists()
 
 
+def test_of_one_process_a_note_says_that_stdin_never_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
+    Ranks().check_stdin(True)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    Ranks().check_stdin(False)
+    assert capsys.readouterr().err == ""
+    Ranks().check_stdin(True)
+    assert capsys.readouterr().err.startswith("note: Open MPI's mpirun never ends stdin: ")
+
+
 @needs_mpi
 @pytest.mark.slow
 def test_ranks_without_work_are_mentioned(
