@@ -58,10 +58,12 @@ def evaluate(given: argparse.Namespace, ranks: Ranks) -> int:
     from micrograd_gpt.arrays.memory import memory_errors
     from micrograd_gpt.arrays.stand_ins import highest_level
     from micrograd_gpt.runs.lock import only_writer
+    from micrograd_gpt.support.files import is_stdin
 
     if given.out is None:  # which keeps the report
         cli.check_stdout()
     highest_level()  # said now if MICROGRAD_GPT_KERNELS names none
+    ranks.check_stdin(is_stdin(given.data))
     commands = {
         "perplexity": perplexity,
         "multiple-choice": multiple_choice,

@@ -68,8 +68,7 @@ def generate(given: argparse.Namespace, ranks: Ranks) -> int:
     choices = flags.Choices(decoding, DEFAULTS)
     choices.settings()  # what is wrong with them is said before a large model is loaded
     highest_level()  # and so is a mistake in MICROGRAD_GPT_KERNELS
-    if ranks.size > 1:
-        check_launcher(given)
+    ranks.check_stdin(reads_stdin(given))
     questions = ranks.collect(read_questions(given) if ranks.is_first else [])[0]
     if ranks.size > 1:
         check_shared(given, questions)
@@ -97,16 +96,6 @@ def generate(given: argparse.Namespace, ranks: Ranks) -> int:
     if ranks.size > 1 and not finished:
         raise KeyboardInterrupt  # which ends all ranks
     return 0 if finished else 130
-
-
-def check_launcher(given: argparse.Namespace) -> None:
-    """UserError where stdin is to be read and has no end."""
-    launcher, *_ = launched()
-    if launcher == "mpirun" and reads_stdin(given):  # seen with Open MPI 5.0.11
-        raise UserError(
-            "under Open MPI's mpirun stdin never ends: give a file of --prompts, or start "
-            "generate.py without mpirun"
-        )
 
 
 def check_shared(given: argparse.Namespace, questions: list[str] | None) -> None:

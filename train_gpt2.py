@@ -51,6 +51,7 @@ from micrograd_gpt.runs.sharding import Optimizer, ShardedAdamW, clip_grad_norm
 from micrograd_gpt.runs.signals import signals_as_before
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import is_stdin
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
 from micrograd_gpt.text.corpus import Corpus, load_corpus
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         ranks.check_same(given)
         with ranks.first_on_machine():
             settings = resolve_settings(given)
+        ranks.check_stdin(is_stdin(settings.data) or is_stdin(settings.validation))
         device = resolve_device(settings.device)
         if settings.plan:
             cli.check_stdout()

@@ -26,6 +26,7 @@ from micrograd_gpt.text.tokenizers import ByteTokenizer
 from micrograd_gpt.tuning.classifier import GPT2Classifier, write_classifier
 
 GENERATE, EVALUATE = ROOT / "generate.py", ROOT / "evaluate_gpt2.py"
+TRAIN = ROOT / "train_gpt2.py"
 WORDS = TEXT.split()
 OneProcess = Callable[..., tuple[str, str]]
 
@@ -219,6 +220,7 @@ def test_prompts_from_a_pipe(folder: Path, one_process: OneProcess) -> None:
         (["--prompts", "prompts.txt", "--top-q", "1"], "unrecognized arguments: --top-q"),
         pytest.param(["--prompts", "-"], "mpirun stdin never ends", marks=needs_open_mpi),
         pytest.param([], "mpirun stdin never ends: give a file", marks=needs_open_mpi),
+        pytest.param(["--prompts", "/dev/stdin"], "mpirun stdin never", marks=needs_open_mpi),
     ],
 )
 def test_what_ranks_cannot_share_is_refused_in_one_line(
@@ -228,6 +230,39 @@ def test_what_ranks_cannot_share_is_refused_in_one_line(
     found = mpirun(2, GENERATE, "--model", "model", *flags)
     (message,) = errors(found.stderr)
     assert (found.returncode, found.stdout) == (2, "") and problem in message
+
+
+@needs_open_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (EVALUATE, ["perplexity", "--model", "model", "--data", "/dev/stdin"]),
+        (TRAIN, ["--data", "/dev/stdin", "--out", "none"]),
+        (TRAIN, ["--data", "prompts.txt", "--validation", "/proc/self/fd/0", "--out", "none"]),
+    ],
+)
+def test_a_text_that_never_ends_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, script: Path, flags: list[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    with open("prompts.txt", "rb") as text:
+        found = mpirun(2, script, *flags, stdin=text)
+    (message,) = errors(found.stderr)
+    assert (found.returncode, found.stdout) == (2, "") and "mpirun stdin never ends" in message
+    assert not Path("none").exists()
+
+
+def test_of_one_process_a_note_says_that_stdin_never_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
+    Ranks().check_stdin(True)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    Ranks().check_stdin(False)
+    assert capsys.readouterr().err == ""
+    Ranks().check_stdin(True)
+    assert capsys.readouterr().err.startswith("note: Open MPI's mpirun never ends stdin: ")
 
 
 @needs_mpi

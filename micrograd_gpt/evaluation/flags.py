@@ -81,10 +81,18 @@ def _classify(parser: argparse.ArgumentParser) -> None:
         "the folder of a classifier (needed)",
     )
     parser.add_argument(
-        "--text-field", default="text", metavar="NAME", help="the text's column (default: text)"
+        "--text-field",
+        type=cli.some_text,
+        default="text",
+        metavar="NAME",
+        help="the text's column (default: text)",
     )
     parser.add_argument(
-        "--label-field", default="label", metavar="NAME", help="the label's column (default: label)"
+        "--label-field",
+        type=cli.some_text,
+        default="label",
+        metavar="NAME",
+        help="the label's column (default: label)",
     )
 
 
@@ -125,7 +133,11 @@ def _common(parser: argparse.ArgumentParser, data: str, which: str = LANGUAGE_MO
     """Add the flags of all commands; `data` and `which` are the help of --data and --model."""
     parser.add_argument("--data", required=True, type=cli.some_text, metavar="PATH", help=data)
     parser.add_argument(
-        "--encoding", default="utf-8", metavar="NAME", help="of the data (default: utf-8)"
+        "--encoding",
+        type=cli.some_text,
+        default="utf-8",
+        metavar="NAME",
+        help="of the data (default: utf-8)",
     )
     add_model_flags(parser, which)
     parser.add_argument(

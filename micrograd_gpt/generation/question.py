@@ -8,6 +8,7 @@ from pathlib import Path
 
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import is_stdin, is_stream
 
 BATCH_SIZE = 16
 
@@ -25,6 +26,7 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     )
     question.add_argument(
         "--prompts",
+        type=cli.some_text,
         metavar="FILE",
         help="many texts to continue, one a line (blank lines do not count), or one a record of a "
         ".jsonl, .json, .csv, .tsv or .parquet, or of JSON in a pipe; - reads stdin. The results "
@@ -45,11 +47,13 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--text-field",
+        type=cli.some_text,
         metavar="NAME",
         help="the key or column of --prompts that holds a prompt (default: prompt)",
     )
     parser.add_argument(
         "--encoding",
+        type=cli.some_text,
         metavar="NAME",
         help="of the file of --prompts; the mark of UTF-8, 16 or 32 is noticed (default: utf-8)",
     )
@@ -96,7 +100,7 @@ def read_questions(given: argparse.Namespace) -> list[str] | None:
 def reads_stdin(given: argparse.Namespace) -> bool:
     """Whether `read_questions` reads stdin, or asks there."""
     if given.prompts is not None:
-        return bool(given.prompts == "-")
+        return given.prompts == "-" or is_stdin(given.prompts)
     texts = given.prompt if given.instruction is None else given.instruction
     return texts is None or "-" in texts
 
@@ -112,7 +116,6 @@ def _stdin(flag: str, encoding: str = "utf-8") -> str:
 
 
 def _read_prompts(source: str, text_field: str | None, encoding: str) -> list[str]:
-    from micrograd_gpt.support.files import is_stream
     from micrograd_gpt.text.decoding import Form, Notes, text_chunks
     from micrograd_gpt.text.documents import LIKE_JSON
     from micrograd_gpt.text.records import RECORD_SUFFIXES, begins_with_record, record_texts

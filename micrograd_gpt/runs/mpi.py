@@ -52,6 +52,7 @@ class MPIRanks(Ranks):
     """One of several ranks."""
 
     def __init__(self, launcher: str) -> None:
+        self._launcher = launcher
         # After these Open MPI's mpirun kills us within 0.25 s; SIGUSR1 it only passes on.
         self.deadly = (signal.SIGINT, signal.SIGTERM) if launcher == "mpirun" else ()
         self._all = MPI.COMM_WORLD
@@ -240,6 +241,13 @@ class MPIRanks(Ranks):
     def on_this_machine(self, value: T) -> list[T]:
         """The values of this machine's ranks."""
         return self._here.allgather(value)
+
+    def check_stdin(self, is_read: bool) -> None:
+        if is_read and self._launcher == "mpirun":  # seen with Open MPI 5.0.11
+            raise UserError(
+                "under Open MPI's mpirun stdin never ends: give a file instead, or start this "
+                "without mpirun"
+            )
 
     def check_same(self, facts: dict[str, Any]) -> None:
         first, *others = self._all.allgather(facts)

@@ -175,6 +175,12 @@ class Ranks:
     def use_device(self, device: str) -> None:
         """Compute on the GPU of this rank's number, where the device is a GPU."""
 
+    def check_stdin(self, is_read: bool) -> None:
+        """UserError where stdin is to be read and the launcher never ends it; of one process a note
+        says so, as a shell in between may have given it another stdin."""
+        if is_read and LAUNCHERS["mpirun"][0] in os.environ:
+            say("note: Open MPI's mpirun never ends stdin: if nothing follows, give a file instead")
+
     def check_same(self, facts: dict[str, Any]) -> None:
         """UserError, naming the rank, where one of the facts is not the same on all ranks."""
 

@@ -65,6 +65,7 @@ ON_OFF = Kind(bool, {"action": argparse.BooleanOptionalAction}, allowed="true or
 COUNT = Kind(int, {"type": cli.positive_int}, lambda n: n >= 1, "1 or more")
 COUNT_OR_0 = Kind(int, {"type": cli.non_negative_int}, lambda n: n >= 0, "0 or more")
 ABOVE_0 = Kind(float, {"type": float}, lambda x: 0 < x < math.inf, "above 0")
+SPEED = Kind(float, {"type": float}, lambda x: 1e-12 <= x <= 1e12, "from 1e-12 to 1e12")
 FROM_0 = Kind(float, {"type": float}, lambda x: 0 <= x < math.inf, "0 or more")
 BELOW_1 = Kind(float, {"type": float}, lambda x: 0 <= x < 1, "in [0, 1)")
 
@@ -214,10 +215,10 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
 ],
 "planning": [
     ("plan", SWITCH, False, ONCE, "print what the run would take, and end"),
-    ("rate", ABOVE_0, None, ONCE, "TFLOP/s that a device reaches (measured on this machine)"),
+    ("rate", SPEED, None, ONCE, "TFLOP/s that a device reaches (measured on this machine)"),
     ("devices", COUNT, 1, ONCE,
      "how many GPUs or machines of their own share a step, one rank each"),
-    ("interconnect", ABOVE_0, None, ONCE,
+    ("interconnect", SPEED, None, ONCE,
      "GB/s that each device sends to others and receives at the same time: plan that too"),
 ]}
 # fmt: on

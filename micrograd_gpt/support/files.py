@@ -108,6 +108,12 @@ def is_stream(path: str | Path) -> bool:
     return os.path.exists(path) and not is_named
 
 
+def is_stdin(path: str | Path) -> bool:
+    """Whether a path is a name of stdin, and that is a pipe or the like rather than a file."""
+    names = ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
+    return os.path.normpath(path) in names and not os.path.isfile(path)
+
+
 def read_json(path: str | Path) -> dict[str, Any] | None:
     """The object in a JSON file, or None if there is no file; UserError if it is damaged."""
     with reading(path):

@@ -151,6 +151,11 @@ def open_adapter(folder: str | Path) -> Adapter:
     more than low-rank additions to the four linear layers of a block.
     """
     folder = Path(folder)
+    if not folder.exists():
+        raise UserError(
+            f"there is no folder {folder}: an adapter is read from a folder here, so fetch one "
+            "that is on the Hugging Face Hub first (hf download OWNER/NAME --local-dir FOLDER)"
+        )
     if folder.is_file():
         raise UserError(f"{folder} is no folder: give the adapter's, with its {ADAPTER_CONFIG}")
     config = read_json(folder / ADAPTER_CONFIG) if is_adapter(folder) else None

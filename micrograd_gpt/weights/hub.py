@@ -25,7 +25,7 @@ from micrograd_gpt.support.files import read_json, sha256
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE
 from micrograd_gpt.text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 from micrograd_gpt.weights.config import CONFIG, read_config
-from micrograd_gpt.weights.formats import MODEL, TORCH_MODEL, WEIGHT_FILES
+from micrograd_gpt.weights.formats import ADAPTER_CONFIG, MODEL, TORCH_MODEL, WEIGHT_FILES
 
 ANSWER_TIMEOUT = 10  # seconds to wait for the Hub's answer; it is small
 MAIN = "main"  # the branch that a name without a revision means
@@ -69,6 +69,11 @@ def fetch(repository: Repository, with_weights: bool = True) -> Path:
     model, where it is not a GPT-2, and where neither the Hub nor the cache gives it.
     """
     commit, files = _listing(repository)
+    if ADAPTER_CONFIG in files and files.isdisjoint(WEIGHT_FILES):
+        raise UserError(
+            f"{repository} is a LoRA adapter, and one is read from a folder here: fetch it first "
+            f"(hf download {repository.name} --local-dir FOLDER)"
+        )
     if CONFIG not in files:
         raise UserError(f"{repository} has no {CONFIG} on the Hugging Face Hub: it is not a GPT-2")
     noted = _noted(repository)
@@ -182,11 +187,9 @@ def _asked(repository: Repository) -> tuple[str, frozenset[str]]:
 
 def _noted(repository: Repository) -> Path | None:
     """The folder of the commit that a revision stood for when the cache last heard of it."""
-    from huggingface_hub.utils import LocalEntryNotFoundError
-
     try:
         return _file(repository, CONFIG, repository.revision, local_files_only=True).parent
-    except (LocalEntryNotFoundError, RuntimeError):  # it has no folder where there is no home
+    except Exception:  # nor has it one without a home, or with a token that cannot be read
         return None
 
 

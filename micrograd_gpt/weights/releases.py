@@ -66,12 +66,10 @@ class HuggingFace:
 
     def cached(self, size: str) -> Path | None:
         """The folder of huggingface_hub's cache that holds the weights, without the network."""
-        from huggingface_hub.utils import LocalEntryNotFoundError
-
         try:
             self._file(size, CONFIG, local_files_only=True)
             return self._file(size, MODEL, local_files_only=True).parent
-        except (LocalEntryNotFoundError, RuntimeError):  # it has no folder where there is no home
+        except Exception:  # nor has it one without a home, or with a token that cannot be read
             return None
 
     def download(self, size: str) -> Path:

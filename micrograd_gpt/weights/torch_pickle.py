@@ -43,6 +43,7 @@ class Name:
 
 ORDERED_DICT = Name("collections.OrderedDict")
 REBUILD_TENSOR = Name("torch._utils._rebuild_tensor_v2")
+REBUILD_PARAMETER = Name("torch._utils._rebuild_parameter")  # its data, requires_grad and hooks
 STORAGES = {
     "Float": FLOATS["float32"],
     "Double": FLOATS["float64"],
@@ -56,7 +57,7 @@ STORAGES = {
     "Bool": np.dtype("?"),
 }
 NAMES = {
-    **{known.name: known for known in (ORDERED_DICT, REBUILD_TENSOR)},
+    **{known.name: known for known in (ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER)},
     **{f"torch.{kind}Storage": Name(kind, dtype) for kind, dtype in STORAGES.items()},
 }
 
@@ -191,6 +192,8 @@ class Machine:
             self.push({})
         elif function is REBUILD_TENSOR and isinstance(arguments, tuple):
             self.push(_tensor(arguments))
+        elif function is REBUILD_PARAMETER:
+            self.push(_data(arguments))
         else:
             raise ValueError("its pickle calls something in an unknown way")
 
@@ -265,6 +268,13 @@ def _tensor(arguments: tuple[Any, ...]) -> TorchTensor:
                     return TorchTensor(storage, start, shape, strides)
                 raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
     raise ValueError("its pickle describes a tensor that makes no sense")
+
+
+def _data(arguments: Any) -> TorchTensor:
+    match arguments:
+        case (TorchTensor() as data, bool(), {}):
+            return data
+    raise ValueError("its pickle describes a parameter that makes no sense")
 
 
 def _is_size(value: Any) -> bool:

@@ -21,8 +21,12 @@ from micrograd_gpt.support.errors import UserError
         ),
         *(f"finetune_gpt2 classify --{flag}=" for flag in ("data", "model", "predict", "out")),
         "finetune_gpt2 instruct --template=",
-        "generate --model=",
-        "generate --microscope=",
+        *(
+            f"generate --{flag}="
+            for flag in ("model", "prompts", "text-field", "encoding", "microscope")
+        ),
+        *(f"evaluate_gpt2 classify --{flag}=" for flag in ("text-field", "label-field")),
+        "evaluate_gpt2 last-word --encoding=",
         *(f"load_gpt2 --{flag}=" for flag in ("from", "out", "export")),
     ],
 )
@@ -45,6 +49,8 @@ def test_an_empty_text_is_refused(
         ("train_gpt2 --devices 2", "--devices does nothing without --plan: give that too"),
         ("train_gpt2 --rate 5", "--rate does nothing without --plan"),
         ("train_gpt2 --interconnect 1", "--interconnect does nothing without --plan"),
+        ("train_gpt2 --plan --rate 1e300", "--rate must be from 1e-12 to 1e12, not"),
+        ("train_gpt2 --plan --rate 1 --interconnect 1e-300", "--interconnect must be from 1e-12 "),
         ("train_gpt2 --allow-changes", "--allow-changes does nothing without --resume"),
         ("finetune_gpt2 classify --data x.tsv --rate 5", "--rate does nothing without --plan"),
         ("finetune_gpt2 instruct --allow-changes", "--allow-changes does nothing without --resume"),

@@ -190,6 +190,8 @@ def test_what_cannot_be_merged(script: ModuleType, source: Path, adapter: Path, 
     base = ["--from", str(source)]
     with pytest.raises(UserError, match=r"source holds no adapter: there is no adapter_config"):
         script.main([*base, "--merge", str(source)])
+    with pytest.raises(UserError, match=r"^there is no folder own/lora: .* fetch one that is on"):
+        script.main([*base, "--merge", "own/lora"])
     with pytest.raises(UserError, match=r"model\.safetensors is no folder: give the adapter's"):
         script.main([*base, "--merge", str(adapter / "adapter_model.safetensors")])
     with pytest.raises(UserError, match="is a part of an adapter: give the folder"):

@@ -168,3 +168,14 @@ def test_a_home_that_no_shell_has_filled_in_is_not_made(
     with written_whole("~/file"):
         pass
     assert (tmp_path / "~" / "file").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.parametrize("is_file", [False, True])
+def test_the_names_of_stdin(monkeypatch: pytest.MonkeyPatch, is_file: bool) -> None:
+    """A file that a shell opened as stdin is read as any other."""
+    monkeypatch.setattr(os.path, "isfile", lambda path: is_file)
+    for path in ("/dev/stdin", "/dev//fd/0", "/proc/self/fd/0"):
+        assert files.is_stdin(path) is not is_file
+    for path in ("-", "stdin", "/dev/fd/3", "/dev/null", "0.1"):
+        assert not files.is_stdin(path)

@@ -21,6 +21,8 @@ from micrograd_gpt.weights import hub, names
 from micrograd_gpt.weights.formats import open_weights
 from micrograd_gpt.weights.hub import Repository, fetch, repository_named
 from micrograd_gpt.weights.pretrained import build
+from micrograd_gpt.weights.releases import HuggingFace
+from micrograd_gpt.weights.releases import fetch as fetch_release
 
 NAME = "someone/tiny-gpt2"
 FIRST, SECOND, THIRD = ("1" * 40, "2" * 40, "3" * 40)
@@ -380,10 +382,33 @@ def test_the_hub_s_refusals(
     assert got(server) == []
 
 
+@pytest.mark.parametrize("token", ["folder", "file/token", "binary"])
+def test_a_token_that_cannot_be_read_is_one_line(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    """Docker makes a folder of a file that it is to mount and that is not there."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "binary").write_bytes(b"\xff")
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / token))
+    with pytest.raises(UserError, match=f"^cannot ask the Hugging Face Hub for {NAME}, .*: ") as no:
+        fetch(at(server, tmp_path))
+    assert "\n" not in str(no.value)
+    with pytest.raises(UserError, match=r"^cannot fetch openai-community/gpt2: ") as no:
+        fetch_release("124M", [HuggingFace(server.url, tmp_path)], "")
+    assert "\n" not in str(no.value)
+
+
 def test_what_is_not_a_gpt2_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
     llama = json.dumps({"model_type": "llama"}).encode()
     for published, message in (
         (files() | {"config.json": llama}, "model_type is 'llama'"),
+        (
+            {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"},
+            r"is a LoRA adapter, .* fetch it first \(hf download .* --local-dir FOLDER\)$",
+        ),
         ({"model.safetensors": b"x"}, r"has no config\.json on the .* Hub: it is not a GPT-2"),
         (
             {"config.json": json.dumps(CONFIG).encode(), "tf_model.h5": b"x"},

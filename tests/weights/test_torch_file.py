@@ -134,6 +134,13 @@ def test_parts_of_storages(file: Path) -> None:
         np.testing.assert_array_equal(numbers(file, got[name]), expected, name)
 
 
+def test_a_parameter_is_read_as_its_data(file: Path) -> None:
+    """As dict(model.named_parameters()) has it."""
+    parameter = called(PARAMETER, rebuilt(STORAGE, 0, (12,), (1,)), True, EMPTY)
+    write_zip(file, pickled({"x": parameter}), {"0": TWELVE.tobytes()})
+    np.testing.assert_array_equal(numbers(file, read_torch(file)["x"]), TWELVE)
+
+
 @pytest.mark.parametrize("strides", [(1, 3), (0, 1), (4, 0), (8, 1)])
 def test_a_tensor_in_another_order_is_named(file: Path, strides: tuple[int, int]) -> None:
     save(file, {"h.0.x": Part("0", TWELVE, 0, (2, 3), strides)})
@@ -205,6 +212,7 @@ def test_instructions_that_torch_does_not_write_are_refused(file: Path, code: in
 
 ORDERED = Raw(b"ccollections\nOrderedDict\n")
 REBUILD = "torch._utils _rebuild_tensor_v2"
+PARAMETER = "torch._utils _rebuild_parameter"
 STORAGE = storage_reference("0", "Float", 12)
 EMPTY = called("collections OrderedDict")
 
@@ -256,6 +264,12 @@ NONSENSE: dict[str, tuple[Raw, str]] = {
     "many dimensions": (rebuilt(STORAGE, 0, (1,) * 9, (1,) * 9), "makes no sense"),
     "no storage": (rebuilt("0", 0, (3,), (1,)), "a tensor that makes no sense"),
     "too few arguments": (called(REBUILD, STORAGE, 0), "a tensor that makes no sense"),
+    "a parameter of no tensor": (called(PARAMETER, {}, True, EMPTY), "a parameter that makes no"),
+    "a parameter of nothing": (called(PARAMETER), "a parameter that makes no sense"),
+    "a parameter called with a text": (
+        Raw(b"c" + PARAMETER.replace(" ", "\n").encode() + b"\n" + instructions("abc") + b"R"),
+        "a parameter that makes no sense",
+    ),
     # The machine
     "a dict with half an item": (Raw(b"}(" + instructions("a") + b"u"), "not a dict"),
     "items of a list": (Raw(b"](" + instructions("a") * 2 + b"u"), "not a dict"),
