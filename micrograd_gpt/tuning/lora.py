@@ -31,7 +31,7 @@ from micrograd_gpt.arrays.devices import Array, device_of, move, to_device
 from micrograd_gpt.nn import Draws, Dropout, Linear, Module, Parameter
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.checkpoint import BEST, earlier_sets, remove_set
-from micrograd_gpt.support.cli import command, say
+from micrograd_gpt.support.cli import command, quoted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, write_text
 from micrograd_gpt.tensor import Tensor
@@ -160,7 +160,7 @@ def check_flags(settings: Namespace) -> None:
     if is_adapter(settings.model):
         raise UserError(
             f"{settings.model} is an adapter, and an adapter of one cannot be named: merge it "
-            f"first, with {command('load_gpt2.py')} --from {settings.model} --out FOLDER"
+            f"first, with {command('load_gpt2.py')} --from {quoted(settings.model)} --out FOLDER"
         )
     check_layer_names(told_layers(settings))
 

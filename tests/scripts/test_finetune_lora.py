@@ -16,6 +16,7 @@ import training
 from training import metrics
 
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.support.cli import quoted
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizers import ByteTokenizer
 from micrograd_gpt.tuning.classifier import load_classifier
@@ -268,9 +269,10 @@ def test_lora_s_flags_need_a_rank(
 
 
 def test_an_adapter_cannot_be_the_base_of_another(classify: Main, tmp_path: Path) -> None:
-    assert classify(tmp_path / "first", "--max-steps", 1) == 0
-    with pytest.raises(UserError, match=r"first is an adapter, .* merge it first"):
-        classify(tmp_path / "second", model=tmp_path / "first")
+    first = tmp_path / "the first"
+    assert classify(first, "--max-steps", 1) == 0
+    with pytest.raises(UserError, match=re.escape(f"--from {quoted(first)} --out FOLDER")):
+        classify(tmp_path / "second", model=first)
 
 
 @pytest.mark.parametrize("inside", ["", "best", "model.safetensors"])

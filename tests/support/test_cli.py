@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
+import micrograd_gpt
 from micrograd_gpt.support.cli import ArgumentParser, quoted, run, say
 
 
@@ -53,6 +55,13 @@ def test_a_path_can_be_copied_to_a_command_line(path: str) -> None:
     assert quoted("runs/out-1.2") == "runs/out-1.2"
     if os.name != "nt":
         assert shlex.split(quoted(path)) == [path]
+
+
+def test_an_advised_command_has_its_paths_so() -> None:
+    advised = re.compile(r"--(?:model|from|merge|init-from|\{anew\}) \{([^}]*)\}")
+    for source in Path(micrograd_gpt.__file__).parent.rglob("*.py"):
+        for path in advised.findall(source.read_text("utf-8")):
+            assert "quoted(" in path, (source.name, path)
 
 
 def test_a_file_that_may_not_be_used_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
