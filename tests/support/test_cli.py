@@ -8,13 +8,16 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tqdm import tqdm
 
 import micrograd_gpt
 from micrograd_gpt.support.cli import ArgumentParser, quoted, run, say
+from micrograd_gpt.support.errors import UserError
 
 
 def test_what_is_said_is_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,6 +65,18 @@ def test_an_advised_command_has_its_paths_so() -> None:
     for source in Path(micrograd_gpt.__file__).parent.rglob("*.py"):
         for path in advised.findall(source.read_text("utf-8")):
             assert "quoted(" in path, (source.name, path)
+
+
+def test_numpy_s_words_on_what_overflows_do_not_come_before_ours(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main() -> int:
+        large = np.float32([3e38]) * np.float32(10)
+        raise UserError(f"the loss is {(large - large)[0]}")
+
+    with pytest.raises(SystemExit), warnings.catch_warnings(record=True) as told:
+        run(main)
+    assert not told and capsys.readouterr().err == "error: the loss is nan\n"
 
 
 def test_a_file_that_may_not_be_used_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
