@@ -44,6 +44,7 @@ except ImportError as error:
 
 NAME = "micrograd-gpt"
 MOST_NEW_TOKENS = 256  # where a request does not say
+OF_THE_HARNESS = ("max_batch_size", "trust_remote_code")  # said to any model, unasked or by a flag
 NAMES_OF_MOST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -59,9 +60,9 @@ class MicrogradGPT(LM):
         dtype: as for `GPT2.from_pretrained`.
         batch_size: how many contexts of the model have the tokens that are read at a time;
             None, "auto", "auto:4" or 1, the harness's default: as many as TOKENS_AT_ONCE.
-        more: what the harness says to every model, such as max_batch_size; it changes nothing.
+        more: what the harness says to every model, which changes nothing here: OF_THE_HARNESS.
 
-    Raises UserError for a model that cannot be loaded.
+    Raises UserError for a model that cannot be loaded, and for any other argument.
     """
 
     def __init__(
@@ -74,6 +75,12 @@ class MicrogradGPT(LM):
         **more: Any,
     ) -> None:
         super().__init__()
+        unknown = sorted(more.keys() - set(OF_THE_HARNESS))
+        if tokenizer is not None and not isinstance(pretrained, GPT2):
+            unknown.append("tokenizer")
+        if unknown:
+            fix = "give the adapter's folder as pretrained=" if "peft" in more else "leave it out"
+            raise UserError(f"unknown model_args: {cli.listed(unknown)}: {fix}")
         if isinstance(pretrained, GPT2):
             assert tokenizer is not None, "a GPT2 comes with its tokenizer"
             self.model, self.encoder = pretrained, tokenizer

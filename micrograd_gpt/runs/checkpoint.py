@@ -32,6 +32,7 @@ from micrograd_gpt.checks import DROPOUTS
 from micrograd_gpt.nn import Module, Parameter
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.sharding import Optimizer
+from micrograd_gpt.support.cli import quoted
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import (
     SAVED,
@@ -136,7 +137,7 @@ def load_run(
             what = str(error).removesuffix(f": {other_checkpoint(folder / name) or FETCH}")
             otherwise = "start again: this run kept no other checkpoint"
             if name == OPTIMIZER:
-                otherwise = f"start again from the weights with --init-from {folder}"
+                otherwise = f"start again from the weights with --init-from {quoted(folder)}"
             raise UserError(f"{what}: {_way_back(folder, name, otherwise)}") from error
         found = file.metadata.get("step")
         if found != str(step):

@@ -360,13 +360,15 @@ def resumed_settings(
         )
         if not is_same and not may_change:
             choice = "add --allow-changes, " if row.change is ASK else ""
-            larger = name == "block_size" and value > settings[name]
+            before = settings[name]
+            larger = name == "block_size" and before is not None and value > before
             # By these weights; and an adapter is no --model of another
             decided = larger or name in OF_THE_WEIGHTS or is_adapter(out)
-            start = "in another --out" if decided else f"with --{anew} {out}"
+            start = "in another --out" if decided else f"with --{anew} {cli.quoted(out)}"
+            begun = f"has {row.flag} {before}, not {value}"
             raise UserError(
-                f"the run in {out} has {row.flag} {settings[name]}, not {value}: leave the flag "
-                f"out to resume, {choice}or start another run {start}"
+                f"the run in {out} {f'began without {row.flag}' if before is None else begun}: "
+                f"leave the flag out to resume, {choice}or start another run {start}"
             )
     note_edits(out, settings, flags, table)
     new_rate = flags.get("learning_rate", settings["learning_rate"])

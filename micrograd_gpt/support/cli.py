@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import pairwise
@@ -293,9 +294,11 @@ def run(main: Callable[[], int]) -> NoReturn:
     A UserError becomes one line, "error: …", and status 2, and so do a file that may not be used
     and output that can't be written because the disk is full; Ctrl-C is 130. A reader that closes
     our output early, as `| head` does, has had what it wanted, so the script ends quietly. Any
-    other status of `main` stays, whether or not its output can be written.
+    other status of `main` stays, whether or not its output can be written. NumPy does not warn of
+    overflows: what comes of one is told by the script.
     """
     _open_closed_streams()
+    warnings.filterwarnings("ignore", "(invalid value|overflow) encountered", RuntimeWarning)
     if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):  # the script is imported now
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -18,6 +18,7 @@ from micrograd_gpt.support.errors import UserError
 BUFFER = 1 << 20  # bytes of a .parquet file in memory
 BATCH = 256  # its rows that are read at a time
 LONGEST_FIELD = 1 << 30  # characters of a field in a .csv file
+OLD_LINE_ENDS = "its lines end in \\r alone, as on old Macs: convert them to \\n"
 
 Fields = tuple[str, list[Any]]  # where a record stands ("line 3"), and its fields
 
@@ -37,8 +38,7 @@ def table_rows(path: Path, lines: Iterable[str]) -> Iterator[Fields]:
                 yield f"line {reader.line_num}", fields
     except csv.Error as error:
         if "new-line character" in str(error):
-            why = "its lines end in \\r alone, as on old Macs: convert them to \\n"
-            raise UserError(f"{path}: {why}") from error
+            raise UserError(f"{path}: {OLD_LINE_ENDS}") from error
         raise UserError(f"{path}, line {reader.line_num}: {error}: correct the quotes") from error
 
 

@@ -23,7 +23,7 @@ from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.layers import IGNORE
 from micrograd_gpt.nn import Init, Module, Parameter, normal
-from micrograd_gpt.support.cli import command
+from micrograd_gpt.support.cli import command, quoted
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, write_text
 from micrograd_gpt.tensor import Tensor
@@ -174,7 +174,7 @@ def build_classifier(
     if SCORE not in weights.heads:
         raise UserError(
             f"{weights.path} is a language model, not a classifier: make one of it with "
-            f"{command('finetune_gpt2.py')} classify --model {weights.path} --data FILE"
+            f"{command('finetune_gpt2.py')} classify --model {quoted(weights.path)} --data FILE"
         )
     longest = (read_json(weights.folder / TOKENIZER_CONFIG) or {}).get(LONGEST)
     longest = longest if type(longest) is int and longest > 0 else None
@@ -195,7 +195,7 @@ def check_labels(out: str | Path, labels: Sequence[str]) -> None:
         raise UserError(
             f"the run in {out} learned the labels {', '.join(map(short, learned))}, and the data "
             f"has {', '.join(map(short, labels))}: give data with the same, or start another run "
-            f"with --model {out}"
+            f"with --model {quoted(out)}"
         )
 
 

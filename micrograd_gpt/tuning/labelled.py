@@ -144,7 +144,12 @@ def _rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Ite
 
 
 def text_lines(text: str, source: str | Path) -> Iterator[Row]:
-    """The lines of a text that are not blank, without labels; says how many others there are."""
+    """The lines of a text that are not blank, without labels; says how many others there are.
+
+    Raises UserError for lines that end in \\r alone.
+    """
+    if "\n" not in text and "\r" in text.rstrip():
+        raise UserError(f"{source}: {tables.OLD_LINE_ENDS}")
     blank = 0
     lines = text.removesuffix("\n").split("\n") if text else []
     for number, line in enumerate(lines, 1):

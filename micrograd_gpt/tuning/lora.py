@@ -31,7 +31,7 @@ from micrograd_gpt.arrays.devices import Array, device_of, move, to_device
 from micrograd_gpt.nn import Draws, Dropout, Linear, Module, Parameter
 from micrograd_gpt.runs import checkpoint
 from micrograd_gpt.runs.checkpoint import BEST, earlier_sets, remove_set
-from micrograd_gpt.support.cli import command, say
+from micrograd_gpt.support.cli import command, quoted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, write_text
 from micrograd_gpt.tensor import Tensor
@@ -58,6 +58,7 @@ M = TypeVar("M", bound=Module)
 # The linear layers of a block, as --lora-layers takes them; the last part alone is enough.
 LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 DEFAULT_LAYERS = ("c_attn",)  # PEFT's for GPT-2
+WITHOUT_RANK = "--lora-alpha and --lora-layers are for LoRA: give --lora-rank too"
 
 
 class LoRALinear(Module):
@@ -152,14 +153,14 @@ def check_flags(settings: Namespace) -> None:
     """UserError if what --lora-rank and its companions say is wrong."""
     if settings.lora_rank is None:
         if settings.lora_alpha is not None or told_layers(settings) != list(DEFAULT_LAYERS):
-            raise UserError("--lora-alpha and --lora-layers are for LoRA: give --lora-rank too")
+            raise UserError(WITHOUT_RANK)
         return
     if getattr(settings, "train_layers", "all") != "all":
         raise UserError("--lora-rank says what learns, and so does --train-layers: give one")
     if is_adapter(settings.model):
         raise UserError(
             f"{settings.model} is an adapter, and an adapter of one cannot be named: merge it "
-            f"first, with {command('load_gpt2.py')} --from {settings.model} --out FOLDER"
+            f"first, with {command('load_gpt2.py')} --from {quoted(settings.model)} --out FOLDER"
         )
     check_layer_names(told_layers(settings))
 
@@ -167,6 +168,13 @@ def check_flags(settings: Namespace) -> None:
 def told_layers(settings: Namespace) -> list[str]:
     """The names in --lora-layers."""
     return settings.lora_layers.replace(",", " ").split()
+
+
+def full_names(told: str) -> set[str]:
+    """The names in LAYERS that those in a --lora-layers mean, and those that are in vain."""
+    names = told.replace(",", " ").split()
+    meant = [[full for full in LAYERS if f".{full}".endswith(f".{name}")] for name in names]
+    return {full for name, found in zip(names, meant, strict=True) for full in found or [name]}
 
 
 def add_as_told(model: Any, settings: Namespace) -> None:

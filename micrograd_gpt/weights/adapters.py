@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from micrograd_gpt.arrays.devices import Array
-from micrograd_gpt.support.cli import command, say
+from micrograd_gpt.support.cli import command, quoted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json
 from micrograd_gpt.text.hugging_face import TOKENIZER
@@ -125,7 +125,7 @@ def open_with_base(folder: Path) -> Weights:
     if is_adapter(adapter.base):
         raise UserError(
             f"the base of {folder} is an adapter itself: merge that with {command('load_gpt2.py')} "
-            f"--from {adapter.base} --out FOLDER, and name FOLDER as {BASE} in "
+            f"--from {quoted(adapter.base)} --out FOLDER, and name FOLDER as {BASE} in "
             f"{folder / ADAPTER_CONFIG}"
         )
     with naming_base(adapter):
@@ -133,7 +133,7 @@ def open_with_base(folder: Path) -> Weights:
     if not trained_on(adapter, base):
         all_the_same = (
             f", or fold {folder} in all the same, with {command('load_gpt2.py')} "
-            f"--from {adapter.base} --merge {folder}"
+            f"--from {quoted(adapter.base)} --merge {quoted(folder)}"
         )
         raise UserError(
             f"{adapter.base} has other weights now than when {folder} was trained on it: give it "

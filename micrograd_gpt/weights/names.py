@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from micrograd_gpt.gpt2 import GPT2Config
-from micrograd_gpt.support.cli import command, say
+from micrograd_gpt.support.cli import command, quoted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.weights.config import (
     CONFIG,
@@ -63,7 +63,7 @@ def open_language_model(name: str) -> Weights:
     if "score.weight" in weights.heads:
         raise UserError(
             f"{name} is a classifier, which labels texts and writes none: "
-            f"{command('finetune_gpt2.py')} classify --model {name} --predict FILE"
+            f"{command('finetune_gpt2.py')} classify --model {quoted(name)} --predict FILE"
         )
     return weights
 

@@ -17,6 +17,7 @@ from small_gpt2 import make_model
 from training import script
 
 from micrograd_gpt.evaluation.detokenize import wikitext
+from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
 from micrograd_gpt.weights.saving import save_pretrained
 
@@ -335,6 +336,20 @@ def test_the_harness_evaluates_by_name(
         found = results("micrograd-gpt", tasks, model_args=model_args, device="cuda:0", **more)
         for metric in ("acc", "acc_norm"):
             assert found["plain"][metric] == pytest.approx(expected["plain"][metric])
+
+
+def test_an_argument_that_would_change_nothing_is_refused(folder: Path) -> None:
+    from micrograd_gpt.evaluation.harness import MicrogradGPT
+
+    by_the_harness = {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}
+    for more, problem in {
+        "peft=li": "'peft': give the adapter's folder as pretrained=$",
+        "max_length=9,foo=1": "'foo', 'max_length': leave it out$",
+        "tokenizer=gpt2": "'tokenizer': leave it out$",
+    }.items():
+        with pytest.raises(UserError, match=f"^unknown model_args: {problem}"):
+            MicrogradGPT.create_from_arg_string(f"pretrained={folder},{more}", by_the_harness)
+    adapter(folder, max_batch_size=8, trust_remote_code=True)
 
 
 def test_the_harness_keeps_its_own_models(folder: Path) -> None:

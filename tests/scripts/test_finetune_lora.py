@@ -16,6 +16,7 @@ import training
 from training import metrics
 
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.support.cli import quoted
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizers import ByteTokenizer
 from micrograd_gpt.tuning.classifier import load_classifier
@@ -163,6 +164,25 @@ def test_a_run_is_resumed_from_another_working_directory(
         classify(out, "--lora-rank", 3, resume=True)  # not with --model out, which is an adapter
 
 
+def test_a_run_is_resumed_with_what_it_has_by_default_or_by_other_names(
+    classify: Main, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert classify(out, "--lora-layers", "c_proj,c_attn", "--max-steps", 1) == 0
+    same = ["--lora-alpha", 2 * RANK, "--lora-layers", "attn.c_attn,attn.c_proj,mlp.c_proj"]
+    with pytest.raises(UserError, match="is complete at step 1"):
+        classify(out, *same, "--block-size", 32, resume=True)
+    for flag, value, before in (
+        ("--lora-alpha", RANK, "began without --lora-alpha"),
+        ("--block-size", 31, "began without --block-size"),
+        ("--block-size", 33, "began without --block-size"),
+        ("--lora-layers", "attn.c_proj,c_attn", "has --lora-layers c_proj,c_attn, not attn"),
+        ("--lora-layers", "c_proj,c_attn,head", "has --lora-layers c_proj,c_attn, not c_proj"),
+    ):
+        with pytest.raises(UserError, match=f"{before}.*: leave the flag out to resume, or start"):
+            classify(out, flag, value, resume=True)
+
+
 def test_an_adapter_is_not_used_on_another_base(
     finetune_gpt2: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,7 +258,7 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", [["--lora-alpha", "4"], ["--lora-layers", "c_proj"]])
+@pytest.mark.parametrize("flag", [["--lora-alpha", "4"], ["--lora-layers", "c_attn"]])
 def test_lora_s_flags_need_a_rank(
     finetune_gpt2: ModuleType, data: Path, tmp_path: Path, flag: list[str]
 ) -> None:
@@ -249,9 +269,10 @@ def test_lora_s_flags_need_a_rank(
 
 
 def test_an_adapter_cannot_be_the_base_of_another(classify: Main, tmp_path: Path) -> None:
-    assert classify(tmp_path / "first", "--max-steps", 1) == 0
-    with pytest.raises(UserError, match=r"first is an adapter, .* merge it first"):
-        classify(tmp_path / "second", model=tmp_path / "first")
+    first = tmp_path / "the first"
+    assert classify(first, "--max-steps", 1) == 0
+    with pytest.raises(UserError, match=re.escape(f"--from {quoted(first)} --out FOLDER")):
+        classify(tmp_path / "second", model=first)
 
 
 @pytest.mark.parametrize("inside", ["", "best", "model.safetensors"])

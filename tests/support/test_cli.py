@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import shlex
 import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tqdm import tqdm
 
+import micrograd_gpt
 from micrograd_gpt.support.cli import ArgumentParser, quoted, run, say
+from micrograd_gpt.support.errors import UserError
 
 
 def test_what_is_said_is_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +58,25 @@ def test_a_path_can_be_copied_to_a_command_line(path: str) -> None:
     assert quoted("runs/out-1.2") == "runs/out-1.2"
     if os.name != "nt":
         assert shlex.split(quoted(path)) == [path]
+
+
+def test_an_advised_command_has_its_paths_so() -> None:
+    advised = re.compile(r"--(?:model|from|merge|init-from|\{anew\}) \{([^}]*)\}")
+    for source in Path(micrograd_gpt.__file__).parent.rglob("*.py"):
+        for path in advised.findall(source.read_text("utf-8")):
+            assert "quoted(" in path, (source.name, path)
+
+
+def test_numpy_s_words_on_what_overflows_do_not_come_before_ours(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main() -> int:
+        large = np.float32([3e38]) * np.float32(10)
+        raise UserError(f"the loss is {(large - large)[0]}")
+
+    with pytest.raises(SystemExit), warnings.catch_warnings(record=True) as told:
+        run(main)
+    assert not told and capsys.readouterr().err == "error: the loss is nan\n"
 
 
 def test_a_file_that_may_not_be_used_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

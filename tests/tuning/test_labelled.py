@@ -349,6 +349,9 @@ def test_texts_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
         pipe(b"\xff")
     with pytest.raises(UserError, match="'klingon' is not a text encoding"):
         read_texts("-", Columns(), "klingon")
+    with pytest.raises(UserError, match=r"^stdin: its lines end in \\r alone, as on old Macs"):
+        pipe(b"one\rtwo\r")
+    assert [example.text for example in pipe(b"one\rtwo\nb\r")] == ["one\rtwo", "b"]
     with pytest.raises(UserError, match="stdin holds no texts"):
         pipe(b"\n")
     monkeypatch.setattr(sys, "stdin", None)
