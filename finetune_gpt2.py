@@ -122,7 +122,7 @@ def classify(settings: argparse.Namespace, device: str) -> int:
 def report_classifier(settings: argparse.Namespace, task: Classification, device: str) -> None:
     """The scores of the best checkpoint, on stdout and as pictures in the run's folder."""
     out, best = Path(settings.out), Path(settings.out, checkpoint.BEST)
-    model, results = load_classifier(best, device), {"step": checkpoint.saved_step(best)}
+    model, results = load_classifier(best, device), {}
     for name, part in (("validation", task.validation), ("test", task.test)):
         scores = task.scores(model, part)
         results[name] = scores.as_dict()
@@ -196,8 +196,7 @@ def tune(
     optimizer, scaler = make_optimizer(settings, model)
     if settings.resume:
         checkpoint.load_run(settings.out, model, optimizer, scaler)
-    how = write, plan.tokens_per_step, task.lacks_scores
-    recorder = Recorder(settings, task, model, optimizer, scaler, *how)
+    recorder = Recorder(settings, task, model, optimizer, scaler, write, plan.tokens_per_step)
     flags.write_settings(settings)
     if settings.resume:
         lora.rename_base(settings)

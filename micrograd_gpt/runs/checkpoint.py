@@ -192,6 +192,16 @@ def holds_run(folder: str | Path) -> bool:
         return (Path(folder) / STATE).exists()
 
 
+def lacks_scores(folder: Path, settings: Any) -> bool:
+    """Whether a classifier's run, of these settings, that has taken all its steps was stopped
+    before it scored its best checkpoint: it has no scores, or those of an earlier end."""
+    scores, state = folder / SCORES[0], folder / STATE
+    if getattr(settings, "command", None) != "classify" or not holds_run(folder / BEST):
+        return False
+    with reading(folder):
+        return not scores.exists() or scores.stat().st_mtime < state.stat().st_mtime
+
+
 def own_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of the run in `folder`; UserError if it cannot be the one of its model."""
     return model_tokenizer(folder, read_config(folder).vocab_size)

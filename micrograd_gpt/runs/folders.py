@@ -29,7 +29,6 @@ def check_free(out: Path, sources: Iterable[str] = ()) -> None:
     That is a run, a model, or what is left of a run; and in a folder without any of these, a file
     of the user's that is called like one of a run's.
     """
-    _check_apart(out)
     if holds_run(out):
         raise UserError(
             f"{out} holds a run already: --resume it, --overwrite it, or give another --out"
@@ -49,7 +48,9 @@ def check_inputs_stay(
 ) -> None:
     """UserError if a new run in `out` would remove the model that it starts from (None: a new one),
     the folder of its tokenizer, or a file of these sources: at once, and so for good if it fails
-    before its first checkpoint. The tokenizer of `out` itself stays until then."""
+    before its first checkpoint. The tokenizer of `out` itself stays until then. UserError too if
+    the folder is one where another run keeps its checkpoints."""
+    _check_apart(out)
     needed: list[str | Path] = []
     with reading(out):
         sets = [out / BEST, *earlier_sets(out)]

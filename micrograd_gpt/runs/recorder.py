@@ -73,9 +73,8 @@ class Recorder:
     run on stderr; `start()` then starts the clock, the progress bar and the signal handlers. Raises
     UserError if a resumed run is complete already, or if the folder cannot be written. `write` puts
     the model and its tokenizer into a folder, as `write_model` does. `tokens_per_step` is the most
-    that a step has, if that is not a full batch of `settings.block_size` each. `lacks_scores` says
-    whether a complete run is still without what follows its last step. Of several `ranks` the first
-    keeps the record; the others only decide as it does.
+    that a step has, if that is not a full batch of `settings.block_size` each. Of several `ranks`
+    the first keeps the record; the others only decide as it does.
     """
 
     def __init__(
@@ -87,18 +86,17 @@ class Recorder:
         scaler: LossScaler,
         write: Callable[..., None] = write_model,
         tokens_per_step: int | None = None,
-        lacks_scores: Callable[[Path], bool] = lambda out: False,
         ranks: Ranks | None = None,
     ) -> None:
 
         self.settings, self.data, self._write = settings, data, write
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self._lacks_scores = lacks_scores
         self.out, self.ranks = Path(settings.out), ranks or Ranks()
         if settings.resume:
             if self.ranks.is_first:
                 checkpoint.keep_best(self.out)
-            if optimizer.steps >= settings.max_steps and not lacks_scores(self.out):
+            is_complete = optimizer.steps >= settings.max_steps
+            if is_complete and not checkpoint.lacks_scores(self.out, settings):
                 raise UserError(
                     f"the run in {self.out} is complete at step {optimizer.steps}; "
                     "give a larger --max-steps to continue it"
@@ -403,8 +401,8 @@ class Recorder:
         stopped = self.ranks.agree(self.stopped)
         if stopped:
             done = self.optimizer.steps
-            more = done < self.settings.max_steps or self._lacks_scores(self.out)
-            can_resume = done > 0 and more
+            lacks = checkpoint.lacks_scores(self.out, self.settings)
+            can_resume = done > 0 and (done < self.settings.max_steps or lacks)
             how = f"; continue with --resume --out {quoted(self.out)}" if can_resume else ""
             say(f"stopped after step {done}{how}")
         return stopped

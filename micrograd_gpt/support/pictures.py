@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +16,11 @@ def drawing(path: str | Path) -> Iterator[None]:
     """Within this block matplotlib draws this file; where it fails, stderr says so, once.
 
     It may be broken itself, or told by the user's matplotlibrc to use what is not installed. A file
-    that cannot be written is an error as ever. What it warns of does not reach the terminal.
+    that cannot be written is an error as ever.
     """
     window = os.environ.pop("MPLBACKEND", None)  # such as a notebook's, which is missing here
     try:
-        with warnings.catch_warnings(record=True) as told:
-            yield
-        if any("missing from" in str(warning.message) for warning in told):
-            say_once("note: pictures have boxes for some letters, which matplotlib's font lacks")
+        yield
     except (UserError, MemoryError):
         raise
     except Exception as error:  # whatever matplotlib and what it imports raise

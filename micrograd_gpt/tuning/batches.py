@@ -6,7 +6,6 @@ B batch, T time (tokens of the longest example in a batch).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,9 +61,6 @@ class Task(Protocol):
 
     def evaluate(self, model: Any) -> dict[str, float]:
         """`val_loss`, the mean over the validation examples, and what else is worth a row."""
-
-    def lacks_scores(self, out: Path) -> bool:
-        """Whether a complete run in this folder is still without the scores that it ends with."""
 
 
 class Order:

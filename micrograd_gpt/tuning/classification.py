@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,9 @@ from tqdm import tqdm
 from micrograd_gpt.arrays.devices import to_device
 from micrograd_gpt.generation.context import check_finite, check_memory_to_read
 from micrograd_gpt.nn import no_dropout
-from micrograd_gpt.runs.checkpoint import BEST, SCORES, saved_step
 from micrograd_gpt.runs.fingerprint import fingerprint
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError, about
-from micrograd_gpt.support.files import read_json
 from micrograd_gpt.tensor import Tensor, no_grad
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.tuning.batches import by_length, padded
@@ -108,12 +105,6 @@ class Classification:
         right = log_probs.argmax(1) == labels
         loss = -log_probs[np.arange(len(labels)), labels].mean()
         return {"val_loss": float(loss), "val_accuracy": float(right.mean())}
-
-    def lacks_scores(self, out: Path) -> bool:
-        """Whether a run's folder has no scores, or those of another step than best/ now is from."""
-        step = saved_step(out / BEST)
-        saved = read_json(out / SCORES[0])
-        return saved is None or saved.get("step", step) != step  # earlier versions noted no step
 
     def scores(self, model: GPT2Classifier, part: Encoded) -> Scores:
         given = label_log_probs(model, part.ids, self.batch_size).argmax(1)

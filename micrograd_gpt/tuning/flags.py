@@ -36,13 +36,11 @@ from micrograd_gpt.runs.settings import (
     check_rates,
     one_of,
     resumed_settings,
-    saved_settings,
 )
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import DEFAULT
 from micrograd_gpt.tuning import lora
-from micrograd_gpt.weights.config import read_config
 
 OPTIONAL_FILE = Kind(
     str, {"nargs": "?", "const": "-", "metavar": "FILE", "type": cli.some_text}, allowed="a file"
@@ -173,8 +171,6 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
     flags = config_file.with_flags_of_file(given, table(given["command"]))
     if "epochs" in given and "max_steps" in given:
         raise UserError("--max-steps says how long to train, and so does --epochs: give one")
-    if "lora_layers" in given and not {"lora_rank", "resume"} & flags.keys():
-        raise UserError(lora.WITHOUT_RANK)
     if "epochs" in given:
         flags.pop("max_steps", None)  # of a run's settings.toml, which has both
     return flags
@@ -266,9 +262,7 @@ def _resumed(out: Path, flags: dict[str, Any], command: str) -> dict[str, Any]:
         raise UserError(f"{out / checkpoint.STATE} is damaged: its settings lack max_steps")
     # The base of an adapter may have been moved: its weights, which are compared, count
     moved = {"model": flags["model"]} if "model" in flags and saved.get("base_weights") else {}
-    before = saved_settings(out, table(command))
-    same = [name for name, value in flags.items() if _means_the_same(name, value, before, out)]
-    kept = {name: value for name, value in flags.items() if name not in (*moved, *same)}
+    kept = {name: value for name, value in flags.items() if name not in moved}
     settings = resumed_settings(out, kept, table(command), "model") | moved
     if settings["lora_rank"] and not moved:
         settings["model"] = lora.base_found(out, settings["model"])
@@ -277,15 +271,6 @@ def _resumed(out: Path, flags: dict[str, Any], command: str) -> dict[str, Any]:
     if "epochs" in flags and "max_steps" not in flags:
         settings["max_steps"] = None  # as many as the new number of epochs has
     return settings
-
-
-def _means_the_same(name: str, value: Any, before: dict[str, Any], out: Path) -> bool:
-    """Whether a flag says what a run that began without it has, or has by other names."""
-    if name == "lora_layers":
-        return lora.full_names(value) == lora.full_names(before[name])
-    if name == "lora_alpha" and before["lora_rank"]:
-        return before[name] is None and value == 2 * before["lora_rank"]
-    return name == "block_size" and before[name] is None and value == read_config(out).n_positions
 
 
 def schedule(settings: argparse.Namespace, steps_per_epoch: int) -> None:

@@ -137,9 +137,6 @@ class Instructions:
         self.val_loss = total / count
         return {"val_loss": self.val_loss}
 
-    def lacks_scores(self, out: Path) -> bool:
-        return False  # what a run ends with is printed, and in no file
-
     def report(self, model: GPT2, out: str) -> str:
         """What a complete run in the folder `out` ends with: some validation instructions with the
         model's answers, and the latest loss.

@@ -58,7 +58,6 @@ M = TypeVar("M", bound=Module)
 # The linear layers of a block, as --lora-layers takes them; the last part alone is enough.
 LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 DEFAULT_LAYERS = ("c_attn",)  # PEFT's for GPT-2
-WITHOUT_RANK = "--lora-alpha and --lora-layers are for LoRA: give --lora-rank too"
 
 
 class LoRALinear(Module):
@@ -153,7 +152,7 @@ def check_flags(settings: Namespace) -> None:
     """UserError if what --lora-rank and its companions say is wrong."""
     if settings.lora_rank is None:
         if settings.lora_alpha is not None or told_layers(settings) != list(DEFAULT_LAYERS):
-            raise UserError(WITHOUT_RANK)
+            raise UserError("--lora-alpha and --lora-layers are for LoRA: give --lora-rank too")
         return
     if getattr(settings, "train_layers", "all") != "all":
         raise UserError("--lora-rank says what learns, and so does --train-layers: give one")
@@ -168,13 +167,6 @@ def check_flags(settings: Namespace) -> None:
 def told_layers(settings: Namespace) -> list[str]:
     """The names in --lora-layers."""
     return settings.lora_layers.replace(",", " ").split()
-
-
-def full_names(told: str) -> set[str]:
-    """The names in LAYERS that those in a --lora-layers mean, and those that are in vain."""
-    names = told.replace(",", " ").split()
-    meant = [[full for full in LAYERS if f".{full}".endswith(f".{name}")] for name in names]
-    return {full for name, found in zip(names, meant, strict=True) for full in found or [name]}
 
 
 def add_as_told(model: Any, settings: Namespace) -> None:

@@ -72,7 +72,7 @@ def fetch(repository: Repository, with_weights: bool = True) -> Path:
     if ADAPTER_CONFIG in files and files.isdisjoint(WEIGHT_FILES):
         raise UserError(
             f"{repository} is a LoRA adapter, and one is read from a folder here: fetch it first "
-            f"(hf download {repository.name} --local-dir FOLDER)"
+            f"(hf download {repository.name} --revision {repository.revision} --local-dir FOLDER)"
         )
     if CONFIG not in files:
         raise UserError(f"{repository} has no {CONFIG} on the Hugging Face Hub: it is not a GPT-2")

@@ -98,7 +98,10 @@ def test_texts_with_a_new_character_are_other_data() -> None:
 
 
 def test_a_new_run_may_take_another_tokenizer() -> None:
-    for tokenizer, end in (("char", "remove it, or give --tokenizer byte, which"), (None, "it$")):
+    for tokenizer, end in (
+        ("char", "remove it, or, to learn from text, give --tokenizer byte, which"),
+        (None, "it$"),
+    ):
         with (
             pytest.raises(UserError, match=f"the character 'c' .*: .*{end}"),
             known_characters(Namespace(resume=False, tokenizer=tokenizer)),

@@ -12,7 +12,13 @@ import pytest
 from training import SMALL
 
 from micrograd_gpt.runs.checkpoint import holds_run
-from micrograd_gpt.runs.folders import OF_A_MODEL, OF_A_RUN, check_free, check_target
+from micrograd_gpt.runs.folders import (
+    OF_A_MODEL,
+    OF_A_RUN,
+    check_free,
+    check_inputs_stay,
+    check_target,
+)
 from micrograd_gpt.runs.lock import LOCK, OwnFolder, only_writer
 from micrograd_gpt.runs.metrics import METRICS
 from micrograd_gpt.support.errors import UserError
@@ -48,10 +54,14 @@ def test_a_model_is_not_written_over_a_user_s_file(tmp_path: Path, name: str) ->
 def test_a_new_run_is_not_written_where_another_keeps_its_checkpoints(
     tmp_path: Path, name: str
 ) -> None:
-    for check in (check_free, lambda out: check_target(out, [], overwrite=True)):
+    checks = (
+        lambda out: check_inputs_stay(out, None, []),
+        lambda out: check_target(out, [], overwrite=True),
+    )
+    for check in checks:
         check(tmp_path / name)  # which is called so by chance
     (tmp_path / "trainer_state.json").touch()
-    for check in (check_free, lambda out: check_target(out, [], overwrite=True)):
+    for check in checks:
         with pytest.raises(UserError, match=f"{name} is where the run in {tmp_path} keeps a che"):
             check(tmp_path / name)
         check(tmp_path / "another")

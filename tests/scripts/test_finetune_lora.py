@@ -164,22 +164,11 @@ def test_a_run_is_resumed_from_another_working_directory(
         classify(out, "--lora-rank", 3, resume=True)  # not with --model out, which is an adapter
 
 
-def test_a_run_is_resumed_with_what_it_has_by_default_or_by_other_names(
-    classify: Main, tmp_path: Path
-) -> None:
+def test_a_flag_that_a_resumed_run_began_without_is_said_so(classify: Main, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert classify(out, "--lora-layers", "c_proj,c_attn", "--max-steps", 1) == 0
-    same = ["--lora-alpha", 2 * RANK, "--lora-layers", "attn.c_attn,attn.c_proj,mlp.c_proj"]
-    with pytest.raises(UserError, match="is complete at step 1"):
-        classify(out, *same, "--block-size", 32, resume=True)
-    for flag, value, before in (
-        ("--lora-alpha", RANK, "began without --lora-alpha"),
-        ("--block-size", 31, "began without --block-size"),
-        ("--block-size", 33, "began without --block-size"),
-        ("--lora-layers", "attn.c_proj,c_attn", "has --lora-layers c_proj,c_attn, not attn"),
-        ("--lora-layers", "c_proj,c_attn,head", "has --lora-layers c_proj,c_attn, not c_proj"),
-    ):
-        with pytest.raises(UserError, match=f"{before}.*: leave the flag out to resume, or start"):
+    assert classify(out, "--max-steps", 1) == 0
+    for flag, value in (("--lora-alpha", RANK), ("--block-size", 31), ("--block-size", 33)):
+        with pytest.raises(UserError, match=f"began without {flag}: leave the flag out to resume"):
             classify(out, flag, value, resume=True)
 
 
@@ -258,7 +247,7 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", [["--lora-alpha", "4"], ["--lora-layers", "c_attn"]])
+@pytest.mark.parametrize("flag", [["--lora-alpha", "4"], ["--lora-layers", "c_proj"]])
 def test_lora_s_flags_need_a_rank(
     finetune_gpt2: ModuleType, data: Path, tmp_path: Path, flag: list[str]
 ) -> None:

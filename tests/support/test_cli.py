@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import micrograd_gpt
@@ -67,10 +68,13 @@ def test_an_advised_command_has_its_paths_so() -> None:
             assert "quoted(" in path, (source.name, path)
 
 
-def test_numpy_s_words_on_what_overflows_do_not_come_before_ours(
+def test_numpy_s_and_matplotlib_s_words_do_not_come_before_ours(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def main() -> int:
+        figure = Figure()
+        figure.suptitle("\u6b63")  # a letter that matplotlib's font lacks
+        figure.savefig(io.BytesIO())
         large = np.float32([3e38]) * np.float32(10)
         raise UserError(f"the loss is {(large - large)[0]}")
 

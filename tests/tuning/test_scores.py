@@ -67,13 +67,3 @@ def test_the_picture(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         draw_confusion(scores, tmp_path / "file" / "confusion.png")
-
-
-def test_what_a_picture_cannot_show_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, label in (("a.png", "正面"), ("b.png", "负面"), ("c.png", "long " * 60)):
-        draw_confusion(score(TRUE, GIVEN, ["ham", "spam", label]), tmp_path / name)
-        assert (tmp_path / name).exists()
-    error = capsys.readouterr().err
-    assert error == "note: pictures have boxes for some letters, which matplotlib's font lacks\n"

@@ -352,6 +352,10 @@ def test_weights_that_are_a_link_to_nowhere_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to("../blobs/0")
     with pytest.raises(UserError, match=r"^cannot read .*model\.safetensors: No such file"):
         open_weights(tmp_path)
+    torch_file = tmp_path / "pytorch_model.bin"
+    torch_file.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin"):  # which is there
+        open_weights(tmp_path)
 
 
 def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
