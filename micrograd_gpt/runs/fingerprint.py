@@ -26,12 +26,8 @@ def known_characters(settings: argparse.Namespace) -> Iterator[None]:
     except UnknownCharacter as error:
         if not settings.resume:
             has_choice = getattr(settings, "tokenizer", None) == "char"
-            instead = (
-                ", or, to learn from text, give --tokenizer byte, which has them all"
-                if has_choice
-                else ""
-            )
-            raise UserError(f"{error}{instead}") from error
+            instead = ", or, to learn from text, give --tokenizer byte, which has them all"
+            raise UserError(f"{error}{instead if has_choice else ''}") from error
         raise UserError(
             f"the data is no longer that of the run in {settings.out}: {error}, or give the same "
             "data"

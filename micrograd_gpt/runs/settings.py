@@ -157,7 +157,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
     ("n_layer", COUNT, None, NEVER, "transformer blocks (those of --size)"),
     ("n_head", COUNT, None, NEVER, "attention heads (those of --size)"),
     ("n_embd", COUNT, None, NEVER, "width of the residual stream (that of --size)"),
-    ("block_size", COUNT, By(64, 1024), NEVER, "context in tokens"),
+    ("block_size", COUNT, By(64, 1024), NEVER, "context in tokens, at most that of --init-from"),
     ("dropout", BELOW_1, 0.0, ASK,  # nothing to regularise if each token is seen a few times only
      "probability of dropping an activation"),
     ("init_from", TEXT, "scratch", NEVER,
@@ -363,7 +363,7 @@ def resumed_settings(
             before = settings[name]
             larger = name == "block_size" and before is not None and value > before
             # By these weights; and an adapter is no --model of another
-            decided = larger or name in OF_THE_WEIGHTS or is_adapter(out)
+            decided = larger or name in (*OF_THE_WEIGHTS, anew) or is_adapter(out)
             start = "in another --out" if decided else f"with --{anew} {cli.quoted(out)}"
             begun = f"has {row.flag} {before}, not {value}"
             raise UserError(

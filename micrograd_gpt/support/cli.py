@@ -300,9 +300,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     _open_closed_streams()
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", "(invalid value|overflow) encountered", RuntimeWarning)
-        warnings.filterwarnings(
-            "ignore", "Glyph .* missing from|constrained_layout not", UserWarning
-        )
+        warnings.filterwarnings("ignore", "Glyph .* missing|constrained_layout not", UserWarning)
     if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):  # the script is imported now
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

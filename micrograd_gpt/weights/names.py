@@ -15,6 +15,7 @@ from pathlib import Path
 from micrograd_gpt.gpt2 import GPT2Config
 from micrograd_gpt.support.cli import command, quoted, say
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.support.files import refuse_tilde
 from micrograd_gpt.weights.config import (
     CONFIG,
     OLDER_NAMES,
@@ -82,6 +83,7 @@ def find(name: str, with_weights: bool = True) -> Path:
         return Path(name)
     if repository := repository_named(on_the_hub):
         return fetch(repository, with_weights)
+    refuse_tilde(name)
     raise UserError(
         f"{name!r} is neither a file or folder, nor one of {', '.join(SIZES)}, nor a model on the"
         " Hugging Face Hub (OWNER/NAME or OWNER/NAME@REVISION)"

@@ -138,6 +138,7 @@ def test_a_name_of_nothing_is_one_line(
         "nowhere": "'nowhere' is neither a file or folder, nor one of 124M, 355M, 774M, 1558M, nor",
         "no/such": "no/such is neither a file or folder here nor a model on the Hugging Face Hub",
         "nothing": "nothing does not hold a model: it needs model.safetensors",
+        "~/run": "~/run begins with ~, which no shell has replaced by a home folder",
     }.items():
         done = shell.run(script, flag, name, *more)
         assert (done.returncode, done.stdout) == (2, "")

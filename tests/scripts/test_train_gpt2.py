@@ -245,6 +245,7 @@ def test_resume_refuses_what_would_change_the_run(text: Path, tmp_path: Path) ->
         (["--block-size", "4"], f"another run with --init-from {out}"),
         (["--block-size", "9"], "or start another run in another --out"),
         (["--n-layer", "3"], "or start another run in another --out"),
+        (["--init-from", "124M"], "or start another run in another --out"),
         (["--batch-size", "3"], "has --batch-size 4, not 3"),
         ([], "is complete at step 3"),
         (["--overwrite"], "--overwrite would remove"),
