@@ -363,7 +363,7 @@ def resumed_settings(
             before = settings[name]
             larger = name == "block_size" and before is not None and value > before
             # By these weights; and an adapter is no --model of another
-            decided = larger or name in (*OF_THE_WEIGHTS, anew) or is_adapter(out)
+            decided = larger or name in OF_THE_WEIGHTS or row.flag == f"--{anew}" or is_adapter(out)
             start = "in another --out" if decided else f"with --{anew} {cli.quoted(out)}"
             begun = f"has {row.flag} {before}, not {value}"
             raise UserError(
