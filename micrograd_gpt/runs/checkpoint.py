@@ -357,9 +357,10 @@ def _read_state(folder: Path) -> dict[str, Any]:
     finish_set(folder)
     state = read_json(folder / STATE)
     if state is None:
+        otherwise = "start one without --resume, or give another --out"
         raise UserError(
-            f"{folder} holds no run to resume, as it has no {STATE}: start one without --resume, "
-            "or give another --out"
+            f"{folder} holds no run to resume, as it has no {STATE}: "
+            f"{_way_back(folder, STATE, otherwise)}"
         )
     return _checked(state, folder)
 

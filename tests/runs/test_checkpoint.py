@@ -457,6 +457,15 @@ def test_a_checkpoint_with_the_same_damaged_file_is_no_way_back(name: str, tmp_p
         TensorFile(tmp_path / name)
 
 
+def test_a_run_without_its_state_names_the_way_back(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, val_loss=1.0)
+    (tmp_path / "trainer_state.json").unlink()
+    best = tmp_path / "best"
+    with pytest.raises(UserError, match=f"json: copy the files of {best}, of step 2, into"):
+        checkpoint.load_run(tmp_path, *trained(0))
+
+
 def test_a_model_that_was_saved_into_a_run_names_the_way_back(tmp_path: Path) -> None:
     model, optimizer = trained()
     checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {}, val_loss=1.0)
