@@ -193,13 +193,11 @@ def holds_run(folder: str | Path) -> bool:
 
 
 def lacks_scores(folder: Path, settings: Any) -> bool:
-    """Whether a classifier's run, of these settings, that has taken all its steps was stopped
-    before it scored its best checkpoint: it has no scores, or those of an earlier end."""
-    scores, state = folder / SCORES[0], folder / STATE
-    if getattr(settings, "command", None) != "classify" or not holds_run(folder / BEST):
+    """Whether a classifier's run that has taken all its steps was stopped before it scored its best
+    checkpoint. With --allow-changes that checkpoint may be another's."""
+    if getattr(settings, "command", None) != "classify" or settings.allow_changes:
         return False
-    with reading(folder):
-        return not scores.exists() or scores.stat().st_mtime < state.stat().st_mtime
+    return holds_run(folder / BEST) and not (folder / SCORES[0]).exists()
 
 
 def own_tokenizer(folder: str | Path) -> Tokenizer:

@@ -29,6 +29,7 @@ def check_free(out: Path, sources: Iterable[str] = ()) -> None:
     That is a run, a model, or what is left of a run; and in a folder without any of these, a file
     of the user's that is called like one of a run's.
     """
+    _check_apart(out)
     if holds_run(out):
         raise UserError(
             f"{out} holds a run already: --resume it, --overwrite it, or give another --out"

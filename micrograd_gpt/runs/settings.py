@@ -361,7 +361,7 @@ def resumed_settings(
         if not is_same and not may_change:
             choice = "add --allow-changes, " if row.change is ASK else ""
             before = settings[name]
-            larger = name == "block_size" and before is not None and value > before
+            larger = name == "block_size" and (before is None or value > before)
             # By these weights; and an adapter is no --model of another
             decided = larger or name in OF_THE_WEIGHTS or row.flag == f"--{anew}" or is_adapter(out)
             start = "in another --out" if decided else f"with --{anew} {cli.quoted(out)}"

@@ -298,7 +298,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     overflows, whose result the script tells, nor matplotlib of letters that its font lacks.
     """
     _open_closed_streams()
-    if not sys.warnoptions:
+    if not any("error" in option for option in sys.warnoptions):
         warnings.filterwarnings("ignore", "(invalid value|overflow) encountered", RuntimeWarning)
         warnings.filterwarnings("ignore", "Glyph .* missing|constrained_layout not", UserWarning)
     if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):  # the script is imported now

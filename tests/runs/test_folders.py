@@ -55,6 +55,7 @@ def test_a_new_run_is_not_written_where_another_keeps_its_checkpoints(
     tmp_path: Path, name: str
 ) -> None:
     checks = (
+        check_free,
         lambda out: check_inputs_stay(out, None, []),
         lambda out: check_target(out, [], overwrite=True),
     )

@@ -168,7 +168,9 @@ def test_a_flag_that_a_resumed_run_began_without_is_said_so(classify: Main, tmp_
     out = tmp_path / "out"
     assert classify(out, "--max-steps", 1) == 0
     for flag, value in (("--lora-alpha", RANK), ("--block-size", 31), ("--block-size", 33)):
-        with pytest.raises(UserError, match=f"began without {flag}: leave the flag out to resume"):
+        with pytest.raises(
+            UserError, match=f"began without {flag}: leave the flag out to resume, or "
+        ):
             classify(out, flag, value, resume=True)
 
 

@@ -407,7 +407,7 @@ def test_what_is_not_a_gpt2_is_refused_before_it_is_fetched(tmp_path: Path) -> N
         (files() | {"config.json": llama}, "model_type is 'llama'"),
         (
             {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"},
-            r"is a LoRA adapter, .* fetch it first \(hf download .* --local-dir FOLDER\)$",
+            r"is a LoRA adapter, .* \(hf download .* --revision \S+ --local-dir FOLDER\)$",
         ),
         ({"model.safetensors": b"x"}, r"has no config\.json on the .* Hub: it is not a GPT-2"),
         (
