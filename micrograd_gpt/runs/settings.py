@@ -296,10 +296,7 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
         size = flags.get("size", SETTINGS["size"].default)
         chosen = defaults("tiny" if size == "tiny" else "large") | SHAPES[size]
     else:
-        for name in OF_THE_WEIGHTS:
-            if name in flags:
-                flag = SETTINGS[name].flag
-                raise UserError(f"{flag} makes no sense with --init-from, whose weights decide it")
+        check_undecided(flags)
         longest = config_named(weights).n_positions
         if flags.get("block_size", 0) > longest:
             raise UserError(f"--block-size is at most {longest}, the context of {weights}")
@@ -313,6 +310,14 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
         start = None if weights == "scratch" else weights
         check_inputs_stay(out, start, texts, settings["tokenizer"])
     return settings
+
+
+def check_undecided(flags: dict[str, Any]) -> None:
+    """UserError for a flag about what the weights of --init-from have."""
+    for name in OF_THE_WEIGHTS:
+        if name in flags:
+            flag = SETTINGS[name].flag
+            raise UserError(f"{flag} makes no sense with --init-from, whose weights decide it")
 
 
 def check_rates(settings: dict[str, Any]) -> None:
@@ -345,6 +350,8 @@ def resumed_settings(
         raise UserError("--resume continues the run that --overwrite would remove: give only one")
     check_goes_on(out)
     settings = saved_settings(out, table)
+    if settings.get("init_from", "scratch") != "scratch":
+        check_undecided(flags)
     allowed, planned = flags.get("allow_changes"), settings["max_steps"]
     wanted = flags.get("max_steps", planned)
     if wanted < planned and not allowed:  # every step's learning rate would change

@@ -171,6 +171,9 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
     flags = config_file.with_flags_of_file(given, table(given["command"]))
     if "epochs" in given and "max_steps" in given:
         raise UserError("--max-steps says how long to train, and so does --epochs: give one")
+    starts = not {"resume", "predict"} & flags.keys()
+    if starts and "lora_layers" in given and "lora_rank" not in flags:
+        raise UserError(lora.WITHOUT_RANK)
     if "epochs" in given:
         flags.pop("max_steps", None)  # of a run's settings.toml, which has both
     return flags

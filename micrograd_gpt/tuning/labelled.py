@@ -185,7 +185,8 @@ def _tsv_records(
     label = 0 if len(values[0]) <= len(values[1]) else 1
     is_once = values[label][first[label]] == 1  # as a header's would be
     if is_once and len(wanted) > 1 and len(table) > 1:
-        raise tables.no_column(path, wanted[1], first, FLAGS)
+        missing = wanted[1] if wanted[0] in first else wanted[0]
+        raise tables.no_column(path, missing, first, FLAGS)
     if is_once and len(wanted) == 1:
         say(
             f"note: {path}: column {2 - label} is taken for the texts, from the first line on: if "

@@ -58,6 +58,7 @@ M = TypeVar("M", bound=Module)
 # The linear layers of a block, as --lora-layers takes them; the last part alone is enough.
 LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 DEFAULT_LAYERS = ("c_attn",)  # PEFT's for GPT-2
+WITHOUT_RANK = "--lora-alpha and --lora-layers are for LoRA: give --lora-rank too"
 
 
 class LoRALinear(Module):
@@ -152,7 +153,7 @@ def check_flags(settings: Namespace) -> None:
     """UserError if what --lora-rank and its companions say is wrong."""
     if settings.lora_rank is None:
         if settings.lora_alpha is not None or told_layers(settings) != list(DEFAULT_LAYERS):
-            raise UserError("--lora-alpha and --lora-layers are for LoRA: give --lora-rank too")
+            raise UserError(WITHOUT_RANK)
         return
     if getattr(settings, "train_layers", "all") != "all":
         raise UserError("--lora-rank says what learns, and so does --train-layers: give one")

@@ -159,6 +159,7 @@ def _open_file(path: Path) -> Weights:
         entries = stored_tensors(saved, path)
     else:
         entries = TensorFile(path).entries
+    entries = _unwrapped(entries)
     if not path.with_name(CONFIG).exists():
         tensors = _gpt2_tensors(path, entries)
         return Weights(path, _published_config(path, tensors), tensors, _other_heads(entries))
@@ -170,6 +171,14 @@ def _open_file(path: Path) -> Weights:
     heads = _other_heads(entries)
     unused = {name: entries[name] for name in entries if name not in {**tensors, **heads}}
     return Weights(path, config, tensors, heads, unused, values)
+
+
+def _unwrapped(entries: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """The tensors without what DataParallel, torch.compile or Lightning puts before every name."""
+    for prefix in ("module.", "_orig_mod.", "model."):
+        if entries and all(name.startswith(prefix) for name in entries):
+            return _unwrapped({name.removeprefix(prefix): entries[name] for name in entries})
+    return entries
 
 
 def _open_nanogpt(path: Path, saved: dict[str, Any]) -> Weights:

@@ -249,7 +249,7 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", [["--lora-alpha", "4"], ["--lora-layers", "c_proj"]])
+@pytest.mark.parametrize("flag", [["--lora-alpha", "4"], ["--lora-layers", "c_attn"]])
 def test_lora_s_flags_need_a_rank(
     finetune_gpt2: ModuleType, data: Path, tmp_path: Path, flag: list[str]
 ) -> None:

@@ -285,8 +285,13 @@ def test_fine_tuning_starts_from_the_weights_it_is_given(text: Path, tmp_path: P
     assert run(*flags[:5], plain, *flags[6:], "--learning-rate", 1e-9).returncode == 0
     losses = [metrics(folder)[0]["train_loss"] for folder in (dropping, plain)]
     assert abs(losses[0] - losses[1]) > 1e-3
-    result = run("--data", text, "--init-from", first, "--out", tmp_path / "x", "--n-layer", 2)
-    assert result.returncode == 2 and "--n-layer makes no sense with --init-from" in result.stderr
+    for start in (
+        ["--data", text, "--init-from", first, "--out", tmp_path / "x"],
+        ["--resume", "--out", plain],
+    ):
+        result = run(*start, "--tokenizer", "gpt2")
+        assert result.returncode == 2
+        assert "--tokenizer makes no sense with --init-from" in result.stderr
     result = run("--data", text, "--init-from", first, "--out", tmp_path / "x", "--block-size", 9)
     assert result.returncode == 2 and "--block-size is at most 8" in result.stderr
 

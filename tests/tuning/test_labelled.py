@@ -101,6 +101,11 @@ WRONG = {
         "v1\tv2\nham\tHi\nham\tHo\n",
         "its header has no 'label', only 'v1'",
     ),
+    "a header with one of the names": (
+        "a.tsv",
+        "sentence\tlabel\nHi\t1\nHo\t1\n",
+        "its header has no 'text', only 'sentence', 'label'",
+    ),
     "three columns": ("a.tsv", "ham\tHi\t1\nham\tHo\t2\n", "its header has no 'text'"),
     "no tab": ("a.tsv", "ham\tHi\nham Ho\n", r"a\.tsv, line 2: 1 field between tabs"),
     "a tab in a text": ("a.tsv", "ham\tHi\nham\tH\to\n", r"a\.tsv, line 2: 3 fields between tabs"),

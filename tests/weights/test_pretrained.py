@@ -61,8 +61,11 @@ def head_for_wte(arrays: Arrays) -> Arrays:
         {f"transformer.{n}": a for n, a in with_masks(bare(ARRAYS)).items()},
         ARRAYS | {"lm_head.weight": ARRAYS["transformer.wte.weight"]},
         head_for_wte(ARRAYS),
+        {f"module.{n}": a for n, a in head_for_wte(ARRAYS).items()},
+        {f"_orig_mod.module.{n}": a for n, a in bare(ARRAYS).items()},
     ],
-    ids=["prefix", "no prefix", "masks", "prefix and masks", "head", "head for embedding"],
+    ids=["prefix", "no prefix", "masks", "prefix and masks", "head", "head for embedding"]
+    + ["DataParallel", "torch.compile of it"],
 )
 def test_hugging_face_folders(tmp_path: Path, arrays: Arrays) -> None:
     assert_same(from_pretrained(GPT2, hf_folder(tmp_path, arrays)))
