@@ -185,7 +185,7 @@ def _tsv_records(
     label = 0 if len(values[0]) <= len(values[1]) else 1
     is_once = values[label][first[label]] == 1  # as a header's would be
     if is_once and len(wanted) > 1 and len(table) > 1:
-        missing = wanted[1] if wanted[0] in first else wanted[0]
+        missing = wanted[0] if wanted[1] in first else wanted[1]
         raise tables.no_column(path, missing, first, FLAGS)
     if is_once and len(wanted) == 1:
         say(

@@ -173,7 +173,7 @@ def _open_file(path: Path) -> Weights:
     return Weights(path, config, tensors, heads, unused, values)
 
 
-def _unwrapped(entries: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+def _unwrapped(entries: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors without what DataParallel, torch.compile or Lightning puts before every name."""
     for prefix in ("module.", "_orig_mod.", "model."):
         if entries and all(name.startswith(prefix) for name in entries):
