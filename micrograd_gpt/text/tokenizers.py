@@ -97,8 +97,9 @@ class CharTokenizer(LearnedTokenizer):
         if (ids < 0).any():
             position = int(np.argmax(ids < 0))
             others = len(np.unique(code_points[ids < 0])) - 1
+            around = text[max(0, position - 12) : position + 12]  # to search for
             raise UnknownCharacter(
-                f"the character {text[position]!r} at position {position} is not among the "
+                f"the character {text[position]!r} in {around!r} is not among the "
                 f"{self.vocab_size} characters of the text that this char tokenizer was made from: "
                 f"remove it{f', and {others:,} more' if others else ''}"
             )

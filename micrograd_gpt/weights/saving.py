@@ -13,12 +13,12 @@ import numpy as np
 from micrograd_gpt.arrays.devices import Array, to_device
 from micrograd_gpt.arrays.int8 import INT8
 from micrograd_gpt.checks import check_described
-from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.nn import Parameter, parts
 from micrograd_gpt.support.cli import say_once
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
-from micrograd_gpt.support.files import reading, write_text, written_whole
+from micrograd_gpt.support.files import read_json, reading, write_text, written_whole
 from micrograd_gpt.text.tokenizer_files import TOKENIZER_FILES
 from micrograd_gpt.text.tokenizers import Tokenizer
 from micrograd_gpt.variants import VariantGPT2
@@ -73,7 +73,17 @@ def save_pretrained(
             f"{folder} holds an adapter, which a whole model would replace: give another folder"
         )
     with written_as_set(folder) as new:
-        write_model(model, new, tokenizer, dtype, metadata)
+        ids = None if tokenizer else _ids_beside(Path(folder), model.config)
+        write_model(model, new, tokenizer, dtype, metadata, ids)
+
+
+def _ids_beside(folder: Path, config: GPT2Config) -> dict[str, int]:
+    """The ids in the config.json of a folder whose tokenizer stays there beside another model."""
+    with suppress(UserError):  # a damaged one is replaced
+        values = read_json(folder / CONFIG) or {}
+        ids = {name: values.get(name) for name in ("bos_token_id", "eos_token_id")}
+        return {n: i for n, i in ids.items() if isinstance(i, int) and i < config.vocab_size}
+    return {}
 
 
 def write_model(

@@ -108,7 +108,7 @@ def test_line_ends_are_read_as_for_training(
     wanted = run(capsys, *flags)
     path.write_bytes(TEXT.replace("\n", "\r\n").encode() * 2)
     assert run(capsys, *flags) == wanted
-    with pytest.raises(UserError, match=r"the character '\\r' at position 44"):
+    with pytest.raises(UserError, match=r"the character '\\r' in "):
         evaluate.main([*flags, "--line-ends", "keep"])
 
 
@@ -299,7 +299,7 @@ def test_a_character_that_is_not_known_is_said_with_its_file(model: str, tmp_pat
         ("last-word", words, ", line 2"),
         ("multiple-choice", choices, ", line 1"),
     ):
-        with pytest.raises(UserError, match=f"^{path}{place}: the character '§' at position 0"):
+        with pytest.raises(UserError, match=f"^{path}{place}: the character '§' in '§"):
             evaluate.main([command, "--model", model, "--data", path])
 
 
@@ -362,12 +362,12 @@ def test_a_text_may_have_any_name(model: str, tmp_path: Path) -> None:
         data.write_text(TEXT, encoding=encoding)
         assert evaluate.main(flags) == 0
     data.write_text(f"{TEXT}\x07a\x08b")  # as a terminal's log has them
-    with pytest.raises(UserError, match=r"the character '\\x07' at position"):
+    with pytest.raises(UserError, match=r"the character '\\x07' in '.*\\x07a"):
         evaluate.main(flags)
     data.write_text(f"{TEXT} café.", encoding="latin-1")
     with pytest.raises(UserError, match=r"byte 0xe9 at offset .*; give its encoding with --enc"):
         evaluate.main(flags)
-    with pytest.raises(UserError, match="the character 'é' at position"):
+    with pytest.raises(UserError, match=r"the character 'é' in '.*é"):
         evaluate.main([*flags, "--encoding", "latin-1"])
     np.arange(600, dtype="<u2").tofile(data)
     with pytest.raises(UserError, match="holds token shards"):

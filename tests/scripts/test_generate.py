@@ -452,7 +452,7 @@ def test_a_special_token_in_a_prompt_is_recognized_on_request(
         (["--dtype", "float8"], "invalid choice"),
         (["--dtype", "int8", "--device", "gpu"], "int8 is for the CPU"),
         (["--model", "no/such/folder"], "no/such/folder"),
-        (["--prompt", "über"], "'ü' at position 0"),
+        (["--prompt", "über"], "'ü' in 'über'"),
         (["--prompt", os.fsdecode(b"\xff")], "surrogate"),
         (["extra"], "unrecognized arguments: extra"),
         (["--prompt", "über"], "^prompt 2: the character 'ü'"),

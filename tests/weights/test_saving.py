@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from itertools import count
@@ -16,6 +17,7 @@ from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.weights.config import read_config
 from micrograd_gpt.weights.gguf_file import write_gguf
 from micrograd_gpt.weights.pretrained import from_pretrained
 from micrograd_gpt.weights.saving import save_pretrained
@@ -57,6 +59,21 @@ def test_an_empty_name_is_not_the_current_folder(
     with pytest.raises(UserError, match="the name of the folder is empty"):
         model.save_pretrained("")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ids_of_a_tokenizer_that_stays_in_the_folder_stay_too(tmp_path: Path) -> None:
+    model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=257, n_positions=4))
+    model.save_pretrained(tmp_path, ByteTokenizer())
+    config = (tmp_path / "config.json").read_text()
+    GPT2.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert json.loads(config)["eos_token_id"] == 256  # Transformers stops there
+    assert (tmp_path / "config.json").read_text() == config
+    smaller = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=5, n_positions=4))
+    for damage in (None, "{"):
+        smaller.save_pretrained(tmp_path)
+        assert read_config(tmp_path).vocab_size == 5
+        assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] is None
+        (tmp_path / "config.json").write_text(damage or config)
 
 
 def test_a_config_of_numpys_numbers_is_saved_as_any_other(tmp_path: Path) -> None:
