@@ -216,7 +216,7 @@ def _matrix(file: TensorFile, name: str) -> np.ndarray:
 def merged(weights: Weights, adapter: Adapter) -> Weights:
     """The model of `weights` with the adapter folded in, a tensor at a time, while it is read.
 
-    Raises UserError where the adapter was made for another model.
+    Raises UserError where the adapter adds to layers that the model lacks.
     """
     check_made_for(adapter, {name: t.shape for name, t in weights.tensors.items()}, weights.path)
     tensors = dict(weights.tensors)
