@@ -361,8 +361,8 @@ def _target_modules(model: Any, lora: Mapping[str, LoRALinear]) -> list[str]:
 def load_adapter(model: Any, folder: str | Path) -> None:
     """Put the additions of an adapter, ours or PEFT's, into its base model, and freeze the rest.
 
-    Raises UserError, naming the file, where it can't be read or adds to layers that the model lacks, and for
-    a model that has additions already.
+    Raises UserError, naming the file, where it can't be read or adds to layers that the model
+    lacks, and for a model that has additions already.
     """
     check_has_none(model)
     adapter = open_adapter(folder)

@@ -273,7 +273,10 @@ def with_adapter(weights: Weights, adapter: Adapter) -> Weights:
     """The weights with an adapter folded in.
 
     Where it is known that it was trained on other weights, stderr says so: no shape can tell.
+    UserError where a run's own folder is given for both.
     """
+    if weights.folder.samefile(adapter.folder):
+        raise UserError(f"{adapter.folder} is folded into its base already: leave --merge out")
     base = adapter.config.get(BASE)
     if isinstance(base, str) and Path(base).is_dir() and not weights.folder.samefile(base):
         say(f"note: {adapter.folder} was trained on {base}, not on {weights.folder}")

@@ -26,7 +26,7 @@ from micrograd_gpt.text import hugging_face
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
 from micrograd_gpt.text.template import Template, save_template, template_of
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
-from micrograd_gpt.text.tokenizers import CharTokenizer
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 from micrograd_gpt.tuning.lora import add_lora, trained_parameters
 from micrograd_gpt.weights import pretrained, releases, saving
 from micrograd_gpt.weights.config import SIZES, published_shape, read_config
@@ -194,6 +194,9 @@ def test_what_cannot_be_merged(script: ModuleType, source: Path, adapter: Path, 
         script.main([*base, "--merge", "own/lora"])
     with pytest.raises(UserError, match=r"model\.safetensors is no folder: give the adapter's"):
         script.main([*base, "--merge", str(adapter / "adapter_model.safetensors")])
+    ByteTokenizer().save(adapter)  # as a run's folder has its tokenizer
+    with pytest.raises(UserError, match="is folded into its base already: leave --merge out"):
+        script.main(["--from", str(adapter), "--merge", str(adapter), "--out", "twice"])
     with pytest.raises(UserError, match="is a part of an adapter: give the folder"):
         script.main(["--from", str(adapter / "adapter_model.safetensors")])
     for taken in (source, adapter):
