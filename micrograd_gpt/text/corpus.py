@@ -192,6 +192,8 @@ def _read(
             text_files = [] if shard_files else find_files(source)
             size = sum(file.stat().st_size for file in text_files)
         if shard_files is not None:
+            if form.special_tokens or form.encoding != AS_IT_IS.encoding:
+                say(f"note: {source} holds tokens: --encoding and --special-tokens are for text")
             made_with = matching_tokenizer(shard_files, tokenizer)
             check_shards(shard_files, made_with, _cache(cache_folder, "checked"))
             train, validation = shard_files.open()

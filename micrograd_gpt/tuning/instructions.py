@@ -225,8 +225,11 @@ def encode_all(
     what is said.
     """
     answered = [c for c in conversations if all(turn.output for turn in c)]
+    own = ", or give a --validation FILE of its own" if what == "validation" else ""
     if not answered:
-        raise UserError(f"no {what} example has an output: remove those without one, or add others")
+        raise UserError(
+            f"no {what} example has an output: remove those without one, or add others{own}"
+        )
     bar = tqdm(answered, desc="tokenizing", unit="example", delay=1, disable=None)
     encoded = [encode(conversation, template, tokenizer, loss_on) for conversation in bar]
     lengths = _lengths(encoded)
@@ -234,7 +237,7 @@ def encode_all(
         raise UserError(
             f"all {what} examples are too long: the shortest has {lengths.min():,} tokens where "
             f"{longest:,} fit; give shorter ones, or a model of more context (and leave out a "
-            "--block-size below it)"
+            f"--block-size below it){own}"
         )
     for count, why in (
         (len(conversations) - len(answered), "have an empty output"),

@@ -17,7 +17,8 @@ from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading
 from micrograd_gpt.text import tables
-from micrograd_gpt.text.documents import check_encoding, read_text
+from micrograd_gpt.text.decoding import decoded
+from micrograd_gpt.text.documents import read_text
 from micrograd_gpt.text.json_objects import read_objects
 from micrograd_gpt.text.records import RECORD_SUFFIXES
 from micrograd_gpt.text.tables import Fields, table_rows
@@ -81,7 +82,10 @@ def read_examples(
     with reading(path):
         if not path.exists():
             kinds = ", ".join(RECORD_SUFFIXES)
-            raise UserError(f"{path} does not exist: give the path of a table of texts ({kinds})")
+            other = "" if with_labels else ", or of any other text, a line each"
+            raise UserError(
+                f"{path} does not exist: give the path of a table of texts ({kinds}){other}"
+            )
     rows = list(_rows(path, columns, encoding, with_labels))
     if not rows:
         raise UserError(f"{path} holds no examples: give a file with texts")
@@ -100,13 +104,9 @@ def read_texts(source: str, columns: Columns, encoding: str = "utf-8") -> list[E
         )
     if source != "-":
         return read_examples(source, columns, encoding, with_labels=False)
-    check_encoding(encoding)
     if sys.stdin is None:
         raise UserError("stdin is closed: name a file with --predict FILE")
-    try:
-        text = sys.stdin.buffer.read().decode(encoding)
-    except UnicodeDecodeError as error:
-        raise UserError(f"stdin is not {encoding.upper()} text ({error}): convert it") from None
+    text = decoded(sys.stdin.buffer.read(), "stdin", encoding)
     examples = [Example(row.text, None, f"stdin, {row.place}") for row in text_lines(text, "stdin")]
     if not examples:
         raise UserError(

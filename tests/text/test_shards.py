@@ -256,6 +256,18 @@ def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
     refused(tmp_path / "ours", "tokens_000000.bin holds the token id 300", "byte")
 
 
+def test_flags_for_text_are_told_of_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    IDS.tofile(tmp_path / "train.bin")
+    load_corpus(tmp_path, "gpt2")
+    assert not capsys.readouterr().err
+    for form in (Form(special_tokens=True), Form(encoding="latin-1")):
+        load_corpus(tmp_path, "gpt2", form=form)
+        note = f"note: {tmp_path} holds tokens: --encoding and --special-tokens are for text\n"
+        assert capsys.readouterr().err == note
+
+
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(b"\0dd")
     refused(tmp_path, f"{tmp_path / 'train.bin'} is damaged: it has 3 bytes, and ids of two bytes")

@@ -350,6 +350,8 @@ def test_texts_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
         ("grün", None, "stdin, line 1"),
         ("b\x85c", None, "stdin, line 3"),
     ]
+    for marked in (b"\xef\xbb\xbfa\n", "\ufeffa\n".encode("utf-16-le")):
+        assert [example.text for example in pipe(marked)] == ["a"]
     with pytest.raises(UserError, match="stdin is not UTF-8 text"):
         pipe(b"\xff")
     with pytest.raises(UserError, match="'klingon' is not a text encoding"):
