@@ -67,7 +67,7 @@ def test_what_is_too_long_or_unanswered_is_left_out_and_counted(
     with pytest.raises(UserError, match=r"all training examples are too long: .* 4 tokens where 3"):
         make_task(conversations, conversations, longest=3)
     with pytest.raises(
-        UserError, match="no validation example has an output: .*, or give a --validation FILE"
+        UserError, match=r"no validation example has an output: .*, or give a --validation FILE"
     ):
         make_task(conversations, [[Turn("a", "")]])
 
