@@ -366,6 +366,7 @@ def losses_with(kernels: str) -> list[float]:
     return [float(line) for line in result.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_twenty_steps_in_the_definitions_give_the_losses_of_the_fast_run() -> None:
     fast = losses_with("")
     assert len(fast) == 20 and fast[-1] < fast[0] - 0.2

@@ -199,7 +199,7 @@ def test_dropout_is_off_while_decoding_and_on_again_after() -> None:
     assert not model.training
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["c", "numpy"])
 def test_several_threads_may_generate_with_one_model_in_training(level: str) -> None:
     """Dropout is off in each of them, and `training` stays as it is for all others."""

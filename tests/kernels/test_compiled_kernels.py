@@ -93,7 +93,7 @@ def install_package(folder: Path) -> None:
     )
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @needs_cc
 @pytest.mark.parametrize("names", [["named", "cc", "package"], ["cc", "package"], ["package"]])
 def test_a_package_is_the_compiler_where_there_is_no_other(

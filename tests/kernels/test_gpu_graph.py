@@ -254,6 +254,7 @@ def test_a_batch_is_read_in_groups_of_rows(dtype: str, replays: list[int]) -> No
     assert len(replays) == 2
 
 
+@pytest.mark.slow
 def test_a_model_and_a_cache_go_with_their_owners() -> None:
     model = make()
     cache = KVCache(model)

@@ -677,6 +677,7 @@ def test_everything_is_written_inside_of_out(
     assert len(list((here / out).iterdir())) == 4
 
 
+@pytest.mark.slow
 @needs_fork
 def test_killed_at_any_moment_it_leaves_a_whole_folder(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -171,6 +171,7 @@ def test_a_checkpoint_of_nanogpt_s(shell: Shell) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_short_name_is_one_of_openai_s_sizes(tmp_path: Path) -> None:
     with serving({}) as server:
         shell = Shell(tmp_path, server)

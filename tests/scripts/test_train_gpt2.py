@@ -164,7 +164,7 @@ def test_weights_with_a_padded_vocabulary_are_tuned(text: Path, tmp_path: Path) 
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_gpt2.py", "generate.py", "load_gpt2.py"])
 def test_unknown_kernels_are_refused_before_anything_is_lost(
     name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

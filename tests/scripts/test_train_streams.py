@@ -58,7 +58,7 @@ def status_after(number: int, process: subprocess.Popen[bytes], out: Path) -> in
     return status
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), SIGNALS)
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_signal_with_closed_streams(

@@ -85,6 +85,7 @@ def test_the_best_on_another_validation_text_is_replaced(text: Path, tmp_path: P
     assert again.returncode == 0 and "was chosen" not in again.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["stop", "continue"])
 def test_a_full_disk_loses_no_checkpoint(
     train_gpt2: ModuleType,
@@ -231,6 +232,7 @@ def test_a_second_signal_ends_an_evaluation_at_once(
     )
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_evaluation_leaves_a_complete_run(
     train_gpt2: ModuleType, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

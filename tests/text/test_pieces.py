@@ -49,6 +49,7 @@ OTHERS = [
 MIXED = st.lists(st.sampled_from([*WHITE_SPACE, *"  \n\n  \t", *OTHERS]), max_size=40).map("".join)
 
 
+@pytest.mark.slow
 @given(
     texts=st.lists(MIXED | st.text(max_size=30), max_size=5),
     size=st.integers(1, 12),

@@ -24,6 +24,7 @@ from micrograd_gpt.weights.saving import save_pretrained
 from micrograd_gpt.weights.tensor_files import TensorFile
 
 
+@pytest.mark.slow
 @needs_fork
 def test_killed_at_any_moment_it_leaves_the_old_model_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
