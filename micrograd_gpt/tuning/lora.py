@@ -139,8 +139,7 @@ def check_has_none(model: Any) -> None:
 def check_layer_names(layer_names: Sequence[str]) -> None:
     """UserError unless each name is one of LAYERS, or the last part of one, and there are some."""
     if isinstance(layer_names, str):
-        names = layer_names.replace(",", " ").split()
-        raise UserError(f"the layers of LoRA are a list of names: write {names}")
+        raise UserError(f"the layers of LoRA are a list of names: write {_names_in(layer_names)}")
     if not layer_names:
         raise UserError(f"--lora-layers: no layer given; choose from {', '.join(LAYERS)}")
     for wanted in layer_names:
@@ -167,7 +166,11 @@ def check_flags(settings: Namespace) -> None:
 
 def told_layers(settings: Namespace) -> list[str]:
     """The names in --lora-layers."""
-    return settings.lora_layers.replace(",", " ").split()
+    return _names_in(settings.lora_layers)
+
+
+def _names_in(text: str) -> list[str]:
+    return text.replace(",", " ").split()
 
 
 def add_as_told(model: Any, settings: Namespace) -> None:

@@ -189,7 +189,8 @@ def _noted(repository: Repository) -> Path | None:
     """The folder of the commit that a revision stood for when the cache last heard of it."""
     try:
         return _file(repository, CONFIG, repository.revision, local_files_only=True).parent
-    except Exception:  # nor has it one without a home, or with a token that cannot be read
+    # Nor has it one without a home (RuntimeError), or with a token that cannot be read
+    except (OSError, ValueError, RuntimeError):
         return None
 
 

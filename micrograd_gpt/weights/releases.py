@@ -69,7 +69,8 @@ class HuggingFace:
         try:
             self._file(size, CONFIG, local_files_only=True)
             return self._file(size, MODEL, local_files_only=True).parent
-        except Exception:  # nor has it one without a home, or with a token that cannot be read
+        # Nor has it one without a home (RuntimeError), or with a token that cannot be read
+        except (OSError, ValueError, RuntimeError):
             return None
 
     def download(self, size: str) -> Path:
