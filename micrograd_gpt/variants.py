@@ -133,11 +133,6 @@ class VariantGPT2(GPT2):
         return layers.linear_cross_entropy(self.hidden(ids), self.head, targets)
 
 
-def head_of(model: GPT2) -> Parameter:
-    """What a GPT2's hidden state is multiplied by to give logits, (V, C)."""
-    return model.head if isinstance(model, VariantGPT2) else model.transformer.wte.weight
-
-
 # ------------------------------------------------------------------------- the parts of relatives
 
 

@@ -76,6 +76,25 @@ def test_cross_entropy_takes_the_memory_of_some_rows(
     assert peaks[0] > at_once * 1000 * 4 > 2 * peaks[1]
 
 
+@pytest.mark.parametrize("level", ["fused", "numpy", "c"])
+def test_a_row_without_a_target_reaches_neither_the_loss_nor_a_gradient(level: str) -> None:
+    x, w = numbers(2, 4, 8, dtype="float32"), numbers(9, 8, dtype="float32")
+    targets = np.array([[1, IGNORE, 3, 8], [IGNORE, IGNORE, IGNORE, 0]])
+    x[targets == IGNORE] = np.nan
+    leaves = [Tensor(x, requires_grad=True), Tensor(w, requires_grad=True)]
+    with at_most(level):
+        loss = F.linear_cross_entropy(*leaves, targets)
+        loss.backward()
+    kept = [Tensor(x[targets != IGNORE], requires_grad=True), Tensor(w, requires_grad=True)]
+    with at_most("definitions"):
+        expected = F.linear_cross_entropy(*kept, targets[targets != IGNORE])
+        expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    np.testing.assert_allclose(leaves[1].grad, kept[1].grad, atol=1e-6)
+    np.testing.assert_allclose(leaves[0].grad[targets != IGNORE], kept[0].grad, atol=1e-6)
+    assert not leaves[0].grad[targets == IGNORE].any()
+
+
 def test_dropout_in_a_backward_is_drawn_again_and_not_kept() -> None:
     x = Tensor(np.ones((200, 100), np.float32), requires_grad=True)
     (y := F.dropout(x, 0.5, (4,))).sum().backward()

@@ -10,14 +10,14 @@ nowhere else.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from micrograd_gpt import layers
 from micrograd_gpt.arrays.devices import to_device
 from micrograd_gpt.arrays.memory import keep_freed_memory
 from micrograd_gpt.arrays.precision import widened
@@ -28,7 +28,6 @@ from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Array, Tensor, no_grad
 from micrograd_gpt.tuning.batches import padded
-from micrograd_gpt.variants import head_of
 
 TOKENS_AT_ONCE = 2048  # enough to keep a processor busy; the cache of 124M then has 150 MB
 ROWS_AT_ONCE = 128  # of logits: 26 MB for GPT-2's vocabulary
@@ -210,13 +209,11 @@ def token_scores(model: GPT2, states: Array, labels: np.ndarray) -> tuple[np.nda
 
     Raises UserError where a logit is not a finite number.
     """
-    head = head_of(model)  # (V, C)
     labels = np.asarray(labels, like=states)
     log_probs, likeliest = [], []
     for start in range(0, len(labels), ROWS_AT_ONCE):
         label = labels[start : start + ROWS_AT_ONCE]
-        rows = Tensor(states[start : start + ROWS_AT_ONCE])
-        logits = widened(layers.linear(rows, head.T).data)  # (rows, V)
+        logits = logits_of(model, states[start : start + ROWS_AT_ONCE])  # (rows, V)
         places = np.arange(len(label), like=label)
         best = logits.argmax(-1)
         logits -= logits[places, best][:, None]
@@ -227,3 +224,25 @@ def token_scores(model: GPT2, states: Array, labels: np.ndarray) -> tuple[np.nda
     found = to_device(np.concatenate(log_probs), "cpu").astype(np.float64)
     check_finite(np.isfinite(found), model)
     return found, to_device(np.concatenate(likeliest), "cpu")
+
+
+def logits_of(model: GPT2, states: Array) -> Array:
+    """The logits (N, V) that the model's own `__call__` makes of hidden states (N, C).
+
+    UserError for a class of one's own whose `__call__` does not begin with its `hidden`.
+    """
+    found = []
+
+    def hidden(*_: object, **__: object) -> Tensor:
+        found.append(Tensor(states[None]))
+        return found[0]
+
+    twin: Any = copy.copy(model)
+    twin.hidden = hidden  # which does not read the ids again
+    logits = twin(np.zeros((1, len(states)), int))
+    if not found:
+        raise UserError(
+            f"{type(model).__name__}.__call__ does not call self.hidden, which an evaluation reads "
+            "texts by: let it make its logits of self.hidden(ids, cache)"
+        )
+    return widened(logits.data)[0]

@@ -13,6 +13,7 @@ from micrograd_gpt import layers
 from micrograd_gpt.arrays.memory import LOGITS_AT_ONCE
 from micrograd_gpt.arrays.stand_ins import definition, stands_in_for
 from micrograd_gpt.functional import check_shapes, cross_entropy_forward, linear_forward
+from micrograd_gpt.layers import IGNORE
 from micrograd_gpt.tensor import Array, Tensor, is_recorded, record
 
 
@@ -43,6 +44,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     (vocab_size, channels), w, shape = weight.shape, weight.data, x.shape
     labels, count = layers.flat_targets(targets, x, vocab_size)
     rows = x.data.reshape(len(labels), channels)  # (N, C)
+    # Rows that do not count take no work (where counting them need not wait for a GPU)
+    some = labels != IGNORE if isinstance(count, np.float32) and count < len(labels) else None
+    if some is not None:
+        rows, labels = rows[some], labels[some]
     wanted = is_recorded(x, weight)
     dx: Any = np.empty_like(rows) if wanted else None
     dweight: Any = None
@@ -61,6 +66,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
 
     def backward(grad: Array) -> tuple[Array, Array]:
         factor = grad / count
-        return (dx * factor).reshape(shape), np.multiply(dweight, factor, out=dweight)
+        dcounted = every = dx * factor
+        if some is not None:
+            every = np.zeros_like(dcounted, shape=(len(some), channels))
+            every[some] = dcounted
+        return every.reshape(shape), np.multiply(dweight, factor, out=dweight)
 
     return record("linear_cross_entropy", loss / count, [x, weight], backward)

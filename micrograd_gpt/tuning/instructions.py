@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from micrograd_gpt import layers
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.layers import IGNORE
 from micrograd_gpt.nn import no_dropout
@@ -30,7 +29,6 @@ from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.template import Template, save_template
 from micrograd_gpt.tuning.batches import by_length, padded
 from micrograd_gpt.tuning.conversations import Conversation, Turn
-from micrograd_gpt.variants import head_of
 from micrograd_gpt.weights.saving import write_model
 
 Array = np.ndarray
@@ -65,17 +63,6 @@ def batch_of(examples: Sequence[Example]) -> Batch:
     targets = [np.where(e.counted, e.ids, IGNORE)[1:] for e in examples]
     ids = [example.ids[:-1] for example in examples]
     return Batch(padded(ids), padded(targets, IGNORE), sum(map(len, ids)))
-
-
-def answer_loss(model: GPT2, batch: Batch) -> Tensor:
-    """Mean cross-entropy, in nats, of the targets that count.
-
-    It is `model.loss`, without logits for the other places: only the hidden states of those that
-    count go on to the head.
-    """
-    hidden = model.hidden(batch.ids)  # (B, T, C)
-    places = np.nonzero(batch.targets != IGNORE)  # rows (N,), columns (N,)
-    return layers.linear_cross_entropy(hidden[places], head_of(model), batch.targets[places])
 
 
 class Instructions:
@@ -124,7 +111,7 @@ class Instructions:
         return batch_of([self.train[i] for i in examples])
 
     def loss(self, model: GPT2, batch: Batch) -> Tensor:
-        return answer_loss(model, batch)
+        return model.loss(batch.ids, batch.targets)
 
     def evaluate(self, model: GPT2) -> dict[str, float]:
         """The mean loss in nats over the tokens that count in all validation examples."""
@@ -132,7 +119,7 @@ class Instructions:
         with no_grad(), no_dropout():
             for numbers in by_length(_lengths(self.validation), self.batch_size):
                 batch = batch_of([self.validation[i] for i in numbers])
-                total += answer_loss(model, batch).item() * batch.count
+                total += model.loss(batch.ids, batch.targets).item() * batch.count
                 count += batch.count
         self.val_loss = total / count
         return {"val_loss": self.val_loss}

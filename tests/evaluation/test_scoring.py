@@ -14,8 +14,10 @@ from micrograd_gpt.arrays.precision import hold_in
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.evaluation.scoring import Request, Score, score, score_all
 from micrograd_gpt.generation.filters import log_softmax
-from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.nn import Linear
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.tensor import Tensor
 
 
 def random_groups(count: int, seed: int = 0) -> list[list[Request]]:
@@ -58,6 +60,40 @@ def test_equal_to_one_pass_over_each_text(tokens_at_once: int, config: dict[str,
             np.testing.assert_allclose(ours.log_probs, expected.log_probs, atol=1e-4)
             assert ours.likeliest.tolist() == expected.likeliest.tolist()
             assert ours.log_prob == pytest.approx(expected.log_probs.sum(), abs=1e-3)
+
+
+class Capped(GPT2):
+    def __call__(self, *inputs: Any, **options: Any) -> Tensor:
+        return (super().__call__(*inputs, **options) / 5).tanh() * 5
+
+
+class OwnHead(GPT2):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, std=1.0)
+
+    def __call__(self, ids: Any, cache: Any = None, last_only: bool = False) -> Tensor:
+        return self.lm_head(self.hidden(ids, cache))
+
+
+class NotHidden(GPT2):
+    def __call__(self, ids: Any, cache: Any = None, last_only: bool = False) -> Tensor:
+        return self.transformer(np.asarray(ids), cache) @ self.transformer.wte.weight.T
+
+
+@pytest.mark.parametrize("own", [Capped, OwnHead])
+def test_an_own_class_makes_the_logits_in_its_own_way(own: type[GPT2]) -> None:
+    model = own(make_model().config).eval()
+    for group in random_groups(5):
+        for ours, request in zip(score_all(model, [group])[0], group, strict=True):
+            np.testing.assert_allclose(
+                ours.log_probs, one_pass(model, request).log_probs, atol=1e-4
+            )
+
+
+def test_logits_that_are_not_made_of_hidden_are_refused() -> None:
+    with pytest.raises(UserError, match=r"NotHidden.__call__ does not call self.hidden"):
+        score_all(NotHidden(make_model().config), [[Request([1], [2])]])
 
 
 def test_the_same_on_a_gpu_s_arrays() -> None:

@@ -13,7 +13,7 @@ from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.text.template import Template, save_template
 from micrograd_gpt.text.tokenizers import ByteTokenizer
 from micrograd_gpt.tuning.conversations import Turn
-from micrograd_gpt.tuning.instructions import Example, answer_loss, batch_of, encode
+from micrograd_gpt.tuning.instructions import Example, batch_of, encode
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -76,7 +76,8 @@ def loss_one_by_one(model: Any, examples: list[Example]) -> Any:
 def test_loss_and_every_gradient(reference: Any) -> None:
     theirs, examples = their_model(), conversations(7)
     ours = our_model(theirs)
-    loss = answer_loss(ours, batch_of(examples))
+    batch = batch_of(examples)
+    loss = ours.loss(batch.ids, batch.targets)
     loss.backward()
     expected = reference(theirs, examples)
     expected.backward()
@@ -105,7 +106,7 @@ def test_ten_adamw_steps_on_micro_batches() -> None:
         count = sum(part.count for part in parts)
         loss = 0.0
         for part in parts:
-            weighted = answer_loss(ours, part) * (part.count / count)
+            weighted = ours.loss(part.ids, part.targets) * (part.count / count)
             weighted.backward()
             loss += weighted.item()
         assert loss == pytest.approx(expected.item(), rel=1e-4), step

@@ -16,7 +16,6 @@ from micrograd_gpt.tuning.conversations import Turn
 from micrograd_gpt.tuning.instructions import (
     Example,
     Instructions,
-    answer_loss,
     batch_of,
     encode,
 )
@@ -104,32 +103,16 @@ def test_a_batch_is_padded_on_the_right_and_only_answers_are_targets() -> None:
 # ------------------------------------------------------------------------------------------- loss
 
 
-@pytest.mark.parametrize("variant", [{}, {"tie_word_embeddings": False}])
-def test_the_loss_is_the_models_without_the_work_for_prompts(variant: dict[str, Any]) -> None:
-    batch = batch_of(random_examples(5))
-    losses, gradients = [], []
-    for loss_of in (answer_loss, lambda model, batch: model.loss(batch.ids, batch.targets)):
-        model = make_model(factor=1, **variant)
-        loss = loss_of(model, batch)
-        loss.backward()
-        losses.append(loss.item())
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    for name, gradient in gradients[0].items():
-        scale = np.abs(gradients[1][name]).max()
-        np.testing.assert_allclose(gradient, gradients[1][name], atol=1e-5 * scale, err_msg=name)
-
-
 def test_padding_changes_no_loss_and_no_gradient() -> None:
     examples = random_examples(5)
     batch = batch_of(examples)
     together, apart = make_model(factor=1), make_model(factor=1)
-    loss = answer_loss(together, batch)
+    loss = together.loss(batch.ids, batch.targets)
     loss.backward()
     total = 0.0
     for example in examples:
         alone = batch_of([example])
-        part = answer_loss(apart, alone) * (alone.count / batch.count)
+        part = apart.loss(alone.ids, alone.targets) * (alone.count / batch.count)
         part.backward()
         total += part.item()
     assert loss.item() == pytest.approx(total, rel=1e-6)
@@ -142,5 +125,6 @@ def test_validation_is_the_mean_over_all_tokens_that_count() -> None:
     model = make_model(factor=1, vocab_size=257, n_positions=64)
     conversations = [[Turn("a", "b" * n)] for n in (1, 3, 9, 4, 2)]
     task = make_task(conversations, conversations, longest=64)
-    expected = answer_loss(model, task.batch(np.arange(5))).item()
+    batch = task.batch(np.arange(5))
+    expected = model.loss(batch.ids, batch.targets).item()
     assert task.evaluate(model)["val_loss"] == pytest.approx(expected, rel=1e-6)
