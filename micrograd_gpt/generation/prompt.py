@@ -91,7 +91,8 @@ def command(line: str, choices: Choices, what: str) -> Choices:
     changed = choices.set(flag, *words[1:]) if name == "/set" else choices.unset(flag)
     settings = changed.settings()  # raises where they contradict each other
     decides = flag in ("greedy", "temperature", "num_beams")  # whether anything is drawn
-    flags.tell_idle(changed.given if decides else {flag: changed.given.get(flag)}, settings)
+    told = {**changed.given, "seed": None} if decides else {flag: changed.given.get(flag)}
+    flags.tell_idle(told, settings)  # not of a seed that the last text moved on
     return changed
 
 

@@ -152,7 +152,7 @@ def other_checkpoint(path: str | Path) -> str:
         return ""
     for other in places:
         if not are_one_file(other / name, path):
-            return f"copy the files of {other} into {folder}, or use {other} instead"
+            return f"copy the files of {other} into {folder}"
     return "start again: this run kept no other checkpoint"
 
 

@@ -64,15 +64,17 @@ WITHOUT_RANK = "--lora-alpha and --lora-layers are for LoRA: give --lora-rank to
 class LoRALinear(Module):
     """x (…, n_in) -> x @ weight + bias + alpha / r * (x @ lora_A) @ lora_B, (…, n_out).
 
-    It takes the place of `base`, whose weight (n_in, n_out) and bias (n_out,) it keeps under their
-    names. lora_A is (n_in, r), lora_B (r, n_out). While training, x is dropped out before lora_A.
+    It takes the place of `base`, which still computes the first two terms, and whose weight (n_in,
+    n_out) and bias (n_out,), if it has one, it keeps under their names. lora_A is (n_in, r), lora_B
+    (r, n_out). While training, x is dropped out before lora_A.
     """
 
     def __init__(
         self, base: Linear, rank: int, alpha: float, draws: Draws, seed: Any = 0, dropout: float = 0
     ) -> None:
         n_in, n_out = base.weight.shape
-        self.weight, self.bias = base.weight, base.bias
+        vars(self).update((n, p) for n, p in vars(base).items() if isinstance(p, Parameter))
+        self.of_base = base.__call__  # a method: as an attribute, `base` would have its names too
         # torch.nn.Linear's default, which PEFT takes over; in its order of drawing, (r, n_in)
         bound, dtype = 1 / math.sqrt(n_in), np.result_type(base.weight.dtype, np.float32)
         start = np.random.default_rng(seed).uniform(-bound, bound, (rank, n_in))
@@ -85,8 +87,9 @@ class LoRALinear(Module):
 
     def __call__(self, x: Tensor) -> Tensor:
         low = layers.linear(self.dropout(x), self.lora_A) * self.scale  # (…, r)
-        y = layers.linear(x, self.weight, self.bias) + layers.linear(low, self.lora_B)
-        return y if self.query_scale == 1 else scaled_queries(y, self.query_scale)
+        more = layers.linear(low, self.lora_B)  # (…, n_out)
+        more = more if self.query_scale == 1 else scaled_queries(more, self.query_scale)
+        return self.of_base(x) + more
 
 
 def add_lora(

@@ -138,6 +138,8 @@ def test_a_change_without_an_effect_is_said(talk: Talk) -> None:
     _, err = talk("/set top-p 0.5", "/set temperature 0", "/set top-k 4")
     for flag in ("--top-p", "--top-k"):
         assert err.count(f"note: {flag}: no effect at temperature 0, where nothing is drawn") == 1
+    _, err = talk("a", "/set greedy")  # the next text would have had another seed
+    assert "no effect" not in err
 
 
 def test_a_change_that_contradicts_another_is_not_made(talk: Talk) -> None:

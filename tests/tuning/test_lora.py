@@ -18,6 +18,7 @@ from micrograd_gpt.arrays.int8 import hold_in_int8
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.nn import Linear
 from micrograd_gpt.optim import AdamW
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.support.errors import UserError
@@ -96,6 +97,26 @@ def test_a_variant_s_queries_stay_scaled(variant: dict[str, Any], tmp_path: Path
     model.save_pretrained(tmp_path / "adapter")
     assert error(logits(model), before) > 0.01
     assert error(logits(GPT2.from_pretrained(tmp_path / "adapter")), logits(model)) < 1e-5
+
+
+class WithoutBias(Linear):
+    def __init__(self, base: Linear) -> None:
+        self.weight = base.weight
+
+    def __call__(self, x: Any) -> Tensor:
+        return (x @ self.weight).tanh()
+
+
+def test_a_layer_of_one_s_own_computes_as_before() -> None:
+    model = make_model()
+    for block in model.transformer.h:
+        block.attn.c_attn = WithoutBias(block.attn.c_attn)
+    before, names = model([[1, 2, 3]]).numpy(), dict(model.named_parameters()).keys()
+    add_lora(model, rank=2)
+    np.testing.assert_array_equal(model([[1, 2, 3]]).numpy(), before)
+    new = dict(model.named_parameters()).keys() - names
+    assert names < dict(model.named_parameters()).keys()
+    assert all(name.endswith((".lora_A", ".lora_B")) for name in new)
 
 
 @pytest.mark.parametrize(
