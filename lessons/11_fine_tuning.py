@@ -470,5 +470,5 @@ for start_of_A in ("random", "zero"):
 # %%
 learn_praise(praising, lr=0.02, steps=100)
 longer = habits(praising)
-print(f"praise {longer[0]:.0f} %; of it, by the last five words {longer[1]:.0f} %")
+print(f"praise about {round(longer[0], -1):.0f} %; of it, by the last five words, less than before")
 assert longer[1] < after_lora[1] - 5

@@ -227,22 +227,22 @@ def token_scores(model: GPT2, states: Array, labels: np.ndarray) -> tuple[np.nda
 
 
 def logits_of(model: GPT2, states: Array) -> Array:
-    """The logits (N, V) that the model's own `__call__` makes of hidden states (N, C).
+    """The logits (N, V) that the model's own `__call__` makes of hidden states (N, C), each alone.
 
     UserError for a class of one's own whose `__call__` does not begin with its `hidden`.
     """
     found = []
 
     def hidden(*_: object, **__: object) -> Tensor:
-        found.append(Tensor(states[None]))
+        found.append(Tensor(states[:, None]))
         return found[0]
 
     twin: Any = copy.copy(model)
     twin.hidden = hidden  # which does not read the ids again
-    logits = twin(np.zeros((1, len(states)), int))
+    logits = twin(np.zeros((len(states), 1), int))
     if not found:
         raise UserError(
             f"{type(model).__name__}.__call__ does not call self.hidden, which an evaluation reads "
             "texts by: let it make its logits of self.hidden(ids, cache)"
         )
-    return widened(logits.data)[0]
+    return widened(logits.data)[:, 0]

@@ -44,9 +44,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     (vocab_size, channels), w, shape = weight.shape, weight.data, x.shape
     labels, count = layers.flat_targets(targets, x, vocab_size)
     rows = x.data.reshape(len(labels), channels)  # (N, C)
-    # Rows that do not count take no work (where counting them need not wait for a GPU)
-    some = labels != IGNORE if isinstance(count, np.float32) and count < len(labels) else None
-    if some is not None:
+    some = None
+    if isinstance(count, np.float32) and count < len(labels):  # known without waiting for a GPU
+        ids = layers.checked_ids(targets, vocab_size, or_ignore=True)
+        some = np.asarray(np.flatnonzero(ids != IGNORE), like=rows)  # the rows that take work
         rows, labels = rows[some], labels[some]
     wanted = is_recorded(x, weight)
     dx: Any = np.empty_like(rows) if wanted else None
@@ -66,10 +67,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
 
     def backward(grad: Array) -> tuple[Array, Array]:
         factor = grad / count
-        dcounted = every = dx * factor
+        every = dx * factor
         if some is not None:
-            every = np.zeros_like(dcounted, shape=(len(some), channels))
-            every[some] = dcounted
+            counted, every = every, np.zeros_like(every, shape=(x.size // channels, channels))
+            every[some] = counted
         return every.reshape(shape), np.multiply(dweight, factor, out=dweight)
 
     return record("linear_cross_entropy", loss / count, [x, weight], backward)

@@ -74,7 +74,7 @@ class LoRALinear(Module):
     ) -> None:
         n_in, n_out = base.weight.shape
         vars(self).update((n, p) for n, p in vars(base).items() if isinstance(p, Parameter))
-        self.of_base = base.__call__  # a method: as an attribute, `base` would have its names too
+        self.base = base  # its parameters are listed once, by the names above
         # torch.nn.Linear's default, which PEFT takes over; in its order of drawing, (r, n_in)
         bound, dtype = 1 / math.sqrt(n_in), np.result_type(base.weight.dtype, np.float32)
         start = np.random.default_rng(seed).uniform(-bound, bound, (rank, n_in))
@@ -87,9 +87,8 @@ class LoRALinear(Module):
 
     def __call__(self, x: Tensor) -> Tensor:
         low = layers.linear(self.dropout(x), self.lora_A) * self.scale  # (…, r)
-        more = layers.linear(low, self.lora_B)  # (…, n_out)
-        more = more if self.query_scale == 1 else scaled_queries(more, self.query_scale)
-        return self.of_base(x) + more
+        y, more = self.base(x), layers.linear(low, self.lora_B)
+        return y + (more if self.query_scale == 1 else scaled_queries(more, self.query_scale))
 
 
 def add_lora(
