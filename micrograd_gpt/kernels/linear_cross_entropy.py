@@ -44,7 +44,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     (vocab_size, channels), w, shape = weight.shape, weight.data, x.shape
     labels, count = layers.flat_targets(targets, x, vocab_size)
     rows = x.data.reshape(len(labels), channels)  # (N, C)
-    some = None
+    some, n = None, len(rows)
     if isinstance(count, np.float32) and count < len(labels):  # known without waiting for a GPU
         ids = layers.checked_ids(targets, vocab_size, or_ignore=True)
         some = np.asarray(np.flatnonzero(ids != IGNORE), like=rows)  # the rows that take work
@@ -69,7 +69,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
         factor = grad / count
         every = dx * factor
         if some is not None:
-            counted, every = every, np.zeros_like(every, shape=(x.size // channels, channels))
+            counted, every = every, np.zeros_like(every, shape=(n, channels))
             every[some] = counted
         return every.reshape(shape), np.multiply(dweight, factor, out=dweight)
 
