@@ -28,8 +28,9 @@ from micrograd_gpt.support.files import read_json, write_text, written_whole
 
 FOLDER = Path(__file__).parent
 LONGEST = 300  # seconds that one cell may take
-# Lesson 10 uses OpenAI's weights where they are; the notebooks are to be the same on every machine
-ANYWHERE = {"LESSON_MODEL": ""}
+# The notebooks are to be the same on every machine: lesson 10 uses OpenAI's weights where they
+# are, and servers' MPLBACKEND=agg would leave the pictures out
+ANYWHERE = {"LESSON_MODEL": "", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 COLORS = re.compile(r"\x1b\[[\d;]*m")  # what terminals take for colours, in tracebacks
 
 Notebook = dict[str, Any]  # what is in an .ipynb file: nbformat 4, as JSON
