@@ -35,8 +35,11 @@ ALIASES = {
     "num-train-epochs": "epochs",
     "eval-iters": "eval-batches",
     "eval-steps": "eval-interval",
+    "eval-every": "eval-interval",
     "logging-steps": "log-interval",
+    "log-every": "log-interval",
     "save-steps": "save-interval",
+    "save-every": "save-interval",
     "gradient-accumulation-steps": "grad-accum-steps",
     "per-device-train-batch-size": "batch-size",
     "bs": "batch-size",
@@ -46,6 +49,8 @@ ALIASES = {
     "wd": "weight-decay",
     "layers": "n-layer",
     "heads": "n-head",
+    "hidden-size": "n-embd",
+    "d-model": "n-embd",
     "n-ctx": "block-size",
     "n-positions": "block-size",
     "context-length": "block-size",
@@ -71,6 +76,10 @@ ALIASES = {
     "beams": "num-beams",
     "k": "top-k",
     "p": "top-p",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "cuda": "device",
+    "gpu": "device",
 }
 
 
