@@ -258,6 +258,7 @@ def test_errors_name_the_layer_and_the_mistake(level: str) -> None:
     for ids, message in (
         ([0, 4], "token id 4 is outside the vocabulary of 4"),
         ([0, -1], "token id -1 is outside"),
+        (np.int64(-1), "token id -1 is outside"),
         ([0.0], "token ids must be integers, not float64"),
         (Tensor([0, 1]), "token ids must be integers, not float32: a list or array of int"),
     ):

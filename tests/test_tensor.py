@@ -455,9 +455,10 @@ def test_backward_twice_is_an_error_and_changes_nothing() -> None:
 
 
 class FakeGPUArray:
-    """An array on another device: not a NumPy array, but with a shape and a dtype."""
+    """An array on another device: not NumPy's, but with a shape and a dtype, and asked by NumPy."""
 
     shape, dtype, base, ndim = (2,), np.dtype("float32"), None, 1
+    __array_function__: Any = None
 
 
 def test_mixing_devices_is_an_error_that_names_both() -> None:
@@ -540,6 +541,20 @@ def test_numbers_of_other_kinds() -> None:
     for axes in ((0, 3), (0, 0), (0,)):
         with pytest.raises(ValueError, match=r"ax[ei]s"):
             Tensor(np.zeros((2, 3))).transpose(*axes)
+
+
+def test_a_column_of_a_table_becomes_an_array_of_its_own() -> None:
+    class Column:  # as pandas has it: with NumPy's dtype, and arithmetic by the names of rows
+        dtype, numbers = np.dtype("float64"), np.array([3.0, 1.0])
+
+        def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+            return np.array(self.numbers, dtype, copy=copy)
+
+    p = nn.Parameter(Column())
+    assert (p - Tensor(Column())).numpy().tolist() == (p - Column()).numpy().tolist() == [0, 0]
+    with no_grad():
+        p -= 1
+    assert (type(p.data), p.numpy().tolist(), Column.numbers[0]) == (np.ndarray, [2, 0], 3)
 
 
 def test_a_tensor_shows_itself() -> None:

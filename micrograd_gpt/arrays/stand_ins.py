@@ -174,8 +174,9 @@ def as_array(data: Any, dtype: Any = None) -> Any:
     if isinstance(data, np.generic) or not isinstance(getattr(data, "dtype", None), np.dtype):
         dtype = dtype or (data.dtype if isinstance(data, np.generic) else np.float32)
         data = from_list(data)
-    if isinstance(data, np.matrix):  # whose * is a product of matrices
-        data = np.asarray(data)
+    # A matrix's * is a product of matrices; columns of a table are added by their rows' names
+    if isinstance(data, np.matrix) or not hasattr(data, "__array_function__"):
+        data = np.array(data)
     if data.dtype.kind in "OSUMmc" and not all(isinstance(x, Real) for x in data.flat):
         raise TypeError(f"a tensor holds numbers, not {data.tolist()!r:.60}")
     if data.dtype == object:  # each number is an object of its own, as in a table of mixed columns
