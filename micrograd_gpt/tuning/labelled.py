@@ -18,7 +18,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading
 from micrograd_gpt.text import tables
 from micrograd_gpt.text.decoding import decoded
-from micrograd_gpt.text.documents import read_text
+from micrograd_gpt.text.documents import LIKE_JSON, read_text
 from micrograd_gpt.text.json_objects import read_objects
 from micrograd_gpt.text.records import RECORD_SUFFIXES
 from micrograd_gpt.text.tables import Fields, table_rows
@@ -144,12 +144,18 @@ def _rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Ite
 
 
 def text_lines(text: str, source: str | Path) -> Iterator[Row]:
-    """The lines of a text that are not blank, without labels; says how many others there are.
+    """The lines of a text that are not blank, without labels; says how many others there are, and
+    if all looks like JSON.
 
     Raises UserError for lines that end in \\r alone.
     """
     if "\n" not in text and "\r" in text.rstrip():
         raise UserError(f"{source}: {tables.OLD_LINE_ENDS}")
+    if LIKE_JSON.match(text):
+        say(
+            f"note: {source} looks like JSON and is read as it stands, a text a line, braces and "
+            "all; records are read from a file called .jsonl"
+        )
     blank = 0
     lines = text.removesuffix("\n").split("\n") if text else []
     for number, line in enumerate(lines, 1):

@@ -58,12 +58,20 @@ def save_pretrained(
     to the safetensors file's own. Raises UserError if the files can't be written, and leaves what
     was there before, for a whole model in int8, for a folder that holds the adapter's base or
     another kind of model, whole or an adapter, and for an empty name, which would be the current
-    folder; ValueError for a GPT2 that its config no longer describes. What `from_pretrained` would
+    folder, and for a tokenizer of another size; ValueError for a GPT2 that its config no longer
+    describes, TypeError for a tokenizer that is another library's. What `from_pretrained` would
     not give back of a class of one's own is said on stderr, once: a setting, or a layer's weight
     that is no Parameter.
     """
     if not str(folder):
         raise UserError("the name of the folder is empty: give one to save the model in")
+    if tokenizer and not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            f"the tokenizer is a {type(tokenizer).__name__}, not one of ours: "
+            "micrograd_gpt.text.tokenizer_files.load_tokenizer(FOLDER) makes one of its files"
+        )
+    if tokenizer:
+        tokenizer.check_size(model.config.vocab_size)
     if type(model) in (GPT2, VariantGPT2):  # a subclass may make its parts in its own way
         check_described(model)
     if (adapter := getattr(model, "adapter", None)) is not None:

@@ -561,7 +561,8 @@ def test_a_tokenizer_of_another_model_is_refused(
     classify: Main, data: Path, tmp_path: Path, finetune_gpt2: ModuleType
 ) -> None:
     small, out = tmp_path / "small", tmp_path / "out"
-    GPT2(GPT2Config(1, 2, 16, 100, 32)).save_pretrained(small, ByteTokenizer())
+    GPT2(GPT2Config(1, 2, 16, 100, 32)).save_pretrained(small)
+    ByteTokenizer().save(small)
     with pytest.raises(UserError, match="the tokenizer has 257 tokens and the model 100"):
         classify(out, model=small)
     classify(out, "--max-steps", 1)

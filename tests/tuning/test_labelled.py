@@ -341,7 +341,9 @@ def test_texts_of_a_table_without_a_header(
     assert re.search(note, said) if note else not said
 
 
-def test_texts_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_from_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def pipe(content: bytes) -> list[Example]:
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
         return read_texts("-", Columns())
@@ -361,6 +363,9 @@ def test_texts_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [example.text for example in pipe(b"one\rtwo\nb\r")] == ["one\rtwo", "b"]
     with pytest.raises(UserError, match="stdin holds no texts"):
         pipe(b"\n")
+    assert "JSON" not in capsys.readouterr().err
+    assert [example.text for example in pipe(b'{"text": "a"}\n')] == ['{"text": "a"}']
+    assert "note: stdin looks like JSON and is read as it stands" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(UserError, match="stdin is closed"):
         read_texts("-", Columns())

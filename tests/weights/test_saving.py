@@ -62,6 +62,15 @@ def test_an_empty_name_is_not_the_current_folder(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tokenizer_that_is_not_the_models_is_not_saved(tmp_path: Path) -> None:
+    model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=5, n_positions=4))
+    with pytest.raises(UserError, match="the tokenizer has 257 tokens and the model 5"):
+        model.save_pretrained(tmp_path / "new", ByteTokenizer())
+    with pytest.raises(TypeError, match=r"the tokenizer is a str, not one of ours: .*load_tokeniz"):
+        model.save_pretrained(tmp_path / "new", "gpt2")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_ids_of_a_tokenizer_that_stays_in_the_folder_stay_too(tmp_path: Path) -> None:
     model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=257, n_positions=4))
     model.save_pretrained(tmp_path, ByteTokenizer())
