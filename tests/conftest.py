@@ -8,12 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import hypothesis
 import pytest
 from training import script
 
 from micrograd_gpt.arrays.devices import library_for
 from micrograd_gpt.runs.signals import STOPPING
 from micrograd_gpt.support.errors import UserError
+
+# A busy machine makes no test fail
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
