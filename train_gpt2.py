@@ -178,13 +178,14 @@ def tokenizer_of(settings: argparse.Namespace) -> Tokenizer | str:
     if settings.init_from != "scratch":
         folder, config = tokenizer_folder(settings.init_from), config_named(settings.init_from)
         return model_tokenizer(folder, config.vocab_size) if folder else GPT2Tokenizer()
-    if settings.tokenizer in NAMES:
-        return settings.tokenizer
-    if not os.path.isdir(settings.tokenizer):
-        raise UserError(
-            f"--tokenizer is {', '.join(NAMES)} or a folder, and {settings.tokenizer!r} is neither"
-        )
-    return load_tokenizer(settings.tokenizer, or_gpt2=False)
+    name = settings.tokenizer
+    if name in NAMES:
+        if os.path.isdir(name):
+            cli.say(f"note: {name} is the tokenizer of that name; for the folder, write ./{name}")
+        return name
+    if not os.path.isdir(name):
+        raise UserError(f"--tokenizer is {', '.join(NAMES)} or a folder, and {name!r} is neither")
+    return load_tokenizer(name, or_gpt2=False)
 
 
 def make_model(settings: argparse.Namespace, tokenizer: Tokenizer, device: str) -> GPT2:

@@ -365,7 +365,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 def _checked(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     if type(state.get("step")) is not int or not isinstance(state.get("settings"), dict):
-        raise UserError(f"{folder / STATE} is damaged: it lacks the step or the settings")
+        raise UserError(
+            f"{folder / STATE} is damaged, or another program's: it lacks the step or the settings"
+        )
     if not isinstance(state.get("config", {}), dict):
         raise UserError(f"{folder / STATE} is damaged: its config is not that of a model")
     missed = state.get("missed_steps", {})

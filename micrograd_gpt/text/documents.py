@@ -124,6 +124,8 @@ def find_files(source: str | Path) -> list[Path]:
             others = [file for file in found if file.suffix.lower() not in SUFFIXES]
             kinds = Counter(file.suffix or file.name for file in others)
             named = ", ".join(kind for kind, _ in kinds.most_common(5))
+            if ".arrow" in kinds:  # of Hugging Face's datasets
+                named += "; a dataset's to_parquet(…) writes what is read"
             say(f"note: {path}: {counted(len(others), 'file')} of other kinds left out ({named})")
         if not files:
             raise UserError(

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def prepare(
     the shards can't be written.
     """
     folder = _folder(source, files, tokenizer, form, cache)
+    _remove_abandoned(folder)
     if up_to_date := _up_to_date(folder, files):
         print(f"using the tokens of {source} in {folder}", file=sys.stderr)
         return up_to_date
@@ -208,7 +209,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def _continue_or_begin(folder: Path, states: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the progress that an interrupted preparation of the same text left, or new progress.
 
-    Removes what was made from another text, and the temporary files of killed processes.
+    Removes what was made from another text.
     """
     new = {"sources": states, "pieces": [PIECE_SIZE, LONGEST_PIECE, PIECES_PER_SHARD]}
     with _kept(folder):
@@ -218,12 +219,17 @@ def _continue_or_begin(folder: Path, states: list[dict[str, Any]]) -> dict[str, 
         if progress is new:
             for path in [folder / MANIFEST, folder / PROGRESS, *folder.glob("tokens_*.bin")]:
                 path.unlink(missing_ok=True)
-        for path in folder.glob(".*.tmp"):
-            if path.stat().st_mtime < time.time() - ABANDONED:
-                path.unlink()
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     return progress
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files of killed processes."""
+    with suppress(OSError):  # another process removes it too, or it belongs to another user
+        for path in folder.glob(".*.tmp"):
+            if path.stat().st_mtime < time.time() - ABANDONED:
+                path.unlink()
 
 
 # ----------------------------------------------------------------------------------------------

@@ -66,6 +66,8 @@ def find_shards(source: str | Path) -> ShardFiles | None:
     if any(path.glob("tokens_[0-9]*.bin")):
         return _our_shards(path)
     if train := _named(path, "train"):
+        if os.path.lexists(path / "train.bin"):
+            say(f"note: {path}: train.bin is left out, beside the shards {train[0].name} …")
         return ShardFiles(train, _named(path, "val"))
     if os.path.lexists(path / "train.bin"):
         validation = [p for p in [path / "val.bin"] if os.path.lexists(p)]

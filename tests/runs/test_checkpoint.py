@@ -341,7 +341,7 @@ def test_saving_and_loading_copy_no_arrays(tmp_path: Path) -> None:
 
 def test_a_state_without_its_facts_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"trainer_state\.json is damaged: it lacks the step"):
+    with pytest.raises(UserError, match=r"_state\.json is damaged, or another program's: it la"):
         checkpoint.load_settings(tmp_path)
     (tmp_path / "trainer_state.json").write_text('{"step": 1, "settings": {}, "config": 3}')
     with pytest.raises(UserError, match=r"trainer_state\.json is damaged: its config is not"):

@@ -131,6 +131,18 @@ def test_a_run_with_the_tokenizer_of_a_folder(text: Path, tmp_path: Path) -> Non
     assert result.returncode == 2 and "error: there is no tokenizer in" in result.stderr
 
 
+def test_a_tokenizer_whose_name_is_a_folders_too(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = ["--data", text, "--tokenizer", "word", "--plan", *SMALL]
+    assert script("train_gpt2").main(plan) == 0 and not capsys.readouterr().err
+    (tmp_path / "word").mkdir()
+    assert script("train_gpt2").main(plan) == 0
+    said = "note: word is the tokenizer of that name; for the folder, write ./word\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("start", ["", "best", "step-000001"])
 def test_a_run_does_not_remove_what_it_starts_from(
     train_gpt2: ModuleType, text: Path, tmp_path: Path, start: str

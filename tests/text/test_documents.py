@@ -390,6 +390,9 @@ def test_files_of_other_kinds_are_named_once(
     assert capsys.readouterr().err == (
         f"note: {tmp_path}: 3 files of other kinds left out (.pdf, LICENSE)\n"
     )
+    (tmp_path / "data-00000-of-00001.arrow").touch()  # of Hugging Face's datasets
+    load_documents(tmp_path)
+    assert "(.pdf, LICENSE, .arrow; a dataset's to_parquet(…)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

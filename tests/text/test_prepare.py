@@ -226,6 +226,9 @@ def test_an_interrupted_preparation_goes_on(
     assert first == 10 and workers.since() == pieces - 8
     assert workers.collected == (pieces if name == "char" else 0)  # only the first time
     assert recent.exists() and not abandoned.exists() and not (folder / PROGRESS).exists()
+    os.utime(recent, ns=(1, 1))
+    load_corpus(source, name, cache_folder=cache)  # which finds all shards there
+    assert workers.since() == 0 and not recent.exists()
 
 
 @pytest.mark.parametrize(("changed", "value"), [("PIECE_SIZE", 30), ("LONGEST_PIECE", 60)])

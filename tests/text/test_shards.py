@@ -382,7 +382,7 @@ def test_ids_are_read_each_time_where_nothing_can_be_remembered(tmp_path: Path) 
         load_corpus(shard, "gpt2", cache_folder=cache)
 
 
-def test_the_small_set_of_llm_c(tmp_path: Path) -> None:
+def test_the_small_set_of_llm_c(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shard(tmp_path / "tiny_shakespeare_train.bin", [np.arange(300)])
     write_shard(tmp_path / "tiny_shakespeare_val.bin", [np.arange(40)])
     (tmp_path / "._tiny_shakespeare_train.bin").write_bytes(b"of macOS")
@@ -393,6 +393,10 @@ def test_the_small_set_of_llm_c(tmp_path: Path) -> None:
         UserError, match=r"has validation shards of its own: leave --validation 0.2"
     ):
         load_corpus(tmp_path, "gpt2", 0.2, cache_folder=tmp_path / "cache")
+    assert "left out" not in capsys.readouterr().err
+    np.arange(50, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    assert len(load_corpus(tmp_path, "gpt2", cache_folder=tmp_path / "cache").train) == 300
+    assert "train.bin is left out, beside the shards tiny_sh" in capsys.readouterr().err
     write_shard(tmp_path / "fineweb_train_000001.bin", [np.arange(300)])
     with pytest.raises(UserError, match=r"several data sets \(fineweb, tiny_shakespeare\)"):
         load_corpus(tmp_path, "gpt2", cache_folder=tmp_path / "cache")
