@@ -535,6 +535,12 @@ def test_numbers_of_other_kinds() -> None:
     assert Tensor(np.full(3, 100000001)).mean().item() == 100000001
     assert x.sum(np.int64(0)).item() == 2
     assert not x.astype("int64").requires_grad
+    masked = np.ma.array([1.0, 2.0], mask=[False, True])  # NumPy leaves the second out of a sum
+    with pytest.raises(TypeError, match="a tensor has no masked numbers"):
+        Tensor(masked)
+    assert type(Tensor(masked.filled(0)).data) is type(Tensor(masked[:1]).data) is np.ndarray
+    with pytest.raises(TypeError, match="a tensor holds numbers, not"):
+        Tensor(np.array([(1, 2.0)], "i4,f4"))
     for wrong in (None, "3"):
         with pytest.raises(TypeError, match="is no tensor or array, nor a number beside"):
             x + wrong

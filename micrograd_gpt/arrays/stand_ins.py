@@ -175,9 +175,13 @@ def as_array(data: Any, dtype: Any = None) -> Any:
         dtype = dtype or (data.dtype if isinstance(data, np.generic) else np.float32)
         data = from_list(data)
     # A matrix's * is a product of matrices; columns of a table are added by their rows' names
-    if isinstance(data, np.matrix) or not hasattr(data, "__array_function__"):
+    of_its_own = isinstance(data, (np.matrix, np.ma.MaskedArray))
+    if of_its_own or not hasattr(data, "__array_function__"):
+        if np.ma.is_masked(data):
+            raise TypeError("a tensor has no masked numbers: the array's .filled(0) puts 0 there")
         data = np.array(data)
-    if data.dtype.kind in "OSUMmc" and not all(isinstance(x, Real) for x in data.flat):
+    is_odd = data.dtype.names or data.dtype.kind in "OSUMmc"
+    if is_odd and not all(isinstance(x, Real) for x in data.flat):
         raise TypeError(f"a tensor holds numbers, not {data.tolist()!r:.60}")
     if data.dtype == object:  # each number is an object of its own, as in a table of mixed columns
         dtype = dtype or np.float32
