@@ -214,6 +214,11 @@ def quick_gelu(x: Tensor) -> Tensor:
     return silu(x, 1.702)
 
 
+def relu(x: Tensor) -> Tensor:
+    """What is above 0. Of bfloat16 NumPy before 2.2 makes float32."""
+    return x.relu().astype(x.dtype)
+
+
 def new_gelu(x: Tensor) -> Tensor:
     """GPT-2's own, looked up at each call, as gpt2.py does."""
     return layers.gelu(x)
@@ -223,7 +228,7 @@ ACTIVATIONS = {
     "gelu_new": new_gelu,
     "gelu": exact_gelu,
     "quick_gelu": quick_gelu,
-    "relu": Tensor.relu,
+    "relu": relu,
     "silu": silu,
 }
 

@@ -32,6 +32,7 @@ ROWS_AT_ONCE = 1024  # that are quantised together: what that computes takes mem
 TABLES = ("wte.weight", "lm_head.weight")  # a row for each token: products add up the last axis
 NEVER_MULTIPLIED = ("wpe.weight",)
 UNCHANGEABLE = "the weights of an int8 model cannot be changed: load it in float32"
+UNSAVED = "a model in int8 cannot be saved: load it in float32, or in bfloat16"
 
 
 class Int8Matrix(np.ndarray):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,7 @@ class Metrics:
         append_row(self.path, row)
         try:
             if self._events:
-                for name in sorted(row.keys() - {"step"}):
-                    self._events.add_scalar(name, row[name], row["step"])
+                self._events.write_event(_event(row))
                 self._events.flush()
         except OSError as error:
             raise _cannot_write(self.path, error) from error
@@ -192,17 +192,33 @@ def _mend_last_line(path: Path) -> None:
 
 
 def _event_writer(folder: Path, step: int) -> Any:
+    """A new event file for the steps after `step`, which TensorBoard shows in place of earlier
+    ones. tensorboardX's SummaryWriter would write in a thread, a row late."""
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
     except ImportError:
         raise UserError(
             '--tensorboard needs tensorboardX: pip install "micrograd-gpt[tensorboard]"'
         ) from None
     path = folder / EVENTS
     try:
-        return SummaryWriter(str(path), purge_step=step + 1)
+        path.mkdir(exist_ok=True)
+        writer = EventsWriter(str(path / "events"), f".{os.urandom(8).hex()}")
+        start = SessionLog(status=SessionLog.START)
+        writer.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+        writer.flush()
     except OSError as error:
         raise _cannot_write(path, error) from error
+    return writer
+
+
+def _event(row: dict[str, Any]) -> Any:
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    values = [Summary.Value(tag=name, simple_value=row[name]) for name in row if name != "step"]
+    return Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from micrograd_gpt.arrays.int8 import UNSAVED, Int8Matrix
 from micrograd_gpt.nn import Module
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.weights.loading import check_fit, fill, say_what_is_not_kept
@@ -25,13 +26,16 @@ def save_parameters(module: Module, path: str | Path) -> None:
 
     Each is kept in its own dtype and comes back bit for bit, also on another device. What is no
     Parameter is not kept; stderr names a layer's weight that is none. Raises ValueError for a
-    module that has none, or two of one name, UserError if the file can't be written.
+    module that has none, or two of one name, UserError for a model in int8, and if the file can't
+    be written.
     """
     say_what_is_not_kept(module)
     parameters = module.named_parameters()
     arrays = {name: parameter.data for name, parameter in parameters}
     if not arrays:
         raise ValueError(f"{type(module).__name__} has no parameters to save")
+    if any(isinstance(array, Int8Matrix) for array in arrays.values()):
+        raise UserError(UNSAVED)
     for name, parameter in parameters:
         if arrays[name] is not parameter.data:
             raise ValueError(f"two parameters are called {name}, and a file keeps one: rename one")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from micrograd_gpt.arrays.devices import Array, to_device
-from micrograd_gpt.arrays.int8 import INT8
+from micrograd_gpt.arrays.int8 import INT8, UNSAVED
 from micrograd_gpt.checks import check_described
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.nn import Parameter, parts
@@ -111,7 +111,7 @@ def write_model(
     file, arrays = stored_arrays(model)
     held = str(model.transformer.wte.weight.dtype)
     if held == INT8 and file == MODEL:
-        raise UserError("a model in int8 cannot be saved: load it in float32, or in bfloat16")
+        raise UserError(UNSAVED)
     on_cpu = {name: to_device(array, "cpu") for name, array in arrays.items()}
     stored = dtype or ("float32" if held == INT8 else held)  # an adapter beside int8 is float32
     config = config_json(model.config, stored, tokenizer.special_tokens if tokenizer else None)

@@ -294,7 +294,8 @@ def test_an_interrupt_is_raised_once_all_tasks_are_done() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         threads.parallel(task, 8)
-    assert sorted(done) == list(range(8))
+    # With one core the first task, in this thread, is the one that is interrupted
+    assert sorted(done) == (list(range(8)) if threads.cores() > 1 else [])
 
 
 @pytest.mark.slow

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import struct
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +124,41 @@ def test_the_curve(
     assert bottom.get_ylabel() == "learning rate" and bottom.get_xlabel() == "step"
 
 
+def events_in(path: Path) -> list[Any]:
+    """The events of a file, each with its length and two checksums around it (TFRecord)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    content, events = path.read_bytes(), []
+    while content:
+        (size,) = struct.unpack("<Q", content[:8])
+        events.append(Event.FromString(content[12 : 12 + size]))
+        content = content[16 + size :]
+    return events
+
+
+def test_event_files_have_each_row_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    log, threads = Metrics(tmp_path, tensorboard=True), threading.active_count()
+    for step in (1, 2, 3):
+        log.append(row(step, 2.0 / step))
+        (path,) = (tmp_path / "tensorboard").iterdir()
+        last = events_in(path)[-1]
+        values = {value.tag: value.simple_value for value in last.summary.value}
+        assert last.step == step and threading.active_count() == threads
+        assert values == pytest.approx({"train_loss": 2.0 / step, "learning_rate": 0.1})
+    Metrics(tmp_path, 2, tensorboard=True).append(row(3))
+    (new,) = set((tmp_path / "tensorboard").iterdir()) - {path}
+    version, start, last = events_in(new)
+    assert version.file_version and start.HasField("session_log")
+    assert (start.step, last.step) == (3, 3)  # TensorBoard forgets what it had from there on
+    Metrics(tmp_path, tensorboard=True)  # anew, in the same second
+    (only,) = (tmp_path / "tensorboard").iterdir()
+    assert only not in (path, new)
+
+
 def test_tensorboard_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    for name in ("tensorboardX", "tensorboardX.event_file_writer"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"--tensorboard needs tensorboardX: pip install"):
         Metrics(tmp_path, tensorboard=True)
 

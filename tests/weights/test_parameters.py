@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from micrograd_gpt import Tensor, nn
 from micrograd_gpt.arrays.devices import move
+from micrograd_gpt.arrays.int8 import hold_in_int8
 from micrograd_gpt.support.cli import say_once
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.weights.parameters import load_parameters, save_parameters
@@ -127,6 +128,14 @@ def test_a_module_without_parameters_is_not_saved(tmp_path: Path) -> None:
     net = nn.Dropout(0.5)
     net.weight = Tensor([1.0])  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="Dropout has no parameters to save"):
+        save_parameters(net, tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_in_int8_is_not_saved_without_its_scales(tmp_path: Path) -> None:
+    net = nn.Linear(4, 4)
+    hold_in_int8("weight", net.weight)
+    with pytest.raises(UserError, match="a model in int8 cannot be saved: load it in float32"):
         save_parameters(net, tmp_path / "net.safetensors")
     assert not list(tmp_path.iterdir())
 
