@@ -165,7 +165,7 @@ def request_of(context: str, continuation: str, tokenizer: Tokenizer) -> Request
 
 
 def start_of_text(tokenizer: Tokenizer) -> int:
-    """The token that a text without a context follows: end-of-text, or else a line end."""
-    if tokenizer.end_of_text is not None:
-        return tokenizer.end_of_text
-    return int(tokenizer.encode("\n")[-1])
+    """The token that a text without a context follows: bos_token, end-of-text or a line end, the
+    first of these that there is."""
+    start = tokenizer.special_tokens.get("bos_token", tokenizer.end_of_text)
+    return int(tokenizer.encode("\n")[-1]) if start is None else start

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizer_folders
 
 from micrograd_gpt.evaluation.items import (
     Choice,
@@ -19,6 +20,7 @@ from micrograd_gpt.evaluation.items import (
 from micrograd_gpt.evaluation.scoring import Request
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
+from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import CharTokenizer
 
 PLAIN = {"context": "The sky is", "endings": ["blue", "a fish"], "label": 0}
@@ -152,6 +154,22 @@ def test_without_a_context_a_text_begins() -> None:
     assert request_of("", "ab", tokenizer) == Request([newline], tokenizer.encode("ab").tolist())
     again = request_of("", "\nab", tokenizer)  # the token that it begins with is there already
     assert again == Request([newline], tokenizer.encode("ab").tolist())
+
+
+def test_a_text_begins_with_its_tokenizers_bos_token(tmp_path: Path) -> None:
+    """As the harness's own, and not with the eos_token where that is another."""
+    size = len(tokenizer_folders.vocabulary())
+    added = [
+        tokenizer_folders.added_token(text, size + i) for i, text in enumerate(("<s>", "</s>"))
+    ]
+    tokenizer_folders.write(
+        tmp_path,
+        tokenizer_json=tokenizer_folders.tokenizer_json(added),
+        tokenizer_config_json={"bos_token": "<s>", "eos_token": "</s>"},
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.end_of_text == size + 1
+    assert request_of("", "the", tokenizer) == Request([size], tokenizer.encode("the").tolist())
 
 
 def test_nothing_to_score_is_an_error() -> None:
