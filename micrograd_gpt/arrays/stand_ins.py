@@ -44,6 +44,7 @@ IN_THE_ENVIRONMENT = ("definitions", "numpy", "c")
 # Functions of these kinds return at once, and do their work when they are iterated or awaited
 RUN_LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 
+_STAND_INS: dict[str, dict[str, Callable[..., Any]]] = {}  # of this package's definitions
 _IN_C: list[Callable[[], str]] = []
 _CONVERSIONS: list[Callable[[Any, np.dtype], Any]] = []
 _HIGHEST: ContextVar[str | None] = ContextVar("highest level", default=None)
@@ -106,8 +107,9 @@ def definition(function: F) -> F:
             below = tuple(CUDA if level == "numpy" else level for level in below if level != "c")
         return [stand_ins[level] for level in reversed(below) if level in stand_ins]
 
-    stand_ins: dict[str, Callable[..., Any]] = {}
     guard = edits.Guard(function)
+    # Where the definition's module is reloaded, those of before: the guard tells whether they fit
+    stand_ins = _STAND_INS.setdefault(guard.name, {}) if guard.parts else {}
     edits.MADE_OF[call] = function
     call.definition, call.stand_ins, call.choices = function, stand_ins, choices  # type: ignore[attr-defined]
     call.bypasses, call.guard = set[Any](), guard  # type: ignore[attr-defined]
