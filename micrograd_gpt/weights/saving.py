@@ -58,7 +58,7 @@ def save_pretrained(
     to the safetensors file's own. Raises UserError if the files can't be written, and leaves what
     was there before, for a whole model in int8, for a folder that holds the adapter's base or
     another kind of model, whole or an adapter, and for an empty name, which would be the current
-    folder, and for a tokenizer of another size; ValueError for a GPT2 that its config no longer
+    folder, and for a tokenizer of more tokens; ValueError for a GPT2 that its config no longer
     describes, TypeError for a tokenizer that is another library's. What `from_pretrained` would
     not give back of a class of one's own is said on stderr, once: a setting, or a layer's weight
     that is no Parameter.
@@ -70,7 +70,7 @@ def save_pretrained(
             f"the tokenizer is a {type(tokenizer).__name__}, not one of ours: "
             "micrograd_gpt.text.tokenizer_files.load_tokenizer(FOLDER) makes one of its files"
         )
-    if tokenizer:
+    if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
         tokenizer.check_size(model.config.vocab_size)
     if type(model) in (GPT2, VariantGPT2):  # a subclass may make its parts in its own way
         check_described(model)

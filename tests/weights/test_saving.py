@@ -69,6 +69,8 @@ def test_a_tokenizer_that_is_not_the_models_is_not_saved(tmp_path: Path) -> None
     with pytest.raises(TypeError, match=r"the tokenizer is a str, not one of ours: .*load_tokeniz"):
         model.save_pretrained(tmp_path / "new", "gpt2")
     assert list(tmp_path.iterdir()) == []
+    model.save_pretrained(tmp_path / "new", CharTokenizer("ab"))  # more room than there are tokens
+    assert (tmp_path / "new" / "model.safetensors").exists()
 
 
 def test_the_ids_of_a_tokenizer_that_stays_in_the_folder_stay_too(tmp_path: Path) -> None:
