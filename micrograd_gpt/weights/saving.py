@@ -71,7 +71,10 @@ def save_pretrained(
             "micrograd_gpt.text.tokenizer_files.load_tokenizer(FOLDER) makes one of its files"
         )
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
-        tokenizer.check_size(model.config.vocab_size)
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, and the model room for "
+            f"{model.config.vocab_size}: give the tokenizer that the model was trained with"
+        )
     if type(model) in (GPT2, VariantGPT2):  # a subclass may make its parts in its own way
         check_described(model)
     if (adapter := getattr(model, "adapter", None)) is not None:

@@ -132,7 +132,7 @@ def test_long_texts_are_cut_off_in_training_and_afterwards_alike(
     captured = capsys.readouterr()
     assert "note: 2 of 2 given texts are cut off after 9 tokens" in captured.err
     first, second = (json.loads(line)["probabilities"] for line in captured.out.splitlines())
-    assert first == second
+    assert first == pytest.approx(second, rel=1e-6)  # rows of a product may round differently
     with pytest.raises(UserError, match="--block-size is at most 32, the context of the model"):
         classify(tmp_path / "other", "--block-size", 33)
 

@@ -64,7 +64,7 @@ def test_an_empty_name_is_not_the_current_folder(
 
 def test_a_tokenizer_that_is_not_the_models_is_not_saved(tmp_path: Path) -> None:
     model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=5, n_positions=4))
-    with pytest.raises(UserError, match="the tokenizer has 257 tokens and the model 5"):
+    with pytest.raises(UserError, match="has 257 tokens, and the model room for 5: give the"):
         model.save_pretrained(tmp_path / "new", ByteTokenizer())
     with pytest.raises(TypeError, match=r"the tokenizer is a str, not one of ours: .*load_tokeniz"):
         model.save_pretrained(tmp_path / "new", "gpt2")

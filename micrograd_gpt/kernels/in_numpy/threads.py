@@ -45,8 +45,8 @@ def parallel(task: Task, count: int) -> None:
     have stopped, and KeyboardInterrupt (Ctrl-C) once all tasks are done; a second one at once.
 
     A single task runs in the caller's thread, with BLAS as it is: waking another one for it takes
-    longer than most such tasks do. There, one after another, run all tasks where there is one core,
-    and those of a call within a task.
+    longer than most such tasks do. So do all tasks, one after another, where there is one core or
+    this is called within a task.
     """
     pool = _pool(os.getpid())
     if count <= 1 or pool.size == 1 or getattr(_WITHIN, "a_task", False):
