@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from micrograd_gpt.arrays.habits import from_list
+from micrograd_gpt.arrays.habits import from_list, is_plain
 from micrograd_gpt.arrays.stand_ins import definition
 from micrograd_gpt.tensor import Array, Tensor, as_tensor, record, where
 
@@ -136,7 +136,7 @@ def checked_ids(ids: Any, vocab_size: int, or_ignore: bool = False) -> Array:
     """A copy of the ids, an array; ValueError unless they are integers in 0 … vocab_size-1 (or
     IGNORE). Of ids on a GPU only the type is checked: Python would have to wait to see more."""
     ids = ids.data if isinstance(ids, Tensor) else ids
-    ids = ids.copy() if hasattr(ids, "__array_function__") else from_list(ids)
+    ids = ids.copy() if is_plain(ids) else from_list(ids)
     if ids.dtype.kind not in "iu":
         raise ValueError(f"token ids must be integers, not {ids.dtype}: a list or array of int")
     if isinstance(ids, np.ndarray):

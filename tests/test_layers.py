@@ -287,6 +287,13 @@ def test_ids_of_another_library_are_taken_as_numpy_takes_them() -> None:
     np.testing.assert_array_equal(layers.embedding(Ids(), w).data, w.data[[2, 0]])
 
 
+def test_masked_targets_are_refused(level: str) -> None:
+    """The others' mean would be taken of all of them."""
+    masked = np.ma.array([0, 1], mask=[False, True])
+    with pytest.raises(TypeError, match="no masked numbers"):
+        layers.cross_entropy(Tensor(numbers(2, 3)), masked)
+
+
 def test_what_is_no_tensor_and_what_is_no_argument_is_named(level: str) -> None:
     x, w = Tensor(numbers(2, 3)), Tensor(numbers(3, 4))
     for bias in (numbers(4), [0.0] * 4, 1.0):

@@ -539,8 +539,9 @@ def test_numbers_of_other_kinds() -> None:
     with pytest.raises(TypeError, match="a tensor has no masked numbers"):
         Tensor(masked)
     assert type(Tensor(masked.filled(0)).data) is type(Tensor(masked[:1]).data) is np.ndarray
-    with pytest.raises(TypeError, match="a tensor holds numbers, not"):
-        Tensor(np.array([(1, 2.0)], "i4,f4"))
+    for other in (np.array([(1, 2.0)], "i4,f4"), np.array([1, 2], "timedelta64[s]")):
+        with pytest.raises(TypeError, match="a tensor holds numbers, not"):
+            Tensor(other)
     for wrong in (None, "3"):
         with pytest.raises(TypeError, match="is no tensor or array, nor a number beside"):
             x + wrong

@@ -53,16 +53,25 @@ def checked_parts(name: str, parts: Any, parents: tuple[Any, ...]) -> list[Any]:
     return found
 
 
+def is_plain(data: Any) -> bool:
+    """Whether this is an array that computes as arrays do, of NumPy, CuPy or this package. For a
+    matrix, * is a product of matrices; masked numbers and a table's columns are added otherwise."""
+    is_array = hasattr(data, "__array_function__")
+    return is_array and not isinstance(data, (np.matrix, np.ma.MaskedArray))
+
+
 def from_list(values: Any) -> np.ndarray:
-    """Numbers, or lists of them, as an array, of integers where there are none. ValueError where
-    rows differ in length."""
+    """Numbers, lists of them, or an array that is not plain, as one that is, of integers where a
+    list is empty. ValueError where rows differ in length, TypeError where numbers are masked."""
+    if np.ma.is_masked(values):
+        raise TypeError("a tensor has no masked numbers: the array's .filled(0) puts 0 there")
     try:
         array = np.array(values)
     except ValueError as error:
         if "inhomogeneous" not in str(error):
             raise
         raise ValueError("the rows of a list differ in length, and must be equally long") from error
-    return array if array.size else array.astype(int)
+    return array if array.size or hasattr(values, "dtype") else array.astype(int)
 
 
 def plain_index(index: Any, like: Any) -> Any:

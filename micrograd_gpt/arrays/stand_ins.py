@@ -32,7 +32,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from micrograd_gpt.arrays import edits, precision
-from micrograd_gpt.arrays.habits import Habits, from_list
+from micrograd_gpt.arrays.habits import Habits, from_list, is_plain
 from micrograd_gpt.support.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -171,19 +171,15 @@ def converts(conversion: Callable[[Any, np.dtype], Any]) -> Callable[[Any, np.dt
 
 
 def as_array(data: Any, dtype: Any = None) -> Any:
-    """`data` as an array: itself where it is one; numbers, and lists and arrays of such objects, in
-    float32, or what `dtype` says. TypeError for what is no real number: None, texts, others."""
+    """`data` as an array: itself where it is one, a column's numbers as they are; other numbers,
+    lists and arrays of objects in float32, or what `dtype` says. TypeError for None, texts, and
+    all that is no real number."""
     if isinstance(data, np.generic) or not isinstance(getattr(data, "dtype", None), np.dtype):
         dtype = dtype or (data.dtype if isinstance(data, np.generic) else np.float32)
         data = from_list(data)
-    # A matrix's * is a product of matrices; columns of a table are added by their rows' names
-    of_its_own = isinstance(data, (np.matrix, np.ma.MaskedArray))
-    if of_its_own or not hasattr(data, "__array_function__"):
-        if np.ma.is_masked(data):
-            raise TypeError("a tensor has no masked numbers: the array's .filled(0) puts 0 there")
-        data = np.array(data)
-    is_odd = data.dtype.names or data.dtype.kind in "OSUMmc"
-    if is_odd and not all(isinstance(x, Real) for x in data.flat):
+    data = data if is_plain(data) else from_list(data)
+    is_odd = data.dtype.names or data.dtype.kind in "OSUMc"
+    if data.dtype.kind == "m" or (is_odd and not all(isinstance(x, Real) for x in data.flat)):
         raise TypeError(f"a tensor holds numbers, not {data.tolist()!r:.60}")
     if data.dtype == object:  # each number is an object of its own, as in a table of mixed columns
         dtype = dtype or np.float32
