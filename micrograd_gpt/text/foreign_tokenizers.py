@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from micrograd_gpt.support.cli import say
+from micrograd_gpt.support.cli import listed, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT
@@ -244,6 +244,11 @@ def _complete(
         say(f"note: {folder}: the model has no {text!a}, which its tokenizer adds")
         del tokens[text], ids[text]
     named = {name: ids[text] for name, text in names.items() if text in ids}
+    if tokens and "eos_token" not in named and not config:
+        say(
+            f"note: {folder}: nothing says which token ends a text, of {listed(tokens)}: one that "
+            f"does is named in a {TOKENIZER_CONFIG} beside it, as its eos_token"
+        )
     return BytePairs(vocabulary, merges, list(tokens.values()), named)
 
 

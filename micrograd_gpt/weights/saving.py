@@ -15,12 +15,14 @@ from micrograd_gpt.arrays.int8 import INT8, UNSAVED
 from micrograd_gpt.checks import check_described
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.nn import Parameter, parts
-from micrograd_gpt.support.cli import say_once
+from micrograd_gpt.support.cli import say, say_once
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.support.files import read_json, reading, write_text, written_whole
-from micrograd_gpt.text.tokenizer_files import TOKENIZER_FILES
-from micrograd_gpt.text.tokenizers import Tokenizer
+from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.byte_pairs import BytePairTokenizer
+from micrograd_gpt.text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
+from micrograd_gpt.text.tokenizers import FIXED, LEARNED
 from micrograd_gpt.variants import VariantGPT2
 from micrograd_gpt.weights.config import (
     ADAPTED_CONFIG,
@@ -42,6 +44,8 @@ from micrograd_gpt.weights.formats import (
 from micrograd_gpt.weights.loading import say_what_is_not_kept
 from micrograd_gpt.weights.tensor_files import write_safetensors
 
+KINDS = (*FIXED.values(), *LEARNED.values(), BytePairTokenizer)  # of tokenizers that have files
+
 
 def save_pretrained(
     model: GPT2,
@@ -59,16 +63,16 @@ def save_pretrained(
     was there before, for a whole model in int8, for a folder that holds the adapter's base or
     another kind of model, whole or an adapter, and for an empty name, which would be the current
     folder, and for a tokenizer of more tokens; ValueError for a GPT2 that its config no longer
-    describes, TypeError for a tokenizer that is another library's. What `from_pretrained` would
+    describes, TypeError for a tokenizer that is another library's or one's own. What `from_pretrained` would
     not give back of a class of one's own is said on stderr, once: a setting, or a layer's weight
     that is no Parameter.
     """
     if not str(folder):
         raise UserError("the name of the folder is empty: give one to save the model in")
-    if tokenizer and not isinstance(tokenizer, Tokenizer):
+    if tokenizer is not None and not isinstance(tokenizer, KINDS):
         raise TypeError(
-            f"the tokenizer is a {type(tokenizer).__name__}, not one of ours: "
-            "micrograd_gpt.text.tokenizer_files.load_tokenizer(FOLDER) makes one of its files"
+            f"the tokenizer, {tokenizer!r:.60}, is not one of ours: load_tokenizer(FOLDER), of "
+            "micrograd_gpt.text.tokenizer_files, makes one of files; without files, leave it out"
         )
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
@@ -92,6 +96,12 @@ def _ids_beside(folder: Path, config: GPT2Config) -> dict[str, int]:
     """The ids in the config.json of a folder whose tokenizer stays there beside another model."""
     with suppress(UserError):  # a damaged one is replaced
         values = read_json(folder / CONFIG) or {}
+        others = values.get("vocab_size", config.vocab_size) != config.vocab_size
+        if others and any((folder / name).exists() for name in TOKENIZERS):
+            say(
+                f"note: {folder} keeps the tokenizer of the model before, which had another "
+                "vocabulary: give save_pretrained this model's, too"
+            )
         ids = {name: values.get(name) for name in ("bos_token_id", "eos_token_id")}
         return {n: i for n, i in ids.items() if isinstance(i, int) and i < config.vocab_size}
     return {}

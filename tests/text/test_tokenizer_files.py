@@ -130,6 +130,17 @@ def test_a_tokenizer_json_of_another_vocabulary(tmp_path: Path) -> None:
     assert restored.to_dict() == tokenizer.to_dict()
 
 
+def test_that_nothing_says_which_token_ends_a_text_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, tokenizer_json=tokenizer_json([added_token("</s>", SIZE)]))
+    assert load_tokenizer(tmp_path).end_of_text is None
+    said = capsys.readouterr().err
+    assert "nothing says which token ends a text, of '</s>': one that does is named in" in said
+    write(tmp_path, tokenizer_config_json={"eos_token": "</s>"})
+    assert load_tokenizer(tmp_path).end_of_text == SIZE and not capsys.readouterr().err
+
+
 def test_vocab_json_and_merges_txt(tmp_path: Path) -> None:
     tokens = {**vocabulary(), END: SIZE}
     write(tmp_path, vocab_json=tokens, merges_txt=merges_txt())

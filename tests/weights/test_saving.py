@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from faults import kill, needs_fork, run_with_fault
 from micrograd_gpt import nn
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 from micrograd_gpt.weights.config import read_config
@@ -62,15 +64,36 @@ def test_an_empty_name_is_not_the_current_folder(
     assert list(tmp_path.iterdir()) == []
 
 
+class Own(Tokenizer):
+    """Of another kind than the package's."""
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.zeros(len(text), np.int32)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+
 def test_a_tokenizer_that_is_not_the_models_is_not_saved(tmp_path: Path) -> None:
     model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=5, n_positions=4))
     with pytest.raises(UserError, match="has 257 tokens, and the model room for 5: give the"):
         model.save_pretrained(tmp_path / "new", ByteTokenizer())
-    with pytest.raises(TypeError, match=r"the tokenizer is a str, not one of ours: .*load_tokeniz"):
-        model.save_pretrained(tmp_path / "new", "gpt2")
+    for other in ("gpt2", "", CharTokenizer, Own([b"a"], None)):
+        with pytest.raises(TypeError, match=r"the tokenizer, .*, is not one of ours: load_tokeniz"):
+            model.save_pretrained(tmp_path / "new", other)
     assert list(tmp_path.iterdir()) == []
     model.save_pretrained(tmp_path / "new", CharTokenizer("ab"))  # more room than there are tokens
     assert (tmp_path / "new" / "model.safetensors").exists()
+
+
+def test_a_tokenizer_of_another_vocabulary_that_stays_in_the_folder_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size, said in (5, ""), (9, "keeps the tokenizer of the model before"), (9, ""):
+        model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=size, n_positions=4))
+        model.save_pretrained(tmp_path, None if size == 9 else CharTokenizer("ab"))
+        output = capsys.readouterr().err
+        assert (said in output) if said else not output
 
 
 def test_the_ids_of_a_tokenizer_that_stays_in_the_folder_stay_too(tmp_path: Path) -> None:
