@@ -28,6 +28,8 @@ from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.template import Template
+from micrograd_gpt.tuning.instructions import end_of_text
 from micrograd_gpt.weights.language_model import load_language_model
 
 try:
@@ -83,10 +85,12 @@ class MicrogradGPT(LM):
             raise UserError(f"unknown model_args: {cli.listed(unknown)}: {fix}")
         if isinstance(pretrained, GPT2):
             assert tokenizer is not None, "a GPT2 comes with its tokenizer"
-            self.model, self.encoder = pretrained, tokenizer
+            self.model, self.encoder, self.template = pretrained, tokenizer, None
         else:
             loaded = load_language_model(pretrained, device_named(device), dtype)
-            self.model, self.encoder, _ = loaded
+            self.model, self.encoder, self.template = loaded
+        self.name = pretrained if isinstance(pretrained, str) else "the model"
+        self.chats = False  # until the harness asks for a chat
         contexts = int(batch_size or 1) if not str(batch_size).startswith("auto") else 1
         self.tokens_at_once = max(TOKENS_AT_ONCE, contexts * self.model.config.n_positions)
 
@@ -99,7 +103,10 @@ class MicrogradGPT(LM):
         for place, request in enumerate(requests):
             groups.setdefault(request.args[0], []).append(place)
         asked = [
-            [request_of(context, requests[place].args[1], self.encoder) for place in places]
+            [
+                request_of(context, requests[place].args[1], self.encoder, self.chats)
+                for place in places
+            ]
             for context, places in groups.items()
         ]
         found: dict[int, tuple[float, bool]] = {}
@@ -146,6 +153,41 @@ class MicrogradGPT(LM):
                     bar.update()
         return found
 
+    @property
+    def tokenizer_name(self) -> str:
+        """The name that the harness keeps the requests of a chat under."""
+        self._chat()
+        return self.name.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = True) -> str:
+        """What --apply_chat_template applies, in the form that Transformers has it in.
+
+        Raises UserError for a model that has none, and for one that is asked for by name.
+        """
+        if isinstance(chat_template, str):
+            raise UserError(
+                f"there is no chat template {chat_template!r}: give --apply_chat_template alone"
+            )
+        return self._chat().chat_template()
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Messages as the prompt of an answer, or of the rest of the answer that they end with."""
+        end = self.encoder.tokens[end_of_text(self.encoder)].decode()
+        text = self._chat().conversation(chat_history, end)
+        return text if add_generation_prompt else text.removesuffix(end)
+
+    def _chat(self) -> Template:
+        """The template of a chat, in which the end-of-text after each answer is a token."""
+        if self.template is None:
+            raise UserError(
+                f"{self.name} was not tuned on instructions, and has no chat template: leave "
+                "--apply_chat_template out"
+            )
+        self.chats = True
+        return self.template
+
     def _scored(
         self, asked: list[list[Request]], places: list[list[int]], disable_tqdm: bool
     ) -> Iterator[tuple[list[Score], list[int]]]:
@@ -157,7 +199,7 @@ class MicrogradGPT(LM):
 
     def _prompt(self, context: str, room: int) -> list[int]:
         """A context as ids, cut on the left to leave room for what is to be written."""
-        ids = self.encoder.encode(context).tolist() or [start_of_text(self.encoder)]
+        ids = self.encoder.encode(context, self.chats).tolist() or [start_of_text(self.encoder)]
         return ids[-room:]
 
     def _decoding(self, asked: dict[str, Any]) -> tuple[Settings, list[str]]:

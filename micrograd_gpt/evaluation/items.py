@@ -143,19 +143,22 @@ def _last_word(fields: Row, place: str) -> LastWord:
 # ------------------------------------------------------------------------------------ as token ids
 
 
-def request_of(context: str, continuation: str, tokenizer: Tokenizer) -> Request:
+def request_of(
+    context: str, continuation: str, tokenizer: Tokenizer, allow_special: bool = False
+) -> Request:
     """A context and its continuation as ids, exactly as lm-evaluation-harness makes them.
 
     Spaces at the end of the context belong to the continuation, as GPT-2's tokens begin with them.
     Both are encoded as one text, and as many tokens taken for the context's as it has alone.
-    Without a context, the continuation follows what a text begins with (`start_of_text`).
+    Without a context, the continuation follows what a text begins with (`start_of_text`). With
+    `allow_special`, special tokens that are written in them are tokens.
 
     Raises UserError where nothing is left to score.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
-    before = tokenizer.encode(stripped).tolist()
-    after = tokenizer.encode(stripped + continuation).tolist()[len(before) :]
+    before = tokenizer.encode(stripped, allow_special).tolist()
+    after = tokenizer.encode(stripped + continuation, allow_special).tolist()[len(before) :]
     if not before and after:
         start = start_of_text(tokenizer)
         before, after = ([start], after) if after[0] != start else (after[:1], after[1:])

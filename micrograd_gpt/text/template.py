@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from micrograd_gpt.support.cli import listed, say
@@ -70,10 +71,26 @@ class Template:
         kept = [paragraph for paragraph in before if _is_kept(paragraph, given)]
         return PLACE.sub(lambda place: values[place[1]], "\n\n".join([*kept, last]))
 
+    def conversation(self, messages: Iterable[Mapping[str, str]], end_of_text: str) -> str:
+        """The text of messages {"role": …, "content": …} so far: end_of_text after each answer.
+
+        Raises UserError for a system message that the template has no place for.
+        """
+        text = system = ""
+        for message in messages:
+            if message["role"] == "system":
+                system = message["content"]
+            elif message["role"] == "user":
+                text += self.prompt(message["content"], system=system)
+                system = ""
+            else:
+                text += message["content"] + end_of_text
+        return text
+
     def chat_template(self) -> str:
         """The template in Transformers' form: Jinja, which turns a list of messages into text.
 
-        It gives the same text for conversations. A message has no input of its own, so {input} is
+        It gives the same text as `conversation`. A message has no input of its own, so {input} is
         left out, or empty.
         """
         *before, last = self._paragraphs

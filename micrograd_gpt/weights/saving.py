@@ -63,7 +63,7 @@ def save_pretrained(
     was there before, for a whole model in int8, for a folder that holds the adapter's base or
     another kind of model, whole or an adapter, and for an empty name, which would be the current
     folder, and for a tokenizer of more tokens; ValueError for a GPT2 that its config no longer
-    describes, TypeError for a tokenizer that is another library's or one's own. What `from_pretrained` would
+    describes, TypeError for a tokenizer of a kind that has no files. What `from_pretrained` would
     not give back of a class of one's own is said on stderr, once: a setting, or a layer's weight
     that is no Parameter.
     """

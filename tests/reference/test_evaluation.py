@@ -6,6 +6,7 @@ are made here.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from training import script
 from micrograd_gpt.evaluation.detokenize import wikitext
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.byte_pairs import GPT2Tokenizer
+from micrograd_gpt.text.template import Template, save_template
 from micrograd_gpt.weights.saving import save_pretrained
 
 torch = pytest.importorskip("torch")
@@ -323,6 +325,36 @@ def test_generation_equals_hf_s(folder: Path, theirs: Any) -> None:
     ours = own.generate_until(stopped, True)
     assert ours == theirs.generate_until(stopped, disable_tqdm=True)
     assert any(text != begun for text, begun in zip(ours, whole[1::2], strict=True))
+
+
+def test_a_chat_equals_hf_s(folder: Path, tmp_path: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    chatty = shutil.copytree(folder, tmp_path / "chatty")
+    save_template(Template(), chatty)
+    own, hf = adapter(chatty), HFLM(pretrained=str(chatty), dtype="float32", device="cpu")
+    assert own.tokenizer_name == hf.tokenizer_name
+    assert own.chat_template(True) == hf.chat_template(True)
+    messages = [
+        {"role": role, "content": f"Of {role}: {sentence(np.random.default_rng(i), 1, 3)}."}
+        for i, role in enumerate(["system", "user", "assistant", "user", "assistant"])
+    ]
+    contexts = []
+    for chat, ends in ((messages[:2], True), (messages[1:4], True), (messages, False)):
+        contexts.append(own.apply_chat_template(chat, ends))
+        assert contexts[-1] == hf.apply_chat_template(chat, ends)
+    asked = instances("loglikelihood", [(context, " print me") for context in contexts])
+    found = [log_prob for log_prob, _ in own.loglikelihood(asked, True)]
+    expected = [log_prob for log_prob, _ in hf.loglikelihood(asked, disable_tqdm=True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    asked = instances("generate_until", [(context, {"max_gen_toks": 9}) for context in contexts])
+    assert own.generate_until(asked, True) == hf.generate_until(asked, disable_tqdm=True)
+    with pytest.raises(UserError, match="was not tuned on instructions, and has no chat template"):
+        adapter(folder).apply_chat_template(messages)
+    with pytest.raises(
+        UserError, match="there is no chat template 'rag': give --apply_chat_template alone"
+    ):
+        own.chat_template("rag")
 
 
 def test_the_harness_evaluates_by_name(
