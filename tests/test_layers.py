@@ -75,7 +75,7 @@ def test_no_layer_changes_what_it_is_given(name: str, level: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["definitions", "c"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(leading=LEADING, channels=st.integers(1, 6), out=st.integers(1, 4))
 def test_gradients_over_shapes(
     name: str, leading: tuple[int, ...], channels: int, out: int
@@ -93,7 +93,7 @@ def test_gradients_over_shapes(
 
 
 @pytest.mark.parametrize("name", ["definitions", "c"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     heads=st.tuples(st.integers(1, 2), st.integers(1, 3)),
     t=st.integers(1, 6),

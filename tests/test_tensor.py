@@ -89,7 +89,7 @@ TWO_INPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", ONE_INPUT)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(shape=SHAPES, seed=st.integers(0, 2**31))
 def test_gradient_of_one_input(name: str, shape: tuple[int, ...], seed: int) -> None:
     x = away_from_zero(np.random.default_rng(seed).standard_normal(shape))
@@ -97,7 +97,7 @@ def test_gradient_of_one_input(name: str, shape: tuple[int, ...], seed: int) -> 
 
 
 @pytest.mark.parametrize("name", TWO_INPUTS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(shapes=broadcastable(2), seed=st.integers(0, 2**31))
 def test_gradient_of_two_inputs(name: str, shapes: list[tuple[int, ...]], seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -105,7 +105,7 @@ def test_gradient_of_two_inputs(name: str, shapes: list[tuple[int, ...]], seed: 
     check_gradients(TWO_INPUTS[name], x, y, seed=seed)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(batch=broadcastable(2), n=st.integers(1, 4), k=st.integers(1, 4), m=st.integers(1, 4))
 def test_gradient_of_matmul(batch: list[tuple[int, ...]], n: int, k: int, m: int) -> None:
     rng = np.random.default_rng(n * 16 + k * 4 + m)
@@ -123,7 +123,7 @@ def test_gradient_of_matmul_with_vectors(left: tuple[int, ...], right: tuple[int
     check_gradients(lambda a, b: a @ b, rng.standard_normal(left), rng.standard_normal(right))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), shape=st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple))
 @pytest.mark.parametrize("name", ["sum", "mean", "max"])
 def test_gradient_of_reductions(name: str, data: st.DataObject, shape: tuple[int, ...]) -> None:
@@ -234,7 +234,7 @@ def watched(x: Tensor, seen: list[tuple[np.ndarray, np.ndarray]]) -> Tensor:
     return record("watched", x.data, [x], backward)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), dtype=st.sampled_from(["float64", "float32", "float16", "bfloat16"]))
 def test_a_backward_never_sees_its_gradient_change(data: st.DataObject, dtype: str) -> None:
     """In random graphs where most gradients are one and the same array, or parts of it.

@@ -202,7 +202,7 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "--") -> str:
     names = {flag.removeprefix(prefix).replace("_", "-"): flag for flag in sorted(known)}
     meant = [names[alias] for alias in ALIASES.get(plain, "").split() if alias in names]
     near = [names[found] for found in difflib.get_close_matches(plain, names, 1, 0.75)]
-    found = (meant or near)[:1]
+    found = meant if plain in ALIASES else near
     return f": did you mean {found[0]}?" if found else ""
 
 

@@ -145,7 +145,7 @@ def _rows(path: Path, columns: Columns, encoding: str, with_labels: bool) -> Ite
 
 def text_lines(text: str, source: str | Path) -> Iterator[Row]:
     """The lines of a text that are not blank, without labels; says how many others there are, and
-    if all looks like JSON.
+    if their beginning looks like JSON.
 
     Raises UserError for lines that end in \\r alone.
     """

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from small_gpt2 import make_model, work_of
 
@@ -50,7 +50,6 @@ def test_end_of_text_is_not_shown_but_a_passing_one_is() -> None:
     assert stream.text == "ab"
 
 
-@settings(deadline=None)
 @given(
     st.text("ab€", min_size=1, max_size=30),
     st.lists(st.text("ab€", min_size=1, max_size=4), max_size=3),

@@ -50,9 +50,7 @@ chunks = st.sampled_from(
     ]
 )
 texts = st.lists(chunks | characters, max_size=40).map("".join)
-many = settings(
-    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+many = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def saved(tokenizer: Tokenizer, folder: Path) -> Path:

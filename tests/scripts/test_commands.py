@@ -127,6 +127,7 @@ def test_what_is_advised_to_try_is_called_as_this_script_was(
         ),
         (["generate.py", "--temprature", "1"], "did you mean --temperature?"),
         (["generate.py", "--fp16"], "did you mean --dtype?"),
+        (["generate.py", "--d-model", "1"], "--d-model 1; see"),  # and is not near --model
         (["generate.py", "--max_length", "1"], "did you mean --max-new-tokens?"),
         (["generate.py", "--top_k", "x"], "--top-k: must be a whole number, not 'x'"),
         (["load_gpt2.py", "--ouput", "x"], "did you mean --out?"),

@@ -36,7 +36,6 @@ texts = st.text(max_size=60)  # hypothesis leaves out lone surrogates, which are
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None)
 @given(text=texts)
 def test_decoding_gives_the_text_back(name: str, text: str) -> None:
     tokenizer = make_tokenizer(name, text)
@@ -65,7 +64,7 @@ def test_line_ends_are_read_as_the_vocabulary_has_them(capsys: pytest.CaptureFix
 
 @pytest.mark.slow_after(3)
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(text=texts)
 def test_a_tokenizer_is_restored_from_what_it_saved(
     name: str, text: str, tmp_path_factory: pytest.TempPathFactory
@@ -229,7 +228,6 @@ def test_special_tokens_typed_out_are_ordinary_text() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None)
 @given(text=texts)
 def test_streaming_gives_whole_characters_and_all_of_them(name: str, text: str) -> None:
     assert_streams(make_tokenizer(name, text), text + "🐕‍🦺二匹" * (name in ("byte", "gpt2")))
