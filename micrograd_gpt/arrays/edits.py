@@ -88,9 +88,13 @@ def recorded() -> dict[str, dict[str, Any]]:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """A function's name within this package, as "layers.gelu" or "tensor.Tensor.exp"."""
-    module = f"{function.__module__}.".removeprefix(f"{PACKAGE}.")
-    return f"{module}{function.__qualname__}"
+    """A function's name within this package, as "layers.gelu" or "tensor.Tensor.exp". A function of
+    another module, such as a reader's own layers.py, or one that was wrapped around ours and says
+    that it is ours, has a name that none of ours can have: "layers:gelu"."""
+    module, name = function.__module__, function.__qualname__
+    found_there = getattr(sys.modules.get(module), "__dict__", None) is function.__globals__
+    is_ours = found_there and module.startswith(f"{PACKAGE}.")
+    return f"{module.removeprefix(f'{PACKAGE}.')}.{name}" if is_ours else f"{module}:{name}"
 
 
 def steps_to(name: str) -> Iterator[tuple[dict[str, Any], str, Any]]:

@@ -460,3 +460,28 @@ def test_after_a_reload_the_same_runs_as_before() -> None:
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_reader_s_own_copy_of_a_file_runs_as_it_stands(tmp_path: Path) -> None:
+    """Its functions have the names of the package's, and faster code stands in for those alone."""
+    source = Path(layers.__file__).read_text()
+    edited = source.replace("return 0.5 * x * (1 + (GELU", "return x * 7 + 0 * ((GELU")
+    assert edited != source
+    (tmp_path / "layers.py").write_text(edited)
+    code = """if True:
+        import functools
+        from micrograd_gpt import Tensor, layers as ours
+        from micrograd_gpt.arrays.stand_ins import definition, stands_in_for
+        import layers
+        @definition
+        @functools.wraps(ours.gelu.definition)
+        def wrapped(x):
+            return x * 8
+        x = Tensor([1.0])
+        print(wrapped(x).item(), layers.gelu(x).item())
+        stands_in_for(layers.gelu, "c")(lambda x: x * 9)
+        print(layers.gelu(x).item(), round(ours.gelu(x).item(), 4))
+    """
+    run = [sys.executable, "-c", code]
+    result = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout.split() == ["8.0", "7.0", "9.0", "0.8412"], result.stderr
