@@ -180,8 +180,6 @@ def tokenizer_of(settings: argparse.Namespace) -> Tokenizer | str:
         return model_tokenizer(folder, config.vocab_size) if folder else GPT2Tokenizer()
     name = settings.tokenizer
     if name in NAMES:
-        if os.path.isdir(name):
-            cli.say(f"note: {name} is the tokenizer of that name; for the folder, write ./{name}")
         return name
     if not os.path.isdir(name):
         raise UserError(f"--tokenizer is {', '.join(NAMES)} or a folder, and {name!r} is neither")

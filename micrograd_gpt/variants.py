@@ -215,7 +215,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def relu(x: Tensor) -> Tensor:
-    """What is above 0. Of bfloat16 NumPy before 2.2 makes float32."""
+    """What is above 0. Of bfloat16 NumPy before 2.1 makes float32."""
     return x.relu().astype(x.dtype)
 
 

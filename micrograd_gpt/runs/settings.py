@@ -306,6 +306,8 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
         settings["min_lr"] = settings["learning_rate"] / 10
     check_rates(settings)
     check_text_field(settings["text_field"], texts)
+    if (name := flags.get("tokenizer")) in NAMES and Path(name).is_dir():
+        cli.say(f"note: {name} is the tokenizer of that name; for the folder, write ./{name}")
     if not flags.get("plan"):
         start = None if weights == "scratch" else weights
         check_inputs_stay(out, start, texts, settings["tokenizer"])

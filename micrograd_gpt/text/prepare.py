@@ -226,8 +226,8 @@ def _continue_or_begin(folder: Path, states: list[dict[str, Any]]) -> dict[str, 
 
 def _remove_abandoned(folder: Path) -> None:
     """Remove the temporary files of killed processes."""
-    with suppress(OSError):  # another process removes it too, or it belongs to another user
-        for path in folder.glob(".*.tmp"):
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):  # another process removes it too, or it belongs to another user
             if path.stat().st_mtime < time.time() - ABANDONED:
                 path.unlink()
 

@@ -141,6 +141,9 @@ def test_a_tokenizer_whose_name_is_a_folders_too(
     assert script("train_gpt2").main(plan) == 0
     said = "note: word is the tokenizer of that name; for the folder, write ./word\n"
     assert capsys.readouterr().err == said
+    (tmp_path / "char").mkdir()  # which nobody named
+    assert script("train_gpt2").main(["--data", text, "--plan", "--n-layer", "1"]) == 0
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("start", ["", "best", "step-000001"])
