@@ -291,7 +291,7 @@ def make_plan(settings: argparse.Namespace, task: Task, device: str, make: Make)
     s, config = settings, config_of(settings)
     size = min(s.batch_size, len(task.lengths)), int(task.lengths.max())
     sizes = (*size, s.grad_accum_steps, s.recompute, s.dtype, device)
-    return Plan(config, *sizes, lora.count_trained(make(unwritten(config)), s))
+    return Plan(config, *sizes, **lora.what_learns(make(unwritten(config)), s))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,10 @@ class Plan:
     A step is shared by `devices`, one rank each, which need not wait for each other's cores: GPUs,
     or machines. Each takes `grad_accum_steps` micro-batches of it. Memory is in bytes, on each
     device; AdamW's moments are `sharded` where each holds those of its part of the parameters.
-    `n_trained` is how many parameters learn (None: all).
+    `n_trained` is how many parameters learn (None: all), and of the first `n_frozen` blocks, below
+    all that learns, there is no backward. A model that `classifies` gives a text few logits, which
+    are not counted, in place of each token's; at the end the best of it is loaded beside the last.
+    LoRA keeps `n_dropped` more numbers of each token in a block, its inputs after dropout.
     """
 
     config: GPT2Config
@@ -68,6 +71,9 @@ class Plan:
     dtype: str = "float32"
     device: str = "cpu"
     n_trained: int | None = None
+    n_frozen: int = 0
+    classifies: bool = False
+    n_dropped: int = 0
     devices: int = 1
     sharded: bool = False
 
@@ -129,8 +135,9 @@ class Plan:
         the causal half in the forward, and five in the backward, which computes the weights again.
         """
         matrices, product, head = self._forward_flops
-        again = matrices + 2 * product if self.recompute else 0
-        return 3 * (matrices + head) + 7 * product + again
+        forward = matrices + 2 * product
+        backward = 2 * matrices + 5 * product + (forward if self.recompute else 0)
+        return forward + backward * self._n_learning // self.config.n_layer + 3 * head
 
     @property
     def backward_of_blocks(self) -> float:
@@ -143,7 +150,7 @@ class Plan:
         """For each token, all blocks' matrices, one of attention's products in each, the head."""
         c = self.config
         matrices = 2 * c.n_layer * self._matrices_of_block
-        return matrices, c.n_layer * c.n_embd * self.block_size, 2 * c.vocab_size * c.n_embd
+        return matrices, c.n_layer * c.n_embd * self.block_size, 2 * self._n_logits * c.n_embd
 
     @property
     def weights(self) -> int:
@@ -161,10 +168,9 @@ class Plan:
     @property
     def activations(self) -> int:
         """What the forward saves for the backward."""
-        c = self.config
         per_block = self._stream * self._wide if self.recompute else self._saved_by_block
         before_last_norm = self._stream * self._wide
-        return c.n_layer * per_block + before_last_norm + self._stream * self._narrow
+        return self._n_learning * per_block + before_last_norm + self._stream * self._narrow
 
     @property
     def working(self) -> int:
@@ -174,15 +180,15 @@ class Plan:
         """
         c = self.config
         tokens = self.batch_size * self.block_size
-        parts = -(-tokens * c.vocab_size // LOGITS_AT_ONCE[self.device])
+        parts = max(1, -(-tokens * self._n_logits // LOGITS_AT_ONCE[self.device]))
         at_once = max(1, tokens // parts)
-        logits = (min(at_once, ROWS_AT_ONCE) if self.device == "cpu" else at_once) * c.vocab_size
+        logits = (min(at_once, ROWS_AT_ONCE) if self.device == "cpu" else at_once) * self._n_logits
         logits *= self._wide if self.device == "cpu" else self._narrow
-        head = c.vocab_size * c.n_embd
+        head = self._n_logits * c.n_embd
         head_gradient = head * self._wide if parts > 1 else 0  # of one part, beside their sum
         rounded_head = head * self._narrow if self._keeps_rounded or self._is_emulated else 0
         widened_head = head * self._wide if self._is_emulated else 0
-        saved = self._saved_by_block if self.recompute else 0
+        saved = self._saved_by_block if self.recompute and self._n_learning else 0
         loss = logits + head_gradient + rounded_head + widened_head
         return max(loss, saved + self._gradients_in_block)
 
@@ -194,13 +200,24 @@ class Plan:
         if an earlier micro-batch left them). At the end all gradients are there, but only one
         block's activations.
         """
-        c = self.config
-        head = c.vocab_size * c.n_embd * self._wide
+        head = self._n_logits * self.config.n_embd * self._wide
         before = self.gradients if self.grad_accum_steps > 1 else 0
         beginning = before + head + self.activations + self.working
-        end = self.gradients + self._saved_by_block + self._gradients_in_block
+        saved = self._saved_by_block if self._n_learning else 0
+        end = self.gradients + saved + self._gradients_in_block
+        best = (self.weights if self.classifies else 0) + self._gradients_in_block
         host = PYTHON + MPI * (self.devices > 1) if self.device == "cpu" else 0
-        return host + self.weights + self.moments + max(beginning, end)
+        return host + self.weights + self.moments + max(beginning, end, best)
+
+    @property
+    def _n_learning(self) -> int:
+        """Of how many blocks there is a backward."""
+        return self.config.n_layer - self.n_frozen
+
+    @property
+    def _n_logits(self) -> int:
+        """Of each token."""
+        return 0 if self.classifies else self.config.vocab_size
 
     @property
     def _is_half(self) -> bool:
@@ -251,6 +268,7 @@ class Plan:
         # In the type of the matrix work: the results of two norms, q k v, attention's result, the
         # MLP's hidden layer before and after GELU; and weights that are rounded.
         branches = (2 + 3 + 1) * self._stream + 2 * self._hidden
+        branches += self.batch_size * self.block_size * self.n_dropped
         weights = self._matrices_of_block if self._keeps_rounded else 0
         wide = streams * self._stream + sums
         return wide * self._wide + (branches + weights) * self._narrow
@@ -282,14 +300,14 @@ class Plan:
 
         A given rate is that of the whole step. Else a step of a model of one block is timed, and of
         one with two: the difference is what each further block takes. A context of more than
-        `TIMED_TOKENS` takes as much longer as it has more FLOPs. UserError where these models do
-        not fit into memory.
+        `TIMED_TOKENS` takes as much longer as it has more FLOPs, and frozen blocks as much less as
+        they have fewer. UserError where these models do not fit into memory.
         """
         if rate is not None:
             seconds = self.flops_per_token * self.tokens_per_step / (rate * 1e12)
             return StepTime(seconds, 0.0, "given")
         rows, length = self.batch_size, min(self.block_size, TIMED_TOKENS)
-        timed = dataclasses.replace(self, block_size=length)
+        timed = dataclasses.replace(self, block_size=length, n_frozen=0)
         if self.device == "cpu":  # a GPU needs all rows to be busy
             rows = max(1, min(rows, TIMED_TOKENS // length))
             timed._check_room_for_timing(rows)
@@ -298,6 +316,7 @@ class Plan:
         gradients, update = one + (self.config.n_layer - 1) * np.maximum(0.0, two - one)
         gradients *= self.tokens_per_step / (rows * length)
         gradients *= self.flops_per_token / timed.flops_per_token
+        update *= self.gradients / self.weights
         source = "measured here on one and two blocks"
         source += f" of {length:,} tokens" if length < self.block_size else ""
         return StepTime(float(gradients), float(update), source)
@@ -328,7 +347,8 @@ class Plan:
         for _ in range(3):
             start = perf_counter()
             with compute_in(self.dtype):
-                model.loss(ids, ids).backward()
+                loss = model.hidden(ids).sum() if self.classifies else model.loss(ids, ids)
+                loss.backward()
             to_device(optimizer.parameters[0].grad, "cpu")  # a GPU has then done all of it
             middle = perf_counter()
             optim.clip_grad_norm(optimizer.parameters, 1.0)
@@ -367,7 +387,8 @@ class Plan:
         seconds = self.seconds_per_step(time)
         step_flops = self.flops_per_token * self.tokens_per_step
         reached = step_flops / seconds / n / 1e12
-        saved = "the blocks' inputs only" if self.recompute else "of all blocks"
+        blocks = f"{self._n_learning} of {c.n_layer} blocks" if self.n_frozen else "all blocks"
+        saved = f"the inputs of {blocks} only" if self.recompute else f"of {blocks}"
         lines = {
             "model": f"{self.n_parameters:,} parameters ({counted(c.n_layer, 'layer')}, "
             f"{counted(c.n_head, 'head')}, {c.n_embd} wide, vocabulary {c.vocab_size:,})"

@@ -20,6 +20,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
@@ -182,11 +183,17 @@ def add_as_told(model: Any, settings: Namespace) -> None:
         _add(model, settings)
 
 
-def count_trained(model: Any, settings: Namespace) -> int:
-    """How many parameters of a model, whose weights do not matter, learn under these settings."""
+def what_learns(model: Any, settings: Namespace) -> dict[str, int]:
+    """What a Plan is told of a model, whose weights do not matter, under these settings."""
     if settings.lora_rank is not None:
         _add(model, settings)
-    return sum(parameter.size for parameter in trained_parameters(model))
+    blocks, inputs = model.transformer.h, [m.lora_A.shape[0] for m in lora_layers(model).values()]
+    return {
+        "n_trained": sum(parameter.size for parameter in trained_parameters(model)),
+        "n_frozen": len([*takewhile(lambda block: not trained_parameters(block), blocks)]),
+        "classifies": HEAD in dict(model.named_parameters()),
+        "n_dropped": sum(inputs) // len(blocks) if settings.dropout else 0,
+    }
 
 
 def _add(model: Any, settings: Namespace) -> None:

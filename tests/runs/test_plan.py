@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import re
 import subprocess
@@ -22,10 +23,13 @@ from micrograd_gpt.runs.plan import Plan
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Tensor
+from micrograd_gpt.text.tokenizers import ByteTokenizer
+from micrograd_gpt.tuning.classifier import GPT2Classifier, set_layers
+from micrograd_gpt.tuning.lora import what_learns
 from micrograd_gpt.variants import VariantConfig, VariantGPT2
 from micrograd_gpt.weights.config import SIZES
 
-SCRIPT = Path(__file__).parents[2] / "train_gpt2.py"
+ROOT = Path(__file__).parents[2]
 SMALL = {"n_layer": 3, "n_head": 2, "n_embd": 16, "vocab_size": 11, "n_positions": 8}
 
 
@@ -107,6 +111,23 @@ def test_a_step_s_work_is_that_of_its_matrix_products(
     with at_most("fused"):  # NumPy's products, which can be counted
         model.loss(ids, ids).backward()
     # The definitions multiply the masked half of attention too: 1% of so short a context's work.
+    assert plan.flops_per_token * plan.tokens_per_step == pytest.approx(Counting.flops, rel=0.015)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("which", ["all", "last", "head"])
+def test_a_classifier_s_work_is_that_of_the_layers_that_learn(which: str, recompute: bool) -> None:
+    model = GPT2Classifier(GPT2(GPT2Config(**SMALL | {"n_embd": 64, "vocab_size": 200})), "ab")
+    set_layers(model, which)
+    learns = what_learns(model, argparse.Namespace(lora_rank=None, dropout=0.0))
+    if recompute:
+        recompute_blocks(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.view(Counting)
+    plan = Plan(model.config, 2, 8, recompute=recompute, **learns)
+    Counting.flops = 0
+    with at_most("fused"):
+        model.loss(np.zeros((2, 8), int), [8, 8], [0, 1]).backward()
     assert plan.flops_per_token * plan.tokens_per_step == pytest.approx(Counting.flops, rel=0.015)
 
 
@@ -196,9 +217,41 @@ def test_a_long_context_is_measured_on_a_part_of_it(monkeypatch: pytest.MonkeyPa
 def test_memory_within_10_percent_of_a_real_run(tmp_path: Path, flags: list[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 2000)
-    command = [sys.executable, str(SCRIPT), "--data", str(text), "--tokenizer", "byte"]
+    command = ["train_gpt2.py", "--data", str(text), "--tokenizer", "byte"]
     command += ["--n-layer", "6", "--n-head", "4", "--n-embd", "256", "--block-size", "256"]
     command += ["--batch-size", "8", "--eval-batches", "1", "--max-steps", "2", *flags]
+    planned, real = planned_and_real_peak(command, tmp_path / "out")
+    assert planned == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("batch_size", "flags"),
+    [
+        ("16", []),
+        ("32", ["--train-layers", "last"]),
+        ("64", ["--train-layers", "head"]),
+        ("32", ["--lora-rank", "4"]),
+        ("16", ["--lora-rank", "4", "--lora-layers", "c_attn, c_proj, c_fc"]),
+    ],
+)
+def test_memory_of_a_classifier_within_a_fifth_of_a_real_run(
+    tmp_path: Path, batch_size: str, flags: list[str]
+) -> None:
+    model, data = tmp_path / "model", tmp_path / "texts.tsv"
+    shape = {"n_layer": 3, "n_head": 4, "n_embd": 512, "vocab_size": 257, "n_positions": 256}
+    GPT2(GPT2Config(**shape)).save_pretrained(model, ByteTokenizer())
+    data.write_text("".join(f"{'ab'[i % 2]}\t{'word ' * 50}{i}\n" for i in range(80)))
+    command = ["finetune_gpt2.py", "classify", "--model", str(model), "--data", str(data)]
+    command += ["--batch-size", batch_size, "--max-steps", "2", *flags]
+    planned, real = planned_and_real_peak(command, tmp_path / "out")
+    assert planned == pytest.approx(real, rel=0.2)
+
+
+def planned_and_real_peak(command: list[str], out: Path) -> tuple[float, float]:
+    """The MB that a script says its run would take, and those that it takes."""
+    command = [sys.executable, str(ROOT / command[0]), *command[1:]]
     plan = subprocess.run(
         [*command, "--plan", "--rate", "1"], capture_output=True, text=True, check=True
     )
@@ -212,12 +265,11 @@ def test_memory_within_10_percent_of_a_real_run(tmp_path: Path, flags: list[str]
     run += "\nprint(open('/proc/self/status').read())"
     command[1:1] = ["-c", run]
     real_run = subprocess.run(
-        [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=True
+        [*command, "--out", str(out)], capture_output=True, text=True, check=True
     )
     found = re.search(r"VmHWM:\s+(\d+) kB", real_run.stdout)
     assert found
-    real = int(found[1]) * 1024 / 1e6
-    assert float(match[1].replace(",", "")) == pytest.approx(real, rel=0.1)
+    return float(match[1].replace(",", "")), int(found[1]) * 1024 / 1e6
 
 
 @pytest.mark.parametrize(
