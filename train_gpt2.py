@@ -98,8 +98,7 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
     smaller = smaller_model(settings)
     if ranks.local_rank == 0:
         config = config_of(settings, corpus.tokenizer.vocab_size)
-        plan = Plan.of(config, settings, device, ranks.size)
-        plan.check_room(smaller, ranks.local_size)
+        Plan.of(config, settings, device, ranks.size).check_room(smaller, ranks.local_size)
     with memory_errors(smaller), ranks.first_on_machine():
         model = make_model(settings, corpus.tokenizer, device)
         optimizer, scaler = make_optimizer(settings, model, ranks)
@@ -286,10 +285,11 @@ def report(settings: argparse.Namespace, model: GPT2, corpus: Corpus, recorder: 
 
 def plan_of(settings: argparse.Namespace, device: str) -> str:
     """What --plan prints. Data is read only where the vocabulary depends on it."""
-    tokenizer = tokenizer_of(settings)
-    if tokenizer in ("char", "word"):
-        tokenizer = load_corpus(settings.data, tokenizer, form=form_of(settings)).tokenizer
-    elif isinstance(tokenizer, str):
+    if settings.tokenizer in ("char", "word") and not settings.resume:
+        corpus = load_data(settings, Ranks())
+        corpus.windows(settings.block_size)  # UserError where it is too short for them
+        tokenizer = corpus.tokenizer
+    elif isinstance(tokenizer := tokenizer_of(settings), str):
         tokenizer = make_tokenizer(tokenizer, "")
     return plan_ranks.report(config_of(settings, tokenizer.vocab_size), settings, device)
 

@@ -301,6 +301,36 @@ def test_a_plan_writes_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.M
     assert [f.name for f in tmp_path.iterdir()] == ["text.txt"]
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "flags", "words"),
+    [
+        ("char", ["--block-size", "5000"], "fewer than the 5,001 that --block-size 5000 needs"),
+        ("word", ["--validation", "0.0001"], ", another --validation fraction"),
+        ("char", ["--validation", "other.txt"], "or, to learn from text, give --tokenizer byte"),
+        ("char", ["--validation", "gone.txt"], "'gone.txt' does not exist"),
+    ],
+)
+def test_a_plan_of_a_text_that_is_read_is_refused_as_its_run_is(
+    tokenizer: str,
+    flags: list[str],
+    words: str,
+    train_gpt2: ModuleType,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other.txt").write_text("日本語" * 100, "utf-8")
+    command = ["--data", str(text), *map(str, SMALL), "--tokenizer", tokenizer, *flags]
+    said = set()
+    for more in ([], ["--plan", "--rate", "1"]):
+        with pytest.raises(UserError) as caught:
+            train_gpt2.main([*command, *more])
+        said.add(str(caught.value))
+    (message,) = said
+    assert words in message
+
+
 @pytest.mark.slow
 def test_recomputed_runs_are_the_same_runs(
     train_gpt2: ModuleType, text: Path, tmp_path: Path
