@@ -180,7 +180,8 @@ def tune(
     plan = make_plan(settings, task, device, make)
     if settings.plan:
         cli.check_stdout()
-        print(plan.report(settings.max_steps, plan.step_time(settings.rate)))
+        done = checkpoint.saved_step(settings.out) if settings.resume else 0
+        print(plan.report(settings.max_steps, plan.step_time(settings.rate), done))
         return None, 0
     plan.check_room("give a smaller --model")
     check_fingerprint(settings, task.fingerprint(), settings.validation)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from micrograd_gpt.runs.checkpoint import BEST, SCORES, earlier_sets, holds_run
 from micrograd_gpt.runs.metrics import CURVES, METRICS
 from micrograd_gpt.runs.watch import PAGE, SAMPLES
+from micrograd_gpt.support.cli import say_once
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.documents import text_files
@@ -21,6 +23,17 @@ from micrograd_gpt.weights.names import lies_in
 # What is written beside the weights, with a model and with a run
 OF_A_MODEL = (CONFIG, ADAPTED_CONFIG, TOKENIZER, TOKENIZER_CONFIG, PROMPT_TEMPLATE)
 OF_A_RUN = (*OF_A_MODEL, RUN_FLAGS, METRICS, CURVES, PAGE, SAMPLES, *SCORES)
+
+
+@contextmanager
+def only_noted(planned: bool) -> Iterator[None]:
+    """A UserError in this block is a note where a run is `planned`, perhaps for another folder."""
+    try:
+        yield
+    except UserError as error:
+        if not planned:
+            raise
+        say_once(f"note: this run would be refused: {error}")
 
 
 def check_free(out: Path, sources: Iterable[str] = ()) -> None:

@@ -380,14 +380,16 @@ class Plan:
         gpt2 = f"a GPT-2 of this shape has {self.n_in_gpt2:,}"
         return {"note": f"{gpt2}, and compute, activations and work are reckoned for that"}
 
-    def report(self, max_steps: int, time: StepTime | None = None) -> str:
-        """The plan as lines to read; a step takes one device `time` (None: as measured here)."""
+    def report(self, max_steps: int, time: StepTime | None = None, done: int = 0) -> str:
+        """The plan as lines to read; a step takes one device `time` (None: as measured here), and
+        `done` of the steps have been taken."""
         c, learn, n = self.config, self.n_trained, self.devices
         time = time or self.step_time()
         seconds = self.seconds_per_step(time)
         step_flops = self.flops_per_token * self.tokens_per_step
         reached = step_flops / seconds / n / 1e12
         blocks = f"{self._n_learning} of {c.n_layer} blocks" if self.n_frozen else "all blocks"
+        steps, left = max(0, max_steps - done), f"left after step {done:,}" if done else "in all"
         saved = f"the inputs of {blocks} only" if self.recompute else f"of {blocks}"
         lines = {
             "model": f"{self.n_parameters:,} parameters ({counted(c.n_layer, 'layer')}, "
@@ -396,7 +398,7 @@ class Plan:
             **self.caveat(),
             "step": f"{self.tokens_per_step:,} tokens: micro-batches × windows × context = "
             f"{self.grad_accum_steps * n} × {self.batch_size} × {self.block_size}; "
-            f"{self.tokens_per_step * max_steps:,} in {max_steps:,} steps",
+            f"{self.tokens_per_step * steps:,} in {steps:,} steps" + f" {left}" * (done > 0),
             "compute": f"{self.flops_per_token / 1e9:,.3g} GFLOP a token, "
             f"{step_flops / 1e12:,.3g} TFLOP a step",
             "weights": megabytes(self.weights),
@@ -407,7 +409,7 @@ class Plan:
             "peak memory": f"{megabytes(self.peak)}{' on each device' * (n > 1)}, without the data "
             "(gradients and activations are never all there at once)",
             "fits": self.verdict(),
-            "time": f"{seconds:.3g} s a step, {duration(seconds * max_steps)} in all, at "
+            "time": f"{seconds:.3g} s a step, {duration(seconds * steps)} {left}, at "
             f"{reached:.3g} TFLOP/s {time.source}, {counted(n, 'device')}"
             + " of their own, without what they send each other"
             * (n > 1),

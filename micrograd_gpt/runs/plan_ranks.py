@@ -29,6 +29,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from micrograd_gpt.gpt2 import GPT2Config
+from micrograd_gpt.runs.checkpoint import saved_step
 from micrograd_gpt.runs.plan import Plan, StepTime, duration, megabytes
 from micrograd_gpt.runs.ranks import numbers_of_ranks
 from micrograd_gpt.support.cli import counted
@@ -104,11 +105,13 @@ def report(config: GPT2Config, settings: argparse.Namespace, device: str) -> str
     s = settings
     plan = Plan.of(config, s, device, s.devices)
     time = plan.step_time(s.rate)
-    text = plan.report(s.max_steps, time)
+    done = saved_step(s.out) if s.resume else 0
+    text = plan.report(s.max_steps, time, done)
     if s.interconnect is None:
         return text
     plans = [Plan.of(config, s, device, n) for n in numbers_of_ranks(s)]
     rows: list[Sequence[str]] = [HEADER]
+    left = max(0, s.max_steps - done)
     for sharded in (False, True):
         for overlaps in (False, True):
             steps = {
@@ -118,7 +121,7 @@ def report(config: GPT2Config, settings: argparse.Namespace, device: str) -> str
                 )
                 for p in plans
             }
-            rows.append(row(steps[s.devices], s.max_steps, where_inefficient(steps.values())))
+            rows.append(row(steps[s.devices], left, where_inefficient(steps.values())))
     link = f"Each device sends, and receives, {s.interconnect:g} GB/s:"
     if s.devices == 1:  # for which the rows are alike, but for what they say of more devices
         speed = f"{s.interconnect:g} GB/s"
@@ -127,7 +130,7 @@ def report(config: GPT2Config, settings: argparse.Namespace, device: str) -> str
     return "\n".join([text, "", link, *in_columns(rows)])
 
 
-def row(step: SharedStep, max_steps: int, inefficient: str) -> tuple[str, ...]:
+def row(step: SharedStep, steps: int, inefficient: str) -> tuple[str, ...]:
     plan = step.plan
     part = "a part" if plan.devices == 1 else f"1/{plan.devices}"
     return (
@@ -136,7 +139,7 @@ def row(step: SharedStep, max_steps: int, inefficient: str) -> tuple[str, ...]:
         megabytes(step.reduced + step.gathered),
         megabytes(plan.peak),
         f"{step.seconds:.3g} s",
-        duration(step.seconds * max_steps),
+        duration(step.seconds * steps),
         f"{step.efficiency:.0%}",
         inefficient,
     )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from micrograd_gpt.arrays.precision import PRECISIONS
 from micrograd_gpt.runs import checkpoint, config_file
-from micrograd_gpt.runs.folders import check_free, check_goes_on, check_inputs_stay
+from micrograd_gpt.runs.folders import check_free, check_goes_on, check_inputs_stay, only_noted
 from micrograd_gpt.support import cli
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import are_one_file
@@ -289,8 +289,9 @@ def check_kinds(settings: dict[str, Any], table: dict[str, Setting] = SETTINGS) 
 def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that starts; UserError where `out` is taken or flags contradict."""
     texts = [flags.get(name, SETTINGS[name].default) for name in ("data", "validation")]
-    if not flags.get("overwrite") and not flags.get("plan"):
-        check_free(out, texts)
+    if not flags.get("overwrite"):
+        with only_noted(flags.get("plan", False)):
+            check_free(out, texts)
     weights = flags.get("init_from", "scratch")
     if weights == "scratch":
         size = flags.get("size", SETTINGS["size"].default)
@@ -308,7 +309,7 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
     check_text_field(settings["text_field"], texts)
     if (name := flags.get("tokenizer")) in NAMES and Path(name).is_dir():
         cli.say(f"note: {name} is the tokenizer of that name; for the folder, write ./{name}")
-    if not flags.get("plan"):
+    with only_noted(flags.get("plan", False)):
         start = None if weights == "scratch" else weights
         check_inputs_stay(out, start, texts, settings["tokenizer"])
     return settings

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from micrograd_gpt.runs import checkpoint, config_file
-from micrograd_gpt.runs.folders import check_free, check_inputs_stay
+from micrograd_gpt.runs.folders import check_free, check_inputs_stay, only_noted
 from micrograd_gpt.runs.settings import (
     ABOVE_0,
     ASK,
@@ -210,9 +210,10 @@ def resolve_settings(given: dict[str, Any]) -> argparse.Namespace:
             raise UserError("--data is missing: give a file to learn from; see --help")
         read = ("data", "validation", "test", "template")
         files = [flags[name] for name in read if name in flags]
-        if not flags.get("overwrite") and not flags.get("plan"):
-            check_free(out, files)
-        if not flags.get("plan"):
+        if not flags.get("overwrite"):
+            with only_noted(flags.get("plan", False)):
+                check_free(out, files)
+        with only_noted(flags.get("plan", False)):
             check_inputs_stay(out, flags.get("model", rows["model"].default), files)
         settings = {name: row.default for name, row in rows.items()}
         settings |= {"data_fingerprint": None, "base_weights": None, "planned_steps": 0, **flags}

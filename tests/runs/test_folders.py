@@ -29,6 +29,18 @@ from micrograd_gpt.weights.formats import RUN_FLAGS_BEGIN, STATE
 ANOTHERS = "out has become another training's, as it was moved or"
 
 
+def test_a_folder_that_is_taken_is_noted_where_a_run_is_planned(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / STATE).write_text("{}")
+    plan = ["--data", str(text), *SMALL, "--out", str(tmp_path), "--plan", "--rate", "1"]
+    assert train_gpt2.main(plan) == 0
+    said = f"note: this run would be refused: {tmp_path} holds a run already: --resume it"
+    assert capsys.readouterr().err.startswith(said)
+    assert train_gpt2.main([*plan, "--overwrite"]) == 0 and not capsys.readouterr().err
+    assert (tmp_path / STATE).read_text() == "{}"
+
+
 @pytest.mark.parametrize("name", OF_A_RUN)
 def test_a_user_s_file_is_not_written_over(tmp_path: Path, name: str) -> None:
     (tmp_path / "notes.txt").touch()

@@ -19,7 +19,7 @@ from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.gpt2 import GPT2, MLP, GPT2Config
 from micrograd_gpt.nn import Module
 from micrograd_gpt.runs import plan
-from micrograd_gpt.runs.plan import Plan
+from micrograd_gpt.runs.plan import Plan, StepTime
 from micrograd_gpt.runs.recompute import recompute_blocks
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Tensor
@@ -164,6 +164,19 @@ def test_the_report_agrees_with_itself() -> None:
     assert "24,576 tokens" in text and "6 × 4 × 1024" in text
     assert "24,576,000 in 1,000 steps" in text
     assert "10 TFLOP/s given, 2 devices of their own" in text
+
+
+@pytest.mark.parametrize(
+    ("done", "step", "time"),
+    [
+        (0, "8,000 in 1,000 steps\n", "16.7 minutes in all, at"),
+        (400, "4,800 in 600 steps left after step 400\n", "10.0 minutes left after step 400, at"),
+        (1200, "0 in 0 steps left after step 1,200\n", "0 seconds left after step 1,200, at"),
+    ],
+)
+def test_what_is_left_of_a_run_is_planned(done: int, step: str, time: str) -> None:
+    report = Plan(GPT2Config(**SMALL), 1, 8).report(1000, StepTime(1.0, 0.0, "given"), done)
+    assert step in report and time in report
 
 
 def test_time_is_measured_where_no_rate_is_given() -> None:

@@ -409,6 +409,26 @@ def test_a_plan_reads_the_data_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["spam.tsv"]
 
 
+@pytest.mark.slow
+def test_a_plan_of_a_folder_with_a_run(
+    classify: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says that the run would be refused, and of one that is resumed what is left of it."""
+    out, plan = tmp_path / "out", ["--plan", "--rate", 1]
+    classify(out, "--max-steps", 2)
+    capsys.readouterr()
+    assert classify(out, *plan, "--max-steps", 5) == 0
+    printed, said = capsys.readouterr()
+    assert "in 5 steps\n" in printed
+    assert f"note: this run would be refused: {out} holds a run already: --resume it" in said
+    assert classify(out, *plan, "--max-steps", 5, "--overwrite") == 0
+    assert "refused" not in capsys.readouterr().err
+    assert classify(out, *plan, "--max-steps", 5, resume=True) == 0
+    printed, said = capsys.readouterr()
+    assert "in 3 steps left after step 2\n" in printed and "refused" not in said
+    assert checkpoint.saved_step(out) == 2
+
+
 def test_a_closed_stdout_loses_no_plan(
     finetune_gpt2: ModuleType, train_gpt2: ModuleType, base: Path, data: Path, text: Path
 ) -> None:

@@ -301,6 +301,29 @@ def test_a_plan_writes_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.M
     assert [f.name for f in tmp_path.iterdir()] == ["text.txt"]
 
 
+@pytest.mark.slow
+def test_a_plan_of_a_folder_with_a_run(
+    train_gpt2: ModuleType, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says that the run would be refused, and of one that is resumed what is left of it."""
+    out = tmp_path / "out"
+    folder, plan = ["--out", str(out)], ["--plan", "--rate", "1", "--max-steps", "5"]
+    start = ["--data", str(text), *SMALL, *folder]
+    train_gpt2.main([*start, "--max-steps", "2"])
+    capsys.readouterr()
+    assert train_gpt2.main([*start, *plan]) == 0
+    printed, said = capsys.readouterr()
+    assert "in 5 steps\n" in printed
+    assert f"note: this run would be refused: {out} holds a run already: --resume it" in said
+    assert train_gpt2.main(["--resume", *folder, *plan, "--interconnect", "1"]) == 0
+    printed, said = capsys.readouterr()
+    assert "in 3 steps left after step 2\n" in printed and "refused" not in said
+    assert checkpoint.saved_step(out) == 2
+    needed = ["--data", str(text), "--init-from", str(out), *folder, *plan, "--overwrite"]
+    assert train_gpt2.main(needed) == 0
+    assert f"refused: --out {out} would remove {out}, which" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "flags", "words"),
     [
