@@ -31,6 +31,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 PACKAGE = __name__.split(".")[0]
+OF_THE_MODEL = ("gpt2", "nn", "layers", "functional", "tensor")
 FUSED = ".stand_ins.fused"  # "layers.gelu.stand_ins.fused": what stands in for layers.gelu there
 
 # What arrays.stand_ins.definition made, and the function that each was made of. An attribute would
@@ -68,8 +69,7 @@ class Guard:
         seen = {}
         for name in self.parts:
             if not is_as_recorded(name):
-                is_fused = name.endswith(FUSED)
-                say_once(f"functional.{name.split('.')[1]}" if is_fused else name)
+                say_once(shown(name))
                 return False
             for namespace, attribute, value in steps_to(name):
                 function = function_of(value) or name_of  # what is no function has no code
@@ -155,7 +155,9 @@ def _of_source(module: str, first: int) -> str | None:
     lines = lines_of(module)
     if lines is None:
         return None
-    source = textwrap.dedent("".join(inspect.getblock(lines[first - 1 :])))
+    # A comment that begins left of the function would end it
+    code = ["\n" if line.lstrip().startswith("#") else line for line in lines[first - 1 :]]
+    source = textwrap.dedent("".join(inspect.getblock(code)))
     return hashlib.sha256(essence(source).encode()).hexdigest()[:16]
 
 
@@ -203,6 +205,17 @@ def _code_meaning(code: CodeType, docstring: str | None = None) -> tuple[Any, ..
     ]
     names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
     return code.co_code, tuple(constants), *names
+
+
+def edited_parts() -> list[str]:
+    """The names of what has been edited of the model: of gpt2.py, and what that computes with."""
+    named = [name for name in recorded()["sources"] if name.split(".")[0] in OF_THE_MODEL]
+    return list(dict.fromkeys(shown(name) for name in named if not is_as_recorded(name)))
+
+
+def shown(name: str) -> str:
+    """A part's name as its file has it."""
+    return f"functional.{name.split('.')[1]}" if name.endswith(FUSED) else name
 
 
 @functools.cache

@@ -16,9 +16,14 @@ from typing import Any
 
 from micrograd_gpt.arrays.devices import device_of
 from micrograd_gpt.arrays.memory import check_room, memory_errors
-from micrograd_gpt.arrays.stand_ins import report
+from micrograd_gpt.arrays.stand_ins import highest_level, report
 from micrograd_gpt.generation.beam_search import beam_search
-from micrograd_gpt.generation.context import BYTES_OF_TEXT, Continuation, check_memory
+from micrograd_gpt.generation.context import (
+    BYTES_OF_TEXT,
+    Continuation,
+    check_memory,
+    next_logits,
+)
 from micrograd_gpt.generation.filters import NO_TOKEN_LEFT
 from micrograd_gpt.generation.sampling import Sample, decode, start_samples
 from micrograd_gpt.generation.settings import Settings
@@ -103,6 +108,8 @@ class Writer:
         self._tell_the_limit(longest)
         if device_of(self.model.transformer.wte.weight.data) == "cpu":
             report()  # loads the kernels: what they say comes before the text
+        if highest_level() != "definitions":
+            next_logits.guard.holds()  # type: ignore[attr-defined]  # or says what was edited
         output = Output(self.tokenizer, stop_texts, self.as_json, show_prompt)
         try:
             with memory_errors(f"{at_once} are decoded at once; {lower}"):

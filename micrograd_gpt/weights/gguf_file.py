@@ -2,7 +2,7 @@
 
 llama.cpp's architecture "gpt2" computes GPT-2. Its file differs from ours in this:
 
-    names        `attn.c_attn` is "attn_qkv", `mlp.c_fc` "ffn_up" and so on: NAMES and IN_BLOCK
+    names        `attn.c_attn` is "attn_qkv", `mlp.c_fc` "ffn_up" and so on: TABLES and IN_BLOCK
     orientation  the weights of Linear layers are (out, in), ours transposed
     scores       are always q · k / √D: another scale is multiplied into the queries' weights
     padding      ids that the tokenizer does not have are left out of the embedding and the head
@@ -24,8 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from micrograd_gpt.arrays.edits import edited_parts
 from micrograd_gpt.checks import check_described
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.support.cli import listed, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import written_whole
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT, Tokenizer
@@ -38,11 +40,11 @@ from micrograd_gpt.weights.reading import FLOATS
 from micrograd_gpt.weights.tensor_files import converted
 
 SUFFIX = ".gguf"
-NAMES = {
-    "transformer.wte": "token_embd",
-    "transformer.wpe": "position_embd",
-    "transformer.ln_f": "output_norm",
-    "lm_head": "output",
+HEAD = "lm_head.weight"  # where there is none, it is the embedding
+TABLES = {
+    "transformer.wte.weight": "token_embd.weight",
+    "transformer.wpe.weight": "position_embd.weight",
+    HEAD: "output.weight",
 }
 IN_BLOCK = {
     "ln_1": "attn_norm",
@@ -76,6 +78,8 @@ def write_gguf(
     check_exportable(model.config, tokenizer)
     gguf = gguf_package()
     tensors = dict(gguf_tensors(model, tokenizer.vocab_size))
+    if edited := edited_parts():
+        say(f"note: edited code, which llama.cpp computes as it was before: {listed(edited)}")
     # The writer opens the temporary file too, by its name
     with written_whole(path) as file, closing(gguf.GGUFWriter(file.name, "gpt2")) as writer:
         writer.add_name(name)
@@ -126,29 +130,37 @@ def check_exportable(config: GPT2Config, tokenizer: Tokenizer) -> None:
 # ------------------------------------------------------------------------------------- the tensors
 
 
-def gguf_name(name: str) -> str:
-    """What llama.cpp calls one of our parameters."""
-    module, _, kind = name.rpartition(".")
-    if module in NAMES:
-        return f"{NAMES[module]}.{kind}"
-    _, _, layer, part = module.split(".", 3)  # transformer.h.0.attn.c_attn
-    return f"blk.{layer}.{IN_BLOCK[part]}.{kind}"
+def gguf_names(config: GPT2Config) -> dict[str, str]:
+    """What llama.cpp's gpt2 calls each parameter that it computes with."""
+    modules = {"transformer.ln_f": "output_norm"}
+    for layer in range(config.n_layer):
+        for ours, theirs in IN_BLOCK.items():
+            modules[f"transformer.h.{layer}.{ours}"] = f"blk.{layer}.{theirs}"
+    kinds = "weight", "bias"
+    named = {f"{ours}.{kind}": f"{modules[ours]}.{kind}" for ours in modules for kind in kinds}
+    return TABLES | named
 
 
 def gguf_tensors(model: GPT2, vocab_size: int) -> Iterator[tuple[str, np.ndarray]]:
     """llama.cpp's names of a model's parameters, and their numbers as it wants them.
 
     Of the embedding (V, C), and of a head of its own, it gets the first `vocab_size` rows. The
-    weights of Linear layers become (out, in).
+    weights of Linear layers become (out, in). UserError for a model with others, as of edited code.
     """
-    for name, parameter in model.named_parameters():
+    names, parameters = gguf_names(model.config), dict(model.named_parameters())
+    if wrong := sorted((names.keys() ^ parameters.keys()) - {HEAD}):
+        has = "has" if wrong[0] in parameters else "lacks"
+        raise UserError(
+            f"the model {has} {wrong[0]}, unlike llama.cpp's gpt2: it cannot be exported"
+        )
+    for name, parameter in parameters.items():
         array = parameter.numpy()
-        if name in ("transformer.wte.weight", "lm_head.weight"):
+        if name in ("transformer.wte.weight", HEAD):
             array = array[:vocab_size]  # (V without padding, C)
         if ".attn.c_attn." in name:
             array = _with_scaled_queries(array, model.config, layer=int(name.split(".")[2]))
         is_linear = ".c_" in name and array.ndim == 2
-        yield gguf_name(name), array.T if is_linear else array
+        yield names[name], array.T if is_linear else array
 
 
 def _with_scaled_queries(array: np.ndarray, config: GPT2Config, layer: int) -> np.ndarray:

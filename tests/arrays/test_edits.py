@@ -346,7 +346,8 @@ def test_comments_and_spacing_may_change(tmp_path: Path, unchanged: dict[str, An
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
                 at = node.body[0].lineno - 1
                 lines[at] = lines[at].replace('"""', '"""Note. ', 1)
-        lines = [f"{line}  # a note" if line.endswith(":") else line for line in lines]
+        note = "  # a note\n# a note"
+        lines = [f"{line}{note}" if line.endswith(":") else line for line in lines]
         path.write_text("\n".join(["# a note", *lines]), "utf-8")
     found, said = results_of(tmp_path, ["c"])
     assert found["c"] == unchanged and said == ""

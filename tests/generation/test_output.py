@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -41,6 +44,22 @@ def test_what_might_have_become_a_stop_text_is_shown_at_the_end() -> None:
 
 def test_characters_are_shown_whole_or_not_at_all() -> None:
     assert list(shown("aé€".encode()[:-1], [])) == ["a", "a", "aé", "aé", "aé"]
+
+
+def test_what_was_edited_is_said_before_the_text() -> None:
+    code = """if True:
+        from micrograd_gpt import layers, Tensor
+        from micrograd_gpt.generation.output import Writer
+        from micrograd_gpt.generation.settings import Settings
+        from micrograd_gpt.gpt2 import GPT2, GPT2Config
+        from micrograd_gpt.text.tokenizers import CharTokenizer
+        layers.gelu = Tensor.relu
+        model = GPT2(GPT2Config(1, 1, 4, 2, 8))
+        Writer(model, CharTokenizer("ab")).write(["ab"], Settings(max_new_tokens=1))
+    """
+    run = [sys.executable, "-c", code]
+    said = subprocess.run(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    assert re.match(r"note: layers\.gelu has been edited.*\nab", said)
 
 
 def test_end_of_text_is_not_shown_but_a_passing_one_is() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import training
 
+from micrograd_gpt import layers
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT, Tokenizer
@@ -149,3 +150,15 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"] and path.read_bytes() == before
     write_gguf(path, model, tokenizer, "bfloat16")
     assert path.read_bytes() != before
+
+
+def test_edited_code_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = GPT2(GPT2Config(1, 1, 4, 257, 8))
+    write_gguf(tmp_path / "model.gguf", model, ByteTokenizer())
+    assert "edited" not in capsys.readouterr().err
+    monkeypatch.setattr(layers, "gelu", lambda x: x.relu())
+    write_gguf(tmp_path / "model.gguf", model, ByteTokenizer())
+    note = "note: edited code, which llama.cpp computes as it was before: 'layers.gelu'"
+    assert note in capsys.readouterr().err

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from small_gpt2 import make_model
 
-from micrograd_gpt import no_grad
+from micrograd_gpt import nn, no_grad
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT
@@ -129,6 +129,23 @@ def test_another_architecture_is_refused(setting: str, value: str) -> None:
     config = VariantConfig(2, 2, 16, 257, **{setting: value})
     with pytest.raises(UserError, match=rf"{setting} is '{value}', and llama\.cpp's gpt2 has only"):
         check_exportable(config, ByteTokenizer())
+
+
+def test_the_tensors_of_edited_code_are_refused() -> None:
+    for edit, message in (
+        (
+            lambda h: setattr(h.mlp, "gate", nn.Linear(4, 4)),
+            r"has transformer\.h\.1\.mlp\.gate\.bias",
+        ),
+        (
+            lambda h: setattr(h.attn.c_attn, "bias", None),
+            r"lacks transformer\.h\.1\.attn\.c_attn\.b",
+        ),
+    ):
+        model = GPT2(GPT2Config(2, 1, 4, 257, 8))
+        edit(model.transformer.h[1])
+        with pytest.raises(UserError, match=f"the model {message}"):
+            dict(gguf_tensors(model, 257))
 
 
 # ----------------------------------------------------------------------------------- the tokenizer
