@@ -183,7 +183,7 @@ def build_classifier(
     move(model, device)
     arrays = {name: parameter.data for name, parameter in model.named_parameters()}
     # Without the head of an untied language model, as the base of an adapter may have one
-    tensors = {name: t for name, t in weights.tensors.items() if name != "lm_head.weight"}
+    tensors = {name: t for name, t in weights.tensors.items() if not name.startswith("lm_head.")}
     fill(arrays, tensors | {SCORE: weights.heads[SCORE]}, weights.path)
     return model.eval()
 

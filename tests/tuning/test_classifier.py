@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 from micrograd_gpt.tuning.classifier import (
     GPT2Classifier,
+    build_classifier,
     load_classifier,
     set_layers,
     write_classifier,
 )
-from micrograd_gpt.weights.names import open_language_model
+from micrograd_gpt.weights.names import open_language_model, open_model
 
 LABELS = ["ham", "spam", "other"]
 IDS = np.random.default_rng(0).integers(0, 11, (4, 9))
@@ -160,6 +162,16 @@ def test_a_variant_keeps_its_architecture(tmp_path: Path, config: dict[str, obje
     model = classifier(**config).eval()
     write_classifier(model, tmp_path, CharTokenizer.from_text("abcdefghijk"))
     again = load_classifier(tmp_path)
+    np.testing.assert_array_equal(again(IDS, LENGTHS).data, model(IDS, LENGTHS).data)
+
+
+def test_the_head_of_a_language_model_is_left_out(tmp_path: Path) -> None:
+    """As of the base of an adapter, in which edited code may have given it a bias."""
+    write_classifier(model := classifier().eval(), tmp_path, CharTokenizer.from_text("abcdefghijk"))
+    weights = open_model(str(tmp_path))
+    wte = weights.tensors["transformer.wte.weight"]
+    more = {"lm_head.weight": wte, "lm_head.bias": wte}
+    again = build_classifier(dataclasses.replace(weights, tensors=weights.tensors | more))
     np.testing.assert_array_equal(again(IDS, LENGTHS).data, model(IDS, LENGTHS).data)
 
 
