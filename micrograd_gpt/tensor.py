@@ -32,7 +32,7 @@ class Node:
         self.shape, self.dtype = result.shape, result.dtype
         self.parents: Any = tuple(map(node_of, inputs))  # each a Node, or None: no gradient goes
         # What a backward keeps is in its closure; whether that stays as it is, the versions tell.
-        kept = [memory(cell.cell_contents) for cell in backward.__closure__ or ()]
+        kept = [memory(cell.cell_contents) for cell in getattr(backward, "__closure__", None) or ()]
         used = [x.version for x in (result, *inputs) if memory(x.data) in kept]
         self.versions = [(version, *version) for version in used]
         # A parent is lower than its child, a leaf lowest: sorting by height is a topological order.

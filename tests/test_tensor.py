@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import functools
 import gc
 import math
 import operator
@@ -548,6 +549,13 @@ def test_numbers_of_other_kinds() -> None:
     for axes in ((0, 3), (0, 0), (0,)):
         with pytest.raises(ValueError, match=r"ax[ei]s"):
             Tensor(np.zeros((2, 3))).transpose(*axes)
+
+
+def test_a_backward_can_be_anything_that_is_called() -> None:
+    x = Tensor([3.0], requires_grad=True)
+    y = record("square", x.data**2, [x], functools.partial(lambda d, g: (2 * d * g,), x.data))
+    y.backward()
+    assert x.grad == 6
 
 
 def test_a_column_of_a_table_becomes_an_array_of_its_own() -> None:

@@ -17,7 +17,7 @@ from micrograd_gpt.tensor import Array, Tensor, no_grad, node_of, record, walk_b
 
 def recompute_blocks(model: GPT2) -> None:
     """Make the blocks of `model`, while it trains, compute again in the backward."""
-    for block in model.transformer.h:
+    for block in {id(block): block for block in model.transformer.h}.values():  # each once
         kind = type(block)
         block.__class__ = type(f"Recomputed{kind.__name__}", (Recomputed, kind), {})
 

@@ -33,7 +33,7 @@ from micrograd_gpt.text.tables import short
 from micrograd_gpt.text.tokenizer_files import model_tokenizer
 from micrograd_gpt.weights.config import CONFIG, read_values
 from micrograd_gpt.weights.formats import Weights
-from micrograd_gpt.weights.loading import fill
+from micrograd_gpt.weights.loading import each_once, fill
 from micrograd_gpt.weights.names import open_model
 from micrograd_gpt.weights.pretrained import unwritten
 from micrograd_gpt.weights.saving import write_model
@@ -184,7 +184,8 @@ def build_classifier(
     arrays = {name: parameter.data for name, parameter in model.named_parameters()}
     # Without the head of an untied language model, as the base of an adapter may have one
     tensors = {name: t for name, t in weights.tensors.items() if not name.startswith("lm_head.")}
-    fill(arrays, tensors | {SCORE: weights.heads[SCORE]}, weights.path)
+    tensors = each_once(tensors | {SCORE: weights.heads[SCORE]}, model)
+    fill(arrays, tensors, weights.path)
     return model.eval()
 
 

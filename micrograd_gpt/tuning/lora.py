@@ -259,10 +259,13 @@ def rename_base(settings: Namespace) -> None:
 def replace_by_lora(
     model: Any, name: str, rank: int, alpha: float, seed: Any = 0, dropout: float = 0.0
 ) -> LoRALinear:
-    """Put a LoRALinear, on the same device, in the place of the Linear of this full name."""
+    """Put a LoRALinear, on the same device, in the place of the Linear of this full name; one that
+    is there already, as in a block that stands in several places, stays."""
     path, _, last = name.rpartition(".")
     parent = named_layers(model, Module)[path]
     base, draws = getattr(parent, last), model.transformer.drop.draws
+    if isinstance(base, LoRALinear):
+        return base
     layer = LoRALinear(base, rank, alpha, draws, seed, dropout)
     move(layer.train(base.training), device_of(base.weight.data))
     setattr(parent, last, layer)

@@ -37,6 +37,7 @@ from micrograd_gpt.text.merges import BYTES
 from micrograd_gpt.text.tokenizers import CharTokenizer, WordTokenizer
 from micrograd_gpt.variants import OWN_VALUES, VariantConfig, differences, inner_width, query_scale
 from micrograd_gpt.weights.reading import FLOATS
+from micrograd_gpt.weights.saving import stored_parameters
 from micrograd_gpt.weights.tensor_files import converted
 
 SUFFIX = ".gguf"
@@ -147,7 +148,7 @@ def gguf_tensors(model: GPT2, vocab_size: int) -> Iterator[tuple[str, np.ndarray
     Of the embedding (V, C), and of a head of its own, it gets the first `vocab_size` rows. The
     weights of Linear layers become (out, in). UserError for a model with others, as of edited code.
     """
-    names, parameters = gguf_names(model.config), dict(model.named_parameters())
+    names, parameters = gguf_names(model.config), stored_parameters(model)
     if wrong := sorted((names.keys() ^ parameters.keys()) - {HEAD}):
         has = "has" if wrong[0] in parameters else "lacks"
         raise UserError(

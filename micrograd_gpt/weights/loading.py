@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from micrograd_gpt.arrays.devices import Array
-from micrograd_gpt.nn import Embedding, LayerNorm, Linear, Module
+from micrograd_gpt.nn import Embedding, LayerNorm, Linear, Module, Parameter, parts
 from micrograd_gpt.support.cli import listed, say, say_once
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Tensor
-from micrograd_gpt.weights.reading import StoredTensor
+from micrograd_gpt.weights.reading import StoredTensor, same_bytes
 
 
 def fill(
@@ -52,6 +52,20 @@ def say_what_is_not_kept(model: Module) -> None:
             f"note: {listed(plain)}: a plain Tensor is not saved; to keep it, make it an "
             "nn.Parameter (with requires_grad = False it is not trained)"
         )
+
+
+def each_once(tensors: Mapping[str, StoredTensor], model: Module) -> dict[str, StoredTensor]:
+    """These tensors without the copies that blocks which share weights have in a model's file."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {name: first[id(part)] for name, part in parts(model) if isinstance(part, Parameter)}
+    copies = {
+        name
+        for name in tensors.keys() & names.keys()
+        if name != names[name]
+        and names[name] in tensors
+        and same_bytes(tensors[name], tensors[names[name]])
+    }
+    return {name: tensors[name] for name in tensors if name not in copies}
 
 
 def check_fit(

@@ -26,7 +26,6 @@ from micrograd_gpt.arrays.int8 import (
 from micrograd_gpt.arrays.memory import HugePages
 from micrograd_gpt.arrays.precision import check_precision, hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.nn import Parameter, parts
 from micrograd_gpt.support.cli import listed, say
 from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
@@ -40,9 +39,9 @@ from micrograd_gpt.weights.config import (
     own_classes,
 )
 from micrograd_gpt.weights.formats import Weights, check_agreement
-from micrograd_gpt.weights.loading import fill
+from micrograd_gpt.weights.loading import each_once, fill
 from micrograd_gpt.weights.names import open_model
-from micrograd_gpt.weights.reading import StoredTensor, same_bytes
+from micrograd_gpt.weights.reading import StoredTensor
 
 
 def from_pretrained(
@@ -94,22 +93,8 @@ def build(
         ) from error
     _check_reads_all(model, weights)
     tensors = {**weights.tensors, **_own_tensors(arrays, weights)}
-    fill(arrays, _each_once(tensors, model), weights.path)
+    fill(arrays, each_once(tensors, model), weights.path)
     return model.eval()
-
-
-def _each_once(tensors: Mapping[str, StoredTensor], model: GPT2) -> dict[str, StoredTensor]:
-    """These tensors without the copies that blocks which share weights have in a GPT2's file."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    names = {name: first[id(part)] for name, part in parts(model) if isinstance(part, Parameter)}
-    copies = {
-        name
-        for name in tensors.keys() & names.keys()
-        if name != names[name]
-        and names[name] in tensors
-        and same_bytes(tensors[name], tensors[names[name]])
-    }
-    return {name: tensors[name] for name in tensors if name not in copies}
 
 
 def _own_tensors(arrays: Mapping[str, Any], weights: Weights) -> dict[str, StoredTensor]:

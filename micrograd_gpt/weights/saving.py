@@ -172,15 +172,16 @@ def stored_arrays(model: Any) -> tuple[str, dict[str, Array]]:
     if adapter is not None:
         return ADAPTER_MODEL, adapter.arrays(model)
     say_what_is_not_kept(model)
-    return MODEL, {name: p.data for name, p in _stored_parameters(model).items()}
+    return MODEL, {name: p.data for name, p in stored_parameters(model).items()}
 
 
-def _stored_parameters(model: Any) -> dict[str, Parameter]:
+def stored_parameters(model: Any) -> dict[str, Parameter]:
     """A model's parameters by their names in its file. Those that the blocks of a GPT2 share have
     one for each block, so that it loads as any other; in a class of one's own each has one."""
     once = dict(model.named_parameters())
     blocks = len(getattr(model.transformer, "h", ()))
-    if type(model) not in (GPT2, VariantGPT2) or blocks != model.config.n_layer:
+    is_own = isinstance(model, GPT2) and type(model) not in (GPT2, VariantGPT2)
+    if is_own or blocks != model.config.n_layer:
         return once
     return {
         name: part
@@ -192,7 +193,7 @@ def _stored_parameters(model: Any) -> dict[str, Parameter]:
 def _own_in_config(model: GPT2) -> dict[str, Any]:
     """What config.json says of a class of one's own, or of a GPT2 that was edited to have a head or
     other shapes than its config, where the words for a GPT-2 would be untrue."""
-    cls, implied = type(model), implied_by(_stored_parameters(model))
+    cls, implied = type(model), implied_by(stored_parameters(model))
     is_described = all(getattr(model.config, key) == found for key, found in implied.items())
     if cls is VariantGPT2 or (cls is GPT2 and is_described and not has_head(model)):
         return {}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from small_gpt2 import make_model
 
 from micrograd_gpt import optim
-from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.gpt2 import GPT2, GPT2Config, Transformer
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 from micrograd_gpt.tuning.classifier import (
@@ -173,6 +174,23 @@ def test_the_head_of_a_language_model_is_left_out(tmp_path: Path) -> None:
     more = {"lm_head.weight": wte, "lm_head.bias": wte}
     again = build_classifier(dataclasses.replace(weights, tensors=weights.tensors | more))
     np.testing.assert_array_equal(again(IDS, LENGTHS).data, model(IDS, LENGTHS).data)
+
+
+def test_blocks_that_share_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ALBERT, of an edited gpt2.py: the file has each block, and both ways read it."""
+    make = Transformer.__init__
+
+    def shared(self: Transformer, *args: Any) -> None:
+        make(self, *args)
+        self.h = self.h[:1] * len(self.h)
+
+    with monkeypatch.context() as edit:
+        edit.setattr(Transformer, "__init__", shared)
+        write_classifier(model := classifier().eval(), tmp_path, CharTokenizer.from_text("abcde"))
+        shared_again = load_classifier(tmp_path)
+    assert len(shared_again.parameters()) == len(model.parameters())
+    for again in (shared_again, load_classifier(tmp_path)):
+        np.testing.assert_array_equal(again(IDS, LENGTHS).data, model(IDS, LENGTHS).data)
 
 
 def changed_config(folder: Path, **values: object) -> None:

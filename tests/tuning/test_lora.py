@@ -529,3 +529,24 @@ def test_an_adapter_that_does_not_fit_changes_nothing(adapter: Path, tmp_path: P
     assert all(parameter.requires_grad for parameter in model.parameters())
     load_adapter(model, adapter)
     assert lora_layers(model)
+
+
+def test_a_block_that_stands_in_several_places_gets_one_addition() -> None:
+    model = make_model()
+    model.transformer.h = model.transformer.h[:1] * 3
+    expected = logits(model)
+    add_lora(model, 2)
+    (layer,) = {id(layer): layer for layer in lora_layers(model).values()}.values()
+    assert type(layer.base) is Linear and (logits(model) == expected).all()
+    plain = gradients(model)
+    recompute_blocks(model)
+    for a, b in zip(gradients(model), plain, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def gradients(model: GPT2) -> list[Any]:
+    model.loss(IDS, IDS).backward()
+    found = [parameter.grad for parameter in trained_parameters(model)]
+    for parameter in trained_parameters(model):
+        parameter.grad = None
+    return found

@@ -131,6 +131,14 @@ def test_another_architecture_is_refused(setting: str, value: str) -> None:
         check_exportable(config, ByteTokenizer())
 
 
+def test_blocks_that_share_weights_have_tensors_each() -> None:
+    model = GPT2(GPT2Config(2, 1, 4, 257, 8))
+    model.transformer.h = model.transformer.h[:1] * 2
+    tensors = dict(gguf_tensors(model, 257))
+    first, second = (tensors[f"blk.{i}.attn_qkv.weight"] for i in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
 def test_the_tensors_of_edited_code_are_refused() -> None:
     for edit, message in (
         (
