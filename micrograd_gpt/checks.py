@@ -63,7 +63,9 @@ def check_call(module: type) -> None:
     """TypeError for a Module that defines `forward`, where a layer of this package that it is made
     of has a `__call__` that would be called instead."""
     called = next(cls for cls in module.__mro__ if "__call__" in vars(cls))
-    if hasattr(module, "forward") and _is_ours(called) and called.__name__ != "Module":
+    made_of_it = module.__mro__[: module.__mro__.index(called)]
+    has_forward = any("forward" in vars(cls) for cls in made_of_it)
+    if has_forward and _is_ours(called) and called.__name__ != "Module":
         raise TypeError(
             f"{module.__name__} has a forward, which nobody would call: {called.__name__} has a "
             "__call__, so name it __call__"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from micrograd_gpt import Tensor, layers, no_grad
 from micrograd_gpt.arrays.precision import compute_in
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.generation.kv_cache import KVCache
-from micrograd_gpt.gpt2 import GPT2, GPT2Config
-from micrograd_gpt.nn import Draws
+from micrograd_gpt.gpt2 import GPT2, Block, GPT2Config
+from micrograd_gpt.nn import Draws, Module
 from micrograd_gpt.runs.dropout import set_dropout
 from micrograd_gpt.runs.recompute import recompute, recompute_blocks
 from micrograd_gpt.variants import VariantConfig, VariantGPT2
@@ -45,6 +46,21 @@ def test_recomputed_activations_give_the_same_gradients(norm_position: str, dtyp
     for plain, recomputed in zip(*grads, strict=True):
         np.testing.assert_array_equal(plain, recomputed)
     assert draws[:4] == draws[4:] and draws[0] == draws[1] != draws[2]
+
+
+def test_a_block_of_one_s_own_may_define_forward() -> None:
+    class Own(Module):
+        def __init__(self, block: Block) -> None:
+            self.attn, self.mlp = block.attn, block.mlp
+
+        def forward(self, x: Tensor, past: Any = None) -> Tensor:
+            return self.mlp(x + self.attn(x, past))
+
+    model, ids = GPT2(GPT2Config(2, 1, 4, 7, 8)), np.array([[1, 2, 3, 4]])
+    model.transformer.h = [Own(block) for block in model.transformer.h]
+    expected = model.loss(ids, ids).item()
+    recompute_blocks(model)
+    assert model.loss(ids, ids).item() == expected
 
 
 def test_names_and_parameters_stay_the_same() -> None:

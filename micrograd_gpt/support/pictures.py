@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,22 @@ from micrograd_gpt.support.errors import UserError
 
 @contextmanager
 def drawing(path: str | Path) -> Iterator[None]:
-    """Within this block matplotlib draws this file; where it fails, stderr says so, once.
+    """Within this block matplotlib draws this file; where it fails, stderr says so, once, and
+    where its font lacks characters.
 
     It may be broken itself, or told by the user's matplotlibrc to use what is not installed. A file
     that cannot be written is an error as ever.
     """
     window = os.environ.pop("MPLBACKEND", None)  # such as a notebook's, which is missing here
     try:
-        yield
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.filterwarnings("always", ".* missing from", UserWarning)
+            yield
+        if any("missing from" in str(warning.message) for warning in caught):
+            say_once(
+                f"note: {path} has boxes for characters that matplotlib's font lacks: name a font "
+                "that has them in a matplotlibrc (font.family: DejaVu Sans, …)"
+            )
     except (UserError, MemoryError):
         raise
     except Exception as error:  # whatever matplotlib and what it imports raise

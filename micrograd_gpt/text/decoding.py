@@ -74,7 +74,7 @@ class Notes:
     """What was done to texts while they were read, for the user to know."""
 
     mended: set[Path] = field(default_factory=set)  # files whose line ends were changed
-    with_null: set[Path] = field(default_factory=set)  # files that have null characters
+    with_null: dict[Path, str] = field(default_factory=dict)  # files, and the UTF-16 of their NULs
     like_json: set[Path] = field(default_factory=set)  # files that are not read as records
     piped: set[Path] = field(default_factory=set)  # streams of which none are read
     skipped: Counter[str] = field(default_factory=Counter)  # records left out, by the reason
@@ -88,9 +88,10 @@ class Notes:
             )
             say(rf"note: {where}: \r\n and \r were read as \n; --line-ends keep leaves them in")
         if self.with_null:
+            path, utf_16 = min(self.with_null.items())
             say(
-                f"note: {min(self.with_null)} has null characters, as a file that is no text has, "
-                "and UTF-16 without its mark (for that: --encoding utf-16-le)"
+                f"note: {path} has null characters, as a file that is no text has, "
+                f"and UTF-16 without its mark (for that: --encoding {utf_16})"
             )
         if self.like_json:
             say(
@@ -166,8 +167,9 @@ def text_chunks(
                 end += len(chunk)
                 on_read(len(chunk))
                 text = decoder.decode(chunk)
-                if "\0" in text:
-                    notes.with_null.add(path)
+                if "\0" in text:  # in UTF-16 it is half of a Latin letter
+                    utf_16 = "utf-16-le" if text.index("\0") % 2 else "utf-16-be"
+                    notes.with_null.setdefault(path, utf_16)
                 yield text.removeprefix("\ufeff") if is_first else text
                 is_first = is_first and not text
             yield decoder.decode(b"", final=True)

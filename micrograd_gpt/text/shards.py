@@ -143,8 +143,8 @@ def _ids_in(path: Path, file: BinaryIO, headerless: bool) -> tuple[int, int]:
     if header[:4] != MAGIC.to_bytes(4, "little"):
         if not headerless:
             raise UserError(
-                f"{path} is not a token shard (it does not begin with the magic number {MAGIC}): "
-                "remove it, or make it again"
+                f"{path} is not a token shard (it does not begin with the magic number {MAGIC}, of "
+                "ids in two bytes each): remove it, or make it again so"
             )
         if header and is_text(header):
             raise UserError(

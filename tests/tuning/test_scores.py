@@ -67,3 +67,10 @@ def test_the_picture(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         draw_confusion(scores, tmp_path / "file" / "confusion.png")
+
+
+def test_labels_that_the_font_cannot_draw_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_confusion(score(TRUE, GIVEN, ["\ue000", "spam", "other"]), tmp_path / "confusion.png")
+    assert "has boxes for characters that matplotlib's font lacks" in capsys.readouterr().err
