@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from micrograd_gpt.arrays.habits import Habits
 from micrograd_gpt.nn import Module
 from micrograd_gpt.tensor import LEAF, Array, Node, Tensor, node_of, tape_below
 
@@ -17,7 +18,7 @@ def draw_graph(result: Tensor, model: Module | None = None, values: bool = False
     their gradients' (of a large one only the mean size). backward() frees the tape: draw before it,
     afterwards this raises RuntimeError. TypeError for what is no tensor.
     """
-    if not isinstance(result, Tensor):
+    if not isinstance(result, Habits):
         raise TypeError(f"draw_graph draws the tape of a tensor, not of a {type(result).__name__}")
     root = node_of(result) or Node(LEAF, result, (), lambda grad: ())
     titles = {id(p): name for name, p in model.named_parameters()} if model else {}

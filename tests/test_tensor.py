@@ -6,6 +6,7 @@ import contextvars
 import copy
 import functools
 import gc
+import importlib.util
 import math
 import operator
 import pickle
@@ -13,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -22,8 +24,8 @@ from gradcheck import check_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from micrograd_gpt import Tensor, concatenate, layers, nn, no_grad, optim, stack, where
-from micrograd_gpt.graph import retain_grad
+from micrograd_gpt import Tensor, concatenate, layers, nn, no_grad, optim, stack, tensor, where
+from micrograd_gpt.graph import draw_graph, retain_grad
 from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.tensor import record
 
@@ -556,6 +558,25 @@ def test_a_backward_can_be_anything_that_is_called() -> None:
     y = record("square", x.data**2, [x], functools.partial(lambda d, g: (2 * d * g,), x.data))
     y.backward()
     assert x.grad == 6
+
+
+def test_a_tensor_of_a_copy_of_this_file_is_another_class(tmp_path: Path) -> None:
+    """The optimizer and the drawing take it; an operation of the two would lose the gradient."""
+    path = tmp_path / "copy_of_tensor.py"
+    path.write_text(Path(tensor.__file__).read_text())
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    x = copied.Tensor([2.0], requires_grad=True)
+    for operation in (Tensor, nn.Linear(1, 1), lambda x: Tensor([1.0]) + x):
+        with pytest.raises(TypeError, match="a Tensor of copy_of_tensor is another class"):
+            operation(x)
+    y = (x * x).sum()
+    assert "mul" in draw_graph(y)
+    y.backward()
+    optim.AdamW([x], lr=0.5, weight_decay=0).step()
+    assert x.data[0] == pytest.approx(1.5)
 
 
 def test_a_column_of_a_table_becomes_an_array_of_its_own() -> None:

@@ -174,6 +174,8 @@ def as_array(data: Any, dtype: Any = None) -> Any:
     """`data` as an array: itself where it is one, a column's numbers as they are; other numbers,
     lists and arrays of objects in float32, or what `dtype` says. TypeError for None, texts, and
     all that is no real number."""
+    if isinstance(data, Habits):
+        raise TypeError(f"a Tensor of {type(data).__module__} is another class: use one of the two")
     if isinstance(data, np.generic) or not isinstance(getattr(data, "dtype", None), np.dtype):
         dtype = dtype or (data.dtype if isinstance(data, np.generic) else np.float32)
         data = from_list(data)

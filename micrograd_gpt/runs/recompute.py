@@ -1,7 +1,8 @@
 """Trading time for memory: a training step that keeps only the input of each block of the model.
 
 The backward computes each block again, this time with a tape. The gradients are the same, from less
-memory, in about a quarter more time. Chen et al. 2016 (arXiv:1604.06174).
+memory, in about a quarter more time. Chen et al. 2016 (arXiv:1604.06174). What an edited block
+hands out besides its result, as a term of the loss, has no gradient then.
 """
 
 from __future__ import annotations

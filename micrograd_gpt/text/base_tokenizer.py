@@ -150,10 +150,10 @@ class Tokenizer(ABC):
         """Raise UserError unless a model with this vocab_size can be the tokenizer's.
 
         A model may have more ids than its tokenizer, since multiples of 64 or 128 compute faster,
-        but not 128 more and twice as many: then the tokenizer is another model's.
+        but else not twice as many: then the tokenizer is another model's.
         """
-        padded = max(2 * self.vocab_size, self.vocab_size + 128)
-        if not self.vocab_size <= vocab_size < padded:
+        is_padded = vocab_size % 64 == 0 and vocab_size < self.vocab_size + 128
+        if vocab_size < self.vocab_size or (vocab_size >= 2 * self.vocab_size and not is_padded):
             raise UserError(
                 f"the tokenizer has {self.vocab_size} tokens and the model {vocab_size}: put the "
                 "tokenizer files it was trained with beside it"

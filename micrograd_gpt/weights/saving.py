@@ -172,6 +172,11 @@ def stored_arrays(model: Any) -> tuple[str, dict[str, Array]]:
     if adapter is not None:
         return ADAPTER_MODEL, adapter.arrays(model)
     say_what_is_not_kept(model)
+    if not model.parameters():
+        raise ValueError(
+            f"{type(model).__name__} has no parameters to save: if nn.py was loaded again, or "
+            "copied, its layers are of other classes than that one's: start Python anew"
+        )
     return MODEL, {name: p.data for name, p in stored_parameters(model).items()}
 
 

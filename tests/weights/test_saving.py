@@ -64,6 +64,20 @@ def test_an_empty_name_is_not_the_current_folder(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_without_parameters_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a reload of nn.py, of whose classes its layers are not."""
+    model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=5, n_positions=4))
+    save_pretrained(model, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr(nn, "Module", type("Module", (), {}))
+    monkeypatch.setattr(nn, "Parameter", type("Parameter", (), {}))
+    with pytest.raises(ValueError, match=r"has no parameters to save: if nn\.py was loaded again"):
+        save_pretrained(model, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
 class Own(Tokenizer):
     """Of another kind than the package's."""
 
