@@ -210,7 +210,9 @@ def _code_meaning(code: CodeType, docstring: str | None = None) -> tuple[Any, ..
 def edited_parts() -> list[str]:
     """The names of what has been edited of the model: of gpt2.py, and what that computes with."""
     named = [name for name in recorded()["sources"] if name.split(".")[0] in OF_THE_MODEL]
-    return list(dict.fromkeys(shown(name) for name in named if not is_as_recorded(name)))
+    edited = [name for name in named if not is_as_recorded(name)]
+    # What another function replaced has no stand-ins: those were not edited
+    return [shown(name) for name in edited if name.removesuffix(FUSED) not in {*edited} - {name}]
 
 
 def shown(name: str) -> str:

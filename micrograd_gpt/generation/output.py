@@ -15,15 +15,12 @@ from functools import partial
 from typing import Any
 
 from micrograd_gpt.arrays.devices import device_of
+from micrograd_gpt.arrays.edits import edited_parts
+from micrograd_gpt.arrays.edits import say_once as say_edited
 from micrograd_gpt.arrays.memory import check_room, memory_errors
 from micrograd_gpt.arrays.stand_ins import highest_level, report
 from micrograd_gpt.generation.beam_search import beam_search
-from micrograd_gpt.generation.context import (
-    BYTES_OF_TEXT,
-    Continuation,
-    check_memory,
-    next_logits,
-)
+from micrograd_gpt.generation.context import BYTES_OF_TEXT, Continuation, check_memory
 from micrograd_gpt.generation.filters import NO_TOKEN_LEFT
 from micrograd_gpt.generation.sampling import Sample, decode, start_samples
 from micrograd_gpt.generation.settings import Settings
@@ -109,7 +106,8 @@ class Writer:
         if device_of(self.model.transformer.wte.weight.data) == "cpu":
             report()  # loads the kernels: what they say comes before the text
         if highest_level() != "definitions":
-            next_logits.guard.holds()  # type: ignore[attr-defined]  # or says what was edited
+            for name in edited_parts():
+                say_edited(name)
         output = Output(self.tokenizer, stop_texts, self.as_json, show_prompt)
         try:
             with memory_errors(f"{at_once} are decoded at once; {lower}"):

@@ -23,6 +23,7 @@ from micrograd_gpt.support.files import are_one_file
 from micrograd_gpt.text.corpus import VALIDATION
 from micrograd_gpt.text.decoding import Form
 from micrograd_gpt.text.documents import check_text_field
+from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE
 from micrograd_gpt.text.tokenizers import NAMES
 from micrograd_gpt.weights.config import OLDER_NAMES, SIZES, size_name
 from micrograd_gpt.weights.formats import RUN_FLAGS, STATE, has_begun, is_adapter
@@ -302,6 +303,11 @@ def new_settings(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
         if flags.get("block_size", 0) > longest:
             raise UserError(f"--block-size is at most {longest}, the context of {weights}")
         chosen = defaults("tuned") | {"block_size": longest}
+        if (Path(weights) / PROMPT_TEMPLATE).exists():
+            cli.say(
+                f"note: {weights} was tuned on instructions: this run learns plain text, and "
+                "has no template for them (finetune_gpt2.py instruct keeps it)"
+            )
     settings = {"data_fingerprint": None, **chosen, **flags, "out": str(out)}
     if "learning_rate" in flags and "min_lr" not in flags:
         settings["min_lr"] = settings["learning_rate"] / 10

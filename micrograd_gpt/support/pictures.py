@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from micrograd_gpt.support.cli import say_once
 from micrograd_gpt.support.errors import UserError
+
+_ONE_AT_A_TIME = threading.Lock()  # warnings are caught for all threads alike
 
 
 @contextmanager
@@ -22,7 +25,7 @@ def drawing(path: str | Path) -> Iterator[None]:
     """
     window = os.environ.pop("MPLBACKEND", None)  # such as a notebook's, which is missing here
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with _ONE_AT_A_TIME, warnings.catch_warnings(record=True) as caught:
             warnings.filterwarnings("always", ".* missing from", UserWarning)
             yield
         if any("missing from" in str(warning.message) for warning in caught):

@@ -141,7 +141,7 @@ def no_field(where: str, name: str, names: Sequence[str], flags: str) -> UserErr
     if {"instruction", "messages"} & {*names}:  # each would be a plain text, without a template
         flags += (
             "; or, as these look like instructions, learn from them with finetune_gpt2.py instruct,"
-            " and have them answered with evaluate_gpt2.py generate"
+            " and have them answered with evaluate_gpt2.py generate, each from a .jsonl"
         )
     return UserError(f"{where} has no {name!r}, only {found}: name what holds it with {flags}")
 

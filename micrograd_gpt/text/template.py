@@ -72,14 +72,12 @@ class Template:
         return PLACE.sub(lambda place: values[place[1]], "\n\n".join([*kept, last]))
 
     def conversation(self, messages: Iterable[Mapping[str, str]], end_of_text: str) -> str:
-        """The text of messages {"role": …, "content": …} so far: end_of_text after each answer.
-
-        Raises UserError for a system message that the template has no place for.
-        """
+        """The text of messages {"role": …, "content": …} so far: end_of_text after each answer, and
+        no system message where the template has no place for one."""
         text = system = ""
         for message in messages:
             if message["role"] == "system":
-                system = message["content"]
+                system = message["content"] if "{system}" in self.text else ""
             elif message["role"] == "user":
                 text += self.prompt(message["content"], system=system)
                 system = ""

@@ -21,7 +21,7 @@ from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.support.files import read_json, reading, write_text, written_whole
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.byte_pairs import BytePairTokenizer
-from micrograd_gpt.text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
+from micrograd_gpt.text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS, load_tokenizer
 from micrograd_gpt.text.tokenizers import FIXED, LEARNED
 from micrograd_gpt.variants import VariantGPT2
 from micrograd_gpt.weights.config import (
@@ -96,15 +96,22 @@ def _ids_beside(folder: Path, config: GPT2Config) -> dict[str, int]:
     """The ids in the config.json of a folder whose tokenizer stays there beside another model."""
     with suppress(UserError):  # a damaged one is replaced
         values = read_json(folder / CONFIG) or {}
-        others = values.get("vocab_size", config.vocab_size) != config.vocab_size
-        if others and any((folder / name).exists() for name in TOKENIZERS):
-            say(
-                f"note: {folder} keeps the tokenizer of the model before, which had another "
-                "vocabulary: give save_pretrained this model's, too"
-            )
+        if any((folder / name).exists() for name in TOKENIZERS):
+            _say_if_another_s(folder, config.vocab_size)
         ids = {name: values.get(name) for name in ("bos_token_id", "eos_token_id")}
         return {n: i for n, i in ids.items() if isinstance(i, int) and i < config.vocab_size}
     return {}
+
+
+def _say_if_another_s(folder: Path, vocab_size: int) -> None:
+    """A note where the tokenizer that stays in a folder cannot be that of the model."""
+    try:
+        load_tokenizer(folder).check_size(vocab_size)
+    except UserError:
+        say(
+            f"note: {folder} keeps a tokenizer that cannot be this model's, whose vocabulary is "
+            "another: give save_pretrained the model's, too"
+        )
 
 
 def write_model(

@@ -48,18 +48,18 @@ def test_characters_are_shown_whole_or_not_at_all() -> None:
 
 def test_what_was_edited_is_said_before_the_text() -> None:
     code = """if True:
-        from micrograd_gpt import layers, Tensor
+        from micrograd_gpt import Tensor, layers
         from micrograd_gpt.generation.output import Writer
         from micrograd_gpt.generation.settings import Settings
         from micrograd_gpt.gpt2 import GPT2, GPT2Config
         from micrograd_gpt.text.tokenizers import CharTokenizer
-        layers.gelu = Tensor.relu
+        layers.gelu, layers.layer_norm = Tensor.relu, lambda x, *_: x
         model = GPT2(GPT2Config(1, 1, 4, 2, 8))
         Writer(model, CharTokenizer("ab")).write(["ab"], Settings(max_new_tokens=1))
     """
     run = [sys.executable, "-c", code]
     said = subprocess.run(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
-    assert re.match(r"note: layers\.gelu has been edited.*\nab", said)
+    assert re.match(r"(note: layers\.(gelu|layer_norm) has been edited.*\n){2}ab", said)
 
 
 def test_end_of_text_is_not_shown_but_a_passing_one_is() -> None:

@@ -327,11 +327,12 @@ def test_generation_equals_hf_s(folder: Path, theirs: Any) -> None:
     assert any(text != begun for text, begun in zip(ours, whole[1::2], strict=True))
 
 
-def test_a_chat_equals_hf_s(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("template", [Template(), Template("Q: {instruction}\nA:{output}")])
+def test_a_chat_equals_hf_s(folder: Path, tmp_path: Path, template: Template) -> None:
     from lm_eval.models.huggingface import HFLM
 
     chatty = shutil.copytree(folder, tmp_path / "chatty")
-    save_template(Template(), chatty)
+    save_template(template, chatty)
     own, hf = adapter(chatty), HFLM(pretrained=str(chatty), dtype="float32", device="cpu")
     assert own.tokenizer_name == hf.tokenizer_name
     assert own.chat_template(True) == hf.chat_template(True)

@@ -22,6 +22,7 @@ from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.shard_files import FORMAT, MANIFEST
 from micrograd_gpt.text.shards import write_shard
+from micrograd_gpt.text.template import Template, save_template
 from micrograd_gpt.text.tokenizer_files import load_tokenizer
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
 from micrograd_gpt.tuning import flags as tuning_flags
@@ -144,6 +145,17 @@ def test_a_tokenizer_whose_name_is_a_folders_too(
     (tmp_path / "char").mkdir()  # which nobody named
     assert script("train_gpt2").main(["--data", text, "--plan", "--n-layer", "1"]) == 0
     assert not capsys.readouterr().err
+
+
+def test_that_a_run_has_no_template_of_the_weights_is_said(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pretrained(GPT2(GPT2Config(1, 2, 16, 257, 16)), tmp_path, ByteTokenizer())
+    for is_said in (False, True):
+        plan = ["--data", str(text), "--init-from", str(tmp_path), "--plan", "--rate", "1"]
+        assert script("train_gpt2").main(plan) == 0
+        assert ("was tuned on instructions: this run" in capsys.readouterr().err) == is_said
+        save_template(Template(), tmp_path)
 
 
 @pytest.mark.parametrize("start", ["", "best", "step-000001"])
