@@ -92,8 +92,8 @@ def name_of(function: Callable[..., Any]) -> str:
     another module, such as a reader's own layers.py, or one that was wrapped around ours and says
     that it is ours, has a name that none of ours can have: "layers:gelu"."""
     module, name = function.__module__, function.__qualname__
-    found_there = getattr(sys.modules.get(module), "__dict__", None) is function.__globals__
-    is_ours = found_there and module.startswith(f"{PACKAGE}.")
+    place = getattr(sys.modules.get(module), "__dict__", None)
+    is_ours = getattr(function, "__globals__", 0) is place and module.startswith(f"{PACKAGE}.")
     return f"{module.removeprefix(f'{PACKAGE}.')}.{name}" if is_ours else f"{module}:{name}"
 
 

@@ -63,7 +63,7 @@ def is_plain(data: Any) -> bool:
 def from_list(values: Any) -> np.ndarray:
     """Numbers, lists of them, or an array that is not plain, as one that is, of integers where a
     list is empty. ValueError where rows differ in length, TypeError where numbers are masked."""
-    if np.ma.is_masked(values):
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
         raise TypeError("a tensor has no masked numbers: the array's .filled(0) puts 0 there")
     try:
         array = np.array(values)

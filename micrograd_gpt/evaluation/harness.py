@@ -182,8 +182,7 @@ class MicrogradGPT(LM):
         """The template of a chat, in which the end-of-text after each answer is a token."""
         if self.template is None:
             raise UserError(
-                f"{self.name} was not tuned on instructions, and has no chat template: leave "
-                "--apply_chat_template out"
+                f"{self.name} has no template of instructions: leave --apply_chat_template out"
             )
         self.chats = True
         return self.template

@@ -10,7 +10,7 @@ from pathlib import Path
 from micrograd_gpt.runs.checkpoint import BEST, SCORES, earlier_sets, holds_run
 from micrograd_gpt.runs.metrics import CURVES, METRICS
 from micrograd_gpt.runs.watch import PAGE, SAMPLES
-from micrograd_gpt.support.cli import say_once
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.documents import text_files
@@ -33,7 +33,7 @@ def only_noted(planned: bool) -> Iterator[None]:
     except UserError as error:
         if not planned:
             raise
-        say_once(f"note: this run would be refused: {error}")
+        say(f"note: this run would be refused: {error}")
 
 
 def check_free(out: Path, sources: Iterable[str] = ()) -> None:

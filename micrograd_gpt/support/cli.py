@@ -304,12 +304,12 @@ def run(main: Callable[[], int]) -> NoReturn:
     and output that can't be written because the disk is full; Ctrl-C is 130. A reader that closes
     our output early, as `| head` does, has had what it wanted, so the script ends quietly. Any
     other status of `main` stays, whether or not its output can be written. NumPy does not warn of
-    overflows, whose result the script tells, nor matplotlib of labels that leave no room.
+    overflows, whose result the script tells, nor matplotlib of letters that its font lacks.
     """
     _open_closed_streams()
     if not any("error" in option for option in sys.warnoptions):
         warnings.filterwarnings("ignore", "(invalid value|overflow) encountered", RuntimeWarning)
-        warnings.filterwarnings("ignore", "constrained_layout not", UserWarning)
+        warnings.filterwarnings("ignore", "Glyph .* missing|constrained_layout not", UserWarning)
     if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):  # the script is imported now
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import os
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from micrograd_gpt.support.cli import say_once
 from micrograd_gpt.support.errors import UserError
 
-_ONE_AT_A_TIME = threading.Lock()  # warnings are caught for all threads alike
-
 
 @contextmanager
 def drawing(path: str | Path) -> Iterator[None]:
-    """Within this block matplotlib draws this file; where it fails, stderr says so, once, and
-    where its font lacks characters.
+    """Within this block matplotlib draws this file; where it fails, stderr says so, once.
 
     It may be broken itself, or told by the user's matplotlibrc to use what is not installed. A file
     that cannot be written is an error as ever.
     """
     window = os.environ.pop("MPLBACKEND", None)  # such as a notebook's, which is missing here
     try:
-        with _ONE_AT_A_TIME, warnings.catch_warnings(record=True) as caught:
-            warnings.filterwarnings("always", ".* missing from", UserWarning)
-            yield
-        if any("missing from" in str(warning.message) for warning in caught):
-            say_once(
-                f"note: {path} has boxes for characters that matplotlib's font lacks: name a font "
-                "that has them in a matplotlibrc (font.family: DejaVu Sans, …)"
-            )
+        yield
     except (UserError, MemoryError):
         raise
     except Exception as error:  # whatever matplotlib and what it imports raise
@@ -41,3 +29,19 @@ def drawing(path: str | Path) -> Iterator[None]:
     finally:
         if window is not None:
             os.environ["MPLBACKEND"] = window
+
+
+def say_what_is_not_drawn(texts: Iterable[str], path: str | Path) -> None:
+    """A note on stderr where matplotlib's font lacks letters of these texts, of a picture."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    letters = set[int]()
+    for family in FontProperties().get_family():
+        with suppress(ValueError):  # it is not installed: the next one is used
+            found = findfont(FontProperties(family=[family]), fallback_to_default=False)
+            letters |= get_font(found).get_charmap().keys()
+    if letters and any(ord(letter) not in letters for text in texts for letter in text):
+        say_once(
+            f"note: {path} has boxes for letters that matplotlib's font lacks: name one that has "
+            "them in a matplotlibrc (font.family: DejaVu Sans, …)"
+        )

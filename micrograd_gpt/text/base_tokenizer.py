@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from micrograd_gpt.support.cli import say_once
+from micrograd_gpt.support.cli import say, say_once
 from micrograd_gpt.support.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -107,6 +107,12 @@ class Tokenizer(ABC):
     def count_unknown(self, ids: Sequence[int] | np.ndarray) -> int:
         """How many of the ids stand for text that the vocabulary does not have."""
         return 0 if self.unknown is None else int((np.asarray(ids) == self.unknown).sum())
+
+    def tell_unknown(self, ids: Sequence[int] | np.ndarray, what: str) -> None:
+        """Say on stderr how many of the ids of `what` stand for text that there is no token for."""
+        if unknown := self.count_unknown(ids):
+            tokens = f"{unknown:,} of {len(ids):,} tokens"
+            say(f"note: {what}: {tokens} are words that the tokenizer does not know, all as one")
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """Return the bytes of `ids`, integers of shape (T,). They can begin or end mid-character.

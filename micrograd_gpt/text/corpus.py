@@ -205,10 +205,14 @@ def _read(
             made_with = matching_tokenizer(shard_files, tokenizer)
             return shard_files.open()[0], None, made_with
     documents = load_documents(source, form, text_files)
+    is_given = not isinstance(tokenizer, str)
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, joined(documents, form.special_tokens))
     with about(source):
-        return encode_documents(documents, tokenizer, form.special_tokens), None, tokenizer
+        ids = encode_documents(documents, tokenizer, form.special_tokens)
+    if is_given:  # with other words
+        tokenizer.tell_unknown(ids, str(source))
+    return ids, None, tokenizer
 
 
 def _read_validation(

@@ -89,9 +89,10 @@ class Notes:
             say(rf"note: {where}: \r\n and \r were read as \n; --line-ends keep leaves them in")
         if self.with_null:
             path, utf_16 = min(self.with_null.items())
+            mark = f", and UTF-16 without its mark (for that: --encoding {utf_16})"
             say(
-                f"note: {path} has null characters, as a file that is no text has, "
-                f"and UTF-16 without its mark (for that: --encoding {utf_16})"
+                f"note: {path} has null characters, as a file that is no text has"
+                + (mark if utf_16 else "")
             )
         if self.like_json:
             say(
@@ -169,7 +170,8 @@ def text_chunks(
                 text = decoder.decode(chunk)
                 if "\0" in text:  # in UTF-16 it is half of a Latin letter
                     utf_16 = "utf-16-le" if text.index("\0") % 2 else "utf-16-be"
-                    notes.with_null.setdefault(path, utf_16)
+                    is_half = text.count("\0") * 3 > len(text)
+                    notes.with_null.setdefault(path, utf_16 if is_half else "")
                 yield text.removeprefix("\ufeff") if is_first else text
                 is_first = is_first and not text
             yield decoder.decode(b"", final=True)

@@ -32,14 +32,19 @@ def table_rows(path: Path, lines: Iterable[str]) -> Iterator[Fields]:
     how: dict[str, Any] = {} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     csv.field_size_limit(LONGEST_FIELD)
     reader = csv.reader((line + "\n" for line in lines), strict=is_csv, **how)
+    begin = 1  # of the next record, which may go over several lines
     try:
         for fields in reader:
             if any(field.strip() for field in fields):
                 yield f"line {reader.line_num}", fields
+            begin = reader.line_num + 1
     except csv.Error as error:
         if "new-line character" in str(error):
             raise UserError(f"{path}: {OLD_LINE_ENDS}") from error
-        raise UserError(f"{path}, line {reader.line_num}: {error}: correct the quotes") from error
+        where = (
+            f"line {begin}" if begin >= reader.line_num else f"the record that line {begin} begins"
+        )
+        raise UserError(f"{path}, {where}: {error}: correct the quotes") from error
 
 
 def columns(

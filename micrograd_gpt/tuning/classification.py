@@ -126,6 +126,7 @@ def encode(
     if cut:
         texts = f"{cut:,} of {len(encoded):,} {what} texts"
         say(f"note: {texts} are cut off after {counted(longest, 'token')}")
+    tokenizer.tell_unknown(np.concatenate([*encoded, np.empty(0, int)]), f"the {what} texts")
     return encoded
 
 

@@ -219,6 +219,8 @@ def encode_all(
         )
     bar = tqdm(answered, desc="tokenizing", unit="example", delay=1, disable=None)
     encoded = [encode(conversation, template, tokenizer, loss_on) for conversation in bar]
+    ids = np.concatenate([example.ids for example in encoded])
+    tokenizer.tell_unknown(ids, f"the {what} examples and their template")
     lengths = _lengths(encoded)
     if lengths.min() > longest:
         raise UserError(

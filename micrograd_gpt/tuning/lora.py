@@ -53,6 +53,7 @@ from micrograd_gpt.weights.formats import (
 )
 from micrograd_gpt.weights.names import lies_in, size_named
 from micrograd_gpt.weights.releases import RELEASES
+from micrograd_gpt.weights.saving import stored_parameters
 
 M = TypeVar("M", bound=Module)
 
@@ -382,7 +383,7 @@ def load_adapter(model: Any, folder: str | Path) -> None:
     check_has_none(model)
     adapter = open_adapter(folder)
     files = AdapterFiles(adapter.base if adapter.config.get(BASE) else None)
-    parameters = dict(model.named_parameters())
+    parameters = stored_parameters(model)
     check_made_for(adapter, {name: p.shape for name, p in parameters.items()}, "this one")
     if len(ranks := {a.a.shape[1] for a in adapter.additions.values()}) > 1:
         raise UserError(f"{folder}: the rank differs between layers: {sorted(ranks)}; merge it")

@@ -15,7 +15,7 @@ import numpy as np
 
 from micrograd_gpt.support.cli import counted
 from micrograd_gpt.support.files import written_whole
-from micrograd_gpt.support.pictures import drawing
+from micrograd_gpt.support.pictures import drawing, say_what_is_not_drawn
 
 Array = np.ndarray
 TEXT_COLUMNS = 16  # so many labels' matrix is still readable as text; loss.png's neighbour has all
@@ -144,6 +144,7 @@ def draw_confusion(scores: Scores, path: str | Path) -> None:
     """
     with drawing(path):
         _draw_confusion(scores, path)
+        say_what_is_not_drawn(scores.labels, path)
 
 
 def _draw_confusion(scores: Scores, path: str | Path) -> None:

@@ -35,7 +35,14 @@ from micrograd_gpt.text.byte_pairs import AddedToken
 from micrograd_gpt.text.hugging_face import added_tokens, tokenizer_json
 from micrograd_gpt.text.merges import BYTES
 from micrograd_gpt.text.tokenizers import CharTokenizer, WordTokenizer
-from micrograd_gpt.variants import OWN_VALUES, VariantConfig, differences, inner_width, query_scale
+from micrograd_gpt.variants import (
+    OWN_VALUES,
+    VariantConfig,
+    VariantGPT2,
+    differences,
+    inner_width,
+    query_scale,
+)
 from micrograd_gpt.weights.reading import FLOATS
 from micrograd_gpt.weights.saving import stored_parameters
 from micrograd_gpt.weights.tensor_files import converted
@@ -79,8 +86,9 @@ def write_gguf(
     check_exportable(model.config, tokenizer)
     gguf = gguf_package()
     tensors = dict(gguf_tensors(model, tokenizer.vocab_size))
-    if edited := edited_parts():
-        say(f"note: edited code, which llama.cpp computes as it was before: {listed(edited)}")
+    is_own = type(model) not in (GPT2, VariantGPT2)
+    if edited := [*edited_parts(), *[type(model).__name__] * is_own]:
+        say(f"note: llama.cpp computes GPT-2's code, and not what is yours: {listed(edited)}")
     # The writer opens the temporary file too, by its name
     with written_whole(path) as file, closing(gguf.GGUFWriter(file.name, "gpt2")) as writer:
         writer.add_name(name)

@@ -79,6 +79,11 @@ def save_pretrained(
             f"the tokenizer has {tokenizer.vocab_size} tokens, and the model room for "
             f"{model.config.vocab_size}: give the tokenizer that the model was trained with"
         )
+    if tokenizer:
+        try:
+            tokenizer.check_size(model.config.vocab_size)
+        except UserError as error:  # no reason to lose what was learned
+            say_once(f"note: {folder} will not be read as it is: {error}")
     if type(model) in (GPT2, VariantGPT2):  # a subclass may make its parts in its own way
         check_described(model)
     if (adapter := getattr(model, "adapter", None)) is not None:

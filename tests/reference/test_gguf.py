@@ -160,5 +160,5 @@ def test_edited_code_is_noted(
     assert "edited" not in capsys.readouterr().err
     monkeypatch.setattr(layers, "gelu", lambda x: x.relu())
     write_gguf(tmp_path / "model.gguf", model, ByteTokenizer())
-    note = "note: edited code, which llama.cpp computes as it was before: 'layers.gelu'\n"
+    note = "note: llama.cpp computes GPT-2's code, and not what is yours: 'layers.gelu'\n"
     assert capsys.readouterr().err == note

@@ -74,6 +74,7 @@ def test_numpy_s_and_matplotlib_s_words_do_not_come_before_ours(
     def main() -> int:
         figure = Figure(figsize=(0.5, 0.5), layout="constrained")
         figure.subplots().set_xlabel("which leaves no room")
+        figure.suptitle("\u6b63")  # a letter that matplotlib's font lacks
         figure.savefig(io.BytesIO())
         large = np.float32([3e38]) * np.float32(10)
         raise UserError(f"the loss is {(large - large)[0]}")

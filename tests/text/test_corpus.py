@@ -14,6 +14,18 @@ from micrograd_gpt.text.documents import load_documents
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, WordTokenizer
 
 
+def test_words_that_a_given_tokenizer_does_not_know_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("the cat " * 50)
+    load_corpus(path, WordTokenizer.from_text("the dog " * 50))
+    said = "of 200 tokens are words that the tokenizer does not know, all as one"
+    assert f"{path}: 50 {said}" in capsys.readouterr().err
+    load_corpus(path, "word")
+    assert capsys.readouterr().err == ""
+
+
 def test_documents_are_told_apart() -> None:
     byte, word = ByteTokenizer(), WordTokenizer.from_text("a b")
     assert encode_documents(["ab", "c"], byte).tolist() == [97, 98, 256, 99, 256]

@@ -509,6 +509,7 @@ def test_a_field_may_have_lines_and_quotes(tmp_path: Path) -> None:
         ("a.json", '[{"text": "a"}', "the list: this is not JSON"),
         ("a.csv", "text,n\none,1\ntwo\n", "line 3: 1 field under a header of 2"),
         ("a.csv", 'text\n"one" two\n', "line 2: ',' expected after '\"': correct the quotes"),
+        ("a.csv", 'text\n"one\ntwo\nthree\n', "the record that line 2 begins: unexpected end"),
         ("a.tsv", "a\tb\n", "its header has no 'text', only 'a', 'b'"),
         ("a.json", '[{"instruction": "a"}]', "learn from them with finetune_gpt2.py instruct"),
         ("a.jsonl", '{"messages": []}', "learn from them with finetune_gpt2.py instruct"),
@@ -619,6 +620,12 @@ def test_null_characters_are_noticed(
     assert load_documents(path)[0].replace("\0", "") == "Hello"
     assert "null characters" in (said := capsys.readouterr().err) and encoding in said
     assert load_documents(path, Form(encoding)) == ["Hello"]
+    capsys.readouterr()
+    path.write_text("a log with one null\0 in a line\n")
+    load_documents(path)
+    assert "null characters, as a file that is no text has\n" in capsys.readouterr().err
+    path.write_bytes("Hello".encode(encoding))
+    load_documents(path, Form(encoding))
     assert capsys.readouterr().err == ""
 
 

@@ -531,13 +531,18 @@ def test_an_adapter_that_does_not_fit_changes_nothing(adapter: Path, tmp_path: P
     assert lora_layers(model)
 
 
-def test_a_block_that_stands_in_several_places_gets_one_addition() -> None:
-    model = make_model()
+def test_a_block_that_stands_in_several_places_gets_one_addition(tmp_path: Path) -> None:
+    model = make_model(n_layer=3)
     model.transformer.h = model.transformer.h[:1] * 3
     expected = logits(model)
     add_lora(model, 2)
     (layer,) = {id(layer): layer for layer in lora_layers(model).values()}.values()
     assert type(layer.base) is Linear and (logits(model) == expected).all()
+    model.save_pretrained(tmp_path)
+    again = make_model(n_layer=3)
+    again.transformer.h = again.transformer.h[:1] * 3
+    load_adapter(again, tmp_path)
+    assert (logits(again) == expected).all()
     plain = gradients(model)
     recompute_blocks(model)
     for a, b in zip(gradients(model), plain, strict=True):

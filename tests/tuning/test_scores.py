@@ -69,8 +69,9 @@ def test_the_picture(tmp_path: Path) -> None:
         draw_confusion(scores, tmp_path / "file" / "confusion.png")
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_labels_that_the_font_cannot_draw_are_noted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw_confusion(score(TRUE, GIVEN, ["\ue000", "spam", "other"]), tmp_path / "confusion.png")
-    assert "has boxes for characters that matplotlib's font lacks" in capsys.readouterr().err
+    assert "has boxes for letters that matplotlib's font lacks" in capsys.readouterr().err

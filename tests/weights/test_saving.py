@@ -88,7 +88,9 @@ class Own(Tokenizer):
         return {}
 
 
-def test_a_tokenizer_that_is_not_the_models_is_not_saved(tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_not_the_models_is_not_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=5, n_positions=4))
     with pytest.raises(UserError, match="has 257 tokens, and the model room for 5: give the"):
         model.save_pretrained(tmp_path / "new", ByteTokenizer())
@@ -96,8 +98,10 @@ def test_a_tokenizer_that_is_not_the_models_is_not_saved(tmp_path: Path) -> None
         with pytest.raises(TypeError, match=r"the tokenizer, .*, is not one of ours: load_tokeniz"):
             model.save_pretrained(tmp_path / "new", other)
     assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
     model.save_pretrained(tmp_path / "new", CharTokenizer("ab"))  # more room than there are tokens
     assert (tmp_path / "new" / "model.safetensors").exists()
+    assert "new will not be read as it is: the tokenizer has 2 tokens" in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_another_vocabulary_that_stays_in_the_folder_is_said(
