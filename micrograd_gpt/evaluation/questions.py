@@ -27,6 +27,7 @@ from micrograd_gpt.generation.context import check_memory
 from micrograd_gpt.generation.output import prompt_ids
 from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.json_objects import read_objects
@@ -132,6 +133,11 @@ class GenerationTask(Task):
         too_long = sum(len(prompt) > longest for prompt in self.prompts)
         unknown = sum(map(bool, map(self.tokenizer.count_unknown, self.prompts)))
         self.tell("prompt", too_long, longest, unknown)
+        if self.template and any(isinstance(question.asked, str) for question in self.questions):
+            say(
+                "note: this model was tuned on instructions, and a prompt is continued without "
+                "their template: call the field instruction to have it answered"
+            )
 
     def batches(self, model: GPT2, items: Sequence[int], batch_size: int | None) -> Iterator[Batch]:
         prompts = [self.prompts[item] for item in items]

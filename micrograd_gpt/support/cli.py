@@ -109,6 +109,8 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if isinstance(args, str):
+            raise TypeError(f"main takes a list of words, not {args!r:.40}: add .split() to it")
         words = sys.argv[1:] if args is None else list(map(str, args))  # a notebook has 3, and Path
         self.given = {}
         for word in words:
@@ -145,6 +147,8 @@ class ArgumentParser(argparse.ArgumentParser):
             known = {flag for flag in self.flags() if flag.startswith("--")}
             is_meant = not unknown or unknown in known  # a flag of another command
             hint = "" if is_meant else did_you_mean(unknown, known)
+            if not any(word.startswith("-") for word in extra):  # as of --data *.txt
+                hint = ": a flag takes one value; of several files, give the folder they are in"
             self.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
         return parsed
 

@@ -152,6 +152,14 @@ class Tokenizer(ABC):
                 "--special-tokens out"
             )
 
+    def tell_typed(self, source: str | Path) -> None:
+        """Say that `<|endoftext|>` in this text is read as text, where there is such a token."""
+        if END_OF_TEXT in self.special_texts:
+            say(
+                f"note: {source} has {END_OF_TEXT} in it, which is read as these 13 characters; "
+                "--special-tokens takes it for the token"
+            )
+
     def check_size(self, vocab_size: int) -> None:
         """Raise UserError unless a model with this vocab_size can be the tokenizer's.
 

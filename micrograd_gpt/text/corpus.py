@@ -19,6 +19,7 @@ from micrograd_gpt.support import download
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError, about
 from micrograd_gpt.support.files import reading
+from micrograd_gpt.text.base_tokenizer import END_OF_TEXT
 from micrograd_gpt.text.decoding import Form
 from micrograd_gpt.text.documents import (
     AS_IT_IS,
@@ -205,13 +206,13 @@ def _read(
             made_with = matching_tokenizer(shard_files, tokenizer)
             return shard_files.open()[0], None, made_with
     documents = load_documents(source, form, text_files)
-    is_given = not isinstance(tokenizer, str)
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, joined(documents, form.special_tokens))
     with about(source):
         ids = encode_documents(documents, tokenizer, form.special_tokens)
-    if is_given:  # with other words
-        tokenizer.tell_unknown(ids, str(source))
+    tokenizer.tell_unknown(ids, str(source))
+    if not form.special_tokens and any(END_OF_TEXT in document for document in documents):
+        tokenizer.tell_typed(source)
     return ids, None, tokenizer
 
 

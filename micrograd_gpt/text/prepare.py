@@ -96,6 +96,8 @@ def prepare(
         how = form, notes, progress["tokenizer"]
         entries = _write_shards(folder, files, *how, parallel_map)
     notes.tell(source)
+    if notes.typed and not form.special_tokens:
+        tokenizer_from_dict(progress["tokenizer"]).tell_typed(source)
     if not entries:
         raise no_text(source)
     hashes = [sha256(file) for file in files]

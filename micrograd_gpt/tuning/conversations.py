@@ -18,12 +18,14 @@ PART, MOST = 0.1, 1000  # of the instructions, to validate on
 
 
 class Turn(NamedTuple):
-    """One instruction and its answer; the input and the system message may be empty."""
+    """One instruction and its answer; the input and the system message may be empty. An answer that
+    does not count is read, and not learned."""
 
     instruction: str
     output: str
     input: str = ""
     system: str = ""
+    counts: bool = True
 
 
 Conversation = Sequence[Turn]  # most files have conversations of one turn
@@ -33,7 +35,8 @@ def read_conversations(path: str | Path, encoding: str = "utf-8") -> list[Conver
     """The conversations in a file: in .json a list of objects, in any other an object a line.
 
     An object has either `instruction`, `output` and perhaps `input`, or `messages`: objects with a
-    `role` (system, which may come first; then user and assistant in turns) and a `content`.
+    `role` (system, which may come first; then user and assistant in turns) and a `content`. An
+    answer of `weight` 0, as in OpenAI's files, does not count.
 
     Raises UserError, naming the file and the example, for anything else.
     """
@@ -72,8 +75,11 @@ def turns_of(messages: Any, where: str) -> Conversation:
             f"{where}: the roles are {', '.join(roles) or 'none'}; after a system message, if any, "
             "user and assistant take turns, and the last word is the assistant's"
         )
-    pairs = zip(texts[first::2], texts[first + 1 :: 2], strict=True)
-    turns = [_turn(where, user, answer) for user, answer in pairs]
+    pairs = zip(texts[first::2], texts[first + 1 :: 2], messages[first + 1 :: 2], strict=True)
+    turns = [
+        _turn(where, user, answer)._replace(counts=_counts(message, where))
+        for user, answer, message in pairs
+    ]
     return [turns[0]._replace(system=texts[0]), *turns[1:]] if first else turns
 
 
@@ -81,6 +87,13 @@ def _turn(where: str, instruction: str, output: str, input: str = "") -> Turn:
     if not instruction:
         raise UserError(f"{where}: the instruction is empty")
     return Turn(instruction, output, input)
+
+
+def _counts(answer: dict[str, Any], where: str) -> bool:
+    weight = answer.get("weight", 1)
+    if weight not in (0, 1, None):
+        raise UserError(f"{where}: the weight of an answer is {weight!r}, and must be 0 or 1")
+    return weight != 0
 
 
 def _text(fields: dict[str, Any], name: str, where: str) -> str:
@@ -127,7 +140,7 @@ def _read_to_learn(path: str | Path, encoding: str) -> list[Conversation]:
         used = {"messages"} if "messages" in fields else {"instruction", "input", "output"}
         unused |= _filled(fields) - used
         for message in fields.get("messages", ()):
-            unused |= _filled(message) - {"role", "content"}
+            unused |= _filled(message) - {"role", "content", "weight"}
     if unused:
         say(f"note: {path}: {listed(sorted(unused))} left out: nothing is learned from such fields")
     return conversations
@@ -140,7 +153,7 @@ def _filled(fields: dict[str, Any]) -> set[str]:
 
 def _asked(conversation: Conversation) -> tuple[Turn, ...]:
     """A conversation without its answers."""
-    return tuple(turn._replace(output="") for turn in conversation)
+    return tuple(turn._replace(output="", counts=True) for turn in conversation)
 
 
 def split(
@@ -152,7 +165,7 @@ def split(
     """
     alike: dict[Turn, list[int]] = {}
     for i, (first, *_) in enumerate(conversations):
-        alike.setdefault(first._replace(output=""), []).append(i)
+        alike.setdefault(_asked([first])[0], []).append(i)
     groups = list(alike.values())
     wanted = min(max(1, round(PART * len(groups))), MOST, len(groups) - 1)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(groups))

@@ -184,7 +184,7 @@ def encode(
         prompt = tokenizer.encode(template.prompt(turn.instruction, turn.input, turn.system))
         answer = np.append(tokenizer.encode(turn.output), np.int32(end_of_text(tokenizer)))
         ids += [prompt, answer]
-        counted += [np.full(len(prompt), loss_on == "all"), np.ones(len(answer), bool)]
+        counted += [np.full(len(prompt), loss_on == "all"), np.full(len(answer), turn.counts)]
     return Example(np.concatenate(ids), np.concatenate(counted))
 
 
@@ -211,7 +211,8 @@ def encode_all(
     A model reads at most `longest` tokens of each: all but the last. `what` they are for is part of
     what is said.
     """
-    answered = [c for c in conversations if all(turn.output for turn in c)]
+    with_outputs = [c for c in conversations if all(turn.output for turn in c)]
+    answered = [c for c in with_outputs if any(turn.counts for turn in c)]
     own = ", or give a --validation FILE of its own" if what == "validation" else ""
     if not answered:
         raise UserError(
@@ -229,7 +230,8 @@ def encode_all(
             f"--block-size below it){own}"
         )
     for count, why in (
-        (len(conversations) - len(answered), "have an empty output"),
+        (len(conversations) - len(with_outputs), "have an empty output"),
+        (len(with_outputs) - len(answered), "have only answers of weight 0"),
         (int((lengths > longest).sum()), f"are longer than {counted(longest, 'token')}"),
     ):
         if count:

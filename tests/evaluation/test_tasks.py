@@ -214,6 +214,14 @@ def test_what_is_drawn_depends_on_the_question_alone() -> None:
             assert all(row == expected[item] for item, row in batch())
 
 
+def test_that_a_prompt_has_no_template_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Settings(max_new_tokens=1)
+    for asked, is_said in ("a", True), ([Turn("a", "")], False):
+        template = Template("{instruction}{output}")
+        GenerationTask([Question(asked, "", {}, "")], CHARS, template, settings).check(char_model())
+        assert ("continued without their template" in capsys.readouterr().err) == is_said
+
+
 def test_questions_as_prompts_as_instructions_and_as_conversations(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     objects: list[Row] = [

@@ -130,6 +130,10 @@ def test_what_is_advised_to_try_is_called_as_this_script_was(
         (["generate.py", "--d-model", "1"], "--d-model 1; see"),  # and is not near --model
         (["generate.py", "--max_length", "1"], "did you mean --max-new-tokens?"),
         (["generate.py", "--top_k", "x"], "--top-k: must be a whole number, not 'x'"),
+        (
+            ["train_gpt2.py", "--data", "a.txt", "b.txt"],
+            "b.txt: a flag takes one value",
+        ),
         (["load_gpt2.py", "--ouput", "x"], "did you mean --out?"),
     ],
 )
@@ -137,6 +141,11 @@ def test_a_flag_that_there_is_not(words: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         script(words[0].removesuffix(".py")).main(words[1:])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_flags_are_a_list() -> None:
+    with pytest.raises(TypeError, match="main takes a list of words, not '--plan'"):
+        script("train_gpt2").main("--plan")
 
 
 def test_a_text_that_looks_like_a_flag_stays_what_it_is(tmp_path: Path) -> None:

@@ -8,10 +8,28 @@ import numpy as np
 import pytest
 
 from micrograd_gpt.support.errors import UserError
+from micrograd_gpt.text import corpus as corpora
 from micrograd_gpt.text.corpus import Corpus, encode_documents, load_corpus
 from micrograd_gpt.text.decoding import Form
 from micrograd_gpt.text.documents import load_documents
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, WordTokenizer
+
+
+def test_end_of_text_that_is_typed_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one story<|endoftext|>and another " * 50)
+    note = f"note: {path} has <|endoftext|> in it, which is read as these 13 characters; "
+    for most in (corpora.MOST_IN_MEMORY, 0):  # and as a large text
+        monkeypatch.setattr(corpora, "MOST_IN_MEMORY", most)
+        for tokenizer, form, is_said in (
+            ("byte", Form(), True),
+            ("byte", Form(special_tokens=True), False),
+            ("char", Form(), False),
+        ):
+            load_corpus(path, tokenizer, form=form, cache_folder=tmp_path / "cache")
+            assert (note in capsys.readouterr().err) == is_said
 
 
 def test_words_that_a_given_tokenizer_does_not_know_are_said(

@@ -43,6 +43,17 @@ def test_messages(tmp_path: Path) -> None:
     assert with_system == [Turn("a", "b", system="s"), Turn("c", "d")]
 
 
+def test_an_answer_of_weight_0_does_not_count(tmp_path: Path) -> None:
+    """As OpenAI's files mark an answer that is not to be learned."""
+    talk = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    talk["messages"][1]["weight"], talk["messages"][3]["weight"] = 0, 1
+    (turns,) = read_conversations(written(tmp_path, [talk]))
+    assert turns == [Turn("a", "b", counts=False), Turn("c", "d")]
+    talk["messages"][1]["weight"] = 0.5
+    with pytest.raises(UserError, match=r"the weight of an answer is 0\.5, and must be 0 or 1"):
+        read_conversations(written(tmp_path, [talk]))
+
+
 A = {"instruction": "a", "output": "b"}
 
 
@@ -151,9 +162,9 @@ def test_fields_that_are_left_out_are_said(
 ) -> None:
     items = [{**A, "instruction": f"{i}", "context": "c", "input": "d", "id": ""} for i in range(3)]
     talk = chat(("user", "a"), ("assistant", "b")) | {"input": "x", "role": "y"}
-    talk["messages"][1]["weight"] = 0  # as OpenAI's files mark an answer that is not to be learned
+    talk["messages"][1]["end_turn"] = True
     path = written(tmp_path, [*items, talk])
     read_parts(path, None)
-    expected = f"note: {path}: 'context', 'input', 'role', 'weight' left out: nothing is learned "
-    expected += "from such fields\n"
+    expected = f"note: {path}: 'context', 'end_turn', 'input', 'role' left out: nothing is "
+    expected += "learned from such fields\n"
     assert capsys.readouterr().err == expected

@@ -41,6 +41,17 @@ def test_answers_count_and_end_with_end_of_text() -> None:
     assert encode(turns, SHORT, BYTES, loss_on="all").counted.all()
 
 
+def test_an_answer_that_does_not_count_is_only_read(capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [Turn("a", "b", counts=False), Turn("c", "d")]
+    counted = encode(turns, SHORT, BYTES, loss_on="all").counted
+    assert encode(turns, SHORT, BYTES).counted.tolist() == [False] * 8 + [True] * 2
+    assert counted.tolist() == [True] * 3 + [False] * 2 + [True] * 5
+    some = [[Turn("e", "f")], [Turn("g", "h", counts=False)]]
+    assert len(make_task(some, some[:1]).train) == 1
+    said = "note: 1 of 2 training examples have only answers of weight 0: left out\n"
+    assert capsys.readouterr().err == said
+
+
 def test_end_of_text_that_is_typed_ends_nothing() -> None:
     example = encode([Turn("<|endoftext|>", "<|endoftext|>")], SHORT, BYTES)
     assert (example.ids == END).sum() == 1
