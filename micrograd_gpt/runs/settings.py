@@ -149,7 +149,8 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
     ("special_tokens", ON_OFF, False, ASK,  # so that no text can cut itself into documents
      "take <|endoftext|> in a text for the token, not for these 13 characters"),
     ("tokenizer", TEXT, By("char", "gpt2"), NEVER,  # a small model has no use for 50,257 tokens
-     f"{', '.join(NAMES)}, or a folder with the files of a byte-level BPE"),
+     f"{', '.join(NAMES)}, or a folder with the files of a byte-level BPE; word knows the 10,000 "
+     "most common ones"),
 ],
 "model": [
     ("size", TEXT, "tiny", NEVER,  # learns to write words in two minutes on a laptop
