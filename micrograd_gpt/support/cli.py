@@ -147,7 +147,7 @@ class ArgumentParser(argparse.ArgumentParser):
             known = {flag for flag in self.flags() if flag.startswith("--")}
             is_meant = not unknown or unknown in known  # a flag of another command
             hint = "" if is_meant else did_you_mean(unknown, known)
-            if not any(word.startswith("-") for word in extra):  # as of --data *.txt
+            if all(map(os.path.exists, extra)):  # as of --data *.txt
                 hint = ": a flag takes one value; of several files, give the folder they are in"
             self.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
         return parsed
