@@ -77,7 +77,7 @@ def turns_of(messages: Any, where: str) -> Conversation:
         )
     pairs = zip(texts[first::2], texts[first + 1 :: 2], messages[first + 1 :: 2], strict=True)
     turns = [
-        _turn(where, user, answer)._replace(counts=_counts(message, where))
+        _turn(where, user, answer)._replace(counts=message.get("weight") != 0)
         for user, answer, message in pairs
     ]
     return [turns[0]._replace(system=texts[0]), *turns[1:]] if first else turns
@@ -87,13 +87,6 @@ def _turn(where: str, instruction: str, output: str, input: str = "") -> Turn:
     if not instruction:
         raise UserError(f"{where}: the instruction is empty")
     return Turn(instruction, output, input)
-
-
-def _counts(answer: dict[str, Any], where: str) -> bool:
-    weight = answer.get("weight", 1)
-    if weight not in (0, 1, None):
-        raise UserError(f"{where}: the weight of an answer is {weight!r}, and must be 0 or 1")
-    return weight != 0
 
 
 def _text(fields: dict[str, Any], name: str, where: str) -> str:
@@ -140,7 +133,8 @@ def _read_to_learn(path: str | Path, encoding: str) -> list[Conversation]:
         used = {"messages"} if "messages" in fields else {"instruction", "input", "output"}
         unused |= _filled(fields) - used
         for message in fields.get("messages", ()):
-            unused |= _filled(message) - {"role", "content", "weight"}
+            is_used = message.get("weight") in (0, 1)
+            unused |= _filled(message) - {"role", "content", *["weight"] * is_used}
     if unused:
         say(f"note: {path}: {listed(sorted(unused))} left out: nothing is learned from such fields")
     return conversations

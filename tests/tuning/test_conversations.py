@@ -43,15 +43,19 @@ def test_messages(tmp_path: Path) -> None:
     assert with_system == [Turn("a", "b", system="s"), Turn("c", "d")]
 
 
-def test_an_answer_of_weight_0_does_not_count(tmp_path: Path) -> None:
+def test_an_answer_of_weight_0_does_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As OpenAI's files mark an answer that is not to be learned."""
     talk = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     talk["messages"][1]["weight"], talk["messages"][3]["weight"] = 0, 1
     (turns,) = read_conversations(written(tmp_path, [talk]))
     assert turns == [Turn("a", "b", counts=False), Turn("c", "d")]
+    assert capsys.readouterr().err == ""
     talk["messages"][1]["weight"] = 0.5
-    with pytest.raises(UserError, match=r"the weight of an answer is 0\.5, and must be 0 or 1"):
-        read_conversations(written(tmp_path, [talk]))
+    path = written(tmp_path, [talk, {**A, "instruction": "z"}])
+    read_parts(path, None)
+    assert f"note: {path}: 'weight' left out" in capsys.readouterr().err
 
 
 A = {"instruction": "a", "output": "b"}
