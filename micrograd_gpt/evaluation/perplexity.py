@@ -18,7 +18,6 @@ from micrograd_gpt.evaluation.records import Row
 from micrograd_gpt.evaluation.running import ScoredTask
 from micrograd_gpt.evaluation.scoring import Request, Score
 from micrograd_gpt.gpt2 import GPT2
-from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading
 from micrograd_gpt.text.base_tokenizer import Tokenizer
@@ -90,8 +89,8 @@ class PerplexityTask(ScoredTask):
         if len(self.ids) < 2:
             raise UserError("the text has a single token, and the first is not scored: give more")
         self.windows = sliding_windows(len(self.ids), width, stride)[:limit]
-        self.unknown = tokenizer.count_unknown(self.ids)
-        is_whole = not self.unknown
+        self.tokenizer = tokenizer
+        is_whole = not tokenizer.count_unknown(self.ids)
         size = sum(len(text.encode("utf-8")) for text in originals)
         self.bytes_per_token = size / len(self.ids) if is_whole else None
         words = sum(len(text.split()) for text in originals)
@@ -101,9 +100,7 @@ class PerplexityTask(ScoredTask):
         return len(self.windows)
 
     def check(self, model: GPT2) -> None:
-        if self.unknown:
-            tokens = f"{self.unknown:,} of {len(self.ids):,} tokens"
-            say(f"note: {tokens} are words that the tokenizer does not know, all as one")
+        self.tokenizer.tell_unknown(self.ids, "the text")
 
     def requests(self, item: int) -> list[Request]:
         begin, scored, end = self.windows[item]

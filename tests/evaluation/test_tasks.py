@@ -156,7 +156,10 @@ def test_words_that_the_tokenizer_does_not_know_are_told_and_never_right(
             GenerationTask([Question("zebra", "", {}, "")], tokenizer, None, settings),
             "1 of 1 prompts have words that the tokenizer does not know",
         ),
-        (PerplexityTask(["the zebra"], ["the zebra"], tokenizer, 8, 4), "1 of 3 tokens are words"),
+        (
+            PerplexityTask(["the zebra"], ["the zebra"], tokenizer, 8, 4),
+            "the text: 1 of 3 tokens are words",
+        ),
     ):
         capsys.readouterr()
         run(model, task, Records(None, {}))
