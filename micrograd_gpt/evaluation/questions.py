@@ -30,6 +30,7 @@ from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.cli import say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE
 from micrograd_gpt.text.json_objects import read_objects
 from micrograd_gpt.text.template import Template
 from micrograd_gpt.tuning.conversations import Conversation, Turn, turns_of
@@ -115,7 +116,9 @@ class GenerationTask(Task):
             if isinstance(question.asked, str):
                 return prompt_ids(question.asked, self.tokenizer)
             if self.template is None:
-                raise UserError("the model was not tuned on instructions: give it a prompt")
+                raise UserError(
+                    f"the model was not tuned on instructions (no {PROMPT_TEMPLATE}): give a prompt"
+                )
             *earlier, last = question.asked
             prompt = self.template.prompt(last.instruction, last.input, last.system)
             ids = self.tokenizer.encode(prompt).tolist()

@@ -136,9 +136,10 @@ def find_files(source: str | Path) -> list[Path]:
         return sorted(files, key=lambda file: file.relative_to(path).as_posix())
     if not path.exists():
         refuse_tilde(path)
+        piped = "; /dev/stdin is what is piped in" if str(source) == "-" else ""
         raise UserError(
             f"{str(source)!r} does not exist: give pydocs, shakespeare, or the path of a text "
-            "file, a folder of text files, or a folder of token shards"
+            f"file, a folder of text files, or a folder of token shards{piped}"
         )
     return [path]
 

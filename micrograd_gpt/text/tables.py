@@ -145,7 +145,7 @@ def no_field(where: str, name: str, names: Sequence[str], flags: str) -> UserErr
         return UserError(f"{where} has tabs between the names: call the file .tsv")
     if {"instruction", "messages"} & {*names}:  # each would be a plain text, without a template
         flags += (
-            "; or, as these look like instructions, learn from them with finetune_gpt2.py instruct,"
+            "; or, if these are instructions, learn from them with finetune_gpt2.py instruct,"
             " and have them answered with evaluate_gpt2.py generate, each from a .jsonl"
         )
     return UserError(f"{where} has no {name!r}, only {found}: name what holds it with {flags}")

@@ -11,6 +11,7 @@ from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.support.cli import command, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import Tokenizer
+from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE
 from micrograd_gpt.text.template import Template, template_of
 from micrograd_gpt.text.tokenizer_files import model_tokenizer
 from micrograd_gpt.weights.config import CONFIG
@@ -53,7 +54,9 @@ def load_language_model(
         tokenizer = model_tokenizer(weights.folder, weights.config.vocab_size)
         template = template_of(weights.folder)
         if answers and template is None:
-            raise UserError(f"{chosen} was not tuned on instructions: give it a --prompt")
+            raise UserError(
+                f"{chosen} was not tuned on instructions (no {PROMPT_TEMPLATE}): give it a --prompt"
+            )
         return build(weights, device, dtype), tokenizer, template
 
 

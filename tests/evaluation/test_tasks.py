@@ -321,7 +321,10 @@ def test_exact_match_is_over_those_that_have_an_answer() -> None:
         ({"prompt": "a", "answer": "b"}, "line 1: 'answer' is what a field of the answers is"),
         ({"messages": [], "item": 3}, "line 1: 'item' is what a field of the answers is"),
         ({"prompt": "a", "note": "\ud800"}, "line 1: there is half a character"),
-        ({"instruction": "a"}, "line 1: the model was not tuned on instructions"),
+        (
+            {"instruction": "a"},
+            "line 1: the model was not tuned on instructions .no prompt_template.txt",
+        ),
     ],
 )
 def test_a_wrong_question_is_named(tmp_path: Path, fields: Row, problem: str) -> None:

@@ -302,7 +302,7 @@ def test_an_answer_ends_with_end_of_text(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--instruction", "a"], "was not tuned on instructions: give it a --prompt"),
+        (["--instruction", "a"], r"was not tuned on instructions \(no prompt_template.txt\): give"),
         (["--prompt", "a", "--input", "b"], "--input is for an --instruction"),
         (["--instruction", "a", "--prompt", "b"], "not allowed with argument --instruction"),
     ],

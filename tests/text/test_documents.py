@@ -109,6 +109,7 @@ def test_what_holds_no_text_is_named(tmp_path: Path) -> None:
         r"folder has no text files \(\*\.txt, \*\.md, .*, \*\.parquet\) and no token shards",
     )
     refused("shakspeare", "'shakspeare' does not exist: give pydocs, shakespeare, or the path")
+    refused("-", "'-' does not exist: .*; /dev/stdin is what is piped in")
 
 
 @pytest.mark.parametrize("name", BY_NAME)
