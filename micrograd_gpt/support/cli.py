@@ -148,7 +148,7 @@ class ArgumentParser(argparse.ArgumentParser):
             is_meant = not unknown or unknown in known  # a flag of another command
             hint = "" if is_meant else did_you_mean(unknown, known)
             if all(map(os.path.exists, extra)):  # as of --data *.txt
-                hint = ": a flag takes one value; of several files, give the folder they are in"
+                hint = ": no flag goes with it; of several files, give their folder, or all in one"
             self.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
         return parsed
 

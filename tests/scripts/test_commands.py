@@ -130,7 +130,7 @@ def test_what_is_advised_to_try_is_called_as_this_script_was(
         (["generate.py", "--d-model", "1"], "--d-model 1; see"),  # and is not near --model
         (["generate.py", "--max_length", "1"], "did you mean --max-new-tokens?"),
         (["generate.py", "--top_k", "x"], "--top-k: must be a whole number, not 'x'"),
-        (["train_gpt2.py", "--data", "a.txt", __file__], ".py: a flag takes one value; of several"),
+        (["train_gpt2.py", "--data", "a.txt", __file__], ".py: no flag goes with it; of several"),
         (["generate.py", "The dog"], "unrecognized arguments: The dog; see"),
         (["load_gpt2.py", "--ouput", "x"], "did you mean --out?"),
     ],
