@@ -208,8 +208,10 @@ def _code_meaning(code: CodeType, docstring: str | None = None) -> tuple[Any, ..
 
 
 def edited_parts() -> list[str]:
-    """The names of what has been edited of the model: of gpt2.py, and what that computes with."""
-    named = [name for name in recorded()["sources"] if name.split(".")[0] in OF_THE_MODEL]
+    """The names of what has been edited of the model: of gpt2.py, and what that computes with, but
+    for the loss, which no text needs."""
+    used = recorded()["uses"]["generation.context.next_logits"]
+    named = [name for name in used if name.split(".")[0] in OF_THE_MODEL]
     edited = [name for name in named if not is_as_recorded(name)]
     # What another function replaced has no stand-ins: those were not edited
     return [shown(name) for name in edited if name.removesuffix(FUSED) not in {*edited} - {name}]

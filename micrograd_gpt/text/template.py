@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from micrograd_gpt.support.cli import listed, say
+from micrograd_gpt.support.cli import listed, say, say_once
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading, write_text
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER_CONFIG
@@ -73,11 +73,14 @@ class Template:
 
     def conversation(self, messages: Iterable[Mapping[str, str]], end_of_text: str) -> str:
         """The text of messages {"role": …, "content": …} so far: end_of_text after each answer, and
-        no system message where the template has no place for one."""
+        no system message where the template has no place for one, which is said."""
         text = system = ""
         for message in messages:
             if message["role"] == "system":
-                system = message["content"] if "{system}" in self.text else ""
+                system = message["content"]
+                if "{system}" not in self.text:
+                    say_once("note: the template has no place for a system message: left out")
+                    system = ""
             elif message["role"] == "user":
                 text += self.prompt(message["content"], system=system)
                 system = ""

@@ -216,7 +216,7 @@ def encode_all(
     own = ", or give a --validation FILE of its own" if what == "validation" else ""
     if not answered:
         raise UserError(
-            f"no {what} example has an output: remove those without one, or add others{own}"
+            f"no {what} example has an output that counts: remove those without, or add others{own}"
         )
     bar = tqdm(answered, desc="tokenizing", unit="example", delay=1, disable=None)
     encoded = [encode(conversation, template, tokenizer, loss_on) for conversation in bar]

@@ -105,3 +105,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_template_without_a_place_for_what_is_given(name: str, what: str) -> None:
     with pytest.raises(UserError, match=f"no place for {what}: add {{{name}}} to it"):
         Template("{instruction}{output}").prompt("a", **{name: "b"})
+
+
+def test_a_system_message_without_a_place_is_left_out_and_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chat = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]
+    assert Template("Q{instruction}A{output}").conversation(chat, "|") == "QuAa|QuA"
+    said = "note: the template has no place for a system message: left out\n"
+    assert capsys.readouterr().err == said
+    assert Template("{system}Q{instruction}A{output}").conversation(chat, "|") == "sQuAa|QuA"
+    assert capsys.readouterr().err == ""

@@ -77,9 +77,10 @@ def test_what_is_too_long_or_unanswered_is_left_out_and_counted(
     with pytest.raises(UserError, match=r"all training examples are too long: .* 4 tokens where 3"):
         make_task(conversations, conversations, longest=3)
     with pytest.raises(
-        UserError, match=r"no validation example has an output: .*, or give a --validation FILE"
+        UserError,
+        match=r"no validation example has an output that counts: .*, or give a --validation FILE",
     ):
-        make_task(conversations, [[Turn("a", "")]])
+        make_task(conversations, [[Turn("a", "")], [Turn("a", "b", counts=False)]])
 
 
 def test_a_tokenizer_without_end_of_text_is_refused() -> None:
