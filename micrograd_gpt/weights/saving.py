@@ -15,7 +15,7 @@ from micrograd_gpt.arrays.int8 import INT8, UNSAVED
 from micrograd_gpt.checks import check_described
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.nn import Parameter, parts
-from micrograd_gpt.support.cli import say, say_once
+from micrograd_gpt.support.cli import say_once
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.support.files import read_json, reading, write_text, written_whole
@@ -82,8 +82,12 @@ def save_pretrained(
     if tokenizer:
         try:
             tokenizer.check_size(model.config.vocab_size)
-        except UserError as error:  # no reason to lose what was learned
-            say_once(f"note: {folder} will not be read as it is: {error}")
+        except UserError:  # no reason to lose what was learned
+            say_once(
+                f"note: the scripts will not read {folder}: its tokenizer has "
+                f"{tokenizer.vocab_size} tokens, and its model {model.config.vocab_size}: make "
+                f"one with GPT2Config(vocab_size={tokenizer.vocab_size}, …)"
+            )
     if type(model) in (GPT2, VariantGPT2):  # a subclass may make its parts in its own way
         check_described(model)
     if (adapter := getattr(model, "adapter", None)) is not None:
@@ -112,10 +116,10 @@ def _say_if_another_s(folder: Path, vocab_size: int) -> None:
     """A note where the tokenizer that stays in a folder cannot be that of the model."""
     try:
         load_tokenizer(folder).check_size(vocab_size)
-    except UserError:
-        say(
-            f"note: {folder} keeps a tokenizer that cannot be this model's, whose vocabulary is "
-            "another: give save_pretrained the model's, too"
+    except UserError as error:
+        say_once(
+            f"note: {folder} keeps a tokenizer that this model cannot use: {error}; or give "
+            "save_pretrained the model's own"
         )
 
 
