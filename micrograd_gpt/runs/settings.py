@@ -150,7 +150,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
      "take <|endoftext|> in a text for the token, not for these 13 characters"),
     ("tokenizer", TEXT, By("char", "gpt2"), NEVER,  # a small model has no use for 50,257 tokens
      f"{', '.join(NAMES)}, or a folder with the files of a byte-level BPE; word knows the 10,000 "
-     "most common ones"),
+     "most common words"),
 ],
 "model": [
     ("size", TEXT, "tiny", NEVER,  # learns to write words in two minutes on a laptop

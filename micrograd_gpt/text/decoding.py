@@ -14,7 +14,6 @@ from typing import Any
 from micrograd_gpt.support.cli import counted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import reading
-from micrograd_gpt.text.base_tokenizer import END_OF_TEXT
 
 CHUNK = 1 << 18  # bytes read at a time
 OF_CHARACTERS = ("char", "word", "byte")  # tokenizers that would learn "\r" as a thing of its own
@@ -170,7 +169,6 @@ def text_chunks(
                 end += len(chunk)
                 on_read(len(chunk))
                 text = decoder.decode(chunk)
-                notes.typed = notes.typed or END_OF_TEXT in text
                 if "\0" in text:  # in UTF-16 it is half of a Latin letter
                     utf_16 = "utf-16-le" if text.index("\0") % 2 else "utf-16-be"
                     is_half = text.count("\0") * 3 > len(text)

@@ -24,6 +24,7 @@ import numpy as np
 
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json, reading, sha256, write_text
+from micrograd_gpt.text.base_tokenizer import END_OF_TEXT
 from micrograd_gpt.text.decoding import Form, Notes
 from micrograd_gpt.text.documents import no_text, read_documents
 from micrograd_gpt.text.pieces import (
@@ -247,7 +248,9 @@ def _pieces(
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=1, disable=None) as bar:
         documents = (d for file in files for d in read_documents(file, form, bar.update, notes))
-        yield from cut(documents, end_last, PIECE_SIZE, LONGEST_PIECE, anywhere)
+        for piece in cut(documents, end_last, PIECE_SIZE, LONGEST_PIECE, anywhere):
+            notes.typed = notes.typed or any(END_OF_TEXT in text for text in piece)
+            yield piece
 
 
 def _learn(name: str, files: list[Path], form: Form, parallel_map: ParallelMap) -> Tokenizer:

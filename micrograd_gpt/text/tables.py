@@ -153,5 +153,5 @@ def no_field(where: str, name: str, names: Sequence[str], flags: str) -> UserErr
 
 def short(value: Any) -> str:
     """A value as a message shows it."""
-    shown = ascii(value)
+    shown = repr(value)
     return shown if len(shown) <= 40 else shown[:39] + "…"

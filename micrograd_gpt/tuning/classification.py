@@ -81,6 +81,7 @@ class Classification:
             Encoded(encode(part, tokenizer, longest, what), label_numbers(part, parts.labels))
             for part, what in zip(parts[:3], ("training", "validation", "test"), strict=True)
         )
+        tokenizer.tell_unknown(np.concatenate(self.train.ids), "the training texts")
         self.lengths = self.train.lengths
         self.kinds = self.train.labels if balance else None
 
@@ -126,7 +127,6 @@ def encode(
     if cut:
         texts = f"{cut:,} of {len(encoded):,} {what} texts"
         say(f"note: {texts} are cut off after {counted(longest, 'token')}")
-    tokenizer.tell_unknown(np.concatenate([*encoded, np.empty(0, int)]), f"the {what} texts")
     return encoded
 
 

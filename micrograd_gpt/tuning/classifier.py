@@ -31,7 +31,7 @@ from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import TOKENIZER_CONFIG, tokenizer_config_json
 from micrograd_gpt.text.tables import short
 from micrograd_gpt.text.tokenizer_files import model_tokenizer
-from micrograd_gpt.weights.config import CONFIG, read_values
+from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG, read_values
 from micrograd_gpt.weights.formats import Weights
 from micrograd_gpt.weights.loading import each_once, fill
 from micrograd_gpt.weights.names import open_model
@@ -207,7 +207,8 @@ def labels_of(weights: Weights) -> list[str]:
     for a model of a single label, which is a regression, and for names that do not fit.
     """
     count, config = weights.heads[SCORE].shape[0], weights.folder / CONFIG
-    values = read_values(weights.folder)
+    # An adapter of ours has its own beside it, one of PEFT's only its base's
+    values = read_json(weights.folder / ADAPTED_CONFIG) or weights.values
     if count < 2 or values.get("problem_type") not in (None, "single_label_classification"):
         raise UserError(
             f"{config}: only models that choose one of several labels are supported, not "

@@ -38,7 +38,6 @@ from micrograd_gpt.text.tokenizers import CharTokenizer, WordTokenizer
 from micrograd_gpt.variants import (
     OWN_VALUES,
     VariantConfig,
-    VariantGPT2,
     differences,
     inner_width,
     query_scale,
@@ -86,8 +85,9 @@ def write_gguf(
     check_exportable(model.config, tokenizer)
     gguf = gguf_package()
     tensors = dict(gguf_tensors(model, tokenizer.vocab_size))
-    is_own = type(model) not in (GPT2, VariantGPT2)
-    if edited := [*edited_parts(), *[type(model).__name__] * is_own]:
+    classes = dict.fromkeys(type(part) for _, part in model.modules())
+    own = [kind.__name__ for kind in classes if not kind.__module__.startswith("micrograd_gpt.")]
+    if edited := [*edited_parts(), *own]:
         say(f"note: llama.cpp computes GPT-2's code, and not what is yours: {listed(edited)}")
     # The writer opens the temporary file too, by its name
     with written_whole(path) as file, closing(gguf.GGUFWriter(file.name, "gpt2")) as writer:

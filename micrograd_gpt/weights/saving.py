@@ -105,7 +105,8 @@ def _ids_beside(folder: Path, config: GPT2Config) -> dict[str, int]:
     """The ids in the config.json of a folder whose tokenizer stays there beside another model."""
     with suppress(UserError):  # a damaged one is replaced
         values = read_json(folder / CONFIG) or {}
-        if any((folder / name).exists() for name in TOKENIZERS):
+        is_same = values.get("vocab_size") == config.vocab_size
+        if not is_same and any((folder / name).exists() for name in TOKENIZERS):
             _say_if_another_s(folder, config.vocab_size)
         ids = {name: values.get(name) for name in ("bos_token_id", "eos_token_id")}
         return {n: i for n, i in ids.items() if isinstance(i, int) and i < config.vocab_size}
@@ -113,14 +114,16 @@ def _ids_beside(folder: Path, config: GPT2Config) -> dict[str, int]:
 
 
 def _say_if_another_s(folder: Path, vocab_size: int) -> None:
-    """A note where the tokenizer that stays in a folder cannot be that of the model."""
-    try:
-        load_tokenizer(folder).check_size(vocab_size)
-    except UserError as error:
-        say_once(
-            f"note: {folder} keeps a tokenizer that this model cannot use: {error}; or give "
-            "save_pretrained the model's own"
-        )
+    """A note where the tokenizer that stays in a folder cannot be that of the model, which may have
+    more ids only to make up a multiple of 64 or 128."""
+    with suppress(UserError):
+        size = load_tokenizer(folder).vocab_size
+        if vocab_size == size or (vocab_size % 64 == 0 and size < vocab_size < size + 128):
+            return
+    say_once(
+        f"note: {folder} keeps a tokenizer that cannot be this model's: give save_pretrained the "
+        "model's, too"
+    )
 
 
 def write_model(

@@ -14,7 +14,7 @@ import pytest
 import training
 
 from micrograd_gpt import layers
-from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.gpt2 import GPT2, MLP, GPT2Config
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT, Tokenizer
 from micrograd_gpt.text.byte_pairs import (
@@ -160,5 +160,12 @@ def test_edited_code_is_noted(
     assert "edited" not in capsys.readouterr().err
     monkeypatch.setattr(layers, "gelu", lambda x: x.relu())
     write_gguf(tmp_path / "model.gguf", model, ByteTokenizer())
-    note = "note: llama.cpp computes GPT-2's code, and not what is yours: 'layers.gelu'\n"
-    assert capsys.readouterr().err == note
+    note = "note: llama.cpp computes GPT-2's code, and not what is yours: 'layers.gelu'"
+    assert capsys.readouterr().err == f"{note}\n"
+
+    class Own(MLP):
+        pass
+
+    model.transformer.h[0].mlp.__class__ = Own
+    write_gguf(tmp_path / "model.gguf", model, ByteTokenizer())
+    assert capsys.readouterr().err == f"{note}, 'Own'\n"

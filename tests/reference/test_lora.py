@@ -238,6 +238,7 @@ def test_we_load_the_adapter_of_their_classifier(base: Path, tmp_path: Path) -> 
             if parameter.requires_grad:
                 parameter.copy_(0.1 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path)
+    ByteTokenizer().save(tmp_path)
     ids, ours = random_ids(3, 20), load_classifier(tmp_path)
     assert ours.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
     assert relative_error(our_labels(ours, ids), their_labels(theirs, ids)) < 1e-5

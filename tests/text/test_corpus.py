@@ -15,21 +15,26 @@ from micrograd_gpt.text.documents import load_documents
 from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, WordTokenizer
 
 
+@pytest.mark.slow
 def test_end_of_text_that_is_typed_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("one story<|endoftext|>and another " * 50)
-    note = f"note: {path} has <|endoftext|> in it, which is read as these 13 characters; "
+    paths = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.jsonl")]
+    paths[0].write_text("one story<|endoftext|>and another " * 50)
+    paths[1].write_text('{"text": "one\\u003c|endoftext|\\u003eother"}\n' * 50)
+    paths[2].write_text('{"text": "one", "id": "<|endoftext|>"}\n' * 50)  # which is not read
+    said = "has <|endoftext|> in it, which is read as these 13 characters; "
     for most in (corpora.MOST_IN_MEMORY, 0):  # and as a large text
         monkeypatch.setattr(corpora, "MOST_IN_MEMORY", most)
-        for tokenizer, form, is_said in (
-            ("byte", Form(), True),
-            ("byte", Form(special_tokens=True), False),
-            ("char", Form(), False),
+        for path, tokenizer, form, is_said in (
+            (paths[0], "byte", Form(), True),
+            (paths[0], "byte", Form(special_tokens=True), False),
+            (paths[0], "char", Form(), False),
+            (paths[1], "byte", Form(), True),
+            (paths[2], "byte", Form(), False),
         ):
             load_corpus(path, tokenizer, form=form, cache_folder=tmp_path / "cache")
-            assert (note in capsys.readouterr().err) == is_said
+            assert (f"note: {path} {said}" in capsys.readouterr().err) == is_said
 
 
 def test_words_that_a_given_tokenizer_does_not_know_are_said(

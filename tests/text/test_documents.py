@@ -293,6 +293,9 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     parquet.write_table(pyarrow.table({"body": texts}), path)
     refused("has no 'text', only 'body': name what holds it with --text-field")
+    parquet.write_table(pyarrow.table({"文本": texts}), path)
+    refused("has no 'text', only '文本': name what holds it with --text-field")
+    parquet.write_table(pyarrow.table({"body": texts}), path)
     assert load_documents(path, Form(field="body")) == texts
     parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
     refused("the column 'text' holds int64 and no texts: name another")

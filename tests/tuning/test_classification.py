@@ -8,7 +8,7 @@ import pytest
 from micrograd_gpt.arrays.precision import compute_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
 from micrograd_gpt.support.errors import UserError
-from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
 from micrograd_gpt.tuning.classification import Classification, label_log_probs, label_texts
 from micrograd_gpt.tuning.classifier import GPT2Classifier
 from micrograd_gpt.tuning.labelled import Example, Parts
@@ -83,6 +83,16 @@ def test_labels_are_not_given_by_what_is_no_number() -> None:
     model.score.weight.data[0, 0] = np.nan
     with pytest.raises(UserError, match=r"not finite: its weights are damaged, or .* edited"):
         next(label_texts(model, texts, ByteTokenizer(), 1))
+
+
+def test_unknown_words_are_said_of_what_is_learned(capsys: pytest.CaptureFixture[str]) -> None:
+    words = WordTokenizer.from_text("one two and")
+    Classification(parts(), words, 10, 3, "data.tsv")
+    said = "note: the training texts: 6 of 14 tokens are words that the tokenizer does not know"
+    assert [line.split(", all")[0] for line in capsys.readouterr().err.splitlines()] == [said]
+    model = GPT2Classifier(GPT2(GPT2Config(1, 2, 8, words.vocab_size, 16)), ["a", "b"]).eval()
+    list(label_texts(model, parts().train, words, 1))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_text_that_the_tokenizer_cannot_express_is_named() -> None:

@@ -11,7 +11,7 @@ from small_gpt2 import make_model
 from micrograd_gpt.layers import IGNORE
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.template import Template
-from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer
+from micrograd_gpt.text.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
 from micrograd_gpt.tuning.conversations import Turn
 from micrograd_gpt.tuning.instructions import (
     Example,
@@ -81,6 +81,15 @@ def test_what_is_too_long_or_unanswered_is_left_out_and_counted(
         match=r"no validation example has an output that counts: .*, or give a --validation FILE",
     ):
         make_task(conversations, [[Turn("a", "")], [Turn("a", "b", counts=False)]])
+
+
+def test_unknown_words_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    some = [[Turn("one", "two")]]
+    make_task(some, some, longest=9, tokenizer=WordTokenizer.from_text("one = "))
+    said = "examples and their template: 1 of 5 tokens are words that the tokenizer does not know"
+    assert capsys.readouterr().err == "".join(
+        f"note: the {what} {said}, all as one\n" for what in ("training", "validation")
+    )
 
 
 def test_a_tokenizer_without_end_of_text_is_refused() -> None:

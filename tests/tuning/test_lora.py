@@ -538,6 +538,8 @@ def test_a_block_that_stands_in_several_places_gets_one_addition(tmp_path: Path)
     add_lora(model, 2)
     (layer,) = {id(layer): layer for layer in lora_layers(model).values()}.values()
     assert type(layer.base) is Linear and (logits(model) == expected).all()
+    layer.lora_B.data += 1
+    expected = logits(model)
     model.save_pretrained(tmp_path)
     again = make_model(n_layer=3)
     again.transformer.h = again.transformer.h[:1] * 3
