@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +19,9 @@ def drawing(path: str | Path) -> Iterator[None]:
     It may be broken itself, or told by the user's matplotlibrc to use what is not installed. A file
     that cannot be written is an error as ever.
     """
-    window = os.environ.pop("MPLBACKEND", None)  # such as a notebook's, which is missing here
+    is_first = "matplotlib" not in sys.modules
+    # Where a notebook's window is missing here, matplotlib could not be imported
+    window = os.environ.pop("MPLBACKEND", None) if is_first else None
     try:
         yield
     except (UserError, MemoryError):
@@ -29,6 +32,9 @@ def drawing(path: str | Path) -> Iterator[None]:
     finally:
         if window is not None:
             os.environ["MPLBACKEND"] = window
+            if matplotlib := sys.modules.get("matplotlib"):  # a notebook's own pictures need it
+                with suppress(ValueError):
+                    matplotlib.rcParams["backend"] = window
 
 
 def say_what_is_not_drawn(texts: Iterable[str], path: str | Path) -> None:
