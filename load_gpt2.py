@@ -37,7 +37,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import without, written_as_set
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE
-from micrograd_gpt.text.template import save_template, template_of
+from micrograd_gpt.text.template import first_template, save_template
 from micrograd_gpt.text.tokenizer_files import model_tokenizer
 from micrograd_gpt.weights import gguf_file
 from micrograd_gpt.weights.adapters import naming_base, open_language_adapter, with_adapter
@@ -235,8 +235,7 @@ def write_folder(
     there is none to write, is copied from the last of the folders `sources`; its prompt template
     comes from the first with one.
     """
-    templates = [template_of(folder) for folder in sources if folder and tokenizer]
-    template = next(filter(None, templates), None)
+    template = first_template([folder for folder in sources if folder and tokenizer])
     with written_as_set(out) as new:
         write_model(model, new, tokenizer, None if dtype == "float32" else dtype)
         if template:

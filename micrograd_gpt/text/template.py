@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from micrograd_gpt.support.cli import listed, say, say_once
@@ -27,6 +27,8 @@ from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER_CONFIG
 NEEDED = "instruction", "output"
 OPTIONAL = {"system": "a system message", "input": "an input"}
 PLACE = re.compile(r"\{(system|instruction|input|output)\}")
+
+CHAT_TEMPLATE = "chat_template.jinja"  # Transformers' own, where it is not in the settings
 
 DEFAULT = """\
 {system}
@@ -147,6 +149,21 @@ def template_of(folder: str | Path) -> Template | None:
     """The template that the model in `folder` was tuned with; None: with none."""
     path = Path(folder) / PROMPT_TEMPLATE
     return read_template(path) if path.exists() else None
+
+
+def first_template(folders: Sequence[str | Path]) -> Template | None:
+    """The first template in these folders of models. Where there is none, stderr says which of them
+    have one that only Transformers reads."""
+    if template := next(filter(None, map(template_of, folders)), None):
+        return template
+    for folder in map(Path, folders):
+        settings = read_json(folder / TOKENIZER_CONFIG) or {}
+        if "chat_template" in settings or (folder / CHAT_TEMPLATE).exists():
+            say(
+                f"note: the chat template in {folder} is left out: the template that is read here "
+                f"is {PROMPT_TEMPLATE}"
+            )
+    return None
 
 
 def choose_template(path: str | Path | None, folder: str | Path | None) -> Template:

@@ -166,7 +166,11 @@ def test_an_adapter_is_merged(
 
 
 def test_the_template_of_a_tuned_model_goes_with_it(
-    script: ModuleType, source: Path, adapter: Path, here: Path
+    script: ModuleType,
+    source: Path,
+    adapter: Path,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     GPT2Tokenizer().save(source)
     for folder, text in ((source, "{instruction}={output}"), (adapter, "{instruction}:{output}")):
@@ -180,7 +184,9 @@ def test_the_template_of_a_tuned_model_goes_with_it(
     (source / "prompt_template.txt").unlink()
     Path("new/generation_config.json").write_text('{"eos_token_id": 1}')
     Path("new/mine.txt").touch()
+    assert "chat template" not in capsys.readouterr().err
     assert script.main(["--from", str(source), "--out", "new", "--overwrite"]) == 0
+    assert f"the chat template in {source} is left out" in capsys.readouterr().err
     assert template_of("new") is None  # it was of the model that was there before
     assert not Path("new/generation_config.json").exists()  # Transformers would go by it
     assert Path("new/mine.txt").exists()
