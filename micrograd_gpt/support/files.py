@@ -141,13 +141,13 @@ def are_one_file(a: str | Path, b: str | Path) -> bool:
 
 
 def other_checkpoint(path: str | Path) -> str:
-    """What helps where a file of a run is damaged, in words: its best checkpoint, or where that is
-    the damaged one, its latest, or one that was kept. Nothing ("") for any other file.
+    """What helps where a file of a run is damaged, in words: its latest checkpoint, or where this
+    is the damaged one, the latest that was kept, or its best. Nothing ("") for any other file.
     """
     folder, name = Path(path).parent, Path(path).name
     run = folder.parent if folder.name == BEST or folder.name.startswith("step-") else folder
     kept = sorted(run.glob("step-*"), reverse=True)
-    places = [place for place in (run / BEST, run, *kept) if (place / name).is_file()]
+    places = [place for place in (run, *kept, run / BEST) if (place / name).is_file()]
     if len(places) < 2:
         return ""
     for other in places:

@@ -330,6 +330,14 @@ def test_a_damaged_model_of_a_run_names_the_run_s_other_one(
         from_pretrained(GPT2, folder)
     assert str(caught.value).startswith(f"{folder / name} ")
     assert str(caught.value).endswith(f": copy the files of {other} into {folder}")
+    for kept in (tmp_path / name for name in ("step-000009", "step-000010")):
+        kept.mkdir()
+        shutil.copy(other / name, kept)  # may be later than the best, which loses less
+    latest = kept if damaged == "." else tmp_path
+    with pytest.raises(UserError, match=f": copy the files of {latest} into {folder}$"):
+        from_pretrained(GPT2, folder)
+    for kept in tmp_path.glob("step-*"):
+        shutil.rmtree(kept)
     shutil.rmtree(other) if damaged == "." else (other / name).unlink()
     with pytest.raises(UserError, match=f"{name}.*(fetch it again|line 1 column 2 .*)$"):
         from_pretrained(GPT2, folder)
