@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 from micrograd_gpt.arrays.habits import Habits
 from micrograd_gpt.tensor import Tensor
 
@@ -136,6 +138,8 @@ def check_clipping(parameters: Any, max_norm: Any) -> list[Tensor]:
 
 
 def _check_gradient(name: str, i: int, p: Tensor) -> None:
+    if isinstance(p.grad, np.generic):  # which NumPy makes of `grad / 2`, where that has no axes
+        p.grad = np.asarray(p.grad)
     if p.grad is not None and not hasattr(p.grad, "flags"):
         raise TypeError(
             f"{name}: the gradient of parameter {i} is {p.grad!r:.50}, not an array: to forget it, "

@@ -109,6 +109,15 @@ def test_gradient_of_attention_over_shapes(
         check_gradients(layers.attention, q, k, v)
 
 
+def test_heads_may_share_their_keys_and_values(level: str) -> None:
+    q = numbers(2, 3, 4, 5)
+    k, v = (numbers(2, 1, 6, 5, seed=seed) for seed in (1, 2))  # as in multi-query attention
+    check_gradients(layers.attention, q, k, v)
+    shared = layers.attention(Tensor(q), Tensor(k), Tensor(v)).data
+    each = layers.attention(Tensor(q), *(Tensor(a.repeat(3, axis=1)) for a in (k, v))).data
+    np.testing.assert_allclose(shared, each, rtol=1e-5, atol=1e-6)
+
+
 def test_embedding_adds_the_gradients_of_a_repeated_token(level: str) -> None:
     ids = np.array([[1, 1, 2], [0, 1, 3]])
     weight = Tensor(numbers(5, 4), requires_grad=True)

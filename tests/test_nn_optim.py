@@ -214,6 +214,13 @@ def test_draws_are_named_after_their_seed_and_number() -> None:
     assert draws.next_key() == (7, 1)
 
 
+def test_a_gradient_that_numpy_made_a_number_of_is_clipped(level: str) -> None:
+    p = nn.Parameter(np.float32(1))
+    (p * 30).backward()
+    p.grad = p.grad / 2  # of an array without axes
+    assert optim.clip_grad_norm([p], 1.0) == 15 and p.grad == 1
+
+
 def test_clipping_at_infinity_only_measures(level: str) -> None:
     for max_norm, values in ((np.inf, [3.0, 4.0]), (1.0, [0.0, 0.0])):
         p = nn.Parameter(np.zeros(2, np.float32))
