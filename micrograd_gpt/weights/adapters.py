@@ -29,6 +29,7 @@ from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json
 from micrograd_gpt.text.hugging_face import TOKENIZER
 from micrograd_gpt.weights.checksum import stored_checksum
+from micrograd_gpt.weights.config import ADAPTED_CONFIG
 from micrograd_gpt.weights.formats import (
     ADAPTER_CONFIG,
     ADAPTER_MODEL,
@@ -118,8 +119,8 @@ def naming_base(adapter: Adapter | None) -> Iterator[None]:
 def open_with_base(folder: Path) -> Weights:
     """The base of the adapter in this folder, wherever it is, with the adapter folded in.
 
-    The folder of the result is the one that holds the tokenizer. Raises UserError as `open_adapter`
-    and `open_model` do.
+    The folder of the result is the one that holds the tokenizer, and so the template. Raises
+    UserError as `open_adapter` and `open_model` do.
     """
     adapter = open_adapter(folder)
     if is_adapter(adapter.base):
@@ -141,6 +142,8 @@ def open_with_base(folder: Path) -> Weights:
         )
     weights = merged(base, adapter)
     has_tokenizer = (folder / TOKENIZER).exists()
+    if not (folder / ADAPTED_CONFIG).exists():  # PEFT's, which has at most a copy of the base's
+        has_tokenizer &= not (weights.folder / TOKENIZER).exists()
     return dataclasses.replace(weights, path=folder) if has_tokenizer else weights
 
 

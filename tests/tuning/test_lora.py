@@ -265,6 +265,10 @@ def test_the_tokenizer_is_the_adapter_s_or_else_its_base_s(tmp_path: Path) -> No
         assert open_model(str(tmp_path / "adapter")).folder == tmp_path / expected
         assert tokenizer_folder(str(tmp_path / "adapter")) == tmp_path / expected
         letters.save(tmp_path / "adapter")
+    (tmp_path / "adapter" / "model_config.json").unlink()  # PEFT writes none
+    assert open_model(str(tmp_path / "adapter")).folder == tmp_path / "base"
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    assert open_model(str(tmp_path / "adapter")).folder == tmp_path / "adapter"
 
 
 def test_a_run_s_adapter_is_the_model_of_scripts_that_are_given_none(
