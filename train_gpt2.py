@@ -195,7 +195,7 @@ def make_model(settings: argparse.Namespace, tokenizer: Tokenizer, device: str) 
         model = GPT2.from_pretrained(settings.init_from, device, wide)
     else:
         config = config_of(settings, tokenizer.vocab_size)
-        model = unwritten(config) if settings.resume else GPT2(config, settings.seed)
+        model = unwritten(config, GPT2) if settings.resume else GPT2(config, settings.seed)
         hold_in(model, wide)
         move(model, device)
     tokenizer.check_size(model.config.vocab_size)

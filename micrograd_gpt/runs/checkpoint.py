@@ -32,7 +32,7 @@ from micrograd_gpt.checks import DROPOUTS
 from micrograd_gpt.nn import Module, Parameter
 from micrograd_gpt.runs.loss_scaler import LossScaler
 from micrograd_gpt.runs.sharding import Optimizer
-from micrograd_gpt.support.cli import quoted
+from micrograd_gpt.support.cli import listed, quoted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.file_sets import (
     SAVED,
@@ -52,7 +52,14 @@ from micrograd_gpt.support.files import (
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.text.tokenizer_files import model_tokenizer
-from micrograd_gpt.weights.config import ADAPTED_CONFIG, CONFIG, GENERATION, read_config
+from micrograd_gpt.weights.config import (
+    ADAPTED_CONFIG,
+    CONFIG,
+    GENERATION,
+    architecture,
+    own_classes,
+    read_config,
+)
 from micrograd_gpt.weights.formats import (
     ADAPTER_CONFIG,
     ADAPTER_MODEL,
@@ -148,6 +155,10 @@ def load_run(
             )
         fill(arrays, file.entries, file.path)
     _check_config(model, state.get("config", {}), folder)  # {}: saved by an earlier version
+    own = own_classes(read_json(folder / CONFIG) or {})
+    if own and architecture(type(model)) not in own:
+        kind = type(model).__name__
+        say(f"note: {folder} was saved by a class {listed(own)}, and goes on as a {kind}")
     for parameter in model.parameters():
         parameter.data = parameter.data  # filled in place: a tape made before no longer holds
     optimizer.steps = step

@@ -200,7 +200,7 @@ def _scale_times_rank(config: Mapping[str, Any], path: Path) -> float:
     for key, allowed in PLAIN.items():
         if (value := config.get(key, allowed[0])) not in allowed:
             raise UserError(
-                f"{path}: {key} is {value!r}; only {allowed[0]!r} is supported: merge it with PEFT"
+                f"{path}: {key} is {value!r}; only {allowed[0]!r} is supported: have PEFT merge it"
             )
     alpha = config.get("lora_alpha")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):

@@ -191,7 +191,7 @@ def config_class(cls: type) -> type[GPT2Config]:
     return getattr(cls, "config_class", GPT2Config)
 
 
-def architecture(cls: type[GPT2]) -> str:
+def architecture(cls: type) -> str:
     """What config.json calls this class: with its module if ours or Transformers' has that name."""
     is_taken = cls is not GPT2 and re.fullmatch(KNOWN_CLASSES, cls.__name__)
     return f"{cls.__module__}.{cls.__name__}" if is_taken else cls.__name__

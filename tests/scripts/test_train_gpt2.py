@@ -606,3 +606,22 @@ def test_a_run_from_before_line_ends_were_a_setting_goes_on(
     (out / "trainer_state.json").write_text(json.dumps(state))
     assert train_gpt2.main(["--resume", "--out", str(out), "--max-steps", "2"]) == 0
     assert "\r" in load_tokenizer(out).decode(range(7))
+
+
+@pytest.mark.slow
+def test_a_class_of_one_s_own_is_trained_and_resumed(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Own(GPT2):
+        pass
+
+    train, out = script("train_gpt2"), str(tmp_path / "out")
+    monkeypatch.setattr(train, "GPT2", Own)
+    assert train.main(["--data", str(text), "--out", out, *SMALL, "--max-steps", "1"]) == 0
+    assert train.main(["--resume", "--out", out, "--max-steps", "2"]) == 0
+    assert json.loads(Path(out, "config.json").read_text())["architectures"] == ["Own"]
+    said = f"note: {out} was saved by a class 'Own', and goes on as a GPT2\n"
+    assert said not in capsys.readouterr().err
+    monkeypatch.setattr(train, "GPT2", GPT2)
+    assert train.main(["--resume", "--out", out, "--max-steps", "3"]) == 0
+    assert said in capsys.readouterr().err
