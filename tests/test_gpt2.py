@@ -19,6 +19,7 @@ from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.generation.ten_lines import sample
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.nn import Dropout
 from micrograd_gpt.runs.dropout import set_dropout
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 23, "n_positions": 12}
@@ -241,6 +242,10 @@ def test_dropout_acts_in_training_alone_and_follows_its_seed() -> None:
     assert quiet == loss() != first
     set_dropout(model.train(), 0)
     assert loss() == quiet
+    model.transformer.h[0].extra = Dropout(0.3)  # as in an edited model: it keeps that
+    set_dropout(model, 0.5)
+    assert (model.transformer.h[0].extra.p, model.transformer.drop.p) == (0.3, 0.5)
+    assert model.transformer.h[0].extra.draws is model.draws  # so that a run can go on
     config = GPT2Config(**SMALL)
     set_dropout(GPT2(config), 0.5)
     assert config.attn_pdrop == 0

@@ -13,7 +13,7 @@ from micrograd_gpt.arrays.precision import compute_in
 from micrograd_gpt.arrays.stand_ins import at_most
 from micrograd_gpt.generation.kv_cache import KVCache
 from micrograd_gpt.gpt2 import GPT2, Block, GPT2Config
-from micrograd_gpt.nn import Draws, Module
+from micrograd_gpt.nn import Draws, Dropout, Module
 from micrograd_gpt.runs.dropout import set_dropout
 from micrograd_gpt.runs.recompute import recompute, recompute_blocks
 from micrograd_gpt.variants import VariantConfig, VariantGPT2
@@ -48,13 +48,38 @@ def test_recomputed_activations_give_the_same_gradients(norm_position: str, dtyp
     assert draws[:4] == draws[4:] and draws[0] == draws[1] != draws[2]
 
 
+def test_dropout_of_one_s_own_is_drawn_again() -> None:
+    class Own(Block):
+        def __init__(self, block: Block) -> None:
+            vars(self).update(vars(block), extra=Dropout(0.3))
+
+        def __call__(self, x: Tensor, past: Any = None) -> Tensor:
+            return self.extra(super().__call__(x, past))
+
+    model, ids = GPT2(GPT2Config(2, 1, 4, 7, 8)), np.array([[1, 2, 3, 4]])
+    model.transformer.h = [Own(block) for block in model.transformer.h]
+    set_dropout(model, 0.0)  # all draw from one stream, as in training
+    grads = []
+    for again in (False, True, True):  # twice is once
+        if again:
+            recompute_blocks(model)
+        model.draws.reseed(1)
+        model.loss(ids, ids).backward()
+        grads.append([p.grad for p in model.parameters()])
+        for p in model.parameters():
+            p.grad = None
+    for plain, recomputed, twice in zip(*grads, strict=True):
+        np.testing.assert_array_equal(plain, recomputed)
+        np.testing.assert_array_equal(plain, twice)
+
+
 def test_a_block_of_one_s_own_may_define_forward() -> None:
     class Own(Module):
         def __init__(self, block: Block) -> None:
-            self.attn, self.mlp = block.attn, block.mlp
+            self.mixing, self.mlp = block.attn, block.mlp
 
         def forward(self, x: Tensor, past: Any = None) -> Tensor:
-            return self.mlp(x + self.attn(x, past))
+            return self.mlp(x + self.mixing(x, past))
 
     model, ids = GPT2(GPT2Config(2, 1, 4, 7, 8)), np.array([[1, 2, 3, 4]])
     model.transformer.h = [Own(block) for block in model.transformer.h]

@@ -9,10 +9,14 @@ from micrograd_gpt.nn import Dropout
 def set_dropout(model: GPT2, p: float) -> None:
     """Drop embeddings, attention weights and residual branches with probability p, in [0, 1).
 
-    Sets the model's config too.
+    Sets the model's config too. A layer that an edited model has besides, with a probability of its
+    own, keeps that. All draw from the model's random numbers, which a run names by its steps, so
+    that it can go on.
     """
     c = model.config
+    before = {0.0, c.embd_pdrop, c.attn_pdrop, c.resid_pdrop}
     c.embd_pdrop = c.attn_pdrop = c.resid_pdrop = p
     for _, part in model.modules():
         if isinstance(part, Dropout):
-            part.p = p
+            part.draws = model.draws
+            part.p = p if part.p in before else part.p

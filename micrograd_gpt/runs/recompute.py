@@ -12,27 +12,34 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from micrograd_gpt.gpt2 import GPT2
-from micrograd_gpt.nn import Draws, Module
+from micrograd_gpt.nn import Draws, Dropout, Module
 from micrograd_gpt.tensor import Array, Tensor, no_grad, node_of, record, walk_back
 
 
 def recompute_blocks(model: GPT2) -> None:
-    """Make the blocks of `model`, while it trains, compute again in the backward."""
-    for block in {id(block): block for block in model.transformer.h}.values():  # each once
+    """Make the blocks of `model`, while it trains, compute again in the backward. All their dropout
+    draws from the model's random numbers then."""
+    blocks: Sequence[Any] = model.transformer.h
+    for block in blocks:
         kind = type(block)
-        block.__class__ = type(f"Recomputed{kind.__name__}", (Recomputed, kind), {})
+        if not issubclass(kind, Recomputed):  # as where one block stands in several places
+            block.__class__ = type(f"Recomputed{kind.__name__}", (Recomputed, kind), {})
+        block.draws = model.draws
+        for _, part in block.modules():
+            if isinstance(part, Dropout):
+                part.draws = model.draws
 
 
 class Recomputed(Module):
     """Mixed in before a block's own class; while it trains, the block keeps only its input."""
 
-    attn: Any
+    draws: Draws
 
     def __call__(self, x: Tensor, past: Any = None) -> Tensor:
         compute: Callable[..., Tensor] = super().__call__
         if not self.training or past is not None:
             return compute(x, past)
-        return recompute(compute, x, self.parameters(), self.attn.attn_dropout.draws)
+        return recompute(compute, x, self.parameters(), self.draws)
 
 
 def recompute(

@@ -142,11 +142,12 @@ def _to_fill_in_int8(model: GPT2, new: set[str]) -> dict[str, Any]:
         if name in new:
             hold_in_int8(name, parameter)
             continue
-        arrays[name] = parameter.data
         parameter.requires_grad = False
         if is_held_in_int8(name, parameter):
             arrays[name] = arriving(parameter.shape, axis_of(name), memory.zeros)
             parameter.data = arrays[name].matrix
+        else:  # `unwritten` may have made one array for all of this shape
+            arrays[name] = parameter.data = np.zeros_like(parameter.data)
     return arrays
 
 

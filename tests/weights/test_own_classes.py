@@ -582,6 +582,22 @@ def last_block_dropped(h: list[Block]) -> None:
     h.pop()
 
 
+class Shifted(GPT2):
+    def __init__(self, config: GPT2Config, seed: int = 0, init: Any = None) -> None:
+        super().__init__(config, seed, init)
+        for block in self.transformer.h:
+            block.shift = Parameter((init or nn.normal(seed))((config.n_embd,), 0.5))
+
+
+def test_vectors_that_init_draws_are_each_block_s_own_in_int8(tmp_path: Path) -> None:
+    model = Shifted(GPT2Config(**SHAPE))
+    model.transformer.h[1].shift.data += 1
+    model.save_pretrained(tmp_path)
+    again = Shifted.from_pretrained(tmp_path, dtype="int8")
+    for a, b in zip(again.transformer.h, model.transformer.h, strict=True):
+        np.testing.assert_array_equal(a.shift.data, b.shift.data)
+
+
 CHANGES = [one_block, first_block_again, one_mlp, last_block_dropped]
 
 
