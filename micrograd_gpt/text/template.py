@@ -178,7 +178,7 @@ def choose_template(path: str | Path | None, folder: str | Path | None) -> Templ
                 "places are {system}, {instruction}, {input} and {output}"
             )
         return template
-    return (folder and template_of(folder)) or Template()
+    return first_template([folder] if folder else []) or Template()
 
 
 def save_template(template: Template, folder: str | Path) -> None:

@@ -48,6 +48,19 @@ def test_a_folder_keeps_its_template(tmp_path: Path) -> None:
         assert kept and kept.text == text
 
 
+def test_that_a_chat_template_is_not_read_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert choose_template(None, tmp_path).text == Template().text
+    assert capsys.readouterr().err == ""
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert choose_template(None, tmp_path).text == Template().text
+    assert f"the chat template in {tmp_path} is left out" in capsys.readouterr().err
+    save_template(Template("{instruction}={output}"), tmp_path)
+    assert choose_template(None, tmp_path).text == "{instruction}={output}"
+    assert capsys.readouterr().err == ""
+
+
 def test_line_ends_of_windows(tmp_path: Path) -> None:
     path = tmp_path / "template.txt"
     path.write_bytes(b"{instruction}\r\n\r\n{input}\r\n\r\n{output}\r\n")
