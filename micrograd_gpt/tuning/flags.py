@@ -132,7 +132,7 @@ GROUPS: dict[str, dict[str, list[Setting]]] = {
     "instruct": {"data": INSTRUCTIONS, "model": MODEL, **SHARED},
 }
 FOR_PREDICTION = (
-    *("predict", "model", "text_field", "label_field", "encoding"),
+    *("predict", "model", "text_field", "encoding"),
     *("device", "dtype", "tf32", "batch_size"),
 )
 SUMMARIES = {

@@ -99,8 +99,8 @@ def read_texts(source: str, columns: Columns, encoding: str = "utf-8") -> list[E
     """The texts of a file, without labels, or of stdin where the source is "-", a line each."""
     if columns.given and Path(source).suffix.lower() not in RECORD_SUFFIXES:
         raise UserError(
-            f"{FLAGS} are for tables ({', '.join(RECORD_SUFFIXES)}), and --predict {source} has a "
-            "text a line: leave them out"
+            f"--text-field is for tables ({', '.join(RECORD_SUFFIXES)}), and --predict {source} "
+            "has a text a line: leave it out"
         )
     if source != "-":
         return read_examples(source, columns, encoding, with_labels=False)

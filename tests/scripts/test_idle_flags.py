@@ -73,11 +73,11 @@ def test_an_empty_text_is_refused(
         ("generate --prompts a.txt --text-field body", "--text-field is for records .*, and a.txt"),
         (
             "finetune_gpt2 classify --model m --predict a.txt --text-field body",
-            "--text-field and --label-field are for tables .*, and --predict a.txt has a text a",
+            "--text-field is for tables .*, and --predict a.txt has a text a",
         ),
         (
             "finetune_gpt2 classify --model m --predict --label-field body",
-            "--text-field and --label-field are for tables .*, and --predict - has a text a line",
+            "--label-field does nothing with --predict",
         ),
     ],
 )
