@@ -31,10 +31,13 @@ class ClassificationTask(Task):
     ) -> None:
         self.names = model.labels
         self.labels = label_numbers(examples, self.names)  # (texts,)
-        self.ids = encode(examples, tokenizer, model.longest, "given")
+        self.tokenizer, self.ids = tokenizer, encode(examples, tokenizer, model.longest, "given")
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def check(self, model: GPT2Classifier) -> None:
+        self.tokenizer.tell_unknown(np.concatenate(self.ids), "the texts")
 
     def batches(
         self, model: GPT2Classifier, items: Sequence[int], batch_size: int | None

@@ -9,9 +9,9 @@ from micrograd_gpt.nn import Dropout
 def set_dropout(model: GPT2, p: float) -> None:
     """Drop embeddings, attention weights and residual branches with probability p, in [0, 1).
 
-    Sets the model's config too. A layer that an edited model has besides, with a probability of its
-    own, keeps that. All draw from the model's random numbers, which a run names by its steps, so
-    that it can go on.
+    Sets the model's config too. A layer that an edited model has besides keeps a probability that
+    is neither 0 nor one of the config's. All draw from the model's random numbers, which a run
+    names by its steps, so that it can go on.
     """
     c = model.config
     before = {0.0, c.embd_pdrop, c.attn_pdrop, c.resid_pdrop}

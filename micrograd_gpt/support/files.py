@@ -146,7 +146,7 @@ def other_checkpoint(path: str | Path) -> str:
     """
     folder, name = Path(path).parent, Path(path).name
     run = folder.parent if folder.name == BEST or folder.name.startswith("step-") else folder
-    kept = sorted(run.glob("step-*"), reverse=True)
+    kept = sorted(run.glob("step-*"), key=lambda place: (len(place.name), place.name), reverse=True)
     places = [place for place in (run, *kept, run / BEST) if (place / name).is_file()]
     if len(places) < 2:
         return ""

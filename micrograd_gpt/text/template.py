@@ -158,7 +158,7 @@ def first_template(folders: Sequence[str | Path]) -> Template | None:
         return template
     for folder in map(Path, folders):
         settings = read_json(folder / TOKENIZER_CONFIG) or {}
-        if "chat_template" in settings or (folder / CHAT_TEMPLATE).exists():
+        if settings.get("chat_template") or (folder / CHAT_TEMPLATE).exists():
             say(
                 f"note: the chat template in {folder} is left out: the template that is read here "
                 f"is {PROMPT_TEMPLATE}"

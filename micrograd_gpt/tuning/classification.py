@@ -16,7 +16,7 @@ from micrograd_gpt.arrays.devices import to_device
 from micrograd_gpt.generation.context import check_finite, check_memory_to_read
 from micrograd_gpt.nn import no_dropout
 from micrograd_gpt.runs.fingerprint import fingerprint
-from micrograd_gpt.support.cli import counted, say
+from micrograd_gpt.support.cli import counted, say, say_once
 from micrograd_gpt.support.errors import UserError, about
 from micrograd_gpt.tensor import Tensor, no_grad
 from micrograd_gpt.text.base_tokenizer import Tokenizer
@@ -169,6 +169,10 @@ def label_texts(
     for start in range(0, len(examples), 64 * batch_size):  # results come while more is computed
         some = examples[start : start + 64 * batch_size]
         ids = encode(some, tokenizer, model.longest, "given")
+        if tokenizer.count_unknown(np.concatenate(ids)):
+            say_once(
+                "note: the given texts have words that the tokenizer does not know, all as one"
+            )
         for example, row in zip(some, checked_log_probs(model, ids, batch_size), strict=True):
             probabilities = dict(zip(model.labels, np.exp(row).tolist(), strict=True))
             label = model.labels[int(row.argmax())]

@@ -27,7 +27,7 @@ from micrograd_gpt.arrays.devices import Array
 from micrograd_gpt.support.cli import command, quoted, say
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.support.files import read_json
-from micrograd_gpt.text.hugging_face import TOKENIZER
+from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER
 from micrograd_gpt.weights.checksum import stored_checksum
 from micrograd_gpt.weights.config import ADAPTED_CONFIG
 from micrograd_gpt.weights.formats import (
@@ -142,7 +142,8 @@ def open_with_base(folder: Path) -> Weights:
         )
     weights = merged(base, adapter)
     has_tokenizer = (folder / TOKENIZER).exists()
-    if not (folder / ADAPTED_CONFIG).exists():  # PEFT's, which has at most a copy of the base's
+    if not any((folder / name).exists() for name in (ADAPTED_CONFIG, PROMPT_TEMPLATE)):
+        # PEFT's, which has at most a copy of the base's
         has_tokenizer &= not (weights.folder / TOKENIZER).exists()
     return dataclasses.replace(weights, path=folder) if has_tokenizer else weights
 

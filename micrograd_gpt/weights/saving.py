@@ -114,15 +114,15 @@ def _ids_beside(folder: Path, config: GPT2Config) -> dict[str, int]:
 
 
 def _say_if_another_s(folder: Path, vocab_size: int) -> None:
-    """A note where the tokenizer that stays in a folder cannot be that of the model, which may have
-    more ids only to make up a multiple of 64 or 128."""
+    """A note where the tokenizer that stays in a folder may not be that of the model, which has
+    another number of ids, and not only to make up a multiple of 64 or 128."""
     with suppress(UserError):
         size = load_tokenizer(folder).vocab_size
         if vocab_size == size or (vocab_size % 64 == 0 and size < vocab_size < size + 128):
             return
     say_once(
-        f"note: {folder} keeps a tokenizer that cannot be this model's: give save_pretrained the "
-        "model's, too"
+        f"note: {folder} keeps the tokenizer that is there, which may not be this model's: give "
+        "save_pretrained the model's, too"
     )
 
 

@@ -145,6 +145,7 @@ def test_words_that_the_tokenizer_does_not_know_are_told_and_never_right(
 ) -> None:
     tokenizer = WordTokenizer.from_text("the fox dog " * 9)
     model = make_model(vocab_size=tokenizer.vocab_size, n_positions=32).eval()
+    classifier = GPT2Classifier(model, ["a", "b"])
     settings = Settings(max_new_tokens=1)
     for task, said in (
         (
@@ -160,9 +161,13 @@ def test_words_that_the_tokenizer_does_not_know_are_told_and_never_right(
             PerplexityTask(["the zebra"], ["the zebra"], tokenizer, 8, 4),
             "the text: 1 of 3 tokens are words",
         ),
+        (
+            ClassificationTask([Example("the zebra", "a", "")], classifier, tokenizer),
+            "the texts: 1 of 3 tokens are words",
+        ),
     ):
         capsys.readouterr()
-        run(model, task, Records(None, {}))
+        run(classifier if isinstance(task, ClassificationTask) else model, task, Records(None, {}))
         assert f"note: {said}" in capsys.readouterr().err
     task = LastWordTask([LastWord("the", "zebra"), LastWord("the", "fox")], tokenizer)
     assert [task.row(item, of(-0.5))["right"] for item in range(2)] == [False, True]

@@ -267,6 +267,9 @@ def test_the_tokenizer_is_the_adapter_s_or_else_its_base_s(tmp_path: Path) -> No
         letters.save(tmp_path / "adapter")
     (tmp_path / "adapter" / "model_config.json").unlink()  # PEFT writes none
     assert open_model(str(tmp_path / "adapter")).folder == tmp_path / "base"
+    (tmp_path / "adapter" / "prompt_template.txt").touch()  # a user's
+    assert open_model(str(tmp_path / "adapter")).folder == tmp_path / "adapter"
+    (tmp_path / "adapter" / "prompt_template.txt").unlink()
     (tmp_path / "base" / "tokenizer.json").unlink()
     assert open_model(str(tmp_path / "adapter")).folder == tmp_path / "adapter"
 

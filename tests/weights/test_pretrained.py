@@ -330,7 +330,7 @@ def test_a_damaged_model_of_a_run_names_the_run_s_other_one(
         from_pretrained(GPT2, folder)
     assert str(caught.value).startswith(f"{folder / name} ")
     assert str(caught.value).endswith(f": copy the files of {other} into {folder}")
-    for kept in (tmp_path / name for name in ("step-000009", "step-000010")):
+    for kept in (tmp_path / name for name in ("step-999999", "step-1000000")):
         kept.mkdir()
         shutil.copy(other / name, kept)  # may be later than the best, which loses less
     latest = kept if damaged == "." else tmp_path

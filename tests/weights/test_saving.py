@@ -113,7 +113,7 @@ def test_a_tokenizer_of_another_vocabulary_that_stays_in_the_folder_is_said(
         model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=size, n_positions=4))
         for _ in range(2):  # it is said once
             model.save_pretrained(tmp_path)
-        note = "keeps a tokenizer that cannot be this model's: give save_pretrained the"
+        note = "keeps the tokenizer that is there, which may not be this model's: give"
         assert capsys.readouterr().err.count(note) == is_said
 
 
