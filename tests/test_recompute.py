@@ -50,24 +50,21 @@ def test_recomputed_activations_give_the_same_gradients(norm_position: str, dtyp
 
 def test_dropout_of_one_s_own_is_drawn_again() -> None:
     class Own(Block):
-        def __init__(self, block: Block) -> None:
-            vars(self).update(vars(block), extra=Dropout(0.3))
+        def __init__(self, block: Block, *draws: Draws) -> None:
+            vars(self).update(vars(block), extra=Dropout(0.3, *draws))
 
         def __call__(self, x: Tensor, past: Any = None) -> Tensor:
             return self.extra(super().__call__(x, past))
 
-    model, ids = GPT2(GPT2Config(2, 1, 4, 7, 8)), np.array([[1, 2, 3, 4]])
-    model.transformer.h = [Own(block) for block in model.transformer.h]
-    set_dropout(model, 0.0)  # all draw from one stream, as in training
-    grads = []
-    for again in (False, True, True):  # twice is once
-        if again:
+    grads, ids = [], np.array([[1, 2, 3, 4]])
+    for times in range(3):  # twice is once
+        model = GPT2(GPT2Config(2, 1, 4, 7, 8))
+        draws = [] if times else [model.draws]
+        model.transformer.h = [Own(block, *draws) for block in model.transformer.h]
+        for _ in range(times):
             recompute_blocks(model)
-        model.draws.reseed(1)
         model.loss(ids, ids).backward()
         grads.append([p.grad for p in model.parameters()])
-        for p in model.parameters():
-            p.grad = None
     for plain, recomputed, twice in zip(*grads, strict=True):
         np.testing.assert_array_equal(plain, recomputed)
         np.testing.assert_array_equal(plain, twice)

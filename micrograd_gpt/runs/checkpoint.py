@@ -135,6 +135,10 @@ def load_run(
     step = state["step"]
     if scaler and scaler.enabled:
         _fill_scaler(scaler, state.get("loss_scaler"), folder)
+    own = own_classes(read_json(folder / CONFIG) or {})
+    if own and architecture(type(model)) not in own:
+        kind = type(model).__name__
+        say(f"note: {folder} was saved by a class {listed(own)}, and goes on as a {kind}")
     for name, arrays in (stored_arrays(model), (OPTIMIZER, _moments(model, optimizer))):
         try:
             file = TensorFile(folder / name)
@@ -155,10 +159,6 @@ def load_run(
             )
         fill(arrays, file.entries, file.path)
     _check_config(model, state.get("config", {}), folder)  # {}: saved by an earlier version
-    own = own_classes(read_json(folder / CONFIG) or {})
-    if own and architecture(type(model)) not in own:
-        kind = type(model).__name__
-        say(f"note: {folder} was saved by a class {listed(own)}, and goes on as a {kind}")
     for parameter in model.parameters():
         parameter.data = parameter.data  # filled in place: a tape made before no longer holds
     optimizer.steps = step

@@ -214,7 +214,10 @@ def labels_of(weights: Weights) -> list[str]:
             f"{config}: only models that choose one of several labels are supported, not "
             f"{values.get('problem_type') or 'regression'}"
         )
-    names = values.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count)}
+    names = values.get("id2label")
+    is_base_s = values.get("architectures") != [ARCHITECTURE]  # to which PEFT added the head
+    if not names or (len(names) != count and is_base_s):
+        names = {str(i): f"LABEL_{i}" for i in range(count)}
     try:
         labels = [names[str(i)] for i in range(count)]
         labels = [str(label) for label in labels if isinstance(label, str | int | float)]

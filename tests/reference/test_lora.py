@@ -245,3 +245,10 @@ def test_we_load_the_adapter_of_their_classifier(base: Path, tmp_path: Path) -> 
     fresh = GPT2Classifier(GPT2.from_pretrained(base), ours.labels)
     load_adapter(fresh, tmp_path)
     assert relative_error(our_labels(fresh, ids), their_labels(theirs, ids)) < 1e-5
+    shutil.copytree(base, tmp_path / "base")  # as distilgpt2, which has one label in its config
+    config = json.loads((base / "config.json").read_text()) | {"id2label": {"0": "LABEL_0"}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    adapter = json.loads((tmp_path / "adapter_config.json").read_text())
+    adapter["base_model_name_or_path"] = str(tmp_path / "base")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    assert load_classifier(tmp_path).labels == ours.labels
