@@ -45,7 +45,7 @@ class Guard:
     """Tells before each use whether a definition and all that it computes with are as recorded."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.name = name_of(function)
+        self.name, self.function = name_of(function), function
         self.parts = recorded()["uses"].get(self.name, ())
         # Each part and what it is reached through, when all were last found as recorded: a
         # namespace, a name in it, what stood there, its function, and that one's code
@@ -56,6 +56,11 @@ class Guard:
         """Stand-ins of this package stand in only for definitions that are recorded."""
         if stand_in.__module__.startswith(f"{PACKAGE}.") and not self.parts:
             self.parts = (self.name,)
+
+    def was_edited(self) -> bool:
+        """Whether the definition's own source is another than was recorded."""
+        source = recorded()["sources"].get(self.name)
+        return source is not None and fingerprinted(self.function)() not in (source, None)
 
     def holds(self) -> bool:
         if self.made != len(MADE_OF):

@@ -125,9 +125,10 @@ def stands_in_for(
     (edits.py). `bypasses` are functions that it does the work of, but that the definition's source
     does not name.
 
-    Raises TypeError unless both have the same parameters and defaults, ValueError for an unknown
-    level. At level "fused" the decorated name becomes the definition, whichever function computes
-    it: `functional.linear` is `layers.linear`.
+    Raises TypeError unless both have the same parameters and defaults (for a definition that was
+    edited to have others, nothing stands in), ValueError for an unknown level. At level "fused" the
+    decorated name becomes the definition, whichever function computes it: `functional.linear` is
+    `layers.linear`.
     """
 
     if level not in (*LEVELS[1:], CUDA):
@@ -135,12 +136,13 @@ def stands_in_for(
 
     def register(stand_in: F) -> F:
         theirs, ours = (_parameters(function) for function in (definition, stand_in))
-        if theirs != ours:
+        if theirs != ours and not definition.guard.was_edited():  # type: ignore[attr-defined]
             raise TypeError(
                 f"{stand_in.__module__}.{stand_in.__qualname__} takes {ours}, but its definition "
                 f"{definition.__module__}.{definition.__qualname__} takes {theirs}"
             )
-        definition.stand_ins[level] = stand_in  # type: ignore[attr-defined]
+        if theirs == ours:
+            definition.stand_ins[level] = stand_in  # type: ignore[attr-defined]
         definition.choices.cache_clear()  # type: ignore[attr-defined]
         definition.bypasses.update(bypasses)  # type: ignore[attr-defined]
         definition.guard.need_record(stand_in)  # type: ignore[attr-defined]

@@ -276,17 +276,23 @@ def test_a_cache_of_ones_own_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---------------------------------------------------------------------------- edited in the files
 
-EDITS = {
-    "layers.py": (
+EDITS = [
+    (
+        "layers.py",
         "0.5 * x * (1 + (GELU_SCALE * (near + GELU_CUBIC * near**3)).tanh())",
         "x.relu()",
     ),
-    "gpt2.py": ("        x = x + self.attn", "        x = x * 0.5 + self.attn"),
-    "functional.py": ("centred * rstd * weight + bias, mean", "centred * rstd * weight, mean"),
-    "tensor.py": ("        y = np.tanh(self.data)", "        y = np.tanh(self.data) / 2"),
-    "nn.py": ("layer_norm(as_tensor(x), self.weight", "layer_norm(as_tensor(x) * x, self.weight"),
-    "generation/kv_cache.py": ("k.data[rows]", "k.data[rows] * 1.0"),  # which changes no number
-}
+    (
+        "layers.py",  # other parameters than those of what stands in
+        "def gelu(x: Tensor) -> Tensor:",
+        "def gelu(x: Tensor, slope: float = 2.0) -> Tensor:\n    x = x * slope",
+    ),
+    ("gpt2.py", "        x = x + self.attn", "        x = x * 0.5 + self.attn"),
+    ("functional.py", "centred * rstd * weight + bias, mean", "centred * rstd * weight, mean"),
+    ("tensor.py", "        y = np.tanh(self.data)", "        y = np.tanh(self.data) / 2"),
+    ("nn.py", "layer_norm(as_tensor(x), self.weight", "layer_norm(as_tensor(x) * x, self.weight"),
+    ("generation/kv_cache.py", "k.data[rows]", "k.data[rows] * 1.0"),  # which changes no number
+]
 
 CHILD = """
 import json, sys
@@ -320,12 +326,12 @@ def copy_of_the_package(to: Path) -> Path:
 
 
 @pytest.mark.slow_after(2)
-@pytest.mark.parametrize("file", EDITS)
+@pytest.mark.parametrize(("file", "old", "new"), EDITS)
 def test_an_edit_of_a_file_is_followed_everywhere(
-    file: str, tmp_path: Path, unchanged: dict[str, Any]
+    file: str, old: str, new: str, tmp_path: Path, unchanged: dict[str, Any]
 ) -> None:
     path = copy_of_the_package(tmp_path) / "micrograd_gpt" / file
-    source, (old, new) = path.read_text("utf-8"), EDITS[file]
+    source = path.read_text("utf-8")
     assert source.count(old) == 1
     path.write_text(source.replace(old, new), "utf-8")
     oracle = "fused" if file == "functional.py" else "definitions"
