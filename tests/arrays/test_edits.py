@@ -287,6 +287,11 @@ EDITS = [
         "def gelu(x: Tensor) -> Tensor:",
         "def gelu(x: Tensor, slope: float = 2.0) -> Tensor:\n    x = x * slope",
     ),
+    (
+        "layers.py",  # without the decorator
+        "@definition\ndef gelu(x: Tensor) -> Tensor:",
+        "def gelu(x: Tensor) -> Tensor:\n    x = x * 2",
+    ),
     ("gpt2.py", "        x = x + self.attn", "        x = x * 0.5 + self.attn"),
     ("functional.py", "centred * rstd * weight + bias, mean", "centred * rstd * weight, mean"),
     ("tensor.py", "        y = np.tanh(self.data)", "        y = np.tanh(self.data) / 2"),
