@@ -39,7 +39,6 @@ from micrograd_gpt.variants import (
     OWN_VALUES,
     VariantConfig,
     differences,
-    inner_width,
     query_scale,
 )
 from micrograd_gpt.weights.reading import FLOATS
@@ -93,7 +92,7 @@ def write_gguf(
     with written_whole(path) as file, closing(gguf.GGUFWriter(file.name, "gpt2")) as writer:
         writer.add_name(name)
         writer.add_file_type(gguf.LlamaFileType[TYPES[dtype][1]])
-        _add_shape(writer, model.config)
+        _add_shape(writer, model.config, inner=tensors["blk.0.ffn_up.bias"].size)
         _add_tokenizer(writer, tokenizer)
         stored = {key: stored_as(key, array, dtype) for key, array in tensors.items()}
         for key, array in tensors.items():
@@ -182,10 +181,10 @@ def _with_scaled_queries(array: np.ndarray, config: GPT2Config, layer: int) -> n
     return array
 
 
-def _add_shape(writer: Any, config: GPT2Config) -> None:
+def _add_shape(writer: Any, config: GPT2Config, inner: int) -> None:
     writer.add_context_length(config.n_positions)
     writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(inner_width(config))
+    writer.add_feed_forward_length(inner)  # an edited MLP may have another than the config's
     writer.add_block_count(config.n_layer)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)

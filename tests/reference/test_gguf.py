@@ -15,6 +15,7 @@ import training
 
 from micrograd_gpt import layers
 from micrograd_gpt.gpt2 import GPT2, MLP, GPT2Config
+from micrograd_gpt.nn import Dropout, Linear
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.text.base_tokenizer import END_OF_TEXT, Tokenizer
 from micrograd_gpt.text.byte_pairs import (
@@ -150,6 +151,19 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"] and path.read_bytes() == before
     write_gguf(path, model, tokenizer, "bfloat16")
     assert path.read_bytes() != before
+
+
+def test_an_edited_mlp_keeps_its_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def narrow(self: MLP, c: GPT2Config, init: Any, draws: Any) -> None:
+        self.c_fc, self.c_proj = Linear(8, 16, init), Linear(16, 8, init)
+        self.resid_dropout = Dropout(0.0, draws)
+
+    monkeypatch.setattr(MLP, "__init__", narrow)
+    write_gguf(tmp_path / "a.gguf", GPT2(GPT2Config(**SHAPE, vocab_size=257)), ByteTokenizer())
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    assert fields(reader)["gpt2.feed_forward_length"] == 16
+    shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
+    assert shapes["blk.1.ffn_up.weight"] == [8, 16]
 
 
 def test_edited_code_is_noted(
