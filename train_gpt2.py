@@ -137,7 +137,7 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
         optimizer.step()
         optimizer.zero_grad()
 
-        # What is due now: metrics, validation, a sample, a checkpoint
+        # What is due now: metrics, validation, a checkpoint, a sample
         due = recorder.due_after(step)
         if due.log:
             row = recorder.measure()
@@ -145,9 +145,9 @@ def train(settings: argparse.Namespace, device: str, ranks: Ranks) -> int:
                 val_loss = evaluate(model, validation, settings, ranks)
                 row |= {"val_loss": val_loss} | bits_per_byte(val_loss, corpus)
             recorder.log(row)
+        recorder.save_if_due()
         if due.sample and ranks.is_first and not recorder.stopped:
             recorder.show_sample(sample(model, corpus, optimizer.steps))
-        recorder.save_if_due()
 
     if signal_number := recorder.finish():
         return 128 + signal_number

@@ -13,10 +13,10 @@ from micrograd_gpt.arrays.memory import check_room, keep_freed_memory
 from micrograd_gpt.arrays.precision import compute_dtype, widened
 from micrograd_gpt.arrays.stand_ins import definition
 from micrograd_gpt.generation.filters import likeliest
-from micrograd_gpt.generation.kv_cache import KVCache, bytes_of_cache
+from micrograd_gpt.generation.kv_cache import KVCache, NoCacheFits, bytes_of_cache
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.nn import no_dropout
-from micrograd_gpt.support.cli import counted
+from micrograd_gpt.support.cli import counted, say_once
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Array, no_grad
 
@@ -69,8 +69,9 @@ class Context:
 
     `logits` takes the texts as they are now. The part of a text that its row already holds is not
     read again, and what the row holds beyond it (guesses that were wrong) is forgotten. Without a
-    cache the model reads each window from its start every time: slow, with the same logits. How
-    many texts and tokens are read at once changes logits by no more than rounding.
+    cache, also where an attention of one's own does not go with one, the model reads each window
+    from its start every time: slow, with the same logits. How many texts and tokens are read at
+    once changes logits by no more than rounding.
 
     Args:
         rows: the most texts there will be.
@@ -84,7 +85,10 @@ class Context:
         keep_freed_memory()  # a long prompt allocates the same large arrays in every block
         self.model, self.n_positions = model, model.config.n_positions
         capacity = min(longest, self.n_positions)
-        self.cache = _allocate(model, rows, capacity) if use_cache else None
+        try:
+            self.cache = _allocate(model, rows, capacity) if use_cache else None
+        except NoCacheFits as error:
+            self._go_without_cache(error)
         self.starts = [0] * rows  # where the window of each row begins in its text
 
     def room(self, text: list[int]) -> int:
@@ -116,7 +120,15 @@ class Context:
 
     def _logits_on_device(self, texts: list[list[int]], count: int) -> Array:
         # In a context of its own, so that nothing stays switched off if Ctrl-C comes at any moment
-        return widened(contextvars.copy_context().run(self._model_logits, texts, count))
+        try:
+            return widened(contextvars.copy_context().run(self._model_logits, texts, count))
+        except NoCacheFits as error:
+            self._go_without_cache(error)
+            return self._logits_on_device(texts, count)
+
+    def _go_without_cache(self, error: NoCacheFits) -> None:
+        say_once(f"note: {error}: decoding without one, which is slower")
+        self.cache = None
 
     def _model_logits(self, texts: list[list[int]], count: int) -> Array:
         with no_grad(), no_dropout(), np.errstate(over="ignore", invalid="ignore"):

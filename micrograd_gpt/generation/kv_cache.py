@@ -14,7 +14,9 @@ from micrograd_gpt.layers import Key
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Array, Tensor, concatenate, is_recorded
 
-WITHOUT = "decode with use_cache=False (generate.py: --no-kv-cache)"
+
+class NoCacheFits(UserError):
+    """An attention of one's own does not go with a KV cache: decode without one."""
 
 
 class KVCache:
@@ -25,15 +27,15 @@ class KVCache:
     holds `lengths[b]` tokens; to forget the latest ones, lower that number. `length` is the length
     of all rows where they agree, and raises ValueError where they do not; setting it sets them all.
 
-    Raises UserError for a model whose blocks do not all have the same number of heads, `n_head`.
+    Raises NoCacheFits for a model whose blocks do not all have the same number of heads, `n_head`.
     """
 
     def __init__(self, model: GPT2, batch_size: int = 1, capacity: int | None = None) -> None:
         weight, blocks = model.transformer.wte.weight, model.transformer.h
         heads = {getattr(getattr(block, "attn", None), "n_head", None) for block in blocks}
         if None in heads or len(heads) > 1:  # an attention of one's own
-            raise UserError(
-                f"a KV cache takes one n_head for all blocks, and these do not have one: {WITHOUT}"
+            raise NoCacheFits(
+                "a KV cache needs an `attn` in each block, all with the same number `n_head`"
             )
         (count,) = heads
         capacity = model.config.n_positions if capacity is None else capacity
@@ -112,9 +114,9 @@ class Past:
             raise ValueError(f"the KV cache holds {room} positions: no {t} more after {starts}")
         heads, size = self.keys.shape[1], self.keys.shape[3]
         if any(x.shape[1] not in (1, heads) or x.shape[3] != size for x in (k, v)):
-            raise UserError(  # an attention of one's own
+            raise NoCacheFits(
                 f"the KV cache holds {heads} heads of {size} numbers, not those of keys {k.shape} "
-                f"and values {v.shape}: {WITHOUT}"
+                f"and values {v.shape}"
             )
 
         def attend(rows: slice, start: int) -> Tensor:

@@ -13,6 +13,7 @@ from micrograd_gpt.generation.sampling import decode, generate, start_samples
 from micrograd_gpt.generation.settings import Settings
 from micrograd_gpt.generation.ten_lines import sample
 from micrograd_gpt.gpt2 import GPT2
+from micrograd_gpt.support.cli import say_once
 from micrograd_gpt.support.errors import UserError
 
 
@@ -248,21 +249,30 @@ NO_CACHE_FITS = {
 
 
 @pytest.mark.parametrize("change", NO_CACHE_FITS)
-def test_an_attention_that_no_cache_fits_is_decoded_without_one(change: str) -> None:
+def test_an_attention_that_no_cache_fits_is_decoded_without_one(
+    change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = make_model()
     NO_CACHE_FITS[change](model.transformer.h[1])
-    assert_decoded_without_cache(model)
+    assert_decoded_without_cache(model, capsys)
 
 
-def test_a_block_without_attention_is_decoded_without_cache() -> None:
+def test_a_block_without_attention_is_decoded_without_cache(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     model = make_model()
     model.transformer.h[1] = Skipped()  # type: ignore[call-overload]
-    assert_decoded_without_cache(model)
+    assert_decoded_without_cache(model, capsys)
 
 
-def assert_decoded_without_cache(model: GPT2) -> None:
+def assert_decoded_without_cache(model: GPT2, capsys: pytest.CaptureFixture[str]) -> None:
     prompt, greedy = [1, 2, 3, 4, 5], {"max_new_tokens": 8, "temperature": 0, "end_of_text": None}
-    with pytest.raises(UserError, match=r"KV cache .* with use_cache=False"):
-        model.generate(prompt, **greedy)
-    ids = model.generate(prompt, **greedy, use_cache=False)
-    np.testing.assert_array_equal(ids, sample(model, [prompt], 8, temperature=0)[0])
+    expected = sample(model, [prompt], 8, temperature=0)[0]
+    say_once.cache_clear()
+    for more in ({}, {}, {"use_cache": False}, {"speculate": "prompt-lookup"}):
+        np.testing.assert_array_equal(model.generate(prompt, **greedy, **more), expected)
+    said = capsys.readouterr().err
+    assert said.startswith("note: ") and "KV cache" in said and said.count("\n") == 1
+    beams = {"num_beams": 2, "max_new_tokens": 8, "end_of_text": None}
+    found = [model.generate(prompt, **beams, use_cache=use) for use in (True, False)]
+    np.testing.assert_array_equal(*found)

@@ -625,3 +625,18 @@ def test_a_class_of_one_s_own_is_trained_and_resumed(
     monkeypatch.setattr(train, "GPT2", GPT2)
     assert train.main(["--resume", "--out", out, "--max-steps", "3"]) == 0
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sample_that_fails_costs_no_steps(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> str:
+        raise UserError("no sample")
+
+    train, out = script("train_gpt2"), str(tmp_path / "out")
+    monkeypatch.setattr(train, "sample", broken)
+    every = ["--max-steps", "9", "--sample-interval", "4", "--save-interval", "2"]
+    with pytest.raises(UserError, match="no sample"):
+        train.main(["--data", str(text), "--out", out, *SMALL, *every])
+    assert json.loads(Path(out, "trainer_state.json").read_text())["step"] == 4
