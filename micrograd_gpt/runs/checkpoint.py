@@ -49,6 +49,7 @@ from micrograd_gpt.support.files import (
     reading,
     write_text,
 )
+from micrograd_gpt.tensor import Tensor
 from micrograd_gpt.text.base_tokenizer import Tokenizer
 from micrograd_gpt.text.hugging_face import PROMPT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from micrograd_gpt.text.tokenizer_files import model_tokenizer
@@ -343,10 +344,20 @@ def _missed(model: Module, optimizer: Optimizer) -> dict[str, int]:
 
 
 def _moments(model: Module, optimizer: Optimizer) -> dict[str, Any]:
-    """AdamW's moments by name: m and v of parameter `name` are `m.name` and `v.name`."""
+    """AdamW's moments by name: m and v of parameter `name` are `m.name` and `v.name`. An edited
+    optimizer may have other lists of an array for each parameter."""
     names = [name for name, _ in _learning(model, optimizer)]
-    pairs = (("m", optimizer.m), ("v", optimizer.v))
-    return {f"{k}.{n}": a for k, moments in pairs for n, a in zip(names, moments, strict=True)}
+    lists = {kind: value for kind, value in vars(optimizer).items() if isinstance(value, list)}
+    return {
+        f"{kind}.{name}": array
+        for kind, arrays in lists.items()
+        if len(arrays) == len(names) and all(map(_is_array, arrays))
+        for name, array in zip(names, arrays, strict=True)
+    }
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and not isinstance(value, Tensor)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -26,6 +26,7 @@ from micrograd_gpt.arrays.int8 import (
 from micrograd_gpt.arrays.memory import HugePages
 from micrograd_gpt.arrays.precision import check_precision, hold_in
 from micrograd_gpt.gpt2 import GPT2, GPT2Config
+from micrograd_gpt.nn import Linear
 from micrograd_gpt.support.cli import listed, say
 from micrograd_gpt.support.download import reason
 from micrograd_gpt.support.errors import UserError
@@ -158,12 +159,17 @@ def unwritten(config: GPT2Config, cls: type[GPT2] = GPT2, dtype: str = "float32"
     is_int8 = dtype == INT8
     new = functools.cache(np.zeros) if is_int8 else HugePages().zeros
     held = np.dtype("float32" if is_int8 else dtype)
-    tables = [(rows, config.n_embd) for rows in (config.vocab_size, config.n_positions)]
 
     def zeros(shape: tuple[int, ...], std: float) -> Array:
-        # Embeddings keep C order, and Linear would copy what is not in Fortran order.
-        return new(shape, held, order="C" if shape in tables else "F")
+        return new(shape, held, order="F")  # as Linear keeps them, which would copy others
 
     made = model_class(config, cls)
     takes_init = "init" in inspect.signature(made).parameters
-    return made(config, init=zeros) if takes_init else made(config)
+    if not takes_init:
+        return made(config)
+    model = made(config, init=zeros)
+    of_linears = {id(part.weight) for _, part in model.modules() if isinstance(part, Linear)}
+    for parameter in model.parameters():  # others keep C order
+        if id(parameter) not in of_linears and not parameter.data.flags.c_contiguous:
+            parameter.data = new(parameter.shape, held, order="C")
+    return model

@@ -59,6 +59,18 @@ def test_a_run_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert read_config(tmp_path) == model.config
 
 
+def test_what_an_edited_optimizer_keeps_comes_back(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    again, other = trained(0)
+    for kept in (optimizer, other):  # as AMSGrad keeps one more, and SGD with momentum one less
+        vars(kept).update(largest=[m + 1 for m in kept.m], unlike=[kept.m[0]])
+        del kept.v
+    checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
+    checkpoint.load_run(tmp_path, again, other)
+    for a, b in zip(optimizer.m + optimizer.largest, other.m + other.largest, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_the_folder_is_a_hugging_face_folder(tmp_path: Path) -> None:
     model, _ = trained()
     model.save_pretrained(tmp_path, TOKENIZER)

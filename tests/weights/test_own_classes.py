@@ -582,6 +582,19 @@ def last_block_dropped(h: list[Block]) -> None:
     h.pop()
 
 
+def test_parameters_lie_in_memory_as_in_a_new_model(tmp_path: Path) -> None:
+    class Low(GPT2):
+        def __init__(self, config: GPT2Config, seed: int = 0, init: Any = None) -> None:
+            super().__init__(config, seed, init)
+            self.low = Parameter((init or nn.normal(seed))((config.n_embd, 4), 0.1))
+            self.table = nn.Embedding(config.vocab_size + 5, config.n_embd, init or nn.normal(1))
+
+    model = Low(GPT2Config(**SHAPE))
+    again = assert_comes_back(model, tmp_path)
+    for a, b in zip(again.parameters(), model.parameters(), strict=True):
+        assert a.data.strides == b.data.strides  # or products would round otherwise
+
+
 class Shifted(GPT2):
     def __init__(self, config: GPT2Config, seed: int = 0, init: Any = None) -> None:
         super().__init__(config, seed, init)
