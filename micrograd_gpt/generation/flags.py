@@ -190,6 +190,10 @@ class Choices:
         return replace(self, given={key: v for key, v in self.given.items() if key != name})
 
     def __str__(self) -> str:
+        in_use = self.in_use()
+        return ", ".join(f"{name.replace('_', '-')} {as_typed(v)}" for name, v in in_use.items())
+
+    def in_use(self) -> dict[str, Any]:
         """Every flag that is not off, with the value that it has beside the others: with --greedy
         the temperature is 0.
         """
@@ -199,5 +203,4 @@ class Choices:
             for name, setting in SETTINGS.items()
             if not setting.metadata["switch"] and (value := getattr(settings, name)) is not None
         }
-        in_use |= {name: value for name, value in self.given.items() if name not in in_use}
-        return ", ".join(f"{name.replace('_', '-')} {as_typed(v)}" for name, v in in_use.items())
+        return in_use | {name: value for name, value in self.given.items() if name not in in_use}

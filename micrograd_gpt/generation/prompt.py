@@ -76,7 +76,8 @@ def command(line: str, choices: Choices, what: str) -> Choices:
     except ValueError as error:
         raise UserError(f"{line!r} cannot be read: {error}") from None
     if name == "/help":
-        say(f"{HELP.format(what)}\nsettings: {choices}")
+        off = (name.replace("_", "-") for name in flags.NAMES if name not in choices.in_use())
+        say(f"{HELP.format(what)}\nsettings: {choices}\noff: {', '.join(off)}")
         return choices
     if name not in ("/set", "/unset"):
         raise UserError(f"no such command: {line!r}; /help lists them")

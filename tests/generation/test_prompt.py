@@ -95,7 +95,9 @@ def test_help_lists_the_commands_and_the_settings_in_use(talk: Talk) -> None:
     (settings,) = (line for line in err.splitlines() if line.startswith("settings: "))
     for setting in ("top-k 40", "seed 0", "no-repeat-ngram-size 0"):
         assert setting in settings
-    assert not any(name in settings for name in ("greedy", "top-p", "stop [", "no-kv-cache"))
+    (off,) = (line for line in err.splitlines() if line.startswith("off: "))
+    for name in ("greedy", "top-p", "stop", "no-kv-cache"):
+        assert name in off and f"{name} " not in settings
 
 
 def test_settings_that_take_a_word_or_none(talk: Talk) -> None:
@@ -150,7 +152,8 @@ def test_a_change_that_contradicts_another_is_not_made(talk: Talk) -> None:
 
 def test_help_says_what_holds_in_a_beam_search(talk: Talk) -> None:
     _, err = talk("/set num-beams 3", "/help")
-    assert "temperature 1.0" in err and "top-k" not in err.partition("settings: ")[2]
+    settings, _, off = err.partition("settings: ")[2].partition("off: ")
+    assert "temperature 1.0" in settings and "top-k" not in settings and "top-k" in off
 
 
 def test_ctrl_c_stops_a_text_and_not_the_conversation(
