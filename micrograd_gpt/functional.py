@@ -173,9 +173,9 @@ def self_attention(qkv: Tensor, p: float = 0.0, key: Key = (), past: Any = None)
 
 @stands_in_for(layers.attention, "fused")
 def attention(q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, key: Key = ()) -> Tensor:
-    fits = q.shape[-1:] == k.shape[-1:] and k.shape[:-1] == v.shape[:-1]
-    check_shapes(fits and q.shape[-2:-1] <= k.shape[-2:-1], "attention", q, k, v)
-    if q.ndim != 4 or (*q.shape[:2], *k.shape[2:]) != v.shape or is_recorded(q, k, v):
+    check_shapes(q.shape[-2:-1] <= k.shape[-2:-1] == v.shape[-2:-1], "attention", q, k, v)
+    alike = q.ndim == 4 and (*q.shape[:2], *k.shape[-2:]) == k.shape == v.shape
+    if not alike or is_recorded(q, k, v):
         raise NotForMe  # this is for decoding, of heads with keys of their own
     return Tensor(attention_forward(q.data, k.data, v.data, p, key)[0])
 

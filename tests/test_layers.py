@@ -116,6 +116,9 @@ def test_heads_may_share_their_keys_and_values(level: str) -> None:
     shared = layers.attention(Tensor(q), Tensor(k), Tensor(v)).data
     each = layers.attention(Tensor(q), *(Tensor(a.repeat(3, axis=1)) for a in (k, v))).data
     np.testing.assert_allclose(shared, each, rtol=1e-5, atol=1e-6)
+    identity = np.eye(6, dtype=np.float32)  # as a value for each key: the weights themselves
+    weights = layers.attention(Tensor(q), Tensor(k), Tensor(identity)).data
+    np.testing.assert_allclose(weights @ v, shared, rtol=1e-5, atol=1e-6)
 
 
 def test_embedding_adds_the_gradients_of_a_repeated_token(level: str) -> None:

@@ -87,8 +87,8 @@ class Context:
         capacity = min(longest, self.n_positions)
         try:
             self.cache = _allocate(model, rows, capacity) if use_cache else None
-        except NoCacheFits as error:
-            self._go_without_cache(error)
+        except NoCacheFits:
+            self._go_without_cache()
         self.starts = [0] * rows  # where the window of each row begins in its text
 
     def room(self, text: list[int]) -> int:
@@ -122,12 +122,14 @@ class Context:
         # In a context of its own, so that nothing stays switched off if Ctrl-C comes at any moment
         try:
             return widened(contextvars.copy_context().run(self._model_logits, texts, count))
-        except NoCacheFits as error:
-            self._go_without_cache(error)
+        except NoCacheFits:
+            self._go_without_cache()
             return self._logits_on_device(texts, count)
 
-    def _go_without_cache(self, error: NoCacheFits) -> None:
-        say_once(f"note: {error}: decoding without one, which is slower")
+    def _go_without_cache(self) -> None:
+        say_once(
+            "note: no KV cache goes with this attention: decoding without one, which is slower"
+        )
         self.cache = None
 
     def _model_logits(self, texts: list[list[int]], count: int) -> Array:

@@ -28,6 +28,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from micrograd_gpt.checks import DROPOUTS
 from micrograd_gpt.nn import Module, Parameter
 from micrograd_gpt.runs.loss_scaler import LossScaler
@@ -158,7 +160,10 @@ def load_run(
                 f"{STATE} from step {step}: they were saved apart; "
                 + _way_back(folder, name, "start another run from the weights")
             )
-        fill(arrays, file.entries, file.path)
+        entries: Mapping[str, Any] = file.entries
+        if name == OPTIMIZER:
+            arrays, entries = _kept_by_both(arrays, entries, folder)
+        fill(arrays, entries, file.path)
     _check_config(model, state.get("config", {}), folder)  # {}: saved by an earlier version
     for parameter in model.parameters():
         parameter.data = parameter.data  # filled in place: a tape made before no longer holds
@@ -357,7 +362,25 @@ def _moments(model: Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and not isinstance(value, Tensor)
+    return hasattr(value, "shape") and not isinstance(value, Tensor | np.generic)
+
+
+def _kept_by_both(
+    arrays: dict[str, Any], saved: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The moments that the optimizer and its file have, and those in the file, of the kinds that
+    both have; a note on stderr where the optimizer was edited, so that one has more."""
+    ours, theirs = ({name.partition(".")[0] for name in names} for names in (arrays, saved))
+    both = ours & theirs or ours
+    if other := sorted((ours | theirs) - both):
+        say(
+            f"note: {listed(other)} is not in both {folder / OPTIMIZER} and this optimizer: it "
+            "begins anew, or is left out"
+        )
+    return (
+        {name: array for name, array in arrays.items() if name.partition(".")[0] in both},
+        {name: entry for name, entry in saved.items() if name.partition(".")[0] in both},
+    )
 
 
 def _files(folder: Path) -> list[Path]:

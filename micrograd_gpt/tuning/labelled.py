@@ -26,7 +26,7 @@ from micrograd_gpt.text.tables import Fields, table_rows
 UNBALANCED = 3.0  # warn where a label is so many times as frequent as another
 MOST_GRADES = 11  # more numbers with decimals than this, as 0, 0.5, …, 5, are no grades
 SPLIT_SEED = 0  # one split for all runs on the same data, whatever their --seed
-FLAGS = "--text-field and --label-field"  # which name the columns
+FLAGS = "--text-field, or --label-field for labels"  # which name the columns
 
 
 class Example(NamedTuple):

@@ -59,7 +59,9 @@ def test_a_run_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert read_config(tmp_path) == model.config
 
 
-def test_what_an_edited_optimizer_keeps_comes_back(tmp_path: Path) -> None:
+def test_what_an_edited_optimizer_keeps_comes_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, optimizer = trained()
     again, other = trained(0)
     for kept in (optimizer, other):  # as AMSGrad keeps one more, and SGD with momentum one less
@@ -69,6 +71,26 @@ def test_what_an_edited_optimizer_keeps_comes_back(tmp_path: Path) -> None:
     checkpoint.load_run(tmp_path, again, other)
     for a, b in zip(optimizer.m + optimizer.largest, other.m + other.largest, strict=True):
         np.testing.assert_array_equal(a, b)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_of_another_optimizer_goes_on_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, optimizer = trained()
+    for saved, resumed in (({"largest": optimizer.m}, {}), ({}, {"largest": optimizer.m})):
+        again, other = trained(0)
+        vars(optimizer).update(
+            saved, norms=[np.float32(1)] * len(optimizer.m)
+        )  # these are not kept
+        vars(other).update(resumed)
+        checkpoint.save_run(tmp_path, model, TOKENIZER, optimizer, {})
+        checkpoint.load_run(tmp_path, again, other)
+        for a, b in zip(optimizer.m + optimizer.v, other.m + other.v, strict=True):
+            np.testing.assert_array_equal(a, b)
+        said = f"note: 'largest' is not in both {tmp_path}/optimizer.safetensors and this optimizer"
+        assert said in capsys.readouterr().err
+        vars(optimizer).pop("largest", None)
 
 
 def test_the_folder_is_a_hugging_face_folder(tmp_path: Path) -> None:
