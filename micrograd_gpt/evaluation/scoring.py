@@ -22,9 +22,10 @@ from micrograd_gpt.arrays.devices import to_device
 from micrograd_gpt.arrays.memory import keep_freed_memory
 from micrograd_gpt.arrays.precision import widened
 from micrograd_gpt.generation.context import check_finite, check_memory_to_read
-from micrograd_gpt.generation.kv_cache import KVCache
+from micrograd_gpt.generation.kv_cache import KVCache, NoCacheFits
 from micrograd_gpt.gpt2 import GPT2
 from micrograd_gpt.nn import no_dropout
+from micrograd_gpt.support.cli import say_once
 from micrograd_gpt.support.errors import UserError
 from micrograd_gpt.tensor import Array, Tensor, no_grad
 from micrograd_gpt.tuning.batches import padded
@@ -149,7 +150,11 @@ def score_batch(
     check_memory_to_read(model, len(groups) * max(lengths), in_cache)
     keep_freed_memory()
     with no_grad(), no_dropout(), np.errstate(over="ignore", invalid="ignore"):
-        states = _read(model, groups, tokens_at_once)  # a (n, C) for each continuation
+        try:
+            states = _read(model, groups, tokens_at_once)  # a (n, C) for each continuation
+        except NoCacheFits:
+            say_once("note: no KV cache goes with this attention: beginnings are read repeatedly")
+            states = _read(model, _apart(groups), tokens_at_once)
         labels = np.concatenate([ids for group in groups for ids in group.labels])
         log_probs, likeliest = token_scores(model, np.concatenate(states), labels)
     ends = np.cumsum([len(state) for state in states])[:-1]
@@ -179,6 +184,16 @@ def _read(model: GPT2, groups: list[Group], tokens_at_once: int) -> list[Array]:
 
     labels = (ids for group in groups for ids in group.labels)
     return [np.concatenate(parts)[-len(ids) :] for ids, parts in zip(labels, states, strict=True)]
+
+
+def _apart(groups: list[Group]) -> list[Group]:
+    """Each continuation as a group of its own, which shares nothing."""
+    found = []
+    for group in groups:
+        for tokens, labels in zip(group.rest, group.labels, strict=True):
+            found.append(one := copy.copy(group))
+            one.shared, one.rest, one.labels = group.shared + tokens, [[]], [labels]
+    return found
 
 
 def _how_many(

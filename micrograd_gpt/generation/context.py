@@ -127,9 +127,7 @@ class Context:
             return self._logits_on_device(texts, count)
 
     def _go_without_cache(self) -> None:
-        say_once(
-            "note: no KV cache goes with this attention: decoding without one, which is slower"
-        )
+        say_once("note: no KV cache goes with this attention: decoding is slower without one")
         self.cache = None
 
     def _model_logits(self, texts: list[list[int]], count: int) -> Array:

@@ -91,6 +91,19 @@ def test_an_own_class_makes_the_logits_in_its_own_way(own: type[GPT2]) -> None:
             )
 
 
+def test_an_attention_that_no_cache_goes_with_is_scored(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, groups = make_model(factor=6).eval(), random_groups(9)
+    model.transformer.h[1].attn.n_head *= 2  # of another number of heads than the others
+    found = score_all(model, groups)
+    for group, scores in zip(groups, found, strict=True):
+        for ours, request in zip(scores, group, strict=True):
+            expected = one_pass(model, request)
+            np.testing.assert_allclose(ours.log_probs, expected.log_probs, atol=1e-4)
+    assert "note: no KV cache goes with this attention" in capsys.readouterr().err
+
+
 def test_logits_that_are_not_made_of_hidden_are_refused() -> None:
     with pytest.raises(UserError, match=r"NotHidden.__call__ does not call self.hidden"):
         score_all(NotHidden(make_model().config), [[Request([1], [2])]])
