@@ -138,13 +138,13 @@ def stands_in_for(
         if definition not in edits.MADE_OF:  # its file was edited: it has lost its @definition
             return definition if level == "fused" else stand_in  # type: ignore[return-value]
         theirs, ours = (_parameters(function) for function in (definition, stand_in))
-        if theirs != ours and not definition.guard.was_edited():  # type: ignore[attr-defined]
+        if theirs == ours:
+            definition.stand_ins[level] = stand_in  # type: ignore[attr-defined]
+        elif not definition.guard.was_edited():  # type: ignore[attr-defined]
             raise TypeError(
                 f"{stand_in.__module__}.{stand_in.__qualname__} takes {ours}, but its definition "
                 f"{definition.__module__}.{definition.__qualname__} takes {theirs}"
             )
-        if theirs == ours:
-            definition.stand_ins[level] = stand_in  # type: ignore[attr-defined]
         definition.choices.cache_clear()  # type: ignore[attr-defined]
         definition.bypasses.update(bypasses)  # type: ignore[attr-defined]
         definition.guard.need_record(stand_in)  # type: ignore[attr-defined]

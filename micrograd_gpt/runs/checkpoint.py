@@ -370,7 +370,11 @@ def _kept_by_both(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The moments that the optimizer and its file have, and those in the file, of the kinds that
     both have; a note on stderr where the optimizer was edited, so that one has more."""
-    ours, theirs = ({name.partition(".")[0] for name in names} for names in (arrays, saved))
+
+    def kind_of(name: str) -> str:
+        return name.partition(".")[0]
+
+    ours, theirs = set(map(kind_of, arrays)), set(map(kind_of, saved))
     both = ours & theirs or ours
     if other := sorted((ours | theirs) - both):
         say(
@@ -378,8 +382,8 @@ def _kept_by_both(
             "begins anew, or is left out"
         )
     return (
-        {name: array for name, array in arrays.items() if name.partition(".")[0] in both},
-        {name: entry for name, entry in saved.items() if name.partition(".")[0] in both},
+        {name: array for name, array in arrays.items() if kind_of(name) in both},
+        {name: entry for name, entry in saved.items() if kind_of(name) in both},
     )
 
 

@@ -160,14 +160,18 @@ class Tokenizer(ABC):
                 "--special-tokens takes it for the token"
             )
 
+    def is_padded_to(self, vocab_size: int) -> bool:
+        """Whether a model may have so many ids since multiples of 64 or 128 compute faster."""
+        return vocab_size % 64 == 0 and self.vocab_size <= vocab_size < self.vocab_size + 128
+
     def check_size(self, vocab_size: int) -> None:
         """Raise UserError unless a model with this vocab_size can be the tokenizer's.
 
-        A model may have more ids than its tokenizer, since multiples of 64 or 128 compute faster,
-        but else not twice as many: then the tokenizer is another model's.
+        A model may have more ids than its tokenizer, but not twice as many, unless it is padded:
+        then the tokenizer is another model's.
         """
-        is_padded = vocab_size % 64 == 0 and vocab_size < self.vocab_size + 128
-        if vocab_size < self.vocab_size or (vocab_size >= 2 * self.vocab_size and not is_padded):
+        is_twice = vocab_size >= 2 * self.vocab_size and not self.is_padded_to(vocab_size)
+        if vocab_size < self.vocab_size or is_twice:
             raise UserError(
                 f"the tokenizer has {self.vocab_size} tokens and the model {vocab_size}: put the "
                 "tokenizer files it was trained with beside it"

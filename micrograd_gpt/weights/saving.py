@@ -115,10 +115,10 @@ def _ids_beside(folder: Path, config: GPT2Config) -> dict[str, int]:
 
 def _say_if_another_s(folder: Path, vocab_size: int) -> None:
     """A note where the tokenizer that stays in a folder may not be that of the model, which has
-    another number of ids, and not only to make up a multiple of 64 or 128."""
+    another number of ids and is not padded."""
     with suppress(UserError):
-        size = load_tokenizer(folder).vocab_size
-        if vocab_size == size or (vocab_size % 64 == 0 and size < vocab_size < size + 128):
+        tokenizer = load_tokenizer(folder)
+        if vocab_size == tokenizer.vocab_size or tokenizer.is_padded_to(vocab_size):
             return
     say_once(
         f"note: {folder} keeps the tokenizer that is there, which may not be this model's: give "
